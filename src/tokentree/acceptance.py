@@ -1,0 +1,152 @@
+"""Rules that turn the target's distributions at the nodes into an accepted path and a bonus token.
+
+`Match` and `Rejection` are lossless: the text has exactly the target's distribution (and under `Match`, for a given
+seed, it is exactly the text of plain decoding). `BestPath` is lossy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import ClassVar, Protocol
+
+import torch
+
+from tokentree.draft import Draft
+from tokentree.errors import OptionError, PairingError
+from tokentree.sampling import to_probs
+from tokentree.sequence import ACCEPT, Accepted, Sequence
+
+NodeLogits = Callable[[int], torch.Tensor]
+
+
+class Acceptance(Protocol):
+    """A rule: ``rule(seq, draft, logits)`` walks the tree; ``logits(node)`` is the target's raw [vocab] there."""
+
+    lossy: ClassVar[bool]
+    draws_children: ClassVar[bool]
+
+    def __call__(self, seq: Sequence, draft: Draft, logits: NodeLogits) -> Accepted: ...
+
+
+class Match:
+    """Draw one token from the target at each visited node, with that position's own random number, and follow the
+    child that carries it; the first token that no child carries is the bonus.
+
+    Children may come from anywhere, because they are never consulted before the token is drawn. Greedy decoding is
+    the case without random numbers.
+    """
+
+    lossy: ClassVar[bool] = False
+    draws_children: ClassVar[bool] = False
+
+    def __call__(self, seq: Sequence, draft: Draft, logits: NodeLogits) -> Accepted:
+        tree, node = draft.tree, 0
+        path, tokens = [0], list[int]()
+        while True:
+            tokens.append(seq.draw(logits(node), tokens))
+            child = tree.child(node, tokens[-1])
+            if child is None:
+                return Accepted(path, tokens, refused=bool(tree.children[node]))
+            path.append(child)
+            node = child
+
+
+class Rejection:
+    """SpecInfer's multi-step speculative sampling (Miao et al. 2023, arXiv:2305.09781, algorithm 2), for children
+    drawn without replacement.
+
+    The children of a node are tried in the order they were drawn. A child with token x is accepted with probability
+    min(1, target_probs[x] / draft_probs[x]); if it is refused, target_probs becomes norm(max(target_probs -
+    draft_probs, 0)) and draft_probs loses x and is normalised. When all are refused, the bonus comes from what is left
+    of target_probs. Greedy requests are decided as by `Match`.
+
+    Raises:
+        PairingError: if the draft's children were not drawn at random.
+    """
+
+    lossy: ClassVar[bool] = False
+    draws_children: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        self._match = Match()
+
+    def __call__(self, seq: Sequence, draft: Draft, logits: NodeLogits) -> Accepted:
+        if seq.params.is_greedy:
+            return self._match(seq, draft, logits)
+        if draft.sampled is None and len(draft) > 1:
+            raise PairingError("accept='rejection' needs children drawn from draft_probs, and this drafter picks them")
+        tree, node = draft.tree, 0
+        path, tokens = [0], list[int]()
+        while True:
+            noise = seq.noise_after(tokens, ACCEPT)
+            target_probs = to_probs(seq.processed(logits(node), tokens), seq.params)
+            children = tree.children[node]
+            draft_probs = _fit(draft.sampled[node], target_probs) if draft.sampled and children else target_probs
+            for child in children:
+                token = int(tree.tokens[child])
+                if noise.accepts(float(target_probs[token] / draft_probs[token])):
+                    break
+                target_probs = _normalised((target_probs - draft_probs).clamp(min=0), otherwise=target_probs)
+                draft_probs = draft_probs.index_fill(0, torch.tensor([token], device=draft_probs.device), 0.0)
+                draft_probs = _normalised(draft_probs, otherwise=draft_probs)
+            else:
+                tokens.append(noise.choose(target_probs))
+                return Accepted(path, tokens, refused=bool(children))
+            tokens.append(token)
+            path.append(child)
+            node = child
+
+
+class BestPath:
+    """Lossy. Take the root-to-leaf path that the target finds most probable, and a token after it.
+
+    This is how tree speculation is often taught. It never refuses a path, so the text is one that the drafter wrote
+    and the target only ranked: not what the target alone would have written.
+    """
+
+    lossy: ClassVar[bool] = True
+    draws_children: ClassVar[bool] = False
+
+    def __call__(self, seq: Sequence, draft: Draft, logits: NodeLogits) -> Accepted:
+        tree = draft.tree
+        log_probs = [0.0] * len(tree)
+        for node, children in enumerate(tree.children):
+            if children:
+                scores = seq.processed(logits(node), draft.path_tokens(node)).log_softmax(-1)
+                for child in children:
+                    log_probs[child] = log_probs[node] + float(scores[int(tree.tokens[child])])
+        # the mean per token, as paths of different lengths compete
+        leaf = max(tree.leaves.tolist(), key=lambda leaf: log_probs[leaf] / max(1, int(tree.depths[leaf])))
+        path = tree.path(leaf)
+        tokens = tree.tokens[path[1:]].tolist()
+        return Accepted(path, [*tokens, seq.draw(logits(leaf), tokens)])
+
+
+RULES: dict[str, type[Match | Rejection | BestPath]] = {
+    "match": Match,
+    "rejection": Rejection,
+    "best_path": BestPath,
+}
+
+
+def acceptance(name: str) -> Acceptance:
+    """The rule of that name.
+
+    Raises:
+        OptionError: if there is none.
+    """
+    if name not in RULES:
+        raise OptionError(f"unknown acceptance rule {name!r}: choose one of {', '.join(RULES)}")
+    return RULES[name]()
+
+
+def _fit(draft_probs: torch.Tensor, target_probs: torch.Tensor) -> torch.Tensor:
+    """``draft_probs`` over the target's vocabulary, which may be padded further."""
+    missing = target_probs.numel() - draft_probs.numel()
+    return torch.nn.functional.pad(draft_probs, (0, missing)).to(target_probs.device)
+
+
+def _normalised(probs: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
+    total = float(probs.sum())
+    return probs / total if total > 0 and math.isfinite(total) else otherwise

@@ -1,0 +1,124 @@
+"""The loop: draft, verify, accept, commit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+
+from tokentree.acceptance import Acceptance
+from tokentree.draft import Draft
+from tokentree.drafters.base import Drafter
+from tokentree.engines.base import Engine, TargetOutput
+from tokentree.errors import PairingError
+from tokentree.sequence import Accepted, Sequence, TokenLogprobs
+from tokentree.shapes.base import Shape
+
+Watcher = Callable[[Sequence, Draft, Accepted], None]
+
+
+class Decoder:
+    """Decodes sequences, several tokens per target forward.
+
+    Args:
+        engine: the target model.
+        drafter: who proposes the trees.
+        shape: how they grow and are cut.
+        accept: the rule that picks the new tokens.
+        watch: called after every step of every sequence, with the draft and what was accepted of it.
+
+    Raises:
+        PairingError: if the rule needs drawn children and the drafter can't draw any.
+    """
+
+    def __init__(
+        self, engine: Engine, drafter: Drafter, shape: Shape, accept: Acceptance, watch: Watcher | None = None
+    ) -> None:
+        if accept.draws_children and not drafter.draws_children:
+            raise PairingError(
+                f"accept='rejection' needs children drawn from a distribution, and the drafter {drafter.name!r} picks "
+                "them: use accept='match', which is lossless with any drafter"
+            )
+        self.engine, self.drafter, self.shape, self.accept, self.watch = engine, drafter, shape, accept, watch
+
+    def run(self, seqs: Iterable[Sequence], max_batch: int = 8) -> Iterator[list[Sequence]]:
+        """Decodes all ``seqs``, at most ``max_batch`` at a time; yields those that grew after each step.
+
+        A finished sequence leaves and a waiting one joins between steps. What is kept for a sequence is forgotten when
+        it finishes, or when the caller stops iterating.
+        """
+        waiting, active = iter(seqs), list[Sequence]()
+        try:
+            while True:
+                while len(active) < max_batch and (seq := next(waiting, None)) is not None:
+                    active.append(seq)
+                    self.prefill(seq)
+                if not active:
+                    return
+                self.step(active)
+                yield list(active)
+                self.release([seq for seq in active if seq.finished])
+                active = [seq for seq in active if not seq.finished]
+        finally:
+            self.release(active)
+
+    def prefill(self, seq: Sequence) -> None:
+        """Puts all of a new sequence but its last token into the KV of target and drafter."""
+        started = time.perf_counter()
+        self.engine.prefill(seq)
+        self.drafter.prefill([seq])
+        seq.metrics.prefill_seconds += time.perf_counter() - started
+        seq.metrics.lossy = self.accept.lossy
+
+    def step(self, seqs: list[Sequence]) -> None:
+        """One target forward for the whole batch."""
+        clock = [time.perf_counter()]
+        drafts = self.drafter.propose(seqs, self.shape, self.accept.draws_children)
+        drafts = [draft.cut(seq.room - 1) for seq, draft in zip(seqs, drafts, strict=True)]
+        clock.append(time.perf_counter())
+        out = self.engine.verify(seqs, [draft.tree for draft in drafts])
+        clock.append(time.perf_counter())
+        accepted = [self._accept(i, seq, draft, out) for i, (seq, draft) in enumerate(zip(seqs, drafts, strict=True))]
+        self.engine.commit(seqs, [step.path for step in accepted])
+        clock.append(time.perf_counter())
+        self.drafter.observe(seqs, drafts, out, accepted)
+        self.shape.observe(seqs, drafts, accepted, out.seconds)
+        clock.append(time.perf_counter())
+        for i, (seq, draft, step) in enumerate(zip(seqs, drafts, accepted, strict=True)):
+            self._record(i, seq, draft, step, out, clock)
+
+    def release(self, seqs: list[Sequence]) -> None:
+        self.engine.release(seqs)
+        self.drafter.release(seqs)
+
+    def _accept(self, i: int, seq: Sequence, draft: Draft, out: TargetOutput) -> Accepted:
+        """Stops and limits cut before anything is permanent."""
+        return seq.truncate(self.accept(seq, draft, lambda node: out.logits(i, node)))
+
+    def _record(
+        self, i: int, seq: Sequence, draft: Draft, step: Accepted, out: TargetOutput, clock: list[float]
+    ) -> None:
+        metrics = seq.metrics
+        metrics.count_step(max(draft.depths), len(draft) - 1, len(step.path) - 1, step.refused)
+        metrics.draft_seconds += clock[1] - clock[0] + clock[4] - clock[3]
+        metrics.verify_seconds += clock[2] - clock[1]
+        metrics.accept_seconds += clock[3] - clock[2]
+        metrics.decode_seconds += clock[4] - clock[0]
+        for node in step.path[1:]:
+            for bit, name in enumerate(self.drafter.names):
+                if draft.sources[node] >> bit & 1:
+                    metrics.accepted_by_source[name] = metrics.accepted_by_source.get(name, 0) + 1
+        if seq.params.logprobs is not None:
+            for node, token in zip(step.path, step.tokens, strict=True):
+                seq.logprobs.append(_logprobs(out.logits(i, node), token, seq.params.logprobs))
+        seq.extend(step)
+        if self.watch is not None:
+            self.watch(seq, draft, step)
+
+
+def _logprobs(logits: torch.Tensor, token: int, count: int) -> TokenLogprobs:
+    scores = logits.float().log_softmax(-1)
+    best = scores.topk(min(count, scores.numel()))
+    top = dict(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return TokenLogprobs(token, float(scores[token]), top)

@@ -1,0 +1,1 @@
+"""Drafters: whatever proposes candidates. Each is one file and one line in `tokentree.registry`."""

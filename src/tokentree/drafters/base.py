@@ -1,0 +1,44 @@
+"""What every drafter answers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from tokentree.draft import Draft
+from tokentree.engines.base import TargetOutput
+from tokentree.sequence import Accepted, Sequence
+from tokentree.shapes.base import Shape
+
+
+class Drafter(ABC):
+    """Proposes a tree per sequence. State is kept per `Sequence.id`.
+
+    Attributes:
+        name: as in the registry; shown beside the tokens it earned.
+        draws_children: whether it can draw children from a distribution, as `accept="rejection"` needs.
+    """
+
+    name: str
+    draws_children: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        """Who proposes, in the order of the bits in `Draft.sources`."""
+        return [self.name]
+
+    @abstractmethod
+    def propose(self, seqs: list[Sequence], shape: Shape, sampled: bool) -> list[Draft]:
+        """A draft per sequence, rooted at its last token.
+
+        Args:
+            sampled: draw the children of requests that are not greedy from their distribution, without replacement.
+        """
+
+    def prefill(self, seqs: list[Sequence]) -> None:
+        """Reads the prompts of new sequences."""
+
+    def observe(self, seqs: list[Sequence], drafts: list[Draft], out: TargetOutput, accepted: list[Accepted]) -> None:
+        """Learns from a step. The accepted tokens are not yet part of ``seqs``."""
+
+    def release(self, seqs: list[Sequence]) -> None:
+        """Forgets what it keeps for ``seqs``."""

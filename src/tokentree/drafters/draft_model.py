@@ -1,0 +1,157 @@
+"""A smaller model grows the tree (SpecInfer, Miao et al. 2023, arXiv:2305.09781)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from tokentree.draft import Draft
+from tokentree.drafters.base import Drafter
+from tokentree.engines.base import Engine, TargetOutput
+from tokentree.sampling import to_probs
+from tokentree.sequence import DRAFT, Accepted, Sequence
+from tokentree.shapes.base import Shape
+from tokentree.tree import TokenTree
+
+
+class DraftModel(Drafter):
+    """Level by level: one forward of the draft model for the whole frontier of all sequences.
+
+    Its own KV is committed along the accepted path. What it has not seen yet, the new root and accepted leaves that
+    were never expanded, goes in as a chain before the next tree's root, in the same forward.
+
+    Args:
+        engine: holds the draft model.
+        vocab_size: the target's; candidates beyond it are never proposed.
+        name: shown beside the tokens it earned.
+    """
+
+    draws_children = True
+
+    def __init__(self, engine: Engine, vocab_size: int, name: str = "draft_model") -> None:
+        self.name = name
+        self._engine = engine
+        self._vocab_size = min(vocab_size, engine.vocab_size)
+        self._rows: dict[int, _Rows] = {}
+
+    def prefill(self, seqs: list[Sequence]) -> None:
+        for seq in seqs:
+            if len(seq.tokens) <= self._engine.context:
+                self._engine.prefill(seq)
+
+    def propose(self, seqs: list[Sequence], shape: Shape, sampled: bool) -> list[Draft]:
+        drafts = [Draft(seq.tokens[-1], {} if sampled and not seq.params.is_greedy else None) for seq in seqs]
+        rows = [_Rows(seq.tokens[self._engine.committed(seq) :]) for seq in seqs]
+        frontiers = [
+            [0] if self._may_grow(seq, draft, 0, shape) else [] for seq, draft in zip(seqs, drafts, strict=True)
+        ]
+        done = [0] * len(seqs)
+        while any(frontiers):
+            for draft, row, frontier in zip(drafts, rows, frontiers, strict=True):
+                row.expand(draft, frontier)
+            active = [i for i, frontier in enumerate(frontiers) if frontier]
+            trees = [rows[i].tree() for i in active]
+            out = self._engine.verify([seqs[i] for i in active], trees, [done[i] for i in active])
+            for place, i in enumerate(active):
+                done[i] = len(trees[place])
+                nodes = [rows[i].of_node[node] for node in frontiers[i]]
+                level = self._add_children(seqs[i], drafts[i], frontiers[i], out.rows(place, nodes), shape)
+                if level and self._may_grow(seqs[i], drafts[i], drafts[i].depths[level[0]], shape):
+                    frontiers[i] = shape.select(seqs[i], drafts[i], level)
+                else:
+                    frontiers[i] = []
+        self._rows |= {seq.id: row for seq, row, seen in zip(seqs, rows, done, strict=True) if seen}
+        return [shape.prune(seq, draft) for seq, draft in zip(seqs, drafts, strict=True)]
+
+    def observe(self, seqs: list[Sequence], drafts: list[Draft], out: TargetOutput, accepted: list[Accepted]) -> None:
+        grown = [(seq, step) for seq, step in zip(seqs, accepted, strict=True) if seq.id in self._rows]
+        paths = [self._rows.pop(seq.id).path(step.tokens) for seq, step in grown]
+        self._engine.commit([seq for seq, _ in grown], paths)
+
+    def release(self, seqs: list[Sequence]) -> None:
+        self._engine.release(seqs)
+        for seq in seqs:
+            self._rows.pop(seq.id, None)
+
+    def _may_grow(self, seq: Sequence, draft: Draft, depth: int, shape: Shape) -> bool:
+        """Nodes below what may still be emitted are useless, and so are rows past the draft model's own context."""
+        return depth < min(shape.max_depth, seq.room - 1) and len(seq.tokens) + depth <= self._engine.context
+
+    def _add_children(
+        self, seq: Sequence, draft: Draft, frontier: list[int], logits: torch.Tensor, shape: Shape
+    ) -> list[int]:
+        """Adds the children of ``frontier``, whose draft logits are ``logits`` [len(frontier), vocab]."""
+        counts = [min(count, self._vocab_size) for count in shape.counts(seq, draft, frontier)]
+        level: list[int] = []
+        logits = logits[:, : self._vocab_size].float()
+        if draft.sampled is not None:
+            for node, count, row in zip(frontier, counts, logits, strict=True):
+                level += self._draw(seq, draft, node, count, row)
+            return level
+        if seq.params.changes_logits:
+            logits = torch.stack(
+                [seq.processed(row, draft.path_tokens(node)) for node, row in zip(frontier, logits, strict=True)]
+            )
+        if not seq.params.is_greedy:
+            logits = logits / seq.params.temperature
+        best = logits.topk(max(counts, default=0), dim=-1)
+        scores = (best.values - logits.logsumexp(-1, keepdim=True)).tolist()
+        for i, (node, count) in enumerate(zip(frontier, counts, strict=True)):
+            for rank, token in enumerate(best.indices[i, :count].tolist()):
+                level.append(draft.add(node, token, scores[i][rank], rank))
+        return level
+
+    def _draw(self, seq: Sequence, draft: Draft, node: int, count: int, logits: torch.Tensor) -> list[int]:
+        """Draws ``count`` children without replacement, fewer where the distribution has fewer tokens."""
+        path = draft.path_tokens(node)
+        probs = to_probs(seq.processed(logits, path), seq.params)
+        assert draft.sampled is not None
+        draft.sampled[node] = probs
+        noise, left, level = seq.noise_after(path, DRAFT), probs.clone(), list[int]()
+        for rank in range(min(count, int((probs > 0).sum()))):
+            token = noise.choose(left)
+            level.append(draft.add(node, token, float(probs[token].log()), rank))
+            left[token] = 0
+        return level
+
+
+@dataclass
+class _Rows:
+    """The rows of the draft model's own tree: first what it had not seen, ending in the root, then expanded nodes.
+
+    Args:
+        unseen: tokens without KV, the last of them the root.
+    """
+
+    unseen: list[int]
+    tokens: list[int] = field(init=False)
+    parents: list[int] = field(init=False)
+    of_node: dict[int, int] = field(init=False)  # draft node -> row
+
+    def __post_init__(self) -> None:
+        self.tokens, self.parents = list(self.unseen), list(range(-1, len(self.unseen) - 1))
+        self.of_node = {0: len(self.unseen) - 1}
+
+    def expand(self, draft: Draft, frontier: list[int]) -> None:
+        for node in frontier:
+            if node not in self.of_node:
+                self.of_node[node] = len(self.tokens)
+                self.tokens.append(draft.tokens[node])
+                self.parents.append(self.of_node[draft.parents[node]])
+
+    def tree(self) -> TokenTree:
+        return TokenTree(np.array(self.tokens), np.array(self.parents))
+
+    def path(self, tokens: list[int]) -> list[int]:
+        """The rows to keep when the text goes on with ``tokens``: all up to the root, then as far as was expanded."""
+        tree, row = self.tree(), len(self.unseen) - 1
+        path = list(range(len(self.unseen)))
+        for token in tokens[:-1]:  # the last one is the next root: its row belongs to the next tree
+            child = tree.child(row, token)
+            if child is None:
+                break
+            path.append(child)
+            row = child
+        return path

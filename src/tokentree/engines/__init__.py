@@ -1,0 +1,1 @@
+"""Engines: whatever holds weights and KV and can verify a tree."""

@@ -1,0 +1,80 @@
+"""What decoder and drafters know of an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from tokentree.sequence import Sequence
+from tokentree.tree import TokenTree
+
+
+@dataclass(frozen=True)
+class TargetOutput:
+    """What one forward says about the nodes of several trees.
+
+    Args:
+        all_logits: [rows, vocab], the rows of all trees behind one another.
+        starts: per tree, its first row.
+        firsts: per tree, the node that this row belongs to; earlier nodes were computed by an earlier forward.
+        seconds: the time of the forward.
+    """
+
+    all_logits: torch.Tensor
+    starts: list[int]
+    firsts: list[int]
+    seconds: float
+
+    def logits(self, tree: int, node: int) -> torch.Tensor:
+        """[vocab], the raw logits after ``node`` of tree number ``tree``."""
+        return self.all_logits[self._row(tree, node)]
+
+    def rows(self, tree: int, nodes: SequenceOf[int]) -> torch.Tensor:
+        """[len(nodes), vocab], the raw logits after each of ``nodes``."""
+        return self.all_logits[[self._row(tree, node) for node in nodes]]
+
+    def _row(self, tree: int, node: int) -> int:
+        if node < self.firsts[tree]:
+            raise IndexError(f"node {node} was computed by an earlier forward")
+        return self.starts[tree] + node - self.firsts[tree]
+
+
+class Engine(Protocol):
+    """Owns weights and KV. Batch-first: a batch of one is a list of one. KV is kept per `Sequence.id`.
+
+    Attributes:
+        vocab_size: width of the logits.
+        context: the most positions that the model can take.
+    """
+
+    vocab_size: int
+    context: int
+
+    def prefill(self, seq: Sequence) -> float:
+        """Commits KV for all tokens of ``seq`` but the last, as far as it isn't there; returns the seconds."""
+        ...
+
+    def verify(
+        self, seqs: SequenceOf[Sequence], trees: SequenceOf[TokenTree], firsts: SequenceOf[int] | None = None
+    ) -> TargetOutput:
+        """One forward over the nodes of all trees, each under its tree attention mask.
+
+        Writes provisional KV; a tree's root takes the position after the committed ones. With ``firsts``, the nodes
+        of tree i below ``firsts[i]`` keep the provisional KV of the calls before, and only the others are computed.
+        """
+        ...
+
+    def commit(self, seqs: SequenceOf[Sequence], paths: SequenceOf[list[int]]) -> None:
+        """Makes the KV of ``paths`` permanent (nodes of the last trees, root included) and drops the rest."""
+        ...
+
+    def committed(self, seq: Sequence) -> int:
+        """How many tokens of ``seq`` have permanent KV."""
+        ...
+
+    def release(self, seqs: SequenceOf[Sequence]) -> None:
+        """Forgets the KV of ``seqs``."""
+        ...

@@ -1,0 +1,85 @@
+"""A model made ready for an engine, without touching the one that was given.
+
+`private_copy` copies the tree of modules and shares the weights; `pack_linears` then exchanges, in that copy, the
+linear layers for ones whose weights are packed once. torch's `F.linear` packs them again at every call on a CPU,
+which takes as long as the product itself.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+
+def private_copy(model: PreTrainedModel, attention: str) -> PreTrainedModel:
+    """A copy of the modules and the configuration of ``model`` that shares its weights and uses ``attention``."""
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = attention
+    seen: dict[int, nn.Module] = {}
+
+    def twin(module: nn.Module) -> nn.Module:
+        if id(module) in seen:
+            return seen[id(module)]
+        new = seen[id(module)] = module.__class__.__new__(module.__class__)
+        new.__dict__ = {
+            key: copy.copy(value) if isinstance(value, dict) else value for key, value in module.__dict__.items()
+        }
+        new._modules = {name: child if child is None else twin(child) for name, child in module._modules.items()}
+        if new.__dict__.get("config") is model.config:
+            new.__dict__["config"] = config
+        return new
+
+    result = twin(model).eval()
+    assert isinstance(result, PreTrainedModel)
+    return result
+
+
+class PackedLinear(nn.Module):
+    """A linear layer on oneDNN's own weight layout. The bits of a row are the same beside any number of rows from 2 on."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)  # type: ignore[no-untyped-call]
+        self.bias = None if bias is None else bias.detach()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether this machine's torch can pack linear layers of that type."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return dtype is torch.float32 or (dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def pack_linears(model: PreTrainedModel, release: bool) -> None:
+    """Exchanges the linear layers of ``model`` (a `private_copy`) for packed ones.
+
+    Args:
+        release: drop each weight from the layer it came from once it is packed, so that memory does not double. Only
+            for a model that nobody else uses. Embeddings that are tied to a layer stay.
+    """
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    for parent, name, layer in list(_linears(model)):
+        weight = layer.weight.t().contiguous() if isinstance(layer, Conv1D) else layer.weight
+        setattr(parent, name, PackedLinear(weight, layer.bias))
+        if release and id(layer.weight) not in embeddings:
+            layer.weight.data = layer.weight.data.new_empty(0)
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear | Conv1D]]:
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            # other subclasses may do more than a product; Falcon's computes the same in two steps
+            if type(child).__name__ in ("Linear", "Conv1D", "FalconLinear") and isinstance(child, nn.Linear | Conv1D):
+                yield parent, name, child

@@ -1,0 +1,46 @@
+"""Which models can be decoded with a tree, and the reason where one can't."""
+
+from __future__ import annotations
+
+import inspect
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from tokentree.errors import ModelError
+
+ALIBI = {"bloom", "mpt"}
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Raises `ModelError`, with the reason, unless ``model`` can verify a tree."""
+    config, name = model.config, type(model).__name__
+    if getattr(config, "is_encoder_decoder", False) or model.get_output_embeddings() is None:
+        raise ModelError(f"{name} is not a decoder-only language model with an output layer")
+    if config.model_type in ALIBI or getattr(config, "alibi", False):
+        raise ModelError(
+            f"{name} uses ALiBi, which reads positions off the order of rows, and a tree's rows are not in order"
+        )
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if getattr(type(model), "_is_stateful", False) or kinds:
+        what = ", ".join(sorted(kinds)) or "a recurrent state"
+        raise ModelError(f"{name} has {what}: a state that can't be rolled back to an accepted path of a tree")
+    if getattr(config.get_text_config(), "attention_chunk_size", None):
+        raise ModelError(f"{name} attends in chunks, which this library has no mask for")
+    missing = {"position_ids", "attention_mask", "past_key_values"} - set(
+        inspect.signature(type(model).forward).parameters
+    )
+    if missing:
+        raise ModelError(f"{name} takes no {', '.join(sorted(missing))}, without which a tree can't be verified")
+
+
+def layer_windows(config: PretrainedConfig) -> dict[str, int | None]:
+    """The kinds of layer, each with its sliding window in positions, None where everything is seen."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return {kind: window if kind == "sliding_attention" else None for kind in dict.fromkeys(kinds)}
+    return {"every_layer": window if getattr(config, "use_sliding_window", True) else None}
+
+
+def has_softcap(config: PretrainedConfig) -> bool:
+    return getattr(config, "attn_logit_softcapping", None) is not None

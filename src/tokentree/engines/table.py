@@ -1,0 +1,74 @@
+"""A language model that is a table: exact, tiny, and strict about how it is called. For tests and for theory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+
+import torch
+
+from tokentree.engines.base import TargetOutput
+from tokentree.errors import OptionError
+from tokentree.sequence import Sequence
+from tokentree.tree import TokenTree
+
+
+class TableEngine:
+    """Logits looked up by the last few tokens.
+
+    Its "KV" is the list of committed tokens, so a drafter or decoder that commits the wrong rows gets logits that are
+    visibly wrong.
+
+    Args:
+        table: float[vocab, ..., vocab]; the leading axes are the last tokens, oldest first. Missing history counts as
+            token 0.
+
+    Raises:
+        OptionError: if the axes differ in length.
+    """
+
+    def __init__(self, table: torch.Tensor, context: int = 1 << 20) -> None:
+        if table.ndim < 2 or len(set(table.shape)) != 1:
+            raise OptionError("a table needs at least two axes, all as long as the vocabulary")
+        self.table, self.context, self.vocab_size = table, context, table.shape[-1]
+        self.forwards = 0
+        self._order = table.ndim - 1
+        self._committed: dict[int, list[int]] = {}
+        self._trees: dict[int, TokenTree] = {}
+
+    def logits_after(self, tokens: SequenceOf[int]) -> torch.Tensor:
+        """[vocab], the logits after ``tokens``."""
+        return self.table[tuple(([0] * self._order + list(tokens))[-self._order :])]
+
+    def prefill(self, seq: Sequence) -> float:
+        self._committed[seq.id] = seq.tokens[:-1]
+        return 0.0
+
+    def verify(
+        self, seqs: SequenceOf[Sequence], trees: SequenceOf[TokenTree], firsts: SequenceOf[int] | None = None
+    ) -> TargetOutput:
+        firsts = [0] * len(seqs) if firsts is None else list(firsts)
+        rows: list[torch.Tensor] = []
+        starts: list[int] = []
+        for seq, tree, first in zip(seqs, trees, firsts, strict=True):
+            starts.append(len(rows))
+            self._trees[seq.id] = tree
+            before = self._committed.setdefault(seq.id, [])
+            rows += [
+                self.logits_after([*before, *tree.tokens[tree.path(node)].tolist()]) for node in range(first, len(tree))
+            ]
+        self.forwards += 1
+        return TargetOutput(
+            torch.stack(rows) if rows else self.table.new_zeros(0, self.vocab_size), starts, firsts, 0.0
+        )
+
+    def commit(self, seqs: SequenceOf[Sequence], paths: SequenceOf[list[int]]) -> None:
+        for seq, path in zip(seqs, paths, strict=True):
+            self._committed[seq.id] = self._committed[seq.id] + self._trees[seq.id].tokens[path].tolist()
+
+    def committed(self, seq: Sequence) -> int:
+        return len(self._committed.get(seq.id, ()))
+
+    def release(self, seqs: SequenceOf[Sequence]) -> None:
+        for seq in seqs:
+            self._committed.pop(seq.id, None)
+            self._trees.pop(seq.id, None)

@@ -1,0 +1,194 @@
+"""The engine for transformers' decoder-only models, through their own forward."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Sequence as SequenceOf
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AttentionInterface, PreTrainedModel
+
+from tokentree.engines.attention import ONES, ForwardKV, Segment, dense_mask, tree_attention
+from tokentree.engines.base import TargetOutput
+from tokentree.engines.kv import KVLayout, SequenceKV
+from tokentree.engines.prepare import can_pack, pack_linears, private_copy
+from tokentree.engines.support import check_supported, has_softcap, layer_windows
+from tokentree.errors import ModelError
+from tokentree.sequence import Sequence
+from tokentree.tree import TokenTree
+
+AttentionInterface.register("tokentree", tree_attention)
+
+PREFILL_ROWS = 256
+PROBE = (0.11, 0.37, 0.23, 0.71, 0.53, 0.31)  # any tokens, as parts of the vocabulary
+
+
+class TorchEngine:
+    """Verifies trees on a transformers model, on CPU or CUDA.
+
+    The rows of all sequences go through the model as one batch row, without padding; only attention tells them apart.
+
+    Args:
+        model: a decoder-only model; it is not changed.
+        attention: ``"tree"`` (default on CPU) uses `tree_attention`, which gives the same bits in any batch and any
+            tree; ``"sdpa"`` (default elsewhere) lets the model attend by itself under a dense mask.
+        owns_model: nobody else uses ``model``, so its weights may be dropped once they are packed.
+
+    Raises:
+        ModelError: if the model can't be decoded with a tree, with the reason.
+    """
+
+    def __init__(self, model: PreTrainedModel, attention: str | None = None, owns_model: bool = False) -> None:
+        check_supported(model)
+        self.device, self.dtype = model.device, model.dtype
+        config = model.config.get_text_config()
+        self.context = int(config.max_position_embeddings)
+        self.attention = attention or self._best_attention(model)
+        self._attends_itself = self.attention == "sdpa"
+        if self.attention not in ("tree", "sdpa") or (self.attention == "tree" and not _uses_interface(model)):
+            raise ModelError(f"attention={attention!r} can't be used with {type(model).__name__}: use attention='sdpa'")
+
+        own_attention = "sdpa" if getattr(type(model), "_supports_sdpa", False) and not has_softcap(config) else "eager"
+        self._model = private_copy(model, own_attention)
+        self._windows = layer_windows(config)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+        reference = self._own_forward()
+        self._layout = self._learn_layout(reference.past_key_values)
+        if can_pack(self.dtype, self.device):
+            pack_linears(self._model, release=owns_model)
+        # On a CPU a product of fewer than four rows takes other code paths, whose bits differ, and is no faster.
+        self._min_rows = 4 if self.device.type == "cpu" else 1
+        if not self._attends_itself:
+            self._model.config._attn_implementation = "tokentree"
+        self._kv: dict[int, SequenceKV] = {}
+        self.vocab_size = int(reference.logits.shape[-1])
+        self._check_tree(reference.logits[0])
+
+    # -- the protocol ----------------------------------------------------------------------------------------------
+
+    def prefill(self, seq: Sequence) -> float:
+        started = time.perf_counter()
+        kv = self._kv_of(seq)
+        ids = seq.tokens[kv.length : -1]
+        for begin in range(0, len(ids), PREFILL_ROWS):
+            chunk = ids[begin : begin + PREFILL_ROWS]
+            kv.reserve(kv.length + len(chunk))
+            self._forward([Segment(kv, TokenTree.chain(chunk[0], chunk[1:]), 0, 0)], keep_logits=False)
+            kv.commit(range(len(chunk)))
+        return time.perf_counter() - started
+
+    @torch.inference_mode()
+    def verify(
+        self, seqs: SequenceOf[Sequence], trees: SequenceOf[TokenTree], firsts: SequenceOf[int] | None = None
+    ) -> TargetOutput:
+        started = time.perf_counter()
+        firsts = [0] * len(seqs) if firsts is None else list(firsts)
+        segments, starts, start = [], [], 0
+        for seq, tree, first in zip(seqs, trees, firsts, strict=True):
+            kv = self._kv_of(seq)
+            kv.reserve(kv.length + len(tree))
+            starts.append(start)
+            if first < len(tree):
+                segments.append(Segment(kv, tree, first, start))
+            start += len(tree) - first
+        logits = self._forward(segments, keep_logits=True)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return TargetOutput(logits, starts, firsts, time.perf_counter() - started)
+
+    @torch.inference_mode()
+    def commit(self, seqs: SequenceOf[Sequence], paths: SequenceOf[list[int]]) -> None:
+        for seq, path in zip(seqs, paths, strict=True):
+            self._kv_of(seq).commit(path)
+
+    def committed(self, seq: Sequence) -> int:
+        return self._kv_of(seq).length
+
+    def release(self, seqs: SequenceOf[Sequence]) -> None:
+        for seq in seqs:
+            self._kv.pop(seq.id, None)
+
+    # -- one forward -----------------------------------------------------------------------------------------------
+
+    def _kv_of(self, seq: Sequence) -> SequenceKV:
+        if seq.id not in self._kv:
+            self._kv[seq.id] = SequenceKV(self._layout, len(seq.prompt_ids) + seq.params.max_tokens + 64)
+        return self._kv[seq.id]
+
+    @torch.inference_mode()
+    def _forward(self, segments: SequenceOf[Segment], keep_logits: bool) -> torch.Tensor:
+        """[rows, vocab], or only the last row's logits where they are not kept (or all, if the model can't tell)."""
+        rows = sum(segment.count for segment in segments)
+        padding = max(0, self._min_rows - rows)
+        ids = np.concatenate([*(s.tree.tokens[s.first :] for s in segments), np.zeros(padding, np.int64)])
+        positions = np.concatenate([*(s.positions for s in segments), np.zeros(padding, np.int64)])
+        cache = ForwardKV(segments, self._attends_itself)
+        options: dict[str, Any] = {"logits_to_keep": 0 if keep_logits else 1} if self._keeps_logits else {}
+        mask: Any = None
+        if self._attends_itself:
+            by_kind = {
+                kind: dense_mask(segments, rows + padding, window, self.dtype, self.device)
+                for kind, window in self._windows.items()
+            }
+            mask = by_kind if len(by_kind) > 1 else next(iter(by_kind.values()))
+        else:
+            options["forward_kv"] = cache
+        out = self._model(
+            input_ids=torch.from_numpy(ids)[None].to(self.device),
+            position_ids=torch.from_numpy(positions)[None].to(self.device),
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+            **options,
+        )
+        logits: torch.Tensor = out.logits[0]
+        return logits[:rows] if keep_logits else logits
+
+    # -- at construction -------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _best_attention(model: PreTrainedModel) -> str:
+        return "tree" if model.device.type == "cpu" and _uses_interface(model) else "sdpa"
+
+    @torch.inference_mode()
+    def _own_forward(self) -> Any:
+        """What the model says of a few tokens by itself: causal attention, its own cache."""
+        ids = torch.tensor([self._probe()], device=self.device)
+        return self._model(input_ids=ids, use_cache=True, return_dict=True)
+
+    def _probe(self) -> list[int]:
+        size = self._model.get_input_embeddings().num_embeddings
+        return [int(part * size) for part in PROBE]
+
+    def _learn_layout(self, cache: Any) -> KVLayout:
+        layers = getattr(cache, "layers", [])
+        if not layers or any(not isinstance(getattr(layer, "keys", None), torch.Tensor) for layer in layers):
+            raise ModelError(
+                f"{type(self._model).__name__} keeps more than keys and values, which a tree can't roll back"
+            )
+        shapes = tuple((layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in layers)
+        if self._attends_itself:
+            return KVLayout(shapes, self.dtype, self.device)
+        return KVLayout(shapes, torch.promote_types(self.dtype, torch.float32), self.device, ones=ONES)
+
+    def _check_tree(self, expected: torch.Tensor) -> None:
+        """The same tokens as one branch of a tree, beside another branch, must give the same logits."""
+        main, half = self._probe(), len(PROBE) // 2
+        parents = [*range(-1, len(main) - 1), half - 1, *range(len(main), 2 * len(main) - half - 1)]
+        tree = TokenTree(np.array([*main, main[half] - 1, *main[half + 1 :]]), np.array(parents))
+        kv = SequenceKV(self._layout, len(tree))
+        got = self._forward([Segment(kv, tree, 0, 0)], keep_logits=True)[: len(main)].float()
+        error, spread = float((got - expected.float()).square().mean().sqrt()), float(expected.float().std())
+        if not error <= (0.001 if self.dtype in (torch.float32, torch.float64) else 0.1) * spread:
+            raise ModelError(
+                f"{type(self._model).__name__} does not give the same logits under a tree attention mask "
+                f"(off by {error:.3g} where logits spread by {spread:.3g}), so trees can't be verified with it"
+            )
+
+
+def _uses_interface(model: PreTrainedModel) -> bool:
+    return bool(getattr(type(model), "_supports_attention_backend", False))

@@ -1,0 +1,25 @@
+"""Everything this library raises for a mistake of its user; all of them are `ValueError`."""
+
+
+class TokenTreeError(ValueError):
+    """Base of the errors below: one sentence that says what is wrong and what would be right."""
+
+
+class TreeError(TokenTreeError):
+    """Arrays that are not a token tree."""
+
+
+class OptionError(TokenTreeError):
+    """An option that is unknown, out of range or in conflict with another."""
+
+
+class PromptError(TokenTreeError):
+    """A prompt that can't be decoded: empty, too long, unreadable."""
+
+
+class ModelError(TokenTreeError):
+    """A model that can't be loaded, or that this library can't decode with a tree."""
+
+
+class PairingError(TokenTreeError):
+    """Parts that don't fit each other: two tokenizers, a rule and a shape, a drafter and an engine."""

@@ -1,0 +1,336 @@
+"""Text in, text out."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tokentree.acceptance import acceptance
+from tokentree.decoder import Decoder, Watcher
+from tokentree.drafters.base import Drafter
+from tokentree.drafters.draft_model import DraftModel
+from tokentree.drafters.merged import Merged
+from tokentree.engines.torch import TorchEngine
+from tokentree.errors import OptionError, PairingError, PromptError
+from tokentree.loading import check_same_tokenizer, eos_ids, load_model, load_tokenizer, pick_device
+from tokentree.metrics import Metrics
+from tokentree.registry import drafter_class
+from tokentree.sampling import SamplingParams, seeded_noise
+from tokentree.sequence import FinishReason, Sequence, TokenLogprobs
+from tokentree.shapes import Shape
+from tokentree.shapes import shape as parse_shape
+from tokentree.text import Detokenizer
+
+Prompt = str | SequenceOf[int]
+Model = str | Path | PreTrainedModel
+DEFAULT_SHAPE = "dynamic:nodes=8,depth=4,top_k=4"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One decoded text.
+
+    Args:
+        text: the output, without special tokens and without what a stop string cut off.
+        token_ids: the output's tokens, all of them.
+        finish_reason: "stop" (a stop rule), "length" (a limit) or "interrupted" (the caller stopped).
+        logprobs: per token, if they were asked for.
+        metrics: what it cost.
+        prompt_token_ids: the prompt.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    logprobs: list[TokenLogprobs] | None
+    metrics: Metrics
+    prompt_token_ids: list[int]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a stream gives out: one token and the text that it made certain (may be empty). ``drafted`` tells an
+    accepted draft token from a bonus token."""
+
+    text: str
+    token_id: int | None
+    drafted: bool
+
+
+class LLM:
+    """A target model, a drafter and the loop.
+
+    Args:
+        model: a hub name, a folder of safetensors, a GGUF file, or a loaded transformers model (which stays as it is).
+        drafter: a name from the registry, a list of names to be merged, or a `Drafter`. Without one, ``draft_model`` if
+            draft models are given and ``ngram`` if not.
+        draft_model: one draft model or several (merged into one tree).
+        shape: how trees grow: see `tokentree.shapes.shape`.
+        accept: ``match`` or ``rejection`` (both lossless), or ``best_path`` (lossy).
+        dtype: ``float32``, ``bfloat16`` or ``float16``; by default the checkpoint's, and bfloat16 on CPUs that compute
+            in it.
+        device: by default the first GPU, if there is one.
+        attention: see `TorchEngine`.
+        tokenizer: by default the one that comes with the model.
+        max_batch: most sequences decoded together.
+        speculative_model, speculative_config: another spelling of ``draft_model`` and ``shape``:
+            ``{"mode": "tree", "depth": 3, "branching_factor": 2}`` or ``{"num_speculative_tokens": 4}``.
+        watch: called after each step, see `Decoder`.
+
+    Raises:
+        OptionError, ModelError, PairingError: all `ValueError`, each with one sentence that says what is wrong.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        drafter: str | SequenceOf[str] | Drafter | None = None,
+        draft_model: Model | SequenceOf[Model] | None = None,
+        shape: str | Shape | None = None,
+        accept: str = "match",
+        *,
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        attention: str | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        max_batch: int = 8,
+        speculative_model: Model | None = None,
+        speculative_config: dict[str, Any] | None = None,
+        watch: Watcher | None = None,
+    ) -> None:
+        if speculative_model is not None:
+            if draft_model is not None:
+                raise OptionError("speculative_model is another word for draft_model: give one of them")
+            draft_model = speculative_model
+        if speculative_config is not None:
+            if shape is not None:
+                raise OptionError("speculative_config says what shape says: give one of them")
+            shape = _shape_of(speculative_config)
+        if max_batch < 1:
+            raise OptionError("max_batch must be at least 1")
+        rule, form = acceptance(accept), parse_shape(shape or DEFAULT_SHAPE)  # before anything is loaded
+        place = model.device if isinstance(model, PreTrainedModel) else pick_device(device)
+        loaded = model if isinstance(model, PreTrainedModel) else load_model(model, dtype, place)
+        self.tokenizer = tokenizer or _tokenizer_of(model)
+        self.engine = TorchEngine(loaded, attention, owns_model=not isinstance(model, PreTrainedModel))
+        self.max_batch = max_batch
+        self._eos_ids = eos_ids(loaded, self.tokenizer)
+        drafts: list[Model] = [] if draft_model is None else _as_list(draft_model)
+        draft_engines = []
+        for draft in drafts:
+            name = draft.config._name_or_path if isinstance(draft, PreTrainedModel) else str(draft)
+            if self.tokenizer is not None:
+                check_same_tokenizer(self.tokenizer, _tokenizer_of(draft), name)
+            smaller = draft if isinstance(draft, PreTrainedModel) else load_model(draft, dtype, place)
+            engine = TorchEngine(smaller, attention, owns_model=not isinstance(draft, PreTrainedModel))
+            draft_engines.append((Path(name).stem or "draft_model", engine))
+        self._draft_engines = draft_engines
+        self.decoder = Decoder(self.engine, self._make_drafter(drafter), form, rule, watch)
+
+    # -- other ways to decode with the same model -----------------------------------------------------------------
+
+    def using(
+        self,
+        drafter: str | SequenceOf[str] | Drafter | None = None,
+        shape: str | Shape | None = None,
+        accept: str = "match",
+        watch: Watcher | None = None,
+    ) -> LLM:
+        """The same target and draft models with another drafter, shape or rule; nothing learnt is shared.
+
+        Raises:
+            OptionError, PairingError: as for the constructor.
+        """
+        twin = object.__new__(LLM)
+        twin.__dict__.update(self.__dict__)
+        form = parse_shape(shape or DEFAULT_SHAPE)
+        twin.decoder = Decoder(self.engine, self._make_drafter(drafter), form, acceptance(accept), watch)
+        return twin
+
+    def plain(self) -> LLM:
+        """The same model without speculation: one token per forward."""
+        return self.using("none")
+
+    def _make_drafter(self, drafter: str | SequenceOf[str] | Drafter | None) -> Drafter:
+        if isinstance(drafter, Drafter):
+            return drafter
+        if drafter is None:
+            drafter = "draft_model" if self._draft_engines else "ngram"
+        if not isinstance(drafter, str):
+            return Merged([self._make_drafter(name) for name in drafter])
+        kind = drafter_class(drafter)
+        if kind is Merged:
+            names = ["draft_model", "ngram"] if self._draft_engines else ["ngram"]
+            return Merged([self._make_drafter(name) for name in names])
+        if kind is not DraftModel:
+            return kind()
+        if not self._draft_engines:
+            raise PairingError("drafter='draft_model' needs draft_model=..., a smaller model with the same tokenizer")
+        drafters = [DraftModel(engine, self.engine.vocab_size, name) for name, engine in self._draft_engines]
+        return drafters[0] if len(drafters) == 1 else Merged(list(drafters))
+
+    # -- decoding --------------------------------------------------------------------------------------------------
+
+    def generate(
+        self, prompts: Prompt | SequenceOf[Prompt], params: SamplingParams | None = None, *, progress: bool = False
+    ) -> list[Result]:
+        """Decodes every prompt (a text or a list of token ids), `max_batch` at a time.
+
+        Returns:
+            The results in the order of the prompts; with ``params.n`` samples each, n results per prompt in a row.
+
+        Raises:
+            PromptError: if a prompt is empty or leaves no room in the context.
+        """
+        params = params or SamplingParams()
+        seqs = [self.sequence(prompt, params, sample) for prompt in _as_prompts(prompts) for sample in range(params.n)]
+        steps = self.decoder.run(seqs, self.max_batch)
+        for _ in _progress(steps, seqs) if progress else steps:
+            pass
+        return [self.result(seq) for seq in seqs]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
+        """Decodes one prompt and gives out each token as it comes: iterate over it, then read its `result`."""
+        return Stream(self, self.sequence(prompt, params or SamplingParams(), 0))
+
+    def chat(self, messages: SequenceOf[dict[str, str]], params: SamplingParams | None = None) -> Result:
+        """The model's answer to ``[{"role": "user", "content": "…"}, …]``."""
+        return self.generate([self.chat_prompt(messages)], params)[0]
+
+    def chat_prompt(self, messages: SequenceOf[dict[str, str]]) -> list[int]:
+        """The token ids of ``messages`` in the tokenizer's chat template, open for the model's answer.
+
+        Raises:
+            PromptError: if the tokenizer has no chat template.
+        """
+        if self.tokenizer is None or not self.tokenizer.chat_template:
+            raise PromptError("this model's tokenizer has no chat template: give a plain prompt instead")
+        ids = self.tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        return [int(token) for token in ids]
+
+    def sequence(self, prompt: Prompt, params: SamplingParams, sample: int = 0) -> Sequence:
+        """A request ready for the decoder."""
+        if isinstance(prompt, str):
+            if not prompt:
+                raise PromptError("the prompt is empty: give at least one token")
+            if self.tokenizer is None:
+                raise PromptError("this model came without a tokenizer: give token ids, or pass tokenizer=")
+            ids = self.tokenizer(prompt).input_ids
+        else:
+            ids = list(prompt)
+            if any(not 0 <= token < self.engine.vocab_size for token in ids):
+                raise PromptError(f"a token id of the prompt is outside the vocabulary of {self.engine.vocab_size}")
+        if params.stop and self.tokenizer is None:
+            raise PromptError("stop strings need a tokenizer: pass tokenizer=, or use stop_token_ids")
+        seed = params.seed if params.seed is not None else secrets.randbits(63)
+        detokenizer = self.detokenizer() if self.tokenizer is not None else None
+        noise = seeded_noise(seed, sample)
+        return Sequence(ids, params, noise, self.engine.context, self._eos_ids, detokenizer)
+
+    def detokenizer(self) -> Detokenizer:
+        tokenizer = self.tokenizer
+        assert tokenizer is not None
+        return Detokenizer(lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)))
+
+    def result(self, seq: Sequence) -> Result:
+        """What ``seq`` came to so far."""
+        text = ""
+        if seq.detokenizer is not None:
+            whole = seq.detokenizer.copy()
+            whole.finish()
+            text = whole.text[: seq.text_end]
+        logprobs = seq.logprobs if seq.params.logprobs is not None else None
+        return Result(text, seq.output_ids, seq.finish_reason or "interrupted", logprobs, seq.metrics, seq.prompt_ids)
+
+
+class Stream:
+    """The tokens of one request as they come. `result` is what there is so far, also after an interruption."""
+
+    def __init__(self, llm: LLM, seq: Sequence) -> None:
+        self._llm, self._seq = llm, seq
+        self._pieces = self._run()
+
+    def __iter__(self) -> Iterator[Piece]:
+        return self._pieces
+
+    def close(self) -> None:
+        """Stops decoding and forgets the request's KV."""
+        self._pieces.close()
+
+    @property
+    def result(self) -> Result:
+        return self._llm.result(self._seq)
+
+    def _run(self) -> Any:
+        seq, held = self._seq, list[Piece]()
+        detokenizer = self._llm.detokenizer() if self._llm.tokenizer is not None else None
+        hold = max((len(stop) - 1 for stop in seq.params.stop), default=0)  # may be the start of a stop string
+        shown = known = 0
+        for _ in self._llm.decoder.run([seq], 1):
+            new = seq.output_ids[known:]
+            known += len(new)
+            for place, token in enumerate(new):
+                text = detokenizer.push([token]) if detokenizer is not None else ""
+                held.append(Piece(text, token, drafted=place < len(new) - 1))
+            if seq.finished and detokenizer is not None:
+                held.append(Piece(detokenizer.finish(), None, drafted=False))
+            length = len(detokenizer.text) if detokenizer is not None else 0
+            limit = length - hold if not seq.finished else length if seq.text_end is None else seq.text_end
+            while held and (shown + len(held[0].text) <= limit or seq.finished):
+                piece = held.pop(0)
+                text = piece.text[: max(0, limit - shown)]
+                shown += len(piece.text)
+                yield Piece(text, piece.token_id, piece.drafted)
+
+
+def _tokenizer_of(model: Model) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a named model; of a loaded one, if the place it was loaded from is known."""
+    if not isinstance(model, PreTrainedModel):
+        return load_tokenizer(model)
+    name = model.config._name_or_path
+    return load_tokenizer(name) if name and Path(name).is_dir() else None
+
+
+def _as_list(models: Model | SequenceOf[Model]) -> list[Model]:
+    return [models] if isinstance(models, str | Path | PreTrainedModel) else list(models)
+
+
+def _as_prompts(prompts: Prompt | SequenceOf[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str) or (prompts and all(isinstance(token, int) for token in prompts)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _shape_of(config: dict[str, Any]) -> str:
+    """The shape that a ``speculative_config`` asks for."""
+    known = {"mode", "depth", "branching_factor", "num_speculative_tokens"}
+    if unknown := sorted(set(config) - known):
+        raise OptionError(f"unknown speculative_config key {unknown[0]!r}: it takes {', '.join(sorted(known))}")
+    mode = config.get("mode", "tree" if "depth" in config else "chain")
+    depth = config.get("depth", config.get("num_speculative_tokens", 3))
+    width = config.get("branching_factor", 2 if mode == "tree" else 1)
+    if mode not in ("tree", "chain") or (mode == "chain" and width != 1):
+        raise OptionError('speculative_config takes mode "tree", or mode "chain" with one branch')
+    if not all(type(number) is int and number >= 1 for number in (depth, width)):
+        raise OptionError("depth and branching_factor of speculative_config are whole numbers of at least 1")
+    return "x".join([str(width)] * depth)
+
+
+def _progress(steps: Iterable[list[Sequence]], seqs: list[Sequence]) -> Iterator[list[Sequence]]:
+    from rich.progress import Progress
+
+    with Progress(transient=True) as bar:
+        task = bar.add_task("decoding", total=sum(seq.params.max_tokens for seq in seqs))
+        for active in steps:
+            done = sum(seq.params.max_tokens if seq.finished else seq.metrics.new_tokens for seq in seqs)
+            bar.update(task, completed=done)
+            yield active

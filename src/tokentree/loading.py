@@ -1,0 +1,126 @@
+"""Models and tokenizers from wherever a user has them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from tokentree.errors import ModelError, OptionError, PairingError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(device: str | torch.device | None) -> torch.device:
+    """``device``, or the first GPU, or the CPU.
+
+    Raises:
+        OptionError: if it isn't there.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise OptionError(f"device {str(device)!r} can't be used: {str(error).splitlines()[0]}") from None
+    return torch.device(device)
+
+
+def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | None:
+    """The type asked for; otherwise bfloat16 on CPUs that compute in it, float32 on other CPUs; None elsewhere, which
+    leaves it to the checkpoint.
+
+    Raises:
+        OptionError: if it is none of `DTYPES`.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype is not None:
+        if dtype not in DTYPES:
+            raise OptionError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+        return DTYPES[dtype]
+    if device.type != "cpu":
+        return None
+    native = torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def load_model(name: str | Path, dtype: str | torch.dtype | None, device: torch.device) -> PreTrainedModel:
+    """The causal language model ``name``: a hub name, a folder of safetensors, or a GGUF file.
+
+    Raises:
+        ModelError: if it can't be loaded, with the reason.
+    """
+    where, options = _where(name)
+    if options:  # unpack the blocks: packed ones can be multiplied only by kernels that few machines have
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    try:
+        wanted = pick_dtype(dtype, device) or "auto"
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=wanted, **options)
+    except (OSError, ValueError, KeyError, ImportError, NotImplementedError) as error:
+        raise ModelError(f"can't load the model {str(name)!r}: {_reason(error)}") from None
+    assert isinstance(model, PreTrainedModel)
+    return model.to(device).eval()  # type: ignore[arg-type]
+
+
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that comes with the model ``name``.
+
+    Raises:
+        ModelError: if it can't be loaded, with the reason.
+    """
+    where, options = _where(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    except (OSError, ValueError, KeyError, ImportError, NotImplementedError) as error:
+        raise ModelError(f"can't load the tokenizer of {str(name)!r}: {_reason(error)}") from None
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
+def _where(name: str | Path) -> tuple[str, dict[str, Any]]:
+    """What transformers wants to be told: a name, and the GGUF file if it is one."""
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"there is no file {str(name)!r}")
+        return str(path.parent), {"gguf_file": path.name}
+    looks_local = path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1
+    if looks_local and not path.is_dir():
+        raise ModelError(f"there is no folder {str(name)!r}")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ModelError(f"the folder {str(name)!r} has no config.json, so it is not a model")
+    return str(path if path.is_dir() else name), {}
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of an error that was written for a longer page."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
+    """Every token that ends a text, by the generation config and by the tokenizer."""
+    found: set[int] = set()
+    for source in (model.generation_config, model.config, tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        found.update([ids] if isinstance(ids, int) else ids or ())
+    return frozenset(found)
+
+
+def check_same_tokenizer(
+    target: PreTrainedTokenizerBase | None, draft: PreTrainedTokenizerBase | None, name: str
+) -> None:
+    """Raises `PairingError` unless both give a text the same ids. Vocabulary sizes say nothing: checkpoints pad them."""
+    if target is None or draft is None:
+        return
+    ours, theirs = target.get_vocab(), draft.get_vocab()
+    if ours == theirs:
+        return
+    odd = sorted(set(ours.items()) ^ set(theirs.items()), key=lambda item: item[1])[0][0]
+    raise PairingError(
+        f"the draft model {name!r} has another tokenizer ({len(theirs)} tokens, the target {len(ours)}; they differ on "
+        f"{odd!r}): choose a draft model of the target's own family"
+    )

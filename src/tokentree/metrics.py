@@ -1,0 +1,69 @@
+"""What a request cost and what speculation gained on it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class Metrics:
+    """Counts and seconds of one request. In a batch, each request is charged the seconds of the steps it was in.
+
+    ``offered_by_depth[d]`` counts steps whose tree reached depth d + 1, ``accepted_by_depth[d]`` those that had a
+    node accepted there.
+    """
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    target_forwards: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    refused_steps: int = 0
+    accepted_by_depth: list[int] = field(default_factory=list)
+    offered_by_depth: list[int] = field(default_factory=list)
+    accepted_by_source: dict[str, int] = field(default_factory=dict)
+    prefill_seconds: float = 0.0
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    accept_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    lossy: bool = False
+
+    @property
+    def mean_accepted_length(self) -> float:
+        """Tokens emitted per target forward, bonus included, pooled over steps (the convention of Spec-Bench,
+        Xia et al. 2024, arXiv:2401.07851). Plain decoding has 1."""
+        return self.new_tokens / self.target_forwards if self.target_forwards else 0.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted draft tokens / (accepted draft tokens + steps that stopped before a leaf)."""
+        tries = self.accepted_tokens + self.refused_steps
+        return self.accepted_tokens / tries if tries else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens per second of decoding; prefill is not counted."""
+        return self.new_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    def count_step(self, depth: int, nodes: int, accepted: int, refused: bool) -> None:
+        """Counts one verify step: a tree of ``nodes`` candidates down to ``depth``, ``accepted`` of them kept."""
+        self.target_forwards += 1
+        self.drafted_tokens += nodes
+        self.accepted_tokens += accepted
+        self.refused_steps += refused
+        missing = depth - len(self.offered_by_depth)
+        self.offered_by_depth += [0] * missing
+        self.accepted_by_depth += [0] * missing
+        for level in range(depth):
+            self.offered_by_depth[level] += 1
+            self.accepted_by_depth[level] += level < accepted
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain numbers, the derived figures included."""
+        return asdict(self) | {
+            "mean_accepted_length": self.mean_accepted_length,
+            "acceptance_rate": self.acceptance_rate,
+            "tokens_per_second": self.tokens_per_second,
+        }

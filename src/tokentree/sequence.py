@@ -1,0 +1,162 @@
+"""One text being decoded: its tokens, its limits, its stop rules and its random stream."""
+
+from __future__ import annotations
+
+import itertools
+from collections import abc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from tokentree.errors import PromptError
+from tokentree.metrics import Metrics
+from tokentree.sampling import Noise, SamplingParams, greedy, process_logits, to_probs
+from tokentree.text import Detokenizer
+
+FinishReason = Literal["stop", "length", "interrupted"]
+
+ACCEPT, DRAFT = 0, 1  # what the random numbers of a position are for
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """What one verify step adds to a sequence.
+
+    Args:
+        path: the accepted nodes, from the root (0, included) down.
+        tokens: the new tokens, one for each node of ``path``: those of ``path[1:]``, then the bonus token.
+        refused: whether the walk ended at a node whose children were all refused, rather than at a leaf.
+        finish_reason: set where the text ends with these tokens.
+        text_end: set where a stop string ends it: how many characters of the output's text come before.
+    """
+
+    path: list[int]
+    tokens: list[int]
+    refused: bool = False
+    finish_reason: FinishReason | None = None
+    text_end: int | None = None
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Raw log-probabilities at one position: of the emitted token, and of the most probable ones."""
+
+    token: int
+    logprob: float
+    top: dict[int, float]
+
+
+@dataclass(eq=False)
+class Sequence:
+    """The state of one text. Engines and drafters keep what they know of it themselves, under its `id`.
+
+    Args:
+        prompt_ids: the prompt, at least one token.
+        params: how it is decoded.
+        noise: its random stream, ``(position, purpose) -> Noise``.
+        context: the most positions that prompt and output may fill together.
+        eos_ids: tokens that end the text.
+        detokenizer: needed for stop strings.
+        stop_rules: further rules, called with all ids after each new token; any True ends the text.
+
+    Raises:
+        PromptError: if the prompt is empty or leaves no room in the context.
+    """
+
+    prompt_ids: list[int]
+    params: SamplingParams
+    noise: Callable[[int, int], Noise]
+    context: int
+    eos_ids: frozenset[int] = frozenset()
+    detokenizer: Detokenizer | None = None
+    stop_rules: abc.Sequence[Callable[[list[int]], bool]] = ()
+    id: int = field(default_factory=itertools.count().__next__)
+    metrics: Metrics = field(default_factory=Metrics)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    text_end: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.prompt_ids:
+            raise PromptError("the prompt is empty: give at least one token")
+        if len(self.prompt_ids) >= self.context:
+            raise PromptError(
+                f"the prompt has {len(self.prompt_ids)} tokens and the context holds {self.context}: "
+                "no room for an answer"
+            )
+        self.tokens = list(self.prompt_ids)
+        self.metrics.prompt_tokens = len(self.prompt_ids)
+
+    @property
+    def output_ids(self) -> list[int]:
+        return self.tokens[len(self.prompt_ids) :]
+
+    @property
+    def room(self) -> int:
+        """How many tokens may still be added."""
+        new = len(self.tokens) - len(self.prompt_ids)
+        return min(self.params.max_tokens - new, self.context - len(self.tokens))
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    # -- what the target says at a node ---------------------------------------------------------------------------
+
+    def processed(self, logits: torch.Tensor, path: abc.Sequence[int]) -> torch.Tensor:
+        """float32[vocab]: ``logits`` at the node reached by the tokens ``path`` below the root, all rules applied."""
+        output = [*self.output_ids, *path]
+        banned: tuple[int, ...] = ()
+        if len(output) < self.params.min_tokens:
+            banned = tuple({*self.eos_ids, *self.params.stop_token_ids})
+        return process_logits(logits, self.params, self.prompt_ids, output, banned)
+
+    def draw(self, logits: torch.Tensor, path: abc.Sequence[int]) -> int:
+        """The token that plain decoding emits after ``path``, given raw ``logits`` [vocab] there: drawn with the
+        noise of that absolute position, so that it depends on nothing else."""
+        scores = self.processed(logits, path)
+        if self.params.is_greedy:
+            return greedy(scores)
+        return self.noise_after(path, ACCEPT).choose(to_probs(scores, self.params))
+
+    def noise_after(self, path: abc.Sequence[int], purpose: int) -> Noise:
+        """The random numbers of the position that follows ``path``."""
+        return self.noise(len(self.tokens) + len(path), purpose)
+
+    # -- growing ---------------------------------------------------------------------------------------------------
+
+    def truncate(self, accepted: Accepted) -> Accepted:
+        """Cuts what a step adds where a limit or a stop rule ends the text."""
+        detokenizer = self.detokenizer.copy() if self.detokenizer and self.params.stop else None
+        for count in range(1, len(accepted.tokens) + 1):
+            new = accepted.tokens[:count]
+            stopped, text_end = self._stops(new, detokenizer)
+            if stopped or count == self.room:
+                refused = accepted.refused and count == len(accepted.tokens)
+                return Accepted(accepted.path[:count], new, refused, "stop" if stopped else "length", text_end)
+        return accepted
+
+    def _stops(self, new: list[int], detokenizer: Detokenizer | None) -> tuple[bool, int | None]:
+        """Whether the text ends with the last of the tokens ``new``, and where a stop string cuts it."""
+        token, params, text_end = new[-1], self.params, None
+        if detokenizer is not None:
+            before = len(detokenizer.text)
+            detokenizer.push([token])
+            places = [detokenizer.text.find(stop, max(0, before - len(stop) + 1)) for stop in params.stop]
+            text_end = min((place for place in places if place >= 0), default=None)
+        if len(self.tokens) + len(new) - len(self.prompt_ids) < params.min_tokens:
+            return False, None
+        ends = (token in self.eos_ids and not params.ignore_eos) or token in params.stop_token_ids
+        ends = ends or any(rule([*self.tokens, *new]) for rule in self.stop_rules)
+        return ends or text_end is not None, text_end
+
+    def extend(self, accepted: Accepted) -> None:
+        """Makes the tokens of a truncated step part of the text."""
+        self.tokens += accepted.tokens
+        self.metrics.new_tokens += len(accepted.tokens)
+        self.finish_reason, self.text_end = accepted.finish_reason, accepted.text_end
+        if self.detokenizer is not None:
+            for token in accepted.tokens:
+                self.detokenizer.push([token])

@@ -1,0 +1,66 @@
+"""EAGLE-2's dynamic tree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+
+from tokentree.draft import Draft
+from tokentree.errors import OptionError
+from tokentree.sequence import Sequence
+from tokentree.shapes.base import Shape
+
+
+class Dynamic(Shape):
+    """Expand the most probable nodes of each level, then keep the most probable nodes of all (EAGLE-2, Li et al.
+    2024, arXiv:2406.16858, section 4).
+
+    A node that could no longer be among the kept ones is not expanded, as its children couldn't be either.
+
+    Args:
+        nodes: nodes of the tree, root included, that is, rows of the verify.
+        depth: candidates on the longest path.
+        top_k: children per expanded node, and expanded nodes per level.
+
+    Raises:
+        OptionError: if a number is too small to make a tree.
+    """
+
+    def __init__(self, nodes: int = 16, depth: int = 6, top_k: int = 8) -> None:
+        if nodes < 2 or depth < 1 or top_k < 1:
+            raise OptionError("a dynamic shape needs nodes of at least 2, depth of at least 1 and top_k of at least 1")
+        self.max_nodes, self.max_depth, self.top_k = nodes, depth, top_k
+
+    def counts(self, seq: Sequence, draft: Draft, frontier: SequenceOf[int]) -> list[int]:
+        if draft.sampled is None:
+            return [min(self.top_k, self.max_nodes - 1)] * len(frontier)
+        # Drawn children are never dropped, so the budget is spent in advance: what is left is spread over the levels
+        # to come, and each level's share goes to its nodes one child at a time, the most probable node first.
+        left = self.max_nodes - len(draft)
+        share = -(-left // (self.max_depth - draft.depths[frontier[0]])) if frontier else 0
+        counts = dict.fromkeys(sorted(frontier, key=lambda node: -draft.log_scores[node]), 0)
+        while share > 0 and min(counts.values()) < self.top_k:
+            for node in list(counts)[:share]:
+                counts[node] += 1
+            share -= len(counts)
+        return [min(counts[node], self.top_k) for node in frontier]
+
+    def select(self, seq: Sequence, draft: Draft, level: SequenceOf[int]) -> list[int]:
+        if not level or draft.depths[level[0]] >= self.max_depth:
+            return []
+        best = sorted(level, key=lambda node: -draft.log_scores[node])[: self.top_k]
+        if draft.sampled is None:
+            kept = set(self._most_probable(draft))
+            best = [node for node in best if node in kept]
+        elif len(draft) >= self.max_nodes:
+            best = []
+        return sorted(best)
+
+    def prune(self, seq: Sequence, draft: Draft) -> Draft:
+        return draft if draft.sampled is not None else draft.take(sorted(self._most_probable(draft)))
+
+    def _most_probable(self, draft: Draft) -> list[int]:
+        shallow = [node for node in range(len(draft)) if draft.depths[node] <= self.max_depth]
+        return sorted(shallow, key=lambda node: -draft.log_scores[node])[: self.max_nodes]  # stable: parents first
+
+    def __repr__(self) -> str:
+        return f"dynamic:nodes={self.max_nodes},depth={self.max_depth},top_k={self.top_k}"

@@ -1,0 +1,59 @@
+"""Shapes by name, as users write them."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+
+from tokentree.errors import OptionError
+from tokentree.shapes.base import Shape
+from tokentree.shapes.dynamic import Dynamic
+from tokentree.shapes.static import Static
+
+FORMS = "2x2x2, chain:4, paths:[[0],[0,0],[1]] or dynamic:nodes=16,depth=6,top_k=8"
+
+
+def shape(text: str | Shape) -> Shape:
+    """The shape that ``text`` names: ``2x2x2``, ``chain:4``, ``paths:[[0],[0,0],[1]]``, ``dynamic:nodes=16,depth=6``.
+
+    Raises:
+        OptionError: if it names none.
+    """
+    if isinstance(text, Shape):
+        return text
+    name, _, rest = text.strip().partition(":")
+    if re.fullmatch(r"\d+(x\d+)*", text.strip()):
+        return Static([int(width) for width in text.split("x")])
+    if name == "chain" and rest.isdecimal():
+        if int(rest) < 1:
+            raise OptionError("a chain needs a length of at least 1")
+        return Static([1] * int(rest))
+    if name == "paths":
+        return Static(paths=_rank_paths(rest))
+    if name == "dynamic":
+        return Dynamic(**_numbers(rest, Dynamic))
+    raise OptionError(f"{text!r} is not a shape: write {FORMS}")
+
+
+def _rank_paths(text: str) -> list[list[int]]:
+    try:
+        paths = json.loads(text)
+    except json.JSONDecodeError:
+        paths = None
+    if not isinstance(paths, list) or not all(isinstance(p, list) and all(type(r) is int for r in p) for p in paths):
+        raise OptionError(f"{text!r} is not a list of rank paths: write paths:[[0],[0,0],[1]]")
+    return paths
+
+
+def _numbers(text: str, kind: type[Shape]) -> dict[str, int]:
+    known = list(inspect.signature(kind).parameters)
+    numbers = {}
+    for part in filter(None, text.split(",")):
+        key, _, value = part.partition("=")
+        if key not in known or not value.isdecimal():
+            raise OptionError(
+                f"{part!r} is not an option of this shape: it takes {', '.join(known)}, each a whole number"
+            )
+        numbers[key] = int(value)
+    return numbers

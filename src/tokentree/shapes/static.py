@@ -1,0 +1,77 @@
+"""Trees of one fixed form: a branching factor per depth, or explicit rank paths."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+
+from tokentree.draft import Draft
+from tokentree.errors import OptionError
+from tokentree.sequence import Sequence
+from tokentree.shapes.base import Shape
+
+
+class Static(Shape):
+    """The same tree at every step: SpecInfer's expansion configuration, or Medusa's choices.
+
+    Args:
+        branching: children per node at each depth, as in ``(2, 2, 2)``; ``(1, 1, 1, 1)`` is a chain.
+        paths: instead of it, rank paths such as ``[(0,), (0, 0), (1,)]``; prefixes are added.
+
+    Raises:
+        OptionError: if both or neither are given, or one of the numbers makes no tree.
+    """
+
+    def __init__(self, branching: SequenceOf[int] = (), paths: Iterable[SequenceOf[int]] = ()) -> None:
+        choices = {tuple(path[: end + 1]) for path in paths for end in range(len(path))}
+        if bool(branching) == bool(choices):
+            raise OptionError(
+                "a static shape takes a branching factor for at least one depth, or at least one rank path"
+            )
+        if any(width < 1 for width in branching):
+            raise OptionError("a branching factor must be at least 1")
+        if any(rank < 0 for path in choices for rank in path):
+            raise OptionError("ranks count from 0")
+        self.branching = tuple(branching)
+        self.choices = frozenset(choices)
+        self._widths: dict[tuple[int, ...], int] = {}  # children by rank path, where paths are explicit
+        for path in choices:
+            self._widths[path[:-1]] = max(self._widths.get(path[:-1], 0), path[-1] + 1)
+        if branching:
+            self.max_depth = len(branching)
+            self.max_nodes = sum(math.prod(branching[:depth]) for depth in range(len(branching) + 1))
+        else:
+            self.max_depth = max(map(len, choices))
+            self.max_nodes = 1 + len(choices)
+
+    def counts(self, seq: Sequence, draft: Draft, frontier: SequenceOf[int]) -> list[int]:
+        if self.branching:
+            return [self.branching[draft.depths[node]] for node in frontier]
+        if draft.sampled is not None:  # the i-th drawn child takes the place of the i-th rank that is there
+            return [sum(path[:-1] == draft.rank_path(node) for path in self.choices) for node in frontier]
+        return [self._widths.get(draft.rank_path(node), 0) for node in frontier]
+
+    def select(self, seq: Sequence, draft: Draft, level: SequenceOf[int]) -> list[int]:
+        if self.branching:
+            return [node for node in level if draft.depths[node] < self.max_depth]
+        return [node for node in level if draft.rank_path(node) in self._widths]
+
+    def prune(self, seq: Sequence, draft: Draft) -> Draft:
+        if draft.sampled is not None:
+            return draft
+        kept: dict[int, tuple[int, ...]] = {0: ()}  # rank paths, ranks counted anew by score
+        for node, children in enumerate(draft.tree.children):
+            if node in kept:
+                best = sorted(children, key=lambda child: -draft.log_scores[child])
+                ranked = {child: (*kept[node], rank) for rank, child in enumerate(best)}
+                kept |= {child: path for child, path in ranked.items() if self._has(path)}
+        return draft.take(sorted(kept))
+
+    def _has(self, path: tuple[int, ...]) -> bool:
+        if self.branching:
+            return len(path) <= self.max_depth and path[-1] < self.branching[len(path) - 1]
+        return path in self.choices
+
+    def __repr__(self) -> str:
+        return "x".join(map(str, self.branching)) if self.branching else f"paths:{sorted(map(list, self.choices))}"

@@ -1,0 +1,213 @@
+"""The token tree: candidate continuations of one text, as numpy arrays.
+
+Node 0 is the *root*, the last token of the text so far. Every other node is a candidate token that follows its
+parent. A path from the root is one candidate continuation; a chain is a tree with one child per node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokentree.errors import TreeError
+
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenTree:
+    """Tokens with parents, in an order where parents come first.
+
+    Args:
+        tokens: int64[n], the token of each node; ``tokens[0]`` is the root.
+        parents: int64[n], the parent's index; ``parents[0] == -1`` and ``0 <= parents[i] < i`` elsewhere.
+
+    Raises:
+        TreeError: if the arrays do not describe such a tree, or two siblings carry the same token.
+    """
+
+    tokens: Ints
+    parents: Ints
+
+    def __post_init__(self) -> None:
+        tokens = np.array(self.tokens, dtype=np.int64)
+        parents = np.array(self.parents, dtype=np.int64)
+        if tokens.ndim != 1 or tokens.shape != parents.shape or tokens.size == 0:
+            raise TreeError("a token tree needs as many parents as tokens, and at least a root")
+        if parents[0] != -1 or (parents[1:] < 0).any() or (parents[1:] >= np.arange(1, tokens.size)).any():
+            raise TreeError("parents must come before their children, and only node 0 is without one")
+        if len(set(zip(parents.tolist(), tokens.tolist(), strict=True))) < tokens.size:
+            raise TreeError("siblings must carry different tokens")
+        tokens.flags.writeable = parents.flags.writeable = False
+        object.__setattr__(self, "tokens", tokens)
+        object.__setattr__(self, "parents", parents)
+
+    # -- ways to make one ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def root(cls, token: int) -> TokenTree:
+        """The tree without candidates: verifying it is plain decoding."""
+        return cls(np.array([token]), np.array([-1]))
+
+    @classmethod
+    def chain(cls, root: int, tokens: Sequence[int]) -> TokenTree:
+        """One path: linear speculation."""
+        return cls(np.array([root, *tokens]), np.arange(-1, len(tokens)))
+
+    @classmethod
+    def from_paths(cls, root: int, paths: Iterable[Sequence[int]]) -> TokenTree:
+        """The tree of all ``paths`` (token ids below the root), equal prefixes joined."""
+        tokens, parents, known = [root], [-1], dict[tuple[int, int], int]()
+        for path in paths:
+            node = 0
+            for token in map(int, path):
+                if (node, token) not in known:
+                    known[node, token] = len(tokens)
+                    tokens.append(token)
+                    parents.append(node)
+                node = known[node, token]
+        return cls(np.array(tokens), np.array(parents))
+
+    @classmethod
+    def from_levels(cls, root: int, branching: Sequence[int], tokens: Sequence[int]) -> TokenTree:
+        """The full static tree: every node at depth d has ``branching[d]`` children, tokens given in level order.
+
+        Raises:
+            TreeError: if a branching factor is below 1 or ``tokens`` does not fill the tree exactly.
+        """
+        if any(width < 1 for width in branching):
+            raise TreeError("a branching factor must be at least 1")
+        parents, level = [-1], [0]
+        for width in branching:
+            parents += [node for node in level for _ in range(width)]
+            level = list(range(len(parents) - len(level) * width, len(parents)))
+        if len(tokens) != len(parents) - 1:
+            raise TreeError(
+                f"branching {'x'.join(map(str, branching))} takes {len(parents) - 1} tokens, not {len(tokens)}"
+            )
+        return cls(np.array([root, *tokens]), np.array(parents))
+
+    @classmethod
+    def from_choices(
+        cls, root: int, choices: Iterable[Sequence[int]], candidates: Sequence[Sequence[int]]
+    ) -> TokenTree:
+        """The tree of explicit rank paths, as Medusa writes them (Cai et al. 2024, arXiv:2401.10774).
+
+        ``choices`` holds paths of ranks, ``candidates[d][r]`` the token of rank r at depth d + 1.
+        """
+        return cls.from_paths(root, ([candidates[d][r] for d, r in enumerate(path)] for path in choices))
+
+    @classmethod
+    def merge(cls, trees: Sequence[TokenTree]) -> tuple[TokenTree, list[Ints]]:
+        """One tree holding every path of ``trees`` (which share their root), equal paths joined.
+
+        Returns:
+            The merged tree and, for each input, int64[n] with the merged index of each of its nodes.
+
+        Raises:
+            TreeError: if there is no tree, or the roots differ.
+        """
+        if not trees or len({int(tree.tokens[0]) for tree in trees}) != 1:
+            raise TreeError("only trees with one and the same root can be merged")
+        tokens, parents, known, maps = [int(trees[0].tokens[0])], [-1], dict[tuple[int, int], int](), []
+        for tree in trees:
+            where = np.zeros(len(tree), dtype=np.int64)
+            for node in range(1, len(tree)):
+                key = int(where[tree.parents[node]]), int(tree.tokens[node])
+                if key not in known:
+                    known[key] = len(tokens)
+                    parents.append(key[0])
+                    tokens.append(key[1])
+                where[node] = known[key]
+            maps.append(where)
+        return cls(np.array(tokens), np.array(parents)), maps
+
+    # -- what it looks like -------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return int(self.tokens.size)
+
+    @cached_property
+    def depths(self) -> Ints:
+        """int64[n]: the root has depth 0."""
+        depths = np.zeros(len(self), dtype=np.int64)
+        for node in range(1, len(self)):
+            depths[node] = depths[self.parents[node]] + 1
+        return depths
+
+    @cached_property
+    def mask(self) -> Bools:
+        """bool[n, n]: ``mask[i, j]`` where node i sees node j, that is, j is i or one of its ancestors."""
+        mask = np.eye(len(self), dtype=np.bool_)
+        for node in range(1, len(self)):
+            mask[node] |= mask[self.parents[node]]
+        return mask
+
+    @cached_property
+    def children(self) -> tuple[tuple[int, ...], ...]:
+        """The children of each node, in index order."""
+        children: list[list[int]] = [[] for _ in range(len(self))]
+        for node in range(1, len(self)):
+            children[self.parents[node]].append(node)
+        return tuple(map(tuple, children))
+
+    def child(self, node: int, token: int) -> int | None:
+        """The child of ``node`` that carries ``token``, if there is one."""
+        return next((child for child in self.children[node] if self.tokens[child] == token), None)
+
+    @cached_property
+    def leaves(self) -> Ints:
+        """int64[k]: the nodes without children."""
+        return np.array([node for node, below in enumerate(self.children) if not below], dtype=np.int64)
+
+    def path(self, node: int) -> list[int]:
+        """The nodes from the root (included) down to ``node`` (included)."""
+        nodes = []
+        while node >= 0:
+            nodes.append(node)
+            node = int(self.parents[node])
+        return nodes[::-1]
+
+    def paths(self) -> list[list[int]]:
+        """The tokens below the root of every root-to-leaf path, in leaf order."""
+        return [self.tokens[self.path(leaf)[1:]].tolist() for leaf in self.leaves]
+
+    @cached_property
+    def is_chain(self) -> bool:
+        return bool((self.parents == np.arange(-1, len(self) - 1)).all())
+
+    # -- other orders and parts ---------------------------------------------------------------------------------
+
+    def depth_first(self) -> Ints:
+        """int64[n]: the nodes in depth-first order, children by index."""
+        order, stack = [], [0]
+        while stack:
+            node = stack.pop()
+            order.append(node)
+            stack.extend(reversed(self.children[node]))
+        return np.array(order, dtype=np.int64)
+
+    def level_order(self) -> Ints:
+        """int64[n]: the nodes by depth, then by index."""
+        return np.argsort(self.depths, kind="stable").astype(np.int64)
+
+    def take(self, nodes: Ints) -> TokenTree:
+        """The tree of ``nodes`` alone, in the order given.
+
+        Raises:
+            TreeError: if the order does not start at the root, or leaves out or postpones a node's parent.
+        """
+        nodes = np.asarray(nodes, dtype=np.int64)
+        if nodes.size == 0 or nodes[0] != 0:
+            raise TreeError("a part of a tree starts at the root")
+        where = np.full(len(self), -1, dtype=np.int64)
+        where[nodes] = np.arange(nodes.size)
+        parents = np.where(nodes == 0, -1, where[self.parents[nodes]])
+        if (parents[1:] < 0).any():
+            raise TreeError("a part of a tree holds the parent of each of its nodes")
+        return TokenTree(self.tokens[nodes], parents)
