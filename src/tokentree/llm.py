@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,7 +215,7 @@ class LLM:
         ids = self.tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
         )
-        return [int(token) for token in ids]
+        return [int(token) for token in ids]  # type: ignore[arg-type]
 
     def sequence(self, prompt: Prompt, params: SamplingParams, sample: int = 0) -> Sequence:
         """A request ready for the decoder."""
@@ -270,7 +270,7 @@ class Stream:
     def result(self) -> Result:
         return self._llm.result(self._seq)
 
-    def _run(self) -> Any:
+    def _run(self) -> Generator[Piece]:
         seq, held = self._seq, list[Piece]()
         detokenizer = self._llm.detokenizer() if self._llm.tokenizer is not None else None
         hold = max((len(stop) - 1 for stop in seq.params.stop), default=0)  # may be the start of a stop string

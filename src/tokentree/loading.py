@@ -62,7 +62,9 @@ def load_model(name: str | Path, dtype: str | torch.dtype | None, device: torch.
     except (OSError, ValueError, KeyError, ImportError, NotImplementedError) as error:
         raise ModelError(f"can't load the model {str(name)!r}: {_reason(error)}") from None
     assert isinstance(model, PreTrainedModel)
-    return model.to(device).eval()  # type: ignore[arg-type]
+    model.to(device)  # type: ignore[arg-type]
+    evaluated: PreTrainedModel = model.eval()
+    return evaluated
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
@@ -113,7 +115,7 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -
 def check_same_tokenizer(
     target: PreTrainedTokenizerBase | None, draft: PreTrainedTokenizerBase | None, name: str
 ) -> None:
-    """Raises `PairingError` unless both give a text the same ids. Vocabulary sizes say nothing: checkpoints pad them."""
+    """Raises `PairingError` unless both give a text the same ids. Vocabulary sizes say nothing: they are padded."""
     if target is None or draft is None:
         return
     ours, theirs = target.get_vocab(), draft.get_vocab()

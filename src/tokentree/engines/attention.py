@@ -207,7 +207,7 @@ def _attend(
     softcap: float | None, segment: Segment,
 ) -> torch.Tensor:  # fmt: skip
     """float32[n, heads, width] for one sequence; ``query`` is [heads, n, width]."""
-    heads, n, width = query.shape
+    _, n, width = query.shape
     kv_heads, group = keys.shape[0], query.shape[0] // keys.shape[0]
     value_width = values.shape[2] - ONES
     padded = -(-n * group // 16) * 16
@@ -249,7 +249,8 @@ def _attend(
             sums = torch.baddbmm(sums, w, v)
         sums = sums.unflatten(0, (kv_heads, n))[:, :, :group].flatten(1, 2)
     out = sums[:, : n * group, :value_width] / sums[:, : n * group, value_width : value_width + 1]
-    return out.unflatten(1, (n, group)).transpose(0, 1).flatten(1, 2)
+    rows: torch.Tensor = out.unflatten(1, (n, group)).transpose(0, 1).flatten(1, 2)
+    return rows
 
 
 def _fold(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

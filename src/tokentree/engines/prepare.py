@@ -26,9 +26,8 @@ def private_copy(model: PreTrainedModel, attention: str) -> PreTrainedModel:
         if id(module) in seen:
             return seen[id(module)]
         new = seen[id(module)] = module.__class__.__new__(module.__class__)
-        new.__dict__ = {
-            key: copy.copy(value) if isinstance(value, dict) else value for key, value in module.__dict__.items()
-        }
+        own = module.__dict__.items()
+        new.__dict__ = {key: copy.copy(value) if isinstance(value, dict) else value for key, value in own}
         new._modules = {name: child if child is None else twin(child) for name, child in module._modules.items()}
         if new.__dict__.get("config") is model.config:
             new.__dict__["config"] = config
@@ -40,12 +39,12 @@ def private_copy(model: PreTrainedModel, attention: str) -> PreTrainedModel:
 
 
 class PackedLinear(nn.Module):
-    """A linear layer on oneDNN's own weight layout. The bits of a row are the same beside any number of rows from 2 on."""
+    """A linear layer on oneDNN's own weight layout. A row has the same bits beside any number of rows from 2 on."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)  # type: ignore[no-untyped-call]
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
         self.bias = None if bias is None else bias.detach()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

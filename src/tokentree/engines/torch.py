@@ -161,7 +161,7 @@ class TorchEngine:
         return self._model(input_ids=ids, use_cache=True, return_dict=True)
 
     def _probe(self) -> list[int]:
-        size = self._model.get_input_embeddings().num_embeddings
+        size: int = self._model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
         return [int(part * size) for part in PROBE]
 
     def _learn_layout(self, cache: Any) -> KVLayout:
