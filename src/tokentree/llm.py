@@ -121,7 +121,7 @@ class LLM:
         self.tokenizer = tokenizer or _tokenizer_of(model)
         self.engine = TorchEngine(loaded, attention, owns_model=not isinstance(model, PreTrainedModel))
         self.max_batch = max_batch
-        self._eos_ids = eos_ids(loaded, self.tokenizer)
+        self.eos_ids = eos_ids(loaded, self.tokenizer)
         drafts: list[Model] = [] if draft_model is None else _as_list(draft_model)
         draft_engines = []
         for draft in drafts:
@@ -234,7 +234,7 @@ class LLM:
         seed = params.seed if params.seed is not None else secrets.randbits(63)
         detokenizer = self.detokenizer() if self.tokenizer is not None else None
         noise = seeded_noise(seed, sample)
-        return Sequence(ids, params, noise, self.engine.context, self._eos_ids, detokenizer)
+        return Sequence(ids, params, noise, self.engine.context, self.eos_ids, detokenizer)
 
     def detokenizer(self) -> Detokenizer:
         tokenizer = self.tokenizer

@@ -1,0 +1,1 @@
+"""Measuring: the same prompts decoded by several methods, interleaved, in one run."""

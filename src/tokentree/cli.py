@@ -1,0 +1,342 @@
+"""The command."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tokentree.errors import OptionError, PromptError, TokenTreeError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tokentree.llm import LLM
+    from tokentree.sampling import SamplingParams
+
+app = typer.Typer(
+    help="Decode several tokens per forward pass of a language model, with the text that plain decoding gives.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ModelOption = Annotated[str, typer.Option("--model", "-m", help="Hub name, folder of safetensors, or GGUF file.")]
+DraftOption = Annotated[
+    list[str] | None, typer.Option("--draft-model", "-d", help="A smaller model of the same family; may be repeated.")
+]
+DrafterOption = Annotated[str | None, typer.Option(help="none, ngram, draft_model, or several joined by '+'.")]
+ShapeOption = Annotated[
+    str | None, typer.Option(help="2x2x2, chain:4, paths:[[0],[0,0],[1]] or dynamic:nodes=16,depth=6,top_k=8.")
+]
+DepthOption = Annotated[int | None, typer.Option(help="Depth of a static tree, with --branching.")]
+BranchingOption = Annotated[int | None, typer.Option(help="Children per node of a static tree, with --depth.")]
+AcceptOption = Annotated[str, typer.Option(help="match or rejection (both lossless), or best_path (lossy).")]
+DtypeOption = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16; default: what the machine is good at.")
+]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; default: the first GPU, if any.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The prompt; '-' reads it from standard input.")],
+    model: ModelOption,
+    draft_model: DraftOption = None,
+    drafter: DrafterOption = None,
+    shape: ShapeOption = None,
+    depth: DepthOption = None,
+    branching: BranchingOption = None,
+    accept: AcceptOption = "match",
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    max_tokens: int = 256,
+    stop: Annotated[list[str] | None, typer.Option(help="End the text at this string; may be repeated.")] = None,
+    chat: Annotated[bool | None, typer.Option(help="Use the chat template; default: if the model has one.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Decode plainly too, and compare token ids.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Print what it cost.")] = False,
+    show_tree: Annotated[bool, typer.Option("--show-tree", help="Print the tree of each step.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Continue a prompt, or answer it."""
+    form = _shape(shape, depth, branching)
+    params = _params(
+        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,
+        seed=seed, max_tokens=max_tokens, stop=tuple(stop or ()),
+    )  # fmt: skip
+    text = _prompt_text(prompt)
+    console, errors = _consoles()
+    llm = _load(errors, model, draft_model, drafter, form, accept, dtype, device, threads)
+    ids = _encode(llm, text, chat)
+
+    from tokentree.show import comparison, figures, print_stream, tree_printer
+
+    if show_tree:
+        llm.decoder.watch = tree_printer(errors if as_json else console, llm)
+    stream = llm.stream(ids, params)
+    if as_json or show_tree:
+        _drain(stream)
+    else:
+        print_stream(console, stream)
+    result = stream.result
+    if show_tree and not as_json:
+        console.print(result.text, markup=False, highlight=False)
+    results = {"tree": result}
+    if compare:
+        llm.decoder.watch = None
+        with _working(errors, "decoding plainly"):
+            results["plain"] = llm.plain().generate([ids], params)[0]
+    if as_json:
+        print(json.dumps(_as_json(results), ensure_ascii=False))
+        return
+    if stats or compare:
+        console.print(figures(results))
+    if compare:
+        console.print(comparison(results["tree"], results["plain"]), highlight=False, soft_wrap=True)
+    if result.metrics.lossy:
+        console.print(f"accept={accept!r} is lossy: this is not what plain decoding writes", highlight=False)
+    if result.finish_reason == "interrupted":
+        console.print("interrupted", style="yellow")
+
+
+@app.command()
+def check(
+    model: ModelOption,
+    prompts: Annotated[Path, typer.Option(help="JSON lines with 'prompt' or 'turns'.")],
+    draft_model: DraftOption = None,
+    drafter: DrafterOption = None,
+    shape: ShapeOption = None,
+    accept: AcceptOption = "match",
+    max_tokens: int = 128,
+    per_category: Annotated[int | None, typer.Option(min=1, help="At most so many prompts of each category.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Compare plain decoding with a tree on your own model and prompts; exit status 1 if an output is WRONG."""
+    from tokentree.prompts import read_prompts
+
+    entries = read_prompts(prompts, per_category)
+    console, errors = _consoles()
+    llm = _load(errors, model, draft_model, drafter, shape, accept, dtype, device, threads)
+    from dataclasses import asdict
+
+    from rich.progress import Progress
+
+    from tokentree.check import check as run_check
+
+    texts = [_encode(llm, entry.turns[0], None if entry.chat else False) for entry in entries]
+    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as bar:
+        task = bar.add_task("checking", total=len(texts))
+        verdicts = run_check(llm, texts, max_tokens, lambda: bar.advance(task))
+    counts = {status: sum(v.status == status for v in verdicts) for status in ("identical", "tie", "WRONG")}
+    if as_json:
+        cases = [{"prompt": e.name, "category": e.category} | asdict(v) for e, v in zip(entries, verdicts, strict=True)]
+        print(json.dumps(counts | {"prompts": cases}))
+    else:
+        for entry, verdict in zip(entries, verdicts, strict=True):
+            if verdict.status != "identical":
+                gaps = ", ".join(f"{gap:.3g}" for gap in verdict.gaps) or "none"
+                console.print(
+                    f"{verdict.status}: prompt {entry.name} from token {verdict.first_difference} on; "
+                    f"gaps {gaps}; noise {verdict.noise:.3g}",
+                    highlight=False,
+                )
+        console.print(
+            f"{counts['identical']} identical, {counts['tie']} ties, {counts['WRONG']} WRONG", highlight=False
+        )
+    if counts["WRONG"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    model: ModelOption,
+    prompts: Annotated[list[Path], typer.Option(help="JSON lines with 'prompt' or 'turns'; may be repeated.")],
+    method: Annotated[
+        list[str],
+        typer.Option(help="plain, DRAFTER:SHAPE, transformers, transformers:assisted:N or transformers:lookup:N."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for results.json.")],
+    draft_model: DraftOption = None,
+    max_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int | None = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Always decode --max-tokens tokens.")] = False,
+    per_category: Annotated[int | None, typer.Option(min=1, help="At most so many prompts of each category.")] = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Measure methods on the same prompts, interleaved; the first method is what the others are compared with."""
+    from tokentree.prompts import read_prompts
+
+    entries = [entry for file in prompts for entry in read_prompts(file, per_category)]
+    params = _params(max_tokens=max_tokens, temperature=temperature, seed=seed, ignore_eos=ignore_eos)
+    console, errors = _consoles()
+    llm = _load(errors, model, draft_model, "none", None, "match", dtype, device, threads)
+
+    from rich.progress import Progress
+
+    from tokentree.bench.methods import Peers, make_method
+    from tokentree.bench.report import table
+    from tokentree.bench.results import Sample, new_run
+    from tokentree.bench.runner import run_bench
+
+    peers = Peers(model, draft_model[0] if draft_model else None, dtype, device, llm)
+    with _working(errors, "loading what is measured"):
+        methods = [make_method(spec, llm, peers) for spec in method]
+    names = [str(file) for file in prompts]
+    run = new_run(
+        {"model": model, "draft_model": draft_model, "prompts": names, "per_category": per_category, "methods": method}
+        | {"dtype": str(llm.engine.dtype), "device": str(llm.engine.device), "attention": llm.engine.attention}
+        | {"sampling": params.model_dump(exclude={"logits_processors"})}
+    )
+    total = sum(len(entry.turns) for entry in entries) * len(methods)
+    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as bar:
+        task = bar.add_task("measuring", total=total)
+
+        def progress(sample: Sample) -> None:
+            bar.advance(task)
+            if sample.error is not None:
+                errors.print(f"{sample.method} failed on prompt {sample.prompt}: {sample.error}", markup=False)
+
+        run = run_bench(llm, methods, entries, params, run, out, progress)
+    for category in dict.fromkeys(entry.category for entry in entries):
+        console.print(table(run, category))
+    console.print(table(run))
+    console.print(f"every sample is in {out / 'results.json'}", highlight=False)
+
+
+# -- what the commands share ---------------------------------------------------------------------------------------
+
+
+def _shape(shape: str | None, depth: int | None, branching: int | None) -> str | None:
+    if depth is None and branching is None:
+        return shape
+    if shape is not None:
+        raise OptionError("--shape says what --depth and --branching say: give one of them")
+    depth, branching = 3 if depth is None else depth, 2 if branching is None else branching
+    if depth < 1 or branching < 1:
+        raise OptionError("--depth and --branching must be at least 1")
+    return "x".join([str(branching)] * depth)
+
+
+def _params(**options: Any) -> SamplingParams:
+    from tokentree.sampling import SamplingParams
+
+    return SamplingParams(**options)
+
+
+def _prompt_text(prompt: str) -> str:
+    if prompt != "-":
+        return prompt
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError:
+        raise PromptError("standard input is not UTF-8 text") from None
+
+
+def _encode(llm: LLM, text: str, chat: bool | None) -> list[int]:
+    """The ids of a prompt, through the chat template if asked to or, by default, if there is one."""
+    if not text.strip():
+        raise PromptError("the prompt is empty: give at least one token")
+    has_template = llm.tokenizer is not None and bool(llm.tokenizer.chat_template)
+    if chat or (chat is None and has_template):
+        return llm.chat_prompt([{"role": "user", "content": text}])
+    from tokentree.sampling import SamplingParams
+
+    return llm.sequence(text, SamplingParams()).prompt_ids
+
+
+def _consoles() -> tuple[Console, Console]:
+    from rich.console import Console
+
+    return Console(), Console(stderr=True)
+
+
+@contextmanager
+def _working(console: Console, what: str) -> Iterator[None]:
+    if not console.is_terminal:
+        yield
+        return
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as bar:
+        bar.add_task(what, total=None)
+        yield
+
+
+def _load(
+    console: Console,
+    model: str,
+    draft_model: list[str] | None,
+    drafter: str | None,
+    shape: str | None,
+    accept: str,
+    dtype: str | None,
+    device: str | None,
+    threads: int | None,
+) -> LLM:
+    with _working(console, f"loading {Path(model).name}"):
+        import torch
+        import transformers
+
+        from tokentree.llm import LLM
+
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        if threads is not None:
+            torch.set_num_threads(threads)
+        names = drafter.split("+") if drafter and "+" in drafter else drafter
+        return LLM(model, names, list(draft_model or []), shape, accept, dtype=dtype, device=device)
+
+
+def _drain(stream: Any) -> None:
+    try:
+        for _ in stream:
+            pass
+    except KeyboardInterrupt:
+        stream.close()
+
+
+def _as_json(results: dict[str, Any]) -> dict[str, Any]:
+    tree = results["tree"]
+    shown = {
+        "text": tree.text,
+        "token_ids": tree.token_ids,
+        "finish_reason": tree.finish_reason,
+        "metrics": tree.metrics.to_dict(),
+    }
+    if "plain" in results:
+        plain = results["plain"]
+        shown["plain"] = {"token_ids": plain.token_ids, "metrics": plain.metrics.to_dict()}
+        shown["identical"] = plain.token_ids == tree.token_ids
+    return shown
+
+
+def main() -> None:
+    """The entry point: a user's mistake is one sentence and exit status 2."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # loading has one progress display, ours
+    try:
+        app()
+    except TokenTreeError as error:
+        print(f"tokentree: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,221 @@
+"""Tiny models with random weights, and other small helpers that several tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.pytorch_utils import Conv1D
+
+from tokentree.sampling import SamplingParams, seeded_noise
+from tokentree.sequence import Sequence as Request
+from tokentree.tree import TokenTree
+
+VOCAB = 120
+CONTEXT = 320
+WINDOW = 7  # of the models that have a sliding window
+
+_IDS: dict[str, Any] = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_SIZE: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": CONTEXT,
+}
+_GROUPED: dict[str, Any] = {**_IDS, **_SIZE, "num_key_value_heads": 2}
+_SLIDING: dict[str, Any] = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+
+
+def _llama(**options: Any) -> PreTrainedModel:
+    return LlamaForCausalLM(LlamaConfig(**{**_GROUPED, **options}))
+
+
+def _qwen2(**options: Any) -> PreTrainedModel:
+    return Qwen2ForCausalLM(Qwen2Config(**{**_GROUPED, **options}))
+
+
+def _qwen3(**options: Any) -> PreTrainedModel:
+    return Qwen3ForCausalLM(Qwen3Config(**{**_GROUPED, "head_dim": 16, **options}))
+
+
+def _mistral(**options: Any) -> PreTrainedModel:
+    return MistralForCausalLM(MistralConfig(**{**_GROUPED, "sliding_window": WINDOW, **options}))
+
+
+def _gemma2(**options: Any) -> PreTrainedModel:
+    caps = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 20.0}
+    return Gemma2ForCausalLM(Gemma2Config(**{**_GROUPED, **_SLIDING, **caps, "head_dim": 16, **options}))
+
+
+def _gemma3(**options: Any) -> PreTrainedModel:
+    return Gemma3ForCausalLM(Gemma3TextConfig(**{**_GROUPED, **_SLIDING, "head_dim": 16, **options}))
+
+
+def _phi3(**options: Any) -> PreTrainedModel:
+    return Phi3ForCausalLM(Phi3Config(**{**_GROUPED, **options}))
+
+
+def _gpt2(**options: Any) -> PreTrainedModel:
+    sizes = {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT}
+    return GPT2LMHeadModel(GPT2Config(**{**_IDS, **sizes, **options}))
+
+
+def _opt(**options: Any) -> PreTrainedModel:
+    sizes = {**_SIZE, "ffn_dim": 80, "word_embed_proj_dim": 48}
+    return OPTForCausalLM(OPTConfig(**{**_IDS, **sizes, **options}))
+
+
+def _gpt_neox(**options: Any) -> PreTrainedModel:
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**{**_IDS, **_SIZE, **options}))
+
+
+def _falcon(**options: Any) -> PreTrainedModel:
+    kind = {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False}
+    return FalconForCausalLM(FalconConfig(**{**_IDS, **_SIZE, **kind, **options}))
+
+
+def _falcon_old(**options: Any) -> PreTrainedModel:
+    return _falcon(new_decoder_architecture=False, multi_query=True, **options)
+
+
+FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
+    "llama": _llama,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "mistral": _mistral,
+    "gemma2": _gemma2,
+    "gemma3": _gemma3,
+    "phi3": _phi3,
+    "gpt2": _gpt2,
+    "opt": _opt,
+    "gpt_neox": _gpt_neox,
+    "falcon": _falcon,
+    "falcon_old": _falcon_old,
+}
+
+
+def tiny(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any) -> PreTrainedModel:
+    """A model of ``family`` with random weights; ``options`` go to its configuration."""
+    with torch.random.fork_rng(devices=[]):
+        model = FAMILIES[family](**options)
+    return randomised(model, seed).to(dtype)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def randomised(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """Weights so large that every part of the model shows in the logits: fresh ones leave attention almost flat."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            noise = torch.randn(weight.shape, generator=generator)
+            if isinstance(module, nn.Embedding):
+                weight.copy_(noise * 0.5)
+            elif weight.ndim > 1:
+                inputs = weight.shape[0] if isinstance(module, Conv1D) else weight.shape[-1]
+                weight.copy_(noise * 1.5 * inputs**-0.5)
+            else:  # norms and biases
+                weight.add_(noise * 0.2)
+    return model.eval()
+
+
+@torch.inference_mode()
+def full_logits(model: PreTrainedModel, tokens: Sequence[int]) -> torch.Tensor:
+    """float32[len(tokens), vocab]: what transformers says of the whole text at once, without a cache."""
+    logits: torch.Tensor = model(input_ids=torch.tensor([list(tokens)]), use_cache=False).logits
+    return logits[0].float()
+
+
+def request(tokens: Sequence[int], max_tokens: int = 64, **options: Any) -> Request:
+    """A sequence that holds ``tokens`` as its prompt."""
+    params = SamplingParams(max_tokens=max_tokens, **options)
+    return Request([int(token) for token in tokens], params, seeded_noise(params.seed or 0, 0), CONTEXT)
+
+
+def some_tokens(count: int, seed: int = 0, vocab: int = VOCAB) -> list[int]:
+    """Random token ids, none of them special."""
+    return [int(token) for token in np.random.default_rng(seed).integers(3, vocab, count)]
+
+
+def some_tree(root: int, nodes: int, seed: int = 0, vocab: int = VOCAB) -> TokenTree:
+    """A random tree with branches of different lengths whose nodes lie in no helpful order."""
+    rng = np.random.default_rng(seed)
+    tokens, parents, known = [root], [-1], set[tuple[int, int]]()
+    while len(tokens) < nodes:
+        parent = int(rng.integers(max(0, len(tokens) - 6), len(tokens)))  # late nodes: deep trees
+        token = int(rng.integers(3, vocab))
+        if (parent, token) not in known:
+            known.add((parent, token))
+            tokens.append(token)
+            parents.append(parent)
+    return TokenTree(np.array(tokens), np.array(parents))
+
+
+# -- text ------------------------------------------------------------------------------------------------------------
+
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog.",
+    "A tree of tokens grows level by level, and the target reads all of it at once.",
+    "Grüße aus Köln: ein Baum, viele Äste. 東京の木。",
+    "one two three four five six seven eight nine ten",
+]
+CHAT = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def tiny_tokenizer(texts: Sequence[str] = TEXTS, size: int = 300) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with an end token and a chat template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|end|>", "<|user|>", "<|assistant|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
+    fast.add_special_tokens({"additional_special_tokens": special[1:]})
+    fast.chat_template = CHAT
+    return fast
+
+
+def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None = None) -> Path:
+    """Writes what `tokentree.LLM` loads; returns the folder."""
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return folder
