@@ -168,17 +168,18 @@ def some_tokens(count: int, seed: int = 0, vocab: int = VOCAB) -> list[int]:
     return [int(token) for token in np.random.default_rng(seed).integers(3, vocab, count)]
 
 
-def some_tree(root: int, nodes: int, seed: int = 0, vocab: int = VOCAB) -> TokenTree:
-    """A random tree with branches of different lengths whose nodes lie in no helpful order."""
+def some_tree(root: int, nodes: int, seed: int = 0, vocab: int = VOCAB, depth: int = 6) -> TokenTree:
+    """A random tree with branches of different lengths, whose nodes lie in no helpful order."""
     rng = np.random.default_rng(seed)
-    tokens, parents, known = [root], [-1], set[tuple[int, int]]()
+    tokens, parents, depths, known = [root], [-1], [0], set[tuple[int, int]]()
     while len(tokens) < nodes:
-        parent = int(rng.integers(max(0, len(tokens) - 6), len(tokens)))  # late nodes: deep trees
-        token = int(rng.integers(3, vocab))
+        shallow = [node for node, below in enumerate(depths) if below < depth]
+        parent, token = int(rng.choice(shallow[-12:])), int(rng.integers(3, vocab))
         if (parent, token) not in known:
             known.add((parent, token))
             tokens.append(token)
             parents.append(parent)
+            depths.append(depths[parent] + 1)
     return TokenTree(np.array(tokens), np.array(parents))
 
 

@@ -180,6 +180,7 @@ def bench(
     seed: int | None = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Always decode --max-tokens tokens.")] = False,
     per_category: Annotated[int | None, typer.Option(min=1, help="At most so many prompts of each category.")] = None,
+    turns: Annotated[int | None, typer.Option(min=1, help="At most so many turns of each prompt.")] = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
@@ -187,7 +188,7 @@ def bench(
     """Measure methods on the same prompts, interleaved; the first method is what the others are compared with."""
     from tokentree.prompts import read_prompts
 
-    entries = [entry for file in prompts for entry in read_prompts(file, per_category)]
+    entries = [entry for file in prompts for entry in read_prompts(file, per_category, turns)]
     params = _params(max_tokens=max_tokens, temperature=temperature, seed=seed, ignore_eos=ignore_eos)
     console, errors = _consoles()
     llm = _load(errors, model, draft_model, "none", None, "match", dtype, device, threads)
@@ -204,8 +205,13 @@ def bench(
         methods = [make_method(spec, llm, peers) for spec in method]
     names = [str(file) for file in prompts]
     run = new_run(
-        {"model": model, "draft_model": draft_model, "prompts": names, "per_category": per_category, "methods": method}
-        | {"dtype": str(llm.engine.dtype), "device": str(llm.engine.device), "attention": llm.engine.attention}
+        {"model": model, "draft_model": draft_model, "prompts": names, "per_category": per_category, "turns": turns}
+        | {
+            "methods": method,
+            "dtype": str(llm.engine.dtype),
+            "device": str(llm.engine.device),
+            "attention": llm.engine.attention,
+        }
         | {"sampling": params.model_dump(exclude={"logits_processors"})}
     )
     total = sum(len(entry.turns) for entry in entries) * len(methods)

@@ -18,7 +18,7 @@ from tokentree.drafters.base import Drafter
 from tokentree.drafters.draft_model import DraftModel
 from tokentree.drafters.merged import Merged
 from tokentree.engines.torch import TorchEngine
-from tokentree.errors import OptionError, PairingError, PromptError
+from tokentree.errors import ModelError, OptionError, PairingError, PromptError
 from tokentree.loading import check_same_tokenizer, eos_ids, load_model, load_tokenizer, pick_device
 from tokentree.metrics import Metrics
 from tokentree.registry import drafter_class
@@ -115,7 +115,10 @@ class LLM:
             shape = _shape_of(speculative_config)
         if max_batch < 1:
             raise OptionError("max_batch must be at least 1")
-        rule, form = acceptance(accept), parse_shape(shape or DEFAULT_SHAPE)  # before anything is loaded
+        # what is cheap to tell is told before anything is loaded
+        rule, form = acceptance(accept), parse_shape(shape or DEFAULT_SHAPE)
+        for name in [] if drafter is None or isinstance(drafter, Drafter) else _as_names(drafter):
+            drafter_class(name)
         place = model.device if isinstance(model, PreTrainedModel) else pick_device(device)
         loaded = model if isinstance(model, PreTrainedModel) else load_model(model, dtype, place)
         self.tokenizer = tokenizer or _tokenizer_of(model)
@@ -293,15 +296,21 @@ class Stream:
 
 
 def _tokenizer_of(model: Model) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a named model; of a loaded one, if the place it was loaded from is known."""
+    """The tokenizer of a named model; of a loaded one, if the place it was loaded from still has it."""
     if not isinstance(model, PreTrainedModel):
         return load_tokenizer(model)
-    name = model.config._name_or_path
-    return load_tokenizer(name) if name and Path(name).is_dir() else None
+    try:
+        return load_tokenizer(model.config._name_or_path, local_only=True) if model.config._name_or_path else None
+    except ModelError:  # weights alone, or a place that is gone
+        return None
 
 
 def _as_list(models: Model | SequenceOf[Model]) -> list[Model]:
     return [models] if isinstance(models, str | Path | PreTrainedModel) else list(models)
+
+
+def _as_names(drafter: str | SequenceOf[str]) -> list[str]:
+    return [drafter] if isinstance(drafter, str) else list(drafter)
 
 
 def _as_prompts(prompts: Prompt | SequenceOf[Prompt]) -> list[Prompt]:

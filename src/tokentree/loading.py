@@ -56,8 +56,8 @@ def load_model(name: str | Path, dtype: str | torch.dtype | None, device: torch.
     where, options = _where(name)
     if options:  # unpack the blocks: packed ones can be multiplied only by kernels that few machines have
         options["quantization_config"] = GgufConfig(dequantize=True)
+    wanted = pick_dtype(dtype, device) or "auto"
     try:
-        wanted = pick_dtype(dtype, device) or "auto"
         model = AutoModelForCausalLM.from_pretrained(where, dtype=wanted, **options)
     except (OSError, ValueError, KeyError, ImportError, NotImplementedError) as error:
         raise ModelError(f"can't load the model {str(name)!r}: {_reason(error)}") from None
@@ -67,15 +67,15 @@ def load_model(name: str | Path, dtype: str | torch.dtype | None, device: torch.
     return evaluated
 
 
-def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that comes with the model ``name``.
+def load_tokenizer(name: str | Path, local_only: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer that comes with the model ``name``; with ``local_only``, if it is on this machine already.
 
     Raises:
         ModelError: if it can't be loaded, with the reason.
     """
     where, options = _where(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=local_only, **options)
     except (OSError, ValueError, KeyError, ImportError, NotImplementedError) as error:
         raise ModelError(f"can't load the tokenizer of {str(name)!r}: {_reason(error)}") from None
     assert isinstance(tokenizer, PreTrainedTokenizerBase)

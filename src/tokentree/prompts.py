@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,13 @@ class Conversation:
     chat: bool
 
 
-def read_prompts(path: str | Path, per_category: int | None = None) -> list[Conversation]:
+def read_prompts(path: str | Path, per_category: int | None = None, turns: int | None = None) -> list[Conversation]:
     """The entries of a JSON-lines file: objects with ``turns`` (a list of texts) or ``prompt`` (one text), and
     optionally ``category`` and an id (``id``, ``question_id`` or ``task_id``).
 
     Args:
         per_category: at most so many of each category, the first ones.
+        turns: at most so many turns of each, the first ones.
 
     Raises:
         PromptError: if the file can't be read, is empty, or a line is none of this; it names the line.
@@ -51,7 +52,7 @@ def read_prompts(path: str | Path, per_category: int | None = None) -> list[Conv
         entry = _entry(line, f"line {number} of {str(path)!r}", file.stem, number)
         seen[entry.category] += 1
         if per_category is None or seen[entry.category] <= per_category:
-            found.append(entry)
+            found.append(replace(entry, turns=entry.turns[:turns]))
     if not found:
         raise PromptError(f"the prompt file {str(path)!r} has no prompts")
     return found

@@ -23,14 +23,15 @@ class SamplingParams(BaseModel):
     """How one request is decoded.
 
     Args:
-        temperature: 0 is greedy; equal logits take the lowest id.
+        temperature: 0 is greedy, and so is what is below 1e-5, where float32 would overflow; equal logits take the
+            lowest id.
         top_k: keep the k most probable tokens; 0 keeps all.
         top_p: keep the smallest set of most probable tokens whose mass reaches this.
         min_p: keep tokens at least this times as probable as the most probable one.
         repetition_penalty: divides positive and multiplies negative logits of tokens seen in prompt or output
             (Keskar et al. 2019, arXiv:1909.05858).
         presence_penalty, frequency_penalty: subtracted once, and once per occurrence, for tokens seen in the output.
-        logit_bias: token id -> number added to its logit.
+        logit_bias: token id -> number added to its logit; -inf bans the token.
         logits_processors: functions ``(path_ids, logits)`` called at every visited node. ``path_ids`` are prompt,
             output and the node's own path; ``logits`` is float32[vocab], and so must be what is returned.
         seed: the same seed gives the same text; None draws a new one per request.
@@ -85,9 +86,16 @@ class SamplingParams(BaseModel):
             raise ValueError("a stop string can't be empty")
         return stop
 
+    @field_validator("logit_bias")
+    @classmethod
+    def _bias_is_a_number_or_a_ban(cls, logit_bias: dict[int, float]) -> dict[int, float]:
+        if any(math.isnan(bias) or bias == math.inf for bias in logit_bias.values()):
+            raise ValueError("a bias must be a number, or -inf")
+        return logit_bias
+
     @property
     def is_greedy(self) -> bool:
-        return self.temperature == 0
+        return self.temperature < 1e-5
 
     @property
     def changes_logits(self) -> bool:

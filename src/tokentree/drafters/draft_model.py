@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,17 +34,23 @@ class DraftModel(Drafter):
     def __init__(self, engine: Engine, vocab_size: int, name: str = "draft_model") -> None:
         self.name = name
         self._engine = engine
-        self._vocab_size = min(vocab_size, engine.vocab_size)
+        self._vocab_size = vocab_size
         self._rows: dict[int, _Rows] = {}
+        self._unknown: set[int] = set()  # sequences with a token that the draft model doesn't have
 
     def prefill(self, seqs: list[Sequence]) -> None:
         for seq in seqs:
-            if len(seq.tokens) <= self._engine.context:
+            if max(seq.tokens) >= self._engine.vocab_size:
+                self._unknown.add(seq.id)
+            elif len(seq.tokens) <= self._engine.context:
                 self._engine.prefill(seq)
 
     def propose(self, seqs: list[Sequence], shape: Shape, sampled: bool) -> list[Draft]:
         drafts = [Draft(seq.tokens[-1], {} if sampled and not seq.params.is_greedy else None) for seq in seqs]
         rows = [_Rows(seq.tokens[self._engine.committed(seq) :]) for seq in seqs]
+        for seq, row in zip(seqs, rows, strict=True):
+            if max(row.unseen) >= self._engine.vocab_size:
+                self._unknown.add(seq.id)
         frontiers = [
             [0] if self._may_grow(seq, draft, 0, shape) else [] for seq, draft in zip(seqs, drafts, strict=True)
         ]
@@ -74,18 +81,23 @@ class DraftModel(Drafter):
         self._engine.release(seqs)
         for seq in seqs:
             self._rows.pop(seq.id, None)
+            self._unknown.discard(seq.id)
 
     def _may_grow(self, seq: Sequence, draft: Draft, depth: int, shape: Shape) -> bool:
         """Nodes below what may still be emitted are useless, and so are rows past the draft model's own context."""
-        return depth < min(shape.max_depth, seq.room - 1) and len(seq.tokens) + depth <= self._engine.context
+        fits = len(seq.tokens) + depth <= self._engine.context and seq.id not in self._unknown
+        return fits and depth < min(shape.max_depth, seq.room - 1)
 
     def _add_children(
         self, seq: Sequence, draft: Draft, frontier: list[int], logits: torch.Tensor, shape: Shape
     ) -> list[int]:
         """Adds the children of ``frontier``, whose draft logits are ``logits`` [len(frontier), vocab]."""
-        counts = [min(count, self._vocab_size) for count in shape.counts(seq, draft, frontier)]
+        known = min(logits.shape[1], self._vocab_size)
+        counts = [min(count, known) for count in shape.counts(seq, draft, frontier)]
         level: list[int] = []
-        logits = logits[:, : self._vocab_size].float()
+        # the target's width, so that rules on logits see the same ids everywhere
+        missing = self._vocab_size - known
+        logits = torch.nn.functional.pad(logits[:, :known].float(), (0, missing), value=-math.inf)
         if draft.sampled is not None:
             for node, count, row in zip(frontier, counts, logits, strict=True):
                 level += self._draw(seq, draft, node, count, row)
@@ -100,7 +112,8 @@ class DraftModel(Drafter):
         scores = (best.values - logits.logsumexp(-1, keepdim=True)).tolist()
         for i, (node, count) in enumerate(zip(frontier, counts, strict=True)):
             for rank, token in enumerate(best.indices[i, :count].tolist()):
-                level.append(draft.add(node, token, scores[i][rank], rank))
+                if scores[i][rank] > -math.inf:  # else a rule forbids the token
+                    level.append(draft.add(node, token, scores[i][rank], rank))
         return level
 
     def _draw(self, seq: Sequence, draft: Draft, node: int, count: int, logits: torch.Tensor) -> list[int]:

@@ -143,10 +143,13 @@ class ForwardKV(Cache):
         if not self._attends_itself:
             return key_states, value_states
         stored = [(segment.kv.layer(layer_idx), segment.prefix + len(segment.tree)) for segment in self.segments]
-        keys = [keys[:, :end] for (keys, _), end in stored]
-        values = [values[:, :end] for (_, values), end in stored]
+        if len(stored) == 1:
+            ((keys, values), end), *_ = stored
+            return keys[None, :, :end], values[None, :, :end]
+        all_keys = [keys[:, :end] for (keys, _), end in stored]
+        all_values = [values[:, :end] for (_, values), end in stored]
         # a padding row, if there is one, sees row 0 of the first sequence
-        return torch.cat(keys, 1)[None], torch.cat(values, 1)[None]
+        return torch.cat(all_keys, 1)[None], torch.cat(all_values, 1)[None]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
@@ -239,7 +242,7 @@ def _attend(
             sums[:, :, :group] = _fold(shared, values)[:, : n * group].unflatten(1, (n, group))
         weights = torch.zeros(kv_heads, n, pad, slots, dtype=values.dtype, device=values.device)
         weights[:, :, :group] = own.sub_(top).exp_()
-        gathered = values[:, plan.rows.flatten()].unflatten(1, (n, slots))
+        gathered = values.index_select(1, plan.rows.flatten()).unflatten(1, (n, slots))
         sums = sums.flatten(0, 1)
         for block in range(0, slots, BLOCK):
             w, v = (

@@ -76,5 +76,5 @@ class SequenceKV:
             rows = torch.tensor([self.length + node for node in path[first:]], device=self._layout.device)
             start, end = self.length + first, self.length + len(path)
             for stored in self._keys + self._values:
-                stored[:, :, start:end] = stored[:, :, rows]
+                stored[:, :, start:end] = stored.index_select(2, rows)
         self.length += len(path)

@@ -2,17 +2,20 @@
 
 `private_copy` copies the tree of modules and shares the weights; `pack_linears` then exchanges, in that copy, the
 linear layers for ones whose weights are packed once. torch's `F.linear` packs them again at every call on a CPU,
-which takes as long as the product itself.
+which takes as long as the product itself. `steady_activations` exchanges activations whose bits depend on how many
+values they are computed with.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.activations import GELUTanh, SiLUActivation
 from transformers.pytorch_utils import Conv1D
 
 
@@ -82,3 +85,34 @@ def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear | Con
             # other subclasses may do more than a product; Falcon's computes the same in two steps
             if type(child).__name__ in ("Linear", "Conv1D", "FalconLinear") and isinstance(child, nn.Linear | Conv1D):
                 yield parent, name, child
+
+
+class SteadySiLU(nn.Module):
+    """SiLU, on a CPU, that gives a value the same bits beside any other values.
+
+    torch's own computes what is left at the end of each thread's share, less than a vector, by other instructions,
+    which round differently. Its exp and tanh do not.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        return torch.div(wide, wide.neg().exp_().add_(1)).to(x.dtype)
+
+
+class SteadyGELUTanh(nn.Module):
+    """GELU by tanh, steady as `SteadySiLU` is."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        inner = (wide * wide).mul_(0.044715).add_(1).mul_(wide).mul_(math.sqrt(2 / math.pi))
+        return inner.tanh_().add_(1).mul_(wide).mul_(0.5).to(x.dtype)
+
+
+def steady_activations(model: PreTrainedModel) -> None:
+    """Exchanges the activations of ``model`` (a `private_copy`) whose bits depend on how many rows there are."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if isinstance(child, nn.SiLU | SiLUActivation):
+                setattr(parent, name, SteadySiLU())
+            elif isinstance(child, GELUTanh):
+                setattr(parent, name, SteadyGELUTanh())

@@ -16,7 +16,7 @@ class TableEngine:
     """Logits looked up by the last few tokens.
 
     Its "KV" is the list of committed tokens, so a drafter or decoder that commits the wrong rows gets logits that are
-    visibly wrong.
+    visibly wrong. A node beyond the context raises `IndexError`.
 
     Args:
         table: float[vocab, ..., vocab]; the leading axes are the last tokens, oldest first. Missing history counts as
@@ -53,6 +53,8 @@ class TableEngine:
             starts.append(len(rows))
             self._trees[seq.id] = tree
             before = self._committed.setdefault(seq.id, [])
+            if len(before) + int(tree.depths.max()) >= self.context:
+                raise IndexError(f"a node lies beyond the context of {self.context}")
             rows += [
                 self.logits_after([*before, *tree.tokens[tree.path(node)].tolist()]) for node in range(first, len(tree))
             ]

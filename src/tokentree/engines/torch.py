@@ -14,7 +14,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from tokentree.engines.attention import ONES, ForwardKV, Segment, dense_mask, tree_attention
 from tokentree.engines.base import TargetOutput
 from tokentree.engines.kv import KVLayout, SequenceKV
-from tokentree.engines.prepare import can_pack, pack_linears, private_copy
+from tokentree.engines.prepare import can_pack, pack_linears, private_copy, steady_activations
 from tokentree.engines.support import check_supported, has_softcap, layer_windows
 from tokentree.errors import ModelError
 from tokentree.sequence import Sequence
@@ -63,6 +63,8 @@ class TorchEngine:
         self._min_rows = 4 if self.device.type == "cpu" else 1
         if not self._attends_itself:
             self._model.config._attn_implementation = "tokentree"
+            if self.device.type == "cpu":
+                steady_activations(self._model)
         self._kv: dict[int, SequenceKV] = {}
         self.vocab_size = int(reference.logits.shape[-1])
         self._check_tree(reference.logits[0])

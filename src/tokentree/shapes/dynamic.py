@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as SequenceOf
 
 from tokentree.draft import Draft
@@ -20,15 +21,24 @@ class Dynamic(Shape):
         nodes: nodes of the tree, root included, that is, rows of the verify.
         depth: candidates on the longest path.
         top_k: children per expanded node, and expanded nodes per level.
+        min_prob: leave out nodes that the drafter gives less joint probability. A node is worth its row of the verify
+            where the probability times the time of a token exceeds the time of the row.
+        min_reach: stop growing where the frontier's joint probabilities sum up to less, as the next level, a forward
+            of its own, is hardly ever reached.
 
     Raises:
-        OptionError: if a number is too small to make a tree.
+        OptionError: if a number is too small to make a tree, or a probability isn't one.
     """
 
-    def __init__(self, nodes: int = 16, depth: int = 6, top_k: int = 8) -> None:
+    def __init__(
+        self, nodes: int = 16, depth: int = 6, top_k: int = 8, min_prob: float = 0.0, min_reach: float = 0.0
+    ) -> None:
         if nodes < 2 or depth < 1 or top_k < 1:
             raise OptionError("a dynamic shape needs nodes of at least 2, depth of at least 1 and top_k of at least 1")
+        if not 0 <= min_prob < 1 or not 0 <= min_reach < 1:
+            raise OptionError("min_prob and min_reach of a dynamic shape are probabilities below 1")
         self.max_nodes, self.max_depth, self.top_k = nodes, depth, top_k
+        self.min_prob, self.min_reach = min_prob, min_reach
 
     def counts(self, seq: Sequence, draft: Draft, frontier: SequenceOf[int]) -> list[int]:
         if draft.sampled is None:
@@ -53,14 +63,18 @@ class Dynamic(Shape):
             best = [node for node in best if node in kept]
         elif len(draft) >= self.max_nodes:
             best = []
-        return sorted(best)
+        # one level holds at most one node of the true text, so its probabilities add
+        reach = sum(math.exp(draft.log_scores[node]) for node in best)
+        return sorted(best) if reach >= self.min_reach else []
 
     def prune(self, seq: Sequence, draft: Draft) -> Draft:
         return draft if draft.sampled is not None else draft.take(sorted(self._most_probable(draft)))
 
     def _most_probable(self, draft: Draft) -> list[int]:
-        shallow = [node for node in range(len(draft)) if draft.depths[node] <= self.max_depth]
-        return sorted(shallow, key=lambda node: -draft.log_scores[node])[: self.max_nodes]  # stable: parents first
+        least = math.log(self.min_prob) if self.min_prob else -math.inf
+        fit = [i for i, score in enumerate(draft.log_scores) if score >= least and draft.depths[i] <= self.max_depth]
+        return sorted(fit, key=lambda node: -draft.log_scores[node])[: self.max_nodes]  # stable: parents first
 
     def __repr__(self) -> str:
-        return f"dynamic:nodes={self.max_nodes},depth={self.max_depth},top_k={self.top_k}"
+        text = f"dynamic:nodes={self.max_nodes},depth={self.max_depth},top_k={self.top_k}"
+        return f"{text},min_prob={self.min_prob:g},min_reach={self.min_reach:g}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from typing import Any
 
 from tokentree.errors import OptionError
 from tokentree.shapes.base import Shape
@@ -46,14 +47,16 @@ def _rank_paths(text: str) -> list[list[int]]:
     return paths
 
 
-def _numbers(text: str, kind: type[Shape]) -> dict[str, int]:
-    known = list(inspect.signature(kind).parameters)
-    numbers = {}
+def _numbers(text: str, kind: type[Shape]) -> dict[str, Any]:
+    """The options ``name=number,…`` of a shape, each of the type of its default."""
+    known = {name: type(option.default) for name, option in inspect.signature(kind).parameters.items()}
+    numbers: dict[str, Any] = {}
     for part in filter(None, text.split(",")):
         key, _, value = part.partition("=")
-        if key not in known or not value.isdecimal():
+        try:
+            numbers[key] = known[key](value)
+        except (KeyError, ValueError):
             raise OptionError(
-                f"{part!r} is not an option of this shape: it takes {', '.join(known)}, each a whole number"
-            )
-        numbers[key] = int(value)
+                f"{part!r} is not an option of this shape: it takes {', '.join(known)}, as numbers"
+            ) from None
     return numbers

@@ -35,9 +35,9 @@ class Static(Shape):
             raise OptionError("ranks count from 0")
         self.branching = tuple(branching)
         self.choices = frozenset(choices)
-        self._widths: dict[tuple[int, ...], int] = {}  # children by rank path, where paths are explicit
-        for path in choices:
-            self._widths[path[:-1]] = max(self._widths.get(path[:-1], 0), path[-1] + 1)
+        self._ranks: dict[tuple[int, ...], list[int]] = {}  # the ranks below a rank path, where paths are explicit
+        for path in sorted(choices):
+            self._ranks.setdefault(path[:-1], []).append(path[-1])
         if branching:
             self.max_depth = len(branching)
             self.max_nodes = sum(math.prod(branching[:depth]) for depth in range(len(branching) + 1))
@@ -48,14 +48,13 @@ class Static(Shape):
     def counts(self, seq: Sequence, draft: Draft, frontier: SequenceOf[int]) -> list[int]:
         if self.branching:
             return [self.branching[draft.depths[node]] for node in frontier]
-        if draft.sampled is not None:  # the i-th drawn child takes the place of the i-th rank that is there
-            return [sum(path[:-1] == draft.rank_path(node) for path in self.choices) for node in frontier]
-        return [self._widths.get(draft.rank_path(node), 0) for node in frontier]
+        ranks = [self._ranks.get(self._place(draft, node), []) for node in frontier]
+        return [len(below) if draft.sampled is not None else max(below, default=-1) + 1 for below in ranks]
 
     def select(self, seq: Sequence, draft: Draft, level: SequenceOf[int]) -> list[int]:
         if self.branching:
             return [node for node in level if draft.depths[node] < self.max_depth]
-        return [node for node in level if draft.rank_path(node) in self._widths]
+        return [node for node in level if self._place(draft, node) in self._ranks]
 
     def prune(self, seq: Sequence, draft: Draft) -> Draft:
         if draft.sampled is not None:
@@ -67,6 +66,15 @@ class Static(Shape):
                 ranked = {child: (*kept[node], rank) for rank, child in enumerate(best)}
                 kept |= {child: path for child, path in ranked.items() if self._has(path)}
         return draft.take(sorted(kept))
+
+    def _place(self, draft: Draft, node: int) -> tuple[int, ...]:
+        """The rank path that ``node`` stands for: the i-th drawn child takes the place of the i-th rank there is."""
+        if draft.sampled is None:
+            return draft.rank_path(node)
+        place: tuple[int, ...] = ()
+        for rank in draft.rank_path(node):
+            place += (self._ranks[place][rank],)
+        return place
 
     def _has(self, path: tuple[int, ...]) -> bool:
         if self.branching:

@@ -1,0 +1,366 @@
+"""For those who already call transformers: ``model.generate(**inputs, custom_generate=tokentree.generator(...))``.
+
+transformers prepares the inputs, the logits processors and the stopping criteria; what is here turns them into
+sequences, lets the `Decoder` run, and answers in transformers' own form.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria
+from transformers.generation import logits_process as known
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from tokentree.acceptance import acceptance
+from tokentree.drafters.base import Drafter
+from tokentree.engines.support import check_supported
+from tokentree.errors import OptionError, PromptError
+from tokentree.llm import DEFAULT_SHAPE, LLM, Model
+from tokentree.metrics import Metrics
+from tokentree.registry import drafter_class
+from tokentree.sampling import SamplingParams, seeded_noise
+from tokentree.sequence import Sequence
+from tokentree.shapes import Shape
+from tokentree.shapes import shape as parse_shape
+
+# What a generation config may ask for and this library has no way to do.
+_NO_BEAMS = "it decodes one text per sequence and keeps no beams"
+_OWN_DRAFTS = 'drafts are asked of generator(): pass it draft_model= or drafter="ngram"'
+_NO_SCORES = "it computes scores only where they decide something"
+_NO_STATES = "attention weights and hidden states are not kept"
+REFUSED = {
+    **dict.fromkeys(("num_beams", "num_beam_groups", "diversity_penalty", "constraints", "force_words_ids"), _NO_BEAMS),
+    **dict.fromkeys(("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"), _OWN_DRAFTS),
+    **dict.fromkeys(("output_scores", "output_logits"), _NO_SCORES),
+    **dict.fromkeys(("output_attentions", "output_hidden_states", "penalty_alpha", "dola_layers"), _NO_STATES),
+    "token_healing": "the last token of the prompt would have to be taken back",
+    "cache_implementation": "it keeps KV in storage of its own",
+}
+HARMLESS = {"num_beams": 1, "num_beam_groups": 1, "cache_implementation": "dynamic"}
+
+# What `generate` hands over besides, and why it is not needed.
+PREPARED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+
+# The last processors of a list, in transformers' order, that SamplingParams says as well.
+WARPERS = (
+    (known.TemperatureLogitsWarper, "temperature"),
+    (known.TopKLogitsWarper, "top_k"),
+    (known.TopPLogitsWarper, "top_p"),
+    (known.MinPLogitsWarper, "min_p"),
+)
+UNFIT = {
+    known.UnbatchedClassifierFreeGuidanceLogitsProcessor: "guidance_scale keeps the KV of a second text",
+    known.ClassifierFreeGuidanceLogitsProcessor: "guidance needs a batch of pairs",
+    known.SynthIDTextWatermarkLogitsProcessor: "the SynthID watermark remembers earlier calls",
+    known.EncoderRepetitionPenaltyLogitsProcessor: "encoder_repetition_penalty reads the batch of an encoder",
+    known.EncoderNoRepeatNGramLogitsProcessor: "encoder_no_repeat_ngram_size reads the batch of an encoder",
+}
+
+
+class Streamer(Protocol):
+    """What is used of transformers' `BaseStreamer`."""
+
+    def put(self, value: torch.Tensor) -> None: ...
+
+    def end(self) -> None: ...
+
+
+def generator(
+    draft_model: Model | SequenceOf[Model] | None = None,
+    *,
+    drafter: str | SequenceOf[str] | Drafter | None = None,
+    shape: str | Shape | None = None,
+    accept: str = "match",
+    streamer: Streamer | None = None,
+    seed: int | None = None,
+) -> TreeGenerator:
+    """A callable for ``model.generate(**inputs, custom_generate=...)`` that decodes with token trees (SpecInfer, Miao
+    et al. 2023, arXiv:2305.09781): the tokens of ``generate`` without it, several per forward. Where two tokens are
+    tied but for rounding, as happens in bfloat16, the engine may round the other way than transformers' own loop; with
+    ``drafter="none"`` the same engine decodes plainly, for comparison.
+
+    Keep it and pass it to every call: it holds, per model, the weights in the engine's layout, made at the first call
+    and again when the model's own have changed (torch counts that; writing through ``.data`` it does not see).
+
+    What belongs to a generation mode is passed here and not to ``generate``. With a callable, transformers (5.23,
+    `GenerationMixin._extract_generation_mode_kwargs`) throws away the mode's arguments and collects anew, out of
+    ``**kwargs`` alone, those parameters of the callable that `GenerationMixin._sample` does not have.
+    ``assistant_model``, ``streamer`` and ``synced_gpus`` are named parameters of ``generate``, so they are never among
+    ``**kwargs``: they are dropped without a word (a streamer gets the prompt and nothing more). ``tokenizer`` is taken
+    out of ``**kwargs`` before and dropped too, so that ``stop_strings=`` raises in transformers: pass
+    ``stopping_criteria=[StopStringCriteria(tokenizer, [...])]``.
+
+    Args:
+        draft_model: a smaller model with the same tokenizer, loaded or by name; or several.
+        drafter, shape, accept: as in `LLM`.
+        streamer: gets ``put(prompt ids [1, n])``, ``put(token [1])`` for each token, and ``end()``.
+        seed: the same seed gives the same text at every call; None draws a new one per call. torch's global random
+            state is neither read nor moved.
+
+    Honoured, as transformers resolves them: do_sample, temperature, top_k, top_p, min_p, penalties, biases, bans and
+    length bounds, the user's ``logits_processor``, ``prefix_allowed_tokens_fn``, eos_token_id, pad_token_id, max_time,
+    ``stopping_criteria``, num_return_sequences, left-padded batches, return_dict_in_generate. use_cache and
+    prefill_chunk_size say how, not what, and change nothing.
+
+    A logits processor is called with ``input_ids`` [1, n], the path of one node behind its row of the batch (padding
+    included, as in transformers), and ``scores`` [1, vocab]; it must be a function of these, because several
+    continuations are looked at. A stopping criterion is called once after each new token of each row, with
+    ``input_ids`` [1, n] and scores None; a row that it ends is padded from there on.
+
+    Raises:
+        OptionError: here, on an unknown drafter, shape or rule; in ``generate``, on anything that can't be honoured.
+        ModelError, PairingError, PromptError: in ``generate``, if model, draft model or prompt can't be used.
+    """
+    return TreeGenerator(draft_model, drafter, shape, accept, streamer, seed)
+
+
+class TreeGenerator:
+    """What `generator` returns.
+
+    Attributes:
+        metrics: what the last call cost, per row of the batch.
+    """
+
+    def __init__(
+        self,
+        draft_model: Model | SequenceOf[Model] | None,
+        drafter: str | SequenceOf[str] | Drafter | None,
+        shape: str | Shape | None,
+        accept: str,
+        streamer: Streamer | None,
+        seed: int | None,
+    ) -> None:
+        acceptance(accept)  # unknown names are told now
+        for name in [] if drafter is None or isinstance(drafter, Drafter) else _as_list(drafter):
+            drafter_class(name)
+        if seed is not None and not 0 <= seed < 2**63:
+            raise OptionError(f"seed={seed} is not a whole number from 0 to 2**63 - 1")
+        self.metrics: list[Metrics] = []
+        self._options: dict[str, Any] = {"draft_model": draft_model, "drafter": drafter, "accept": accept}
+        self._options["shape"] = parse_shape(shape or DEFAULT_SHAPE)
+        self._streamer, self._seed = streamer, seed
+        self._llms: WeakKeyDictionary[PreTrainedModel, tuple[Any, LLM]] = WeakKeyDictionary()
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: SequenceOf[StoppingCriteria],
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> torch.Tensor | GenerateDecoderOnlyOutput:
+        """What `GenerationMixin._sample` does: [rows, n] prompts to [rows, n + longest output] texts."""
+        check_supported(model)
+        _check_config(generation_config)
+        _check_kwargs(model_kwargs)
+        rows = len(input_ids)
+        if self._streamer is not None and rows > 1:
+            raise OptionError(f"a streamer takes one sequence, and this batch has {rows}")
+        paddings = _paddings(input_ids, model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"))
+        limits = _Limits(stopping_criteria, generation_config, input_ids)
+        llm = self._llm(model)
+        seed = secrets.randbits(63) if self._seed is None else self._seed
+        seqs, processors = list[Sequence](), list[_PathProcessor]()
+        for row, padding in enumerate(paddings):
+            options, rest = _sampling_options(logits_processor, bool(generation_config.do_sample), row, padding)
+            left, prompt = input_ids[row, :padding].tolist(), input_ids[row, padding:].tolist()
+            if rest:
+                processors.append(_PathProcessor(rest, left, llm.engine.vocab_size))
+                options["logits_processors"] = (processors[-1],)
+            _check_prompt(prompt, limits.max_tokens, llm)
+            params = SamplingParams(max_tokens=limits.max_tokens, **options)
+            noise = seeded_noise(seed, row)
+            rules = limits.rules(left)
+            seqs.append(Sequence(prompt, params, noise, llm.engine.context, limits.eos_ids, None, rules))
+        self._run(llm, seqs, processors, input_ids)
+        sequences = _joined(input_ids, [seq.output_ids for seq in seqs], limits.pad_id)
+        return GenerateDecoderOnlyOutput(sequences) if generation_config.return_dict_in_generate else sequences  # type: ignore[arg-type]
+
+    def _run(self, llm: LLM, seqs: list[Sequence], processors: list[_PathProcessor], input_ids: torch.Tensor) -> None:
+        self.metrics = [seq.metrics for seq in seqs]
+        if self._streamer is not None:
+            self._streamer.put(input_ids.cpu())
+        shown = 0
+        for _ in llm.decoder.run(seqs, max_batch=len(seqs)):
+            for processor in processors:
+                processor.check()
+            if self._streamer is not None:
+                for token in seqs[0].output_ids[shown:]:
+                    self._streamer.put(torch.tensor([token]))
+                    shown += 1
+        if self._streamer is not None:
+            self._streamer.end()
+
+    def _llm(self, model: PreTrainedModel) -> LLM:
+        """The engine and decoder of ``model``, made anew if its weights are no longer those that were packed."""
+        weights = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()]
+        found = self._llms.get(model)
+        if found is None or found[0] != weights:
+            found = weights, LLM(model, **self._options)
+            self._llms[model] = found
+        return found[1]
+
+
+class _Limits:
+    """Stopping criteria, as a `Sequence` knows them."""
+
+    def __init__(
+        self, criteria: SequenceOf[StoppingCriteria], config: GenerationConfig, input_ids: torch.Tensor
+    ) -> None:
+        lengths = [criterion.max_length for criterion in criteria if type(criterion) is MaxLengthCriteria]
+        # transformers looks at the criteria after a token: one is always decoded
+        self.max_tokens = max(1, min(lengths or [int(config.max_length or 0)]) - input_ids.shape[1])
+        eos = [int(token) for c in criteria if type(c) is EosTokenCriteria for token in c.eos_token_id]
+        self.eos_ids = frozenset(eos)
+        self._rest = [c for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)]
+        self._device = input_ids.device
+        pad = config.pad_token_id
+        self.pad_id = int(pad) if pad is not None else eos[0] if eos else None
+        if self.pad_id is None and self._rest and len(input_ids) > 1:
+            raise OptionError("rows may end at different lengths: pass pad_token_id")
+
+    def rules(self, left: list[int]) -> list[Callable[[list[int]], bool]]:
+        """The other criteria for a row whose padding is ``left``."""
+        return [self._rule(criterion, left) for criterion in self._rest]
+
+    def _rule(self, criterion: StoppingCriteria, left: list[int]) -> Callable[[list[int]], bool]:
+        def ends(ids: list[int]) -> bool:
+            row = torch.tensor([[*left, *ids]], device=self._device)
+            return bool(torch.as_tensor(criterion(row, None)).any())
+
+        return ends
+
+
+class _PathProcessor:
+    """transformers' processors of one row as a function ``(path_ids, logits)``.
+
+    Args:
+        processors: called in this order.
+        left: the row's padding, which the processors count as transformers lets them.
+        vocab_size: the target's. A draft model's logits may be fewer: it gets -inf for what it doesn't know.
+    """
+
+    def __init__(self, processors: list[LogitsProcessor], left: list[int], vocab_size: int) -> None:
+        self._processors, self._left, self._vocab_size = LogitsProcessorList(processors), left, vocab_size
+        self._first: tuple[list[int], torch.Tensor, torch.Tensor] | None = None
+
+    def __call__(self, ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+        row = torch.tensor([[*self._left, *ids]], device=logits.device)
+        scores = logits.new_full((1, self._vocab_size), -math.inf)
+        scores[0, : logits.numel()] = logits
+        scores = self._processors(row, scores)[0, : logits.numel()]  # type: ignore[arg-type]
+        self._first = self._first or (ids, logits.clone(), scores.clone())
+        return scores
+
+    def check(self) -> None:
+        """Raises `OptionError` if the first call would come out differently now: then calls depend on each other."""
+        if self._first is not None:
+            ids, logits, scores = self._first
+            if not torch.equal(self(ids, logits), scores):
+                names = ", ".join(type(processor).__name__ for processor in self._processors)
+                raise OptionError(
+                    f"a logits processor among {names} keeps state from call to call: a token tree looks at several "
+                    "continuations, so it must depend on input_ids and scores alone"
+                )
+
+
+def _sampling_options(
+    processors: SequenceOf[LogitsProcessor], do_sample: bool, row: int, padding: int
+) -> tuple[dict[str, Any], list[LogitsProcessor]]:
+    """What SamplingParams can say of ``processors``, at their beginning and at their end, and those between."""
+    options: dict[str, Any] = {"temperature": 1.0 if do_sample else 0.0}
+    rest = [_of_row(processor, row) for processor in processors]
+    if rest and type(rest[0]) is known.RepetitionPenaltyLogitsProcessor:
+        ignored = rest[0].prompt_ignore_length
+        if (0 if ignored is None else int(ignored)) == padding:
+            options["repetition_penalty"] = rest.pop(0).penalty  # type: ignore[attr-defined]
+    if not do_sample:
+        return options, rest
+    if rest and type(rest[-1]) is known.LogitNormalization:  # leaves the distribution as it is
+        rest.pop()
+    for kind, name in reversed(WARPERS):
+        if rest and type(rest[-1]) is kind and _is_plain(rest[-1], getattr(rest[-1], name)):
+            options[name] = getattr(rest.pop(), name)
+    return options, rest
+
+
+def _is_plain(warper: LogitsProcessor, value: float) -> bool:
+    filtered, kept = getattr(warper, "filter_value", -math.inf), getattr(warper, "min_tokens_to_keep", 1)
+    return value > 0 and filtered == -math.inf and kept == 1
+
+
+def _of_row(processor: LogitsProcessor, row: int) -> LogitsProcessor:
+    """``processor`` for a batch that consists of ``row`` alone."""
+    for kind, why in UNFIT.items():
+        if isinstance(processor, kind):
+            raise OptionError(f"tokentree can't honour {kind.__name__}: {why}")
+    if type(processor) is known.RepetitionPenaltyLogitsProcessor:
+        ignored = processor.prompt_ignore_length
+        if isinstance(ignored, torch.Tensor):
+            return known.RepetitionPenaltyLogitsProcessor(processor.penalty, ignored[row : row + 1])
+    if type(processor) is known.PrefixConstrainedLogitsProcessor:
+        allowed = processor._prefix_allowed_tokens_fn
+        return known.PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), 1)
+    return processor
+
+
+def _check_config(config: GenerationConfig) -> None:
+    for name, why in REFUSED.items():
+        value = getattr(config, name, None)
+        if value and value != HARMLESS.get(name):
+            raise OptionError(f"tokentree can't honour {name}={value!r}: {why}")
+
+
+def _check_kwargs(model_kwargs: dict[str, Any]) -> None:
+    if getattr(model_kwargs.get("past_key_values"), "_is_user_defined", False):
+        raise OptionError("tokentree can't honour past_key_values: it keeps KV in storage of its own")
+    for name, value in model_kwargs.items():
+        if name not in PREPARED and value is not None and value is not False:
+            raise OptionError(f"tokentree can't honour {name}: it decodes from token ids and an attention mask alone")
+
+
+def _paddings(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
+) -> list[int]:
+    """How many tokens on the left of each row are padding."""
+    rows, length = input_ids.shape
+    column = torch.arange(length, device=input_ids.device)
+    padding = torch.zeros(rows, 1, dtype=torch.long, device=input_ids.device)
+    if attention_mask is not None:
+        padding = (attention_mask == 0).sum(1, keepdim=True)
+        if ((attention_mask != 0) != (column >= padding)).any():
+            raise OptionError("attention_mask may hide tokens on the left of a row only: set padding_side='left'")
+    if position_ids is not None and ((position_ids != column - padding) & (column >= padding)).any():
+        raise OptionError("tokentree can't honour position_ids: positions count from each row's first token")
+    return [int(count) for count in padding[:, 0]]
+
+
+def _check_prompt(prompt: list[int], max_tokens: int, llm: LLM) -> None:
+    context, vocab_size = llm.engine.context, llm.engine.vocab_size
+    if any(not 0 <= token < vocab_size for token in prompt):
+        raise PromptError(f"a token id of the prompt is outside the vocabulary of {vocab_size}")
+    if len(prompt) + max_tokens > context:
+        raise OptionError(
+            f"{max_tokens} new tokens after a prompt of {len(prompt)} pass the model's context of {context}: lower "
+            "max_new_tokens"
+        )
+
+
+def _joined(input_ids: torch.Tensor, outputs: list[list[int]], pad_id: int | None) -> torch.Tensor:
+    """[rows, n + longest output]: prompts and outputs, padded on the right."""
+    longest = max(map(len, outputs))
+    new = [output + [pad_id or 0] * (longest - len(output)) for output in outputs]
+    return torch.cat([input_ids, torch.tensor(new, dtype=input_ids.dtype, device=input_ids.device)], dim=1)
+
+
+def _as_list(names: str | SequenceOf[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)

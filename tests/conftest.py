@@ -1,0 +1,61 @@
+"""What several tests need: tables as models, sequences, and the loop run to its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from hypothesis import settings
+
+from tokentree.acceptance import acceptance
+from tokentree.decoder import Decoder
+from tokentree.drafters.base import Drafter
+from tokentree.drafters.none import NoDrafter
+from tokentree.engines.base import Engine
+from tokentree.sampling import Noise, SamplingParams, seeded_noise
+from tokentree.sequence import Sequence
+from tokentree.shapes import Shape, shape
+from tokentree.text import Detokenizer
+
+torch.set_num_threads(1)
+settings.register_profile("tokentree", deadline=None, derandomize=True, max_examples=60)
+settings.load_profile("tokentree")
+
+
+def random_table(vocab: int, order: int = 2, seed: int = 0, sharpness: float = 1.0) -> torch.Tensor:
+    """Random logits after each history of ``order`` tokens, for `TableEngine`."""
+    generator = torch.Generator().manual_seed(seed)
+    return sharpness * torch.randn([vocab] * (order + 1), generator=generator)
+
+
+def make_sequence(
+    prompt: list[int],
+    *,
+    sample: int = 0,
+    noise: Callable[[int, int], Noise] | None = None,
+    context: int = 1 << 20,
+    eos_ids: frozenset[int] = frozenset(),
+    detokenizer: Detokenizer | None = None,
+    stop_rules: tuple[Callable[[list[int]], bool], ...] = (),
+    **params: Any,
+) -> Sequence:
+    """A request with the sampling options ``params``; without ``noise``, its stream is that of the seed and sample."""
+    options = SamplingParams(**params)
+    noise = noise or seeded_noise(options.seed or 0, sample)
+    return Sequence(prompt, options, noise, context, eos_ids, detokenizer, stop_rules)
+
+
+def decode(
+    engine: Engine,
+    seqs: list[Sequence],
+    drafter: Drafter | None = None,
+    form: str | Shape = "2x2",
+    accept: str = "match",
+    max_batch: int = 8,
+) -> list[list[int]]:
+    """Runs the loop to its end; returns the new ids of each sequence. Without a drafter it is plain decoding."""
+    decoder = Decoder(engine, drafter or NoDrafter(), shape(form), acceptance(accept))
+    for _ in decoder.run(seqs, max_batch):
+        pass
+    return [seq.output_ids for seq in seqs]

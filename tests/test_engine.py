@@ -1,0 +1,465 @@
+"""The torch engine: what it says of a tree is what plain decoding would say of each of its paths."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    JambaConfig,
+    JambaForCausalLM,
+    LlamaForCausalLM,
+    LlamaModel,
+    MambaConfig,
+    MambaForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+    PreTrainedModel,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from tests.tiny_models import FAMILIES, VOCAB, full_logits, request, some_tokens, some_tree, tiny
+from tokentree.engines import torch as engine_module
+from tokentree.engines.kv import BLOCK
+from tokentree.engines.prepare import can_pack
+from tokentree.engines.torch import TorchEngine
+from tokentree.errors import ModelError
+from tokentree.sequence import Sequence as Request
+from tokentree.tree import TokenTree
+
+NO_INTERFACE = {"falcon", "falcon_old"}  # they attend by themselves: only attention='sdpa'
+WITH_TREE = [family for family in FAMILIES if family not in NO_INTERFACE]
+BOTH = [(family, "tree") for family in WITH_TREE] + [(family, "sdpa") for family in FAMILIES]
+PREFIXES = [0, 1, 5, 62, 64, 70, 130]  # before and behind a window of 7, and around multiples of BLOCK
+DTYPES = [
+    pytest.param(torch.float32, id="float32"),
+    pytest.param(
+        torch.bfloat16,
+        id="bfloat16",
+        marks=pytest.mark.skipif(not can_pack(torch.bfloat16, torch.device("cpu")), reason="no bfloat16 on this CPU"),
+    ),
+]
+
+every_engine = pytest.mark.parametrize(("family", "attention"), BOTH)
+
+
+@functools.cache
+def model_of(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    return tiny(family, dtype)
+
+
+@functools.cache
+def engine_of(family: str, attention: str, dtype: torch.dtype = torch.float32) -> TorchEngine:
+    return TorchEngine(model_of(family, dtype), attention)
+
+
+def verified(engine: TorchEngine, seq: Request, tree: TokenTree) -> torch.Tensor:
+    """[nodes, vocab] of one tree, verified by itself after what ``seq`` holds."""
+    engine.prefill(seq)
+    out = engine.verify([seq], [tree])
+    return out.rows(0, range(len(tree)))
+
+
+def decoded_alone(engine: TorchEngine, prefix: Sequence[int], tree: TokenTree) -> torch.Tensor:
+    """[nodes, vocab]: each path of ``tree`` as plain decoding would meet it, one row at a time, each row committed."""
+    rows: dict[int, torch.Tensor] = {}
+    for leaf in tree.leaves.tolist():
+        seq = request([*prefix, int(tree.tokens[0])])
+        engine.prefill(seq)
+        for node in tree.path(leaf):
+            row = engine.verify([seq], [TokenTree.root(int(tree.tokens[node]))]).logits(0, 0)
+            engine.commit([seq], [[0]])
+            rows.setdefault(node, row)
+        engine.release([seq])
+    return torch.stack([rows[node] for node in range(len(tree))])
+
+
+def of_transformers(model: PreTrainedModel, prefix: Sequence[int], tree: TokenTree) -> torch.Tensor:
+    """[nodes, vocab]: the last rows of the model's own forward over each path."""
+    rows: dict[int, torch.Tensor] = {}
+    for leaf in tree.leaves.tolist():
+        path = tree.path(leaf)
+        logits = full_logits(model, [*prefix, *tree.tokens[path].tolist()])
+        rows |= dict(zip(path, logits[len(prefix) :], strict=True))
+    return torch.stack([rows[node] for node in range(len(tree))])
+
+
+def assert_near(got: torch.Tensor, expected: torch.Tensor) -> None:
+    assert got.shape == expected.shape
+    error, spread = float((got - expected).abs().max()), float(expected.std())
+    assert error <= 1e-4 * spread, f"off by {error:.3g} where logits spread by {spread:.3g}"
+
+
+def assert_same(got: torch.Tensor, expected: torch.Tensor, attention: str) -> None:
+    """The same bits with tree attention, nearly the same where the model attends by itself."""
+    if attention == "tree":
+        assert torch.equal(got, expected), f"off by {float((got - expected).abs().max()):.3g}"
+    else:
+        assert_near(got, expected)
+
+
+# -- a tree says what its paths say ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_logits_of_these_models_depend_on_far_tokens_and_on_positions(family: str) -> None:
+    """Otherwise the tests below would say little."""
+    model, tokens = model_of(family), some_tokens(24)
+    near = full_logits(model, tokens)[-1]
+    far = full_logits(model, [*tokens[:14], (tokens[14] + 1 - 3) % (VOCAB - 3) + 3, *tokens[15:]])[-1]
+    moved = full_logits(model, tokens[1:12] + tokens[:1] + tokens[12:])[-1]
+    full = model.config.get_text_config()
+    window = getattr(full, "sliding_window", None)
+    if not window or "full_attention" in (getattr(full, "layer_types", None) or ()):
+        assert float((near - far).abs().max()) > 1e-2
+        assert float((near - moved).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@every_engine
+def test_a_tree_has_the_logits_that_transformers_gives_each_path(family: str, attention: str, prefix: int) -> None:
+    tokens = some_tokens(prefix + 1, seed=prefix)
+    tree = some_tree(tokens[-1], 14, seed=prefix)
+    seq = request(tokens)
+    got = verified(engine_of(family, attention), seq, tree)
+    engine_of(family, attention).release([seq])
+    assert_near(got, of_transformers(model_of(family), tokens[:-1], tree))
+
+
+@pytest.mark.parametrize("prefix", [5, 62, 130])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tree_has_the_logits_of_decoding_each_path_alone_where_the_model_attends_by_itself(
+    family: str, prefix: int
+) -> None:
+    engine, tokens = engine_of(family, "sdpa"), some_tokens(prefix + 1)
+    tree = some_tree(tokens[-1], 14, seed=1)
+    got = verified(engine, request(tokens), tree)
+    assert_near(got, decoded_alone(engine, tokens[:-1], tree))
+
+
+@pytest.mark.parametrize("prefix", [0, 5, 60, 64, 127])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", WITH_TREE)
+def test_a_node_has_the_bits_of_decoding_its_path_alone_in_a_tree_of_any_size(
+    family: str, dtype: torch.dtype, prefix: int
+) -> None:
+    engine, tokens = engine_of(family, "tree", dtype), some_tokens(prefix + 1)
+    tree = some_tree(tokens[-1], 64, seed=prefix)
+    alone = decoded_alone(engine, tokens[:-1], tree)
+    seq = request(tokens)
+    engine.prefill(seq)
+    for size in (1, 2, 3, 4, 5, 6, 7, 8, 11, 15, 16, 17, 23, 31, 32, 33, 47, 48, 63, 64):
+        got = engine.verify([seq], [tree.take(np.arange(size))]).all_logits
+        assert torch.equal(got, alone[:size]), f"{size} nodes, off by {float((got - alone[:size]).abs().max()):.3g}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", WITH_TREE)
+def test_a_chain_of_any_length_has_the_bits_of_decoding_alone(family: str, dtype: torch.dtype) -> None:
+    engine, tokens = engine_of(family, "tree", dtype), some_tokens(50 + 24)
+    chain = TokenTree.chain(tokens[50], tokens[51:])
+    alone = decoded_alone(engine, tokens[:50], chain)
+    seq = request(tokens[:51])
+    engine.prefill(seq)
+    for size in (1, 2, 3, 4, 5, 8, 13, 14, 15, 16, 24):
+        got = engine.verify([seq], [chain.take(np.arange(size))]).all_logits
+        assert torch.equal(got, alone[:size]), f"{size} nodes"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", WITH_TREE)
+def test_prefilled_rows_and_committed_rows_have_the_same_bits(family: str, dtype: torch.dtype) -> None:
+    engine, tokens = engine_of(family, "tree", dtype), some_tokens(80)
+    prefilled, decoded = request(tokens), request(tokens[:3])
+    for seq in (prefilled, decoded):
+        engine.prefill(seq)
+    for token in tokens[2:-1]:
+        engine.verify([decoded], [TokenTree.root(token)])
+        engine.commit([decoded], [[0]])
+    tree = some_tree(tokens[-1], 9)
+    assert torch.equal(verified(engine, prefilled, tree), engine.verify([decoded], [tree]).all_logits)
+
+
+# -- several sequences, several calls --------------------------------------------------------------------------------
+
+
+@every_engine
+def test_a_ragged_batch_gives_each_sequence_what_it_gets_alone(family: str, attention: str) -> None:
+    dtypes = [torch.float32]
+    if attention == "tree" and can_pack(torch.bfloat16, torch.device("cpu")):
+        dtypes.append(torch.bfloat16)
+    for dtype in dtypes:
+        engine = engine_of(family, attention, dtype)
+        seqs = [request(some_tokens(length, seed=length)) for length in (66, 1, 12)]
+        trees = [some_tree(seq.tokens[-1], nodes, seed=nodes) for seq, nodes in zip(seqs, (7, 13, 1), strict=True)]
+        alone = [verified(engine, seq, tree) for seq, tree in zip(seqs, trees, strict=True)]
+        out = engine.verify(seqs, trees)
+        assert out.all_logits.shape == (21, VOCAB)
+        for i, expected in enumerate(alone):
+            assert_same(out.rows(i, range(len(trees[i]))), expected, attention)
+        engine.release(seqs)
+
+
+@every_engine
+def test_a_tree_grown_over_several_calls_equals_one_call(family: str, attention: str) -> None:
+    engine = engine_of(family, attention)
+    seqs = [request(some_tokens(length, seed=length)) for length in (60, 9)]
+    trees = [some_tree(seq.tokens[-1], 15, seed=i) for i, seq in enumerate(seqs)]
+    whole = [verified(engine, seq, tree) for seq, tree in zip(seqs, trees, strict=True)]
+    ends = [[0, 1, 2, 7, 12, 15], [0, 4, 4, 5, 15, 15]]  # nodes known after each call; some calls add none to one tree
+    for call in range(1, 6):
+        grown = [tree.take(np.arange(end[call])) for tree, end in zip(trees, ends, strict=True)]
+        out = engine.verify(seqs, grown, [end[call - 1] for end in ends])
+        for i, end in enumerate(ends):
+            if end[call - 1] < end[call]:
+                nodes = range(end[call - 1], end[call])
+                assert_same(out.rows(i, nodes), whole[i][end[call - 1] : end[call]], attention)
+    with pytest.raises(IndexError, match="earlier forward"):
+        out.logits(0, 3)
+
+
+@every_engine
+def test_after_commits_a_sequence_is_like_one_prefilled_with_the_same_tokens(family: str, attention: str) -> None:
+    engine, tokens = engine_of(family, attention), some_tokens(55)
+    seq = request(tokens)
+    engine.prefill(seq)
+    assert engine.committed(seq) == 54
+    moved = 0
+    for step, nodes in enumerate((12, 1, 20, 9, 16)):  # crosses position 64
+        tree = some_tree(tokens[-1], nodes, seed=step)
+        engine.verify([seq], [tree])
+        deepest = int(np.flatnonzero(tree.depths == tree.depths.max())[-1])
+        path = tree.path(deepest) if step != 3 else [0]
+        moved += path != list(range(len(path)))
+        engine.commit([seq], [path])
+        tokens += [*tree.tokens[path[1:]].tolist(), some_tokens(1, seed=100 + step)[0]]  # the last one: a bonus token
+        assert engine.committed(seq) == len(tokens) - 1
+    assert moved == 3
+    assert len(tokens) > 70
+    tree = some_tree(tokens[-1], 14, seed=9)
+    fresh = verified(engine, request(tokens), tree)
+    assert_same(engine.verify([seq], [tree]).all_logits, fresh, attention)
+
+
+@every_engine
+def test_commits_of_a_batch_keep_the_sequences_apart(family: str, attention: str) -> None:
+    engine = engine_of(family, attention)
+    seqs = [request(some_tokens(length, seed=length)) for length in (20, 4)]
+    texts = [list(seq.tokens) for seq in seqs]
+    for seq in seqs:
+        engine.prefill(seq)
+    for step in range(2):
+        trees = [some_tree(text[-1], 10, seed=10 * step + i) for i, text in enumerate(texts)]
+        engine.verify(seqs, trees)
+        paths = [tree.path(len(tree) - 1 - step) for tree in trees]
+        engine.commit(seqs, paths)
+        for text, tree, path in zip(texts, trees, paths, strict=True):
+            text += [*tree.tokens[path[1:]].tolist(), 7]
+    trees = [some_tree(text[-1], 5, seed=3) for text in texts]
+    out = engine.verify(seqs, trees)
+    for i, (text, tree) in enumerate(zip(texts, trees, strict=True)):
+        assert_same(out.rows(i, range(5)), verified(engine, request(text), tree), attention)
+
+
+@every_engine
+def test_a_verify_without_commit_leaves_no_trace(family: str, attention: str) -> None:
+    engine, tokens = engine_of(family, attention), some_tokens(63)
+    seq = request(tokens)
+    tree = some_tree(tokens[-1], 8, seed=1)
+    first = verified(engine, seq, tree)
+    engine.verify([seq], [some_tree(tokens[-1], 40, seed=2)])
+    assert engine.committed(seq) == 62
+    assert torch.equal(engine.verify([seq], [tree]).all_logits, first)
+
+
+@every_engine
+def test_prefill_in_chunks_equals_prefill_at_once(family: str, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, tokens = engine_of(family, attention), some_tokens(80)
+    tree = some_tree(tokens[-1], 6)
+    at_once = verified(engine, request(tokens), tree)
+    for rows in (1, 7, 64):
+        monkeypatch.setattr(engine_module, "PREFILL_ROWS", rows)
+        assert_same(verified(engine, request(tokens), tree), at_once, attention)
+
+
+def test_prefill_goes_on_where_it_stopped() -> None:
+    engine, tokens = engine_of("llama", "tree"), some_tokens(30)
+    seq = request(tokens[:12])
+    engine.prefill(seq)
+    seq.tokens += tokens[12:]
+    engine.prefill(seq)
+    assert engine.committed(seq) == 29
+    tree = some_tree(tokens[-1], 6)
+    assert torch.equal(engine.verify([seq], [tree]).all_logits, verified(engine, request(tokens), tree))
+
+
+@every_engine
+def test_kv_grows_past_its_first_reservation_without_a_change(family: str, attention: str) -> None:
+    engine, tokens = engine_of(family, attention), some_tokens(4)
+    small, large = request(tokens, max_tokens=1), request(tokens, max_tokens=250)
+    for seq in (small, large):
+        engine.prefill(seq)
+    capacity = engine._kv[small.id].layer(0)[0].shape[1]
+    tree = some_tree(tokens[-1], 30)
+    text = [*tokens]
+    for step in range(4):
+        chain = TokenTree.chain(text[-1], some_tokens(45, seed=step))
+        outs = [engine.verify([seq], [chain]).all_logits for seq in (small, large)]
+        assert_same(outs[0], outs[1], attention)
+        for seq in (small, large):
+            engine.commit([seq], [list(range(46))])
+        text += [*chain.tokens[1:].tolist(), 9]
+    grown = engine._kv[small.id].layer(0)[0].shape[1]
+    assert grown > capacity
+    assert grown % BLOCK == 0
+    tree = some_tree(text[-1], 30)
+    assert_same(engine.verify([small], [tree]).all_logits, engine.verify([large], [tree]).all_logits, attention)
+
+
+@pytest.mark.parametrize("attention", ["tree", "sdpa"])
+def test_kv_grows_between_the_calls_that_grow_a_tree(attention: str) -> None:
+    engine, tokens = engine_of("llama", attention), some_tokens(3)
+    tree = some_tree(tokens[-1], 200, depth=20)
+    whole = verified(engine, request(tokens, max_tokens=250), tree)
+    seq = request(tokens, max_tokens=1)
+    engine.prefill(seq)
+    parts, known = [], 0
+    for end in (40, 100, 101, 200):
+        parts.append(engine.verify([seq], [tree.take(np.arange(end))], [known]).all_logits)
+        known = end
+    assert_same(torch.cat(parts), whole, attention)
+
+
+def test_a_limit_on_tokens_beyond_the_context_reserves_no_memory_for_them() -> None:
+    engine, seq = engine_of("llama", "tree"), request(some_tokens(3), max_tokens=10**12)
+    engine.prefill(seq)
+    assert engine._kv[seq.id].layer(0)[0].shape[1] <= engine.context + 2 * BLOCK
+
+
+def test_release_forgets_a_sequence_and_only_that() -> None:
+    engine = TorchEngine(model_of("llama"), "tree")
+    gone, kept = request(some_tokens(9)), request(some_tokens(9, seed=1))
+    for seq in (gone, kept):
+        engine.prefill(seq)
+    engine.release([gone])
+    assert list(engine._kv) == [kept.id]
+    assert engine.committed(gone) == 0
+    assert engine.committed(kept) == 8
+
+
+# -- the model that was given ----------------------------------------------------------------------------------------
+
+
+@every_engine
+def test_the_model_that_was_given_stays_as_it_was(family: str, attention: str) -> None:
+    model, tokens = tiny(family), some_tokens(20)
+    model.train()
+    config, bits = copy.deepcopy(model.config), {k: v.clone() for k, v in model.state_dict().items()}
+    modules = [(name, type(module), module.training) for name, module in model.named_modules()]
+    own_attention, attributes = model.config._attn_implementation, set(vars(model))
+    model.eval()
+    before = full_logits(model, tokens)
+    model.train()
+
+    engine = TorchEngine(model, attention)
+    verified(engine, request(tokens), some_tree(tokens[-1], 5))
+
+    assert model.config._attn_implementation == own_attention
+    assert model.config.to_dict() == config.to_dict()
+    assert [(name, type(module), module.training) for name, module in model.named_modules()] == modules
+    assert set(vars(model)) == attributes
+    assert model.state_dict().keys() == bits.keys()
+    assert all(torch.equal(value, bits[key]) for key, value in model.state_dict().items())
+    model.eval()
+    assert torch.equal(full_logits(model, tokens), before)
+
+
+def test_an_engine_that_owns_its_model_lets_go_of_the_linear_weights_and_says_the_same() -> None:
+    tokens = some_tokens(20)
+    tree = some_tree(tokens[-1], 5)
+    expected = verified(engine_of("llama", "tree"), request(tokens), tree)
+    owned, tied = tiny("llama"), tiny("llama", tie_word_embeddings=True)
+    assert torch.equal(verified(TorchEngine(owned, "tree", owns_model=True), request(tokens), tree), expected)
+    linear = [module for module in owned.modules() if isinstance(module, nn.Linear)]
+    assert len(linear) == 2 * 7 + 1
+    assert all(module.weight.untyped_storage().nbytes() == 0 for module in linear)
+    TorchEngine(tied, "tree", owns_model=True)
+    assert tied.get_input_embeddings().weight.shape == (VOCAB, 48)
+
+
+# -- refusals --------------------------------------------------------------------------------------------------------
+
+
+def _small(config: Any, model: Any, **options: Any) -> PreTrainedModel:
+    sizes = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "hidden_size": 16}
+    with torch.random.fork_rng(devices=[]):
+        made: PreTrainedModel = model(config(**{**sizes, **options})).eval()
+    return made
+
+
+HEADS: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: _small(BloomConfig, BloomForCausalLM, n_layer=1, n_head=2), "BloomForCausalLM uses ALiBi"),
+        (
+            lambda: _small(MptConfig, MptForCausalLM, d_model=16, n_layers=1, n_heads=2),
+            "MptForCausalLM uses ALiBi",
+        ),
+        (lambda: tiny("falcon_old", alibi=True), "FalconForCausalLM uses ALiBi"),
+        (
+            lambda: _small(MambaConfig, MambaForCausalLM, num_hidden_layers=1, state_size=4),
+            "MambaForCausalLM has .*can't be rolled back",
+        ),
+        (
+            lambda: _small(
+                JambaConfig, JambaForCausalLM, num_hidden_layers=2, attn_layer_period=2, attn_layer_offset=1,
+                num_experts=1, use_mamba_kernels=False, mamba_d_state=4, **HEADS,
+            ),
+            "JambaForCausalLM has .*can't be rolled back",
+        ),
+        (
+            lambda: _small(
+                RecurrentGemmaConfig, RecurrentGemmaForCausalLM, num_hidden_layers=3, lru_width=16,
+                attention_window_size=8, **HEADS,
+            ),
+            "RecurrentGemmaForCausalLM has .*can't be rolled back",
+        ),
+        (
+            lambda: _small(
+                Qwen3NextConfig, Qwen3NextForCausalLM, num_hidden_layers=4, head_dim=8, linear_num_value_heads=2,
+                linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, num_experts=2,
+                moe_intermediate_size=16, shared_expert_intermediate_size=16, **HEADS,
+            ),
+            "Qwen3NextForCausalLM has linear_attention: .*can't be rolled back",
+        ),
+        (
+            lambda: _small(
+                T5Config, T5ForConditionalGeneration, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
+                decoder_start_token_id=0,
+            ),
+            "T5ForConditionalGeneration is not a decoder-only language model",
+        ),
+        (lambda: LlamaModel(tiny("llama").config), "LlamaModel is not .* with an output layer"),
+    ],
+    ids=["bloom", "mpt", "falcon", "mamba", "jamba", "recurrent_gemma", "qwen3_next", "t5", "no_output_layer"],
+)  # fmt: skip
+def test_a_model_that_no_tree_can_be_verified_with_is_refused_with_the_reason(make: Any, reason: str) -> None:
+    with pytest.raises(ModelError, match=reason) as error:
+        TorchEngine(make())
+    assert "\n" not in str(error.value)
