@@ -87,32 +87,41 @@ def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear | Con
                 yield parent, name, child
 
 
-class SteadySiLU(nn.Module):
-    """SiLU, on a CPU, that gives a value the same bits beside any other values.
+class SteadyActivation(nn.Module):
+    """An activation, on a CPU, that gives a value the same bits beside any other values.
 
-    torch's own computes what is left at the end of each thread's share, less than a vector, by other instructions,
-    which round differently. Its exp and tanh do not.
+    torch splits a tensor among threads and computes what is left at the end of each share, less than a vector, by other
+    instructions, which round differently. Where rows are wide enough that nothing is ever left, its own function runs;
+    elsewhere one made of operations that round the same either way.
     """
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.float()
-        return torch.div(wide, wide.neg().exp_().add_(1)).to(x.dtype)
-
-
-class SteadyGELUTanh(nn.Module):
-    """GELU by tanh, steady as `SteadySiLU` is."""
+    def __init__(self, own: nn.Module) -> None:
+        super().__init__()
+        self.own = own
+        self._steady = steady_silu if isinstance(own, nn.SiLU | SiLUActivation) else steady_gelu_tanh
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.float()
-        inner = (wide * wide).mul_(0.044715).add_(1).mul_(wide).mul_(math.sqrt(2 / math.pi))
-        return inner.tanh_().add_(1).mul_(wide).mul_(0.5).to(x.dtype)
+        shares = math.lcm(*range(1, torch.get_num_threads() + 1))
+        if x.is_contiguous() and x.shape[-1] % (VECTOR * shares) == 0:
+            return self.own(x)  # type: ignore[no-any-return]
+        return self._steady(x.float()).to(x.dtype)
+
+
+VECTOR = 32  # the most values that one instruction computes
+
+
+def steady_silu(x: torch.Tensor) -> torch.Tensor:
+    return x / x.neg().exp_().add_(1)
+
+
+def steady_gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    inner = (x * x).mul_(0.044715).add_(1).mul_(x).mul_(math.sqrt(2 / math.pi))
+    return inner.tanh_().add_(1).mul_(x).mul_(0.5)
 
 
 def steady_activations(model: PreTrainedModel) -> None:
     """Exchanges the activations of ``model`` (a `private_copy`) whose bits depend on how many rows there are."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if isinstance(child, nn.SiLU | SiLUActivation):
-                setattr(parent, name, SteadySiLU())
-            elif isinstance(child, GELUTanh):
-                setattr(parent, name, SteadyGELUTanh())
+            if isinstance(child, nn.SiLU | SiLUActivation | GELUTanh):
+                setattr(parent, name, SteadyActivation(child))
