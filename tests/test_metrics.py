@@ -103,7 +103,7 @@ def _cycle(vocab: int, but: dict[int, int] | None = None) -> torch.Tensor:
 def test_accepted_tokens_are_counted_for_every_drafter_that_proposed_them() -> None:
     # The draft model takes 2 for the successor of 0; the text itself holds one round, so lookup knows all of it.
     model = DraftModel(TableEngine(_cycle(4, {0: 2})), 4, "wrong after 0")
-    drafter = Merged([model, NGram()])
+    drafter = Merged([model, NGram(min_n=1)])
     seq = make_sequence([0, 1, 2, 3, 0], max_tokens=12)
     assert decode(TableEngine(_cycle(4)), [seq], drafter, "chain:1") == [[1, 2, 3, 0] * 3]
     # every step emits an accepted token and a bonus token: the accepted ones are 1 (after 0) and 3 (after 2), in turn
@@ -122,7 +122,7 @@ def test_tokens_cut_off_are_not_counted() -> None:
 
 def test_seconds_of_the_parts_make_up_the_step() -> None:
     seqs: list[Sequence] = [make_sequence([0, 1], max_tokens=5) for _ in range(2)]
-    decode(TableEngine(random_table(6)), seqs, NGram())
+    decode(TableEngine(random_table(6)), seqs, NGram(min_n=1))
     for seq in seqs:
         parts = seq.metrics.draft_seconds + seq.metrics.verify_seconds + seq.metrics.accept_seconds
         assert 0 < parts == pytest.approx(seq.metrics.decode_seconds)

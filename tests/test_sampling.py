@@ -70,6 +70,7 @@ def _plain_noise(seed: int) -> SeededNoise:
         ({"n": 0}, "n=0"),
         ({"max_tokens": 0}, "max_tokens=0"),
         ({"min_tokens": -1}, "min_tokens=-1"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens=5 is more than max_tokens=4"),
         ({"stop": ""}, "a stop string can't be empty"),
         ({"stop": ("a", "")}, "a stop string can't be empty"),
         ({"stop": 3}, "stop"),

@@ -114,7 +114,7 @@ def test_stop_rules_see_all_ids_and_wait_for_min_tokens() -> None:
 def test_limits_end_drafted_text_where_they_end_plain_text(
     seed: int, max_tokens: int, min_tokens: int, ignore_eos: bool
 ) -> None:
-    table = random_table(5, 2, seed, 3.0)
+    table, min_tokens = random_table(5, 2, seed, 3.0), min(min_tokens, max_tokens)
 
     def run(drafter: DraftModel | None) -> tuple[list[int], str | None]:
         engine = TableEngine(table, context=9)

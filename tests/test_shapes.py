@@ -119,7 +119,7 @@ def test_pruning_counts_ranks_by_score_and_not_by_order() -> None:
 
 @given(numbers, st.integers(2, VOCAB), st.integers(1, 3))
 def test_dynamic_keeps_the_most_probable_nodes_of_all(seed: int, nodes: int, depth: int) -> None:
-    draft = _grown(Dynamic(nodes, depth, top_k=VOCAB), seed=seed)
+    draft = _grown(Dynamic(nodes, depth, VOCAB, 0, 0), seed=seed)
     engine = TableEngine(random_table(VOCAB, 2, seed, 2.0))
     scores = {}
     for length in range(1, depth + 1):
@@ -136,7 +136,7 @@ def test_dynamic_keeps_the_most_probable_nodes_of_all(seed: int, nodes: int, dep
 def test_dynamic_stays_within_nodes_depth_and_width(
     sampled: bool, nodes: int, depth: int, top_k: int, seed: int
 ) -> None:
-    draft = _grown(Dynamic(nodes, depth, top_k), sampled, seed)
+    draft = _grown(Dynamic(nodes, depth, top_k, 0, 0), sampled, seed)
     outline = _outline(draft)
     assert 2 <= len(draft) <= nodes
     assert len(outline) - 1 <= depth
@@ -146,7 +146,7 @@ def test_dynamic_stays_within_nodes_depth_and_width(
 
 @given(drafts(), st.integers(2, 8), st.integers(1, 3))
 def test_reranking_keeps_the_most_probable_nodes_and_their_parents(draft: Draft, nodes: int, depth: int) -> None:
-    kept = Dynamic(nodes, depth, 8).prune(SEQ, draft)  # a draft that is not a tree any more would raise in here
+    kept = Dynamic(nodes, depth, 8, 0, 0).prune(SEQ, draft)  # a draft that is not a tree any more would raise in here
     shallow = sorted((s for s, d in zip(draft.log_scores, draft.depths) if d <= depth), reverse=True)
     assert sorted(kept.log_scores, reverse=True) == shallow[:nodes]
     assert set(map(tuple, kept.tree.paths())) <= {
@@ -158,7 +158,7 @@ def test_reranking_keeps_the_most_probable_nodes_and_their_parents(draft: Draft,
 def test_counts_of_drawn_children_never_exceed_the_budget(
     nodes: int, depth: int, top_k: int, scores: list[float]
 ) -> None:
-    form = Dynamic(nodes, depth, top_k)
+    form = Dynamic(nodes, depth, top_k, 0, 0)
     draft = Draft(0, {})
     first = form.counts(SEQ, draft, [0])
     assert 1 <= first[0] <= min(top_k, nodes - 1)
@@ -190,8 +190,8 @@ def test_dynamic_expands_no_drawn_node_when_the_budget_is_spent() -> None:
 
 @given(numbers, st.floats(0.01, 0.5))
 def test_min_prob_leaves_out_picked_nodes_that_are_less_probable(seed: int, least: float) -> None:
-    everything = _grown(Dynamic(30, 3, VOCAB), seed=seed)
-    draft = _grown(Dynamic(30, 3, VOCAB, min_prob=least), seed=seed)
+    everything = _grown(Dynamic(30, 3, VOCAB, 0, 0), seed=seed)
+    draft = _grown(Dynamic(30, 3, VOCAB, min_prob=least, min_reach=0), seed=seed)
     paths = {tuple(everything.path_tokens(i)) for i, s in enumerate(everything.log_scores) if math.exp(s) >= least}
     assert {tuple(draft.path_tokens(node)) for node in range(len(draft))} == paths
 
@@ -201,7 +201,7 @@ def test_min_prob_leaves_out_picked_nodes_that_are_less_probable(seed: int, leas
 def test_min_reach_stops_the_growth_where_the_frontier_is_hardly_reached(
     sampled: bool, seed: int, least: float
 ) -> None:
-    draft = _grown(Dynamic(40, 4, 2, min_reach=least), sampled, seed)
+    draft = _grown(Dynamic(40, 4, 2, min_prob=0, min_reach=least), sampled, seed)
     for depth in range(1, max(draft.depths)):
         reach = sum(math.exp(s) for s, d in zip(draft.log_scores, draft.depths) if d == depth)
         assert reach >= least - 1e-9

@@ -25,6 +25,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     Phi3Config,
@@ -110,6 +112,11 @@ def _falcon_old(**options: Any) -> PreTrainedModel:
     return _falcon(new_decoder_architecture=False, multi_query=True, **options)
 
 
+def _mixtral(**options: Any) -> PreTrainedModel:
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}
+    return MixtralForCausalLM(MixtralConfig(**{**_GROUPED, **experts, **options}))
+
+
 FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
     "llama": _llama,
     "qwen2": _qwen2,
@@ -123,6 +130,7 @@ FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
     "gpt_neox": _gpt_neox,
     "falcon": _falcon,
     "falcon_old": _falcon_old,
+    "mixtral": _mixtral,
 }
 
 

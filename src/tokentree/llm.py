@@ -30,7 +30,7 @@ from tokentree.text import Detokenizer
 
 Prompt = str | SequenceOf[int]
 Model = str | Path | PreTrainedModel
-DEFAULT_SHAPE = "dynamic:nodes=8,depth=4,top_k=4"
+DEFAULT_SHAPE = "dynamic:nodes=16"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tokentree.errors import OptionError
 
@@ -71,8 +71,9 @@ class SamplingParams(BaseModel):
             super().__init__(**options)
         except ValidationError as error:
             first = error.errors()[0]
-            name = ".".join(map(str, first["loc"])) or "options"
-            raise OptionError(f"sampling option {name}={first['input']!r}: {first['msg'].lower()}") from None
+            said = first["msg"].removeprefix("Value error, ").lower()
+            name = ".".join(map(str, first["loc"]))
+            raise OptionError(f"sampling option {name}={first['input']!r}: {said}" if name else said) from None
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -85,6 +86,12 @@ class SamplingParams(BaseModel):
         if "" in stop:
             raise ValueError("a stop string can't be empty")
         return stop
+
+    @model_validator(mode="after")
+    def _bounds_in_order(self) -> SamplingParams:
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}")
+        return self
 
     @field_validator("logit_bias")
     @classmethod

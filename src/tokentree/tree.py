@@ -99,8 +99,15 @@ class TokenTree:
         """The tree of explicit rank paths, as Medusa writes them (Cai et al. 2024, arXiv:2401.10774).
 
         ``choices`` holds paths of ranks, ``candidates[d][r]`` the token of rank r at depth d + 1.
+
+        Raises:
+            TreeError: if a choice has no candidate.
         """
-        return cls.from_paths(root, ([candidates[d][r] for d, r in enumerate(path)] for path in choices))
+        try:
+            paths = [[candidates[depth][rank] for depth, rank in enumerate(path)] for path in choices]
+        except IndexError:
+            raise TreeError("a choice names a rank or a depth without a candidate") from None
+        return cls.from_paths(root, paths)
 
     @classmethod
     def merge(cls, trees: Sequence[TokenTree]) -> tuple[TokenTree, list[Ints]]:
@@ -203,8 +210,8 @@ class TokenTree:
             TreeError: if the order does not start at the root, or leaves out or postpones a node's parent.
         """
         nodes = np.asarray(nodes, dtype=np.int64)
-        if nodes.size == 0 or nodes[0] != 0:
-            raise TreeError("a part of a tree starts at the root")
+        if nodes.size == 0 or nodes[0] != 0 or (nodes[1:] <= 0).any() or (nodes >= len(self)).any():
+            raise TreeError("a part of a tree starts at the root and holds nodes of the tree")
         where = np.full(len(self), -1, dtype=np.int64)
         where[nodes] = np.arange(nodes.size)
         parents = np.where(nodes == 0, -1, where[self.parents[nodes]])

@@ -26,7 +26,7 @@ class NGram(Drafter):
 
     name = "ngram"
 
-    def __init__(self, max_n: int = 4, min_n: int = 1, max_branches: int = 4) -> None:
+    def __init__(self, max_n: int = 4, min_n: int = 2, max_branches: int = 4) -> None:
         if not 1 <= min_n <= max_n or max_branches < 1:
             raise OptionError("ngram needs 1 <= min_n <= max_n and max_branches of at least 1")
         self._max_n, self._min_n, self._max_branches = max_n, min_n, max_branches

@@ -20,6 +20,7 @@ import torch
 from transformers import Cache
 
 from tokentree.engines.kv import BLOCK, SequenceKV
+from tokentree.errors import ModelError
 from tokentree.tree import TokenTree
 
 ONES = 16  # columns of ones behind the values: a multiple of the vector width
@@ -65,6 +66,11 @@ class Segment:
         return seen
 
     # -- the plan of the blockwise reduction, made once per forward and window, used by every layer ----------------
+
+    @property
+    def windows(self) -> set[int | None]:
+        """The sliding windows that layers asked for."""
+        return {window for window, _ in self._cache}
 
     def plan(self, window: int | None, device: torch.device) -> BlockPlan:
         if (window, device) not in self._cache:
@@ -190,7 +196,8 @@ def tree_attention(
     Returns:
         [1, rows, heads, width], in the query's dtype; padding rows get zeros.
     """
-    assert forward_kv is not None, "the model did not hand its keyword arguments to the attention"
+    if forward_kv is None:
+        raise ModelError(f"{type(module).__name__} drops the keyword arguments of its attention: use attention='sdpa'")
     _, heads, rows, width = query.shape
     scale = width**-0.5 if scaling is None else scaling
     parts, end = [], 0

@@ -33,6 +33,18 @@ def check_supported(model: PreTrainedModel) -> None:
         raise ModelError(f"{name} takes no {', '.join(sorted(missing))}, without which a tree can't be verified")
 
 
+def context_length(config: PretrainedConfig) -> int:
+    """The most positions that the model can take.
+
+    LongRoPE turns all rows of a forward otherwise as soon as one of them lies beyond the length it was first trained
+    for, so that a tree that reaches there would disagree with plain decoding: the context ends there.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        return int(rope.get("original_max_position_embeddings") or config.original_max_position_embeddings)
+    return int(config.max_position_embeddings)
+
+
 def layer_windows(config: PretrainedConfig) -> dict[str, int | None]:
     """The kinds of layer, each with its sliding window in positions, None where everything is seen."""
     window = getattr(config, "sliding_window", None)

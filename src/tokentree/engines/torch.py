@@ -15,7 +15,7 @@ from tokentree.engines.attention import ONES, ForwardKV, Segment, dense_mask, tr
 from tokentree.engines.base import TargetOutput
 from tokentree.engines.kv import KVLayout, SequenceKV
 from tokentree.engines.prepare import can_pack, pack_linears, private_copy, steady_activations
-from tokentree.engines.support import check_supported, has_softcap, layer_windows
+from tokentree.engines.support import check_supported, context_length, has_softcap, layer_windows
 from tokentree.errors import ModelError
 from tokentree.sequence import Sequence
 from tokentree.tree import TokenTree
@@ -23,7 +23,7 @@ from tokentree.tree import TokenTree
 AttentionInterface.register("tokentree", tree_attention)
 
 PREFILL_ROWS = 256
-PROBE = (0.11, 0.37, 0.23, 0.71, 0.53, 0.31)  # any tokens, as parts of the vocabulary
+PROBE = (0.11, 0.37, 0.23, 0.71, 0.53, 0.31, 0.83)  # any tokens, as parts of the vocabulary
 
 
 class TorchEngine:
@@ -45,7 +45,7 @@ class TorchEngine:
         check_supported(model)
         self.device, self.dtype = model.device, model.dtype
         config = model.config.get_text_config()
-        self.context = int(config.max_position_embeddings)
+        self.context = context_length(config)
         self.attention = attention or self._best_attention(model)
         self._attends_itself = self.attention == "sdpa"
         if self.attention not in ("tree", "sdpa") or (self.attention == "tree" and not _uses_interface(model)):
@@ -117,7 +117,8 @@ class TorchEngine:
 
     def _kv_of(self, seq: Sequence) -> SequenceKV:
         if seq.id not in self._kv:
-            self._kv[seq.id] = SequenceKV(self._layout, len(seq.prompt_ids) + seq.params.max_tokens + 64)
+            rows = min(len(seq.prompt_ids) + seq.params.max_tokens, self.context)
+            self._kv[seq.id] = SequenceKV(self._layout, rows + 64)
         return self._kv[seq.id]
 
     @torch.inference_mode()
@@ -178,17 +179,30 @@ class TorchEngine:
         return KVLayout(shapes, torch.promote_types(self.dtype, torch.float32), self.device, ones=ONES)
 
     def _check_tree(self, expected: torch.Tensor) -> None:
-        """The same tokens as one branch of a tree, beside another branch, must give the same logits."""
-        main, half = self._probe(), len(PROBE) // 2
-        parents = [*range(-1, len(main) - 1), half - 1, *range(len(main), 2 * len(main) - half - 1)]
-        tree = TokenTree(np.array([*main, main[half] - 1, *main[half + 1 :]]), np.array(parents))
-        kv = SequenceKV(self._layout, len(tree))
-        got = self._forward([Segment(kv, tree, 0, 0)], keep_logits=True)[: len(main)].float()
-        error, spread = float((got - expected.float()).square().mean().sqrt()), float(expected.float().std())
+        """The same tokens must give the same logits in a tree, alone behind it, and in another tree behind that."""
+        a, b, c, d, e, f, g = self._probe()
+        other = d - 1 if d else 1
+        kv, got, windows = SequenceKV(self._layout, 64), [], set[int | None]()
+        for tokens, parents, path in (
+            ([a, b, other, c, d, c, d], [-1, 0, 0, 1, 2, 2, 3], [0, 1, 3, 6]),
+            ([e], [-1], [0]),
+            ([f, other, g, g], [-1, 0, 1, 0], [0, 3]),
+        ):
+            segment = Segment(kv, TokenTree(np.array(tokens), np.array(parents)), 0, 0)
+            got.append(self._forward([segment], keep_logits=True)[path].float())
+            kv.commit(path)
+            windows |= segment.windows
+        error, spread = float((torch.cat(got) - expected).square().mean().sqrt()), float(expected.float().std())
         if not error <= (0.001 if self.dtype in (torch.float32, torch.float64) else 0.1) * spread:
+            way_out = "trees can't be verified with it" if self._attends_itself else "use attention='sdpa'"
             raise ModelError(
                 f"{type(self._model).__name__} does not give the same logits under a tree attention mask "
-                f"(off by {error:.3g} where logits spread by {spread:.3g}), so trees can't be verified with it"
+                f"(off by {error:.3g} where logits spread by {spread:.3g}): {way_out}"
+            )
+        if not self._attends_itself and windows != set(self._windows.values()):
+            raise ModelError(
+                f"{type(self._model).__name__} does not tell its attention of the sliding window that its "
+                "configuration has: use attention='sdpa'"
             )
 
 

@@ -18,7 +18,7 @@ class Shape(ABC):
 
     Attributes:
         max_depth: candidates on the longest path.
-        max_nodes: nodes of the largest tree, root included: the rows of the largest verify.
+        max_nodes: nodes of the largest tree that one drafter makes in this shape, root included.
     """
 
     max_depth: int

@@ -15,7 +15,8 @@ class Dynamic(Shape):
     """Expand the most probable nodes of each level, then keep the most probable nodes of all (EAGLE-2, Li et al.
     2024, arXiv:2406.16858, section 4).
 
-    A node that could no longer be among the kept ones is not expanded, as its children couldn't be either.
+    A node that could no longer be among the kept ones is not expanded, as its children couldn't be either. Beyond the
+    paper, nodes and levels that aren't worth their time are left out; with both limits at 0 the tree is the paper's.
 
     Args:
         nodes: nodes of the tree, root included, that is, rows of the verify.
@@ -31,7 +32,7 @@ class Dynamic(Shape):
     """
 
     def __init__(
-        self, nodes: int = 16, depth: int = 6, top_k: int = 8, min_prob: float = 0.0, min_reach: float = 0.0
+        self, nodes: int = 16, depth: int = 6, top_k: int = 4, min_prob: float = 0.08, min_reach: float = 0.5
     ) -> None:
         if nodes < 2 or depth < 1 or top_k < 1:
             raise OptionError("a dynamic shape needs nodes of at least 2, depth of at least 1 and top_k of at least 1")
