@@ -146,7 +146,7 @@ def randomised(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     """Weights so large that every part of the model shows in the logits: fresh ones leave attention almost flat."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
-        for name, weight in module.named_parameters(recurse=False):
+        for weight in module.parameters(recurse=False):
             noise = torch.randn(weight.shape, generator=generator)
             if isinstance(module, nn.Embedding):
                 weight.copy_(noise * 0.5)

@@ -102,8 +102,8 @@ class SteadyActivation(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shares = math.lcm(*range(1, torch.get_num_threads() + 1))
-        if x.is_contiguous() and x.shape[-1] % (VECTOR * shares) == 0:
-            return self.own(x)  # type: ignore[no-any-return]
+        if x.shape[-1] % (VECTOR * shares) == 0:
+            return self.own(x.contiguous())  # type: ignore[no-any-return]
         return self._steady(x.float()).to(x.dtype)
 
 
