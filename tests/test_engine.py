@@ -19,7 +19,6 @@ from transformers import (
     JambaConfig,
     JambaForCausalLM,
     LlamaForCausalLM,
-    LlamaModel,
     MambaConfig,
     MambaForCausalLM,
     MptConfig,
@@ -224,7 +223,7 @@ def test_the_bits_do_not_depend_on_how_rows_are_shared_out_among_threads(
     family: str, threads: Callable[[int], None]
 ) -> None:
     """Rows so wide that torch splits them, at places that are no multiple of a vector."""
-    width = {"n_inner": 2080} if family == "gpt2" else {"intermediate_size": 2080}
+    width: dict[str, Any] = {"n_inner": 2080} if family == "gpt2" else {"intermediate_size": 2080}
     engine, tokens = TorchEngine(tiny(family, **width), "tree"), some_tokens(20)
     tree = some_tree(tokens[-1], 33)
     for count in (3, 1, 2):
@@ -519,7 +518,7 @@ HEADS: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "in
             ),
             "T5ForConditionalGeneration is not a decoder-only language model",
         ),
-        (lambda: LlamaModel(tiny("llama").config), "LlamaModel is not .* with an output layer"),
+        (lambda: tiny("llama").base_model, "LlamaModel is not .* with an output layer"),
     ],
     ids=["bloom", "mpt", "falcon", "mamba", "jamba", "recurrent_gemma", "qwen3_next", "t5", "no_output_layer"],
 )  # fmt: skip
@@ -530,7 +529,7 @@ def test_a_model_that_no_tree_can_be_verified_with_is_refused_with_the_reason(ma
 
 
 class IgnoresMask(LlamaForCausalLM):
-    def forward(  # type: ignore[override]
+    def forward(
         self, input_ids: torch.Tensor, attention_mask: Any = None, position_ids: Any = None,
         past_key_values: Any = None, **options: Any,
     ) -> Any:  # fmt: skip
@@ -538,7 +537,7 @@ class IgnoresMask(LlamaForCausalLM):
 
 
 class IgnoresPositions(LlamaForCausalLM):
-    def forward(  # type: ignore[override]
+    def forward(
         self, input_ids: torch.Tensor, attention_mask: Any = None, position_ids: Any = None,
         past_key_values: Any = None, **options: Any,
     ) -> Any:  # fmt: skip
@@ -552,7 +551,7 @@ def test_the_engine_finds_out_by_itself_that_a_model_ignores_what_it_is_told(
     kind: type[LlamaForCausalLM], attention: str
 ) -> None:
     with torch.random.fork_rng(devices=[]):
-        model = randomised(kind(tiny("llama").config))
+        model = randomised(kind(tiny("llama").config))  # type: ignore[arg-type]
     with pytest.raises(ModelError, match=f"{kind.__name__} does not give the same logits under a tree attention mask"):
         TorchEngine(model, attention)
 

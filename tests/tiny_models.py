@@ -138,7 +138,8 @@ def tiny(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **optio
     """A model of ``family`` with random weights; ``options`` go to its configuration."""
     with torch.random.fork_rng(devices=[]):
         model = FAMILIES[family](**options)
-    return randomised(model, seed).to(dtype)  # type: ignore[arg-type]
+    made: PreTrainedModel = randomised(model, seed).to(dtype)  # type: ignore[arg-type]
+    return made
 
 
 @torch.no_grad()
@@ -155,7 +156,8 @@ def randomised(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
                 weight.copy_(noise * 1.5 * inputs**-0.5)
             else:  # norms and biases
                 weight.add_(noise * 0.2)
-    return model.eval()
+    model.eval()
+    return model
 
 
 @torch.inference_mode()

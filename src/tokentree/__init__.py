@@ -1,21 +1,27 @@
 """tokentree: several tokens per forward pass, by verifying a whole tree of candidates at once."""
 
-from tokentree.decoder import Decoder
-from tokentree.draft import Draft
-from tokentree.errors import ModelError, OptionError, PairingError, PromptError, TokenTreeError, TreeError
-from tokentree.hf import TreeGenerator, generator
-from tokentree.llm import LLM, Piece, Result, Stream
-from tokentree.metrics import Metrics
-from tokentree.sampling import SamplingParams
-from tokentree.tree import TokenTree
-from tokentree.tutorial import (
-    build_tree,
-    create_tree_mask,
-    extract_all_paths,
-    find_best_path,
-    path_probability,
-    tree_speculative_decode,
-)
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokentree.decoder import Decoder
+    from tokentree.draft import Draft
+    from tokentree.errors import ModelError, OptionError, PairingError, PromptError, TokenTreeError, TreeError
+    from tokentree.hf import TreeGenerator, generator
+    from tokentree.llm import LLM, Piece, Result, Stream
+    from tokentree.metrics import Metrics
+    from tokentree.sampling import SamplingParams
+    from tokentree.tree import TokenTree
+    from tokentree.tutorial import (
+        build_tree,
+        create_tree_mask,
+        extract_all_paths,
+        find_best_path,
+        path_probability,
+        tree_speculative_decode,
+    )
 
 __all__ = [
     "LLM",
@@ -42,3 +48,34 @@ __all__ = [
     "path_probability",
     "tree_speculative_decode",
 ]
+
+# Where each name lives: imported when it is first asked for, as torch and transformers take seconds.
+_HOMES = {
+    "decoder": ["Decoder"],
+    "draft": ["Draft"],
+    "errors": ["ModelError", "OptionError", "PairingError", "PromptError", "TokenTreeError", "TreeError"],
+    "hf": ["TreeGenerator", "generator"],
+    "llm": ["LLM", "Piece", "Result", "Stream"],
+    "metrics": ["Metrics"],
+    "sampling": ["SamplingParams"],
+    "tree": ["TokenTree"],
+    "tutorial": [
+        "build_tree",
+        "create_tree_mask",
+        "extract_all_paths",
+        "find_best_path",
+        "path_probability",
+        "tree_speculative_decode",
+    ],
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"tokentree.{module}"), name)
+    raise AttributeError(f"module 'tokentree' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

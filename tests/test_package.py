@@ -1,0 +1,26 @@
+"""What `import tokentree` gives."""
+
+import subprocess
+import sys
+
+import pytest
+
+import tokentree
+
+
+def test_every_public_name_is_there_and_sorted_for_readers() -> None:
+    for name in tokentree.__all__:
+        assert getattr(tokentree, name).__name__ == name
+    assert dir(tokentree) == sorted(tokentree.__all__)
+    homes = [name for names in tokentree._HOMES.values() for name in names]
+    assert sorted(homes) == sorted(tokentree.__all__)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        tokentree.nothing_like_it  # noqa: B018
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys, tokentree.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
