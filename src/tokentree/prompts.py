@@ -33,7 +33,8 @@ def read_prompts(path: str | Path, per_category: int | None = None, turns: int |
     optionally ``category`` and an id (``id``, ``question_id`` or ``task_id``).
 
     Args:
-        per_category: at most so many of each category, the first ones.
+        per_category: at most so many of each category, the first ones; the categories then take turns, so that a run
+            that is cut short has seen them all.
         turns: at most so many turns of each, the first ones.
 
     Raises:
@@ -45,17 +46,20 @@ def read_prompts(path: str | Path, per_category: int | None = None, turns: int |
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise PromptError(f"can't read the prompt file {str(path)!r}: {reason}") from None
-    found, seen = [], Counter[str]()
+    found: list[tuple[int, Conversation]] = []
+    seen = Counter[str]()
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         entry = _entry(line, f"line {number} of {str(path)!r}", file.stem, number)
         seen[entry.category] += 1
         if per_category is None or seen[entry.category] <= per_category:
-            found.append(replace(entry, turns=entry.turns[:turns]))
+            found.append((seen[entry.category], replace(entry, turns=entry.turns[:turns])))
     if not found:
         raise PromptError(f"the prompt file {str(path)!r} has no prompts")
-    return found
+    if per_category is not None:
+        found.sort(key=lambda item: item[0])
+    return [entry for _, entry in found]
 
 
 def _entry(line: str, where: str, default_category: str, number: int) -> Conversation:

@@ -1,0 +1,5 @@
+"""`python -m tokentree`."""
+
+from tokentree.cli import main
+
+main()

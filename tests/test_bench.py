@@ -1,0 +1,143 @@
+"""The bench: interleaved, nothing shared, failures kept as failures, figures pooled."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from tests.tiny_models import save_model, tiny, tiny_tokenizer
+from tokentree.bench.methods import Output, Peers, TreeMethod, make_method
+from tokentree.bench.report import summarise, table
+from tokentree.bench.results import Run, Sample, new_run
+from tokentree.bench.runner import run_bench
+from tokentree.errors import OptionError
+from tokentree.llm import LLM
+from tokentree.prompts import Conversation
+from tokentree.sampling import SamplingParams
+
+PROMPTS = [
+    Conversation("one", "a", ("the quick brown", "and again"), chat=True),
+    Conversation("two", "b", ("one two three one two three",), chat=False),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"), tiny("llama", vocab_size=300), tiny_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def llm(folder: Path) -> LLM:
+    return LLM(folder, "none", draft_model=folder, dtype="float32")
+
+
+class Noted:
+    """A method that notes what it was asked, and answers with the prompt's first tokens."""
+
+    def __init__(self, name: str, calls: list[tuple[str, tuple[int, ...]]], fails: bool = False) -> None:
+        self.name, self._calls, self._fails = name, calls, fails
+
+    def run(self, prompt_ids: list[int], params: SamplingParams) -> Output:
+        self._calls.append((self.name, tuple(prompt_ids)))
+        if self._fails:
+            raise RuntimeError("it broke")
+        counts = {"new_tokens": 4, "target_forwards": 2, "accepted_tokens": 2, "refused_steps": 1, "drafted_tokens": 6}
+        return Output(prompt_ids[:4], 0.5, 2.0, 4, counts)
+
+
+def _run(llm: LLM, methods: list[Any], out: Path, prompts: list[Conversation] = PROMPTS) -> Run:
+    return run_bench(llm, methods, prompts, SamplingParams(max_tokens=8), new_run({}), out)
+
+
+def test_methods_take_turns_on_each_turn_and_see_the_same_prompt(llm: LLM, tmp_path: Path) -> None:
+    calls: list[tuple[str, tuple[int, ...]]] = []
+    run = _run(llm, [Noted("x", calls), Noted("y", calls), Noted("z", calls)], tmp_path)
+    counted = calls[3:]  # the first round warms up and is not counted
+    assert [name for name, _ in calls[:3]] == ["x", "y", "z"]
+    rounds = [counted[i : i + 3] for i in range(0, 9, 3)]
+    assert all(len({ids for _, ids in one}) == 1 for one in rounds)
+    assert [[name for name, _ in one] for one in rounds] == [["x", "y", "z"], ["y", "z", "x"], ["y", "z", "x"]]
+    assert len(run.samples) == 9
+    assert Counter(s.order for s in run.samples) == {0: 3, 1: 3, 2: 3}
+
+
+def test_a_later_turn_has_the_first_methods_answer_as_its_history(llm: LLM, tmp_path: Path) -> None:
+    calls: list[tuple[str, tuple[int, ...]]] = []
+    _run(llm, [Noted("x", calls)], tmp_path, PROMPTS[:1])
+    assert llm.tokenizer is not None
+    first, second = calls[1][1], calls[2][1]
+    answer = llm.tokenizer.decode(list(first[:4]), skip_special_tokens=True)
+    assert llm.tokenizer.decode(list(second)).count(f"<|assistant|>{answer}") == 1
+
+
+def test_a_method_that_fails_leaves_its_error_and_no_time(llm: LLM, tmp_path: Path) -> None:
+    calls: list[tuple[str, tuple[int, ...]]] = []
+    run = _run(llm, [Noted("x", calls), Noted("bad", calls, fails=True)], tmp_path)
+    bad = [s for s in run.samples if s.method == "bad"]
+    assert {s.error for s in bad} == {"RuntimeError: it broke"}
+    assert all(s.decode_seconds == 0 and not s.token_ids and s.same_as_plain is None for s in bad)
+    rows = {row.method: row for row in summarise(run)}
+    assert rows["bad"].failures == 3
+    assert rows["x"].samples == 0  # turns that a method failed on are left out for all
+
+
+def test_results_are_written_whole_and_read_back(llm: LLM, tmp_path: Path) -> None:
+    run = _run(llm, [Noted("x", [])], tmp_path / "new" / "folder")
+    raw = json.loads((tmp_path / "new" / "folder" / "results.json").read_text())
+    assert Run(**raw) == run
+    assert {"command", "started", "commit", "versions", "machine", "settings", "samples"} <= set(raw)
+    assert raw["machine"]["threads"] >= 1
+    assert raw["versions"]["torch"]
+    with pytest.raises(ValidationError):
+        Sample(prompt="p")  # type: ignore[call-arg]
+
+
+def test_figures_are_pooled_over_samples() -> None:
+    run = new_run({})
+    for method, seconds in (("plain", (4.0, 4.0)), ("tree", (1.0, 3.0))):
+        for prompt, (tokens, time) in enumerate(zip((10, 30), seconds, strict=True)):
+            counts = {"new_tokens": tokens, "target_forwards": 10, "accepted_tokens": tokens - 10, "refused_steps": 5}
+            run.samples.append(
+                Sample(
+                    prompt=str(prompt), category="a" if prompt else "b", turn=0, method=method, order=0,
+                    token_ids=list(range(tokens)), prefill_seconds=1.0, decode_seconds=time, decoded_tokens=tokens,
+                    same_as_plain=True, metrics=counts | {"drafted_tokens": 50},
+                )  # fmt: skip
+            )
+    plain, tree = summarise(run)
+    assert (plain.tokens_per_second, tree.tokens_per_second) == (5.0, 10.0)
+    assert tree.speed_up == 2.0
+    assert tree.end_to_end == pytest.approx(40 / 6)
+    assert tree.mean_accepted_length == 2.0
+    assert tree.acceptance_rate == pytest.approx(20 / 30)
+    assert tree.nodes == 5.0
+    assert [row.tokens_per_second for row in summarise(run, "a")] == [7.5, 10.0]
+    assert table(run).row_count == 2
+
+
+def test_real_methods_agree_and_share_nothing(llm: LLM, folder: Path, tmp_path: Path) -> None:
+    peers = Peers(str(folder), str(folder), "float32", None, llm)
+    specs = ["plain", "ngram:chain:3", "draft_model:2x1", "ngram+draft_model:2x1", "transformers", "transformers:lookup:3"]
+    methods = [make_method(spec, llm, peers) for spec in [*specs, "transformers:assisted:2"]]
+    run = _run(llm, methods, tmp_path)
+    assert [s.error for s in run.samples] == [None] * len(run.samples)
+    assert all(s.same_as_plain for s in run.samples)
+    assert all(s.decoded_tokens <= len(s.token_ids) and s.decode_seconds > 0 for s in run.samples)
+    drafters = [m._llm.decoder.drafter for m in methods if isinstance(m, TreeMethod)]
+    assert len({id(drafter) for drafter in drafters}) == len(drafters)
+
+
+@pytest.mark.parametrize("spec", ["", "foo", "ngram", "foo:2x2", "ngram:zz", "transformers:beam:2", "transformers:lookup:0"])
+def test_what_is_no_method_raises(llm: LLM, folder: Path, spec: str) -> None:
+    with pytest.raises(OptionError):
+        make_method(spec, llm, Peers(str(folder), None, "float32", None, llm))
+
+
+def test_an_assisted_method_needs_a_draft_model(llm: LLM, folder: Path) -> None:
+    with pytest.raises(OptionError, match="draft model"):
+        make_method("transformers:assisted:2", llm, Peers(str(folder), None, "float32", None, llm))
