@@ -104,10 +104,18 @@ def test_figures_are_pooled_over_samples() -> None:
             counts = {"new_tokens": tokens, "target_forwards": 10, "accepted_tokens": tokens - 10, "refused_steps": 5}
             run.samples.append(
                 Sample(
-                    prompt=str(prompt), category="a" if prompt else "b", turn=0, method=method, order=0,
-                    token_ids=list(range(tokens)), prefill_seconds=1.0, decode_seconds=time, decoded_tokens=tokens,
-                    same_as_plain=True, metrics=counts | {"drafted_tokens": 50},
-                )  # fmt: skip
+                    prompt=str(prompt),
+                    category="a" if prompt else "b",
+                    turn=0,
+                    method=method,
+                    order=0,
+                    token_ids=list(range(tokens)),
+                    prefill_seconds=1.0,
+                    decode_seconds=time,
+                    decoded_tokens=tokens,
+                    same_as_plain=True,
+                    metrics=counts | {"drafted_tokens": 50},
+                )
             )
     plain, tree = summarise(run)
     assert (plain.tokens_per_second, tree.tokens_per_second) == (5.0, 10.0)
@@ -122,7 +130,14 @@ def test_figures_are_pooled_over_samples() -> None:
 
 def test_real_methods_agree_and_share_nothing(llm: LLM, folder: Path, tmp_path: Path) -> None:
     peers = Peers(str(folder), str(folder), "float32", None, llm)
-    specs = ["plain", "ngram:chain:3", "draft_model:2x1", "ngram+draft_model:2x1", "transformers", "transformers:lookup:3"]
+    specs = [
+        "plain",
+        "ngram:chain:3",
+        "draft_model:2x1",
+        "ngram+draft_model:2x1",
+        "transformers",
+        "transformers:lookup:3",
+    ]
     methods = [make_method(spec, llm, peers) for spec in [*specs, "transformers:assisted:2"]]
     run = _run(llm, methods, tmp_path)
     assert [s.error for s in run.samples] == [None] * len(run.samples)
@@ -132,7 +147,9 @@ def test_real_methods_agree_and_share_nothing(llm: LLM, folder: Path, tmp_path: 
     assert len({id(drafter) for drafter in drafters}) == len(drafters)
 
 
-@pytest.mark.parametrize("spec", ["", "foo", "ngram", "foo:2x2", "ngram:zz", "transformers:beam:2", "transformers:lookup:0"])
+@pytest.mark.parametrize(
+    "spec", ["", "foo", "ngram", "foo:2x2", "ngram:zz", "transformers:beam:2", "transformers:lookup:0"]
+)
 def test_what_is_no_method_raises(llm: LLM, folder: Path, spec: str) -> None:
     with pytest.raises(OptionError):
         make_method(spec, llm, Peers(str(folder), None, "float32", None, llm))

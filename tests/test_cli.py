@@ -62,7 +62,18 @@ def test_compare_says_identical_of_ids_that_were_compared(run: Command, folder: 
 
 def test_show_tree_marks_the_accepted_path_and_the_bonus(run: Command, folder: Path) -> None:
     _, out, _ = run(
-        "generate", "one two", "-m", folder, "-d", folder, "--shape", "2x1", "--show-tree", "--max-tokens", 6, "--no-chat"
+        "generate",
+        "one two",
+        "-m",
+        folder,
+        "-d",
+        folder,
+        "--shape",
+        "2x1",
+        "--show-tree",
+        "--max-tokens",
+        6,
+        "--no-chat",
     )
     assert "step 1" in out
     assert "accepted" in out
@@ -149,9 +160,7 @@ def test_bench_prints_tables_and_leaves_results(run: Command, folder: Path, tmp_
     assert [s["method"] for s in results["samples"]] == ["plain", "ngram:2x1"]
 
 
-def test_an_interrupted_stream_prints_what_it_had(
-    run: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_stream_prints_what_it_had(run: Command, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tokentree.decoder import Decoder
 
     steps, step = [], Decoder.step

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from tests.tiny_models import VOCAB, full_logits, request, some_tokens, tiny
+from tests.tiny_models import VOCAB, full_logits, request, some_tokens, tiny, tiny_pair
 from tokentree.acceptance import acceptance
 from tokentree.decoder import Decoder
 from tokentree.draft import Draft
@@ -31,24 +31,6 @@ SHAPES = [STATIC, PATHS, f"{PAPER},min_prob=0,min_reach=0", "chain:4", "2x1x1"]
 PROMPT = some_tokens(11)
 
 Scores = dict[tuple[int, ...], float]  # candidate path -> joint log-probability
-
-
-def pair(target_vocab: int = VOCAB, draft_vocab: int = VOCAB, **options: Any) -> tuple[PreTrainedModel, ...]:
-    """A target and a smaller draft model that often agrees with it: the target without its last layer."""
-    target = tiny("llama", vocab_size=target_vocab)
-    draft = tiny("llama", vocab_size=draft_vocab, **{"num_hidden_layers": 1, **options})
-    both = min(target_vocab, draft_vocab)
-    with torch.no_grad():
-        last = target.get_submodule("model.layers.1")
-        for name in ("self_attn.o_proj", "mlp.down_proj"):
-            last.get_submodule(name).weight.mul_(0.6)  # type: ignore[operator]
-        known = target.state_dict()
-        for name, weight in draft.state_dict().items():
-            rows = both if weight.shape[:1] == (draft_vocab,) else len(weight)
-            weight[:rows] = known[name][:rows]
-        for model in (target, draft):  # padding is never the most probable
-            model.lm_head.weight[both:] = 0  # type: ignore[index, union-attr]
-    return target, draft
 
 
 class CountingEngine(TorchEngine):
@@ -162,7 +144,7 @@ def assert_proposes(draft: Draft, expected: Scores) -> None:
 
 @pytest.mark.parametrize("form", SHAPES)
 def test_it_proposes_at_every_step_what_a_naive_use_of_the_model_would(form: str) -> None:
-    target, draft = pair()
+    target, draft = tiny_pair()
     seen = Seen()
     text = decode(
         TorchEngine(target), DraftModel(TorchEngine(draft), VOCAB), [request(PROMPT, max_tokens=28)], form, seen
@@ -175,7 +157,7 @@ def test_it_proposes_at_every_step_what_a_naive_use_of_the_model_would(form: str
 
 @pytest.mark.parametrize("form", [STATIC, PATHS, "chain:4", "4x1"])
 def test_no_token_of_a_text_is_computed_twice(form: str) -> None:
-    target, draft = pair()
+    target, draft = tiny_pair()
     engine, seen = CountingEngine(draft), Seen()
     seqs = [request(prompt, max_tokens=30) for prompt in (PROMPT, some_tokens(4, seed=5))]
     decode(TorchEngine(target), DraftModel(engine, VOCAB), seqs, form, seen)
@@ -188,7 +170,7 @@ def test_no_token_of_a_text_is_computed_twice(form: str) -> None:
 
 
 def test_a_step_computes_the_new_tokens_and_the_nodes_that_get_children_and_no_other_row() -> None:
-    target, draft = pair()
+    target, draft = tiny_pair()
     engine, seen = CountingEngine(draft), Seen()
     decode(TorchEngine(target), DraftModel(engine, VOCAB), [request(PROMPT, max_tokens=24)], STATIC, seen)
     calls = iter(engine.rows_of_calls)
@@ -203,7 +185,7 @@ def test_a_step_computes_the_new_tokens_and_the_nodes_that_get_children_and_no_o
 
 def test_tokens_accepted_from_elsewhere_are_caught_up_in_the_next_forward() -> None:
     """The verified tree may hold paths that another drafter proposed."""
-    target, draft = pair()
+    target, draft = tiny_pair()
     text = plain(target, PROMPT, max_tokens=20)
     engine = CountingEngine(draft)
 
@@ -230,8 +212,8 @@ def test_tokens_accepted_from_elsewhere_are_caught_up_in_the_next_forward() -> N
 def test_vocabularies_padded_to_different_sizes_go_together(
     target_vocab: int, draft_vocab: int, temperature: float
 ) -> None:
-    target, draft = pair(target_vocab, draft_vocab)
-    options = {"max_tokens": 24, "temperature": temperature, "seed": 3}
+    target, draft = tiny_pair(target_vocab, draft_vocab)
+    options: dict[str, Any] = {"max_tokens": 24, "temperature": temperature, "top_k": 20, "seed": 3}
     drafter, seen = DraftModel(TorchEngine(draft), target_vocab), Seen()
     got = decode(TorchEngine(target), drafter, [request(PROMPT, **options)], STATIC, seen)
     assert got == [plain(target, PROMPT, **options)]
@@ -244,14 +226,13 @@ def test_vocabularies_padded_to_different_sizes_go_together(
 
 @pytest.mark.parametrize("where", ["prompt", "output"])
 def test_a_token_that_the_draft_model_does_not_have_ends_drafting_and_not_decoding(where: str) -> None:
-    target, draft = pair(128, 120)
+    target, draft = tiny_pair(128, 120)
     prompt = [*PROMPT, 125, 9] if where == "prompt" else PROMPT
     if where == "output":
         text = plain(target, PROMPT, max_tokens=24)
         hidden = full_logits(target, [*PROMPT, *text[:8]])[-1]
-        with torch.no_grad():  # a token beyond the draft model's vocabulary takes the place of the one that came next
-            head: Any = target.lm_head
-            head.weight[125] = 2 * head.weight[int(hidden.argmax())]
+        head = target.state_dict()["lm_head.weight"]
+        head[125] = 2 * head[int(hidden.argmax())]  # a token beyond the draft model's takes the place of a known one
     seen = Seen()
     drafter = DraftModel(TorchEngine(draft), 128)
     got = decode(TorchEngine(target), drafter, [request(prompt, max_tokens=24)], STATIC, seen)
@@ -265,14 +246,15 @@ def test_a_token_that_the_draft_model_does_not_have_ends_drafting_and_not_decodi
 
 @pytest.mark.parametrize("form", SHAPES)
 def test_the_text_is_plains_greedily_and_sampled_with_a_seed(form: str) -> None:
-    target, draft = pair()
+    target, draft = tiny_pair()
     engine, drafter = TorchEngine(target), DraftModel(TorchEngine(draft), VOCAB)
-    for options in (
+    choices: list[dict[str, Any]] = [
         {},
         {"temperature": 1.0, "seed": 1},
         {"temperature": 0.7, "seed": 2, "top_k": 20, "top_p": 0.9},
         {"repetition_penalty": 1.3, "presence_penalty": 0.5},
-    ):
+    ]
+    for options in choices:
         options |= {"max_tokens": 32}
         seen = Seen()
         got = decode(engine, drafter, [request(PROMPT, **options)], form, seen)
@@ -283,7 +265,7 @@ def test_the_text_is_plains_greedily_and_sampled_with_a_seed(form: str) -> None:
 @pytest.mark.parametrize("form", [STATIC, f"{PAPER},min_prob=0,min_reach=0"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_ragged_batch_drafts_and_decodes_each_prompt_as_alone(form: str, temperature: float) -> None:
-    target, draft = pair()
+    target, draft = tiny_pair()
     prompts = [some_tokens(length, seed=length) for length in (3, 66, 20, 1, 9)]
     lengths = [12, 25, 7, 30, 16]
 
@@ -308,7 +290,7 @@ def test_a_ragged_batch_drafts_and_decodes_each_prompt_as_alone(form: str, tempe
 
 
 def test_two_draft_models_make_one_tree_of_both_proposals() -> None:
-    target, first = pair()
+    target, first = tiny_pair()
     second = tiny("llama", num_hidden_layers=1, seed=7)
     drafters: list[Drafter] = [
         DraftModel(TorchEngine(model), VOCAB, name) for model, name in ((first, "near"), (second, "far"))
@@ -329,7 +311,7 @@ def test_two_draft_models_make_one_tree_of_both_proposals() -> None:
 
 
 def test_two_draft_models_keep_their_kv_right_when_the_others_path_is_accepted() -> None:
-    target, first = pair()
+    target, first = tiny_pair()
     second = tiny("llama", num_hidden_layers=1, seed=7)
     engines = [CountingEngine(model) for model in (second, first)]
     seen = Seen()
@@ -341,7 +323,7 @@ def test_two_draft_models_keep_their_kv_right_when_the_others_path_is_accepted()
 
 
 def test_a_draft_model_stops_drafting_at_the_end_of_its_own_context() -> None:
-    target, draft = pair(max_position_embeddings=30)
+    target, draft = tiny_pair(draft={"max_position_embeddings": 30})
     seen = Seen()
     drafter = DraftModel(TorchEngine(draft), VOCAB)
     got = decode(TorchEngine(target), drafter, [request(PROMPT, max_tokens=40)], STATIC, seen)
@@ -354,7 +336,7 @@ def test_a_draft_model_stops_drafting_at_the_end_of_its_own_context() -> None:
 
 
 def test_a_prompt_beyond_the_draft_models_context_is_decoded_without_drafts() -> None:
-    target, draft = pair(max_position_embeddings=8)
+    target, draft = tiny_pair(draft={"max_position_embeddings": 8})
     engine, seen = CountingEngine(draft), Seen()
     got = decode(TorchEngine(target), DraftModel(engine, VOCAB), [request(PROMPT, max_tokens=6)], STATIC, seen)
     assert got == [plain(target, PROMPT, max_tokens=6)]
@@ -364,15 +346,13 @@ def test_a_prompt_beyond_the_draft_models_context_is_decoded_without_drafts() ->
 
 def test_drawn_children_come_from_the_draft_models_own_distribution() -> None:
     """What the rejection rule needs: the right probabilities, no child twice, none that has probability 0."""
-    target, draft = pair()
+    target, draft = tiny_pair()
     options: dict[str, Any] = {"max_tokens": 24, "temperature": 0.8, "top_k": 6, "seed": 5}
     texts = []
     for _ in range(2):
         seen = Seen()
         drafter = DraftModel(TorchEngine(draft), VOCAB)
-        texts += decode(
-            TorchEngine(target), drafter, [request(PROMPT, **options)], "3x2", seen, accept="rejection"
-        )
+        texts += decode(TorchEngine(target), drafter, [request(PROMPT, **options)], "3x2", seen, accept="rejection")
     assert texts[0] == texts[1]
     assert seen.num_accepted > 0
     for _, before, _, drafted, _ in seen.steps:

@@ -160,6 +160,27 @@ def randomised(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     return model
 
 
+def tiny_pair(target_vocab: int = VOCAB, draft_vocab: int = VOCAB, **options: Any) -> tuple[PreTrainedModel, ...]:
+    """A target and a smaller draft model that often agrees with it: the target without its last layer.
+
+    ``options`` go to both configurations, those under ``draft`` to that of the draft model alone.
+    """
+    only_draft = options.pop("draft", {})
+    target = tiny("llama", vocab_size=target_vocab, **options)
+    draft = tiny("llama", vocab_size=draft_vocab, **{**options, "num_hidden_layers": 1, **only_draft})
+    both = min(target_vocab, draft_vocab)
+    with torch.no_grad():
+        known = target.state_dict()
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            known[f"model.layers.1.{name}.weight"].mul_(0.6)
+        for name, weight in draft.state_dict().items():
+            rows = both if weight.shape[:1] == (draft_vocab,) else len(weight)
+            weight[:rows] = known[name][:rows]
+        for model in (target, draft):  # padding is never the most probable
+            model.state_dict()["lm_head.weight"][both:] = 0
+    return target, draft
+
+
 @torch.inference_mode()
 def full_logits(model: PreTrainedModel, tokens: Sequence[int]) -> torch.Tensor:
     """float32[len(tokens), vocab]: what transformers says of the whole text at once, without a cache."""

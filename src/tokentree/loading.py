@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tokentree.errors import ModelError, OptionError, PairingError
@@ -58,10 +59,13 @@ def load_model(name: str | Path, dtype: str | torch.dtype | None, device: torch.
         options["quantization_config"] = GgufConfig(dequantize=True)
     wanted = pick_dtype(dtype, device) or "auto"
     try:
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=wanted, **options)
-    except (OSError, ValueError, KeyError, ImportError, NotImplementedError) as error:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(where, dtype=wanted, output_loading_info=True, **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"can't load the model {str(name)!r}: {_reason(error)}") from None
+    model, notes = loaded
     assert isinstance(model, PreTrainedModel)
+    if missing := sorted(notes["missing_keys"]):  # transformers fills them with random numbers
+        raise ModelError(f"can't load the model {str(name)!r}: it has no weights {', '.join(missing[:3])}")
     model.to(device)  # type: ignore[arg-type]
     evaluated: PreTrainedModel = model.eval()
     return evaluated
