@@ -23,7 +23,7 @@ from tokentree.engines.base import TargetOutput
 from tokentree.engines.torch import TorchEngine
 from tokentree.sequence import Accepted
 from tokentree.sequence import Sequence as Request
-from tokentree.shapes import shape
+from tokentree.shapes import Static, shape
 from tokentree.tree import TokenTree
 
 STATIC, PATHS, PAPER = "2x2x2", "paths:[[0],[0,0],[0,0,0],[0,2],[1],[3],[3,1]]", "dynamic:nodes=10,depth=4,top_k=3"
@@ -205,6 +205,28 @@ def test_tokens_accepted_from_elsewhere_are_caught_up_in_the_next_forward() -> N
     assert [len(accepted.tokens) for *_, accepted in seen.steps] == [4] * 5
     assert engine.rows_of_calls == [1, 4, 4, 4, 4]
     assert max(Counter(engine.computed).values()) == 1
+
+
+class DropsAll(Static):
+    """Grows a tree and throws it away, as a shape may do with nodes that turn out not to be worth their time."""
+
+    def prune(self, seq: Request, draft: Draft) -> Draft:
+        return draft.take([0])
+
+
+def test_a_node_that_was_pruned_and_comes_true_is_read_again_as_the_next_root() -> None:
+    target, draft = tiny_pair()
+    seen = Seen()
+    seq = request(PROMPT, max_tokens=20)
+    decoder = Decoder(
+        TorchEngine(target), DraftModel(TorchEngine(draft), VOCAB), DropsAll([2, 2]), acceptance("match"), seen
+    )
+    for _ in decoder.run([seq]):
+        pass
+    assert seq.output_ids == plain(target, PROMPT, max_tokens=20)
+    assert seen.num_accepted == 0
+    grown = [naive_draft(draft, before, "2x2", room) for _, before, room, *_ in seen.steps]
+    assert any(tuple(step[4].tokens) in scores for step, scores in zip(seen.steps, grown, strict=True))
 
 
 @pytest.mark.parametrize(("target_vocab", "draft_vocab"), [(120, 128), (128, 120)])
