@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -113,6 +114,8 @@ class LLM:
             if shape is not None:
                 raise OptionError("speculative_config says what shape says: give one of them")
             shape = _shape_of(speculative_config)
+        if isinstance(model, PreTrainedModel) and not (dtype is None and device is None):
+            raise OptionError("a loaded model keeps its dtype and device: leave dtype and device out")
         if max_batch < 1:
             raise OptionError("max_batch must be at least 1")
         # what is cheap to tell is told before anything is loaded
@@ -229,9 +232,9 @@ class LLM:
                 raise PromptError("this model came without a tokenizer: give token ids, or pass tokenizer=")
             ids = self.tokenizer(prompt).input_ids
         else:
-            ids = list(prompt)
-            if any(not 0 <= token < self.engine.vocab_size for token in ids):
-                raise PromptError(f"a token id of the prompt is outside the vocabulary of {self.engine.vocab_size}")
+            ids = [int(token) for token in prompt]
+        if any(not 0 <= token < self.engine.vocab_size for token in ids):
+            raise PromptError(f"a token id of the prompt is outside the vocabulary of {self.engine.vocab_size}")
         if params.stop and self.tokenizer is None:
             raise PromptError("stop strings need a tokenizer: pass tokenizer=, or use stop_token_ids")
         seed = params.seed if params.seed is not None else secrets.randbits(63)
@@ -260,7 +263,7 @@ class Stream:
 
     def __init__(self, llm: LLM, seq: Sequence) -> None:
         self._llm, self._seq = llm, seq
-        self._pieces = self._run()
+        self._pieces = _pieces(llm, seq)
 
     def __iter__(self) -> Iterator[Piece]:
         return self._pieces
@@ -273,26 +276,28 @@ class Stream:
     def result(self) -> Result:
         return self._llm.result(self._seq)
 
-    def _run(self) -> Generator[Piece]:
-        seq, held = self._seq, list[Piece]()
-        detokenizer = self._llm.detokenizer() if self._llm.tokenizer is not None else None
-        hold = max((len(stop) - 1 for stop in seq.params.stop), default=0)  # may be the start of a stop string
-        shown = known = 0
-        for _ in self._llm.decoder.run([seq], 1):
-            new = seq.output_ids[known:]
-            known += len(new)
-            for place, token in enumerate(new):
-                text = detokenizer.push([token]) if detokenizer is not None else ""
-                held.append(Piece(text, token, drafted=place < len(new) - 1))
-            if seq.finished and detokenizer is not None:
-                held.append(Piece(detokenizer.finish(), None, drafted=False))
-            length = len(detokenizer.text) if detokenizer is not None else 0
-            limit = length - hold if not seq.finished else length if seq.text_end is None else seq.text_end
-            while held and (shown + len(held[0].text) <= limit or seq.finished):
-                piece = held.pop(0)
-                text = piece.text[: max(0, limit - shown)]
-                shown += len(piece.text)
-                yield Piece(text, piece.token_id, piece.drafted)
+
+def _pieces(llm: LLM, seq: Sequence) -> Generator[Piece]:
+    """Decodes ``seq`` step by step. No method of `Stream`, so that a dropped stream drops its KV at once."""
+    held = list[Piece]()
+    detokenizer = llm.detokenizer() if llm.tokenizer is not None else None
+    hold = max((len(stop) - 1 for stop in seq.params.stop), default=0)  # may be the start of a stop string
+    shown = known = 0
+    for _ in llm.decoder.run([seq], 1):
+        new = seq.output_ids[known:]
+        known += len(new)
+        for place, token in enumerate(new):
+            text = detokenizer.push([token]) if detokenizer is not None else ""
+            held.append(Piece(text, token, drafted=place < len(new) - 1))
+        if seq.finished and detokenizer is not None:
+            held.append(Piece(detokenizer.finish(), None, drafted=False))
+        length = len(detokenizer.text) if detokenizer is not None else 0
+        limit = length - hold if not seq.finished else length if seq.text_end is None else seq.text_end
+        while held and (shown + len(held[0].text) <= limit or seq.finished):
+            piece = held.pop(0)
+            text = piece.text[: max(0, limit - shown)]
+            shown += len(piece.text)
+            yield Piece(text, piece.token_id, piece.drafted)
 
 
 def _tokenizer_of(model: Model) -> PreTrainedTokenizerBase | None:
@@ -313,8 +318,12 @@ def _as_names(drafter: str | SequenceOf[str]) -> list[str]:
     return [drafter] if isinstance(drafter, str) else list(drafter)
 
 
+def _is_token(item: Any) -> bool:
+    return isinstance(item, int | np.integer) or (isinstance(item, torch.Tensor) and item.ndim == 0)
+
+
 def _as_prompts(prompts: Prompt | SequenceOf[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str) or (prompts and all(isinstance(token, int) for token in prompts)):
+    if isinstance(prompts, str) or (len(prompts) and _is_token(prompts[0])):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
 

@@ -67,7 +67,16 @@ class TorchEngine:
                 steady_activations(self._model)
         self._kv: dict[int, SequenceKV] = {}
         self.vocab_size = int(reference.logits.shape[-1])
-        self._check_tree(reference.logits[0])
+        try:
+            self._check_tree(reference.logits[0])
+        except ModelError:
+            if attention is not None or self._attends_itself:
+                raise
+            # nobody asked for our attention: let the model attend by itself
+            self.attention, self._attends_itself = "sdpa", True
+            self._model.config._attn_implementation = own_attention
+            self._layout = self._learn_layout(reference.past_key_values)
+            self._check_tree(reference.logits[0])
 
     # -- the protocol ----------------------------------------------------------------------------------------------
 
