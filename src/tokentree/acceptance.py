@@ -99,7 +99,7 @@ class Rejection:
 
 
 class BestPath:
-    """Lossy. Take the root-to-leaf path that the target finds most probable, and a token after it.
+    """Lossy. Take the root-to-leaf path that the target finds most probable per token, and a token after it.
 
     This is how tree speculation is often taught. It never refuses a path, so the text is one that the drafter wrote
     and the target only ranked: not what the target alone would have written.
