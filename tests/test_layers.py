@@ -14,11 +14,13 @@ import tokentree
 SOURCE = Path(tokentree.__file__).parent
 LAYERS = {
     "errors": 0,
-    **dict.fromkeys(("tree", "text", "metrics", "sampling", "draft", "sequence"), 1),
+    **dict.fromkeys(
+        ("tree", "compiled", "automaton", "storage", "text", "metrics", "sampling", "draft", "sequence"), 1
+    ),
     **dict.fromkeys(("acceptance", "shapes"), 2),
     **dict.fromkeys(("engines", "drafters"), 3),
     **dict.fromkeys(("registry", "decoder"), 4),
-    **dict.fromkeys(("loading", "llm"), 5),
+    **dict.fromkeys(("loading", "costs", "llm"), 5),
 }
 TOP = 6  # everything else: ways to use the library
 

@@ -445,7 +445,7 @@ def refused(kind: type[ValueError], reason: str, call: Callable[[], Any]) -> Non
         ({"drafter": "oracle"}, "unknown drafter 'oracle': choose one of .*ngram"),
         ({"drafter": ["ngram", "oracle"]}, "unknown drafter 'oracle'"),
         ({"drafter": []}, "at least one drafter"),
-        ({"shape": "two by two"}, "'two by two' is not a shape: write 2x2x2"),
+        ({"shape": "two by two"}, "'two by two' is not a shape: write cost, 2x2x2"),
         ({"shape": "2x0"}, "branching factor must be at least 1"),
         ({"shape": "dynamic:depth=0"}, "depth of at least 1"),
         ({"shape": "dynamic:width=3"}, "'width=3' is not an option"),

@@ -17,7 +17,7 @@ from tokentree.drafters.ngram import NGram
 from tokentree.engines.table import TableEngine
 from tokentree.metrics import Metrics
 from tokentree.sequence import Accepted, Sequence
-from tokentree.shapes import shape
+from tokentree.shapes import Static, shape
 
 
 def test_steps_add_up() -> None:
@@ -100,12 +100,19 @@ def _cycle(vocab: int, but: dict[int, int] | None = None) -> torch.Tensor:
     return torch.eye(vocab)[successors]
 
 
+class _Uncut(Static):
+    """A chain for each drafter, all of them kept."""
+
+    def prune(self, seq: Sequence, draft: Draft) -> Draft:
+        return draft
+
+
 def test_accepted_tokens_are_counted_for_every_drafter_that_proposed_them() -> None:
     # The draft model takes 2 for the successor of 0; the text itself holds one round, so lookup knows all of it.
     model = DraftModel(TableEngine(_cycle(4, {0: 2})), 4, "wrong after 0")
     drafter = Merged([model, NGram(min_n=1)])
     seq = make_sequence([0, 1, 2, 3, 0], max_tokens=12)
-    assert decode(TableEngine(_cycle(4)), [seq], drafter, "chain:1") == [[1, 2, 3, 0] * 3]
+    assert decode(TableEngine(_cycle(4)), [seq], drafter, _Uncut([1])) == [[1, 2, 3, 0] * 3]
     # every step emits an accepted token and a bonus token: the accepted ones are 1 (after 0) and 3 (after 2), in turn
     assert seq.metrics.accepted_by_source == {"ngram": 6, "wrong after 0": 3}
     assert seq.metrics.accepted_tokens == 6

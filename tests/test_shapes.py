@@ -28,7 +28,7 @@ def _grown(form: Shape, sampled: bool = False, seed: int = 0) -> Draft:
     drafter = DraftModel(TableEngine(random_table(VOCAB, 2, seed, 2.0)), VOCAB)
     seq = make_sequence([0, 1], temperature=1.0, seed=seed)
     drafter.prefill([seq])
-    return drafter.propose([seq], form, sampled)[0]
+    return form.cut([seq], drafter.propose([seq], form, sampled))[0]
 
 
 def _rank_paths(draft: Draft) -> set[tuple[int, ...]]:
@@ -239,7 +239,7 @@ def test_a_shape_is_its_own_name() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "is not a shape: write 2x2x2, chain:4"),
+        ("", "is not a shape: write cost, 2x2x2, chain:4"),
         ("tree", "'tree' is not a shape"),
         ("2x", "is not a shape"),
         ("2x-1", "is not a shape"),

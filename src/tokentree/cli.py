@@ -32,9 +32,22 @@ ModelOption = Annotated[str, typer.Option("--model", "-m", help="Hub name, folde
 DraftOption = Annotated[
     list[str] | None, typer.Option("--draft-model", "-d", help="A smaller model of the same family; may be repeated.")
 ]
-DrafterOption = Annotated[str | None, typer.Option(help="none, ngram, draft_model, or several joined by '+'.")]
+DrafterOption = Annotated[
+    str | None,
+    typer.Option(
+        help="recycling, suffix, ngram, draft_model, several joined by '+', merged or none; default: draft_model where "
+        "one is given, else the first three, merged."
+    ),
+]
 ShapeOption = Annotated[
-    str | None, typer.Option(help="2x2x2, chain:4, paths:[[0],[0,0],[1]] or dynamic:nodes=16,depth=6,top_k=8.")
+    str | None,
+    typer.Option(
+        help="cost (default: sized by measured cost), 2x2x2, chain:4, paths:[[0],[0,0],[1]], "
+        "dynamic:nodes=16,depth=6,top_k=8, adaptive:mass=0.8,width=4 or optimal:nodes=16,depth=6."
+    ),
+]
+MemoryOption = Annotated[
+    Path | None, typer.Option(help="Folder: what lookups learnt is read from there, and written there in the end.")
 ]
 DepthOption = Annotated[int | None, typer.Option(help="Depth of a static tree, with --branching.")]
 BranchingOption = Annotated[int | None, typer.Option(help="Children per node of a static tree, with --depth.")]
@@ -64,6 +77,10 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
     max_tokens: int = 256,
     stop: Annotated[list[str] | None, typer.Option(help="End the text at this string; may be repeated.")] = None,
+    reference: Annotated[
+        list[Path] | None, typer.Option(help="A text file that the answer may copy from; may be repeated.")
+    ] = None,
+    memory: MemoryOption = None,
     chat: Annotated[bool | None, typer.Option(help="Use the chat template; default: if the model has one.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Decode plainly too, and compare token ids.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print what it cost.")] = False,
@@ -80,15 +97,16 @@ def generate(
         seed=seed, max_tokens=max_tokens, stop=tuple(stop or ()),
     )  # fmt: skip
     text = _prompt_text(prompt)
+    references = [_file_text(file) for file in reference or ()]
     console, errors = _consoles()
-    llm = _load(errors, model, draft_model, drafter, form, accept, dtype, device, threads)
+    llm = _load(errors, model, draft_model, drafter, form, accept, dtype, device, threads, memory)
     ids = _encode(llm, text, chat)
 
     from tokentree.show import comparison, figures, print_stream, tree_printer
 
     if show_tree:
         llm.decoder.watch = tree_printer(errors if as_json else console, llm)
-    stream = llm.stream(ids, params)
+    stream = llm.stream(ids, params, reference=references)
     if as_json or show_tree:
         _drain(stream)
     else:
@@ -96,6 +114,8 @@ def generate(
     result = stream.result
     if show_tree and not as_json:
         console.print(result.text, markup=False, highlight=False)
+    if memory is not None:
+        llm.save_memory(memory)
     results = {"tree": result}
     if compare:
         llm.decoder.watch = None
@@ -171,7 +191,9 @@ def bench(
     prompts: Annotated[list[Path], typer.Option(help="JSON lines with 'prompt' or 'turns'; may be repeated.")],
     method: Annotated[
         list[str],
-        typer.Option(help="plain, DRAFTER:SHAPE, transformers, transformers:assisted:N or transformers:lookup:N."),
+        typer.Option(
+            help="plain, default, DRAFTER:SHAPE, transformers, transformers:assisted:N or transformers:lookup:N."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for results.json.")],
     draft_model: DraftOption = None,
@@ -181,24 +203,37 @@ def bench(
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Always decode --max-tokens tokens.")] = False,
     per_category: Annotated[int | None, typer.Option(min=1, help="At most so many prompts of each category.")] = None,
     turns: Annotated[int | None, typer.Option(min=1, help="At most so many turns of each prompt.")] = None,
+    warm: Annotated[
+        list[Path] | None, typer.Option(help="Prompts that methods may learn from before; they are not measured.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Decode so many first turns together.")] = 1,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out; drafters start without their memories again.")
+    ] = False,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Measure methods on the same prompts, interleaved; the first method is what the others are compared with."""
+    from tokentree.bench.results import Run, Sample, new_run
     from tokentree.prompts import read_prompts
 
     entries = [entry for file in prompts for entry in read_prompts(file, per_category, turns)]
+    earlier = [entry for file in warm or () for entry in read_prompts(file, None, 1)]
+    before = Run.load(out) if resume else None
+    if batch > 1 and (resume or earlier or any(spec.startswith("transformers") for spec in method)):
+        raise OptionError("--batch measures this library's methods, without --warm and --resume")
+    if len(entries) < batch:
+        raise OptionError(f"there are {len(entries)} prompts: they fill no batch of {batch}")
     params = _params(max_tokens=max_tokens, temperature=temperature, seed=seed, ignore_eos=ignore_eos)
     console, errors = _consoles()
     llm = _load(errors, model, draft_model, "none", None, "match", dtype, device, threads)
 
     from rich.progress import Progress
 
-    from tokentree.bench.methods import Peers, make_method
+    from tokentree.bench.methods import Peers, TreeMethod, make_method
     from tokentree.bench.report import table
-    from tokentree.bench.results import Sample, new_run
-    from tokentree.bench.runner import run_bench
+    from tokentree.bench.runner import run_batches, run_bench
 
     peers = Peers(model, draft_model[0] if draft_model else None, dtype, device, llm)
     with _working(errors, "loading what is measured"):
@@ -206,6 +241,7 @@ def bench(
     names = [str(file) for file in prompts]
     run = new_run(
         {"model": model, "draft_model": draft_model, "prompts": names, "per_category": per_category, "turns": turns}
+        | {"warm": [str(file) for file in warm or ()], "batch": batch}
         | {
             "methods": method,
             "dtype": str(llm.engine.dtype),
@@ -214,7 +250,11 @@ def bench(
         }
         | {"sampling": params.model_dump(exclude={"logits_processors"})}
     )
-    total = sum(len(entry.turns) for entry in entries) * len(methods)
+    if before is not None:
+        if before.settings != json.loads(json.dumps(run.settings)):
+            raise OptionError(f"the run in {str(out)!r} was made with other settings: resume it with its own")
+        run = before
+    total = (len(entries) // batch if batch > 1 else sum(len(entry.turns) for entry in entries)) * len(methods)
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as bar:
         task = bar.add_task("measuring", total=total)
 
@@ -223,11 +263,62 @@ def bench(
             if sample.error is not None:
                 errors.print(f"{sample.method} failed on prompt {sample.prompt}: {sample.error}", markup=False)
 
-        run = run_bench(llm, methods, entries, params, run, out, progress)
-    for category in dict.fromkeys(entry.category for entry in entries):
+        if batch > 1:
+            ours = [method for method in methods if isinstance(method, TreeMethod)]
+            run = run_batches(llm, ours, entries, params, run, out, batch, progress)
+        else:
+            run = run_bench(llm, methods, entries, params, run, out, progress, earlier)
+    for category in dict.fromkeys(sample.category for sample in run.samples):
         console.print(table(run, category))
     console.print(table(run))
+    if batch == 1:
+        console.print(table(run, cut_loops=True))
     console.print(f"every sample is in {out / 'results.json'}", highlight=False)
+
+
+@app.command()
+def calibrate(
+    model: ModelOption,
+    draft_model: DraftOption = None,
+    drafter: DrafterOption = None,
+    prompts: Annotated[Path | None, typer.Option(help="JSON lines with 'prompt' or 'turns'; default: a few.")] = None,
+    max_tokens: int = 64,
+    plot: Annotated[Path | None, typer.Option(help="Draw it into this file (.png, .svg or .pdf).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Measure what a forward costs here and what drafts are worth, and show the trees that pay."""
+    from tokentree.prompts import read_prompts
+
+    entries = read_prompts(prompts) if prompts is not None else None
+    if plot is not None:
+        from tokentree.plots import check_plot
+
+        check_plot(plot)
+    console, errors = _consoles()
+    llm = _load(errors, model, draft_model, drafter, None, "match", dtype, device, threads)
+
+    from rich.progress import Progress
+
+    from tokentree.calibrate import PROMPTS, calibrate, tables
+
+    texts = [_encode(llm, entry.turns[0], None if entry.chat else False) for entry in entries or ()]
+    texts = texts or [_encode(llm, text, None) for text in PROMPTS]
+    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as bar:
+        task = bar.add_task("calibrating", total=len(texts) + 1)
+        found = calibrate(llm, texts, max_tokens, lambda: bar.advance(task))
+    if as_json:
+        print(found.model_dump_json())
+    else:
+        for shown in tables(found):
+            console.print(shown)
+    if plot is not None:
+        from tokentree.plots import plot_calibration
+
+        plot_calibration(found, plot)
+        errors.print(f"drawn into {plot}", highlight=False)
 
 
 # -- what the commands share ---------------------------------------------------------------------------------------
@@ -257,6 +348,14 @@ def _prompt_text(prompt: str) -> str:
         return sys.stdin.read()
     except UnicodeDecodeError:
         raise PromptError("standard input is not UTF-8 text") from None
+
+
+def _file_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise PromptError(f"can't read the reference {str(file)!r}: {reason}") from None
 
 
 def _encode(llm: LLM, text: str, chat: bool | None) -> list[int]:
@@ -300,6 +399,7 @@ def _load(
     dtype: str | None,
     device: str | None,
     threads: int | None,
+    memory: Path | None = None,
 ) -> LLM:
     with _working(console, f"loading {Path(model).name}"):
         import torch
@@ -312,7 +412,7 @@ def _load(
         if threads is not None:
             torch.set_num_threads(threads)
         names = drafter.split("+") if drafter and "+" in drafter else drafter
-        return LLM(model, names, list(draft_model or []), shape, accept, dtype=dtype, device=device)
+        return LLM(model, names, list(draft_model or []), shape, accept, dtype=dtype, device=device, memory=memory)
 
 
 def _drain(stream: Any) -> None:

@@ -75,7 +75,7 @@ class Decoder:
         """One target forward for the whole batch."""
         clock = [time.perf_counter()]
         drafts = self.drafter.propose(seqs, self.shape, self.accept.draws_children)
-        drafts = [draft.cut(seq.room - 1) for seq, draft in zip(seqs, drafts, strict=True)]
+        drafts = [draft.cut(seq.room - 1) for seq, draft in zip(seqs, self.shape.cut(seqs, drafts), strict=True)]
         clock.append(time.perf_counter())
         out = self.engine.verify(seqs, [draft.tree for draft in drafts])
         clock.append(time.perf_counter())
@@ -83,7 +83,7 @@ class Decoder:
         self.engine.commit(seqs, [step.path for step in accepted])
         clock.append(time.perf_counter())
         self.drafter.observe(seqs, drafts, out, accepted)
-        self.shape.observe(seqs, drafts, accepted, out.seconds)
+        self.shape.observe(seqs, drafts, accepted, clock[1] - clock[0], out.seconds)
         clock.append(time.perf_counter())
         for i, (seq, draft, step) in enumerate(zip(seqs, drafts, accepted, strict=True)):
             self._record(i, seq, draft, step, out, clock)
@@ -91,6 +91,7 @@ class Decoder:
     def release(self, seqs: list[Sequence]) -> None:
         self.engine.release(seqs)
         self.drafter.release(seqs)
+        self.shape.release(seqs)
 
     def _accept(self, i: int, seq: Sequence, draft: Draft, out: TargetOutput) -> Accepted:
         """Stops and limits cut before anything is permanent."""
@@ -105,6 +106,7 @@ class Decoder:
         metrics.verify_seconds += clock[2] - clock[1]
         metrics.accept_seconds += clock[3] - clock[2]
         metrics.decode_seconds += clock[4] - clock[0]
+        metrics.steps.append((len(draft), len(step.tokens), clock[4] - clock[0]))
         for node in step.path[1:]:
             for bit, name in enumerate(self.drafter.names):
                 if draft.sources[node] >> bit & 1:

@@ -6,9 +6,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tokentree.errors import PairingError
 from tokentree.tree import Ints, TokenTree
+
+Floats = NDArray[np.float64]
 
 
 @dataclass(eq=False)
@@ -21,8 +24,11 @@ class Draft:
     Attributes:
         tokens, parents, depths: per node, as in `TokenTree`.
         ranks: per node, its place among its siblings as the drafter ordered them, from 0.
+        log_probs: per node, the log-probability that the drafter gives it after its parent.
         log_scores: per node, the joint log-probability that the drafter gives the path to it.
         sources: per node, a set of bits: the drafters that proposed it.
+        level_seconds: what one more level costs the drafter, where a level takes a forward of its own.
+        levels: how many it has paid for so far.
         sampled: None if children were picked deterministically. Otherwise, for each node whose children were drawn,
             the distribution float64[vocab] that the first was drawn from; the others were drawn from the same without
             replacement, in index order.
@@ -30,17 +36,20 @@ class Draft:
 
     root: int
     sampled: dict[int, torch.Tensor] | None = None
+    level_seconds: float = 0.0
+    levels: int = 0
     tokens: list[int] = field(init=False)
     parents: list[int] = field(init=False)
     depths: list[int] = field(init=False)
     ranks: list[int] = field(init=False)
+    log_probs: list[float] = field(init=False)
     log_scores: list[float] = field(init=False)
     sources: list[int] = field(init=False)
     _tree: TokenTree | None = field(init=False, default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.tokens, self.parents, self.depths = [self.root], [-1], [0]
-        self.ranks, self.log_scores, self.sources = [0], [0.0], [0]
+        self.ranks, self.log_probs, self.log_scores, self.sources = [0], [0.0], [0.0], [0]
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -51,9 +60,25 @@ class Draft:
         self.parents.append(parent)
         self.depths.append(self.depths[parent] + 1)
         self.ranks.append(rank)
+        self.log_probs.append(log_prob)
         self.log_scores.append(self.log_scores[parent] + log_prob)
         self.sources.append(source)
         return len(self.tokens) - 1
+
+    def rescore(self) -> None:
+        """Makes `log_scores` the sums of `log_probs` again, after these were changed."""
+        for node in range(1, len(self)):
+            self.log_scores[node] = self.log_scores[self.parents[node]] + self.log_probs[node]
+
+    @classmethod
+    def grown(cls, root: int, tokens: Ints, parents: Ints, probs: Floats) -> Draft:
+        """A draft from arrays: node i + 1 carries ``tokens[i]`` under node ``parents[i]``, with the conditional
+        probability ``probs[i]`` above 0; siblings come best first."""
+        draft, ranks = cls(root), [0] * (len(tokens) + 1)
+        for token, parent, score in zip(tokens.tolist(), parents.tolist(), np.log(probs).tolist(), strict=True):
+            draft.add(parent, token, score, ranks[parent])
+            ranks[parent] += 1
+        return draft
 
     @property
     def tree(self) -> TokenTree:
@@ -105,11 +130,12 @@ class Draft:
 
     def _taken(self, nodes: list[int]) -> Draft:
         where = {old: new for new, old in enumerate(nodes)}
-        part = Draft(self.root)
+        part = Draft(self.root, None, self.level_seconds, self.levels)
         part.tokens = [self.tokens[node] for node in nodes]
         part.parents = [-1, *(where[self.parents[node]] for node in nodes[1:])]
         part.depths = [self.depths[node] for node in nodes]
         part.ranks = [self.ranks[node] for node in nodes]
+        part.log_probs = [self.log_probs[node] for node in nodes]
         part.log_scores = [self.log_scores[node] for node in nodes]
         part.sources = [self.sources[node] for node in nodes]
         return part

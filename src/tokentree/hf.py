@@ -145,7 +145,8 @@ class TreeGenerator:
             raise OptionError(f"seed={seed} is not a whole number from 0 to 2**63 - 1")
         self.metrics: list[Metrics] = []
         self._options: dict[str, Any] = {"draft_model": draft_model, "drafter": drafter, "accept": accept}
-        self._options["shape"] = parse_shape(shape or DEFAULT_SHAPE)
+        parse_shape(shape or DEFAULT_SHAPE)  # a mistake is told here; each model gets a shape of its own
+        self._options["shape"] = shape
         self._streamer, self._seed = streamer, seed
         self._llms: WeakKeyDictionary[PreTrainedModel, tuple[Any, LLM]] = WeakKeyDictionary()
 

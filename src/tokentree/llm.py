@@ -14,10 +14,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tokentree.acceptance import acceptance
+from tokentree.costs import cost_curve
 from tokentree.decoder import Decoder, Watcher
 from tokentree.drafters.base import Drafter
 from tokentree.drafters.draft_model import DraftModel
 from tokentree.drafters.merged import Merged
+from tokentree.drafters.recycling import Recycling
+from tokentree.drafters.suffix import Suffix
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import ModelError, OptionError, PairingError, PromptError
 from tokentree.loading import check_same_tokenizer, eos_ids, load_model, load_tokenizer, pick_device
@@ -25,13 +28,14 @@ from tokentree.metrics import Metrics
 from tokentree.registry import drafter_class
 from tokentree.sampling import SamplingParams, seeded_noise
 from tokentree.sequence import FinishReason, Sequence, TokenLogprobs
-from tokentree.shapes import Shape
+from tokentree.shapes import Cost, CostCurve, Shape
 from tokentree.shapes import shape as parse_shape
 from tokentree.text import Detokenizer
 
 Prompt = str | SequenceOf[int]
 Model = str | Path | PreTrainedModel
-DEFAULT_SHAPE = "dynamic:nodes=16"
+DEFAULT_SHAPE = "cost"
+LOOKUPS = ("recycling", "suffix", "ngram")  # what drafts when nothing is named; first come, first shown
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class LLM:
     Args:
         model: a hub name, a folder of safetensors, a GGUF file, or a loaded transformers model (which stays as it is).
         drafter: a name from the registry, a list of names to be merged, or a `Drafter`. Without one, ``draft_model`` if
-            draft models are given and ``ngram`` if not.
+            draft models are given, and if not all of `LOOKUPS`, merged.
         draft_model: one draft model or several (merged into one tree).
         shape: how trees grow: see `tokentree.shapes.shape`.
         accept: ``match`` or ``rejection`` (both lossless), or ``best_path`` (lossy).
@@ -81,6 +85,7 @@ class LLM:
         attention: see `TorchEngine`.
         tokenizer: by default the one that comes with the model.
         max_batch: most sequences decoded together.
+        memory: a folder with what drafters learnt earlier, see `save_memory`; one that isn't there is no mistake.
         speculative_model, speculative_config: another spelling of ``draft_model`` and ``shape``:
             ``{"mode": "tree", "depth": 3, "branching_factor": 2}`` or ``{"num_speculative_tokens": 4}``.
         watch: called after each step, see `Decoder`.
@@ -102,6 +107,7 @@ class LLM:
         attention: str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_batch: int = 8,
+        memory: str | Path | None = None,
         speculative_model: Model | None = None,
         speculative_config: dict[str, Any] | None = None,
         watch: Watcher | None = None,
@@ -119,7 +125,7 @@ class LLM:
         if max_batch < 1:
             raise OptionError("max_batch must be at least 1")
         # what is cheap to tell is told before anything is loaded
-        rule, form = acceptance(accept), parse_shape(shape or DEFAULT_SHAPE)
+        rule, form = acceptance(accept), parse_shape(shape or _default_shape(drafter))
         for name in [] if drafter is None or isinstance(drafter, Drafter) else _as_names(drafter):
             drafter_class(name)
         place = model.device if isinstance(model, PreTrainedModel) else pick_device(device)
@@ -138,7 +144,10 @@ class LLM:
             engine = TorchEngine(smaller, attention, owns_model=not isinstance(draft, PreTrainedModel))
             draft_engines.append((Path(name).stem or "draft_model", engine))
         self._draft_engines = draft_engines
-        self.decoder = Decoder(self.engine, self._make_drafter(drafter), form, rule, watch)
+        self._curve: CostCurve | None = None
+        self.decoder = Decoder(self.engine, self._make_drafter(drafter), self._priced(form), rule, watch)
+        if memory is not None and Path(memory).is_dir():
+            self.decoder.drafter.load(Path(memory))
 
     # -- other ways to decode with the same model -----------------------------------------------------------------
 
@@ -156,7 +165,7 @@ class LLM:
         """
         twin = object.__new__(LLM)
         twin.__dict__.update(self.__dict__)
-        form = parse_shape(shape or DEFAULT_SHAPE)
+        form = self._priced(parse_shape(shape or _default_shape(drafter)))
         twin.decoder = Decoder(self.engine, self._make_drafter(drafter), form, acceptance(accept), watch)
         return twin
 
@@ -164,17 +173,39 @@ class LLM:
         """The same model without speculation: one token per forward."""
         return self.using("none")
 
+    def save_memory(self, folder: str | Path) -> None:
+        """Writes what the drafters learnt from all requests so far into ``folder``, for ``LLM(..., memory=folder)``.
+
+        Raises:
+            OptionError: if it can't be written.
+        """
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self.decoder.drafter.save(Path(folder))
+        except OSError as error:
+            raise OptionError(f"can't write to the folder {str(folder)!r}: {error.strerror}") from None
+
+    def _priced(self, form: Shape) -> Shape:
+        """A `Cost` shape is given what a forward costs here, measured when one needs it for the first time."""
+        if isinstance(form, Cost) and not form.measured:
+            if self._curve is None:
+                self._curve = cost_curve(self.engine)
+            form.use_curve(self._curve)
+        return form
+
     def _make_drafter(self, drafter: str | SequenceOf[str] | Drafter | None) -> Drafter:
         if isinstance(drafter, Drafter):
             return drafter
         if drafter is None:
-            drafter = "draft_model" if self._draft_engines else "ngram"
+            drafter = "draft_model" if self._draft_engines else LOOKUPS
         if not isinstance(drafter, str):
             return Merged([self._make_drafter(name) for name in drafter])
         kind = drafter_class(drafter)
         if kind is Merged:
-            names = ["draft_model", "ngram"] if self._draft_engines else ["ngram"]
+            names = ["draft_model", *LOOKUPS] if self._draft_engines else LOOKUPS
             return Merged([self._make_drafter(name) for name in names])
+        if kind in (Recycling, Suffix):
+            return kind(self.engine.vocab_size)
         if kind is not DraftModel:
             return kind()
         if not self._draft_engines:
@@ -185,9 +216,19 @@ class LLM:
     # -- decoding --------------------------------------------------------------------------------------------------
 
     def generate(
-        self, prompts: Prompt | SequenceOf[Prompt], params: SamplingParams | None = None, *, progress: bool = False
+        self,
+        prompts: Prompt | SequenceOf[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        reference: Prompt | SequenceOf[Prompt] = (),
+        progress: bool = False,
     ) -> list[Result]:
         """Decodes every prompt (a text or a list of token ids), `max_batch` at a time.
+
+        Args:
+            reference: texts that outputs may copy from, such as retrieved documents or a file that is edited. They
+                are searched by lookups and never shown to the model.
+            progress: show a progress bar.
 
         Returns:
             The results in the order of the prompts; with ``params.n`` samples each, n results per prompt in a row.
@@ -196,19 +237,32 @@ class LLM:
             PromptError: if a prompt is empty or leaves no room in the context.
         """
         params = params or SamplingParams()
-        seqs = [self.sequence(prompt, params, sample) for prompt in _as_prompts(prompts) for sample in range(params.n)]
+        texts = self._references(reference)
+        seqs = [
+            self.sequence(prompt, params, sample, texts)
+            for prompt in _as_prompts(prompts)
+            for sample in range(params.n)
+        ]
         steps = self.decoder.run(seqs, self.max_batch)
         for _ in _progress(steps, seqs) if progress else steps:
             pass
         return [self.result(seq) for seq in seqs]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, reference: Prompt | SequenceOf[Prompt] = ()
+    ) -> Stream:
         """Decodes one prompt and gives out each token as it comes: iterate over it, then read its `result`."""
-        return Stream(self, self.sequence(prompt, params or SamplingParams(), 0))
+        return Stream(self, self.sequence(prompt, params or SamplingParams(), 0, self._references(reference)))
 
-    def chat(self, messages: SequenceOf[dict[str, str]], params: SamplingParams | None = None) -> Result:
+    def chat(
+        self,
+        messages: SequenceOf[dict[str, str]],
+        params: SamplingParams | None = None,
+        *,
+        reference: Prompt | SequenceOf[Prompt] = (),
+    ) -> Result:
         """The model's answer to ``[{"role": "user", "content": "…"}, …]``."""
-        return self.generate([self.chat_prompt(messages)], params)[0]
+        return self.generate([self.chat_prompt(messages)], params, reference=reference)[0]
 
     def chat_prompt(self, messages: SequenceOf[dict[str, str]]) -> list[int]:
         """The token ids of ``messages`` in the tokenizer's chat template, open for the model's answer.
@@ -223,24 +277,34 @@ class LLM:
         )
         return [int(token) for token in ids]  # type: ignore[arg-type]
 
-    def sequence(self, prompt: Prompt, params: SamplingParams, sample: int = 0) -> Sequence:
+    def sequence(
+        self, prompt: Prompt, params: SamplingParams, sample: int = 0, references: SequenceOf[list[int]] = ()
+    ) -> Sequence:
         """A request ready for the decoder."""
-        if isinstance(prompt, str):
-            if not prompt:
-                raise PromptError("the prompt is empty: give at least one token")
-            if self.tokenizer is None:
-                raise PromptError("this model came without a tokenizer: give token ids, or pass tokenizer=")
-            ids = self.tokenizer(prompt).input_ids
-        else:
-            ids = [int(token) for token in prompt]
-        if any(not 0 <= token < self.engine.vocab_size for token in ids):
-            raise PromptError(f"a token id of the prompt is outside the vocabulary of {self.engine.vocab_size}")
+        ids = self._ids(prompt, "prompt")
         if params.stop and self.tokenizer is None:
             raise PromptError("stop strings need a tokenizer: pass tokenizer=, or use stop_token_ids")
         seed = params.seed if params.seed is not None else secrets.randbits(63)
         detokenizer = self.detokenizer() if self.tokenizer is not None else None
         noise = seeded_noise(seed, sample)
-        return Sequence(ids, params, noise, self.engine.context, self.eos_ids, detokenizer)
+        context = self.engine.context
+        return Sequence(ids, params, noise, context, self.eos_ids, detokenizer, references=references)
+
+    def _ids(self, text: Prompt, what: str) -> list[int]:
+        if isinstance(text, str):
+            if not text:
+                raise PromptError(f"the {what} is empty: give at least one token")
+            if self.tokenizer is None:
+                raise PromptError("this model came without a tokenizer: give token ids, or pass tokenizer=")
+            ids: list[int] = self.tokenizer(text).input_ids
+        else:
+            ids = [int(token) for token in text]
+        if any(not 0 <= token < self.engine.vocab_size for token in ids):
+            raise PromptError(f"a token id of the {what} is outside the vocabulary of {self.engine.vocab_size}")
+        return ids
+
+    def _references(self, reference: Prompt | SequenceOf[Prompt]) -> list[list[int]]:
+        return [self._ids(text, "reference") for text in _as_prompts(reference)]
 
     def detokenizer(self) -> Detokenizer:
         tokenizer = self.tokenizer
@@ -308,6 +372,11 @@ def _tokenizer_of(model: Model) -> PreTrainedTokenizerBase | None:
         return load_tokenizer(model.config._name_or_path, local_only=True) if model.config._name_or_path else None
     except ModelError:  # weights alone, or a place that is gone
         return None
+
+
+def _default_shape(drafter: str | SequenceOf[str] | Drafter | None) -> str:
+    """Plain decoding has no tree to size."""
+    return "chain:1" if drafter == "none" else DEFAULT_SHAPE
 
 
 def _as_list(models: Model | SequenceOf[Model]) -> list[Model]:

@@ -11,7 +11,8 @@ class Metrics:
     """Counts and seconds of one request. In a batch, each request is charged the seconds of the steps it was in.
 
     ``offered_by_depth[d]`` counts steps whose tree reached depth d + 1, ``accepted_by_depth[d]`` those that had a
-    node accepted there.
+    node accepted there. ``steps`` holds, per target forward, the rows verified for this request, the tokens emitted
+    and the seconds of the whole step.
     """
 
     prompt_tokens: int = 0
@@ -23,6 +24,7 @@ class Metrics:
     accepted_by_depth: list[int] = field(default_factory=list)
     offered_by_depth: list[int] = field(default_factory=list)
     accepted_by_source: dict[str, int] = field(default_factory=dict)
+    steps: list[tuple[int, int, float]] = field(default_factory=list)
     prefill_seconds: float = 0.0
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0

@@ -11,6 +11,8 @@ DRAFTERS = {
     "none": ("tokentree.drafters.none", "NoDrafter"),
     "draft_model": ("tokentree.drafters.draft_model", "DraftModel"),
     "ngram": ("tokentree.drafters.ngram", "NGram"),
+    "suffix": ("tokentree.drafters.suffix", "Suffix"),
+    "recycling": ("tokentree.drafters.recycling", "Recycling"),
     "merged": ("tokentree.drafters.merged", "Merged"),
 }
 

@@ -59,6 +59,7 @@ class Sequence:
         context: the most positions that prompt and output may fill together.
         eos_ids: tokens that end the text.
         detokenizer: needed for stop strings.
+        references: texts that the output may copy from; lookups search them.
         stop_rules: further rules, called with all ids after each new token; any True ends the text.
 
     Raises:
@@ -72,6 +73,7 @@ class Sequence:
     eos_ids: frozenset[int] = frozenset()
     detokenizer: Detokenizer | None = None
     stop_rules: abc.Sequence[Callable[[list[int]], bool]] = ()
+    references: abc.Sequence[list[int]] = ()
     id: int = field(default_factory=itertools.count().__next__)
     metrics: Metrics = field(default_factory=Metrics)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -107,6 +109,8 @@ class Sequence:
 
     def processed(self, logits: torch.Tensor, path: abc.Sequence[int]) -> torch.Tensor:
         """float32[vocab]: ``logits`` at the node reached by the tokens ``path`` below the root, all rules applied."""
+        if not self.params.changes_logits and not self.params.min_tokens:
+            return logits.float()
         output = [*self.output_ids, *path]
         banned: tuple[int, ...] = ()
         if len(output) < self.params.min_tokens:

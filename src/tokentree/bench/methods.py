@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import time
 from dataclasses import dataclass
@@ -16,14 +17,15 @@ from tokentree.llm import LLM
 from tokentree.sampling import SamplingParams
 
 FORMS = (
-    "plain, DRAFTER:SHAPE such as draft_model:chain:3 or ngram+draft_model:2x2x1, transformers, "
+    "plain, default, DRAFTER:SHAPE such as merged:cost, draft_model:chain:3 or ngram+draft_model:2x2x1, transformers, "
     "transformers:assisted:N or transformers:lookup:N"
 )
 
 
 @dataclass(frozen=True)
 class Output:
-    """What a method made of one prompt; ``decoded_tokens`` of the tokens came within ``decode_seconds``."""
+    """What a method made of one prompt; ``decoded_tokens`` of the tokens came within ``decode_seconds``. The metrics
+    hold ``steps``: per forward the rows (0: unknown), the tokens and the seconds."""
 
     token_ids: list[int]
     prefill_seconds: float
@@ -33,9 +35,10 @@ class Output:
 
 
 class Method(Protocol):
-    """A way to decode a prompt."""
+    """A way to decode a prompt. One that ``learns`` may be faster on a prompt for those it met before."""
 
     name: str
+    learns: bool
 
     def run(self, prompt_ids: list[int], params: SamplingParams) -> Output: ...
 
@@ -44,7 +47,7 @@ class TreeMethod:
     """A drafter and a shape of this library. Each has its own drafter: what one learns, no other sees."""
 
     def __init__(self, name: str, llm: LLM) -> None:
-        self.name = name
+        self.name, self.learns = name, name != "plain"
         self._llm = llm
 
     def run(self, prompt_ids: list[int], params: SamplingParams) -> Output:
@@ -54,9 +57,25 @@ class TreeMethod:
             result.token_ids, metrics.prefill_seconds, metrics.decode_seconds, metrics.new_tokens, metrics.to_dict()
         )
 
+    def run_together(self, prompts: list[list[int]], params: SamplingParams) -> Output:
+        """All prompts as one batch: the ids behind one another, the wall time of all steps, counts added up."""
+        llm = copy.copy(self._llm)
+        llm.max_batch = len(prompts)
+        started = time.perf_counter()
+        results = llm.generate(prompts, params)
+        wall = time.perf_counter() - started
+        counted = [result.metrics.to_dict() for result in results]
+        prefill = sum(m["prefill_seconds"] for m in counted)
+        names = ("new_tokens", "target_forwards", "drafted_tokens", "accepted_tokens", "refused_steps")
+        metrics = {name: sum(m[name] for m in counted) for name in names}
+        ids = [token for result in results for token in result.token_ids]
+        return Output(ids, prefill, wall - prefill, metrics["new_tokens"], metrics)
+
 
 class TransformersMethod:
     """transformers' own `generate`: plain, with an assistant model, or with prompt lookup."""
+
+    learns = False
 
     def __init__(self, name: str, model: PreTrainedModel, eos_ids: list[int], options: dict[str, Any]) -> None:
         self.name = name
@@ -82,24 +101,29 @@ class TransformersMethod:
             clock.first_at - clock.started,
             finished - clock.first_at,
             clock.tokens - clock.first,
-            {},
+            {"steps": clock.steps, "new_tokens": clock.tokens - clock.first, "target_forwards": len(clock.steps)},
         )
 
 
 class _Clock(BaseStreamer):
-    """Notes when the first new tokens came, which ends the prefill."""
+    """Notes when tokens came; the first ones end the prefill."""
 
     def __init__(self) -> None:
-        self.started, self.first_at = time.perf_counter(), 0.0
-        self.tokens, self.first, self._saw_prompt = 0, 0, False
+        self.started, self.first_at, self._last = time.perf_counter(), 0.0, 0.0
+        self.tokens, self.first, self._saw_prompt, self._last = 0, 0, False, 0.0
+        self.steps: list[tuple[int, int, float]] = []
 
     def put(self, value: torch.Tensor) -> None:
         if not self._saw_prompt:
             self._saw_prompt = True
             return
+        now = time.perf_counter()
         self.tokens += value.numel()
-        if not self.first:
-            self.first, self.first_at = self.tokens, time.perf_counter()
+        if self.first:
+            self.steps.append((0, value.numel(), now - self._last))
+        else:
+            self.first, self.first_at = self.tokens, now
+        self._last = now
 
     def end(self) -> None:
         pass
@@ -113,6 +137,8 @@ def make_method(spec: str, llm: LLM, peers: Peers) -> Method:
     """
     if spec == "plain":
         return TreeMethod(spec, llm.plain())
+    if spec == "default":
+        return TreeMethod(spec, llm.using())
     kind, _, rest = spec.partition(":")
     if kind == "transformers":
         return peers.method(spec, rest)

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
+
+from tokentree.errors import OptionError
 
 
 class Sample(BaseModel):
@@ -34,6 +36,11 @@ class Sample(BaseModel):
     same_as_plain: bool | None = None
     metrics: dict[str, Any] = {}
 
+    @property
+    def place(self) -> tuple[str, str, int]:
+        """What tells its turn from all others of the run."""
+        return self.category, self.prompt, self.turn
+
 
 class Run(BaseModel):
     """A whole run: where and how it was made, and every raw sample."""
@@ -45,6 +52,19 @@ class Run(BaseModel):
     machine: dict[str, Any]
     settings: dict[str, Any]
     samples: list[Sample] = []
+
+    @classmethod
+    def load(cls, folder: Path) -> Run:
+        """What `save` wrote.
+
+        Raises:
+            OptionError: if there is none in ``folder``, or it can't be read.
+        """
+        file = folder / "results.json"
+        try:
+            return cls.model_validate_json(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, ValidationError):
+            raise OptionError(f"there is no run to resume in {str(file)!r}") from None
 
     def save(self, folder: Path) -> Path:
         """Writes ``folder/results.json``, whole or not at all."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 
 from tokentree.draft import Draft
 from tokentree.engines.base import TargetOutput
@@ -11,7 +12,7 @@ from tokentree.shapes.base import Shape
 
 
 class Drafter(ABC):
-    """Proposes a tree per sequence. State is kept per `Sequence.id`.
+    """Proposes a tree per sequence. State is kept per `Sequence.id`; what is learnt from all of them may be shared.
 
     Attributes:
         name: as in the registry; shown beside the tokens it earned.
@@ -28,7 +29,8 @@ class Drafter(ABC):
 
     @abstractmethod
     def propose(self, seqs: list[Sequence], shape: Shape, sampled: bool) -> list[Draft]:
-        """A draft per sequence, rooted at its last token.
+        """A draft per sequence, rooted at its last token. The loop cuts it to ``shape`` afterwards; it should hold
+        about `Shape.max_nodes` nodes, none deeper than `Shape.max_depth` or than the sequence has room for.
 
         Args:
             sampled: draw the children of requests that are not greedy from their distribution, without replacement.
@@ -42,3 +44,13 @@ class Drafter(ABC):
 
     def release(self, seqs: list[Sequence]) -> None:
         """Forgets what it keeps for ``seqs``."""
+
+    def save(self, folder: Path) -> None:
+        """Writes what it learnt from all sequences into ``folder``, which exists."""
+
+    def load(self, folder: Path) -> None:
+        """Takes in what `save` wrote; nothing, if it wrote nothing.
+
+        Raises:
+            OptionError: if it belongs to a model with another vocabulary, or isn't such a file.
+        """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,6 +37,7 @@ class DraftModel(Drafter):
         self._engine = engine
         self._vocab_size = vocab_size
         self._rows: dict[int, _Rows] = {}
+        self._level_seconds = 0.0
         self._unknown: set[int] = set()  # sequences with a token that the draft model doesn't have
 
     def prefill(self, seqs: list[Sequence]) -> None:
@@ -46,13 +48,17 @@ class DraftModel(Drafter):
                 self._engine.prefill(seq)
 
     def propose(self, seqs: list[Sequence], shape: Shape, sampled: bool) -> list[Draft]:
-        drafts = [Draft(seq.tokens[-1], {} if sampled and not seq.params.is_greedy else None) for seq in seqs]
+        drafts = [
+            Draft(seq.tokens[-1], {} if sampled and not seq.params.is_greedy else None, self._level_seconds / len(seqs))
+            for seq in seqs
+        ]
         rows = [_Rows(seq.tokens[self._engine.committed(seq) :]) for seq in seqs]
         for seq, row in zip(seqs, rows, strict=True):
             if max(row.unseen) >= self._engine.vocab_size:
                 self._unknown.add(seq.id)
         frontiers = [
-            [0] if self._may_grow(seq, draft, 0, shape) else [] for seq, draft in zip(seqs, drafts, strict=True)
+            shape.select(seq, draft, [0]) if self._may_grow(seq, draft, 0, shape) else []
+            for seq, draft in zip(seqs, drafts, strict=True)
         ]
         done = [0] * len(seqs)
         while any(frontiers):
@@ -60,17 +66,20 @@ class DraftModel(Drafter):
                 row.expand(draft, frontier)
             active = [i for i, frontier in enumerate(frontiers) if frontier]
             trees = [rows[i].tree() for i in active]
+            started = time.perf_counter()
             out = self._engine.verify([seqs[i] for i in active], trees, [done[i] for i in active])
             for place, i in enumerate(active):
                 done[i] = len(trees[place])
+                drafts[i].levels += 1
                 nodes = [rows[i].of_node[node] for node in frontiers[i]]
                 level = self._add_children(seqs[i], drafts[i], frontiers[i], out.rows(place, nodes), shape)
                 if level and self._may_grow(seqs[i], drafts[i], drafts[i].depths[level[0]], shape):
                     frontiers[i] = shape.select(seqs[i], drafts[i], level)
                 else:
                     frontiers[i] = []
+            self._learn_pace(time.perf_counter() - started)
         self._rows |= {seq.id: row for seq, row, seen in zip(seqs, rows, done, strict=True) if seen}
-        return [shape.prune(seq, draft) for seq, draft in zip(seqs, drafts, strict=True)]
+        return drafts
 
     def observe(self, seqs: list[Sequence], drafts: list[Draft], out: TargetOutput, accepted: list[Accepted]) -> None:
         grown = [(seq, step) for seq, step in zip(seqs, accepted, strict=True) if seq.id in self._rows]
@@ -87,6 +96,11 @@ class DraftModel(Drafter):
         """Nodes below what may still be emitted are useless, and so are rows past the draft model's own context."""
         fits = len(seq.tokens) + depth <= self._engine.context and seq.id not in self._unknown
         return fits and depth < min(shape.max_depth, seq.room - 1)
+
+    def _learn_pace(self, seconds: float) -> None:
+        """The time of a level; one that took far longer was disturbed."""
+        known = self._level_seconds or seconds
+        self._level_seconds = known + 0.1 * (min(seconds, 2 * known) - known)
 
     def _add_children(
         self, seq: Sequence, draft: Draft, frontier: list[int], logits: torch.Tensor, shape: Shape

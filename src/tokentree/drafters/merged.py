@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter
 from tokentree.engines.base import TargetOutput
 from tokentree.errors import OptionError
 from tokentree.sequence import Accepted, Sequence
 from tokentree.shapes.base import Shape
-from tokentree.tree import TokenTree
 
 
 class Merged(Drafter):
-    """Joins equal paths of all drafts; a node keeps the best score that it got, and who proposed it.
+    """Joins equal paths of all drafts. A node remembers who proposed it, and keeps the highest conditional probability
+    and the first rank that any of them gave it. The loop then cuts the tree to one node budget.
 
     Args:
-        drafters: at least one; the first 32 are told apart.
+        drafters: at least one. Those of a merged one among them are taken singly.
 
     Raises:
         OptionError: if there is none.
@@ -26,7 +28,9 @@ class Merged(Drafter):
     def __init__(self, drafters: list[Drafter]) -> None:
         if not drafters:
             raise OptionError("merged needs at least one drafter")
-        self._drafters = drafters
+        self._drafters: list[Drafter] = [
+            inner for drafter in drafters for inner in (drafter._drafters if isinstance(drafter, Merged) else [drafter])
+        ]
 
     @property
     def names(self) -> list[str]:
@@ -48,19 +52,34 @@ class Merged(Drafter):
         for drafter in self._drafters:
             drafter.release(seqs)
 
+    def save(self, folder: Path) -> None:
+        for drafter in self._drafters:
+            drafter.save(folder)
+
+    def load(self, folder: Path) -> None:
+        for drafter in self._drafters:
+            drafter.load(folder)
+
     @staticmethod
     def _merge(drafts: list[Draft]) -> Draft:
-        tree, maps = TokenTree.merge([draft.tree for draft in drafts])
         merged = Draft(drafts[0].root)
-        best = [-float("inf")] * len(tree)
-        sources = [0] * len(tree)
-        for number, (draft, where) in enumerate(zip(drafts, maps, strict=True)):
-            for node, new in enumerate(where.tolist()):
-                best[new] = max(best[new], draft.log_scores[node])
-                sources[new] |= (1 << number) if node else 0
-        for node in range(1, len(tree)):
-            parent = int(tree.parents[node])
-            rank = tree.children[parent].index(node)
-            merged.add(parent, int(tree.tokens[node]), 0.0, rank, sources[node])
-        merged.log_scores = best
+        merged.levels = max(draft.levels for draft in drafts)
+        if merged.levels:  # several draft models take turns: what they spent, per level
+            merged.level_seconds = sum(draft.level_seconds * draft.levels for draft in drafts) / merged.levels
+        children: dict[tuple[int, int], int] = {}
+        for number, draft in enumerate(drafts):
+            bit, scores, where = 1 << number, draft.log_scores, [0] * len(draft)
+            for node in range(1, len(draft)):
+                before = draft.parents[node]
+                parent, token, log_prob = where[before], draft.tokens[node], scores[node] - scores[before]
+                known = children.get((parent, token))
+                if known is None:
+                    known = merged.add(parent, token, log_prob, draft.ranks[node], bit)
+                    children[parent, token] = known
+                else:
+                    merged.sources[known] |= bit
+                    merged.ranks[known] = min(merged.ranks[known], draft.ranks[node])
+                    merged.log_probs[known] = max(merged.log_probs[known], log_prob)
+                where[node] = known
+        merged.rescore()
         return merged

@@ -1,9 +1,9 @@
-"""Prompt lookup: what followed the last few tokens the last time they stood in this text."""
+"""Prompt lookup: what followed the last few tokens where they stood before."""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from dataclasses import dataclass, field
 
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter
@@ -11,10 +11,16 @@ from tokentree.errors import OptionError
 from tokentree.sequence import Sequence
 from tokentree.shapes.base import Shape
 
+END = -1  # parts a reference from the next text
+
 
 class NGram(Drafter):
-    """Matches the last n tokens in prompt and output, longest n first (LLMA, Yang et al. 2023, arXiv:2304.04487; prompt
-    lookup, Saxena 2023). Each place where they stood gives a branch, the most recent one first.
+    """Matches the last n tokens in prompt, output and references, longest n first (inference with reference, Yang et
+    al. 2023, arXiv:2304.04487; prompt lookup, Saxena 2023). Each place where they stood gives a branch, the most
+    recent one first.
+
+    The probabilities that it gives are rough: 1 - 1/(n + 1) for what followed a match of n tokens, half of that for
+    each place further back, and 0.9 for each token after the first. The `cost` shape learns better ones.
 
     Args:
         max_n, min_n: the longest and the shortest match.
@@ -32,53 +38,70 @@ class NGram(Drafter):
         self._max_n, self._min_n, self._max_branches = max_n, min_n, max_branches
         self._indexes: dict[int, _Index] = {}
 
-    def propose(self, seqs: list[Sequence], shape: Shape, sampled: bool) -> list[Draft]:
-        return [shape.prune(seq, self._lookup(seq, min(shape.max_depth, seq.room - 1))) for seq in seqs]
+    def prefill(self, seqs: list[Sequence]) -> None:
+        for seq in seqs:
+            self._index(seq)
 
-    def _lookup(self, seq: Sequence, depth: int) -> Draft:
-        index = self._indexes.setdefault(seq.id, _Index(self._min_n, self._max_n))
-        index.append(seq.tokens)
-        draft = Draft(seq.tokens[-1])
-        children: dict[tuple[int, int], int] = {}
-        for branch, (n, place) in enumerate(index.places(self._max_branches)):
-            node = 0
-            for token in seq.tokens[place : place + depth]:
-                if (node, token) not in children:
-                    # no distribution is known; a longer match is surer, and an earlier branch goes first
-                    log_prob = -0.5 / n if node else -(branch + 1) / n
-                    rank = sum(parent == node for parent in draft.parents)
-                    children[node, token] = draft.add(node, token, log_prob, rank)
-                node = children[node, token]
-        return draft
+    def propose(self, seqs: list[Sequence], shape: Shape, sampled: bool) -> list[Draft]:
+        return [self._lookup(seq, min(shape.max_depth, seq.room - 1)) for seq in seqs]
 
     def release(self, seqs: list[Sequence]) -> None:
         for seq in seqs:
             self._indexes.pop(seq.id, None)
 
+    def _index(self, seq: Sequence) -> _Index:
+        """The index over all of ``seq`` as it stands."""
+        if seq.id not in self._indexes:
+            self._indexes[seq.id] = _Index(self._min_n, self._max_n)
+            for reference in seq.references:
+                self._indexes[seq.id].append([*reference, END])
+        index = self._indexes[seq.id]
+        index.append(seq.tokens[index.own :], own=True)
+        return index
 
-@dataclass
+    def _lookup(self, seq: Sequence, depth: int) -> Draft:
+        index = self._index(seq)
+        draft = Draft(seq.tokens[-1])
+        children: dict[tuple[int, int], int] = {}
+        branches = [0] * (self._max_branches * max(0, depth) + 1)
+        for place, (n, begin) in enumerate(index.places(self._max_branches)):
+            node, prob = 0, (1 - 1 / (n + 1)) * 0.5**place
+            for token in index.tokens[begin : begin + depth]:
+                if token == END:
+                    break
+                if (node, token) not in children:
+                    children[node, token] = draft.add(node, token, math.log(prob), branches[node])
+                    branches[node] += 1
+                node, prob = children[node, token], 0.9
+        return draft
+
+
 class _Index:
-    """Where each n-gram of a growing text ended, the latest place last."""
+    """Where each n-gram of a growing text ended, the latest place last. References stand before the text."""
 
-    min_n: int
-    max_n: int
-    tokens: list[int] = field(default_factory=list)
-    ends: defaultdict[tuple[int, ...], list[int]] = field(default_factory=lambda: defaultdict(list))
+    def __init__(self, min_n: int, max_n: int) -> None:
+        self.tokens: list[int] = []
+        self.own = 0  # tokens of the text itself
+        self._since = 0  # tokens since the last END
+        self._sizes = range(min_n, max_n + 1)
+        self._ends: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
 
-    def append(self, tokens: list[int]) -> None:
-        """Takes in what ``tokens`` has more than what is known."""
-        for end in range(len(self.tokens) + 1, len(tokens) + 1):
-            for n in range(self.min_n, min(self.max_n, end) + 1):
-                self.ends[tuple(tokens[end - n : end])].append(end)
-        self.tokens += tokens[len(self.tokens) :]
+    def append(self, tokens: list[int], own: bool = False) -> None:
+        for token in tokens:
+            self.tokens.append(token)
+            self.own += own
+            self._since = 0 if token == END else self._since + 1
+            for n in self._sizes:
+                if n <= self._since:
+                    self._ends[tuple(self.tokens[-n:])].append(len(self.tokens))
 
     def places(self, limit: int) -> list[tuple[int, int]]:
         """(n, where the continuation starts) of earlier matches of the text's end: longest first, then latest."""
         found: dict[int, int] = {}
-        for n in range(min(self.max_n, len(self.tokens)), self.min_n - 1, -1):
-            for end in reversed(self.ends[tuple(self.tokens[-n:])]):
-                if end < len(self.tokens) and len(found) < limit:
+        for n in reversed(self._sizes):
+            for end in reversed(self._ends.get(tuple(self.tokens[-n:]), ())):
+                if len(found) >= limit:
+                    return [(n, end) for end, n in found.items()]
+                if end < len(self.tokens) and self.tokens[end] != END:
                     found.setdefault(end, n)
-                elif len(found) >= limit:
-                    break
         return [(n, end) for end, n in found.items()]

@@ -93,9 +93,8 @@ class Segment:
         rows = np.zeros((count, slots), np.int64)  # the KV row that holds each position of a node's own path
         hidden = position > self.positions[:, None]
         rows[:, : prefix - shared] = position[: prefix - shared]
-        for i, node in enumerate(range(self.first, len(self.tree))):
-            path = self.tree.path(node)
-            rows[i, prefix - shared : prefix - shared + len(path)] = prefix + np.array(path)
+        node, ancestor = np.nonzero(self.tree.mask[self.first :])
+        rows[node, prefix - shared + self.tree.depths[ancestor]] = prefix + ancestor
         hidden_prefix = None
         if window is not None:
             hidden |= self.positions[:, None] - position >= window

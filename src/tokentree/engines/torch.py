@@ -66,6 +66,8 @@ class TorchEngine:
             if self.device.type == "cpu":
                 steady_activations(self._model)
         self._kv: dict[int, SequenceKV] = {}
+        sizes = (config.num_hidden_layers, config.hidden_size, config.vocab_size)
+        self._model_size = f"{type(model).__name__} {'x'.join(map(str, sizes))}"
         self.vocab_size = int(reference.logits.shape[-1])
         try:
             self._check_tree(reference.logits[0])
@@ -77,6 +79,13 @@ class TorchEngine:
             self._model.config._attn_implementation = own_attention
             self._layout = self._learn_layout(reference.past_key_values)
             self._check_tree(reference.logits[0])
+
+    @property
+    def signature(self) -> str:
+        """What the cost of a forward depends on: model, engine, dtype, device and threads."""
+        on_cpu = self.device.type == "cpu"
+        device = f"cpu {torch.get_num_threads()} threads" if on_cpu else torch.cuda.get_device_name(self.device)
+        return f"{self._model_size}, {self.attention} attention, {str(self.dtype).removeprefix('torch.')}, {device}"
 
     # -- the protocol ----------------------------------------------------------------------------------------------
 

@@ -12,13 +12,13 @@ from tokentree.sequence import Accepted, Sequence
 class Shape(ABC):
     """How a draft grows, level by level, and how it is cut in the end.
 
-    A drafter that scores its candidates asks `counts` for the number of children of each frontier node, adds them,
-    asks `select` which of them become the next frontier, and ends with `prune`. A drafter that comes with whole paths
-    (a lookup) only calls `prune`.
+    A drafter that pays for each level (a draft model) asks `select` whether to start, for the root alone; then `counts`
+    for the number of children of each frontier node; adds them; and asks `select` which of them become the next
+    frontier. A drafter that finds whole paths (a lookup) only heeds `max_nodes` and `max_depth`. The loop calls `cut`.
 
     Attributes:
         max_depth: candidates on the longest path.
-        max_nodes: nodes of the largest tree that one drafter makes in this shape, root included.
+        max_nodes: nodes that are worth proposing, root included.
     """
 
     max_depth: int
@@ -36,5 +36,15 @@ class Shape(ABC):
     def prune(self, seq: Sequence, draft: Draft) -> Draft:
         """The draft cut to this shape. Drawn children are never dropped."""
 
-    def observe(self, seqs: list[Sequence], drafts: list[Draft], accepted: list[Accepted], seconds: float) -> None:
-        """Learns from a step; ``seconds`` is the time of its target forward."""
+    def cut(self, seqs: list[Sequence], drafts: list[Draft]) -> list[Draft]:
+        """The drafts of a batch, each cut to this shape."""
+        return [self.prune(seq, draft) for seq, draft in zip(seqs, drafts, strict=True)]
+
+    def observe(
+        self, seqs: list[Sequence], drafts: list[Draft], accepted: list[Accepted], draft_seconds: float,
+        verify_seconds: float,
+    ) -> None:  # fmt: skip
+        """Learns from a step of the batch: what was accepted of the cut drafts, and what it took."""
+
+    def release(self, seqs: list[Sequence]) -> None:
+        """Forgets what it keeps for ``seqs``."""

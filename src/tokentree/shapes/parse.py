@@ -5,18 +5,38 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 from tokentree.errors import OptionError
+from tokentree.shapes.adaptive import Adaptive
 from tokentree.shapes.base import Shape
+from tokentree.shapes.cost import Cost
 from tokentree.shapes.dynamic import Dynamic
+from tokentree.shapes.optimal import TYPICAL_RATES, optimal_paths
 from tokentree.shapes.static import Static
 
-FORMS = "2x2x2, chain:4, paths:[[0],[0,0],[1]] or dynamic:nodes=16,depth=6,top_k=8"
+
+def _optimal(nodes: int = 16, depth: int = 6) -> Static:
+    """The best static tree for a typical draft model."""
+    return Static(paths=optimal_paths(TYPICAL_RATES, nodes, depth)[1])
+
+
+KINDS: dict[str, Callable[..., Shape]] = {
+    "cost": Cost,
+    "dynamic": Dynamic,
+    "adaptive": Adaptive,
+    "optimal": _optimal,
+}
+
+FORMS = (
+    "cost, 2x2x2, chain:4, paths:[[0],[0,0],[1]], dynamic:nodes=16,depth=6,top_k=8, adaptive:mass=0.8,width=4 or "
+    "optimal:nodes=16,depth=6"
+)
 
 
 def shape(text: str | Shape) -> Shape:
-    """The shape that ``text`` names: ``2x2x2``, ``chain:4``, ``paths:[[0],[0,0],[1]]``, ``dynamic:nodes=16,depth=6``.
+    """The shape that ``text`` names, such as ``cost``, ``2x2x2`` or ``dynamic:nodes=16``: see `FORMS`.
 
     Raises:
         OptionError: if it names none.
@@ -32,8 +52,8 @@ def shape(text: str | Shape) -> Shape:
         return Static([1] * int(rest))
     if name == "paths":
         return Static(paths=_rank_paths(rest))
-    if name == "dynamic":
-        return Dynamic(**_numbers(rest, Dynamic))
+    if name in KINDS:
+        return KINDS[name](**_numbers(rest, KINDS[name]))
     raise OptionError(f"{text!r} is not a shape: write {FORMS}")
 
 
@@ -47,9 +67,10 @@ def _rank_paths(text: str) -> list[list[int]]:
     return paths
 
 
-def _numbers(text: str, kind: type[Shape]) -> dict[str, Any]:
+def _numbers(text: str, kind: Callable[..., object]) -> dict[str, Any]:
     """The options ``name=number,…`` of a shape, each of the type of its default."""
-    known = {name: type(option.default) for name, option in inspect.signature(kind).parameters.items()}
+    defaults = {name: option.default for name, option in inspect.signature(kind).parameters.items()}
+    known = {name: type(default) for name, default in defaults.items() if default is not None}
     numbers: dict[str, Any] = {}
     for part in filter(None, text.split(",")):
         key, _, value = part.partition("=")

@@ -1,0 +1,142 @@
+"""What a forward costs on this machine, what drafts are worth on these texts, and the trees that follow from both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+
+from pydantic import BaseModel, Field
+from rich.table import Table
+
+from tokentree.costs import cost_curve
+from tokentree.llm import LLM
+from tokentree.sampling import SamplingParams
+from tokentree.shapes import Cost, optimal_paths
+
+BATCHES = (1, 2, 4, 8)
+SIZES = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
+DEPTH = 12
+PROMPTS = (
+    "Write a Python function that returns the n-th Fibonacci number, with a docstring.",
+    "A farmer has 12 cows and buys 7 more, then sells 5. How many cows are left? Explain step by step.",
+    "Summarise in two sentences: The river rose for three days. On the fourth day the mayor closed the bridge, and the "
+    "people of the town crossed by boat until the water fell.",
+    "What is the meaning of life?",
+)
+
+
+class Rate(BaseModel):
+    """How often candidates of one kind were what the text went on with, once their parent was."""
+
+    drafters: str
+    depth: str
+    rank: str
+    hits: float
+    trials: float
+
+
+class Pick(BaseModel):
+    """The best fixed tree for one batch size."""
+
+    batch: int
+    nodes: int = Field(description="rows per sequence, root included; 1 is no speculation")
+    shape: str
+    tokens: float = Field(description="expected per sequence and forward")
+    speed_up: float
+    by_size: list[float] = Field(description="expected speed-up of the best tree of each of `SIZES`")
+
+
+class Calibration(BaseModel):
+    """Everything that `calibrate` found."""
+
+    engine: str
+    rows: list[int]
+    seconds: list[float]
+    per_sequence: float
+    drafting_seconds: float = Field(description="of a step, beside the target's forward")
+    rates: list[Rate]
+    by_rank: list[float] = Field(description="acceptance by rank, all drafters and depths together")
+    picks: list[Pick]
+    measured_speed_up: float = Field(description="of the cost shape over plain on these prompts")
+    mean_accepted_length: float
+
+
+def calibrate(
+    llm: LLM, prompts: SequenceOf[list[int]], max_tokens: int, step: Callable[[], None] = lambda: None
+) -> Calibration:
+    """Measures T(n), decodes ``prompts`` with the cost shape and plainly, and works out the best static trees.
+
+    The acceptance by rank that these trees rest on is an average over steps. The cost shape knows each step's own
+    candidates, so it does better than they.
+    """
+    curve = cost_curve(llm.engine, again=True)
+    step()
+    form = Cost(curve=curve)
+    tree, plain, params = llm.using(llm.decoder.drafter, form), llm.plain(), SamplingParams(max_tokens=max_tokens)
+    spent = dict.fromkeys(("tree", "plain"), 0.0)
+    drafting, forwards, tokens = 0.0, 0, 0
+    for ids in prompts:
+        slow, fast = plain.generate([ids], params)[0].metrics, tree.generate([ids], params)[0].metrics
+        spent["plain"] += slow.decode_seconds
+        spent["tree"] += fast.decode_seconds
+        drafting += fast.draft_seconds + fast.accept_seconds
+        forwards += fast.target_forwards
+        tokens += fast.new_tokens
+        step()
+    drafting /= max(1, forwards)
+    by_rank = form.rates.by_rank()
+    rates = [
+        Rate(drafters="+".join(who), depth=depth, rank=rank, hits=hits, trials=trials)
+        for who, depth, rank, hits, trials in form.rates.table(tree.decoder.drafter.names)
+    ]
+    plain_seconds = [curve.seconds(batch, batch) for batch in BATCHES]
+    trees = {size: optimal_paths(by_rank, size, DEPTH) for size in SIZES}
+    picks = []
+    for batch, alone in zip(BATCHES, plain_seconds, strict=True):
+        gains = [trees[size][0] * alone / (curve.seconds(size * batch, batch) + drafting) for size in SIZES]
+        best = max(range(len(SIZES)), key=lambda i: gains[i])
+        expected, paths = trees[SIZES[best]]
+        if gains[best] <= 1:
+            picks.append(Pick(batch=batch, nodes=1, shape="none", tokens=1, speed_up=1, by_size=gains))
+        else:
+            picks.append(
+                Pick(batch=batch, nodes=1 + len(paths), shape=_name(paths), tokens=expected, speed_up=gains[best],
+                     by_size=gains)
+            )  # fmt: skip
+    return Calibration(
+        engine=llm.engine.signature, rows=curve.rows, seconds=curve.points, per_sequence=curve.per_sequence,
+        drafting_seconds=drafting, rates=rates, by_rank=by_rank, picks=picks,
+        measured_speed_up=spent["plain"] / spent["tree"] if spent["tree"] else 1.0,
+        mean_accepted_length=tokens / max(1, forwards),
+    )  # fmt: skip
+
+
+def _name(paths: list[tuple[int, ...]]) -> str:
+    """As users write it."""
+    if all(set(path) == {0} for path in paths):
+        return f"chain:{len(paths)}"
+    return "paths:" + str([list(path) for path in paths]).replace(" ", "")
+
+
+def tables(found: Calibration) -> list[Table]:
+    """The curve, the rates and the picks, for a terminal."""
+    curve = Table(title=f"T(n): one forward, {found.engine}", title_justify="left")
+    for name in ("rows", "ms", "x one row"):
+        curve.add_column(name, justify="right")
+    for rows, seconds in zip(found.rows, found.seconds, strict=True):
+        curve.add_row(str(rows), f"{1e3 * seconds:.1f}", f"{seconds / found.seconds[0]:.2f}")
+    rates = Table(title="acceptance, where the parent was right", title_justify="left")
+    for name in ("drafters", "depth", "rank", "accepted", "of"):
+        rates.add_column(name, justify="left" if name == "drafters" else "right")
+    for rate in found.rates:
+        rates.add_row(rate.drafters, rate.depth, rate.rank, f"{rate.hits / rate.trials:.0%}", f"{rate.trials:.0f}")
+    picks = Table(
+        title=f"the best fixed trees (the cost shape itself: {found.measured_speed_up:.2f}x plain on these prompts, "
+        f"{found.mean_accepted_length:.2f} tokens per forward)",
+        title_justify="left",
+    )
+    for name in ("batch", "rows each", "expected tokens", "expected speed-up", "shape"):
+        picks.add_column(name, justify="left" if name == "shape" else "right", overflow="fold")
+    for pick in found.picks:
+        picks.add_row(str(pick.batch), str(pick.nodes), f"{pick.tokens:.2f}", f"{pick.speed_up:.2f}x", pick.shape)
+    return [curve, rates, picks]

@@ -1,0 +1,131 @@
+"""Measuring what a forward of an engine costs, once per machine, and remembering it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ValidationError
+
+from tokentree.engines.torch import TorchEngine
+from tokentree.errors import OptionError
+from tokentree.sampling import SamplingParams, seeded_noise
+from tokentree.sequence import Sequence
+from tokentree.shapes.curve import CostCurve
+from tokentree.tree import TokenTree
+
+ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+PREFIX = 256  # tokens before the tree
+ROUNDS = 3
+
+
+class Measured(BaseModel):
+    """One engine's curve in the cache file."""
+
+    rows: list[int]
+    seconds: list[float]
+    per_sequence: float
+
+
+class CostFile(BaseModel):
+    """The cache file: curves by `TorchEngine.signature`."""
+
+    curves: dict[str, Measured] = {}
+
+    def curve(self, signature: str) -> CostCurve | None:
+        """The curve of that engine, if the file has one that makes sense."""
+        kept = self.curves.get(signature)
+        try:
+            return None if kept is None else CostCurve(kept.rows, kept.seconds, kept.per_sequence)
+        except OptionError:
+            return None
+
+
+def cache_folder() -> Path:
+    """Where what was measured is kept: ``$TOKENTREE_CACHE``, or ``tokentree`` in the user's cache folder."""
+    if own := os.environ.get("TOKENTREE_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokentree"
+
+
+def cost_curve(engine: TorchEngine, again: bool = False) -> CostCurve:
+    """T(n) of ``engine`` on this machine: from the cache file, or measured (some 40 forwards) and put there.
+
+    Args:
+        again: measure even if the file has it.
+    """
+    file = cache_folder() / "costs.json"
+    known = _read(file)
+    kept = None if again else known.curve(engine.signature)
+    if kept is None:
+        curve = measure(engine)
+        found = Measured(rows=curve.rows, seconds=curve.points, per_sequence=curve.per_sequence)
+        known = _read(file)  # another process may have added its own meanwhile
+        known.curves[engine.signature] = found
+        _write(file, known)
+        return curve
+    return kept
+
+
+def measure(engine: TorchEngine, step: Callable[[], None] = lambda: None) -> CostCurve:
+    """Times forwards over trees of `ROWS` nodes behind a prefix, in rounds, so that a drift meets all sizes, and keeps
+    the fastest of each; then the same rows in one sequence and in four, for what a sequence adds."""
+    most = max(4, engine.context // 2)
+    rows = [n for n in ROWS if n <= most] if most < ROWS[-1] else list(ROWS)
+    prefix = max(1, min(PREFIX, engine.context - max(rows) - 1))
+    generator = np.random.default_rng(0)
+    ids = generator.integers(0, engine.vocab_size, prefix + 1).tolist()
+    seqs = [
+        Sequence(ids, SamplingParams(max_tokens=1), seeded_noise(0, i), engine.context + prefix + 2) for i in range(4)
+    ]
+
+    def time_of(count: int, trees: list[TokenTree]) -> float:
+        started = time.perf_counter()
+        engine.verify(seqs[:count], trees)
+        took = time.perf_counter() - started
+        engine.commit(seqs[:count], [[]] * count)
+        step()
+        return took
+
+    try:
+        for seq in seqs:
+            engine.prefill(seq)
+        best, together = dict.fromkeys(rows, float("inf")), float("inf")
+        for _ in range(ROUNDS):
+            for n in rows:
+                best[n] = min(best[n], time_of(1, [_tree(n, engine.vocab_size)]))
+            together = min(together, time_of(4, [_tree(4, engine.vocab_size)] * 4))
+    finally:
+        engine.release(seqs)
+    curve = CostCurve(rows, [best[n] for n in rows])
+    return CostCurve(rows, curve.points, max(0.0, (together - curve.seconds(16)) / 3))
+
+
+def _tree(nodes: int, vocab: int) -> TokenTree:
+    """Half a chain, half branches from it: about what is verified."""
+    parents = [-1, *(node - 1 if node % 2 else max(0, node - 3) for node in range(1, nodes))]
+    tokens = [0] * nodes
+    used: dict[int, int] = {}
+    for node in range(1, nodes):
+        tokens[node] = used[parents[node]] = used.get(parents[node], -1) + 1
+    return TokenTree(np.array(tokens) % vocab, np.array(parents))
+
+
+def _read(file: Path) -> CostFile:
+    try:
+        return CostFile.model_validate_json(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValidationError):  # a cache that can't be read is measured anew
+        return CostFile()
+
+
+def _write(file: Path, content: CostFile) -> None:
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(content.model_dump_json(indent=1), encoding="utf-8")
+        part.replace(file)
+    except OSError:  # a read-only home: it is measured again next time
+        return

@@ -1,0 +1,169 @@
+"""Token Recycling: what the target last thought would follow each token (Luo et al. 2024, arXiv:2408.08696)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numba import njit
+from numpy.typing import NDArray
+
+from tokentree.draft import Draft, Floats
+from tokentree.drafters.base import Drafter
+from tokentree.engines.base import TargetOutput
+from tokentree.errors import OptionError
+from tokentree.sequence import Accepted, Sequence
+from tokentree.shapes.base import Shape
+from tokentree.storage import Array, read_arrays, write_arrays
+from tokentree.tree import Ints
+
+PAIRS = 1 << 17  # rows for pairs of tokens
+HASH = 0x9E3779B1
+HOLDS_ALONE, HOLDS_IN_PAIR = 0.5, 0.7  # how far a successor's probability holds in another context
+LEAST_PROB = 0.01
+
+
+class Recycling(Drafter):
+    """An adjacency matrix: for each token the k most probable successors when the target last scored it, on the
+    accepted path or beside it, with their probabilities among those k. Trees grow best-first along it.
+
+    Beyond the paper, the last scores of a *pair* of tokens are kept too, in a table of fixed size in which a newer
+    pair takes the place of an older one, and go before those of the single token.
+
+    The matrix is shared by all requests: vocabulary + 131,072 rows of k entries, 8 bytes each.
+
+    Args:
+        vocab_size: width of the target's logits.
+        k: successors kept for each token.
+
+    Raises:
+        OptionError: if ``k`` is below 1 or above the vocabulary.
+    """
+
+    name = "recycling"
+
+    def __init__(self, vocab_size: int, k: int = 8) -> None:
+        if not 1 <= k <= vocab_size:
+            raise OptionError("recycling needs k of at least 1, and no more than there are tokens")
+        self._k, self._vocab_size = k, vocab_size
+        self._successors = np.full((vocab_size + PAIRS, k), -1, np.int32)
+        self._probs = np.zeros((vocab_size + PAIRS, k), np.float32)
+        self._pairs = np.full(PAIRS, -1, np.int64)  # which pair a row belongs to
+        _grow(self._successors, self._probs, self._pairs, vocab_size, 0, 0, 1, 1)  # compiles it before any request
+
+    def propose(self, seqs: list[Sequence], shape: Shape, sampled: bool) -> list[Draft]:
+        return [self._grow(seq, shape.max_nodes - 1, min(shape.max_depth, seq.room - 1)) for seq in seqs]
+
+    def observe(self, seqs: list[Sequence], drafts: list[Draft], out: TargetOutput, accepted: list[Accepted]) -> None:
+        logits, ids = top_logits(out.all_logits, self._k)
+        probs = logits.softmax(-1).cpu().numpy()
+        successors = ids.to(torch.int32).cpu().numpy()
+        for i, (seq, draft, step) in enumerate(zip(seqs, drafts, accepted, strict=True)):
+            tree = draft.tree
+            nodes = np.array([*range(len(draft)), *step.path])  # of one token's rows, the one on the path stays
+            tokens, rows = tree.tokens[nodes], out.starts[i] + nodes
+            before = tree.tokens[tree.parents[nodes]]
+            before[nodes == 0] = _before(seq)
+            pairs = before * self._vocab_size + tokens
+            slots = pairs * HASH % PAIRS
+            self._pairs[slots] = pairs
+            for where in (tokens, self._vocab_size + slots):
+                self._successors[where], self._probs[where] = successors[rows], probs[rows]
+
+    def save(self, folder: Path) -> None:
+        arrays: dict[str, Array] = {"successors": self._successors, "probs": self._probs, "pairs": self._pairs}
+        write_arrays(folder / "recycling.safetensors", arrays)
+
+    def load(self, folder: Path) -> None:
+        dtypes: dict[str, np.dtype[np.generic]] = {
+            "successors": np.dtype(np.int32),
+            "probs": np.dtype(np.float32),
+            "pairs": np.dtype(np.int64),
+        }
+        arrays = read_arrays(folder / "recycling.safetensors", dtypes)
+        if arrays is None:
+            return
+        shapes = [self._successors.shape, self._probs.shape, self._pairs.shape]
+        if [arrays[name].shape for name in dtypes] != shapes:
+            raise OptionError(
+                f"{str(folder / 'recycling.safetensors')!r} was written with another model: it holds "
+                f"{'x'.join(map(str, arrays['successors'].shape))} successors, and this one has "
+                f"{'x'.join(map(str, self._successors.shape))}"
+            )
+        self._successors[:], self._probs[:] = arrays["successors"], arrays["probs"]
+        self._pairs[:] = arrays["pairs"]
+
+    def _grow(self, seq: Sequence, nodes: int, depth: int) -> Draft:
+        root = seq.tokens[-1]
+        if nodes < 1 or depth < 1:
+            return Draft(root)
+        rows = self._successors, self._probs, self._pairs
+        return Draft.grown(root, *_grow(*rows, self._vocab_size, _before(seq), root, nodes, depth))
+
+
+def _before(seq: Sequence) -> int:
+    """The token before the root; a text's first token has none, and counts as standing after token 0."""
+    return seq.tokens[-2] if len(seq.tokens) > 1 else 0
+
+
+def top_logits(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest of each row of ``logits`` [n, vocab]: values float32[n, k] and ids int64[n, k], best first.
+
+    The k largest lie in the k strided blocks with the largest maxima, so most of the vocabulary is only read once.
+    """
+    vocab, blocks = logits.shape[1], 64
+    if vocab % blocks or vocab // blocks < k:
+        best = logits.topk(k, dim=-1)
+        return best.values.float(), best.indices
+    stride = vocab // blocks
+    columns = logits.unflatten(1, (blocks, stride)).amax(1).topk(k, dim=-1).indices  # [n, k]
+    ids = (columns[:, None] + torch.arange(blocks, device=logits.device)[:, None] * stride).flatten(1)
+    best = logits.gather(1, ids).topk(k, dim=-1)
+    return best.values.float(), ids.gather(1, best.indices)
+
+
+@njit(cache=True)
+def _row(pairs: Ints, vocab_size: int, before: int, token: int) -> int:
+    """The row of the pair, or of the single token where the pair is not known."""
+    pair = before * vocab_size + token
+    slot = pair * HASH % PAIRS
+    return vocab_size + slot if pairs[slot] == pair else token
+
+
+@njit(cache=True)
+def _grow(
+    successors: NDArray[np.int32], chances: NDArray[np.float32], pairs: Ints, vocab_size: int, before: int, root: int,
+    max_nodes: int, max_depth: int,
+) -> tuple[Ints, Ints, Floats]:  # fmt: skip
+    """The most probable nodes, best first: tokens, parents (0 is the root, node i is ``i + 1``), probabilities."""
+    k = successors.shape[1]
+    room = (max_nodes + 1) * k
+    token, parent, depth = np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room, np.int64)
+    prob, joint, waits = np.empty(room), np.empty(room), np.ones(room, np.bool_)
+    taken, parents, probs = np.empty(max_nodes, np.int64), np.empty(max_nodes, np.int64), np.empty(max_nodes)
+    size, count = 0, 0
+    node, row, node_token, node_joint, node_depth = 0, _row(pairs, vocab_size, before, root), root, 1.0, 0
+    while count < max_nodes:
+        if node_depth < max_depth:
+            holds = HOLDS_IN_PAIR if row >= vocab_size else HOLDS_ALONE
+            for rank in range(k):
+                chance = holds * chances[row, rank]
+                if successors[row, rank] < 0 or node_joint * chance < LEAST_PROB:
+                    break
+                token[size], parent[size], depth[size] = successors[row, rank], node, node_depth + 1
+                prob[size], joint[size] = chance, node_joint * chance
+                size += 1
+        best = -1
+        for i in range(size):
+            if waits[i] and (best < 0 or joint[i] > joint[best]):
+                best = i
+        if best < 0:
+            break
+        waits[best] = False
+        taken[count], parents[count], probs[count] = token[best], parent[best], prob[best]
+        count += 1
+        before_token = root if parent[best] == 0 else taken[parent[best] - 1]
+        node, node_token, node_joint, node_depth = count, token[best], joint[best], depth[best]
+        row = _row(pairs, vocab_size, before_token, node_token)
+    return taken[:count], parents[:count], probs[:count]

@@ -1,0 +1,238 @@
+"""Trees sized by what they cost and what they bring on this machine, for this text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tokentree.draft import Draft, Floats
+from tokentree.errors import OptionError
+from tokentree.sequence import Accepted, Sequence
+from tokentree.shapes.base import Shape
+from tokentree.shapes.curve import CostCurve
+from tokentree.shapes.rates import Ahead, Cells, Rates
+from tokentree.tree import Ints
+
+PACE = 0.1
+LEAST_OFFER = 8  # candidates that drafters are asked for even where small trees have paid best
+PROBE_AFTER, PROBE_AT_MOST = 16, 256  # steps without a dear drafter before it is tried again
+
+
+class Cost(Shape):
+    """Maximises expected tokens per second: of all candidates it takes the n most probable ones, with the n for which
+    (1 + the sum of their probabilities) / (drafting + T(n)) is largest. That may be a tree, a chain, or nothing.
+
+    T(n) is the measured cost of the target's forward, refined at every step (`CostCurve`). Probabilities are learnt
+    from what happened to candidates like them (`Rates`); candidates that were not taken teach as well, since the text
+    tells afterwards whether they were right. A batch shares one budget: the candidates of all its sequences compete.
+
+    For a drafter whose levels cost a forward of their own, a level is drafted if it raises tokens per second; where
+    not even the first one does, the drafter rests and is tried again after 16 steps, then 32, and so on.
+
+    The same objective, for static trees and with fixed costs, is that of Sequoia (Chen et al. 2024, arXiv:2402.12374).
+
+    Args:
+        nodes: most nodes of one sequence's tree, root included.
+        depth: most candidates on a path.
+        top_k: children asked for per expanded node, and most nodes expanded per level.
+        curve: T(n); by default a guess that is corrected while decoding.
+
+    Raises:
+        OptionError: if a number is too small to make a tree.
+    """
+
+    def __init__(self, nodes: int = 64, depth: int = 32, top_k: int = 4, curve: CostCurve | None = None) -> None:
+        if nodes < 2 or depth < 1 or top_k < 1:
+            raise OptionError("a cost shape needs nodes of at least 2, depth of at least 1 and top_k of at least 1")
+        self._nodes, self.max_nodes, self.max_depth, self.top_k = nodes, nodes, depth, top_k
+        self.measured = curve is not None
+        self.curve = CostCurve.guess() if curve is None else curve.copy()
+        self.rates = Rates()
+        self._picked = Ahead([0.7, *[0.1] * (top_k - 1)])
+        self._drawn = Ahead([0.3] * top_k)
+        self._requests: dict[int, _Request] = {}
+        self._typical = float(nodes)  # nodes that lately paid best
+        self._overhead = 0.0  # seconds of a step beside the forward
+        self._batch = 1
+        self._rested, self._patience = 0.0, PROBE_AFTER
+
+    def use_curve(self, curve: CostCurve) -> None:
+        """Replaces the guess by a measured curve."""
+        self.curve, self.measured = curve.copy(), True
+
+    # -- while a drafter grows a tree level by level ---------------------------------------------------------------
+
+    def counts(self, seq: Sequence, draft: Draft, frontier: SequenceOf[int]) -> list[int]:
+        if draft.sampled is None:
+            return [min(self.top_k, self._nodes - 1)] * len(frontier)
+        # fixed before any is drawn: as many as rank by rank are worth a row
+        joint = self._joint(seq, draft)
+        price = self._price(len(draft), float(joint.sum()), draft.level_seconds * draft.levels)
+        ahead, counts, left = self._drawn.at(0), list[int](), self._nodes - len(draft)
+        for node in frontier:
+            counts.append(min(left, max(1, int((joint[node] * ahead > price).sum()))))
+            left -= counts[-1]
+        return counts
+
+    def select(self, seq: Sequence, draft: Draft, level: SequenceOf[int]) -> list[int]:
+        if not level or draft.depths[level[0]] >= self.max_depth:
+            return []
+        joint = self._joint(seq, draft)
+        if draft.sampled is None:
+            rows, tokens = self._best_size(joint, draft.level_seconds * draft.levels)
+        else:
+            rows, tokens = len(draft), float(joint.sum())
+        if rows >= self._nodes:
+            return []
+        if draft.levels and not draft.level_seconds:
+            return []  # nobody knows yet what a level costs: after the first one they do
+        spent = draft.level_seconds * draft.levels
+        price = self._price(rows, tokens, spent)
+        ahead = self._picked.at(draft.depths[level[0]] + 1) if draft.sampled is None else self._drawn.at(0)
+        best = sorted(level, key=lambda node: -joint[node])[: self.top_k]
+        worth = joint[best][:, None] * ahead  # [nodes, ranks]
+        best = sorted(node for node, most in zip(best, worth.max(1), strict=True) if most > price)
+        gains = worth[worth > price]
+        before = self._seconds(rows) + spent
+        after = self._seconds(rows + len(gains)) + spent + draft.level_seconds
+        pays = bool(best) and (tokens + float(gains.sum())) / after > tokens / before
+        if level[0] == 0:
+            return [0] if self._starts(pays) else []
+        return best if pays else []
+
+    def _starts(self, pays: bool) -> bool:
+        """Whether to draft at all: if it pays, and now and then to see whether it would."""
+        if pays:
+            self._rested, self._patience = 0, PROBE_AFTER
+            return True
+        self._rested += 1 / self._batch
+        if self._rested < self._patience:
+            return False
+        self._rested, self._patience = 0, min(2 * self._patience, PROBE_AT_MOST)
+        return True
+
+    # -- the cut ---------------------------------------------------------------------------------------------------
+
+    def prune(self, seq: Sequence, draft: Draft) -> Draft:
+        return self.cut([seq], [draft])[0]
+
+    def cut(self, seqs: list[Sequence], drafts: list[Draft]) -> list[Draft]:
+        self._batch = len(seqs)
+        joints = [self._joint(seq, draft, remember=True) for seq, draft in zip(seqs, drafts, strict=True)]
+        drawn = [draft.sampled is not None for draft in drafts]
+        rows = sum(len(draft) if whole else 1 for draft, whole in zip(drafts, drawn, strict=True))
+        tokens = sum(float(joint.sum()) if whole else 1.0 for joint, whole in zip(joints, drawn, strict=True))
+        offers = [joint[1:] if not whole else joint[:0] for joint, whole in zip(joints, drawn, strict=True)]
+        offered = np.concatenate(offers)
+        order = np.argsort(-offered, kind="stable")  # parents stay before their children
+        expected = tokens + np.concatenate([[0.0], np.cumsum(offered[order])])
+        spent = self._overhead + _level_seconds(drafts)
+        seconds = spent + self.curve.upto(rows + len(order), len(seqs))[rows : rows + len(order) + 1]
+        taken = int(np.argmax(expected / seconds))
+        used = (rows + taken) / len(seqs)
+        self._typical += (PACE if used < self._typical else 0.5) * (used - self._typical)
+        self.max_nodes = min(self._nodes, max(LEAST_OFFER, int(2 * self._typical)))
+        keep = np.zeros(len(order), np.bool_)
+        keep[order[:taken]] = True
+        cut, start = [], 0
+        for draft, offer, whole in zip(drafts, offers, drawn, strict=True):
+            nodes = np.flatnonzero(keep[start : start + len(offer)])
+            best = np.sort(nodes[np.argsort(-offer[nodes], kind="stable")[: self._nodes - 1]]) + 1
+            cut.append(draft if whole else draft.take([0, *best.tolist()]))
+            start += len(offer)
+        return cut
+
+    def observe(
+        self, seqs: list[Sequence], drafts: list[Draft], accepted: list[Accepted], draft_seconds: float,
+        verify_seconds: float,
+    ) -> None:  # fmt: skip
+        rows = sum(map(len, drafts))
+        if not self.measured:
+            self.curve.first_seen(rows, verify_seconds)
+            self.measured = True
+        self.curve.observe(rows, len(seqs), verify_seconds)
+        self._overhead += PACE * (max(0.0, draft_seconds - _level_seconds(drafts)) - self._overhead)
+        for seq, step in zip(seqs, accepted, strict=True):
+            request = self._requests.get(seq.id)
+            if request is not None and request.draft is not None:
+                self._learn(request, request.draft, step)
+                request.draft = None
+
+    def release(self, seqs: list[Sequence]) -> None:
+        for seq in seqs:
+            self._requests.pop(seq.id, None)
+
+    def _learn(self, request: _Request, draft: Draft, step: Accepted) -> None:
+        """From every candidate whose parent was right, taken or not."""
+        node, nodes, hits = 0, list[int](), list[bool]()
+        for token in step.tokens:
+            children = [child for child, parent in enumerate(draft.parents) if parent == node]
+            if not children:
+                break
+            right = [draft.tokens[child] == token for child in children]
+            nodes += children
+            hits += right
+            if not any(right):
+                break
+            node = children[right.index(True)]
+        if nodes:
+            depths, ranks = np.array(draft.depths)[nodes], np.array(draft.ranks)[nodes]
+            if draft.sampled is None:
+                self._picked.learn(depths, ranks, np.array(hits))
+                self.rates.learn(request.cells, nodes, hits, request.local)
+            else:
+                self._drawn.learn(0 * depths, ranks, np.array(hits))
+
+    # -- what it believes ------------------------------------------------------------------------------------------
+
+    def _joint(self, seq: Sequence, draft: Draft, remember: bool = False) -> Floats:
+        """float64[n]: how probable it is that each node gets accepted."""
+        if seq.id not in self._requests:
+            self._requests[seq.id] = _Request(self.rates.new_request())
+        request = self._requests[seq.id]
+        if draft.sampled is not None:  # drawn children are accepted by their place, whatever they are
+            joint, ahead = np.ones(len(draft)), self._drawn.at(0)
+            for node in range(1, len(draft)):
+                joint[node] = joint[draft.parents[node]] * ahead[draft.ranks[node]]
+            cells = (np.zeros(0, np.int64), np.zeros(0, np.int64))
+        else:
+            cells = self.rates.cells(draft)
+            joint = self.rates.estimate(draft, cells, request.local)
+        if remember:
+            request.draft, request.cells = draft, cells
+        return joint
+
+    def _seconds(self, rows: int) -> float:
+        """One sequence's share of a step."""
+        return (self.curve.seconds(rows * self._batch, self._batch) + self._overhead) / self._batch
+
+    def _price(self, rows: int, tokens: float, draft_seconds: float) -> float:
+        """The tokens that the time of one more row is worth."""
+        row = self._seconds(rows + 4) - self._seconds(rows)
+        return row / 4 * tokens / (self._seconds(rows) + draft_seconds)
+
+    def _best_size(self, joint: Floats, draft_seconds: float) -> tuple[int, float]:
+        """Rows, and tokens expected, of the best tree from these candidates."""
+        tokens = np.cumsum(-np.sort(-joint))
+        times = self.curve.upto(len(joint) * self._batch, self._batch)[self._batch :: self._batch][: len(joint)]
+        best = int(np.argmax(tokens / ((times + self._overhead) / self._batch + draft_seconds)))
+        return best + 1, float(tokens[best])
+
+    def __repr__(self) -> str:
+        return f"cost:nodes={self._nodes},depth={self.max_depth},top_k={self.top_k}"
+
+
+def _level_seconds(drafts: list[Draft]) -> float:
+    """What the levels of a batch's drafts took; each draft knows its share of a level."""
+    return sum(draft.level_seconds * draft.levels for draft in drafts)
+
+
+@dataclass(eq=False)
+class _Request:
+    """What is known of one request, and its last draft before the cut."""
+
+    local: Cells
+    draft: Draft | None = None
+    cells: tuple[Ints, Ints] = field(default_factory=lambda: (np.zeros(0, np.int64), np.zeros(0, np.int64)))

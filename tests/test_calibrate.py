@@ -1,0 +1,79 @@
+"""Calibration: the trees that follow from a curve and from rates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_models import some_tokens, tiny, tiny_pair
+from tokentree.calibrate import BATCHES, SIZES, Calibration, Pick, Rate, calibrate, tables
+from tokentree.llm import LLM
+from tokentree.plots import plot_calibration
+from tokentree.shapes import CostCurve, Static, shape
+
+PROMPTS = [some_tokens(9, seed) for seed in range(3)]
+
+
+def _calibrated(monkeypatch: pytest.MonkeyPatch, llm: LLM, curve: CostCurve) -> Calibration:
+    monkeypatch.setattr("tokentree.calibrate.cost_curve", lambda *_, **__: curve)
+    steps: list[None] = []
+    found = calibrate(llm, PROMPTS, 30, lambda: steps.append(None))
+    assert len(steps) == len(PROMPTS) + 1
+    return found
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    target, draft = tiny_pair()
+    return LLM(target, draft_model=draft)
+
+
+def test_where_rows_cost_little_the_best_trees_are_big(monkeypatch: pytest.MonkeyPatch, llm: LLM) -> None:
+    found = _calibrated(monkeypatch, llm, CostCurve([1, 64], [10.0, 10.1]))
+    assert found.by_rank[0] > 0.3
+    assert [rate.drafters for rate in found.rates] == ["draft_model"] * len(found.rates)
+    assert [pick.batch for pick in found.picks] == list(BATCHES)
+    for pick in found.picks:
+        form = shape(pick.shape)
+        assert isinstance(form, Static)
+        assert form.max_nodes == pick.nodes > 8
+        assert pick.speed_up == max(pick.by_size) > 1.2
+        assert pick.tokens >= pick.speed_up  # no tree is cheaper than its root
+    assert found.mean_accepted_length > 1.2
+
+
+def test_where_a_row_costs_a_forward_the_best_tree_is_none(monkeypatch: pytest.MonkeyPatch, llm: LLM) -> None:
+    found = _calibrated(monkeypatch, llm, CostCurve([1, 64], [1.0, 64.0]))
+    assert [(pick.nodes, pick.shape, pick.speed_up) for pick in found.picks] == [(1, "none", 1)] * len(BATCHES)
+    assert all(len(pick.by_size) == len(SIZES) for pick in found.picks)
+
+
+def test_a_bigger_batch_gets_smaller_trees(monkeypatch: pytest.MonkeyPatch, llm: LLM) -> None:
+    found = _calibrated(monkeypatch, llm, CostCurve([1, 16, 64], [10.0, 10.1, 200.0]))
+    sizes = [pick.nodes for pick in found.picks]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] > sizes[-1]
+
+
+def test_no_drafter_is_nothing_to_choose_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = _calibrated(monkeypatch, LLM(tiny("llama"), "none"), CostCurve([1, 64], [1.0, 1.0]))
+    assert (found.rates, found.by_rank, found.mean_accepted_length) == ([], [0, 0, 0, 0], 1)
+    assert {pick.shape for pick in found.picks} == {"none"}
+    assert [table.row_count for table in tables(found)] == [2, 0, len(BATCHES)]
+    plot_calibration(found, tmp_path / "none.svg")
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_a_picture_has_three_parts(tmp_path: Path, suffix: str) -> None:
+    picks = [Pick(batch=n, nodes=3, shape="2", tokens=1.5, speed_up=1.4, by_size=[1.0] * len(SIZES)) for n in BATCHES]
+    rates = [Rate(drafters=f"d{n}", depth="1", rank="3-", hits=n, trials=20) for n in range(20)]
+    found = Calibration(
+        engine="a model", rows=[1, 4, 64], seconds=[0.01, 0.011, 0.05], per_sequence=0.0, drafting_seconds=0.001,
+        rates=rates, by_rank=[0.5, 0.1, 0.0, 0.0], picks=picks, measured_speed_up=1.5, mean_accepted_length=2.0,
+    )  # fmt: skip
+    plot_calibration(found, tmp_path / f"picture.{suffix}")
+    content = (tmp_path / f"picture.{suffix}").read_bytes()
+    assert content.startswith({"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[suffix])
+    if suffix == "svg":
+        assert content.count(b"axes_") >= 3
