@@ -86,7 +86,7 @@ def main() -> None:
         later = steps(drafter, seq, 200)
         memory = drafter.store_nbytes / 1e6
         shown.add_row("suffix", "1,000", f"{size:,}", f"{first:.1f}", f"{later:.3f}", f"{built:.1f}", f"{memory:.0f}")
-    Console().print(shown)
+    Console(width=120).print(shown)
 
 
 if __name__ == "__main__":

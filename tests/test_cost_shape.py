@@ -252,7 +252,9 @@ def test_a_curve_that_was_measured_goes_on_learning_and_one_that_was_not_takes_i
     for _ in range(100):
         form.observe([SEQ], [_chain(0.9)], [Accepted([0], [5])], 0.0, 3.0)
     assert form.curve.seconds(2) == pytest.approx(3.0, rel=0.02)
-    assert MILD.seconds(2) == pytest.approx(1.1)
+    form.use_curve(MILD)
+    form.observe([SEQ], [_chain(0.9)], [Accepted([0], [5])], 0.0, 3.0)
+    assert MILD.seconds(2) == pytest.approx(1.1)  # others may use it too
     guess = Cost()
     guess.observe([SEQ], [Draft(0)], [Accepted([0], [5])], 0.0, 0.04)
     assert guess.curve.seconds(16) == pytest.approx(0.064)
@@ -302,6 +304,28 @@ def test_a_drafter_that_does_not_pay_rests_and_is_tried_again_ever_later(curve: 
     assert form.select(SEQ, cheap, [0]) == [0]
     form.use_curve(curve)
     assert [step for step in range(1, 60) if form.select(SEQ, dear, [0])] == [16, 48]
+
+
+def test_in_a_batch_it_is_tried_as_seldom() -> None:
+    form, seqs = Cost(curve=MILD), [make_sequence([0]) for _ in range(4)]
+    form.cut(seqs, [Draft(0)] * 4)
+    tried = [step for step in range(1, 60) for seq in seqs if form.select(seq, Draft(0, None, 5.0), [0])]
+    assert tried == [16, 48]
+
+
+@pytest.mark.parametrize(("text", "starts"), [((1, 1, 1, 1), True), ((1, 2, 3, 4), False)])
+def test_a_level_is_worth_the_rows_that_its_tokens_take(text: tuple[int, ...], starts: bool) -> None:
+    form = Cost(curve=DEAR)
+    for i in range(400):  # the text is always among the four children: always the first, or each in turn
+        _step(form, _draft(*[(0, 0.25)] * 4), [text[i % 4]])
+    assert bool(form.select(SEQ, Draft(0, None, 0.25), [0])) is starts
+
+
+def test_as_long_as_nobody_knows_what_a_level_costs_only_one_is_drafted() -> None:
+    form = Cost(curve=FLAT)
+    assert form.select(SEQ, Draft(0), [0]) == [0]
+    assert form.select(SEQ, _draft((0, 0.9), levels=1), [1]) == []
+    assert form.select(SEQ, _draft((0, 0.9), levels=1, level_seconds=0.01), [1]) == [1]
 
 
 def test_growth_ends_at_the_depth_and_without_candidates() -> None:

@@ -98,10 +98,19 @@ def test_a_number_of_rows_that_was_cheaper_than_fewer_rows_becomes_dear_again_at
     for _ in range(2000):
         curve.observe(4, 1, 1.1)
         curve.observe(8, 1, 1.0)
-    for _ in range(80):
+    assert [curve.seconds(n) for n in (1, 4, 8)] == pytest.approx([1, 1.05, 1.05], rel=0.1)
+    for _ in range(100):
         curve.observe(4, 1, 1.1)
         curve.observe(8, 1, 2.0)
-    assert [curve.seconds(n) for n in (4, 8)] == pytest.approx([1.1, 2.0], rel=0.05)
+    assert [curve.seconds(n) for n in (4, 8)] == pytest.approx([1.1, 2.0], rel=0.1)
+
+
+def test_a_point_that_was_measured_too_low_is_raised_from_what_is_believed_of_it() -> None:
+    curve = CostCurve([1, 4, 8], [1.0, 3.0, 1.0])
+    for _ in range(25):
+        curve.observe(4, 1, 3.0)
+        curve.observe(8, 1, 4.0)
+    assert [curve.seconds(n) for n in (4, 8)] == pytest.approx([3.0, 4.0], rel=0.1)
 
 
 def test_a_time_that_others_disturbed_moves_it_a_little() -> None:

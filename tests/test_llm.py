@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from tests.tiny_models import TEXTS, full_logits, save_model, some_tokens, tiny, tiny_pair, tiny_tokenizer
 from tokentree import LLM, ModelError, OptionError, PairingError, Piece, PromptError, Result, SamplingParams
 from tokentree.drafters.none import NoDrafter
+from tokentree.llm import _short
 from tokentree.loading import load_model, load_tokenizer
 
 CONTEXT, EOS = 96, 0
@@ -629,3 +630,10 @@ def test_a_gguf_file_decodes_like_the_folder_it_was_made_from(world: World, tmp_
     llm = LLM(path, draft_model=path, dtype="float32", shape="2x2")
     params = SamplingParams(max_tokens=16)
     same(llm.generate(PROMPTS[0], params)[0], world.plain.generate(PROMPTS[0], params)[0])
+
+
+def test_draft_models_are_called_by_the_end_of_their_name_and_numbered_where_alike() -> None:
+    names = list[str]()
+    for name in ("org/small-0.5b", "models/small-0.5b", "small.gguf", "x/small-0.5b", ""):
+        names.append(_short(name, names))
+    assert names == ["small-0.5b", "small-0.5b #2", "small", "small-0.5b #3", "draft_model"]

@@ -373,7 +373,8 @@ def _encode(llm: LLM, text: str, chat: bool | None) -> list[int]:
 def _consoles() -> tuple[Console, Console]:
     from rich.console import Console
 
-    return Console(), Console(stderr=True)
+    # a file or a pipe has no width; tables need some
+    return Console(width=None if sys.stdout.isatty() else 160), Console(stderr=True)
 
 
 @contextmanager

@@ -135,14 +135,14 @@ class LLM:
         self.max_batch = max_batch
         self.eos_ids = eos_ids(loaded, self.tokenizer)
         drafts: list[Model] = [] if draft_model is None else _as_list(draft_model)
-        draft_engines = []
+        draft_engines = list[tuple[str, TorchEngine]]()
         for draft in drafts:
             name = draft.config._name_or_path if isinstance(draft, PreTrainedModel) else str(draft)
             if self.tokenizer is not None:
                 check_same_tokenizer(self.tokenizer, _tokenizer_of(draft), name)
             smaller = draft if isinstance(draft, PreTrainedModel) else load_model(draft, dtype, place)
             engine = TorchEngine(smaller, attention, owns_model=not isinstance(draft, PreTrainedModel))
-            draft_engines.append((Path(name).stem or "draft_model", engine))
+            draft_engines.append((_short(name, [known for known, _ in draft_engines]), engine))
         self._draft_engines = draft_engines
         self._curve: CostCurve | None = None
         self.decoder = Decoder(self.engine, self._make_drafter(drafter), self._priced(form), rule, watch)
@@ -372,6 +372,13 @@ def _tokenizer_of(model: Model) -> PreTrainedTokenizerBase | None:
         return load_tokenizer(model.config._name_or_path, local_only=True) if model.config._name_or_path else None
     except ModelError:  # weights alone, or a place that is gone
         return None
+
+
+def _short(name: str, taken: SequenceOf[str]) -> str:
+    """What a draft model is called in figures: the end of its name, numbered where another one is called so too."""
+    short = Path(name).name.removesuffix(".gguf") or "draft_model"
+    alike = sum(known.split(" #")[0] == short for known in taken)
+    return f"{short} #{alike + 1}" if alike else short
 
 
 def _default_shape(drafter: str | SequenceOf[str] | Drafter | None) -> str:

@@ -105,12 +105,12 @@ class Cost(Shape):
     def _starts(self, pays: bool) -> bool:
         """Whether to draft at all: if it pays, and now and then to see whether it would."""
         if pays:
-            self._rested, self._patience = 0, PROBE_AFTER
+            self._rested, self._patience = 0.0, PROBE_AFTER
             return True
         self._rested += 1 / self._batch
         if self._rested < self._patience:
             return False
-        self._rested, self._patience = 0, min(2 * self._patience, PROBE_AT_MOST)
+        self._rested, self._patience = 0.0, min(2 * self._patience, PROBE_AT_MOST)
         return True
 
     # -- the cut ---------------------------------------------------------------------------------------------------

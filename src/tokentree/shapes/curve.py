@@ -64,10 +64,11 @@ class CostCurve:
             return
         ratio = min(2.0, max(0.5, seconds / self.seconds(rows, sequences)))
         place = float(np.interp(rows, self.rows, np.arange(len(self.rows))))
-        shown = self._seconds >= np.maximum.accumulate(self._seconds)  # lowering the others would not be seen
-        for knot in {int(place), min(int(place) + 1, len(self.rows) - 1)}:
-            if shown[knot] or ratio > 1:
-                self._seconds[knot] *= ratio ** (PACE / 2 * max(0.0, 1 - abs(place - knot)))
+        for knot in {int(place), math.ceil(place)}:
+            # the highest point so far is what is believed of this one: that is what was wrong
+            highest = int(np.argmax(self._seconds[: knot + 1]))
+            factor = ratio ** (PACE / 2 * (1 - abs(place - knot)))
+            self._seconds[highest if ratio < 1 else knot] = self._seconds[highest] * factor
         self._seconds *= ratio ** (PACE / 2)
         self.per_sequence *= ratio ** (PACE / 2)
         self._table = self._tabulate(len(self._table) - 1)
