@@ -122,6 +122,8 @@ class LLM:
             shape = _shape_of(speculative_config)
         if isinstance(model, PreTrainedModel) and not (dtype is None and device is None):
             raise OptionError("a loaded model keeps its dtype and device: leave dtype and device out")
+        if memory is not None and Path(memory).exists() and not Path(memory).is_dir():
+            raise OptionError(f"memory={str(memory)!r} is a file: name a folder")
         if max_batch < 1:
             raise OptionError("max_batch must be at least 1")
         # what is cheap to tell is told before anything is loaded

@@ -14,6 +14,7 @@ from tokentree.draft import Draft
 from tokentree.llm import LLM, Result, Stream
 from tokentree.sequence import Accepted, Sequence
 
+SHOWN_DEPTHS = 6
 DRAFTED = "green"  # accepted draft tokens, apart from bonus tokens
 
 
@@ -53,7 +54,8 @@ def figures(results: dict[str, Result]) -> Table:
 
 
 def _by_depth(accepted: list[int], offered: list[int]) -> str:
-    return " ".join(f"{a / o:.0%}" for a, o in zip(accepted, offered, strict=True) if o) or "-"
+    shares = [f"{a / o:.0%}" for a, o in zip(accepted, offered, strict=True) if o]
+    return " ".join(shares[:SHOWN_DEPTHS]) + (" …" if len(shares) > SHOWN_DEPTHS else "") or "-"
 
 
 def comparison(tree: Result, plain: Result) -> str:
