@@ -256,7 +256,9 @@ def test_a_file_that_holds_no_curves_is_replaced(
 
 def test_other_curves_in_the_file_stay(engine: TorchEngine, file: Path, preset: list[TorchEngine]) -> None:
     file.parent.mkdir(parents=True)
-    file.write_text('{"curves": {"other": {"rows": [1, 2], "seconds": [1.0, 2.0], "per_sequence": 0.5}}}')
+    file.write_text(
+        '{"curves": {"other": {"rows": [1, 2], "seconds": [1.0, 2.0], "per_sequence": 0.5, "branching": [0, 0]}}}'
+    )
     cost_curve(engine)
     assert set(json.loads(file.read_text())["curves"]) == {"other", engine.signature}
 

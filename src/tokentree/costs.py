@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -28,6 +29,7 @@ class Measured(BaseModel):
     rows: list[int]
     seconds: list[float]
     per_sequence: float
+    branching: tuple[float, float]
 
 
 class CostFile(BaseModel):
@@ -39,7 +41,7 @@ class CostFile(BaseModel):
         """The curve of that engine, if the file has one that makes sense."""
         kept = self.curves.get(signature)
         try:
-            return None if kept is None else CostCurve(kept.rows, kept.seconds, kept.per_sequence)
+            return None if kept is None else CostCurve(kept.rows, kept.seconds, kept.per_sequence, kept.branching)
         except OptionError:
             return None
 
@@ -62,7 +64,9 @@ def cost_curve(engine: TorchEngine, again: bool = False) -> CostCurve:
     kept = None if again else known.curve(engine.signature)
     if kept is None:
         curve = measure(engine)
-        found = Measured(rows=curve.rows, seconds=curve.points, per_sequence=curve.per_sequence)
+        found = Measured(
+            rows=curve.rows, seconds=curve.points, per_sequence=curve.per_sequence, branching=curve.branching
+        )
         known = _read(file)  # another process may have added its own meanwhile
         known.curves[engine.signature] = found
         _write(file, known)
@@ -71,10 +75,11 @@ def cost_curve(engine: TorchEngine, again: bool = False) -> CostCurve:
 
 
 def measure(engine: TorchEngine, step: Callable[[], None] = lambda: None) -> CostCurve:
-    """Times forwards over trees of `ROWS` nodes behind a prefix, in rounds, so that a drift meets all sizes, and keeps
-    the fastest of each; then the same rows in one sequence and in four, for what a sequence adds."""
+    """Times forwards over chains of `ROWS` nodes behind a prefix, over two trees, and over four sequences at once, in
+    rounds, so that a drift meets all of them, and keeps the fastest of each."""
     most = max(4, engine.context // 2)
     rows = [n for n in ROWS if n <= most] if most < ROWS[-1] else list(ROWS)
+    small, large = rows[-2] if len(rows) < 4 else 4, rows[-1] if max(rows) < 16 else 16
     prefix = max(1, min(PREFIX, engine.context - max(rows) - 1))
     generator = np.random.default_rng(0)
     ids = generator.integers(0, engine.vocab_size, prefix + 1).tolist()
@@ -93,19 +98,28 @@ def measure(engine: TorchEngine, step: Callable[[], None] = lambda: None) -> Cos
     try:
         for seq in seqs:
             engine.prefill(seq)
-        best, together = dict.fromkeys(rows, float("inf")), float("inf")
+        chains = {n: TokenTree.chain(0, [0] * (n - 1)) for n in rows}
+        trees = {n: _tree(n, engine.vocab_size) for n in (small, large)}
+        straight, branched = dict.fromkeys(rows, math.inf), dict.fromkeys(trees, math.inf)
+        together = math.inf
         for _ in range(ROUNDS):
-            for n in rows:
-                best[n] = min(best[n], time_of(1, [_tree(n, engine.vocab_size)]))
-            together = min(together, time_of(4, [_tree(4, engine.vocab_size)] * 4))
+            for n, chain in chains.items():
+                straight[n] = min(straight[n], time_of(1, [chain]))
+            for n, tree in trees.items():
+                branched[n] = min(branched[n], time_of(1, [tree]))
+            together = min(together, time_of(4, [chains[small]] * 4))
     finally:
         engine.release(seqs)
-    curve = CostCurve(rows, [best[n] for n in rows])
-    return CostCurve(rows, curve.points, max(0.0, (together - curve.seconds(16)) / 3))
+    curve = CostCurve(rows, [straight[n] for n in rows])
+    extra = {n: max(0.0, took - curve.seconds(n)) for n, took in branched.items()}
+    per_node = max(0.0, (extra[large] - extra[small]) / (large - small))
+    branching = max(0.0, extra[small] - small * per_node), per_node
+    per_sequence = max(0.0, (together - curve.seconds(4 * small)) / 3)
+    return CostCurve(rows, curve.points, per_sequence, branching)
 
 
 def _tree(nodes: int, vocab: int) -> TokenTree:
-    """Half a chain, half branches from it: about what is verified."""
+    """Half a chain, half branches from it."""
     parents = [-1, *(node - 1 if node % 2 else max(0, node - 3) for node in range(1, nodes))]
     tokens = [0] * nodes
     used: dict[int, int] = {}

@@ -21,16 +21,24 @@ class CostCurve:
         rows: where it was measured, ascending.
         seconds: the time there.
         per_sequence: what each sequence after the first adds, in seconds.
+        branching: what a tree that is no chain costs beyond a chain of its nodes: seconds for each such tree, and for
+            each of its nodes.
 
     Raises:
         OptionError: unless there are two points or more, with times above 0.
     """
 
-    def __init__(self, rows: SequenceOf[int], seconds: SequenceOf[float], per_sequence: float = 0.0) -> None:
+    def __init__(
+        self,
+        rows: SequenceOf[int],
+        seconds: SequenceOf[float],
+        per_sequence: float = 0.0,
+        branching: tuple[float, float] = (0.0, 0.0),
+    ) -> None:
         rising = len(rows) == len(seconds) >= 2 and list(rows) == sorted(set(rows))
         if not rising or not all(0 < point < math.inf for point in seconds):
             raise OptionError("a cost curve needs two or more numbers of rows, ascending, each with a time above 0")
-        self.rows, self.per_sequence = list(rows), per_sequence
+        self.rows, self.per_sequence, self.branching = list(rows), per_sequence, branching
         self._seconds = np.array(seconds, np.float64)
         self._table = self._tabulate(max(rows))
 
@@ -45,7 +53,7 @@ class CostCurve:
         return [float(point) for point in self._seconds]
 
     def copy(self) -> CostCurve:
-        return CostCurve(self.rows, self.points, self.per_sequence)
+        return CostCurve(self.rows, self.points, self.per_sequence, self.branching)
 
     def seconds(self, rows: int, sequences: int = 1) -> float:
         """Of a forward over ``rows`` rows of so many sequences."""
@@ -57,30 +65,37 @@ class CostCurve:
             self._table = self._tabulate(2 * rows)
         return self._table + self.per_sequence * (sequences - 1)
 
-    def observe(self, rows: int, sequences: int, seconds: float) -> None:
-        """Learns from a forward. Half of a difference is taken for a machine that is slower or faster now; what is
-        left belongs to this number of rows. A time of 0, from an engine without a clock, says nothing."""
+    def branched(self, nodes: int) -> float:
+        """Seconds that a tree of so many nodes costs beyond a chain."""
+        return self.branching[0] + self.branching[1] * nodes
+
+    def observe(self, rows: int, sequences: int, seconds: float, branched: float = 0.0) -> None:
+        """Learns from a forward, whose trees cost ``branched`` beyond chains. Half of a difference is taken for a
+        machine that is slower or faster now; what is left belongs to this number of rows. A time of 0, from an engine
+        without a clock, says nothing."""
         if seconds <= 0:
             return
-        ratio = min(2.0, max(0.5, seconds / self.seconds(rows, sequences)))
+        ratio = min(2.0, max(0.5, seconds / (self.seconds(rows, sequences) + branched)))
         place = float(np.interp(rows, self.rows, np.arange(len(self.rows))))
         for knot in {int(place), math.ceil(place)}:
             # the highest point so far is what is believed of this one: that is what was wrong
             highest = int(np.argmax(self._seconds[: knot + 1]))
             factor = ratio ** (PACE / 2 * (1 - abs(place - knot)))
             self._seconds[highest if ratio < 1 else knot] = self._seconds[highest] * factor
-        self._seconds *= ratio ** (PACE / 2)
-        self.per_sequence *= ratio ** (PACE / 2)
+        self._scale(ratio ** (PACE / 2))
         self._table = self._tabulate(len(self._table) - 1)
 
     def first_seen(self, rows: int, seconds: float) -> None:
         """Scales the whole curve so that a forward over ``rows`` rows takes ``seconds``, unless that is 0."""
         if seconds <= 0:
             return
-        factor = seconds / self.seconds(rows)
+        self._scale(seconds / self.seconds(rows))
+        self._table = self._tabulate(len(self._table) - 1)
+
+    def _scale(self, factor: float) -> None:
         self._seconds *= factor
         self.per_sequence *= factor
-        self._table = self._tabulate(len(self._table) - 1)
+        self.branching = self.branching[0] * factor, self.branching[1] * factor
 
     def _tabulate(self, last: int) -> Floats:
         rising = np.maximum.accumulate(self._seconds)  # more rows never take less time; noise may say so
