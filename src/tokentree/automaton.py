@@ -12,8 +12,8 @@ from collections.abc import Sequence as SequenceOf
 import numpy as np
 
 from tokentree import compiled
-from tokentree.compiled import FIRST, LENGTH, LINK, Floats, Int32s
-from tokentree.tree import Ints
+from tokentree.compiled import FIRST, LENGTH, LINK, Int32s
+from tokentree.tree import Floats, Ints
 
 
 class SuffixAutomaton:

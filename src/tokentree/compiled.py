@@ -1,6 +1,6 @@
 # numba gives every scalar a type of its own, which annotations can't follow:
 # mypy: disable-error-code="arg-type,assignment,index,no-any-return"
-"""The loops under `tokentree.automaton`, over its flat arrays, compiled by numba."""
+"""Loops compiled by numba: those of the suffix automaton over its flat arrays, and best-first growth."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from tokentree.tree import Ints
+from tokentree.tree import Floats, Ints
 
 COUNTED_LINKS = 64  # shorter suffixes of a text that repeats itself are not counted further: appending stays constant
 SCANNED_EDGES = 64  # the latest continuations of a state that are looked at
 
 Int32s = NDArray[np.int32]
-Floats = NDArray[np.float64]
 
 # columns of the states: longest context in tokens, suffix link, occurrences, latest edge, number of edges
 LENGTH, LINK, COUNT, FIRST, DEGREE = 0, 1, 2, 3, 4
@@ -130,6 +129,16 @@ def match(states: Int32s, edges: Int32s, slots: Int32s, state: int, length: int,
 
 
 @njit(cache=True)
+def most_probable(joint: Floats, waits: NDArray[np.bool_], size: int) -> int:
+    """The first most probable of ``size`` candidates that still wait, or -1."""
+    best = -1
+    for i in range(size):
+        if waits[i] and (best < 0 or joint[i] > joint[best]):
+            best = i
+    return best
+
+
+@njit(cache=True)
 def grow(
     states: Int32s, edges: Int32s, state: int, length: int, max_nodes: int, max_depth: int, min_prob: float,
     max_children: int,
@@ -158,10 +167,7 @@ def grow(
                 prob[size], joint[size] = chances[best], node_joint * chances[best]
                 chances[best] = -1.0
                 size += 1
-        best = -1
-        for i in range(size):
-            if waits[i] and (best < 0 or joint[i] > joint[best]):
-                best = i
+        best = most_probable(joint, waits, size)
         if best < 0:
             break
         waits[best] = False

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +73,7 @@ def cost_curve(engine: TorchEngine, again: bool = False) -> CostCurve:
     return kept
 
 
-def measure(engine: TorchEngine, step: Callable[[], None] = lambda: None) -> CostCurve:
+def measure(engine: TorchEngine) -> CostCurve:
     """Times forwards over chains of `ROWS` nodes behind a prefix, over two trees, and over four sequences at once, in
     rounds, so that a drift meets all of them, and keeps the fastest of each."""
     most = max(4, engine.context // 2)
@@ -92,7 +91,6 @@ def measure(engine: TorchEngine, step: Callable[[], None] = lambda: None) -> Cos
         engine.verify(seqs[:count], trees)
         took = time.perf_counter() - started
         engine.commit(seqs[:count], [[]] * count)
-        step()
         return took
 
     try:

@@ -6,12 +6,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from tokentree.errors import PairingError
-from tokentree.tree import Ints, TokenTree
-
-Floats = NDArray[np.float64]
+from tokentree.tree import Floats, Ints, TokenTree
 
 
 @dataclass(eq=False)

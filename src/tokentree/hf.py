@@ -23,7 +23,7 @@ from tokentree.acceptance import acceptance
 from tokentree.drafters.base import Drafter
 from tokentree.engines.support import check_supported
 from tokentree.errors import OptionError, PromptError
-from tokentree.llm import DEFAULT_SHAPE, LLM, Model
+from tokentree.llm import DEFAULT_SHAPE, LLM, Model, as_names
 from tokentree.metrics import Metrics
 from tokentree.registry import drafter_class
 from tokentree.sampling import SamplingParams, seeded_noise
@@ -139,7 +139,7 @@ class TreeGenerator:
         seed: int | None,
     ) -> None:
         acceptance(accept)  # unknown names are told now
-        for name in [] if drafter is None or isinstance(drafter, Drafter) else _as_list(drafter):
+        for name in [] if drafter is None or isinstance(drafter, Drafter) else as_names(drafter):
             drafter_class(name)
         if seed is not None and not 0 <= seed < 2**63:
             raise OptionError(f"seed={seed} is not a whole number from 0 to 2**63 - 1")
@@ -361,7 +361,3 @@ def _joined(input_ids: torch.Tensor, outputs: list[list[int]], pad_id: int | Non
     longest = max(map(len, outputs))
     new = [output + [pad_id or 0] * (longest - len(output)) for output in outputs]
     return torch.cat([input_ids, torch.tensor(new, dtype=input_ids.dtype, device=input_ids.device)], dim=1)
-
-
-def _as_list(names: str | SequenceOf[str]) -> list[str]:
-    return [names] if isinstance(names, str) else list(names)

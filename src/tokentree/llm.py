@@ -128,7 +128,7 @@ class LLM:
             raise OptionError("max_batch must be at least 1")
         # what is cheap to tell is told before anything is loaded
         rule, form = acceptance(accept), parse_shape(shape or _default_shape(drafter))
-        for name in [] if drafter is None or isinstance(drafter, Drafter) else _as_names(drafter):
+        for name in [] if drafter is None or isinstance(drafter, Drafter) else as_names(drafter):
             drafter_class(name)
         place = model.device if isinstance(model, PreTrainedModel) else pick_device(device)
         loaded = model if isinstance(model, PreTrainedModel) else load_model(model, dtype, place)
@@ -392,7 +392,8 @@ def _as_list(models: Model | SequenceOf[Model]) -> list[Model]:
     return [models] if isinstance(models, str | Path | PreTrainedModel) else list(models)
 
 
-def _as_names(drafter: str | SequenceOf[str]) -> list[str]:
+def as_names(drafter: str | SequenceOf[str]) -> list[str]:
+    """One name or several, as a list."""
     return [drafter] if isinstance(drafter, str) else list(drafter)
 
 

@@ -85,9 +85,8 @@ def tree_printer(console: Console, llm: LLM) -> Watcher:
         kept = set(accepted.path)
         branches = {0: Tree(Text(f"step {step}: {text_of(draft.root)}", "bold"))}
         for node in range(1, len(draft)):
-            log_prob = draft.log_scores[node] - draft.log_scores[draft.parents[node]]
             label = Text(text_of(draft.tokens[node]), f"bold {DRAFTED}" if node in kept else "dim")
-            label.append(f"  {math.exp(min(0.0, log_prob)):.2f}", "dim")
+            label.append(f"  {math.exp(draft.log_probs[node]):.2f}", "dim")
             if len(names) > 1:
                 proposers = [name for bit, name in enumerate(names) if draft.sources[node] >> bit & 1]
                 label.append(f"  {'+'.join(proposers)}", "dim")

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tokentree.errors import TreeError
 
 Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 

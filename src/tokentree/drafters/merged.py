@@ -68,10 +68,9 @@ class Merged(Drafter):
             merged.level_seconds = sum(draft.level_seconds * draft.levels for draft in drafts) / merged.levels
         children: dict[tuple[int, int], int] = {}
         for number, draft in enumerate(drafts):
-            bit, scores, where = 1 << number, draft.log_scores, [0] * len(draft)
+            bit, where = 1 << number, [0] * len(draft)
             for node in range(1, len(draft)):
-                before = draft.parents[node]
-                parent, token, log_prob = where[before], draft.tokens[node], scores[node] - scores[before]
+                parent, token, log_prob = where[draft.parents[node]], draft.tokens[node], draft.log_probs[node]
                 known = children.get((parent, token))
                 if known is None:
                     known = merged.add(parent, token, log_prob, draft.ranks[node], bit)

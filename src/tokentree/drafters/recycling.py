@@ -9,14 +9,15 @@ import torch
 from numba import njit
 from numpy.typing import NDArray
 
-from tokentree.draft import Draft, Floats
+from tokentree.compiled import most_probable
+from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter
 from tokentree.engines.base import TargetOutput
 from tokentree.errors import OptionError
 from tokentree.sequence import Accepted, Sequence
 from tokentree.shapes.base import Shape
 from tokentree.storage import Array, read_arrays, write_arrays
-from tokentree.tree import Ints
+from tokentree.tree import Floats, Ints
 
 PAIRS = 1 << 17  # rows for pairs of tokens
 HASH = 0x9E3779B1
@@ -154,10 +155,7 @@ def _grow(
                 token[size], parent[size], depth[size] = successors[row, rank], node, node_depth + 1
                 prob[size], joint[size] = chance, node_joint * chance
                 size += 1
-        best = -1
-        for i in range(size):
-            if waits[i] and (best < 0 or joint[i] > joint[best]):
-                best = i
+        best = most_probable(joint, waits, size)
         if best < 0:
             break
         waits[best] = False

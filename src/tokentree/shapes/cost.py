@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tokentree.draft import Draft, Floats
+from tokentree.draft import Draft
 from tokentree.errors import OptionError
 from tokentree.sequence import Accepted, Sequence
 from tokentree.shapes.base import Shape
 from tokentree.shapes.curve import CostCurve
 from tokentree.shapes.rates import Ahead, Cells, Rates
-from tokentree.tree import Ints
+from tokentree.tree import Floats, Ints
 
 PACE = 0.1
 LEAST_OFFER = 8  # candidates that drafters are asked for even where small trees have paid best
@@ -25,9 +25,9 @@ class Cost(Shape):
     (1 + the sum of their probabilities) / (drafting + T(n)) is largest. That may be a tree, a chain, or nothing.
 
     T(n) is the measured cost of the target's forward, refined at every step (`CostCurve`); where a tree costs more than
-    a chain of as many nodes, the best chain is weighed against it. Probabilities are learnt
-    from what happened to candidates like them (`Rates`); candidates that were not taken teach as well, since the text
-    tells afterwards whether they were right. A batch shares one budget: the candidates of all its sequences compete.
+    a chain of as many nodes, the best chain is weighed against it. Probabilities are learnt from what happened to
+    candidates like them (`Rates`); candidates that were not taken teach as well, since the text tells afterwards
+    whether they were right. A batch shares one budget: the candidates of all its sequences compete.
 
     For a drafter whose levels cost a forward of their own, a level is drafted if it raises tokens per second; where
     not even the first one does, the drafter rests and is tried again after 16 steps, then 32, and so on.

@@ -7,8 +7,8 @@ from collections.abc import Sequence as SequenceOf
 
 import numpy as np
 
-from tokentree.draft import Floats
 from tokentree.errors import OptionError
+from tokentree.tree import Floats
 
 PACE = 0.1  # how fast one observation moves what is believed
 GUESS = ((1, 4, 16, 64), (1.0, 1.1, 1.6, 4.0))  # relative, for an engine that wasn't measured

@@ -7,8 +7,8 @@ from collections.abc import Sequence as SequenceOf
 import numpy as np
 from numpy.typing import NDArray
 
-from tokentree.draft import Draft, Floats
-from tokentree.tree import Ints
+from tokentree.draft import Draft
+from tokentree.tree import Floats, Ints
 
 CONFIDENCE = np.log([0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.96])  # edges of the buckets
 DEPTHS = np.array([0, 0, 1, 2, 2, 3])  # depth -> bucket; deeper than 5 is bucket 3
