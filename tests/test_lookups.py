@@ -21,7 +21,7 @@ from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter
 from tokentree.drafters.merged import Merged
 from tokentree.drafters.ngram import NGram
-from tokentree.drafters.recycling import HOLDS_ALONE, HOLDS_IN_PAIR, LEAST_PROB, Recycling, _row, top_logits
+from tokentree.drafters.recycling import HOLDS_ALONE, HOLDS_IN_PAIR, LEAST_PROB, Recycling, _row
 from tokentree.drafters.suffix import END, Suffix
 from tokentree.engines.base import TargetOutput
 from tokentree.engines.table import TableEngine
@@ -311,28 +311,6 @@ def test_of_a_token_s_rows_the_deepest_on_the_accepted_path_stays() -> None:
         assert drafter._successors[5].tolist() == logits[row].topk(4).indices.tolist()
         assert drafter._successors[7].tolist() == logits[2].topk(4).indices.tolist()
         assert (drafter._successors[[1, 2, 3, 4, 8, 9]] == -1).all()
-
-
-@pytest.mark.parametrize("vocab", [8, 50, 64, 100, 448, 512, 576, 640, 1000, 4096, 10_000])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_top_logits_are_those_of_a_full_search(vocab: int, dtype: torch.dtype) -> None:
-    logits = torch.randn([20, vocab], generator=torch.Generator().manual_seed(vocab)).to(dtype)
-    logits[5, : vocab // 2] = -math.inf
-    values, ids = top_logits(logits, 8)
-    best = logits.topk(8, dim=-1)
-    assert torch.equal(values, best.values.float())
-    assert torch.equal(logits.gather(1, ids).float(), values)
-    assert all(len(set(row)) == 8 for row in ids.tolist())
-    if dtype == torch.float32:  # without ties
-        rows = [row for row in range(20) if row != 5]
-        assert torch.equal(ids[rows], best.indices[rows])
-
-
-def test_the_top_logits_may_all_lie_in_one_column_or_one_block() -> None:
-    logits = torch.zeros(2, 640)
-    logits[0, 3::10] = torch.arange(64.0) + 1  # stride 10: one column
-    logits[1, 100:110] = torch.arange(10.0) + 1  # one block
-    assert top_logits(logits, 8)[1].tolist() == [[633 - 10 * i for i in range(8)], [109 - i for i in range(8)]]
 
 
 @given(st.integers(0, 30), st.integers(1, 40), st.integers(1, 6), st.floats(0, 6))

@@ -17,7 +17,26 @@ from tokentree.sequence import Sequence
 from tokentree.shapes.curve import CostCurve
 from tokentree.tree import TokenTree
 
-ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+ROWS = (
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+    7,
+    8,
+    9,
+    10,
+    12,
+    14,
+    16,
+    20,
+    24,
+    32,
+    48,
+    64,
+)  # small trees are told apart: the curve has steps
 PREFIX = 256  # tokens before the tree
 ROUNDS = 3
 
@@ -53,7 +72,7 @@ def cache_folder() -> Path:
 
 
 def cost_curve(engine: TorchEngine, again: bool = False) -> CostCurve:
-    """T(n) of ``engine`` on this machine: from the cache file, or measured (some 40 forwards) and put there.
+    """T(n) of ``engine`` on this machine: from the cache file, or measured (some 60 forwards) and put there.
 
     Args:
         again: measure even if the file has it.

@@ -152,11 +152,6 @@ def process_logits(
     return logits
 
 
-def greedy(logits: torch.Tensor) -> int:
-    """The most probable token; equal logits take the lowest id."""
-    return int(logits.argmax())
-
-
 def to_probs(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     """float64[vocab]: the distribution that a token is drawn from. Greedy decoding puts everything on one token."""
     logits = logits.float()

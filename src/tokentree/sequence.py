@@ -12,8 +12,9 @@ import torch
 
 from tokentree.errors import PromptError
 from tokentree.metrics import Metrics
-from tokentree.sampling import Noise, SamplingParams, greedy, process_logits, to_probs
+from tokentree.sampling import Noise, SamplingParams, process_logits, to_probs
 from tokentree.text import Detokenizer
+from tokentree.top import greedy
 
 FinishReason = Literal["stop", "length", "interrupted"]
 
@@ -109,7 +110,7 @@ class Sequence:
 
     def processed(self, logits: torch.Tensor, path: abc.Sequence[int]) -> torch.Tensor:
         """float32[vocab]: ``logits`` at the node reached by the tokens ``path`` below the root, all rules applied."""
-        if not self.params.changes_logits and not self.params.min_tokens:
+        if not self._has_rules:
             return logits.float()
         output = [*self.output_ids, *path]
         banned: tuple[int, ...] = ()
@@ -117,12 +118,16 @@ class Sequence:
             banned = tuple({*self.eos_ids, *self.params.stop_token_ids})
         return process_logits(logits, self.params, self.prompt_ids, output, banned)
 
+    @property
+    def _has_rules(self) -> bool:
+        return self.params.changes_logits or bool(self.params.min_tokens)
+
     def draw(self, logits: torch.Tensor, path: abc.Sequence[int]) -> int:
         """The token that plain decoding emits after ``path``, given raw ``logits`` [vocab] there: drawn with the
         noise of that absolute position, so that it depends on nothing else."""
-        scores = self.processed(logits, path)
         if self.params.is_greedy:
-            return greedy(scores)
+            return greedy(self.processed(logits, path) if self._has_rules else logits)
+        scores = self.processed(logits, path)
         return self.noise_after(path, ACCEPT).choose(to_probs(scores, self.params))
 
     def noise_after(self, path: abc.Sequence[int], purpose: int) -> Noise:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import torch
 from numba import njit
 from numpy.typing import NDArray
 
@@ -17,6 +16,7 @@ from tokentree.errors import OptionError
 from tokentree.sequence import Accepted, Sequence
 from tokentree.shapes.base import Shape
 from tokentree.storage import Array, read_arrays, write_arrays
+from tokentree.top import top_logits
 from tokentree.tree import Floats, Ints
 
 PAIRS = 1 << 17  # rows for pairs of tokens
@@ -58,13 +58,11 @@ class Recycling(Drafter):
 
     def observe(self, seqs: list[Sequence], drafts: list[Draft], out: TargetOutput, accepted: list[Accepted]) -> None:
         logits, ids = top_logits(out.all_logits, self._k)
-        probs = logits.softmax(-1).cpu().numpy()
-        successors = ids.to(torch.int32).cpu().numpy()
+        probs, successors = logits.softmax(-1).cpu().numpy(), ids.cpu().numpy()
         for i, (seq, draft, step) in enumerate(zip(seqs, drafts, accepted, strict=True)):
-            tree = draft.tree
             nodes = np.array([*range(len(draft)), *step.path])  # of one token's rows, the one on the path stays
-            tokens, rows = tree.tokens[nodes], out.starts[i] + nodes
-            before = tree.tokens[tree.parents[nodes]]
+            rows = out.starts[i] + nodes
+            tokens, before = draft.tree.tokens[nodes], draft.tree.tokens[draft.tree.parents[nodes]]
             before[nodes == 0] = _before(seq)
             pairs = before * self._vocab_size + tokens
             slots = pairs * HASH % PAIRS
@@ -106,22 +104,6 @@ class Recycling(Drafter):
 def _before(seq: Sequence) -> int:
     """The token before the root; a text's first token has none, and counts as standing after token 0."""
     return seq.tokens[-2] if len(seq.tokens) > 1 else 0
-
-
-def top_logits(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest of each row of ``logits`` [n, vocab]: values float32[n, k] and ids int64[n, k], best first.
-
-    The k largest lie in the k strided blocks with the largest maxima, so most of the vocabulary is only read once.
-    """
-    vocab, blocks = logits.shape[1], 64
-    if vocab % blocks or vocab // blocks < k:
-        best = logits.topk(k, dim=-1)
-        return best.values.float(), best.indices
-    stride = vocab // blocks
-    columns = logits.unflatten(1, (blocks, stride)).amax(1).topk(k, dim=-1).indices  # [n, k]
-    ids = (columns[:, None] + torch.arange(blocks, device=logits.device)[:, None] * stride).flatten(1)
-    best = logits.gather(1, ids).topk(k, dim=-1)
-    return best.values.float(), ids.gather(1, best.indices)
 
 
 @njit(cache=True)

@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 from transformers.activations import GELUTanh, SiLUActivation
 from transformers.pytorch_utils import Conv1D
 
+from tokentree.engines import kernels
+
 
 def private_copy(model: PreTrainedModel, attention: str) -> PreTrainedModel:
     """A copy of the modules and the configuration of ``model`` that shares its weights and uses ``attention``."""
@@ -42,19 +44,27 @@ def private_copy(model: PreTrainedModel, attention: str) -> PreTrainedModel:
 
 
 class PackedLinear(nn.Module):
+    """A linear layer on weights that are packed once, by `kernels`. A row has the same bits beside any others."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.weight = kernels.pack(weight)
+        self.start = torch.zeros(len(weight)) if bias is None else bias.detach().float()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return kernels.product(x.flatten(0, -2), self.weight, self.start).view(*x.shape[:-1], len(self.start))
+
+
+class OneDNNLinear(nn.Module):
     """A linear layer on oneDNN's own weight layout. A row has the same bits beside any number of rows from 2 on."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
-        self.out_features, self.in_features = weight.shape
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
         self.bias = None if bias is None else bias.detach()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")  # type: ignore[no-any-return]
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
@@ -74,7 +84,7 @@ def pack_linears(model: PreTrainedModel, release: bool) -> None:
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for parent, name, layer in list(_linears(model)):
         weight = layer.weight.t().contiguous() if isinstance(layer, Conv1D) else layer.weight
-        setattr(parent, name, PackedLinear(weight, layer.bias))
+        setattr(parent, name, (PackedLinear if kernels.fits(weight) else OneDNNLinear)(weight, layer.bias))
         if release and id(layer.weight) not in embeddings:
             layer.weight.data = layer.weight.data.new_empty(0)
 

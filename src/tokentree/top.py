@@ -1,0 +1,108 @@
+# numba gives every scalar a type of its own, which annotations can't follow:
+# mypy: disable-error-code="arg-type,assignment,index,no-any-return"
+"""The most probable tokens of rows of logits, each logit read once.
+
+Floating-point numbers order as the integers with their sign and their other bits for a magnitude. So the search is one
+over integers: per row, the maximum of each of many interleaved columns, which compiles to vector instructions, and then
+a closer look at the few columns with the largest maxima, where the largest logits lie.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import njit
+from numpy.typing import NDArray
+
+from tokentree.tree import Ints
+
+DEPTH = 32  # values in a column
+INTEGERS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+}
+
+
+def top_logits(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest of each row of ``logits`` [n, vocab]: values float32[n, k] and ids int64[n, k], best first; of
+    equal ones the lowest ids."""
+    if logits.device.type != "cpu" or logits.dtype not in INTEGERS:
+        best = (
+            logits.sort(dim=-1, descending=True, stable=True) if logits.device.type == "cpu" else logits.topk(k, dim=-1)
+        )
+        return best.values[:, :k].float(), best.indices[:, :k]
+    ids = torch.from_numpy(_best(logits, k))
+    return logits.gather(1, ids).float(), ids
+
+
+def greedy(logits: torch.Tensor) -> int:
+    """The most probable token of ``logits`` [vocab]; equal logits take the lowest id."""
+    if logits.device.type != "cpu":
+        return int(logits.argmax())
+    return int(_best(logits[None], 1)[0, 0])
+
+
+def _best(logits: torch.Tensor, k: int) -> Ints:
+    bits = logits.detach().contiguous().view(INTEGERS[logits.dtype]).numpy()
+    return _top(bits, k, bits.dtype.type(np.iinfo(bits.dtype).max))
+
+
+@njit(cache=True)
+def _top(bits: NDArray[np.integer], k: int, below: np.integer) -> Ints:
+    rows, vocab = bits.shape
+    width = vocab // DEPTH  # the last few logits lie in no column
+    ids, keys = np.empty((rows, k), np.int64), np.empty(k, bits.dtype)
+    highest = np.empty(width, bits.dtype)
+    picked, peaks = np.empty(width, np.int64), np.empty(min(k, max(1, width)), bits.dtype)
+    for row in range(rows):
+        _column_maxima(bits[row], below, highest)
+        found = 0
+        for column in range(width):
+            if found < len(peaks) or highest[column] > peaks[-1]:
+                found = _insert(picked, peaks, found, column, highest[column])
+        count = 0
+        for column in range(width):  # all that hold one of the largest, as of equal values the lowest id is wanted
+            if highest[column] >= peaks[found - 1]:
+                picked[count] = column
+                count += 1
+        found = 0
+        for start in range(0, DEPTH * width, max(1, width)):
+            for column in picked[:count]:
+                key = _key(bits[row, start + column], below)
+                found = _insert(ids[row], keys, found, start + column, key)
+        for token in range(DEPTH * width, vocab):
+            found = _insert(ids[row], keys, found, token, _key(bits[row, token], below))
+    return ids
+
+
+@njit(cache=True)
+def _column_maxima(bits: NDArray[np.integer], below: np.integer, highest: NDArray[np.integer]) -> None:
+    width = len(highest)
+    highest[:] = ~below
+    for row in range(DEPTH):  # a constant: else the compiler must allow for indices below 0, and uses no vectors
+        for column in range(width):
+            highest[column] = max(highest[column], _key(bits[row * width + column], below))
+
+
+@njit(cache=True)
+def _key(bit: np.integer, below: np.integer) -> np.integer:
+    """Orders as the floating-point numbers do whose bits these are: a sign, and a magnitude ``below`` it."""
+    minus = -int(bit < 0)
+    return type(below)(((bit & below) ^ minus) - minus)
+
+
+@njit(cache=True)
+def _insert(ids: Ints, keys: NDArray[np.integer], found: int, new: int, key: int) -> int:
+    """Puts ``new`` where it belongs among the ``found`` best so far; of equal ones the first stays ahead."""
+    if found < len(keys):
+        found += 1
+    elif keys[found - 1] >= key:
+        return found
+    place = found - 1
+    while place > 0 and keys[place - 1] < key:
+        keys[place], ids[place] = keys[place - 1], ids[place - 1]
+        place -= 1
+    keys[place], ids[place] = key, new
+    return found
