@@ -39,7 +39,7 @@ from transformers.activations import GELUTanh, SiLUActivation
 
 from tests.tiny_models import FAMILIES, VOCAB, full_logits, randomised, request, some_tokens, some_tree, tiny
 from tokentree.engines import torch as engine_module
-from tokentree.engines.kv import BLOCK
+from tokentree.engines.kernels import BLOCK
 from tokentree.engines.prepare import SteadyActivation, can_pack
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import ModelError
@@ -52,7 +52,7 @@ WITH_TREE = [family for family in FAMILIES if family not in NO_INTERFACE]
 UNSTEADY = {"mixtral"}
 STEADY = [family for family in WITH_TREE if family not in UNSTEADY]
 BOTH = [(family, "tree") for family in WITH_TREE] + [(family, "sdpa") for family in FAMILIES]
-PREFIXES = [0, 1, 5, 62, 64, 70, 130]  # before and behind a window of 7, and around multiples of BLOCK
+PREFIXES = [0, 1, 5, 30, 32, 62, 70, 130]  # before and behind a window of 7, and around multiples of BLOCK
 DTYPES = [
     pytest.param(torch.float32, id="float32"),
     pytest.param(
@@ -375,7 +375,7 @@ def test_kv_grows_past_its_first_reservation_without_a_change(family: str, atten
     small, large = request(tokens, max_tokens=1), request(tokens, max_tokens=250)
     for seq in (small, large):
         engine.prefill(seq)
-    capacity = engine._kv[small.id].layer(0)[0].shape[1]
+    capacity = engine._kv[small.id].layer(0)[1].shape[1]
     tree = some_tree(tokens[-1], 30)
     text = [*tokens]
     for step in range(4):
@@ -385,7 +385,7 @@ def test_kv_grows_past_its_first_reservation_without_a_change(family: str, atten
         for seq in (small, large):
             engine.commit([seq], [list(range(46))])
         text += [*chain.tokens[1:].tolist(), 9]
-    grown = engine._kv[small.id].layer(0)[0].shape[1]
+    grown = engine._kv[small.id].layer(0)[1].shape[1]
     assert grown > capacity
     assert grown % BLOCK == 0
     tree = some_tree(text[-1], 30)
@@ -409,7 +409,7 @@ def test_kv_grows_between_the_calls_that_grow_a_tree(attention: str) -> None:
 def test_a_limit_on_tokens_beyond_the_context_reserves_no_memory_for_them() -> None:
     engine, seq = engine_of("llama", "tree"), request(some_tokens(3), max_tokens=10**12)
     engine.prefill(seq)
-    assert engine._kv[seq.id].layer(0)[0].shape[1] <= engine.context + 2 * BLOCK
+    assert engine._kv[seq.id].layer(0)[1].shape[1] <= engine.context + 2 * BLOCK
 
 
 def test_release_forgets_a_sequence_and_only_that() -> None:

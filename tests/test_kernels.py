@@ -30,7 +30,8 @@ def test_a_product_is_the_sum_that_it_stands_for(outputs: int, inputs: int, rows
     weight, x, bias = numbers(outputs, inputs), numbers(rows, inputs, seed=1), numbers(outputs, seed=2).float()
     exact = x.double() @ weight.double().t() + bias
     got = kernels.product(x, kernels.pack(weight), bias)
-    assert got.shape == (rows, outputs) and got.dtype is torch.bfloat16
+    assert got.shape == (rows, outputs)
+    assert got.dtype is torch.bfloat16
     # half a unit in the last of bfloat16's 8 bits, and float32's error on the way
     assert ((got.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-5 * inputs**0.5).all()
 
@@ -61,7 +62,8 @@ def test_rows_that_are_not_contiguous_are_read_as_they_are() -> None:
 
 def test_weights_that_cannot_be_packed_are_told_apart() -> None:
     assert kernels.fits(numbers(64, 2))
-    assert not kernels.fits(numbers(65, 2)) and not kernels.fits(numbers(64, 3))
+    for shape in ((65, 2), (64, 3)):
+        assert not kernels.fits(numbers(*shape))
     assert not kernels.fits(numbers(64, 2).float())
 
 

@@ -1,16 +1,11 @@
-"""Attention over a committed prefix and a token tree.
+"""Attention over a committed prefix and a token tree, for all sequences of a forward at once.
 
-`tree_attention` gives a row the same bits however many rows go with it and wherever its ancestors' KV happens to
-lie, so that a tree's logits are those of plain decoding, bit for bit. It reduces over fixed blocks of `BLOCK`
-*absolute positions*: the blocks of the prefix are shared by all nodes; the last ones are gathered per node, with the
-node's ancestors in the places that they will have once committed. Sums run in block order, inside a block in a
-product of one size, and row counts are padded to multiples of 4, because small float32 products take other code paths
-at other counts.
+`tree_attention` gives a row the same bits however many rows go with it and wherever its ancestors' KV happens to lie,
+so that a tree's logits are those of plain decoding, bit for bit: see `attend`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,11 +14,11 @@ import numpy as np
 import torch
 from transformers import Cache
 
-from tokentree.engines.kv import BLOCK, SequenceKV
+from tokentree.engines import kernels
+from tokentree.engines.attend import attend
+from tokentree.engines.kv import SequenceKV
 from tokentree.errors import ModelError
-from tokentree.tree import TokenTree
-
-ONES = 16  # columns of ones behind the values: a multiple of the vector width
+from tokentree.tree import Ints, TokenTree
 
 
 @dataclass(eq=False)
@@ -41,7 +36,8 @@ class Segment:
     tree: TokenTree
     first: int
     start: int
-    _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
+    windows: set[int | None] = field(default_factory=set, init=False)  # those that layers asked for
+    _paths: Ints | None = field(default=None, init=False, repr=False)
 
     @property
     def count(self) -> int:
@@ -65,65 +61,20 @@ class Segment:
             seen &= self.positions[:, None] - row_positions < window
         return seen
 
-    # -- the plan of the blockwise reduction, made once per forward and window, used by every layer ----------------
-
     @property
-    def windows(self) -> set[int | None]:
-        """The sliding windows that layers asked for."""
-        return {window for window, _ in self._cache}
-
-    def plan(self, window: int | None, device: torch.device) -> BlockPlan:
-        if (window, device) not in self._cache:
-            self._cache[window, device] = self._plan(window, device)
-        return self._cache[window, device]  # type: ignore[no-any-return]
-
-    def _plan(self, window: int | None, device: torch.device) -> BlockPlan:
-        count, prefix = self.count, self.prefix
-        shared = prefix // BLOCK * BLOCK  # positions in blocks that are wholly committed
-        if self.tree.is_chain:  # rows lie where they will lie once committed: every block is shared, under a mask
-            end = -(-(prefix + len(self.tree)) // BLOCK) * BLOCK
-            position = np.arange(end)
-            hidden = position > self.positions[:, None]
-            if window is not None:
-                hidden |= self.positions[:, None] - position >= window
-            start = shared if window is None else 0
-            return BlockPlan(end, _additive(hidden[:, start:], device), None, None, start)
-        slots = -(-(int(self.positions.max()) + 1 - shared) // BLOCK) * BLOCK
-        position = shared + np.arange(slots)
-        rows = np.zeros((count, slots), np.int64)  # the KV row that holds each position of a node's own path
-        hidden = position > self.positions[:, None]
-        rows[:, : prefix - shared] = position[: prefix - shared]
-        node, ancestor = np.nonzero(self.tree.mask[self.first :])
-        rows[node, prefix - shared + self.tree.depths[ancestor]] = prefix + ancestor
-        hidden_prefix = None
-        if window is not None:
-            hidden |= self.positions[:, None] - position >= window
-            if shared:
-                hidden_prefix = _additive(self.positions[:, None] - np.arange(shared) >= window, device)
-        return BlockPlan(shared, hidden_prefix, torch.from_numpy(rows).to(device), _additive(hidden, device), 0)
-
-
-@dataclass(frozen=True)
-class BlockPlan:
-    """Which blocks are shared, which are gathered, and what is hidden in each.
-
-    Args:
-        shared: positions in shared blocks, a multiple of `BLOCK`.
-        shared_mask: None, or additive float32[count, shared - masked_from]: 0 or -inf.
-        rows: None, or int64[count, slots]: the KV rows gathered for each node.
-        rows_mask: additive float32[count, slots] for them.
-        masked_from: the position that ``shared_mask`` starts at.
-    """
-
-    shared: int
-    shared_mask: torch.Tensor | None
-    rows: torch.Tensor | None
-    rows_mask: torch.Tensor | None
-    masked_from: int
-
-
-def _additive(hidden: np.ndarray, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(np.where(hidden, np.float32(-math.inf), np.float32(0))).to(device)
+    def paths(self) -> Ints:
+        """int64[count, 1 + longest]: how many nodes the path to each computed node has, then their KV rows; these are
+        left out for a chain, whose rows lie where they will lie once committed."""
+        if self._paths is None:
+            depths = self.tree.depths[self.first :]
+            if self.tree.is_chain:
+                self._paths = depths[:, None] + 1
+            else:
+                self._paths = np.zeros((self.count, 2 + int(depths.max())), np.int64)
+                self._paths[:, 0] = depths + 1
+                node, ancestor = np.nonzero(self.tree.mask[self.first :])
+                self._paths[node, 1 + self.tree.depths[ancestor]] = self.prefix + ancestor
+        return self._paths
 
 
 class ForwardKV(Cache):
@@ -193,78 +144,29 @@ def tree_attention(
     """Attention for transformers' `AttentionInterface`; ``query`` is [1, heads, rows, width], and so on.
 
     Returns:
-        [1, rows, heads, width], in the query's dtype; padding rows get zeros.
+        [1, rows, heads, value width], in the model's dtype; padding rows get zeros.
     """
     if forward_kv is None:
         raise ModelError(f"{type(module).__name__} drops the keyword arguments of its attention: use attention='sdpa'")
     _, heads, rows, width = query.shape
-    scale = width**-0.5 if scaling is None else scaling
-    parts, end = [], 0
+    query = query[0].float()
+    if query.stride(2) != 1:
+        query = query.contiguous()
+    table = list[int]()
     for segment in forward_kv.segments:
-        q = query[0, :, segment.start : segment.start + segment.count]
         keys, values = segment.kv.layer(module.layer_idx)  # type: ignore[arg-type]
-        parts.append(_attend(q, keys, values, segment.plan(sliding_window, query.device), scale, softcap, segment))
-        end = segment.start + segment.count
-    if end < rows:
-        parts.append(parts[-1].new_zeros(rows - end, heads, parts[-1].shape[-1]))
-    out = torch.cat(parts) if len(parts) > 1 else parts[0]
-    return out[None].to(query.dtype), None
-
-
-def _attend(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, plan: BlockPlan, scale: float,
-    softcap: float | None, segment: Segment,
-) -> torch.Tensor:  # fmt: skip
-    """float32[n, heads, width] for one sequence; ``query`` is [heads, n, width]."""
-    _, n, width = query.shape
-    kv_heads, group = keys.shape[0], query.shape[0] // keys.shape[0]
-    value_width = values.shape[2] - ONES
-    padded = -(-n * group // 16) * 16
-    q = torch.zeros(kv_heads, padded, width, dtype=keys.dtype, device=keys.device)
-    q[:, : n * group].view(kv_heads, n, group, width).copy_(query.view(kv_heads, group, n, width).transpose(1, 2))
-
-    columns = plan.shared if plan.rows is None else -(-(segment.prefix + len(segment.tree)) // BLOCK) * BLOCK
-    scores = torch.bmm(q, keys[:, :columns].transpose(1, 2)).mul_(scale)  # [kv_heads, padded, columns]
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    shared = scores[:, :, : plan.shared]
-    if plan.shared_mask is not None:
-        masked = shared[:, : n * group, plan.masked_from :].unflatten(1, (n, group))
-        masked += plan.shared_mask[:, None]
-    if plan.rows is None:
-        top = shared.amax(-1, keepdim=True)
-        sums = _fold(shared.sub_(top).exp_(), values)
-    else:
-        slots = plan.rows.shape[1]
-        own = scores[:, : n * group].unflatten(1, (n, group))
-        own = own.gather(3, plan.rows[None, :, None].expand(kv_heads, n, group, slots)).add_(plan.rows_mask[:, None])  # type: ignore[index]
-        top = own.amax(-1, keepdim=True)
-        pad = -(-group // 4) * 4
-        sums = torch.zeros(kv_heads, n, pad, value_width + ONES, dtype=values.dtype, device=values.device)
-        if plan.shared:
-            used = shared[:, : n * group].unflatten(1, (n, group))
-            top = torch.maximum(top, used.amax(-1, keepdim=True))
-            used.sub_(top).exp_()
-            sums[:, :, :group] = _fold(shared, values)[:, : n * group].unflatten(1, (n, group))
-        weights = torch.zeros(kv_heads, n, pad, slots, dtype=values.dtype, device=values.device)
-        weights[:, :, :group] = own.sub_(top).exp_()
-        gathered = values.index_select(1, plan.rows.flatten()).unflatten(1, (n, slots))
-        sums = sums.flatten(0, 1)
-        for block in range(0, slots, BLOCK):
-            w, v = (
-                weights[..., block : block + BLOCK].flatten(0, 1),
-                gathered[:, :, block : block + BLOCK].flatten(0, 1),
-            )
-            sums = torch.baddbmm(sums, w, v)
-        sums = sums.unflatten(0, (kv_heads, n))[:, :, :group].flatten(1, 2)
-    out = sums[:, : n * group, :value_width] / sums[:, : n * group, value_width : value_width + 1]
-    rows: torch.Tensor = out.unflatten(1, (n, group)).transpose(0, 1).flatten(1, 2)
-    return rows
-
-
-def _fold(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """[heads, rows, value width + ones]: the sums over shared blocks, added up in block order."""
-    sums = torch.zeros(*weights.shape[:2], values.shape[2], dtype=values.dtype, device=values.device)
-    for block in range(0, weights.shape[2], BLOCK):
-        sums = torch.baddbmm(sums, weights[:, :, block : block + BLOCK], values[:, block : block + BLOCK])
-    return sums
+        segment.windows.add(sliding_window)
+        paths, chain = segment.paths, segment.tree.is_chain
+        table += [
+            keys.data_ptr(), values.data_ptr(), values.shape[1], segment.prefix, segment.count, segment.start,
+            paths.ctypes.data, paths.shape[1] - 1, chain,
+        ]  # fmt: skip
+    out = torch.zeros(rows, heads, value.shape[3])  # rows that only fill up get zeros
+    numbers = np.array([width**-0.5 if scaling is None else scaling, softcap or 0.0])
+    kernels.run(
+        attend,
+        [query.data_ptr(), 4 * query.stride(0), 4 * query.stride(1), out.data_ptr(), 4 * out.stride(1),
+         4 * out.stride(0), width, value.shape[3], heads // key.shape[1], sliding_window or 0, heads,
+         len(forward_kv.segments), *table, numbers.ctypes.data],
+    )  # fmt: skip
+    return out[None].to(value.dtype), None

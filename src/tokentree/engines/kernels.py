@@ -1,22 +1,22 @@
 # numba gives every scalar a type of its own, and llvmlite is not typed:
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,no-any-return,untyped-decorator,attr-defined,call-arg"
-"""Products with a weight matrix, made of the vector dot products of AVX-512: `llvm.x86.avx512bf16.dpbf16ps.512`.
+"""Small matrix products that take as long as reading the matrix does, whatever rows go with a row.
 
-A product of few rows takes as long as reading the weights does, if it can be computed while they arrive. Here each
-pass over a block of 32 outputs keeps up to `TILE_ROWS` rows' sums in registers, so that a weight is loaded once for all
-of them, and asks for the weights ahead. Up to 8 or 10 rows that costs no more than one row.
+Everything here rests on one loop, the *tile*: a few rows times a strip of `BLOCK` columns. The sums of up to
+`TILE_ROWS` rows stay in registers, so that each number of the matrix is loaded once for all of them, and asked for
+ahead. Up to 8 or 10 rows that costs no more than one row. A row's sums are added up in one order, so its bits never
+depend on the others.
 
-A row's sums are added up in one order, whatever rows go with it: its bits never change.
-
-The instructions are spelled out in LLVM's language and compiled by numba, so no C compiler is needed. Threads are those
-of torch's own pool.
+The loop is spelled out in LLVM's language and compiled by numba, so no C compiler is needed. For bfloat16 it is made of
+AVX-512's dot products (`llvm.x86.avx512bf16.dpbf16ps.512`); for float32, of fused multiply-adds on any CPU. Threads are
+those of torch's own pool.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,13 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 LANES = 16  # sums in a register
-BLOCK = 2 * LANES  # outputs that are computed together
+BLOCK = 2 * LANES  # columns that are computed together
 TILE_ROWS = 12  # sums of 12 rows fill 24 registers
 AHEAD = 1024  # bytes, how far ahead weights are asked for
 CHUNKS = 8  # shares per thread: the threads take them as they become free
 
-I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-F32S, I32S, I16S = (ir.VectorType(kind, LANES) for kind in (ir.FloatType(), I32, I16))
+I8, I16, I32, I64, F32 = *(ir.IntType(bits) for bits in (8, 16, 32, 64)), ir.FloatType()
+F32S, I32S, I16S = (ir.VectorType(kind, LANES) for kind in (F32, I32, I16))
 
 
 class _BFloat(ir.Type):  # type: ignore[misc]
@@ -53,47 +53,87 @@ class _BFloat(ir.Type):  # type: ignore[misc]
 PAIRS, BF16S = ir.VectorType(_BFloat(), 2 * LANES), ir.VectorType(_BFloat(), LANES)
 
 
-# -- the kernel ----------------------------------------------------------------------------------------------------
+# -- the tile --------------------------------------------------------------------------------------------------------
 
 
-@intrinsic
-def _tile(typingctx, rows, weights, x, x_stride, start, y, y_stride, steps):
-    """y[rows, BLOCK] = start[BLOCK] + x[rows, 2 * steps] @ weights[steps, BLOCK, 2]; addresses, and strides in bytes.
+def _function(builder, name, result, *params):
+    return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, params), name)
 
-    One loop for each number of rows up to `TILE_ROWS`, with all sums in registers.
+
+class _Float32:
+    """One number of x and of the matrix at a time, fused multiply-add."""
+
+    out_bytes = 4
+
+    @staticmethod
+    def add(builder, old, x, weights):
+        x, weights = (builder.bitcast(words, F32S) for words in (x, weights))
+        return builder.call(_function(builder, "llvm.fma.v16f32", F32S, F32S, F32S, F32S), [x, weights, old])
+
+    @staticmethod
+    def finish(builder, sums):
+        return sums
+
+
+class _BFloat16:
+    """A pair of numbers at a time, with float32 sums; the result is rounded."""
+
+    out_bytes = 2
+
+    @staticmethod
+    def add(builder, old, x, weights):
+        dot = _function(builder, "llvm.x86.avx512bf16.dpbf16ps.512", F32S, F32S, PAIRS, PAIRS)
+        return builder.call(dot, [old, builder.bitcast(x, PAIRS), builder.bitcast(weights, PAIRS)])
+
+    @staticmethod
+    def finish(builder, sums):
+        narrow = _function(builder, "llvm.x86.avx512bf16.cvtneps2bf16.512", BF16S, F32S)
+        return builder.bitcast(builder.call(narrow, [sums]), I16S)
+
+
+def _tile(kind):
+    """An intrinsic: ``tile(rows, steps, matrix, matrix_stride, x, x_stride, start, start_stride, y, y_stride)``.
+
+    y[rows, BLOCK] = start[rows, BLOCK] + x[rows, steps] @ matrix[steps, BLOCK], where numbers are what ``kind`` says:
+    x and the matrix hold words of 4 bytes, ``start`` float32. All but ``rows``, up to `TILE_ROWS`, and ``steps``, at
+    least 1, are addresses and strides in bytes.
     """
 
-    def generate(context, builder, signature, args):
-        rows, *rest = args
-        after = builder.append_basic_block("after")
-        switch = builder.switch(rows, after)
-        for count in range(1, TILE_ROWS + 1):
-            with builder.goto_block(builder.append_basic_block(f"rows{count}")):
-                switch.add_case(ir.Constant(I64, count), builder.block)
-                _emit_tile(builder, count, *rest)
-                builder.branch(after)
-        builder.position_at_end(after)
-        return context.get_dummy_value()
+    @intrinsic
+    def tile(typingctx, rows, steps, matrix, matrix_stride, x, x_stride, start, start_stride, y, y_stride):
+        def generate(context, builder, signature, args):
+            after = builder.append_basic_block("after")
+            switch = builder.switch(args[0], after)
+            for count in range(1, TILE_ROWS + 1):  # a loop for each number of rows
+                with builder.goto_block(builder.append_basic_block(f"rows{count}")):
+                    switch.add_case(ir.Constant(I64, count), builder.block)
+                    _emit_tile(builder, kind, count, *args[1:])
+                    builder.branch(after)
+            builder.position_at_end(after)
+            return context.get_dummy_value()
 
-    return numba.void(*[numba.int64] * 8), generate
+        return numba.void(*[numba.int64] * 10), generate
+
+    return tile
 
 
-def _emit_tile(builder, rows, weights, x, x_stride, start, y, y_stride, steps) -> None:
-    def at(address, offset, kind):
-        return builder.inttoptr(builder.add(address, offset), kind.as_pointer())
-
+def _emit_tile(
+    builder, kind, rows, steps, matrix, matrix_stride, x, x_stride, start, start_stride, y, y_stride
+) -> None:  # fmt: skip
     def number(value):
         return ir.Constant(I64, value)
 
-    def function(name, result, *params):
-        return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, params), name)
+    def at(address, offset, what):
+        return builder.inttoptr(builder.add(address, offset), what.as_pointer())
 
-    dot = function("llvm.x86.avx512bf16.dpbf16ps.512", F32S, F32S, PAIRS, PAIRS)
-    narrow = function("llvm.x86.avx512bf16.cvtneps2bf16.512", BF16S, F32S)
-    prefetch = function("llvm.prefetch.p0", ir.VoidType(), I8.as_pointer(), I32, I32, I32)
+    def row_of(stride, row, offset):
+        return builder.add(builder.mul(stride, number(row)), offset)
+
     halves = range(BLOCK // LANES)
-
-    begin = [builder.load(at(start, number(4 * LANES * half), F32S), align=4) for half in halves]
+    begin = [
+        [builder.load(at(start, row_of(start_stride, row, number(4 * LANES * half)), F32S), align=4) for half in halves]
+        for row in range(rows)
+    ]
     entry = builder.block
     loop, done = builder.append_basic_block("loop"), builder.append_basic_block("done")
     builder.branch(loop)
@@ -102,23 +142,21 @@ def _emit_tile(builder, rows, weights, x, x_stride, start, y, y_stride, steps) -
     step = builder.phi(I64)
     step.add_incoming(number(0), entry)
     sums = [[builder.phi(F32S) for _ in halves] for _ in range(rows)]
-    here = builder.add(weights, builder.mul(step, number(4 * BLOCK)))
-    loaded = []
+    here, columns = builder.add(matrix, builder.mul(step, matrix_stride)), []
+    prefetch = _function(builder, "llvm.prefetch.p0", ir.VoidType(), I8.as_pointer(), I32, I32, I32)
     for half in halves:
-        place = number(4 * LANES * half)
-        loaded.append(builder.bitcast(builder.load(at(here, place, I32S), align=64), PAIRS))
+        columns.append(builder.load(at(here, number(4 * LANES * half), I32S), align=4 * LANES))
         ahead = at(here, number(4 * LANES * half + AHEAD), I8)
         builder.call(prefetch, [ahead, *(ir.Constant(I32, option) for option in (0, 3, 1))])  # to read, soon, data
     added = []
     for row, old in enumerate(sums):
-        offset = builder.add(builder.mul(x_stride, number(row)), builder.mul(step, number(4)))
-        pair = builder.load(at(x, offset, I32), align=4)
+        word = builder.load(at(x, row_of(x_stride, row, builder.mul(step, number(4))), I32), align=4)
         undefined = ir.Constant(I32S, ir.Undefined)
-        first = builder.insert_element(undefined, pair, ir.Constant(I32, 0))
-        everywhere = builder.bitcast(builder.shuffle_vector(first, undefined, ir.Constant(I32S, [0] * LANES)), PAIRS)
-        added.append([builder.call(dot, [old[half], everywhere, loaded[half]]) for half in halves])
+        first = builder.insert_element(undefined, word, ir.Constant(I32, 0))
+        everywhere = builder.shuffle_vector(first, undefined, ir.Constant(I32S, [0] * LANES))
+        added.append([kind.add(builder, old[half], everywhere, columns[half]) for half in halves])
         for half in halves:
-            old[half].add_incoming(begin[half], entry)
+            old[half].add_incoming(begin[row][half], entry)
             old[half].add_incoming(added[row][half], loop)
     following = builder.add(step, number(1))
     step.add_incoming(following, loop)
@@ -127,12 +165,16 @@ def _emit_tile(builder, rows, weights, x, x_stride, start, y, y_stride, steps) -
     builder.position_at_end(done)
     for row in range(rows):
         for half in halves:
-            offset = builder.add(builder.mul(y_stride, number(row)), number(2 * LANES * half))
-            builder.store(builder.bitcast(builder.call(narrow, [added[row][half]]), I16S), at(y, offset, I16S), align=2)
+            result = kind.finish(builder, added[row][half])
+            place = row_of(y_stride, row, number(kind.out_bytes * LANES * half))
+            builder.store(result, at(y, place, result.type), align=kind.out_bytes)
+
+
+tile_float32, tile_bfloat16 = _tile(_Float32), _tile(_BFloat16)
 
 
 @intrinsic
-def _claim(typingctx, counter):
+def claim(typingctx, counter):
     """Adds one to the integer at that address, and returns what it was before, alone among all threads."""
 
     def generate(context, builder, signature, args):
@@ -141,15 +183,92 @@ def _claim(typingctx, counter):
     return numba.int64(numba.int64), generate
 
 
-@functools.cache
-def _worker() -> Any:
-    """What each thread runs, compiled when first asked for: ``worker(address of int64[11])``."""
+# -- memory ----------------------------------------------------------------------------------------------------------
 
-    @numba.cfunc(numba.void(numba.types.CPointer(numba.int64)), cache=True)
+
+@intrinsic
+def address_of(typingctx, pointer):
+    """The address in a pointer."""
+
+    def generate(context, builder, signature, args):
+        return builder.ptrtoint(args[0], I64)
+
+    return numba.int64(pointer), generate
+
+
+def _pointer(kind):
+    @intrinsic
+    def pointer(typingctx, address):
+        def generate(context, builder, signature, args):
+            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+        return numba.types.CPointer(kind)(numba.int64), generate
+
+    return pointer
+
+
+_to_float32, _to_float64, _to_int64 = (_pointer(kind) for kind in (numba.float32, numba.float64, numba.int64))
+
+
+@numba.njit
+def floats(address, shape):
+    """The float32 array of that shape at ``address``."""
+    return numba.carray(_to_float32(address), shape)
+
+
+@numba.njit
+def doubles(address, shape):
+    """The float64 array of that shape at ``address``."""
+    return numba.carray(_to_float64(address), shape)
+
+
+@numba.njit
+def integers(address, shape):
+    """The int64 array of that shape at ``address``."""
+    return numba.carray(_to_int64(address), shape)
+
+
+# -- threads ---------------------------------------------------------------------------------------------------------
+
+
+def run(worker: Any, arguments: Sequence[int]) -> None:
+    """Calls ``worker``, a C function of one address, in each of torch's threads at once, or in this one alone where
+    torch's pool is unknown: with the address of ``arguments`` and, behind them, a counter that starts at 0."""
+    packed = (ctypes.c_int64 * (len(arguments) + 1))(*arguments, 0)
+    pool = _pool()
+    if pool is None:
+        worker.ctypes(ctypes.cast(packed, ctypes.c_void_p))
+    else:
+        pool(worker.address, ctypes.addressof(packed), torch.get_num_threads(), 0)
+
+
+@functools.cache
+def _pool() -> Any:
+    """``GOMP_parallel(function, data, threads, flags)`` of the OpenMP library that torch itself runs on, or None."""
+    for file in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
+        function = ctypes.CDLL(str(file)).GOMP_parallel
+        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        function.restype = None
+        return function
+    return None
+
+
+WORKER = numba.void(numba.types.CPointer(numba.int64))  # the type of what threads run
+
+
+# -- linear layers ---------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _product_worker() -> Any:
+    """Compiled when first asked for, as not every CPU has the instructions."""
+
+    @numba.cfunc(WORKER, cache=True)
     def worker(arguments):
-        weights, x, x_stride, start, y, y_stride, steps, blocks, rows, share, counter = numba.carray(arguments, 11)
+        weights, x, x_stride, start, y, y_stride, steps, blocks, rows, share = numba.carray(arguments, 10)
+        counter = address_of(arguments) + 8 * 10
         while True:
-            first = _claim(counter) * share
+            first = claim(counter) * share
             if first >= blocks:
                 return
             for block in range(first, min(first + share, blocks)):
@@ -157,26 +276,23 @@ def _worker() -> Any:
                 while done < rows:
                     passes = -(-(rows - done) // TILE_ROWS)
                     count = -(-(rows - done) // passes)
-                    _tile(
-                        count, weights + block * steps * 4 * BLOCK, x + done * x_stride, x_stride,
-                        start + block * 4 * BLOCK, y + done * y_stride + block * 2 * BLOCK, y_stride, steps,
+                    tile_bfloat16(
+                        count, steps, weights + block * steps * 4 * BLOCK, 4 * BLOCK, x + done * x_stride, x_stride,
+                        start + block * 4 * BLOCK, 0, y + done * y_stride + block * 2 * BLOCK, y_stride,
                     )  # fmt: skip
                     done += count
 
     return worker
 
 
-# -- from Python -----------------------------------------------------------------------------------------------------
-
-
 @functools.cache
 def supported() -> bool:
-    """Whether this CPU has the instructions, and this torch the pool of threads."""
+    """Whether this CPU has the dot products."""
     try:
         features = llvmlite.binding.get_host_cpu_features()
     except RuntimeError:  # LLVM can't tell
         return False
-    return sys.platform == "linux" and features.get("avx512bf16", False) and _pool() is not None
+    return bool(features.get("avx512bf16", False))
 
 
 def fits(weight: torch.Tensor) -> bool:
@@ -207,24 +323,10 @@ def product(x: torch.Tensor, packed: torch.Tensor, start: torch.Tensor) -> torch
     if inputs != 2 * steps or x.dtype is not torch.bfloat16:
         raise ValueError(f"a product of {x.dtype} {tuple(x.shape)} with weights for {2 * steps} inputs")
     y = torch.empty(rows, blocks * BLOCK, dtype=torch.bfloat16)
-    threads = torch.get_num_threads()
-    counter = ctypes.c_int64(0)
-    arguments = (ctypes.c_int64 * 11)(
-        packed.data_ptr(), x.data_ptr(), 2 * inputs, start.data_ptr(), y.data_ptr(), 2 * blocks * BLOCK, steps, blocks,
-        rows, -(-blocks // (CHUNKS * threads)), ctypes.addressof(counter),
+    share = -(-blocks // (CHUNKS * torch.get_num_threads()))
+    run(
+        _product_worker(),
+        [packed.data_ptr(), x.data_ptr(), 2 * inputs, start.data_ptr(), y.data_ptr(), 2 * blocks * BLOCK, steps, blocks,
+         rows, share],
     )  # fmt: skip
-    pool = _pool()
-    assert pool is not None
-    pool(_worker().address, ctypes.addressof(arguments), threads, 0)
     return y
-
-
-@functools.cache
-def _pool() -> Any:
-    """``GOMP_parallel(function, data, threads, flags)`` of the OpenMP library that torch itself runs on, or None."""
-    for file in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
-        run = ctypes.CDLL(str(file)).GOMP_parallel
-        run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-        run.restype = None
-        return run
-    return None

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
+import numba
+import numpy as np
 import torch
 
-BLOCK = 64  # positions; attention reduces over whole blocks, and storage comes in whole blocks
+from tokentree.engines.kernels import BLOCK
+from tokentree.tree import Ints
 
 
 @dataclass(frozen=True)
@@ -17,13 +20,17 @@ class KVLayout:
     Args:
         shapes: per layer, (KV heads, key width, value width).
         dtype, device: of the storage.
-        ones: constant columns of ones behind each value row; a product with them sums the attention weights.
+        blocked: as `BlockedKV` keeps it.
     """
 
     shapes: tuple[tuple[int, int, int], ...]
     dtype: torch.dtype
     device: torch.device
-    ones: int = 0
+    blocked: bool = False
+
+    def make(self, rows: int) -> SequenceKV:
+        """Storage for a sequence of so many rows; it grows when there are more."""
+        return (BlockedKV if self.blocked else SequenceKV)(self, rows)
 
 
 class SequenceKV:
@@ -40,7 +47,7 @@ class SequenceKV:
         self._where = [(groups.index(shape), layout.shapes[:i].count(shape)) for i, shape in enumerate(layout.shapes)]
         self._groups = [(shape, layout.shapes.count(shape)) for shape in groups]
         self._keys: list[torch.Tensor] = []  # per group: [layers, heads, capacity, key width]
-        self._values: list[torch.Tensor] = []  # per group: [layers, heads, capacity, value width + ones]
+        self._values: list[torch.Tensor] = []  # per group: [layers, heads, capacity, value width]
         self.reserve(capacity)
 
     def reserve(self, rows: int) -> None:
@@ -48,24 +55,27 @@ class SequenceKV:
         if rows <= self._capacity:
             return
         capacity = -(-max(rows, self._capacity * 3 // 2) // BLOCK) * BLOCK
-        dtype, device, ones = self._layout.dtype, self._layout.device, self._layout.ones
         keys, values = [], []
         for (heads, key_width, value_width), layers in self._groups:
-            keys.append(torch.zeros(layers, heads, capacity, key_width, dtype=dtype, device=device))
-            values.append(torch.zeros(layers, heads, capacity, value_width + ones, dtype=dtype, device=device))
-            values[-1][..., value_width:] = 1
+            keys.append(self._empty_keys(layers, heads, capacity, key_width))
+            values.append(self._empty_values(layers, heads, capacity, value_width))
         for new, old in zip(keys + values, self._keys + self._values, strict=False):
-            new[:, :, : self._capacity] = old
+            new[:, :, : old.shape[2]] = old
         self._keys, self._values, self._capacity = keys, values, capacity
+
+    def _empty_keys(self, layers: int, heads: int, capacity: int, width: int) -> torch.Tensor:
+        return torch.zeros(layers, heads, capacity, width, dtype=self._layout.dtype, device=self._layout.device)
+
+    _empty_values = _empty_keys
 
     def write(self, layer: int, row: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Stores keys [heads, n, width] and values [heads, n, width] of ``layer`` from ``row`` on."""
         group, index = self._where[layer]
         self._keys[group][index, :, row : row + keys.shape[1]] = keys
-        self._values[group][index, :, row : row + values.shape[1], : values.shape[2]] = values
+        self._values[group][index, :, row : row + values.shape[1]] = values
 
     def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys [heads, capacity, width] and values [heads, capacity, width + ones] of ``layer``."""
+        """Keys [heads, capacity, width] and values [heads, capacity, width] of ``layer``, as they are stored."""
         group, index = self._where[layer]
         return self._keys[group][index], self._values[group][index]
 
@@ -73,8 +83,58 @@ class SequenceKV:
         """Keeps the provisional rows ``path``, in that order, and drops the others."""
         first = next((i for i, node in enumerate(path) if i != node), len(path))
         if first < len(path):
-            rows = torch.tensor([self.length + node for node in path[first:]], device=self._layout.device)
-            start, end = self.length + first, self.length + len(path)
-            for stored in self._keys + self._values:
-                stored[:, :, start:end] = stored.index_select(2, rows)
+            self._move(np.array([self.length + node for node in path[first:]]), self.length + first)
         self.length += len(path)
+
+    def _move(self, rows: Ints, start: int) -> None:
+        """Copies ``rows``, ascending, to where rows ``start`` and on are, which lie before them."""
+        index = torch.from_numpy(rows).to(self._layout.device)
+        for stored in self._keys + self._values:
+            stored[:, :, start : start + len(rows)] = stored.index_select(2, index)
+
+
+class BlockedKV(SequenceKV):
+    """Keys lie as `kernels` want a matrix: per block of `BLOCK` rows, [width, BLOCK]; values are padded with zeros to
+    whole blocks of columns. All in float32 on a CPU.
+
+    The storage is, per group, keys [layers, heads, blocks, key width, BLOCK] and values [layers, heads, capacity,
+    padded value width].
+    """
+
+    def _empty_keys(self, layers: int, heads: int, capacity: int, width: int) -> torch.Tensor:
+        return torch.zeros(layers, heads, capacity // BLOCK, width, BLOCK)
+
+    def _empty_values(self, layers: int, heads: int, capacity: int, width: int) -> torch.Tensor:
+        return torch.zeros(layers, heads, capacity, -(-width // BLOCK) * BLOCK)
+
+    def write(self, layer: int, row: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        stored_keys, stored_values = self.layer(layer)
+        _write(stored_keys.numpy(), stored_values.numpy(), row, keys.float().numpy(), values.float().numpy())
+
+    def _move(self, rows: Ints, start: int) -> None:
+        for keys, values in zip(self._keys, self._values, strict=True):
+            _move(keys.numpy(), values.numpy(), rows, start)
+
+
+@numba.njit(cache=True)
+def _write(keys, values, row, new_keys, new_values):  # type: ignore[no-untyped-def]
+    heads, count, width = new_keys.shape
+    for head in range(heads):
+        for i in range(count):
+            block, place = (row + i) // BLOCK, (row + i) % BLOCK
+            for column in range(width):
+                keys[head, block, column, place] = new_keys[head, i, column]
+            for column in range(new_values.shape[2]):
+                values[head, row + i, column] = new_values[head, i, column]
+
+
+@numba.njit(cache=True)
+def _move(keys, values, rows, start):  # type: ignore[no-untyped-def]
+    layers, heads = keys.shape[:2]
+    for layer in range(layers):
+        for head in range(heads):
+            for i, row in enumerate(rows):
+                keys[layer, head, (start + i) // BLOCK, :, (start + i) % BLOCK] = (
+                    keys[layer, head, row // BLOCK, :, row % BLOCK]
+                )  # fmt: skip
+                values[layer, head, start + i] = values[layer, head, row]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
-from tokentree.engines.attention import ONES, ForwardKV, Segment, dense_mask, tree_attention
+from tokentree.engines.attention import ForwardKV, Segment, dense_mask, tree_attention
 from tokentree.engines.base import TargetOutput
 from tokentree.engines.kv import KVLayout, SequenceKV
 from tokentree.engines.prepare import can_pack, pack_linears, private_copy, steady_activations
@@ -33,8 +33,8 @@ class TorchEngine:
 
     Args:
         model: a decoder-only model; it is not changed.
-        attention: ``"tree"`` (default on CPU) uses `tree_attention`, which gives the same bits in any batch and any
-            tree; ``"sdpa"`` (default elsewhere) lets the model attend by itself under a dense mask.
+        attention: ``"tree"`` (default on CPUs, and only there) uses `tree_attention`, which gives the same bits in any
+            batch and any tree; ``"sdpa"`` (default elsewhere) lets the model attend by itself under a dense mask.
         owns_model: nobody else uses ``model``, so its weights may be dropped once they are packed.
 
     Raises:
@@ -48,7 +48,8 @@ class TorchEngine:
         self.context = context_length(config)
         self.attention = attention or self._best_attention(model)
         self._attends_itself = self.attention == "sdpa"
-        if self.attention not in ("tree", "sdpa") or (self.attention == "tree" and not _uses_interface(model)):
+        fits = self._best_attention(model) == "tree"
+        if self.attention not in ("tree", "sdpa") or (self.attention == "tree" and not fits):
             raise ModelError(f"attention={attention!r} can't be used with {type(model).__name__}: use attention='sdpa'")
 
         own_attention = "sdpa" if getattr(type(model), "_supports_sdpa", False) and not has_softcap(config) else "eager"
@@ -136,7 +137,7 @@ class TorchEngine:
     def _kv_of(self, seq: Sequence) -> SequenceKV:
         if seq.id not in self._kv:
             rows = min(len(seq.prompt_ids) + seq.params.max_tokens, self.context)
-            self._kv[seq.id] = SequenceKV(self._layout, rows + 64)
+            self._kv[seq.id] = self._layout.make(rows + 64)
         return self._kv[seq.id]
 
     @torch.inference_mode()
@@ -194,13 +195,13 @@ class TorchEngine:
         shapes = tuple((layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in layers)
         if self._attends_itself:
             return KVLayout(shapes, self.dtype, self.device)
-        return KVLayout(shapes, torch.promote_types(self.dtype, torch.float32), self.device, ones=ONES)
+        return KVLayout(shapes, torch.float32, self.device, blocked=True)
 
     def _check_tree(self, expected: torch.Tensor) -> None:
         """The same tokens must give the same logits in a tree, alone behind it, and in another tree behind that."""
         a, b, c, d, e, f, g = self._probe()
         other = d - 1 if d else 1
-        kv, got, windows = SequenceKV(self._layout, 64), [], set[int | None]()
+        kv, got, windows = self._layout.make(64), [], set[int | None]()
         for tokens, parents, path in (
             ([a, b, other, c, d, c, d], [-1, 0, 0, 1, 2, 2, 3], [0, 1, 3, 6]),
             ([e], [-1], [0]),

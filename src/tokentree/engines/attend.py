@@ -1,0 +1,168 @@
+# numba gives every scalar a type of its own, which annotations can't follow:
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined,call-arg"
+"""Attention of a tree's rows over what each of them sees, compiled: the loops under `attention`.
+
+A row sees the committed rows of its sequence and its own ancestors. Its sums, of scores over a key's width, of weights
+and of weighted values over positions, are added up in an order that depends on nothing but absolute positions, each
+for itself: whatever tree, batch or place in storage a row has, its bits are those of decoding its path alone.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numba
+import numpy as np
+
+from tokentree.engines.kernels import (
+    BLOCK,
+    LANES,
+    TILE_ROWS,
+    WORKER,
+    address_of,
+    claim,
+    doubles,
+    floats,
+    integers,
+    tile_float32,
+)  # fmt: skip
+
+LOG2_E = np.float32(math.log2(math.e))
+LEAST = np.float32(-126)  # below 2 ** -126 a weight counts as 0
+# 2 ** f = 1 + f * (C0 + f * (C1 + ...)) on [-0.5, 0.5], relative error below 1e-7 (coefficients: Cephes, exp2f)
+C0, C1, C2, C3, C4, C5 = (
+    np.float32(c)
+    for c in (6.931472028550421e-1, 2.402264791363012e-1, 5.550332471162809e-2, 9.618437357674640e-3,
+              1.339887440266574e-3, 1.535336188319500e-4)
+)  # fmt: skip
+HIDDEN = np.float32(-math.inf)
+
+CALL, SEGMENT = 12, 9  # integers that describe a call, and each segment in it
+
+
+@numba.njit
+def _soften(scores, powers, scale, softcap):
+    """Turns scores into weights relative to the largest, in place, and returns their sum; hidden ones get 0."""
+    lanes = np.full(LANES, HIDDEN, np.float32)
+    for start in range(0, len(scores), LANES):
+        for lane in range(LANES):
+            score = scores[start + lane] * scale
+            if softcap > 0:
+                score = np.float32(math.tanh(score / softcap)) * softcap if score > HIDDEN else score
+            scores[start + lane] = score
+            lanes[lane] = max(lanes[lane], score)
+    top = lanes[0]
+    for lane in range(LANES):
+        top = max(top, lanes[lane])
+    for i in range(len(scores)):
+        power = (scores[i] - top) * LOG2_E
+        power = power if power > LEAST else LEAST
+        whole = np.floor(power + np.float32(0.5))
+        part = power - whole
+        powers[i] = (np.int32(whole) + np.int32(127)) << np.int32(23)
+        root = part * (C0 + part * (C1 + part * (C2 + part * (C3 + part * (C4 + part * C5)))))
+        scores[i] = root + np.float32(1) if power > LEAST else np.float32(0)
+    factors = powers.view(np.float32)
+    for i in range(len(scores)):
+        scores[i] *= factors[i]
+    lanes[:] = 0
+    for start in range(0, len(scores), LANES):
+        for lane in range(LANES):
+            lanes[lane] += scores[start + lane]
+    total = np.float32(0)
+    for lane in range(LANES):
+        total += lanes[lane]
+    return total
+
+
+@numba.njit
+def _span(path, prefix, window):
+    """The first and the last KV row that any of these rows sees, as whole blocks."""
+    first, last = (1 << 60) if window else 0, 0
+    for i in range(len(path)):
+        if window:
+            first = min(first, prefix + path[i, 0] - window)
+        last = max(last, prefix + path[i, 0], path[i, 1:].max() + 1 if path.shape[1] > 1 else 0)
+    return max(0, first) // BLOCK * BLOCK, -(-last // BLOCK) * BLOCK
+
+
+@numba.njit
+def _attend(call, numbers, segment, head, first, count):
+    """Rows ``first`` to ``first + count`` of a segment, for one head of queries."""
+    query, query_head, query_row, out, out_head, out_row, width, value_width, group, window = call[:10]
+    keys, values, capacity, prefix, new, start, paths, longest, chain = segment
+    scale, softcap = np.float32(numbers[0]), np.float32(numbers[1])
+    columns = -(-value_width // BLOCK) * BLOCK
+    keys += head // group * capacity * width * 4
+    values += head // group * capacity * columns * 4
+    query += head * query_head + (start + first) * query_row
+    path = integers(paths, (new, 1 + longest))[first : first + count]  # its length, then its KV rows behind the prefix
+    behind = path[0, 0] - 1 if chain else 0  # rows of the tree that all of these see
+    shared = prefix + behind
+    begin, used = _span(path, prefix, window)
+
+    zeros = np.zeros(BLOCK, np.float32)
+    scores, powers = np.empty((count, used - begin), np.float32), np.empty(used - begin, np.int32)
+    sums, totals = np.zeros((count, columns), np.float32), np.empty(count, np.float32)
+    at_scores, at_sums, at_zeros = scores.ctypes.data, sums.ctypes.data, zeros.ctypes.data
+    stride, wide = 4 * (used - begin), 4 * columns
+
+    for block in range(begin // BLOCK, used // BLOCK):
+        tile_float32(
+            count, width, keys + block * width * BLOCK * 4, BLOCK * 4, query, query_row, at_zeros, 0,
+            at_scores + 4 * (block * BLOCK - begin), stride,
+        )  # fmt: skip
+    for i in range(count):
+        own, end = scores[i], prefix + path[i, 0]
+        if not chain:
+            for t in range(max(0, begin - prefix), path[i, 0]):  # an ancestor never lies before its place on the path
+                own[prefix + t - begin] = own[path[i, 1 + t] - begin]
+        own[end - begin :] = HIDDEN
+        if window:
+            own[: max(0, end - window - begin)] = HIDDEN
+        totals[i] = _soften(own, powers, scale, softcap)
+
+    for column in range(0, columns, BLOCK):
+        if shared > begin:
+            tile_float32(
+                count, shared - begin, values + begin * wide + 4 * column, wide, at_scores, stride, at_zeros, 0,
+                at_sums + 4 * column, wide,
+            )  # fmt: skip
+        for i in range(count):
+            at_sum = at_sums + i * wide + 4 * column
+            for t in range(max(behind, begin - prefix), path[i, 0]):
+                row = prefix + t if chain else path[i, 1 + t]
+                tile_float32(
+                    1, 1, values + row * wide + 4 * column, 0, at_scores + i * stride + 4 * (prefix + t - begin), 0,
+                    at_sum, 0, at_sum, 0,
+                )  # fmt: skip
+    for i in range(count):
+        result = floats(out + head * out_head + (start + first + i) * out_row, value_width)
+        for column in range(value_width):
+            result[column] = sums[i, column] / totals[i]
+
+
+@numba.cfunc(WORKER, cache=True)
+def attend(arguments):
+    """A call's integers: addresses of queries float32[heads, rows, width] and results float32[heads, rows, value
+    width] with strides in bytes, widths, query heads per KV head, the window or 0; heads; segments. Behind them a
+    segment's: addresses of its keys and values as `kv.BlockedKV` has them, their capacity, committed rows, new rows,
+    the first of these among the queries, the address of int64[new rows, 1 + longest] (how long a row's path
+    in the tree is, and the KV rows on it), that longest, and whether the tree is a chain, whose KV rows need not be
+    listed. Last, the address of float64[2]: scale, and softcap or 0."""
+    call = integers(address_of(arguments), CALL)
+    heads, segments = call[10], call[11]
+    table = integers(address_of(arguments) + 8 * CALL, (segments, SEGMENT))
+    end = address_of(arguments) + 8 * (CALL + segments * SEGMENT)
+    numbers, counter = doubles(integers(end, 1)[0], 2), end + 8
+    while True:
+        task = claim(counter)
+        for segment in table:
+            shares = -(-segment[4] // TILE_ROWS)
+            if task < shares * heads:
+                first = task // heads * TILE_ROWS
+                _attend(call, numbers, segment, task % heads, first, min(TILE_ROWS, segment[4] - first))
+                break
+            task -= shares * heads
+        else:
+            return
