@@ -357,30 +357,3 @@ def test_a_cost_shape_is_written_with_its_options() -> None:
 def test_what_is_no_cost_shape_raises(text: str) -> None:
     with pytest.raises(OptionError, match=r"a cost shape needs|is not an option of this shape: it takes nodes, depth"):
         shape(text)
-
-
-def test_a_chain_is_taken_where_branches_cost_more_than_they_bring() -> None:
-    draft = Draft(0)
-    first, _ = draft.add(0, 1, math.log(0.5), 0), draft.add(0, 2, math.log(0.4), 1)
-    draft.add(first, 3, math.log(0.5), 0)
-    rows, seconds = [1, 64], [1.0, 1.63]  # a row costs a hundredth
-    cheap = Cost(curve=CostCurve(rows, seconds)).cut([make_sequence([0])], [draft])[0]
-    assert cheap.tokens == [0, 1, 2, 3]
-    for branching in ((0.5, 0.0), (0.0, 0.2)):
-        dear = Cost(curve=CostCurve(rows, seconds, 0.0, branching)).cut([make_sequence([0])], [draft])[0]
-        assert dear.tokens == [0, 1, 3]
-    little = Cost(curve=CostCurve(rows, seconds, 0.0, (0.01, 0.001))).cut([make_sequence([0])], [draft])[0]
-    assert little.tokens == [0, 1, 2, 3]
-
-
-def test_in_a_batch_each_branched_tree_pays_for_itself() -> None:
-    """One sequence has a sibling that is worth its branch, the other hasn't."""
-    split, sure = Draft(0), Draft(0)
-    for rank, token in enumerate((1, 2)):
-        split.add(0, token, math.log(0.5), rank)
-    node = sure.add(0, 1, math.log(0.95), 0)
-    sure.add(0, 2, math.log(0.05), 1)
-    sure.add(node, 3, math.log(0.95), 0)
-    curve = CostCurve([1, 64], [1.0, 1.63], 0.0, (0.1, 0.0))
-    cut = Cost(curve=curve).cut([make_sequence([0]), make_sequence([0])], [split, sure])
-    assert [draft.tokens for draft in cut] == [[0, 1, 2], [0, 1, 3]]

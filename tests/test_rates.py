@@ -105,7 +105,7 @@ def test_the_same_claim_of_other_drafters_is_learnt_apart() -> None:
     _teach(rates, bad, [False], 100)
     assert _joint(rates, good)[1] > 0.9
     assert _joint(rates, bad)[1] < 0.1
-    assert _joint(rates, both)[1] == pytest.approx(0.65)
+    assert _joint(rates, both)[1] == pytest.approx(0.5, abs=0.01)  # what such a claim was worth on the whole
 
 
 def test_more_combinations_of_drafters_than_there_is_room_for_share_the_last() -> None:

@@ -53,7 +53,6 @@ class Calibration(BaseModel):
     rows: list[int]
     seconds: list[float]
     per_sequence: float
-    branching: tuple[float, float] = Field((0.0, 0.0), description="seconds a tree costs beyond a chain, and per node")
     drafting_seconds: float = Field(description="of a step, beside the target's forward")
     rates: list[Rate]
     by_rank: list[float] = Field(description="acceptance by rank, all drafters and depths together")
@@ -94,10 +93,7 @@ def calibrate(
     trees = {size: optimal_paths(by_rank, size, DEPTH) for size in SIZES}
     picks = []
     for batch, alone in zip(BATCHES, plain_seconds, strict=True):
-        gains = []
-        for size in SIZES:
-            branched = 0.0 if _is_chain(trees[size][1]) else batch * curve.branched(size)
-            gains.append(trees[size][0] * alone / (curve.seconds(size * batch, batch) + branched + drafting))
+        gains = [trees[size][0] * alone / (curve.seconds(size * batch, batch) + drafting) for size in SIZES]
         best = max(range(len(SIZES)), key=lambda i: gains[i])
         expected, paths = trees[SIZES[best]]
         if gains[best] <= 1:
@@ -109,20 +105,15 @@ def calibrate(
             )  # fmt: skip
     return Calibration(
         engine=llm.engine.signature, rows=curve.rows, seconds=curve.points, per_sequence=curve.per_sequence,
-        branching=curve.branching,
         drafting_seconds=drafting, rates=rates, by_rank=by_rank, picks=picks,
         measured_speed_up=spent["plain"] / spent["tree"] if spent["tree"] else 1.0,
         mean_accepted_length=tokens / max(1, forwards),
     )  # fmt: skip
 
 
-def _is_chain(paths: list[tuple[int, ...]]) -> bool:
-    return all(set(path) == {0} for path in paths)
-
-
 def _name(paths: list[tuple[int, ...]]) -> str:
     """As users write it."""
-    if _is_chain(paths):
+    if all(set(path) == {0} for path in paths):
         return f"chain:{len(paths)}"
     return "paths:" + str([list(path) for path in paths]).replace(" ", "")
 
@@ -134,10 +125,7 @@ def tables(found: Calibration) -> list[Table]:
         curve.add_column(name, justify="right")
     for rows, seconds in zip(found.rows, found.seconds, strict=True):
         curve.add_row(str(rows), f"{1e3 * seconds:.1f}", f"{seconds / found.seconds[0]:.2f}")
-    tree, node = (1e3 * part for part in found.branching)
-    curve.caption = f"over chains; a tree costs {tree:.1f} ms and {node:.2f} ms a node more; a further sequence " + (
-        f"{1e3 * found.per_sequence:.1f} ms"
-    )
+    curve.caption = f"a further sequence costs {1e3 * found.per_sequence:.1f} ms beside its rows"
     rates = Table(title="acceptance, where the parent was right", title_justify="left")
     for name in ("drafters", "depth", "rank", "accepted", "of"):
         rates.add_column(name, justify="left" if name == "drafters" else "right")

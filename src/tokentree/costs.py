@@ -47,7 +47,6 @@ class Measured(BaseModel):
     rows: list[int]
     seconds: list[float]
     per_sequence: float
-    branching: tuple[float, float]
 
 
 class CostFile(BaseModel):
@@ -59,7 +58,7 @@ class CostFile(BaseModel):
         """The curve of that engine, if the file has one that makes sense."""
         kept = self.curves.get(signature)
         try:
-            return None if kept is None else CostCurve(kept.rows, kept.seconds, kept.per_sequence, kept.branching)
+            return None if kept is None else CostCurve(kept.rows, kept.seconds, kept.per_sequence)
         except OptionError:
             return None
 
@@ -82,9 +81,7 @@ def cost_curve(engine: TorchEngine, again: bool = False) -> CostCurve:
     kept = None if again else known.curve(engine.signature)
     if kept is None:
         curve = measure(engine)
-        found = Measured(
-            rows=curve.rows, seconds=curve.points, per_sequence=curve.per_sequence, branching=curve.branching
-        )
+        found = Measured(rows=curve.rows, seconds=curve.points, per_sequence=curve.per_sequence)
         known = _read(file)  # another process may have added its own meanwhile
         known.curves[engine.signature] = found
         _write(file, known)
@@ -93,11 +90,10 @@ def cost_curve(engine: TorchEngine, again: bool = False) -> CostCurve:
 
 
 def measure(engine: TorchEngine) -> CostCurve:
-    """Times forwards over chains of `ROWS` nodes behind a prefix, over two trees, and over four sequences at once, in
-    rounds, so that a drift meets all of them, and keeps the fastest of each."""
+    """Times forwards over chains of `ROWS` nodes behind a prefix, and over four sequences at once, in rounds, so that a
+    drift meets all of them, and keeps the fastest of each. A tree costs what a chain of as many nodes does."""
     most = max(4, engine.context // 2)
     rows = [n for n in ROWS if n <= most] if most < ROWS[-1] else list(ROWS)
-    small, large = rows[-2] if len(rows) < 4 else 4, rows[-1] if max(rows) < 16 else 16
     prefix = max(1, min(PREFIX, engine.context - max(rows) - 1))
     generator = np.random.default_rng(0)
     ids = generator.integers(0, engine.vocab_size, prefix + 1).tolist()
@@ -105,9 +101,9 @@ def measure(engine: TorchEngine) -> CostCurve:
         Sequence(ids, SamplingParams(max_tokens=1), seeded_noise(0, i), engine.context + prefix + 2) for i in range(4)
     ]
 
-    def time_of(count: int, trees: list[TokenTree]) -> float:
+    def time_of(count: int, nodes: int) -> float:
         started = time.perf_counter()
-        engine.verify(seqs[:count], trees)
+        engine.verify(seqs[:count], [TokenTree.chain(0, [0] * (nodes - 1))] * count)
         took = time.perf_counter() - started
         engine.commit(seqs[:count], [[]] * count)
         return took
@@ -115,34 +111,15 @@ def measure(engine: TorchEngine) -> CostCurve:
     try:
         for seq in seqs:
             engine.prefill(seq)
-        chains = {n: TokenTree.chain(0, [0] * (n - 1)) for n in rows}
-        trees = {n: _tree(n, engine.vocab_size) for n in (small, large)}
-        straight, branched = dict.fromkeys(rows, math.inf), dict.fromkeys(trees, math.inf)
-        together = math.inf
+        alone, together = dict.fromkeys(rows, math.inf), math.inf
         for _ in range(ROUNDS):
-            for n, chain in chains.items():
-                straight[n] = min(straight[n], time_of(1, [chain]))
-            for n, tree in trees.items():
-                branched[n] = min(branched[n], time_of(1, [tree]))
-            together = min(together, time_of(4, [chains[small]] * 4))
+            for nodes in rows:
+                alone[nodes] = min(alone[nodes], time_of(1, nodes))
+            together = min(together, time_of(4, 4))
     finally:
         engine.release(seqs)
-    curve = CostCurve(rows, [straight[n] for n in rows])
-    extra = {n: max(0.0, took - curve.seconds(n)) for n, took in branched.items()}
-    per_node = max(0.0, (extra[large] - extra[small]) / (large - small))
-    branching = max(0.0, extra[small] - small * per_node), per_node
-    per_sequence = max(0.0, (together - curve.seconds(4 * small)) / 3)
-    return CostCurve(rows, curve.points, per_sequence, branching)
-
-
-def _tree(nodes: int, vocab: int) -> TokenTree:
-    """Half a chain, half branches from it."""
-    parents = [-1, *(node - 1 if node % 2 else max(0, node - 3) for node in range(1, nodes))]
-    tokens = [0] * nodes
-    used: dict[int, int] = {}
-    for node in range(1, nodes):
-        tokens[node] = used[parents[node]] = used.get(parents[node], -1) + 1
-    return TokenTree(np.array(tokens) % vocab, np.array(parents))
+    curve = CostCurve(rows, [alone[nodes] for nodes in rows])
+    return CostCurve(rows, curve.points, max(0.0, (together - curve.seconds(16)) / 3))
 
 
 def _read(file: Path) -> CostFile:

@@ -24,10 +24,9 @@ class Cost(Shape):
     """Maximises expected tokens per second: of all candidates it takes the n most probable ones, with the n for which
     (1 + the sum of their probabilities) / (drafting + T(n)) is largest. That may be a tree, a chain, or nothing.
 
-    T(n) is the measured cost of the target's forward, refined at every step (`CostCurve`); where a tree costs more than
-    a chain of as many nodes, the best chain is weighed against it. Probabilities are learnt from what happened to
-    candidates like them (`Rates`); candidates that were not taken teach as well, since the text tells afterwards
-    whether they were right. A batch shares one budget: the candidates of all its sequences compete.
+    T(n) is the measured cost of the target's forward, refined at every step (`CostCurve`). Probabilities are learnt
+    from what happened to candidates like them (`Rates`); candidates that were not taken teach as well, since the text
+    tells afterwards whether they were right. A batch shares one budget: the candidates of all its sequences compete.
 
     For a drafter whose levels cost a forward of their own, a level is drafted if it raises tokens per second; where
     not even the first one does, the drafter rests and is tried again after 16 steps, then 32, and so on.
@@ -130,12 +129,8 @@ class Cost(Shape):
         spent = self._overhead + _level_seconds(drafts)
         times = spent + self.curve.upto(rows + len(offered), len(seqs))[rows:]
         order = np.argsort(-offered, kind="stable")  # parents stay before their children
-        order, taken, pace = self._best(order, offered, tokens, times, self._branching(order, drafts, offers))
-        if any(self.curve.branching):
-            chains = _chains(drafts, offers)
-            straight = self._best(chains, offered, tokens, times, 0.0)
-            if straight[2] > pace:
-                order, taken, _ = straight
+        expected = tokens + np.concatenate([[0.0], np.cumsum(offered[order])])
+        taken = int(np.argmax(expected / times[: len(order) + 1]))
         used = (rows + taken) / len(seqs)
         self._typical += (PACE if used < self._typical else 0.5) * (used - self._typical)
         self.max_nodes = min(self._nodes, max(LEAST_OFFER, int(2 * self._typical)))
@@ -149,36 +144,6 @@ class Cost(Shape):
             start += len(offer)
         return cut
 
-    @staticmethod
-    def _best(
-        order: Ints, offered: Floats, tokens: float, times: Floats, branching: Floats | float
-    ) -> tuple[Ints, int, float]:
-        """``order``, how many of its first candidates to take, and the tokens per second expected of that."""
-        expected = tokens + np.concatenate([[0.0], np.cumsum(offered[order])])
-        paces = expected / (times[: len(order) + 1] + branching)
-        taken = int(np.argmax(paces))
-        return order, taken, float(paces[taken])
-
-    def _branching(self, order: Ints, drafts: list[Draft], offers: list[Floats]) -> Floats | float:
-        """float64[len(order) + 1]: what trees cost beyond chains once the first n candidates of ``order`` are taken."""
-        if not any(self.curve.branching):
-            return 0.0
-        where = [(i, node + 1) for i, offer in enumerate(offers) for node in range(len(offer))]
-        tips, sizes, branched = [0] * len(drafts), [1] * len(drafts), [False] * len(drafts)
-        costs, cost, node_cost = [0.0], 0.0, self.curve.branching[1]
-        for place in order.tolist():
-            i, node = where[place]
-            sizes[i] += 1
-            if branched[i]:
-                cost += node_cost
-            elif drafts[i].parents[node] == tips[i]:
-                tips[i] = node
-            else:
-                branched[i] = True
-                cost += self.curve.branched(sizes[i])
-            costs.append(cost)
-        return np.array(costs)
-
     def observe(
         self, seqs: list[Sequence], drafts: list[Draft], accepted: list[Accepted], draft_seconds: float,
         verify_seconds: float,
@@ -187,8 +152,7 @@ class Cost(Shape):
         if not self.measured:
             self.curve.first_seen(rows, verify_seconds)
             self.measured = True
-        branched = sum(self.curve.branched(len(draft)) for draft in drafts if not draft.tree.is_chain)
-        self.curve.observe(rows, len(seqs), verify_seconds, branched)
+        self.curve.observe(rows, len(seqs), verify_seconds)
         self._overhead += PACE * (max(0.0, draft_seconds - _level_seconds(drafts)) - self._overhead)
         for seq, step in zip(seqs, accepted, strict=True):
             request = self._requests.get(seq.id)
@@ -258,24 +222,6 @@ class Cost(Shape):
 
     def __repr__(self) -> str:
         return f"cost:nodes={self._nodes},depth={self.max_depth},top_k={self.top_k}"
-
-
-def _chains(drafts: list[Draft], offers: list[Floats]) -> Ints:
-    """The candidates on the most probable chain of each draft, best first."""
-    chosen, gains, start = list[int](), list[float](), 0
-    for draft, offer in zip(drafts, offers, strict=True):
-        best: dict[int, int] = {}
-        for node, gain in enumerate(offer.tolist(), start=1):
-            rival = best.get(draft.parents[node])
-            if rival is None or gain > offer[rival - 1]:
-                best[draft.parents[node]] = node
-        node = best.get(0, 0) if len(offer) else 0
-        while node:
-            chosen.append(start + node - 1)
-            gains.append(-float(offer[node - 1]))
-            node = best.get(node, 0)
-        start += len(offer)
-    return np.array(chosen, np.int64)[np.argsort(gains, kind="stable")]
 
 
 def _level_seconds(drafts: list[Draft]) -> float:

@@ -21,8 +21,6 @@ class CostCurve:
         rows: where it was measured, ascending.
         seconds: the time there.
         per_sequence: what each sequence after the first adds, in seconds.
-        branching: what a tree that is no chain costs beyond a chain of its nodes: seconds for each such tree, and for
-            each of its nodes.
 
     Raises:
         OptionError: unless there are two points or more, with times above 0.
@@ -33,12 +31,11 @@ class CostCurve:
         rows: SequenceOf[int],
         seconds: SequenceOf[float],
         per_sequence: float = 0.0,
-        branching: tuple[float, float] = (0.0, 0.0),
     ) -> None:
         rising = len(rows) == len(seconds) >= 2 and list(rows) == sorted(set(rows))
         if not rising or not all(0 < point < math.inf for point in seconds):
             raise OptionError("a cost curve needs two or more numbers of rows, ascending, each with a time above 0")
-        self.rows, self.per_sequence, self.branching = list(rows), per_sequence, branching
+        self.rows, self.per_sequence = list(rows), per_sequence
         self._seconds = np.array(seconds, np.float64)
         self._table = self._tabulate(max(rows))
 
@@ -53,7 +50,7 @@ class CostCurve:
         return [float(point) for point in self._seconds]
 
     def copy(self) -> CostCurve:
-        return CostCurve(self.rows, self.points, self.per_sequence, self.branching)
+        return CostCurve(self.rows, self.points, self.per_sequence)
 
     def seconds(self, rows: int, sequences: int = 1) -> float:
         """Of a forward over ``rows`` rows of so many sequences."""
@@ -65,17 +62,13 @@ class CostCurve:
             self._table = self._tabulate(2 * rows)
         return self._table + self.per_sequence * (sequences - 1)
 
-    def branched(self, nodes: int) -> float:
-        """Seconds that a tree of so many nodes costs beyond a chain."""
-        return self.branching[0] + self.branching[1] * nodes
-
-    def observe(self, rows: int, sequences: int, seconds: float, branched: float = 0.0) -> None:
-        """Learns from a forward, whose trees cost ``branched`` beyond chains. Half of a difference is taken for a
+    def observe(self, rows: int, sequences: int, seconds: float) -> None:
+        """Learns from a forward. Half of a difference is taken for a
         machine that is slower or faster now; what is left belongs to this number of rows. A time of 0, from an engine
         without a clock, says nothing."""
         if seconds <= 0:
             return
-        ratio = min(2.0, max(0.5, seconds / (self.seconds(rows, sequences) + branched)))
+        ratio = min(2.0, max(0.5, seconds / self.seconds(rows, sequences)))
         place = float(np.interp(rows, self.rows, np.arange(len(self.rows))))
         for knot in {int(place), math.ceil(place)}:
             # the highest point so far is what is believed of this one: that is what was wrong
@@ -95,7 +88,6 @@ class CostCurve:
     def _scale(self, factor: float) -> None:
         self._seconds *= factor
         self.per_sequence *= factor
-        self.branching = self.branching[0] * factor, self.branching[1] * factor
 
     def _tabulate(self, last: int) -> Floats:
         rising = np.maximum.accumulate(self._seconds)  # more rows never take less time; noise may say so

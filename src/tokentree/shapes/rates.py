@@ -16,7 +16,8 @@ DEPTH_NAMES = ("1", "2", "3-4", "5-")
 RANKS = 4  # rank 0, 1, 2, and all others
 RANK_NAMES = ("0", "1", "2", "3-")
 ROWS = 64  # combinations of drafters that are told apart
-BROAD = ROWS * (len(CONFIDENCE) + 1)
+CLAIMS = len(CONFIDENCE) + 1
+BROAD = ROWS * CLAIMS
 NARROW = BROAD * 4 * RANKS
 
 # (weight of what is less particular, in trials; most trials that are remembered)
@@ -50,12 +51,13 @@ class Cells:
 class Rates:
     """P(a child is what the target goes on with | its parent is), for the candidates of a draft.
 
-    Starts from the probability that the drafter itself claims, and corrects it by what happened to candidates of the
-    same drafters with claims like it; then to those of the same depth and rank too; then within the same request.
-    Every level is an average shrunk towards the one before it, and forgets slowly.
+    Starts from the probability that the drafter itself claims, and corrects it by what happened to candidates with
+    claims like it, whoever made them; then to those of the same drafters; of the same depth and rank too; within the
+    same request. Every level is an average shrunk towards the one before it, and forgets slowly.
     """
 
     def __init__(self) -> None:
+        self._claims = Cells(CLAIMS, *SHARED)
         self._shared = Cells(BROAD, *SHARED)
         self._particular = Cells(NARROW, *PARTICULAR)
         self._rows: dict[int, int] = {}  # combination of drafters -> row
@@ -69,7 +71,7 @@ class Rates:
         rows = self._rows
         for bits in set(draft.sources) - rows.keys():
             rows[bits] = min(len(rows), ROWS - 1)
-        broad = np.array([rows[bits] for bits in draft.sources]) * (len(CONFIDENCE) + 1)
+        broad = np.array([rows[bits] for bits in draft.sources]) * CLAIMS
         broad += np.searchsorted(CONFIDENCE, draft.log_probs)
         depths = DEPTHS[np.minimum(draft.depths, len(DEPTHS) - 1)]
         return broad, (broad * 4 + depths) * RANKS + np.minimum(draft.ranks, RANKS - 1)
@@ -77,7 +79,8 @@ class Rates:
     def estimate(self, draft: Draft, cells: tuple[Ints, Ints], request: Cells) -> Floats:
         """float64[n]: the joint probability of the path to each node; 1 at the root."""
         broad, narrow = cells
-        rates = self._shared.estimate(broad, np.exp(draft.log_probs))
+        rates = self._claims.estimate(broad % CLAIMS, np.exp(draft.log_probs))
+        rates = self._shared.estimate(broad, rates)
         rates = request.estimate(broad, self._particular.estimate(narrow, rates))
         parents = np.array(draft.parents)
         rates[0] = 1.0
@@ -90,7 +93,7 @@ class Rates:
 
     def table(self, names: SequenceOf[str]) -> list[tuple[list[str], str, str, float, float]]:
         """(drafters, depth, rank, hits, trials) of everything that was tried, the most tried first."""
-        shape = (ROWS, len(CONFIDENCE) + 1, len(DEPTH_NAMES), RANKS)
+        shape = (ROWS, CLAIMS, len(DEPTH_NAMES), RANKS)
         hits, trials = (part.reshape(shape).sum(1) for part in (self._particular.hits, self._particular.trials))
         found = []
         for bits, row in self._rows.items():
@@ -111,6 +114,7 @@ class Rates:
     def learn(self, cells: tuple[Ints, Ints], nodes: list[int], hits: list[bool], request: Cells) -> None:
         """Learns what became of ``nodes``, whose parents were all accepted."""
         broad, narrow, hit = cells[0][nodes], cells[1][nodes], np.array(hits)
+        self._claims.learn(broad % CLAIMS, hit)
         self._shared.learn(broad, hit)
         self._particular.learn(narrow, hit)
         request.learn(broad, hit)
