@@ -39,8 +39,9 @@ from transformers.activations import GELUTanh, SiLUActivation
 
 from tests.tiny_models import FAMILIES, VOCAB, full_logits, randomised, request, some_tokens, some_tree, tiny
 from tokentree.engines import torch as engine_module
-from tokentree.engines.kernels import BLOCK
-from tokentree.engines.prepare import SteadyActivation, can_pack
+from tokentree.engines.kernels import BLOCK, has
+from tokentree.engines.linear import OneDNNLinear
+from tokentree.engines.prepare import SteadyActivation
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import ModelError
 from tokentree.sequence import Sequence as Request
@@ -53,13 +54,21 @@ UNSTEADY = {"mixtral"}
 STEADY = [family for family in WITH_TREE if family not in UNSTEADY]
 BOTH = [(family, "tree") for family in WITH_TREE] + [(family, "sdpa") for family in FAMILIES]
 PREFIXES = [0, 1, 5, 30, 32, 62, 70, 130]  # before and behind a window of 7, and around multiples of BLOCK
-DTYPES = [
+WIDER = {"hidden_size": 64, "intermediate_size": 96}
+WIDE = {
+    "gpt2": {"n_embd": 64},
+    "opt": {"hidden_size": 64, "ffn_dim": 96, "word_embed_proj_dim": 64},
+    "falcon": {"hidden_size": 64, "ffn_hidden_size": 96},
+    "falcon_old": {"hidden_size": 64, "ffn_hidden_size": 96},
+}
+BFLOAT16 = OneDNNLinear.fits(torch.zeros(1, 1, dtype=torch.bfloat16))
+Numbers = torch.dtype | str  # a dtype, or a quantization
+NUMBERS = [
     pytest.param(torch.float32, id="float32"),
     pytest.param(
-        torch.bfloat16,
-        id="bfloat16",
-        marks=pytest.mark.skipif(not can_pack(torch.bfloat16, torch.device("cpu")), reason="no bfloat16 on this CPU"),
+        torch.bfloat16, id="bfloat16", marks=pytest.mark.skipif(not BFLOAT16, reason="no bfloat16 on this CPU")
     ),
+    pytest.param("int8", id="int8", marks=pytest.mark.skipif(not has("avx512vnni"), reason="no int8 on this CPU")),
 ]
 
 every_engine = pytest.mark.parametrize(("family", "attention"), BOTH)
@@ -67,12 +76,15 @@ every_engine = pytest.mark.parametrize(("family", "attention"), BOTH)
 
 @functools.cache
 def model_of(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    return tiny(family, dtype)
+    """In bfloat16 with sizes that packed layers take."""
+    return tiny(family, dtype, **(WIDE.get(family, WIDER) if dtype is torch.bfloat16 else {}))
 
 
 @functools.cache
-def engine_of(family: str, attention: str, dtype: torch.dtype = torch.float32) -> TorchEngine:
-    return TorchEngine(model_of(family, dtype), attention)
+def engine_of(family: str, attention: str, numbers: Numbers = torch.float32) -> TorchEngine:
+    if isinstance(numbers, str):
+        return TorchEngine(model_of(family, torch.bfloat16), attention, quantization=numbers)
+    return TorchEngine(model_of(family, numbers), attention)
 
 
 def verified(engine: TorchEngine, seq: Request, tree: TokenTree) -> torch.Tensor:
@@ -166,12 +178,12 @@ def test_a_tree_has_the_logits_of_decoding_each_path_alone_where_the_model_atten
 
 
 @pytest.mark.parametrize("prefix", [5, 62, 127])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("numbers", NUMBERS)
 @pytest.mark.parametrize("family", STEADY)
 def test_a_node_has_the_bits_of_decoding_its_path_alone_in_a_tree_of_any_size(
-    family: str, dtype: torch.dtype, prefix: int
+    family: str, numbers: Numbers, prefix: int
 ) -> None:
-    engine, tokens = engine_of(family, "tree", dtype), some_tokens(prefix + 1)
+    engine, tokens = engine_of(family, "tree", numbers), some_tokens(prefix + 1)
     tree = some_tree(tokens[-1], 64, seed=prefix)
     nodes, alone = decoded_alone(engine, tokens[:-1], tree, leaves=7)
     seq = request(tokens)
@@ -183,10 +195,10 @@ def test_a_node_has_the_bits_of_decoding_its_path_alone_in_a_tree_of_any_size(
         assert torch.equal(got, alone[: len(known)]), f"{size} nodes, off by {error:.3g}"
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("numbers", NUMBERS)
 @pytest.mark.parametrize("family", STEADY)
-def test_a_chain_of_any_length_has_the_bits_of_decoding_alone(family: str, dtype: torch.dtype) -> None:
-    engine, tokens = engine_of(family, "tree", dtype), some_tokens(50 + 18)
+def test_a_chain_of_any_length_has_the_bits_of_decoding_alone(family: str, numbers: Numbers) -> None:
+    engine, tokens = engine_of(family, "tree", numbers), some_tokens(50 + 18)
     chain = TokenTree.chain(tokens[50], tokens[51:])
     _, alone = decoded_alone(engine, tokens[:50], chain)
     seq = request(tokens[:51])
@@ -196,10 +208,10 @@ def test_a_chain_of_any_length_has_the_bits_of_decoding_alone(family: str, dtype
         assert torch.equal(got, alone[:size]), f"{size} nodes"
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("numbers", NUMBERS)
 @pytest.mark.parametrize("family", STEADY)
-def test_prefilled_rows_and_committed_rows_have_the_same_bits(family: str, dtype: torch.dtype) -> None:
-    engine, tokens = engine_of(family, "tree", dtype), some_tokens(70)
+def test_prefilled_rows_and_committed_rows_have_the_same_bits(family: str, numbers: Numbers) -> None:
+    engine, tokens = engine_of(family, "tree", numbers), some_tokens(70)
     prefilled, decoded = request(tokens), request(tokens[:40])
     for seq in (prefilled, decoded):
         engine.prefill(seq)
@@ -261,11 +273,11 @@ def test_a_steady_activation_gives_a_row_the_same_bits_beside_any_rows_and_is_th
 
 @every_engine
 def test_a_ragged_batch_gives_each_sequence_what_it_gets_alone(family: str, attention: str) -> None:
-    dtypes = [torch.float32]
-    if attention == "tree" and family in STEADY and can_pack(torch.bfloat16, torch.device("cpu")):
-        dtypes.append(torch.bfloat16)
-    for dtype in dtypes:
-        engine = engine_of(family, attention, dtype)
+    kinds: list[Numbers] = [torch.float32]
+    if attention == "tree" and family in STEADY:
+        kinds += [torch.bfloat16] * BFLOAT16 + ["int8"] * has("avx512vnni")
+    for numbers in kinds:
+        engine = engine_of(family, attention, numbers)
         seqs = [request(some_tokens(length, seed=length)) for length in (66, 1, 12)]
         trees = [some_tree(seq.tokens[-1], nodes, seed=nodes) for seq, nodes in zip(seqs, (7, 13, 1), strict=True)]
         alone = [verified(engine, seq, tree) for seq, tree in zip(seqs, trees, strict=True)]

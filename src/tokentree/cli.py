@@ -55,6 +55,10 @@ AcceptOption = Annotated[str, typer.Option(help="match or rejection (both lossle
 DtypeOption = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16; default: what the machine is good at.")
 ]
+QuantizationOption = Annotated[
+    str | None,
+    typer.Option(help="int8: linear layers in 8 bits, on CPUs; it changes what the model says."),
+]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; default: the first GPU, if any.")]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
 
@@ -87,6 +91,7 @@ def generate(
     show_tree: Annotated[bool, typer.Option("--show-tree", help="Print the tree of each step.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
     dtype: DtypeOption = None,
+    quantization: QuantizationOption = None,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
 ) -> None:
@@ -99,7 +104,7 @@ def generate(
     text = _prompt_text(prompt)
     references = [_file_text(file) for file in reference or ()]
     console, errors = _consoles()
-    llm = _load(errors, model, draft_model, drafter, form, accept, dtype, device, threads, memory)
+    llm = _load(errors, model, draft_model, drafter, form, accept, dtype, quantization, device, threads, memory)
     ids = _encode(llm, text, chat)
 
     from tokentree.show import comparison, figures, print_stream, tree_printer
@@ -146,6 +151,7 @@ def check(
     per_category: Annotated[int | None, typer.Option(min=1, help="At most so many prompts of each category.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
     dtype: DtypeOption = None,
+    quantization: QuantizationOption = None,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
 ) -> None:
@@ -154,7 +160,7 @@ def check(
 
     entries = read_prompts(prompts, per_category)
     console, errors = _consoles()
-    llm = _load(errors, model, draft_model, drafter, shape, accept, dtype, device, threads)
+    llm = _load(errors, model, draft_model, drafter, shape, accept, dtype, quantization, device, threads)
     from dataclasses import asdict
 
     from rich.progress import Progress
@@ -211,6 +217,7 @@ def bench(
         bool, typer.Option("--resume", help="Go on with the run in --out; drafters start without their memories again.")
     ] = False,
     dtype: DtypeOption = None,
+    quantization: QuantizationOption = None,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
 ) -> None:
@@ -227,7 +234,7 @@ def bench(
         raise OptionError(f"there are {len(entries)} prompts: they fill no batch of {batch}")
     params = _params(max_tokens=max_tokens, temperature=temperature, seed=seed, ignore_eos=ignore_eos)
     console, errors = _consoles()
-    llm = _load(errors, model, draft_model, "none", None, "match", dtype, device, threads)
+    llm = _load(errors, model, draft_model, "none", None, "match", dtype, quantization, device, threads)
 
     from rich.progress import Progress
 
@@ -245,6 +252,7 @@ def bench(
         | {
             "methods": method,
             "dtype": str(llm.engine.dtype),
+            "quantization": quantization,
             "device": str(llm.engine.device),
             "attention": llm.engine.attention,
         }
@@ -286,6 +294,7 @@ def calibrate(
     plot: Annotated[Path | None, typer.Option(help="Draw it into this file (.png, .svg or .pdf).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
     dtype: DtypeOption = None,
+    quantization: QuantizationOption = None,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
 ) -> None:
@@ -298,7 +307,7 @@ def calibrate(
 
         check_plot(plot)
     console, errors = _consoles()
-    llm = _load(errors, model, draft_model, drafter, None, "match", dtype, device, threads)
+    llm = _load(errors, model, draft_model, drafter, None, "match", dtype, quantization, device, threads)
 
     from rich.progress import Progress
 
@@ -398,6 +407,7 @@ def _load(
     shape: str | None,
     accept: str,
     dtype: str | None,
+    quantization: str | None,
     device: str | None,
     threads: int | None,
     memory: Path | None = None,
@@ -413,7 +423,10 @@ def _load(
         if threads is not None:
             torch.set_num_threads(threads)
         names = drafter.split("+") if drafter and "+" in drafter else drafter
-        return LLM(model, names, list(draft_model or []), shape, accept, dtype=dtype, device=device, memory=memory)
+        return LLM(
+            model, names, list(draft_model or []), shape, accept, dtype=dtype, quantization=quantization, device=device,
+            memory=memory,
+        )  # fmt: skip
 
 
 def _drain(stream: Any) -> None:

@@ -82,7 +82,7 @@ class LLM:
         dtype: ``float32``, ``bfloat16`` or ``float16``; by default the checkpoint's, and bfloat16 on CPUs that compute
             in it.
         device: by default the first GPU, if there is one.
-        attention: see `TorchEngine`.
+        attention, quantization: see `TorchEngine`; they hold for draft models too.
         tokenizer: by default the one that comes with the model.
         max_batch: most sequences decoded together.
         memory: a folder with what drafters learnt earlier, see `save_memory`; one that isn't there is no mistake.
@@ -105,6 +105,7 @@ class LLM:
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
         attention: str | None = None,
+        quantization: str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_batch: int = 8,
         memory: str | Path | None = None,
@@ -133,7 +134,7 @@ class LLM:
         place = model.device if isinstance(model, PreTrainedModel) else pick_device(device)
         loaded = model if isinstance(model, PreTrainedModel) else load_model(model, dtype, place)
         self.tokenizer = tokenizer or _tokenizer_of(model)
-        self.engine = TorchEngine(loaded, attention, owns_model=not isinstance(model, PreTrainedModel))
+        self.engine = TorchEngine(loaded, attention, not isinstance(model, PreTrainedModel), quantization)
         self.max_batch = max_batch
         self.eos_ids = eos_ids(loaded, self.tokenizer)
         drafts: list[Model] = [] if draft_model is None else _as_list(draft_model)
@@ -143,7 +144,7 @@ class LLM:
             if self.tokenizer is not None:
                 check_same_tokenizer(self.tokenizer, _tokenizer_of(draft), name)
             smaller = draft if isinstance(draft, PreTrainedModel) else load_model(draft, dtype, place)
-            engine = TorchEngine(smaller, attention, owns_model=not isinstance(draft, PreTrainedModel))
+            engine = TorchEngine(smaller, attention, not isinstance(draft, PreTrainedModel), quantization)
             draft_engines.append((_short(name, [known for known, _ in draft_engines]), engine))
         self._draft_engines = draft_engines
         self._curve: CostCurve | None = None

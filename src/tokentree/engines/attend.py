@@ -22,19 +22,12 @@ from tokentree.engines.kernels import (
     address_of,
     claim,
     doubles,
+    exponentials,
     floats,
     integers,
     tile_float32,
 )  # fmt: skip
 
-LOG2_E = np.float32(math.log2(math.e))
-LEAST = np.float32(-126)  # below 2 ** -126 a weight counts as 0
-# 2 ** f = 1 + f * (C0 + f * (C1 + ...)) on [-0.5, 0.5], relative error below 1e-7 (coefficients: Cephes, exp2f)
-C0, C1, C2, C3, C4, C5 = (
-    np.float32(c)
-    for c in (6.931472028550421e-1, 2.402264791363012e-1, 5.550332471162809e-2, 9.618437357674640e-3,
-              1.339887440266574e-3, 1.535336188319500e-4)
-)  # fmt: skip
 HIDDEN = np.float32(-math.inf)
 
 CALL, SEGMENT = 12, 9  # integers that describe a call, and each segment in it
@@ -55,16 +48,8 @@ def _soften(scores, powers, scale, softcap):
     for lane in range(LANES):
         top = max(top, lanes[lane])
     for i in range(len(scores)):
-        power = (scores[i] - top) * LOG2_E
-        power = power if power > LEAST else LEAST
-        whole = np.floor(power + np.float32(0.5))
-        part = power - whole
-        powers[i] = (np.int32(whole) + np.int32(127)) << np.int32(23)
-        root = part * (C0 + part * (C1 + part * (C2 + part * (C3 + part * (C4 + part * C5)))))
-        scores[i] = root + np.float32(1) if power > LEAST else np.float32(0)
-    factors = powers.view(np.float32)
-    for i in range(len(scores)):
-        scores[i] *= factors[i]
+        scores[i] -= top
+    exponentials(scores, powers)
     lanes[:] = 0
     for start in range(0, len(scores), LANES):
         for lane in range(LANES):

@@ -92,10 +92,7 @@ class ForwardKV(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        for segment in self.segments:
-            rows = slice(segment.start, segment.start + segment.count)
-            row = segment.prefix + segment.first
-            segment.kv.write(layer_idx, row, key_states[0, :, rows], value_states[0, :, rows])
+        self.write(layer_idx, key_states[0], value_states[0])
         if not self._attends_itself:
             return key_states, value_states
         stored = [(segment.kv.layer(layer_idx), segment.prefix + len(segment.tree)) for segment in self.segments]
@@ -106,6 +103,12 @@ class ForwardKV(Cache):
         all_values = [values[:, :end] for (_, values), end in stored]
         # a padding row, if there is one, sees row 0 of the first sequence
         return torch.cat(all_keys, 1)[None], torch.cat(all_values, 1)[None]
+
+    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Stores the new rows of all sequences, [heads, rows, width]."""
+        for segment in self.segments:
+            rows = slice(segment.start, segment.start + segment.count)
+            segment.kv.write(layer, segment.prefix + segment.first, keys[:, rows], values[:, rows])
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
@@ -148,25 +151,40 @@ def tree_attention(
     """
     if forward_kv is None:
         raise ModelError(f"{type(module).__name__} drops the keyword arguments of its attention: use attention='sdpa'")
-    _, heads, rows, width = query.shape
-    query = query[0].float()
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    sizes = key.shape[1], value.shape[3]
+    out = attend_rows(forward_kv, layer, query[0].float(), *sizes, scale, sliding_window, softcap)
+    return out[None].to(value.dtype), None
+
+
+def attend_rows(
+    forward_kv: ForwardKV, layer: int, query: torch.Tensor, kv_heads: int, value_width: int, scale: float,
+    window: int | None, softcap: float | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """float32[rows, heads, value width]: attention of all rows of a forward over what `layer` has stored for them.
+
+    Args:
+        query: float32[heads, rows, width].
+    """
     if query.stride(2) != 1:
         query = query.contiguous()
+    heads, rows, width = query.shape
     table = list[int]()
     for segment in forward_kv.segments:
-        keys, values = segment.kv.layer(module.layer_idx)  # type: ignore[arg-type]
-        segment.windows.add(sliding_window)
+        keys, values = segment.kv.layer(layer)
+        segment.windows.add(window)
         paths, chain = segment.paths, segment.tree.is_chain
         table += [
             keys.data_ptr(), values.data_ptr(), values.shape[1], segment.prefix, segment.count, segment.start,
             paths.ctypes.data, paths.shape[1] - 1, chain,
         ]  # fmt: skip
-    out = torch.zeros(rows, heads, value.shape[3])  # rows that only fill up get zeros
-    numbers = np.array([width**-0.5 if scaling is None else scaling, softcap or 0.0])
+    out = torch.zeros(rows, heads, value_width)  # rows that only fill up get zeros
+    numbers = np.array([scale, softcap or 0.0])
     kernels.run(
         attend,
         [query.data_ptr(), 4 * query.stride(0), 4 * query.stride(1), out.data_ptr(), 4 * out.stride(1),
-         4 * out.stride(0), width, value.shape[3], heads // key.shape[1], sliding_window or 0, heads,
-         len(forward_kv.segments), *table, numbers.ctypes.data],
+         4 * out.stride(0), width, value_width, heads // kv_heads, window or 0, heads, len(forward_kv.segments), *table,
+         numbers.ctypes.data],
     )  # fmt: skip
-    return out[None].to(value.dtype), None
+    return out

@@ -7,21 +7,23 @@ Everything here rests on one loop, the *tile*: a few rows times a strip of `BLOC
 ahead. Up to 8 or 10 rows that costs no more than one row. A row's sums are added up in one order, so its bits never
 depend on the others.
 
-The loop is spelled out in LLVM's language and compiled by numba, so no C compiler is needed. For bfloat16 it is made of
-AVX-512's dot products (`llvm.x86.avx512bf16.dpbf16ps.512`); for float32, of fused multiply-adds on any CPU. Threads are
-those of torch's own pool.
+The loop is spelled out in LLVM's language and compiled by numba, so no C compiler is needed. For bfloat16 and int8 it
+is made of AVX-512's dot products; for float32, of fused multiply-adds on any CPU. Threads are those of torch's own
+pool.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import llvmlite.binding
 import numba
+import numpy as np
 import torch
 from llvmlite import ir
 from numba.core import cgutils
@@ -32,6 +34,14 @@ BLOCK = 2 * LANES  # columns that are computed together
 TILE_ROWS = 12  # sums of 12 rows fill 24 registers
 AHEAD = 1024  # bytes, how far ahead weights are asked for
 CHUNKS = 8  # shares per thread: the threads take them as they become free
+
+LOG2_E, LEAST, MOST = np.float32(math.log2(math.e)), np.float32(-126), np.float32(127)
+# 2 ** x = 1 + x * (C1 + x * (C2 + ...)): the coefficients of Cephes' exp2f
+C1, C2, C3, C4, C5, C6 = (
+    np.float32(c)
+    for c in (6.931472028550421e-1, 2.402264791363012e-1, 5.550332471162809e-2, 9.618437357674640e-3,
+              1.339887440266574e-3, 1.535336188319500e-4)
+)  # fmt: skip
 
 I8, I16, I32, I64, F32 = *(ir.IntType(bits) for bits in (8, 16, 32, 64)), ir.FloatType()
 F32S, I32S, I16S = (ir.VectorType(kind, LANES) for kind in (F32, I32, I16))
@@ -61,9 +71,9 @@ def _function(builder, name, result, *params):
 
 
 class _Float32:
-    """One number of x and of the matrix at a time, fused multiply-add."""
+    """A word is a number: fused multiply-add."""
 
-    out_bytes = 4
+    sums, out_bytes = F32S, 4
 
     @staticmethod
     def add(builder, old, x, weights):
@@ -76,9 +86,9 @@ class _Float32:
 
 
 class _BFloat16:
-    """A pair of numbers at a time, with float32 sums; the result is rounded."""
+    """A word is a pair of bfloat16, sums are float32, the result is rounded to bfloat16."""
 
-    out_bytes = 2
+    sums, out_bytes = F32S, 2
 
     @staticmethod
     def add(builder, old, x, weights):
@@ -91,12 +101,28 @@ class _BFloat16:
         return builder.bitcast(builder.call(narrow, [sums]), I16S)
 
 
+class _Int8:
+    """A word is four numbers, of x without a sign, of the matrix with one; sums are int32."""
+
+    sums, out_bytes = I32S, 4
+
+    @staticmethod
+    def add(builder, old, x, weights):
+        words = I32S if llvmlite.binding.llvm_version_info[0] < 22 else ir.VectorType(I8, 4 * LANES)
+        dot = _function(builder, "llvm.x86.avx512.vpdpbusd.512", I32S, I32S, words, words)
+        return builder.call(dot, [old, builder.bitcast(x, words), builder.bitcast(weights, words)])
+
+    @staticmethod
+    def finish(builder, sums):
+        return sums
+
+
 def _tile(kind):
     """An intrinsic: ``tile(rows, steps, matrix, matrix_stride, x, x_stride, start, start_stride, y, y_stride)``.
 
-    y[rows, BLOCK] = start[rows, BLOCK] + x[rows, steps] @ matrix[steps, BLOCK], where numbers are what ``kind`` says:
-    x and the matrix hold words of 4 bytes, ``start`` float32. All but ``rows``, up to `TILE_ROWS`, and ``steps``, at
-    least 1, are addresses and strides in bytes.
+    y[rows, BLOCK] = start[rows, BLOCK] + x[rows, steps] @ matrix[steps, BLOCK], where x and the matrix hold words of 4
+    bytes, which are what ``kind`` says, and ``start`` what it sums up in. All but ``rows``, up to `TILE_ROWS`, and
+    ``steps``, at least 1, are addresses and strides in bytes.
     """
 
     @intrinsic
@@ -131,7 +157,10 @@ def _emit_tile(
 
     halves = range(BLOCK // LANES)
     begin = [
-        [builder.load(at(start, row_of(start_stride, row, number(4 * LANES * half)), F32S), align=4) for half in halves]
+        [
+            builder.load(at(start, row_of(start_stride, row, number(4 * LANES * half)), kind.sums), align=4)
+            for half in halves
+        ]
         for row in range(rows)
     ]
     entry = builder.block
@@ -141,7 +170,7 @@ def _emit_tile(
     builder.position_at_end(loop)
     step = builder.phi(I64)
     step.add_incoming(number(0), entry)
-    sums = [[builder.phi(F32S) for _ in halves] for _ in range(rows)]
+    sums = [[builder.phi(kind.sums) for _ in halves] for _ in range(rows)]
     here, columns = builder.add(matrix, builder.mul(step, matrix_stride)), []
     prefetch = _function(builder, "llvm.prefetch.p0", ir.VoidType(), I8.as_pointer(), I32, I32, I32)
     for half in halves:
@@ -170,7 +199,7 @@ def _emit_tile(
             builder.store(result, at(y, place, result.type), align=kind.out_bytes)
 
 
-tile_float32, tile_bfloat16 = _tile(_Float32), _tile(_BFloat16)
+tile_float32, tile_bfloat16, tile_int8 = _tile(_Float32), _tile(_BFloat16), _tile(_Int8)
 
 
 @intrinsic
@@ -181,6 +210,15 @@ def claim(typingctx, counter):
         return builder.atomic_rmw("add", builder.inttoptr(args[0], I64.as_pointer()), ir.Constant(I64, 1), "monotonic")
 
     return numba.int64(numba.int64), generate
+
+
+@functools.cache
+def has(feature: str) -> bool:
+    """Whether this CPU has that feature, by LLVM's name."""
+    try:
+        return bool(llvmlite.binding.get_host_cpu_features().get(feature, False))
+    except RuntimeError:  # LLVM can't tell
+        return False
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------
@@ -207,13 +245,26 @@ def _pointer(kind):
     return pointer
 
 
-_to_float32, _to_float64, _to_int64 = (_pointer(kind) for kind in (numba.float32, numba.float64, numba.int64))
+_to_float32, _to_float64 = (_pointer(kind) for kind in (numba.float32, numba.float64))
+_to_int16, _to_int32, _to_int64 = (_pointer(kind) for kind in (numba.int16, numba.int32, numba.int64))
 
 
 @numba.njit
 def floats(address, shape):
     """The float32 array of that shape at ``address``."""
     return numba.carray(_to_float32(address), shape)
+
+
+@numba.njit
+def words(address, shape):
+    """The int32 array of that shape at ``address``."""
+    return numba.carray(_to_int32(address), shape)
+
+
+@numba.njit
+def halves(address, shape):
+    """The int16 array of that shape at ``address``."""
+    return numba.carray(_to_int16(address), shape)
 
 
 @numba.njit
@@ -226,6 +277,45 @@ def doubles(address, shape):
 def integers(address, shape):
     """The int64 array of that shape at ``address``."""
     return numba.carray(_to_int64(address), shape)
+
+
+# -- rows of numbers -------------------------------------------------------------------------------------------------
+
+
+@numba.njit
+def widen(bits, out):
+    """bfloat16, given as int16, to float32."""
+    words = out.view(np.int32)
+    for i in range(len(bits)):
+        words[i] = np.int32(bits[i]) << np.int32(16)
+
+
+@numba.njit
+def narrow(x, out):
+    """float32 to bfloat16 as int16, rounded to the nearest, ties to even; not for what is no number."""
+    bits = x.view(np.int32)
+    for i in range(len(x)):
+        out[i] = np.int16((bits[i] + np.int32(0x7FFF) + ((bits[i] >> np.int32(16)) & np.int32(1))) >> np.int32(16))
+
+
+@numba.njit
+def exponentials(x, powers):
+    """Turns float32 x into exp(x), in place: 0 below 2 ** -126, and never above 2 ** 127; ``powers`` is int32 scratch
+    of the same length.
+
+    exp(x) = 2 ** whole * 2 ** part, the latter by a polynomial on [-0.5, 0.5] with a relative error below 1e-7.
+    """
+    for i in range(len(x)):
+        power = min(x[i] * LOG2_E, MOST)
+        power = power if power > LEAST else LEAST
+        whole = np.floor(power + np.float32(0.5))
+        part = power - whole
+        powers[i] = (np.int32(whole) + np.int32(127)) << np.int32(23)
+        root = part * (C1 + part * (C2 + part * (C3 + part * (C4 + part * (C5 + part * C6)))))
+        x[i] = root + np.float32(1) if power > LEAST else np.float32(0)
+    factors = powers.view(np.float32)
+    for i in range(len(x)):
+        x[i] *= factors[i]
 
 
 # -- threads ---------------------------------------------------------------------------------------------------------
@@ -254,79 +344,3 @@ def _pool() -> Any:
 
 
 WORKER = numba.void(numba.types.CPointer(numba.int64))  # the type of what threads run
-
-
-# -- linear layers ---------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _product_worker() -> Any:
-    """Compiled when first asked for, as not every CPU has the instructions."""
-
-    @numba.cfunc(WORKER, cache=True)
-    def worker(arguments):
-        weights, x, x_stride, start, y, y_stride, steps, blocks, rows, share = numba.carray(arguments, 10)
-        counter = address_of(arguments) + 8 * 10
-        while True:
-            first = claim(counter) * share
-            if first >= blocks:
-                return
-            for block in range(first, min(first + share, blocks)):
-                done = 0
-                while done < rows:
-                    passes = -(-(rows - done) // TILE_ROWS)
-                    count = -(-(rows - done) // passes)
-                    tile_bfloat16(
-                        count, steps, weights + block * steps * 4 * BLOCK, 4 * BLOCK, x + done * x_stride, x_stride,
-                        start + block * 4 * BLOCK, 0, y + done * y_stride + block * 2 * BLOCK, y_stride,
-                    )  # fmt: skip
-                    done += count
-
-    return worker
-
-
-@functools.cache
-def supported() -> bool:
-    """Whether this CPU has the dot products."""
-    try:
-        features = llvmlite.binding.get_host_cpu_features()
-    except RuntimeError:  # LLVM can't tell
-        return False
-    return bool(features.get("avx512bf16", False))
-
-
-def fits(weight: torch.Tensor) -> bool:
-    """Whether a weight [outputs, inputs] can be packed."""
-    outputs, inputs = weight.shape
-    return weight.dtype is torch.bfloat16 and outputs % BLOCK == 0 and inputs % 2 == 0 and supported()
-
-
-def pack(weight: torch.Tensor) -> torch.Tensor:
-    """int32[outputs / BLOCK, inputs / 2, BLOCK]: pairs of the inputs' weights, a block of outputs behind another, of a
-    bfloat16 ``weight`` [outputs, inputs]."""
-    outputs, inputs = weight.shape
-    pairs = weight.detach().contiguous().view(torch.int32)
-    return pairs.view(outputs // BLOCK, BLOCK, inputs // 2).transpose(1, 2).contiguous()
-
-
-def product(x: torch.Tensor, packed: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-    """bfloat16[rows, outputs]: ``start`` + ``x`` @ weight.T, rounded once.
-
-    Args:
-        x: bfloat16[rows, inputs].
-        packed: the weight, from `pack`.
-        start: float32[outputs], the bias or zeros.
-    """
-    x = x.contiguous()
-    rows, inputs = x.shape
-    blocks, steps, _ = packed.shape
-    if inputs != 2 * steps or x.dtype is not torch.bfloat16:
-        raise ValueError(f"a product of {x.dtype} {tuple(x.shape)} with weights for {2 * steps} inputs")
-    y = torch.empty(rows, blocks * BLOCK, dtype=torch.bfloat16)
-    share = -(-blocks // (CHUNKS * torch.get_num_threads()))
-    run(
-        _product_worker(),
-        [packed.data_ptr(), x.data_ptr(), 2 * inputs, start.data_ptr(), y.data_ptr(), 2 * blocks * BLOCK, steps, blocks,
-         rows, share],
-    )  # fmt: skip
-    return y

@@ -1,16 +1,16 @@
 """A model made ready for an engine, without touching the one that was given.
 
-`private_copy` copies the tree of modules and shares the weights; `pack_linears` then exchanges, in that copy, the
-linear layers for ones whose weights are packed once. torch's `F.linear` packs them again at every call on a CPU,
-which takes as long as the product itself. `steady_activations` exchanges activations whose bits depend on how many
-values they are computed with.
+`private_copy` copies the tree of modules and shares the weights; `pack` then exchanges, in that copy, the linear layers
+for ones whose weights are packed once (`linear`), and whole modules for compiled ones (`fused`). torch's `F.linear`
+packs weights again at every call on a CPU, which takes as long as the product itself. `steady_activations` exchanges
+activations whose bits depend on how many values they are computed with.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from transformers.activations import GELUTanh, SiLUActivation
 from transformers.pytorch_utils import Conv1D
 
-from tokentree.engines import kernels
+from tokentree.engines.fused import FusedAttention, FusedMLP, FusedNorm
+from tokentree.engines.linear import Int8Linear, OneDNNLinear, PackedLinear
 
 
 def private_copy(model: PreTrainedModel, attention: str) -> PreTrainedModel:
@@ -43,58 +44,51 @@ def private_copy(model: PreTrainedModel, attention: str) -> PreTrainedModel:
     return result
 
 
-class PackedLinear(nn.Module):
-    """A linear layer on weights that are packed once, by `kernels`. A row has the same bits beside any others."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        super().__init__()
-        self.weight = kernels.pack(weight)
-        self.start = torch.zeros(len(weight)) if bias is None else bias.detach().float()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return kernels.product(x.flatten(0, -2), self.weight, self.start).view(*x.shape[:-1], len(self.start))
-
-
-class OneDNNLinear(nn.Module):
-    """A linear layer on oneDNN's own weight layout. A row has the same bits beside any number of rows from 2 on."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
-        self.bias = None if bias is None else bias.detach()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")  # type: ignore[no-any-return]
-
-
-def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether this machine's torch can pack linear layers of that type."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    return dtype is torch.float32 or (dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def pack_linears(model: PreTrainedModel, release: bool) -> None:
-    """Exchanges the linear layers of ``model`` (a `private_copy`) for packed ones.
+def pack(model: PreTrainedModel, release: bool, attends: bool, quantization: str | None = None) -> None:
+    """Exchanges, in ``model`` (a `private_copy` of one on a CPU), linear layers for packed ones where this CPU has any
+    for them, and modules that `fused` has.
 
     Args:
         release: drop each weight from the layer it came from once it is packed, so that memory does not double. Only
             for a model that nobody else uses. Embeddings that are tied to a layer stay.
+        attends: exchange attention too, where `fused` has it. The model can't run by itself then.
+        quantization: None, or ``"int8"``: to 8 bits, where a layer's sizes suit.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    for parent, name, layer in list(_linears(model)):
-        weight = layer.weight.t().contiguous() if isinstance(layer, Conv1D) else layer.weight
-        setattr(parent, name, (PackedLinear if kernels.fits(weight) else OneDNNLinear)(weight, layer.bias))
-        if release and id(layer.weight) not in embeddings:
-            layer.weight.data = layer.weight.data.new_empty(0)
+
+    def drop(*layers: Any) -> None:
+        for layer in layers:
+            if release and id(layer.weight) not in embeddings:
+                layer.weight.data = layer.weight.data.new_empty(0)
+
+    first: type[PackedLinear] | type[Int8Linear] = Int8Linear if quantization == "int8" else PackedLinear
+    for parent, name, child in _children(model):
+        if FusedMLP.fits(child, first):
+            setattr(parent, name, FusedMLP(child, first))
+            drop(child.gate_proj, child.up_proj)
+        elif attends and FusedAttention.fits(child, first):
+            setattr(parent, name, FusedAttention(child, first))
+            drop(child.q_proj, child.k_proj, child.v_proj)
+        elif FusedNorm.fits(child):
+            setattr(parent, name, FusedNorm(child))
+    for parent, name, layer in _children(model):
+        # other subclasses may do more than a product; Falcon's computes the same in two steps
+        if type(layer).__name__ in ("Linear", "Conv1D", "FalconLinear") and isinstance(layer, nn.Linear | Conv1D):
+            weight = layer.weight.t().contiguous() if isinstance(layer, Conv1D) else layer.weight
+            kind = next((kind for kind in (first, PackedLinear, OneDNNLinear) if kind.fits(weight)), None)
+            if kind is not None:
+                setattr(parent, name, kind(weight, layer.bias))
+                drop(layer)
 
 
-def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear | Conv1D]]:
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            # other subclasses may do more than a product; Falcon's computes the same in two steps
-            if type(child).__name__ in ("Linear", "Conv1D", "FalconLinear") and isinstance(child, nn.Linear | Conv1D):
-                yield parent, name, child
+def _children(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Every module with its parent and its name there."""
+    return [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent._modules.items()
+        if child is not None
+    ]
 
 
 class SteadyActivation(nn.Module):
@@ -131,7 +125,6 @@ def steady_gelu_tanh(x: torch.Tensor) -> torch.Tensor:
 
 def steady_activations(model: PreTrainedModel) -> None:
     """Exchanges the activations of ``model`` (a `private_copy`) whose bits depend on how many rows there are."""
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if isinstance(child, nn.SiLU | SiLUActivation | GELUTanh):
-                setattr(parent, name, SteadyActivation(child))
+    for parent, name, child in _children(model):
+        if isinstance(child, nn.SiLU | SiLUActivation | GELUTanh):
+            setattr(parent, name, SteadyActivation(child))

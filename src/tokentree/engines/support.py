@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 
+import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from tokentree.errors import ModelError
+from tokentree.engines.kernels import has
+from tokentree.errors import ModelError, OptionError
 
 ALIBI = {"bloom", "mpt"}
 
@@ -31,6 +33,16 @@ def check_supported(model: PreTrainedModel) -> None:
     )
     if missing:
         raise ModelError(f"{name} takes no {', '.join(sorted(missing))}, without which a tree can't be verified")
+
+
+def check_quantization(model: PreTrainedModel, quantization: str | None) -> None:
+    """Raises `OptionError` if there is no such quantization, `ModelError` if model or machine is not made for it."""
+    if quantization not in (None, "int8"):
+        raise OptionError(f"unknown quantization {quantization!r}: there is 'int8'")
+    if quantization and (model.device.type != "cpu" or model.dtype is not torch.bfloat16):
+        raise ModelError(f"quantization={quantization!r} is for bfloat16 models on a CPU")
+    if quantization and not has("avx512vnni"):
+        raise ModelError(f"quantization={quantization!r} needs a CPU with AVX-512's VNNI instructions")
 
 
 def context_length(config: PretrainedConfig) -> int:

@@ -13,9 +13,10 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from tokentree.engines.attention import ForwardKV, Segment, dense_mask, tree_attention
 from tokentree.engines.base import TargetOutput
+from tokentree.engines.fused import FusedAttention
 from tokentree.engines.kv import KVLayout, SequenceKV
-from tokentree.engines.prepare import can_pack, pack_linears, private_copy, steady_activations
-from tokentree.engines.support import check_supported, context_length, has_softcap, layer_windows
+from tokentree.engines.prepare import pack, private_copy, steady_activations
+from tokentree.engines.support import check_quantization, check_supported, context_length, has_softcap, layer_windows
 from tokentree.errors import ModelError
 from tokentree.sequence import Sequence
 from tokentree.tree import TokenTree
@@ -36,14 +37,20 @@ class TorchEngine:
         attention: ``"tree"`` (default on CPUs, and only there) uses `tree_attention`, which gives the same bits in any
             batch and any tree; ``"sdpa"`` (default elsewhere) lets the model attend by itself under a dense mask.
         owns_model: nobody else uses ``model``, so its weights may be dropped once they are packed.
+        quantization: None, or ``"int8"``: weights in 8 bits with a scale per output, inputs of linear layers in 8 bits
+            with a scale per row. It changes what the model says; trees remain lossless to the quantised model.
 
     Raises:
         ModelError: if the model can't be decoded with a tree, with the reason.
     """
 
-    def __init__(self, model: PreTrainedModel, attention: str | None = None, owns_model: bool = False) -> None:
+    def __init__(
+        self, model: PreTrainedModel, attention: str | None = None, owns_model: bool = False,
+        quantization: str | None = None,
+    ) -> None:  # fmt: skip
         check_supported(model)
-        self.device, self.dtype = model.device, model.dtype
+        check_quantization(model, quantization)
+        self.device, self.dtype, self.quantization = model.device, model.dtype, quantization
         config = model.config.get_text_config()
         self.context = context_length(config)
         self.attention = attention or self._best_attention(model)
@@ -58,8 +65,8 @@ class TorchEngine:
         self._keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         reference = self._own_forward()
         self._layout = self._learn_layout(reference.past_key_values)
-        if can_pack(self.dtype, self.device):
-            pack_linears(self._model, release=owns_model)
+        if self.device.type == "cpu":
+            pack(self._model, owns_model, not self._attends_itself, quantization)
         # On a CPU a product of fewer than four rows takes other code paths, whose bits differ, and is no faster.
         self._min_rows = 4 if self.device.type == "cpu" else 1
         if not self._attends_itself:
@@ -73,7 +80,7 @@ class TorchEngine:
         try:
             self._check_tree(reference.logits[0])
         except ModelError:
-            if attention is not None or self._attends_itself:
+            if attention is not None or self._attends_itself or self._is_fused:
                 raise
             # nobody asked for our attention: let the model attend by itself
             self.attention, self._attends_itself = "sdpa", True
@@ -86,7 +93,13 @@ class TorchEngine:
         """What the cost of a forward depends on: model, engine, dtype, device and threads."""
         on_cpu = self.device.type == "cpu"
         device = f"cpu {torch.get_num_threads()} threads" if on_cpu else torch.cuda.get_device_name(self.device)
-        return f"{self._model_size}, {self.attention} attention, {str(self.dtype).removeprefix('torch.')}, {device}"
+        numbers = self.quantization or str(self.dtype).removeprefix("torch.")
+        return f"{self._model_size}, {self.attention} attention, {numbers}, {device}"
+
+    @property
+    def _is_fused(self) -> bool:
+        """Whether the model can't attend by itself any more."""
+        return any(isinstance(module, FusedAttention) for module in self._model.modules())
 
     # -- the protocol ----------------------------------------------------------------------------------------------
 
@@ -212,7 +225,8 @@ class TorchEngine:
             kv.commit(path)
             windows |= segment.windows
         error, spread = float((torch.cat(got) - expected).square().mean().sqrt()), float(expected.float().std())
-        if not error <= (0.001 if self.dtype in (torch.float32, torch.float64) else 0.1) * spread:
+        few_bits = 0.3 if self.quantization else 0.1
+        if not error <= (0.001 if self.dtype in (torch.float32, torch.float64) else few_bits) * spread:
             way_out = "trees can't be verified with it" if self._attends_itself else "use attention='sdpa'"
             raise ModelError(
                 f"{type(self._model).__name__} does not give the same logits under a tree attention mask "

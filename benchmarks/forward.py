@@ -1,0 +1,127 @@
+"""What a forward of the target costs by its rows, by how it is computed, and how far above the time of reading weights.
+
+    python benchmarks/forward.py MODEL [--threads 2] [--prefix 256] [--rounds 8]
+
+Measures the model's own modules (`torch`, with transformers' cache), tokentree's engine with oneDNN's linear layers,
+with its own, and in 8 bits, all on one model and in turns, and keeps the median of each. The floor is the bytes of the
+linear layers' weights over the read bandwidth, measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+
+from tokentree.engines import prepare
+from tokentree.engines.linear import PackedLinear
+from tokentree.engines.torch import TorchEngine
+from tokentree.loading import load_model
+from tokentree.sampling import SamplingParams, seeded_noise
+from tokentree.sequence import Sequence
+from tokentree.tree import TokenTree
+
+ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--prefix", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=8)
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    model = load_model(asked.model, "bfloat16", torch.device("cpu"))
+    size = model.config.get_text_config().vocab_size
+    ids = np.random.default_rng(0).integers(0, size, asked.prefix + 1).tolist()
+    forwards = {
+        "torch": own(model, ids),
+        "oneDNN": ours(without_packing(model), ids),
+        "bfloat16": ours(TorchEngine(model), ids),
+        "int8": ours(TorchEngine(model, quantization="int8"), ids),
+    }
+    times: dict[tuple[str, int], list[float]] = {(name, rows): [] for name in forwards for rows in ROWS}
+    bandwidth = list[float]()
+    with Progress(transient=True) as bar:
+        task = bar.add_task("measuring", total=asked.rounds * len(times))
+        for _ in range(asked.rounds):
+            bandwidth.append(read_bandwidth())
+            for (name, rows), seconds in times.items():
+                seconds.append(forwards[name](rows))
+                bar.advance(task)
+    medians = {key: statistics.median(seconds) for key, seconds in times.items()}
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    best = max(bandwidth)
+    shown = Table(title=f"T(n), ms: {asked.model}, {asked.prefix} tokens before, {asked.threads} threads")
+    for head in ("rows", *forwards, *(f"{name} T(n)/T(1)" for name in forwards)):
+        shown.add_column(head, justify="right")
+    for rows in ROWS:
+        now = [medians[name, rows] for name in forwards]
+        ratios = [f"{medians[name, rows] / medians[name, 1]:.2f}" for name in forwards]
+        shown.add_row(str(rows), *(f"{1e3 * seconds:.1f}" for seconds in now), *ratios)
+    console = Console(width=140)
+    console.print(shown)
+    for name, width in (("bfloat16", 2), ("int8", 1)):
+        floor = weights * width / best
+        console.print(
+            f"{name}: {weights * width / 1e6:.0f} MB of weights at {best / 1e9:.1f} GB/s (best of {asked.rounds}, "
+            f"median {statistics.median(bandwidth) / 1e9:.1f}) take {1e3 * floor:.1f} ms: plain is at "
+            f"{floor / medians[name, 1]:.0%} of that floor"
+        )
+
+
+def own(model: PreTrainedModel, ids: list[int]) -> Callable[[int], float]:
+    """The model's own forward over a chain, with its own cache."""
+
+    @torch.inference_mode()
+    def forward(rows: int) -> float:
+        cache = DynamicCache(config=model.config)
+        model(input_ids=torch.tensor([ids[:-1]]), past_key_values=cache, logits_to_keep=1)
+        started = time.perf_counter()
+        model(input_ids=torch.tensor([ids[-1:] * rows]), past_key_values=cache)
+        return time.perf_counter() - started
+
+    return forward
+
+
+def ours(engine: TorchEngine, ids: list[int]) -> Callable[[int], float]:
+    """An engine's forward over a chain."""
+    seq = Sequence(ids, SamplingParams(max_tokens=100), seeded_noise(0, 0), engine.context)
+    engine.prefill(seq)
+
+    def forward(rows: int) -> float:
+        return engine.verify([seq], [TokenTree.chain(ids[-1], ids[-1:] * (rows - 1))]).seconds
+
+    return forward
+
+
+def without_packing(model: PreTrainedModel) -> TorchEngine:
+    """An engine as it is on a CPU without bfloat16 dot products."""
+    fits, prepare.PackedLinear.fits = PackedLinear.fits, staticmethod(lambda _: False)  # type: ignore[method-assign]
+    try:
+        return TorchEngine(model)
+    finally:
+        prepare.PackedLinear.fits = fits  # type: ignore[method-assign]
+
+
+def read_bandwidth() -> float:
+    """Bytes a second of summing up half a gigabyte with all threads."""
+    block = torch.ones(1 << 27)
+    block.sum()
+    started = time.perf_counter()
+    block.sum()
+    return block.nbytes / (time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    main()

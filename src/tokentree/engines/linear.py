@@ -1,0 +1,279 @@
+# numba gives every scalar a type of its own, which annotations can't follow:
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined,call-arg,no-any-return"
+"""Linear layers on weights that are packed once: as they are, or quantised to 8 bits."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import nn
+
+from tokentree.engines.kernels import (
+    BLOCK,
+    CHUNKS,
+    LANES,
+    TILE_ROWS,
+    WORKER,
+    address_of,
+    claim,
+    exponentials,
+    floats,
+    halves,
+    has,
+    narrow,
+    run,
+    tile_bfloat16,
+    tile_int8,
+    widen,
+)  # fmt: skip
+
+QUANTIZED_ROWS = 8192  # of a weight, quantised at a time
+
+
+class PackedLinear(nn.Module):
+    """A linear layer in bfloat16. A row has the same bits beside any others.
+
+    The weight [outputs, inputs] is kept as int32[outputs / BLOCK, inputs / 2, BLOCK]: pairs of inputs' weights, a block
+    of outputs behind another.
+
+    Args:
+        weight, bias: bfloat16[outputs, inputs], and [outputs] or None.
+        gated: blocks of outputs come in pairs, g and u (`paired`), and the layer gives silu(g) * u: half as many.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, gated: bool = False) -> None:
+        super().__init__()
+        self.gated = gated
+        self.weight = _blocks(weight.detach().contiguous().view(torch.int32))
+        self.start = torch.zeros(len(weight)) if bias is None else bias.detach().float()
+
+    @staticmethod
+    def fits(weight: torch.Tensor) -> bool:
+        """Whether this CPU can, and the sizes suit."""
+        outputs, inputs = weight.shape
+        return weight.dtype is torch.bfloat16 and not outputs % BLOCK and not inputs % 2 and has("avx512bf16")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` [..., inputs] @ weight.T + bias, summed up in float32 and rounded once.
+
+        Raises:
+            ValueError: if ``x`` is not bfloat16, or of another width.
+        """
+        rows = _rows(x, 2 * self.weight.shape[1])
+        y = torch.empty(len(rows), len(self.start) >> self.gated, dtype=torch.bfloat16)
+        run(_bfloat16_worker(), _call(rows, self.weight, self.start, y, self.gated))
+        return y.view(*x.shape[:-1], -1)
+
+
+class Int8Linear(nn.Module):
+    """A linear layer in 8 bits: weights with a scale for each output, inputs with a scale for each row, taken when they
+    come; both symmetric. Sums are exact integers. A row has the same bits beside any others.
+
+    The weight is kept as int32[outputs / BLOCK, inputs / 4, BLOCK], four inputs' weights in each.
+
+    Args:
+        weight, bias, gated: as for `PackedLinear`.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, gated: bool = False) -> None:
+        super().__init__()
+        self.gated = gated
+        self.scales = weight.detach().abs().amax(1).float().clamp(min=1e-12) / 127
+        parts = zip(weight.detach().split(QUANTIZED_ROWS), self.scales.split(QUANTIZED_ROWS), strict=True)
+        quantized = torch.cat([(part.float() / scale[:, None]).round().to(torch.int8) for part, scale in parts])
+        self.weight = _blocks(quantized.view(torch.int32))
+        # inputs get 128 added, so that they have no sign; this takes it off again
+        self.start = quantized.sum(1, dtype=torch.int32) * -128
+        self.bias = torch.zeros(len(weight)) if bias is None else bias.detach().float()
+
+    @staticmethod
+    def fits(weight: torch.Tensor) -> bool:
+        """Whether this CPU can, and the sizes suit."""
+        outputs, inputs = weight.shape
+        return weight.dtype is torch.bfloat16 and not outputs % BLOCK and not inputs % 4 and has("avx512vnni")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` [..., inputs] @ weight.T + bias.
+
+        Raises:
+            ValueError: if ``x`` is not bfloat16, or of another width.
+        """
+        rows = _rows(x, 4 * self.weight.shape[1])
+        quantized, scales = torch.empty(rows.shape, dtype=torch.uint8), torch.empty(len(rows))
+        _quantize(rows.view(torch.int16).numpy(), quantized.numpy(), scales.numpy())
+        y = torch.empty(len(rows), len(self.scales) >> self.gated, dtype=torch.bfloat16)
+        more = (scales.data_ptr(), self.scales.data_ptr(), self.bias.data_ptr())
+        run(_int8_worker(), [*_call(quantized, self.weight, self.start, y, self.gated), *more])
+        return y.view(*x.shape[:-1], -1)
+
+
+class OneDNNLinear(nn.Module):
+    """A linear layer on oneDNN's own weight layout. A row has the same bits beside any number of rows from 2 on."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
+        self.bias = None if bias is None else bias.detach()
+
+    @staticmethod
+    def fits(weight: torch.Tensor) -> bool:
+        """Whether this machine's torch can."""
+        if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+            return False
+        bfloat16 = weight.dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return weight.dtype is torch.float32 or bfloat16
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def paired(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Both weights, or biases, of a gated layer as one: a block of ``gate``'s outputs, one of ``up``'s, and so on."""
+    parts = torch.stack([gate.unflatten(0, (-1, BLOCK)), up.unflatten(0, (-1, BLOCK))], 1)
+    return parts.flatten(0, 2)
+
+
+def _blocks(words: torch.Tensor) -> torch.Tensor:
+    """int32[outputs / BLOCK, steps, BLOCK] of int32[outputs, steps]."""
+    return words.view(-1, BLOCK, words.shape[1]).transpose(1, 2).contiguous()
+
+
+def _rows(x: torch.Tensor, inputs: int) -> torch.Tensor:
+    if x.shape[-1] != inputs or x.dtype is not torch.bfloat16:
+        raise ValueError(f"a layer for bfloat16 rows of {inputs} inputs got {x.dtype} {tuple(x.shape)}")
+    return x.reshape(-1, inputs).contiguous()
+
+
+def _call(x: torch.Tensor, weight: torch.Tensor, start: torch.Tensor, y: torch.Tensor, gated: bool) -> list[int]:
+    """What both workers below are told: addresses and strides in bytes, sizes, blocks of results and how many of them
+    make a share."""
+    blocks, shares = y.shape[1] // BLOCK, CHUNKS * torch.get_num_threads()
+    return [
+        weight.data_ptr(), x.data_ptr(), x.stride(0) * x.element_size(), start.data_ptr(), y.data_ptr(),
+        y.stride(0) * y.element_size(), weight.shape[1], blocks, len(x), -(-blocks // shares), gated,
+    ]  # fmt: skip
+
+
+# -- the loops, compiled when first asked for, as not every CPU has the instructions -----------------------------------
+
+
+@functools.cache
+def _bfloat16_worker() -> Any:
+    @numba.cfunc(WORKER, cache=True)
+    def worker(arguments):
+        weights, x, x_stride, start, y, y_stride, steps, blocks, rows, share, gated = numba.carray(arguments, 11)
+        counter = address_of(arguments) + 8 * 11
+        pair = np.empty((2, TILE_ROWS, BLOCK), np.int16)
+        while True:
+            first = claim(counter) * share
+            if first >= blocks:
+                return
+            for block in range(first, min(first + share, blocks)):
+                done = 0
+                while done < rows:
+                    count, result = _next(rows - done), y + done * y_stride + block * 2 * BLOCK
+                    for part in range(1 + gated):
+                        source = (1 + gated) * block + part
+                        tile_bfloat16(
+                            count, steps, weights + source * steps * 4 * BLOCK, 4 * BLOCK, x + done * x_stride,
+                            x_stride, start + source * 4 * BLOCK, 0, pair[part].ctypes.data if gated else result,
+                            2 * BLOCK if gated else y_stride,
+                        )  # fmt: skip
+                    if gated:
+                        _gate(pair, count, result, y_stride)
+                    done += count
+
+    return worker
+
+
+@functools.cache
+def _int8_worker() -> Any:
+    @numba.cfunc(WORKER, cache=True)
+    def worker(arguments):
+        weights, x, x_stride, start, y, y_stride, steps, blocks, rows, share, gated = numba.carray(arguments, 14)[:11]
+        row_scales, scales, bias = numba.carray(arguments, 14)[11:]
+        counter = address_of(arguments) + 8 * 14
+        sums, pair = np.empty((TILE_ROWS, BLOCK), np.int32), np.empty((2, TILE_ROWS, BLOCK), np.int16)
+        while True:
+            first = claim(counter) * share
+            if first >= blocks:
+                return
+            for block in range(first, min(first + share, blocks)):
+                done = 0
+                while done < rows:
+                    count, result = _next(rows - done), y + done * y_stride + block * 2 * BLOCK
+                    for part in range(1 + gated):
+                        source = (1 + gated) * block + part
+                        tile_int8(
+                            count, steps, weights + source * steps * 4 * BLOCK, 4 * BLOCK, x + done * x_stride,
+                            x_stride, start + source * 4 * BLOCK, 0, sums.ctypes.data, 4 * BLOCK,
+                        )  # fmt: skip
+                        _rescale(
+                            sums, count, floats(row_scales + 4 * done, count),
+                            floats(scales + 4 * BLOCK * source, BLOCK), floats(bias + 4 * BLOCK * source, BLOCK),
+                            pair[part].ctypes.data if gated else result, 2 * BLOCK if gated else y_stride,
+                        )  # fmt: skip
+                    if gated:
+                        _gate(pair, count, result, y_stride)
+                    done += count
+
+    return worker
+
+
+@numba.njit
+def _next(rows):
+    """How many of the rows that are left to take in one pass: as many in each as can be."""
+    passes = -(-rows // TILE_ROWS)
+    return -(-rows // passes)
+
+
+@numba.njit
+def _gate(pair, count, y, y_stride):
+    """Writes silu(g) * u, each step rounded to bfloat16, for g and u in ``pair`` int16[2, rows, BLOCK]."""
+    g, u, root = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    powers = np.empty(BLOCK, np.int32)
+    for row in range(count):
+        widen(pair[0, row], g)
+        widen(pair[1, row], u)
+        for i in range(BLOCK):
+            root[i] = -g[i]
+        exponentials(root, powers)
+        for i in range(BLOCK):
+            g[i] = g[i] / (np.float32(1) + root[i])
+        narrow(g, pair[0, row])
+        widen(pair[0, row], g)
+        for i in range(BLOCK):
+            g[i] *= u[i]
+        narrow(g, halves(y + row * y_stride, BLOCK))
+
+
+@numba.njit
+def _rescale(sums, count, row_scales, scales, bias, y, y_stride):
+    """Writes bfloat16(sums * row scale * output scale + bias)."""
+    exact = np.empty(BLOCK, np.float32)
+    for row in range(count):
+        for i in range(BLOCK):
+            exact[i] = np.float32(sums[row, i]) * (row_scales[row] * scales[i]) + bias[i]
+        narrow(exact, halves(y + row * y_stride, BLOCK))
+
+
+@numba.njit(cache=True)
+def _quantize(bits, quantized, scales):
+    """Each row of bfloat16, given as int16, to 128 + round(x / scale), with scale = max(abs(x)) / 127."""
+    rows, width = bits.shape
+    x, lanes = np.zeros(-(-width // LANES) * LANES, np.float32), np.empty(LANES, np.float32)
+    for row in range(rows):
+        widen(bits[row], x[:width])
+        lanes[:] = 0
+        for start in range(0, len(x), LANES):
+            for lane in range(LANES):
+                lanes[lane] = max(lanes[lane], abs(x[start + lane]))
+        top = lanes.max()
+        scales[row] = top / np.float32(127)
+        factor = np.float32(127) / top if top > 0 else np.float32(0)
+        for i in range(width):
+            quantized[row, i] = np.uint8(np.int32(np.floor(x[i] * factor + np.float32(128.5))))

@@ -1,0 +1,114 @@
+"""Linear layers on packed weights, against plain products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tokentree.engines.kernels import has
+from tokentree.engines.linear import Int8Linear, OneDNNLinear, PackedLinear
+
+KINDS = [
+    pytest.param(PackedLinear, marks=pytest.mark.skipif(not has("avx512bf16"), reason="no bfloat16 dot products")),
+    pytest.param(Int8Linear, marks=pytest.mark.skipif(not has("avx512vnni"), reason="no 8-bit dot products")),
+]
+Kind = type[PackedLinear] | type[Int8Linear]
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def in_8_bits(rows: torch.Tensor, half_up: bool) -> torch.Tensor:
+    """float64: what each row of ``rows`` becomes in steps of its largest absolute value / 127; what lies between two
+    steps goes up, or to the even one."""
+    rows, top = rows.float(), rows.float().abs().amax(-1, keepdim=True)
+    steps = (rows * (127 / top) + 128.5).floor() - 128 if half_up else (rows / (top / 127)).round()
+    return steps.double() * (top / 127).double()
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(32, 4), (32, 64), (64, 68), (96, 128), (1056, 36), (2048, 576)])
+@pytest.mark.parametrize("rows", [1, 2, 11, 12, 13, 40])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_computes_what_it_stands_for(kind: Kind, outputs: int, inputs: int, rows: int, threads: int) -> None:
+    weight, x, bias = numbers(outputs, inputs), numbers(rows, inputs, seed=1), numbers(outputs, seed=2)
+    small, large = (
+        (in_8_bits(x, True), in_8_bits(weight, False)) if kind is Int8Linear else (x.double(), weight.double())
+    )
+    exact = small @ large.t() + bias.double()
+    got = kind(weight, bias)(x[None])
+    assert got.shape == (1, rows, outputs)
+    assert got.dtype is torch.bfloat16
+    # half a unit in the last of bfloat16's 8 bits, and what float32 lost on the way
+    assert ((got[0].double() - exact).abs() <= exact.abs() * 2**-8 + 1e-5 * inputs**0.5).all()
+
+
+@pytest.mark.parametrize("inputs", [68, 1536])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_has_the_same_bits_in_any_company(kind: Kind, inputs: int, threads: int) -> None:
+    layer, x = kind(numbers(256, inputs), numbers(256, seed=3)), numbers(64, inputs, seed=1)
+    together = layer(x)
+    for first, last in [(0, 1), (3, 5), (0, 12), (5, 18), (7, 32), (1, 64)]:
+        assert torch.equal(layer(x[first:last]), together[first:last])
+    assert torch.equal(layer(x.flip(0)), together.flip(0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_number_of_threads_does_not_change_the_bits(kind: Kind) -> None:
+    layer, x, before = kind(numbers(2048, 512), None), numbers(5, 512, seed=1), torch.get_num_threads()
+    results = []
+    for count in (1, 2, 4):
+        torch.set_num_threads(count)
+        results.append(layer(x))
+    torch.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_are_not_contiguous_are_read_as_they_are(kind: Kind) -> None:
+    layer, x = kind(numbers(64, 32), None), numbers(32, 9, seed=1).t()
+    assert torch.equal(layer(x), layer(x.clone()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_and_outputs_of_nothing_but_zeros_give_the_bias(kind: Kind) -> None:
+    weight, bias = numbers(64, 32), numbers(64, seed=3)
+    weight[5] = 0
+    assert torch.equal(kind(weight, bias)(torch.zeros(2, 32, dtype=torch.bfloat16))[1], bias)
+    assert float(kind(weight, bias)(numbers(1, 32))[0, 5]) == float(bias[5])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_cannot_be_packed_are_told_apart(kind: Kind) -> None:
+    assert kind.fits(numbers(64, 4))
+    for shape in ((65, 4), (64, 3), (64, 5)):
+        assert not kind.fits(numbers(*shape))
+    assert not kind.fits(numbers(64, 4).float())
+    assert OneDNNLinear.fits(numbers(65, 3).float())
+    assert not OneDNNLinear.fits(numbers(65, 3).double())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_another_width_or_type_are_refused(kind: Kind) -> None:
+    layer = kind(numbers(64, 32), None)
+    for x in (numbers(3, 36), numbers(3, 32).float()):
+        with pytest.raises(ValueError, match="bfloat16 rows of 32 inputs"):
+            layer(x)
+
+
+def test_a_large_weight_is_quantised_in_parts_like_a_small_one() -> None:
+    if not has("avx512vnni"):
+        pytest.skip("no 8-bit dot products")
+    weight, x = numbers(8192 + 64, 32), numbers(3, 32, seed=1)
+    parts = torch.cat([Int8Linear(part, None)(x) for part in (weight[:4096], weight[4096:])], 1)
+    assert torch.equal(Int8Linear(weight, None)(x), parts)
