@@ -106,6 +106,7 @@ def test_a_dash_reads_standard_input(folder: Path) -> None:
         (["generate", "", "-m", "FOLDER"], "the prompt is empty"),
         (["generate", "one " * 700, "-m", "FOLDER"], "no room for an answer"),
         (["generate", "a", "-m", "FOLDER", "--drafter", "foo"], "unknown drafter 'foo'"),
+        (["generate", "a", "-m", "FOLDER", "--quantization", "int3"], "unknown quantization 'int3'"),
         (["generate", "a", "-m", "FOLDER", "--shape", "zz"], "is not a shape"),
         (["generate", "a", "-m", "FOLDER", "--depth", "0"], "must be at least 1"),
         (["generate", "a", "-m", "FOLDER", "--depth", "2", "--shape", "2x2"], "give one of them"),

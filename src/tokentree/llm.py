@@ -21,6 +21,7 @@ from tokentree.drafters.draft_model import DraftModel
 from tokentree.drafters.merged import Merged
 from tokentree.drafters.recycling import Recycling
 from tokentree.drafters.suffix import Suffix
+from tokentree.engines.support import check_quantization
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import ModelError, OptionError, PairingError, PromptError
 from tokentree.loading import check_same_tokenizer, eos_ids, load_model, load_tokenizer, pick_device
@@ -129,6 +130,7 @@ class LLM:
             raise OptionError("max_batch must be at least 1")
         # what is cheap to tell is told before anything is loaded
         rule, form = acceptance(accept), parse_shape(shape or _default_shape(drafter))
+        check_quantization(quantization)
         for name in [] if drafter is None or isinstance(drafter, Drafter) else as_names(drafter):
             drafter_class(name)
         place = model.device if isinstance(model, PreTrainedModel) else pick_device(device)

@@ -9,7 +9,9 @@ for itself: whatever tree, batch or place in storage a row has, its bits are tho
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
 import numba
 import numpy as np
@@ -127,27 +129,35 @@ def _attend(call, numbers, segment, head, first, count):
             result[column] = sums[i, column] / totals[i]
 
 
-@numba.cfunc(WORKER, cache=True)
-def attend(arguments):
-    """A call's integers: addresses of queries float32[heads, rows, width] and results float32[heads, rows, value
-    width] with strides in bytes, widths, query heads per KV head, the window or 0; heads; segments. Behind them a
-    segment's: addresses of its keys and values as `kv.BlockedKV` has them, their capacity, committed rows, new rows,
-    the first of these among the queries, the address of int64[new rows, 1 + longest] (how long a row's path
-    in the tree is, and the KV rows on it), that longest, and whether the tree is a chain, whose KV rows need not be
-    listed. Last, the address of float64[2]: scale, and softcap or 0."""
-    call = integers(address_of(arguments), CALL)
-    heads, segments = call[10], call[11]
-    table = integers(address_of(arguments) + 8 * CALL, (segments, SEGMENT))
-    end = address_of(arguments) + 8 * (CALL + segments * SEGMENT)
-    numbers, counter = doubles(integers(end, 1)[0], 2), end + 8
-    while True:
-        task = claim(counter)
-        for segment in table:
-            shares = -(-segment[4] // TILE_ROWS)
-            if task < shares * heads:
-                first = task // heads * TILE_ROWS
-                _attend(call, numbers, segment, task % heads, first, min(TILE_ROWS, segment[4] - first))
-                break
-            task -= shares * heads
-        else:
-            return
+@functools.cache
+def attend_worker() -> Any:
+    """What each thread runs, compiled when first asked for. It is told, in integers:
+
+    - of a call: addresses of queries float32[heads, rows, width] and results float32[heads, rows, value width], each
+      with two strides in bytes; both widths; query heads per KV head; the window or 0; heads; segments;
+    - of each segment: addresses of its keys and values as `kv.BlockedKV` has them, their capacity, committed rows, new
+      rows, the first of these among the queries, the address of int64[new rows, 1 + longest] (how long a row's path in
+      the tree is, and the KV rows on it), that longest, and whether the tree is a chain, whose KV rows are not listed;
+    - the address of float64[2]: scale, and softcap or 0.
+    """
+
+    @numba.cfunc(WORKER, cache=True)
+    def worker(arguments):
+        call = integers(address_of(arguments), CALL)
+        heads, segments = call[10], call[11]
+        table = integers(address_of(arguments) + 8 * CALL, (segments, SEGMENT))
+        end = address_of(arguments) + 8 * (CALL + segments * SEGMENT)
+        numbers, counter = doubles(integers(end, 1)[0], 2), end + 8
+        while True:
+            task = claim(counter)
+            for segment in table:
+                shares = -(-segment[4] // TILE_ROWS)
+                if task < shares * heads:
+                    first = task // heads * TILE_ROWS
+                    _attend(call, numbers, segment, task % heads, first, min(TILE_ROWS, segment[4] - first))
+                    break
+                task -= shares * heads
+            else:
+                return
+
+    return worker

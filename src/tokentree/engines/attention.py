@@ -15,7 +15,7 @@ import torch
 from transformers import Cache
 
 from tokentree.engines import kernels
-from tokentree.engines.attend import attend
+from tokentree.engines.attend import attend_worker
 from tokentree.engines.kv import SequenceKV
 from tokentree.errors import ModelError
 from tokentree.tree import Ints, TokenTree
@@ -182,7 +182,7 @@ def attend_rows(
     out = torch.zeros(rows, heads, value_width)  # rows that only fill up get zeros
     numbers = np.array([scale, softcap or 0.0])
     kernels.run(
-        attend,
+        attend_worker(),
         [query.data_ptr(), 4 * query.stride(0), 4 * query.stride(1), out.data_ptr(), 4 * out.stride(1),
          4 * out.stride(0), width, value_width, heads // kv_heads, window or 0, heads, len(forward_kv.segments), *table,
          numbers.ctypes.data],

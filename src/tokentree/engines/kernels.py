@@ -327,7 +327,7 @@ def run(worker: Any, arguments: Sequence[int]) -> None:
     packed = (ctypes.c_int64 * (len(arguments) + 1))(*arguments, 0)
     pool = _pool()
     if pool is None:
-        worker.ctypes(ctypes.cast(packed, ctypes.c_void_p))
+        worker.ctypes(packed)
     else:
         pool(worker.address, ctypes.addressof(packed), torch.get_num_threads(), 0)
 

@@ -69,6 +69,18 @@ class PackedLinear(nn.Module):
         return y.view(*x.shape[:-1], -1)
 
 
+class PackedEmbedding(nn.Module):
+    """The rows of a `PackedLinear`'s weight, for a model whose output layer is its embedding."""
+
+    def __init__(self, layer: PackedLinear) -> None:
+        super().__init__()
+        self.weight, self.num_embeddings = layer.weight, len(layer.start)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """bfloat16[..., width]"""
+        return self.weight[ids // BLOCK, :, ids % BLOCK].contiguous().view(torch.bfloat16)
+
+
 class Int8Linear(nn.Module):
     """A linear layer in 8 bits: weights with a scale for each output, inputs with a scale for each row, taken when they
     come; both symmetric. Sums are exact integers. A row has the same bits beside any others.

@@ -19,7 +19,7 @@ from transformers.activations import GELUTanh, SiLUActivation
 from transformers.pytorch_utils import Conv1D
 
 from tokentree.engines.fused import FusedAttention, FusedMLP, FusedNorm
-from tokentree.engines.linear import Int8Linear, OneDNNLinear, PackedLinear
+from tokentree.engines.linear import Int8Linear, OneDNNLinear, PackedEmbedding, PackedLinear
 
 
 def private_copy(model: PreTrainedModel, attention: str) -> PreTrainedModel:
@@ -50,16 +50,22 @@ def pack(model: PreTrainedModel, release: bool, attends: bool, quantization: str
 
     Args:
         release: drop each weight from the layer it came from once it is packed, so that memory does not double. Only
-            for a model that nobody else uses. Embeddings that are tied to a layer stay.
+            for a model that nobody else uses. Embeddings that share a weight with a layer read it there (bfloat16), or
+            keep it.
         attends: exchange attention too, where `fused` has it. The model can't run by itself then.
         quantization: None, or ``"int8"``: to 8 bits, where a layer's sizes suit.
     """
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    tables = [entry for entry in _children(model) if isinstance(entry[2], nn.Embedding)]
 
-    def drop(*layers: Any) -> None:
-        for layer in layers:
-            if release and id(layer.weight) not in embeddings:
-                layer.weight.data = layer.weight.data.new_empty(0)
+    def drop(*layers: Any, packed: nn.Module | None = None) -> None:
+        for layer in layers if release else ():
+            tied = [entry for entry in tables if entry[2].weight is layer.weight]
+            if isinstance(packed, PackedLinear) and all(type(table) is nn.Embedding for _, _, table in tied):
+                for parent, name, _ in tied:
+                    setattr(parent, name, PackedEmbedding(packed))
+            elif tied:
+                continue
+            layer.weight.data = layer.weight.data.new_empty(0)
 
     first: type[PackedLinear] | type[Int8Linear] = Int8Linear if quantization == "int8" else PackedLinear
     for parent, name, child in _children(model):
@@ -77,8 +83,9 @@ def pack(model: PreTrainedModel, release: bool, attends: bool, quantization: str
             weight = layer.weight.t().contiguous() if isinstance(layer, Conv1D) else layer.weight
             kind = next((kind for kind in (first, PackedLinear, OneDNNLinear) if kind.fits(weight)), None)
             if kind is not None:
-                setattr(parent, name, kind(weight, layer.bias))
-                drop(layer)
+                packed = kind(weight, layer.bias)
+                setattr(parent, name, packed)
+                drop(layer, packed=packed)
 
 
 def _children(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:

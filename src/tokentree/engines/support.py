@@ -35,14 +35,16 @@ def check_supported(model: PreTrainedModel) -> None:
         raise ModelError(f"{name} takes no {', '.join(sorted(missing))}, without which a tree can't be verified")
 
 
-def check_quantization(model: PreTrainedModel, quantization: str | None) -> None:
+def check_quantization(quantization: str | None, model: PreTrainedModel | None = None) -> None:
     """Raises `OptionError` if there is no such quantization, `ModelError` if model or machine is not made for it."""
-    if quantization not in (None, "int8"):
+    if quantization is None:
+        return
+    if quantization != "int8":
         raise OptionError(f"unknown quantization {quantization!r}: there is 'int8'")
-    if quantization and (model.device.type != "cpu" or model.dtype is not torch.bfloat16):
-        raise ModelError(f"quantization={quantization!r} is for bfloat16 models on a CPU")
-    if quantization and not has("avx512vnni"):
+    if not has("avx512vnni"):
         raise ModelError(f"quantization={quantization!r} needs a CPU with AVX-512's VNNI instructions")
+    if model is not None and (model.device.type != "cpu" or model.dtype is not torch.bfloat16):
+        raise ModelError(f"quantization={quantization!r} is for models on a CPU with dtype='bfloat16'")
 
 
 def context_length(config: PretrainedConfig) -> int:

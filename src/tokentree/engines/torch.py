@@ -49,7 +49,7 @@ class TorchEngine:
         quantization: str | None = None,
     ) -> None:  # fmt: skip
         check_supported(model)
-        check_quantization(model, quantization)
+        check_quantization(quantization, model)
         self.device, self.dtype, self.quantization = model.device, model.dtype, quantization
         config = model.config.get_text_config()
         self.context = context_length(config)
