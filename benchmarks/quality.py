@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -61,7 +62,7 @@ def main() -> None:
         ours, theirs = (llm.generate([ids], params)[0].token_ids for llm in models.values())
         texts += 1
         same += ours == theirs
-        before += next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(ours))
+        before += next((i for i, (a, b) in enumerate(zip_longest(ours, theirs)) if a != b), len(ours))
     shown = Table(title=f"{asked.model}: {texts} prompts, {count} tokens", title_justify="left")
     for head in ("", "perplexity", "same best token", "equal texts", "tokens before the first difference"):
         shown.add_column(head, justify="right")

@@ -96,6 +96,23 @@ def test_what_only_looks_like_such_a_module_is_left_alone() -> None:
 
 
 @needs_bfloat16
+@pytest.mark.parametrize("name", ["q_proj", "v_proj", "gate_proj"])
+def test_a_linear_layer_with_an_adapter_is_not_fused_away(name: str) -> None:
+    """As peft makes them: a subclass of Linear with a weight of its own kind, and more to its forward."""
+
+    class Adapted(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + 1
+
+    model = tiny("llama", torch.bfloat16, hidden_size=64, intermediate_size=96)
+    layer = model.model.layers[0]
+    owner = layer.mlp if name == "gate_proj" else layer.self_attn
+    getattr(owner, name).__class__ = Adapted
+    engine = TorchEngine(model)
+    assert sum(isinstance(module, Adapted) for module in engine._model.modules()) == 1
+
+
+@needs_bfloat16
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
 def test_models_that_have_them_get_them(family: str) -> None:
     model = tiny(family, torch.bfloat16, hidden_size=64, intermediate_size=96)

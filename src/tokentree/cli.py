@@ -57,7 +57,7 @@ DtypeOption = Annotated[
 ]
 QuantizationOption = Annotated[
     str | None,
-    typer.Option(help="int8: linear layers in 8 bits, on CPUs; it changes what the model says."),
+    typer.Option(help="int8: linear layers in 8 bits, on CPUs. Lossy against the model as it came."),
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; default: the first GPU, if any.")]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]

@@ -17,26 +17,7 @@ from tokentree.sequence import Sequence
 from tokentree.shapes.curve import CostCurve
 from tokentree.tree import TokenTree
 
-ROWS = (
-    1,
-    2,
-    3,
-    4,
-    5,
-    6,
-    7,
-    8,
-    9,
-    10,
-    12,
-    14,
-    16,
-    20,
-    24,
-    32,
-    48,
-    64,
-)  # small trees are told apart: the curve has steps
+ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 32, 48, 64)
 PREFIX = 256  # tokens before the tree
 ROUNDS = 3
 

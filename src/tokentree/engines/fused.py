@@ -70,7 +70,8 @@ class FusedAttention(nn.Module):
         """Whether ``own`` is such a module, with sizes that suit ``kind``."""
         if type(own).__name__ not in ROTARY or not type(own).__module__.startswith("transformers."):
             return False
-        return all(kind.fits(getattr(own, f"{name}_proj").weight) for name in "qkv") and own.head_dim % 2 == 0
+        parts = [getattr(own, f"{name}_proj") for name in "qkv"]
+        return all(type(part) is nn.Linear and kind.fits(part.weight) for part in parts) and own.head_dim % 2 == 0
 
     def forward(
         self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor],

@@ -246,19 +246,13 @@ def _pointer(kind):
 
 
 _to_float32, _to_float64 = (_pointer(kind) for kind in (numba.float32, numba.float64))
-_to_int16, _to_int32, _to_int64 = (_pointer(kind) for kind in (numba.int16, numba.int32, numba.int64))
+_to_int16, _to_int64 = (_pointer(kind) for kind in (numba.int16, numba.int64))
 
 
 @numba.njit
 def floats(address, shape):
     """The float32 array of that shape at ``address``."""
     return numba.carray(_to_float32(address), shape)
-
-
-@numba.njit
-def words(address, shape):
-    """The int32 array of that shape at ``address``."""
-    return numba.carray(_to_int32(address), shape)
 
 
 @numba.njit

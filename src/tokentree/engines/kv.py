@@ -59,8 +59,9 @@ class SequenceKV:
         for (heads, key_width, value_width), layers in self._groups:
             keys.append(self._empty_keys(layers, heads, capacity, key_width))
             values.append(self._empty_values(layers, heads, capacity, value_width))
-        for new, old in zip(keys + values, self._keys + self._values, strict=False):
-            new[:, :, : old.shape[2]] = old
+        if self._capacity:
+            for new, old in zip(keys + values, self._keys + self._values, strict=True):
+                new[:, :, : old.shape[2]] = old
         self._keys, self._values, self._capacity = keys, values, capacity
 
     def _empty_keys(self, layers: int, heads: int, capacity: int, width: int) -> torch.Tensor:

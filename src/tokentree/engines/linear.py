@@ -54,8 +54,7 @@ class PackedLinear(nn.Module):
     @staticmethod
     def fits(weight: torch.Tensor) -> bool:
         """Whether this CPU can, and the sizes suit."""
-        outputs, inputs = weight.shape
-        return weight.dtype is torch.bfloat16 and not outputs % BLOCK and not inputs % 2 and has("avx512bf16")
+        return has("avx512bf16") and _suits(weight, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` [..., inputs] @ weight.T + bias, summed up in float32 and rounded once.
@@ -105,8 +104,7 @@ class Int8Linear(nn.Module):
     @staticmethod
     def fits(weight: torch.Tensor) -> bool:
         """Whether this CPU can, and the sizes suit."""
-        outputs, inputs = weight.shape
-        return weight.dtype is torch.bfloat16 and not outputs % BLOCK and not inputs % 4 and has("avx512vnni")
+        return has("avx512vnni") and _suits(weight, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` [..., inputs] @ weight.T + bias.
@@ -141,6 +139,11 @@ class OneDNNLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def _suits(weight: torch.Tensor, inputs_per_word: int) -> bool:
+    outputs, inputs = weight.shape
+    return weight.dtype is torch.bfloat16 and not outputs % BLOCK and not inputs % inputs_per_word
 
 
 def paired(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

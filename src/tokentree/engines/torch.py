@@ -38,7 +38,7 @@ class TorchEngine:
             batch and any tree; ``"sdpa"`` (default elsewhere) lets the model attend by itself under a dense mask.
         owns_model: nobody else uses ``model``, so its weights may be dropped once they are packed.
         quantization: None, or ``"int8"``: weights in 8 bits with a scale per output, inputs of linear layers in 8 bits
-            with a scale per row. It changes what the model says; trees remain lossless to the quantised model.
+            with a scale per row. Lossy against the model as it came; trees remain lossless to the quantised model.
 
     Raises:
         ModelError: if the model can't be decoded with a tree, with the reason.
