@@ -15,7 +15,20 @@ SOURCE = Path(tokentree.__file__).parent
 LAYERS = {
     "errors": 0,
     **dict.fromkeys(
-        ("tree", "top", "compiled", "automaton", "storage", "text", "metrics", "sampling", "draft", "sequence"), 1
+        (
+            "tree",
+            "threads",
+            "top",
+            "compiled",
+            "automaton",
+            "storage",
+            "text",
+            "metrics",
+            "sampling",
+            "draft",
+            "sequence",
+        ),
+        1,
     ),
     **dict.fromkeys(("acceptance", "shapes"), 2),
     **dict.fromkeys(("engines", "drafters"), 3),

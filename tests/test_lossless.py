@@ -26,6 +26,7 @@ from tokentree.drafters.base import Drafter
 from tokentree.drafters.draft_model import DraftModel
 from tokentree.drafters.merged import Merged
 from tokentree.drafters.ngram import NGram
+from tokentree.engines.base import TargetOutput
 from tokentree.engines.table import TableEngine
 from tokentree.errors import PairingError
 from tokentree.sampling import Noise, SamplingParams, SeededNoise, process_logits, to_probs
@@ -451,7 +452,7 @@ def test_rejection_refuses_picked_children() -> None:
     draft = Draft(0)
     draft.add(0, 1, -1.0, 0)
     with pytest.raises(PairingError, match="needs children drawn from draft_probs"):
-        Rejection()(make_sequence(PROMPT, temperature=1.0), draft, lambda node: TARGET[0, 0])
+        Rejection()(make_sequence(PROMPT, temperature=1.0), draft, TargetOutput(TARGET[0, :1], [0], [0], 0.0).after(0))
 
 
 @pytest.mark.parametrize("drafter", [NGram(), Merged([NGram()])])

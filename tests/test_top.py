@@ -21,8 +21,8 @@ def test_the_top_logits_are_those_of_a_full_search(vocab: int, dtype: torch.dtyp
     logits[8] = 0
     values, ids = top_logits(logits, k)
     best = logits.sort(dim=-1, descending=True, stable=True)
-    assert torch.equal(values, best.values[:, :k].float())
-    assert torch.equal(ids, best.indices[:, :k])
+    assert (values == best.values[:, :k].float().numpy()).all()
+    assert (ids == best.indices[:, :k].numpy()).all()
     assert [greedy(row) for row in logits] == logits.argmax(-1).tolist()
 
 
@@ -45,4 +45,4 @@ def test_of_equal_logits_the_lowest_ids_come_first_wherever_their_columns_lie() 
 
 def test_rows_that_are_not_contiguous_are_read_as_they_are() -> None:
     logits = torch.randn([300, 7], generator=torch.Generator().manual_seed(0)).t()
-    assert torch.equal(top_logits(logits, 4)[1], logits.topk(4, dim=-1).indices)
+    assert (top_logits(logits, 4)[1] == logits.topk(4, dim=-1).indices.numpy()).all()

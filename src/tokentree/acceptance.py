@@ -7,7 +7,6 @@ seed, it is exactly the text of plain decoding). `BestPath` is lossy.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import ClassVar, Protocol
 
 import torch
@@ -17,11 +16,21 @@ from tokentree.errors import OptionError, PairingError
 from tokentree.sampling import to_probs
 from tokentree.sequence import ACCEPT, Accepted, Sequence
 
-NodeLogits = Callable[[int], torch.Tensor]
+
+class NodeLogits(Protocol):
+    """What the target says after the nodes of a tree."""
+
+    def __call__(self, node: int) -> torch.Tensor:
+        """[vocab], the raw logits after ``node``."""
+        ...
+
+    def best(self, node: int) -> int:
+        """The token with the largest of them, the lowest of equal ones."""
+        ...
 
 
 class Acceptance(Protocol):
-    """A rule: ``rule(seq, draft, logits)`` walks the tree; ``logits(node)`` is the target's raw [vocab] there."""
+    """A rule: ``rule(seq, draft, logits)`` walks the tree and reads the target's ``logits`` at the nodes it visits."""
 
     lossy: ClassVar[bool]
     draws_children: ClassVar[bool]
@@ -41,13 +50,13 @@ class Match:
     draws_children: ClassVar[bool] = False
 
     def __call__(self, seq: Sequence, draft: Draft, logits: NodeLogits) -> Accepted:
-        tree, node = draft.tree, 0
+        tree, node, takes_best = draft.tree, 0, seq.takes_best
         path, tokens = [0], list[int]()
         while True:
-            tokens.append(seq.draw(logits(node), tokens))
+            tokens.append(logits.best(node) if takes_best else seq.draw(logits(node), tokens))
             child = tree.child(node, tokens[-1])
             if child is None:
-                return Accepted(path, tokens, refused=bool(tree.children[node]))
+                return Accepted(path, tokens, refused=not tree.is_leaf(node))
             path.append(child)
             node = child
 

@@ -106,7 +106,8 @@ def warm_up() -> None:
     """Compiles the loops, or loads them from numba's cache, so that no request waits for it."""
     automaton = SuffixAutomaton(2)
     automaton.extend([1, 2, 1, 2])
-    automaton.grow(*automaton.match(0, 0, [1]), 2, 2, 0.0)
+    _, parents, probs = automaton.grow(*automaton.match(0, 0, [1]), 2, 2, 0.0)
+    compiled.expected_tokens(parents, probs)
 
 
 def _slots_for(edges: int) -> int:

@@ -139,6 +139,16 @@ def most_probable(joint: Floats, waits: NDArray[np.bool_], size: int) -> int:
 
 
 @njit(cache=True)
+def expected_tokens(parents: Ints, probs: Floats) -> float:
+    """The sum of the nodes' joint probabilities; parents and conditional probabilities are as `grow` returns them."""
+    joint, total = np.ones(len(probs) + 1), 0.0
+    for node in range(len(probs)):
+        joint[node + 1] = joint[parents[node]] * probs[node]
+        total += joint[node + 1]
+    return total
+
+
+@njit(cache=True)
 def grow(
     states: Int32s, edges: Int32s, state: int, length: int, max_nodes: int, max_depth: int, min_prob: float,
     max_children: int,

@@ -95,7 +95,7 @@ class Decoder:
 
     def _accept(self, i: int, seq: Sequence, draft: Draft, out: TargetOutput) -> Accepted:
         """Stops and limits cut before anything is permanent."""
-        return seq.truncate(self.accept(seq, draft, lambda node: out.logits(i, node)))
+        return seq.truncate(self.accept(seq, draft, out.after(i)))
 
     def _record(
         self, i: int, seq: Sequence, draft: Draft, step: Accepted, out: TargetOutput, clock: list[float]

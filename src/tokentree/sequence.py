@@ -122,6 +122,11 @@ class Sequence:
     def _has_rules(self) -> bool:
         return self.params.changes_logits or bool(self.params.min_tokens)
 
+    @property
+    def takes_best(self) -> bool:
+        """Whether each token is simply the one with the largest raw logit."""
+        return self.params.is_greedy and not self._has_rules
+
     def draw(self, logits: torch.Tensor, path: abc.Sequence[int]) -> int:
         """The token that plain decoding emits after ``path``, given raw ``logits`` [vocab] there: drawn with the
         noise of that absolute position, so that it depends on nothing else."""
@@ -167,5 +172,4 @@ class Sequence:
         self.metrics.new_tokens += len(accepted.tokens)
         self.finish_reason, self.text_end = accepted.finish_reason, accepted.text_end
         if self.detokenizer is not None:
-            for token in accepted.tokens:
-                self.detokenizer.push([token])
+            self.detokenizer.push(accepted.tokens)

@@ -1,5 +1,6 @@
 # numba gives every scalar a type of its own, which annotations can't follow:
-# mypy: disable-error-code="arg-type,assignment,index,no-any-return"
+# mypy: disable-error-code="arg-type,assignment,index,no-any-return,call-arg,var-annotated"
+# mypy: allow-untyped-defs, allow-untyped-calls
 """The most probable tokens of rows of logits, each logit read once.
 
 Floating-point numbers order as the integers with their sign and their other bits for a magnitude. So the search is one
@@ -9,11 +10,16 @@ a closer look at the few columns with the largest maxima, where the largest logi
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
+import numba
 import numpy as np
 import torch
 from numba import njit
 from numpy.typing import NDArray
 
+from tokentree.threads import WORKER, address_of, claim, halves, integers, run, words
 from tokentree.tree import Ints
 
 DEPTH = 32  # values in a column
@@ -25,33 +31,57 @@ INTEGERS = {
 }
 
 
-def top_logits(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def top_logits(logits: torch.Tensor, k: int) -> tuple[NDArray[np.float32], Ints]:
     """The k largest of each row of ``logits`` [n, vocab]: values float32[n, k] and ids int64[n, k], best first; of
     equal ones the lowest ids."""
     if logits.device.type != "cpu" or logits.dtype not in INTEGERS:
         best = (
             logits.sort(dim=-1, descending=True, stable=True) if logits.device.type == "cpu" else logits.topk(k, dim=-1)
         )
-        return best.values[:, :k].float(), best.indices[:, :k]
-    ids = torch.from_numpy(_best(logits, k))
-    return logits.gather(1, ids).float(), ids
+        return best.values[:, :k].float().cpu().numpy(), best.indices[:, :k].cpu().numpy()
+    logits = logits.detach().contiguous()
+    rows, vocab = logits.shape
+    if logits.dtype == torch.bfloat16 and rows > 1:
+        values, ids = np.empty((rows, k), np.float32), np.empty((rows, k), np.int64)
+        run(_worker(), [logits.data_ptr(), rows, vocab, k, values.ctypes.data, ids.ctypes.data])
+        return values, ids
+    ids = _top(logits.view(INTEGERS[logits.dtype]).numpy(), k)
+    return logits.gather(1, torch.from_numpy(ids)).float().numpy(), ids
 
 
 def greedy(logits: torch.Tensor) -> int:
     """The most probable token of ``logits`` [vocab]; equal logits take the lowest id."""
     if logits.device.type != "cpu":
         return int(logits.argmax())
-    return int(_best(logits[None], 1)[0, 0])
+    return int(_top(logits.detach().contiguous()[None].view(INTEGERS[logits.dtype]).numpy(), 1)[0, 0])
 
 
-def _best(logits: torch.Tensor, k: int) -> Ints:
-    bits = logits.detach().contiguous().view(INTEGERS[logits.dtype]).numpy()
-    return _top(bits, k, bits.dtype.type(np.iinfo(bits.dtype).max))
+@functools.cache
+def _worker() -> Any:
+    """What each thread runs on rows of bfloat16: one after another, of those that no other thread has taken. It is
+    told the address of the rows, how many they are and how long, k, and the addresses of the results."""
+
+    @numba.cfunc(WORKER, cache=True)
+    def worker(arguments):
+        start = address_of(arguments)
+        rows, vocab, k = integers(start + 8, 3)
+        bits = halves(integers(start, 1)[0], (rows, vocab))
+        values, ids = words(integers(start + 32, 1)[0], (rows, k)), integers(integers(start + 40, 1)[0], (rows, k))
+        row = claim(start + 48)
+        while row < rows:
+            ids[row] = _top(bits[row : row + 1], k)[0]
+            for rank in range(k):
+                values[row, rank] = np.int32(bits[row, ids[row, rank]]) << np.int32(16)
+            row = claim(start + 48)
+
+    return worker
 
 
 @njit(cache=True)
-def _top(bits: NDArray[np.integer], k: int, below: np.integer) -> Ints:
+def _top(bits: NDArray[np.integer], k: int) -> Ints:
     rows, vocab = bits.shape
+    below = np.iinfo(bits.dtype).max
+    below = bits.dtype.type(below)
     width = vocab // DEPTH  # the last few logits lie in no column
     ids, keys = np.empty((rows, k), np.int64), np.empty(k, bits.dtype)
     highest = np.empty(width, bits.dtype)

@@ -7,7 +7,7 @@ parent. A path from the root is one candidate continuation; a chain is a tree wi
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -34,6 +34,7 @@ class TokenTree:
 
     tokens: Ints
     parents: Ints
+    _places: dict[tuple[int, int], int] = field(init=False, repr=False)  # (parent, token) -> node
 
     def __post_init__(self) -> None:
         tokens = np.array(self.tokens, dtype=np.int64)
@@ -42,11 +43,13 @@ class TokenTree:
             raise TreeError("a token tree needs as many parents as tokens, and at least a root")
         if parents[0] != -1 or (parents[1:] < 0).any() or (parents[1:] >= np.arange(1, tokens.size)).any():
             raise TreeError("parents must come before their children, and only node 0 is without one")
-        if len(set(zip(parents.tolist(), tokens.tolist(), strict=True))) < tokens.size:
+        places = {place: node for node, place in enumerate(zip(parents.tolist(), tokens.tolist(), strict=True))}
+        if len(places) < tokens.size:
             raise TreeError("siblings must carry different tokens")
         tokens.flags.writeable = parents.flags.writeable = False
         object.__setattr__(self, "tokens", tokens)
         object.__setattr__(self, "parents", parents)
+        object.__setattr__(self, "_places", places)
 
     # -- ways to make one ---------------------------------------------------------------------------------------
 
@@ -160,13 +163,16 @@ class TokenTree:
     def children(self) -> tuple[tuple[int, ...], ...]:
         """The children of each node, in index order."""
         children: list[list[int]] = [[] for _ in range(len(self))]
-        for node in range(1, len(self)):
-            children[self.parents[node]].append(node)
+        for node, parent in enumerate(self.parents[1:].tolist(), start=1):
+            children[parent].append(node)
         return tuple(map(tuple, children))
 
     def child(self, node: int, token: int) -> int | None:
         """The child of ``node`` that carries ``token``, if there is one."""
-        return next((child for child in self.children[node] if self.tokens[child] == token), None)
+        return self._places.get((node, token))
+
+    def is_leaf(self, node: int) -> bool:
+        return not (self.parents == node).any()
 
     @cached_property
     def leaves(self) -> Ints:

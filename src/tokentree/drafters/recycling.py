@@ -16,8 +16,7 @@ from tokentree.errors import OptionError
 from tokentree.sequence import Accepted, Sequence
 from tokentree.shapes.base import Shape
 from tokentree.storage import Array, read_arrays, write_arrays
-from tokentree.top import top_logits
-from tokentree.tree import Floats, Ints
+from tokentree.tree import Floats, Ints, TokenTree
 
 PAIRS = 1 << 17  # rows for pairs of tokens
 HASH = 0x9E3779B1
@@ -51,24 +50,21 @@ class Recycling(Drafter):
         self._successors = np.full((vocab_size + PAIRS, k), -1, np.int32)
         self._probs = np.zeros((vocab_size + PAIRS, k), np.float32)
         self._pairs = np.full(PAIRS, -1, np.int64)  # which pair a row belongs to
-        _grow(self._successors, self._probs, self._pairs, vocab_size, 0, 0, 1, 1)  # compiles it before any request
+        self._compile()
 
     def propose(self, seqs: list[Sequence], shape: Shape, sampled: bool) -> list[Draft]:
         return [self._grow(seq, shape.max_nodes - 1, min(shape.max_depth, seq.room - 1)) for seq in seqs]
 
     def observe(self, seqs: list[Sequence], drafts: list[Draft], out: TargetOutput, accepted: list[Accepted]) -> None:
-        logits, ids = top_logits(out.all_logits, self._k)
-        probs, successors = logits.softmax(-1).cpu().numpy(), ids.cpu().numpy()
+        logits, successors = out.top(self._k)
+        logits, successors = np.ascontiguousarray(logits), np.ascontiguousarray(successors)
         for i, (seq, draft, step) in enumerate(zip(seqs, drafts, accepted, strict=True)):
             nodes = np.array([*range(len(draft)), *step.path])  # of one token's rows, the one on the path stays
-            rows = out.starts[i] + nodes
-            tokens, before = draft.tree.tokens[nodes], draft.tree.tokens[draft.tree.parents[nodes]]
-            before[nodes == 0] = _before(seq)
-            pairs = before * self._vocab_size + tokens
-            slots = pairs * HASH % PAIRS
-            self._pairs[slots] = pairs
-            for where in (tokens, self._vocab_size + slots):
-                self._successors[where], self._probs[where] = successors[rows], probs[rows]
+            tree, first = draft.tree, out.starts[i]
+            _remember(
+                self._successors, self._probs, self._pairs, self._vocab_size, successors[first:], logits[first:],
+                _before(seq), tree.tokens, tree.parents, nodes,
+            )  # fmt: skip
 
     def save(self, folder: Path) -> None:
         arrays: dict[str, Array] = {"successors": self._successors, "probs": self._probs, "pairs": self._pairs}
@@ -93,6 +89,13 @@ class Recycling(Drafter):
         self._successors[:], self._probs[:] = arrays["successors"], arrays["probs"]
         self._pairs[:] = arrays["pairs"]
 
+    def _compile(self) -> None:
+        """Before any request waits for it."""
+        none, tree = np.zeros(0, np.int64), TokenTree.root(0)
+        rows = self._successors, self._probs, self._pairs, self._vocab_size
+        _grow(*rows, 0, 0, 1, 1)
+        _remember(*rows, np.zeros((0, self._k), np.int64), self._probs[:0], 0, tree.tokens, tree.parents, none)
+
     def _grow(self, seq: Sequence, nodes: int, depth: int) -> Draft:
         root = seq.tokens[-1]
         if nodes < 1 or depth < 1:
@@ -112,6 +115,22 @@ def _row(pairs: Ints, vocab_size: int, before: int, token: int) -> int:
     pair = before * vocab_size + token
     slot = pair * HASH % PAIRS
     return vocab_size + slot if pairs[slot] == pair else token
+
+
+@njit(cache=True)
+def _remember(
+    successors: NDArray[np.int32], chances: NDArray[np.float32], pairs: Ints, vocab_size: int, ids: Ints,
+    logits: NDArray[np.float32], before: int, tokens: Ints, parents: Ints, nodes: Ints,
+) -> None:  # fmt: skip
+    """Writes what the target said after ``nodes`` of a tree: ``ids`` and ``logits`` [all nodes, k]."""
+    for node in nodes:
+        probs = np.exp(logits[node] - logits[node].max())
+        probs /= probs.sum()
+        pair = (before if node == 0 else tokens[parents[node]]) * vocab_size + tokens[node]
+        slot = pair * HASH % PAIRS
+        pairs[slot] = pair
+        for row in (tokens[node], vocab_size + slot):
+            successors[row], chances[row] = ids[node], probs
 
 
 @njit(cache=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from tokentree.automaton import SuffixAutomaton, warm_up
+from tokentree.compiled import expected_tokens
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter
 from tokentree.errors import OptionError
@@ -87,12 +88,11 @@ class Suffix(Drafter):
         request = self._follow(seq)
         if nodes < 1 or depth < 1:
             return Draft(seq.tokens[-1])
-        own = request.automaton.grow(*request.automaton.repeated, nodes, depth, LEAST_PROB)
-        found = [own]
+        grown = request.automaton.grow(*request.automaton.repeated, nodes, depth, LEAST_PROB)
         if request.length:
-            found.append(self._store.automaton.grow(request.state, request.length, nodes, depth, LEAST_PROB))
-        drafts = [Draft.grown(seq.tokens[-1], *nodes) for nodes in found]
-        return max(drafts, key=lambda draft: float(np.exp(draft.log_scores).sum()))
+            stored = self._store.automaton.grow(request.state, request.length, nodes, depth, LEAST_PROB)
+            grown = max(grown, stored, key=lambda nodes: expected_tokens(nodes[1], nodes[2]))
+        return Draft.grown(seq.tokens[-1], *grown)
 
 
 class _Request:

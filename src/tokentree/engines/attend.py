@@ -16,19 +16,8 @@ from typing import Any
 import numba
 import numpy as np
 
-from tokentree.engines.kernels import (
-    BLOCK,
-    LANES,
-    TILE_ROWS,
-    WORKER,
-    address_of,
-    claim,
-    doubles,
-    exponentials,
-    floats,
-    integers,
-    tile_float32,
-)  # fmt: skip
+from tokentree.engines.kernels import BLOCK, LANES, TILE_ROWS, exponentials, tile_float32
+from tokentree.threads import WORKER, address_of, claim, doubles, floats, integers
 
 HIDDEN = np.float32(-math.inf)
 

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from transformers import Cache
 
-from tokentree.engines import kernels
 from tokentree.engines.attend import attend_worker
 from tokentree.engines.kv import SequenceKV
 from tokentree.errors import ModelError
+from tokentree.threads import run
 from tokentree.tree import Ints, TokenTree
 
 
@@ -181,7 +181,7 @@ def attend_rows(
         ]  # fmt: skip
     out = torch.zeros(rows, heads, value_width)  # rows that only fill up get zeros
     numbers = np.array([scale, softcap or 0.0])
-    kernels.run(
+    run(
         attend_worker(),
         [query.data_ptr(), 4 * query.stride(0), 4 * query.stride(1), out.data_ptr(), 4 * out.stride(1),
          4 * out.stride(0), width, value_width, heads // kv_heads, window or 0, heads, len(forward_kv.segments), *table,

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tokentree.sequence import Sequence
-from tokentree.tree import TokenTree
+from tokentree.top import top_logits
+from tokentree.tree import Ints, TokenTree
+
+KEPT = 8  # of the most probable tokens after each node, which the rules and Token Recycling read
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class TargetOutput:
     """What one forward says about the nodes of several trees.
 
@@ -27,19 +33,52 @@ class TargetOutput:
     starts: list[int]
     firsts: list[int]
     seconds: float
+    _top: tuple[NDArray[np.float32], Ints] | None = field(init=False, default=None, repr=False)
 
     def logits(self, tree: int, node: int) -> torch.Tensor:
         """[vocab], the raw logits after ``node`` of tree number ``tree``."""
-        return self.all_logits[self._row(tree, node)]
+        return self.all_logits[self.row(tree, node)]
 
     def rows(self, tree: int, nodes: SequenceOf[int]) -> torch.Tensor:
         """[len(nodes), vocab], the raw logits after each of ``nodes``."""
-        return self.all_logits[[self._row(tree, node) for node in nodes]]
+        return self.all_logits[[self.row(tree, node) for node in nodes]]
 
-    def _row(self, tree: int, node: int) -> int:
+    def top(self, k: int) -> tuple[NDArray[np.float32], Ints]:
+        """The k most probable tokens after each row, best first: logits float32[rows, k] and ids int64[rows, k]. They
+        are looked for once."""
+        if self._top is None or self._top[1].shape[1] < min(k, self.all_logits.shape[1]):
+            self._top = top_logits(self.all_logits, min(max(k, KEPT), self.all_logits.shape[1]))
+        return self._top[0][:, :k], self._top[1][:, :k]
+
+    @cached_property
+    def best(self) -> list[int]:
+        """The most probable token after each row."""
+        tokens: list[int] = self.top(1)[1][:, 0].tolist()
+        return tokens
+
+    def after(self, tree: int) -> _TreeLogits:
+        """What `acceptance` reads of tree number ``tree``."""
+        return _TreeLogits(self, tree)
+
+    def row(self, tree: int, node: int) -> int:
+        """Where the logits after ``node`` of tree number ``tree`` lie."""
         if node < self.firsts[tree]:
             raise IndexError(f"node {node} was computed by an earlier forward")
         return self.starts[tree] + node - self.firsts[tree]
+
+
+@dataclass(frozen=True)
+class _TreeLogits:
+    """`acceptance.NodeLogits` of one tree."""
+
+    out: TargetOutput
+    tree: int
+
+    def __call__(self, node: int) -> torch.Tensor:
+        return self.out.logits(self.tree, node)
+
+    def best(self, node: int) -> int:
+        return self.out.best[self.out.row(self.tree, node)]
 
 
 class Engine(Protocol):

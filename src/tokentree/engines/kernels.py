@@ -14,17 +14,12 @@ pool.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import math
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import llvmlite.binding
 import numba
 import numpy as np
-import torch
 from llvmlite import ir
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -202,16 +197,6 @@ def _emit_tile(
 tile_float32, tile_bfloat16, tile_int8 = _tile(_Float32), _tile(_BFloat16), _tile(_Int8)
 
 
-@intrinsic
-def claim(typingctx, counter):
-    """Adds one to the integer at that address, and returns what it was before, alone among all threads."""
-
-    def generate(context, builder, signature, args):
-        return builder.atomic_rmw("add", builder.inttoptr(args[0], I64.as_pointer()), ir.Constant(I64, 1), "monotonic")
-
-    return numba.int64(numba.int64), generate
-
-
 @functools.cache
 def has(feature: str) -> bool:
     """Whether this CPU has that feature, by LLVM's name."""
@@ -219,58 +204,6 @@ def has(feature: str) -> bool:
         return bool(llvmlite.binding.get_host_cpu_features().get(feature, False))
     except RuntimeError:  # LLVM can't tell
         return False
-
-
-# -- memory ----------------------------------------------------------------------------------------------------------
-
-
-@intrinsic
-def address_of(typingctx, pointer):
-    """The address in a pointer."""
-
-    def generate(context, builder, signature, args):
-        return builder.ptrtoint(args[0], I64)
-
-    return numba.int64(pointer), generate
-
-
-def _pointer(kind):
-    @intrinsic
-    def pointer(typingctx, address):
-        def generate(context, builder, signature, args):
-            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-        return numba.types.CPointer(kind)(numba.int64), generate
-
-    return pointer
-
-
-_to_float32, _to_float64 = (_pointer(kind) for kind in (numba.float32, numba.float64))
-_to_int16, _to_int64 = (_pointer(kind) for kind in (numba.int16, numba.int64))
-
-
-@numba.njit
-def floats(address, shape):
-    """The float32 array of that shape at ``address``."""
-    return numba.carray(_to_float32(address), shape)
-
-
-@numba.njit
-def halves(address, shape):
-    """The int16 array of that shape at ``address``."""
-    return numba.carray(_to_int16(address), shape)
-
-
-@numba.njit
-def doubles(address, shape):
-    """The float64 array of that shape at ``address``."""
-    return numba.carray(_to_float64(address), shape)
-
-
-@numba.njit
-def integers(address, shape):
-    """The int64 array of that shape at ``address``."""
-    return numba.carray(_to_int64(address), shape)
 
 
 # -- rows of numbers -------------------------------------------------------------------------------------------------
@@ -310,31 +243,3 @@ def exponentials(x, powers):
     factors = powers.view(np.float32)
     for i in range(len(x)):
         x[i] *= factors[i]
-
-
-# -- threads ---------------------------------------------------------------------------------------------------------
-
-
-def run(worker: Any, arguments: Sequence[int]) -> None:
-    """Calls ``worker``, a C function of one address, in each of torch's threads at once, or in this one alone where
-    torch's pool is unknown: with the address of ``arguments`` and, behind them, a counter that starts at 0."""
-    packed = (ctypes.c_int64 * (len(arguments) + 1))(*arguments, 0)
-    pool = _pool()
-    if pool is None:
-        worker.ctypes(packed)
-    else:
-        pool(worker.address, ctypes.addressof(packed), torch.get_num_threads(), 0)
-
-
-@functools.cache
-def _pool() -> Any:
-    """``GOMP_parallel(function, data, threads, flags)`` of the OpenMP library that torch itself runs on, or None."""
-    for file in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
-        function = ctypes.CDLL(str(file)).GOMP_parallel
-        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-        function.restype = None
-        return function
-    return None
-
-
-WORKER = numba.void(numba.types.CPointer(numba.int64))  # the type of what threads run

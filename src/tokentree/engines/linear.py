@@ -17,19 +17,14 @@ from tokentree.engines.kernels import (
     CHUNKS,
     LANES,
     TILE_ROWS,
-    WORKER,
-    address_of,
-    claim,
     exponentials,
-    floats,
-    halves,
     has,
     narrow,
-    run,
     tile_bfloat16,
     tile_int8,
     widen,
-)  # fmt: skip
+)
+from tokentree.threads import WORKER, address_of, claim, floats, halves, run
 
 QUANTIZED_ROWS = 8192  # of a weight, quantised at a time
 

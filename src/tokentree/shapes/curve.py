@@ -1,3 +1,5 @@
+# numba gives every scalar a type of its own, which annotations can't follow:
+# mypy: disable-error-code="arg-type,assignment,index,call-overload,operator"
 """What a target forward costs by the number of its rows."""
 
 from __future__ import annotations
@@ -6,9 +8,10 @@ import math
 from collections.abc import Sequence as SequenceOf
 
 import numpy as np
+from numba import njit
 
 from tokentree.errors import OptionError
-from tokentree.tree import Floats
+from tokentree.tree import Floats, Ints
 
 PACE = 0.1  # how fast one observation moves what is believed
 GUESS = ((1, 4, 16, 64), (1.0, 1.1, 1.6, 4.0))  # relative, for an engine that wasn't measured
@@ -37,7 +40,8 @@ class CostCurve:
             raise OptionError("a cost curve needs two or more numbers of rows, ascending, each with a time above 0")
         self.rows, self.per_sequence = list(rows), per_sequence
         self._seconds = np.array(seconds, np.float64)
-        self._table = self._tabulate(max(rows))
+        self._knots, self._table = np.array(rows, np.int64), np.zeros(0)
+        self.upto(max(rows))
 
     @classmethod
     def guess(cls) -> CostCurve:
@@ -59,7 +63,8 @@ class CostCurve:
     def upto(self, rows: int, sequences: int = 1) -> Floats:
         """float64[rows + 1] or longer: entry n is the time of n rows."""
         if rows >= len(self._table):
-            self._table = self._tabulate(2 * rows)
+            self._table = np.empty(2 * rows + 1)
+            _tabulate(self._knots, self._seconds, self._table)
         return self._table + self.per_sequence * (sequences - 1)
 
     def observe(self, rows: int, sequences: int, seconds: float) -> None:
@@ -69,30 +74,44 @@ class CostCurve:
         if seconds <= 0:
             return
         ratio = min(2.0, max(0.5, seconds / self.seconds(rows, sequences)))
-        place = float(np.interp(rows, self.rows, np.arange(len(self.rows))))
-        for knot in {int(place), math.ceil(place)}:
-            # the highest point so far is what is believed of this one: that is what was wrong
-            highest = int(np.argmax(self._seconds[: knot + 1]))
-            factor = ratio ** (PACE / 2 * (1 - abs(place - knot)))
-            self._seconds[highest if ratio < 1 else knot] = self._seconds[highest] * factor
-        self._scale(ratio ** (PACE / 2))
-        self._table = self._tabulate(len(self._table) - 1)
+        _refine(self._knots, self._seconds, self._table, rows, ratio)
+        self.per_sequence *= ratio ** (PACE / 2)
 
     def first_seen(self, rows: int, seconds: float) -> None:
         """Scales the whole curve so that a forward over ``rows`` rows takes ``seconds``, unless that is 0."""
         if seconds <= 0:
             return
-        self._scale(seconds / self.seconds(rows))
-        self._table = self._tabulate(len(self._table) - 1)
-
-    def _scale(self, factor: float) -> None:
+        factor = seconds / self.seconds(rows)
         self._seconds *= factor
         self.per_sequence *= factor
+        _tabulate(self._knots, self._seconds, self._table)
 
-    def _tabulate(self, last: int) -> Floats:
-        rising = np.maximum.accumulate(self._seconds)  # more rows never take less time; noise may say so
-        table = np.interp(np.arange(last + 1), self.rows, rising)
-        slope = (rising[-1] - rising[-2]) / (self.rows[-1] - self.rows[-2])
-        beyond = np.arange(self.rows[-1], last + 1)
-        table[self.rows[-1] :] = rising[-1] + slope * (beyond - self.rows[-1])
-        return table
+
+@njit(cache=True)
+def _tabulate(knots: Ints, seconds: Floats, table: Floats) -> None:
+    """Fills in the time of every number of rows."""
+    time, begin = seconds[0], 0
+    slope = 0.0
+    for knot in range(len(knots)):
+        before, time = time, max(time, seconds[knot])  # more rows never take less time; noise may say so
+        if knot:
+            slope = (time - before) / (knots[knot] - knots[knot - 1])
+        for rows in range(begin, min(knots[knot] + 1, len(table))):
+            table[rows] = time - slope * (knots[knot] - rows)
+        begin = knots[knot] + 1
+    for rows in range(begin, len(table)):
+        table[rows] = time + slope * (rows - knots[-1])
+
+
+@njit(cache=True)
+def _refine(knots: Ints, seconds: Floats, table: Floats, rows: int, ratio: float) -> None:
+    """Moves the curve at ``rows`` by a part of ``ratio``, half of it with the whole curve."""
+    right = min(np.searchsorted(knots, rows), len(knots) - 1)
+    left = max(0, right - 1) if rows < knots[right] else right
+    for knot in range(left, right + 1):
+        share = 1.0 if left == right else abs(rows - knots[left + right - knot]) / (knots[right] - knots[left])
+        # the highest point so far is what is believed of this one: that is what was wrong
+        wrong = np.argmax(seconds[: knot + 1]) if ratio < 1 else knot
+        seconds[wrong] = seconds[np.argmax(seconds[: knot + 1])] * ratio ** (PACE / 2 * share)
+    seconds *= ratio ** (PACE / 2)
+    _tabulate(knots, seconds, table)
