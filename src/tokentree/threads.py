@@ -1,0 +1,108 @@
+# numba gives every scalar a type of its own:
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,no-any-return,untyped-decorator,attr-defined,call-arg"
+"""Compiled loops in all of torch's threads at once, and arrays at addresses, which is how they get their work."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numba
+import torch
+from llvmlite import ir
+from numba.extending import intrinsic
+
+I64 = ir.IntType(64)
+
+
+def run(worker: Any, arguments: Sequence[int]) -> None:
+    """Calls ``worker``, a C function of one address, in each of torch's threads at once, or in this one alone where
+    torch's pool is unknown: with the address of ``arguments`` and, behind them, a counter that starts at 0."""
+    packed = (ctypes.c_int64 * (len(arguments) + 1))(*arguments, 0)
+    pool = _pool()
+    if pool is None:
+        worker.ctypes(packed)
+    else:
+        pool(worker.address, ctypes.addressof(packed), torch.get_num_threads(), 0)
+
+
+@functools.cache
+def _pool() -> Any:
+    """``GOMP_parallel(function, data, threads, flags)`` of the OpenMP library that torch itself runs on, or None."""
+    for file in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
+        function = ctypes.CDLL(str(file)).GOMP_parallel
+        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        function.restype = None
+        return function
+    return None
+
+
+WORKER = numba.void(numba.types.CPointer(numba.int64))  # the type of what threads run
+
+
+@intrinsic
+def claim(typingctx, counter):
+    """Adds one to the integer at that address, and returns what it was before, alone among all threads."""
+
+    def generate(context, builder, signature, args):
+        return builder.atomic_rmw("add", builder.inttoptr(args[0], I64.as_pointer()), ir.Constant(I64, 1), "monotonic")
+
+    return numba.int64(numba.int64), generate
+
+
+@intrinsic
+def address_of(typingctx, pointer):
+    """The address in a pointer."""
+
+    def generate(context, builder, signature, args):
+        return builder.ptrtoint(args[0], I64)
+
+    return numba.int64(pointer), generate
+
+
+def _pointer(kind):
+    @intrinsic
+    def pointer(typingctx, address):
+        def generate(context, builder, signature, args):
+            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+        return numba.types.CPointer(kind)(numba.int64), generate
+
+    return pointer
+
+
+_to_float32, _to_float64 = (_pointer(kind) for kind in (numba.float32, numba.float64))
+_to_int16, _to_int32, _to_int64 = (_pointer(kind) for kind in (numba.int16, numba.int32, numba.int64))
+
+
+@numba.njit
+def floats(address, shape):
+    """The float32 array of that shape at ``address``."""
+    return numba.carray(_to_float32(address), shape)
+
+
+@numba.njit
+def halves(address, shape):
+    """The int16 array of that shape at ``address``."""
+    return numba.carray(_to_int16(address), shape)
+
+
+@numba.njit
+def words(address, shape):
+    """The int32 array of that shape at ``address``."""
+    return numba.carray(_to_int32(address), shape)
+
+
+@numba.njit
+def doubles(address, shape):
+    """The float64 array of that shape at ``address``."""
+    return numba.carray(_to_float64(address), shape)
+
+
+@numba.njit
+def integers(address, shape):
+    """The int64 array of that shape at ``address``."""
+    return numba.carray(_to_int64(address), shape)
