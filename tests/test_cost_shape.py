@@ -19,6 +19,7 @@ from tokentree.engines.table import TableEngine
 from tokentree.errors import OptionError
 from tokentree.sequence import Accepted, Sequence
 from tokentree.shapes import Cost, CostCurve, shape
+from tokentree.shapes.pause import Pause
 
 SEQ, OTHER = make_sequence([0]), make_sequence([0])
 FLAT = CostCurve([1, 64], [1.0, 1.0])
@@ -273,6 +274,63 @@ def test_what_is_known_of_a_request_goes_with_it() -> None:
     decode(TableEngine(table), [make_sequence([0, i], max_tokens=9) for i in range(4)], drafter, form, max_batch=2)
     assert not form._requests
     assert form.rates.table(["draft_model"])
+
+
+# -- what it doubts, and when it rests ---------------------------------------------------------------------------
+
+
+def test_promises_that_are_not_kept_count_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    form = Cost(curve=MILD)
+    monkeypatch.setattr(form.rates, "estimate", lambda draft, cells, request: 0.5 ** np.array(draft.depths))
+    sizes = [len(_step(form, _chain(*[0.5] * 9), [7])) for _ in range(99)]
+    assert sizes[0] == 3
+    assert np.mean(sizes[30:]) <= 2
+    sizes = [len(_step(form, _chain(*[0.5] * 9), [1, 2, 3, 4, 5, 6])) for i in range(199)]
+    assert sizes[-1] == 3  # and it never hopes for more than was promised
+
+
+def _rests(form: Cost, drafting: float, right: bool, steps: int = 200, prob: float = 0.5) -> list[int]:
+    """The steps without drafts, where making one takes ``drafting`` and its one candidate is always right or wrong."""
+    rested = []
+    for i in range(steps):
+        if form.rests([SEQ]):
+            rested.append(i)
+            form.observe([SEQ], [Draft(0)], [Accepted([0], [5])], 0.0, form.curve.seconds(1))
+        else:
+            _step(form, _chain(prob), [1 if right else 7], drafting)
+    return rested
+
+
+def test_where_drafting_does_not_pay_for_itself_it_rests_most_of_the_time() -> None:
+    form = Cost(curve=STEEP)
+    assert 130 < len(_rests(form, 0.1, right=False)) < 195
+    assert _rests(Cost(curve=MILD), 0.1, right=True) == []
+    assert _rests(Cost(curve=STEEP), 0.0, right=False) == []  # what costs nothing need not rest
+
+
+def test_it_stops_resting_when_it_pays_again_or_when_the_batch_changes() -> None:
+    form = Cost(curve=MILD)
+    assert form.rests([SEQ]) is False
+    _rests(form, 0.1, right=False, steps=400)
+    back = _rests(form, 0.1, right=True, prob=0.97)
+    assert back
+    assert back[-1] < 100
+    _rests(form, 0.1, right=False, steps=400)
+    assert form.rests([SEQ, OTHER]) is False
+    assert form.rests([make_sequence([0])]) is False
+
+
+def test_while_it_rests_it_does_not_forget_what_drafting_takes() -> None:
+    form = Cost(curve=STEEP)
+    _rests(form, 0.1, right=False, steps=1000)
+    assert form._overhead == pytest.approx(0.1, rel=0.01)
+
+
+def test_a_pause_that_ends_in_vain_is_followed_by_one_twice_as_long() -> None:
+    pause = Pause(2, 16)
+    assert [step for step in range(1, 64) if pause.count()] == [2, 6, 14, 30, 46, 62]
+    pause.stop()
+    assert [step for step in range(1, 10) if pause.count(0.5)] == [4]
 
 
 # -- levels that cost a forward --------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tokentree.engines import kernels
 from tokentree.engines.kernels import has
 from tokentree.engines.linear import Int8Linear, OneDNNLinear, PackedLinear
 
@@ -79,7 +78,7 @@ def test_the_number_of_threads_does_not_change_the_bits(kind: Kind) -> None:
 def test_without_torch_s_pool_one_thread_does_it_all(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = kind(numbers(2048, 512), None), numbers(5, 512, seed=1)
     expected = layer(x)
-    monkeypatch.setattr(kernels, "_pool", lambda: None)
+    monkeypatch.setattr("tokentree.threads._pool", lambda: None)
     assert torch.equal(layer(x), expected)
 
 

@@ -74,8 +74,7 @@ class Decoder:
     def step(self, seqs: list[Sequence]) -> None:
         """One target forward for the whole batch."""
         clock = [time.perf_counter()]
-        drafts = self.drafter.propose(seqs, self.shape, self.accept.draws_children)
-        drafts = [draft.cut(seq.room - 1) for seq, draft in zip(seqs, self.shape.cut(seqs, drafts), strict=True)]
+        drafts = [draft.cut(seq.room - 1) for seq, draft in zip(seqs, self._draft(seqs), strict=True)]
         clock.append(time.perf_counter())
         out = self.engine.verify(seqs, [draft.tree for draft in drafts])
         clock.append(time.perf_counter())
@@ -92,6 +91,11 @@ class Decoder:
         self.engine.release(seqs)
         self.drafter.release(seqs)
         self.shape.release(seqs)
+
+    def _draft(self, seqs: list[Sequence]) -> list[Draft]:
+        if self.shape.rests(seqs):
+            return [Draft(seq.tokens[-1]) for seq in seqs]
+        return self.shape.cut(seqs, self.drafter.propose(seqs, self.shape, self.accept.draws_children))
 
     def _accept(self, i: int, seq: Sequence, draft: Draft, out: TargetOutput) -> Accepted:
         """Stops and limits cut before anything is permanent."""

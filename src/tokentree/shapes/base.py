@@ -14,7 +14,8 @@ class Shape(ABC):
 
     A drafter that pays for each level (a draft model) asks `select` whether to start, for the root alone; then `counts`
     for the number of children of each frontier node; adds them; and asks `select` which of them become the next
-    frontier. A drafter that finds whole paths (a lookup) only heeds `max_nodes` and `max_depth`. The loop calls `cut`.
+    frontier. A drafter that finds whole paths (a lookup) only heeds `max_nodes` and `max_depth`. The loop calls `rests`
+    before, and `cut` after all that.
 
     Attributes:
         max_depth: candidates on the longest path.
@@ -31,6 +32,10 @@ class Shape(ABC):
     @abstractmethod
     def select(self, seq: Sequence, draft: Draft, level: SequenceOf[int]) -> list[int]:
         """Which of the new nodes ``level`` are expanded next; none ends the growth."""
+
+    def rests(self, seqs: list[Sequence]) -> bool:
+        """Whether this step goes without drafts, as drafting wouldn't pay for itself."""
+        return False
 
     @abstractmethod
     def prune(self, seq: Sequence, draft: Draft) -> Draft:

@@ -12,12 +12,16 @@ from tokentree.errors import OptionError
 from tokentree.sequence import Accepted, Sequence
 from tokentree.shapes.base import Shape
 from tokentree.shapes.curve import CostCurve
+from tokentree.shapes.pause import Pause
 from tokentree.shapes.rates import Ahead, Cells, Rates
 from tokentree.tree import Floats, Ints
 
 PACE = 0.1
+FADE, DOUBT = 0.99, 10.0  # a step; tokens that count as promised and kept before any were
 LEAST_OFFER = 8  # candidates that drafters are asked for even where small trees have paid best
-PROBE_AFTER, PROBE_AT_MOST = 16, 256  # steps without a dear drafter before it is tried again
+LEVELS_PAUSE = 16, 256  # steps without levels that cost a forward before they are tried again: at first, and at most
+DRAFTS_PAUSE = 2, 16  # steps without any draft
+HOPE = 1.3  # what drafting is believed to bring before anything is known, relative to plain decoding
 
 
 class Cost(Shape):
@@ -56,7 +60,11 @@ class Cost(Shape):
         self._typical = float(nodes)  # nodes that lately paid best
         self._overhead = 0.0  # seconds of a step beside the forward
         self._batch = 1
-        self._rested, self._patience = 0.0, PROBE_AFTER
+        self._promised = 0.0  # tokens that the candidates taken last were expected to bring
+        self._hoped = self._came = 0.0  # the same of lately, and what came true
+        self._worth = HOPE  # lately: tokens per second with drafts, relative to what they would be without
+        self._levels, self._drafts = Pause(*LEVELS_PAUSE), Pause(*DRAFTS_PAUSE)
+        self._resting = False
 
     def use_curve(self, curve: CostCurve) -> None:
         """Replaces the guess by a measured curve."""
@@ -105,13 +113,20 @@ class Cost(Shape):
     def _starts(self, pays: bool) -> bool:
         """Whether to draft at all: if it pays, and now and then to see whether it would."""
         if pays:
-            self._rested, self._patience = 0.0, PROBE_AFTER
-            return True
-        self._rested += 1 / self._batch
-        if self._rested < self._patience:
-            return False
-        self._rested, self._patience = 0.0, min(2 * self._patience, PROBE_AT_MOST)
-        return True
+            self._levels.stop()
+        return pays or self._levels.count(1 / self._batch)
+
+    def rests(self, seqs: list[Sequence]) -> bool:
+        """Drafting takes time too, and more of a step the larger the batch: where it isn't earned back, no draft is
+        made for 2 steps, then for 4, and so on up to 16. What is new in the batch is looked at first."""
+        if len(seqs) != self._batch or any(seq.id not in self._requests for seq in seqs):
+            self._worth = max(self._worth, 1.0)
+        if self._worth >= 1:
+            self._drafts.stop()
+        self._resting = self._worth < 1 and not self._drafts.count()
+        if self._resting and self._levels.steps:
+            self._levels.steps += 1
+        return self._resting
 
     # -- the cut ---------------------------------------------------------------------------------------------------
 
@@ -129,8 +144,12 @@ class Cost(Shape):
         spent = self._overhead + _level_seconds(drafts)
         times = spent + self.curve.upto(rows + len(offered), len(seqs))[rows:]
         order = np.argsort(-offered, kind="stable")  # parents stay before their children
-        expected = tokens + np.concatenate([[0.0], np.cumsum(offered[order])])
+        gains = np.concatenate([[0.0], np.cumsum(offered[order])])
+        expected = tokens + self._trust * gains
         taken = int(np.argmax(expected / times[: len(order) + 1]))
+        plain = len(seqs) / self.curve.seconds(len(seqs), len(seqs))
+        self._worth += PACE * (float(expected[taken] / times[taken]) / plain - self._worth)
+        self._promised = float(gains[taken])
         used = (rows + taken) / len(seqs)
         self._typical += (PACE if used < self._typical else 0.5) * (used - self._typical)
         self.max_nodes = min(self._nodes, max(LEAST_OFFER, int(2 * self._typical)))
@@ -153,7 +172,12 @@ class Cost(Shape):
             self.curve.first_seen(rows, verify_seconds)
             self.measured = True
         self.curve.observe(rows, len(seqs), verify_seconds)
-        self._overhead += PACE * (max(0.0, draft_seconds - _level_seconds(drafts)) - self._overhead)
+        if not self._resting:
+            self._overhead += PACE * (max(0.0, draft_seconds - _level_seconds(drafts)) - self._overhead)
+        picked = [step for draft, step in zip(drafts, accepted, strict=True) if draft.sampled is None]
+        came = sum(len(step.path) - 1 for step in picked)
+        self._hoped, self._came = FADE * self._hoped + self._promised, FADE * self._came + came
+        self._promised = 0.0
         for seq, step in zip(seqs, accepted, strict=True):
             request = self._requests.get(seq.id)
             if request is not None and request.draft is not None:
@@ -203,6 +227,11 @@ class Cost(Shape):
         if remember:
             request.draft, request.cells = draft, cells
         return joint
+
+    @property
+    def _trust(self) -> float:
+        """What candidates bring, relative to what they promise: the best of many estimates are mostly too high."""
+        return min(1.0, (self._came + DOUBT) / (self._hoped + DOUBT))
 
     def _seconds(self, rows: int) -> float:
         """One sequence's share of a step."""
