@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 
 from tests.strategies import numbers
 from tests.tiny_models import tiny
-from tokentree.costs import ROWS, CostFile, cache_folder, cost_curve, measure
+from tokentree.costs import ROWS, CostFile, cost_curve, measure
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import OptionError
 from tokentree.llm import LLM
 from tokentree.shapes import CostCurve
+from tokentree.storage import cache_folder
 
 PRESET = CostCurve([1, 4, 16], [0.5, 0.75, 1.5], 0.125)
 

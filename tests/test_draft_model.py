@@ -41,7 +41,7 @@ class CountingEngine(TorchEngine):
         self.computed: list[tuple[int, ...]] = []
         self.rows_of_calls: list[int] = []
 
-    def prefill(self, seq: Request) -> float:
+    def prefill(self, seq: Request) -> int:
         known = self.committed(seq)
         self.computed += [tuple(seq.tokens[: end + 1]) for end in range(known, len(seq.tokens) - 1)]
         return super().prefill(seq)

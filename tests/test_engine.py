@@ -387,7 +387,7 @@ def test_kv_grows_past_its_first_reservation_without_a_change(family: str, atten
     small, large = request(tokens, max_tokens=1), request(tokens, max_tokens=250)
     for seq in (small, large):
         engine.prefill(seq)
-    capacity = engine._kv[small.id].layer(0)[1].shape[1]
+    capacity = engine._kv[small.id][1].layer(0)[1].shape[1]
     tree = some_tree(tokens[-1], 30)
     text = [*tokens]
     for step in range(4):
@@ -397,7 +397,7 @@ def test_kv_grows_past_its_first_reservation_without_a_change(family: str, atten
         for seq in (small, large):
             engine.commit([seq], [list(range(46))])
         text += [*chain.tokens[1:].tolist(), 9]
-    grown = engine._kv[small.id].layer(0)[1].shape[1]
+    grown = engine._kv[small.id][1].layer(0)[1].shape[1]
     assert grown > capacity
     assert grown % BLOCK == 0
     tree = some_tree(text[-1], 30)
@@ -421,7 +421,7 @@ def test_kv_grows_between_the_calls_that_grow_a_tree(attention: str) -> None:
 def test_a_limit_on_tokens_beyond_the_context_reserves_no_memory_for_them() -> None:
     engine, seq = engine_of("llama", "tree"), request(some_tokens(3), max_tokens=10**12)
     engine.prefill(seq)
-    assert engine._kv[seq.id].layer(0)[1].shape[1] <= engine.context + 2 * BLOCK
+    assert engine._kv[seq.id][1].layer(0)[1].shape[1] <= engine.context + 2 * BLOCK
 
 
 def test_release_forgets_a_sequence_and_only_that() -> None:

@@ -33,7 +33,7 @@ LAYERS = {
     **dict.fromkeys(("acceptance", "shapes"), 2),
     **dict.fromkeys(("engines", "drafters"), 3),
     **dict.fromkeys(("registry", "decoder"), 4),
-    **dict.fromkeys(("loading", "costs", "llm"), 5),
+    **dict.fromkeys(("converted", "loading", "costs", "llm"), 5),
 }
 TOP = 6  # everything else: ways to use the library
 

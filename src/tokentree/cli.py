@@ -425,7 +425,7 @@ def _load(
         names = drafter.split("+") if drafter and "+" in drafter else drafter
         return LLM(
             model, names, list(draft_model or []), shape, accept, dtype=dtype, quantization=quantization, device=device,
-            memory=memory,
+            memory=memory, prefix_mb=0,  # what is compared reads the same prompts
         )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from tokentree.errors import OptionError
 from tokentree.sampling import SamplingParams, seeded_noise
 from tokentree.sequence import Sequence
 from tokentree.shapes.curve import CostCurve
+from tokentree.storage import cache_folder
 from tokentree.tree import TokenTree
 
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 32, 48, 64)
@@ -42,13 +43,6 @@ class CostFile(BaseModel):
             return None if kept is None else CostCurve(kept.rows, kept.seconds, kept.per_sequence)
         except OptionError:
             return None
-
-
-def cache_folder() -> Path:
-    """Where what was measured is kept: ``$TOKENTREE_CACHE``, or ``tokentree`` in the user's cache folder."""
-    if own := os.environ.get("TOKENTREE_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokentree"
 
 
 def cost_curve(engine: TorchEngine, again: bool = False) -> CostCurve:

@@ -66,7 +66,7 @@ class Decoder:
     def prefill(self, seq: Sequence) -> None:
         """Puts all of a new sequence but its last token into the KV of target and drafter."""
         started = time.perf_counter()
-        self.engine.prefill(seq)
+        seq.metrics.reused_tokens += self.engine.prefill(seq)
         self.drafter.prefill([seq])
         seq.metrics.prefill_seconds += time.perf_counter() - started
         seq.metrics.lossy = self.accept.lossy

@@ -86,6 +86,8 @@ class LLM:
         attention, quantization: see `TorchEngine`; they hold for draft models too.
         tokenizer: by default the one that comes with the model.
         max_batch: most sequences decoded together.
+        prefix_mb: megabytes of KV of finished texts that each engine keeps, so that a text that begins alike (the next
+            turn of a chat, the same instructions) need not be read again.
         memory: a folder with what drafters learnt earlier, see `save_memory`; one that isn't there is no mistake.
         speculative_model, speculative_config: another spelling of ``draft_model`` and ``shape``:
             ``{"mode": "tree", "depth": 3, "branching_factor": 2}`` or ``{"num_speculative_tokens": 4}``.
@@ -109,6 +111,7 @@ class LLM:
         quantization: str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_batch: int = 8,
+        prefix_mb: int = 256,
         memory: str | Path | None = None,
         speculative_model: Model | None = None,
         speculative_config: dict[str, Any] | None = None,
@@ -128,6 +131,8 @@ class LLM:
             raise OptionError(f"memory={str(memory)!r} is a file: name a folder")
         if max_batch < 1:
             raise OptionError("max_batch must be at least 1")
+        if prefix_mb < 0:
+            raise OptionError("prefix_mb must be at least 0")
         # what is cheap to tell is told before anything is loaded
         rule, form = acceptance(accept), parse_shape(shape or _default_shape(drafter))
         check_quantization(quantization)
@@ -136,7 +141,8 @@ class LLM:
         place = model.device if isinstance(model, PreTrainedModel) else pick_device(device)
         loaded = model if isinstance(model, PreTrainedModel) else load_model(model, dtype, place)
         self.tokenizer = tokenizer or _tokenizer_of(model)
-        self.engine = TorchEngine(loaded, attention, not isinstance(model, PreTrainedModel), quantization)
+        kept = prefix_mb * 1_000_000
+        self.engine = TorchEngine(loaded, attention, not isinstance(model, PreTrainedModel), quantization, kept)
         self.max_batch = max_batch
         self.eos_ids = eos_ids(loaded, self.tokenizer)
         drafts: list[Model] = [] if draft_model is None else _as_list(draft_model)
@@ -146,7 +152,7 @@ class LLM:
             if self.tokenizer is not None:
                 check_same_tokenizer(self.tokenizer, _tokenizer_of(draft), name)
             smaller = draft if isinstance(draft, PreTrainedModel) else load_model(draft, dtype, place)
-            engine = TorchEngine(smaller, attention, not isinstance(draft, PreTrainedModel), quantization)
+            engine = TorchEngine(smaller, attention, not isinstance(draft, PreTrainedModel), quantization, kept)
             draft_engines.append((_short(name, [known for known, _ in draft_engines]), engine))
         self._draft_engines = draft_engines
         self._curve: CostCurve | None = None

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from tokentree.converted import converted
 from tokentree.errors import ModelError, OptionError, PairingError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,20 +56,41 @@ def load_model(name: str | Path, dtype: str | torch.dtype | None, device: torch.
         ModelError: if it can't be loaded, with the reason.
     """
     where, options = _where(name)
-    if options:  # unpack the blocks: packed ones can be multiplied only by kernels that few machines have
-        options["quantization_config"] = GgufConfig(dequantize=True)
     wanted = pick_dtype(dtype, device) or "auto"
+    if options:
+        # unpack the blocks: packed ones can be multiplied only by kernels that few machines have
+        options["quantization_config"] = GgufConfig(dequantize=True)
+        part = str(wanted).removeprefix("torch.")
+        model = converted(
+            Path(where, options["gguf_file"]), part,
+            lambda: _plain(_load_model(name, where, wanted, options)),
+            lambda folder: _load_model(name, str(folder), wanted, {}),
+        )  # fmt: skip
+    else:
+        model = _load_model(name, where, wanted, options)
+    model.to(device)  # type: ignore[arg-type]
+    evaluated: PreTrainedModel = model.eval()
+    return evaluated
+
+
+def _load_model(name: str | Path, where: str, dtype: torch.dtype | str, options: dict[str, Any]) -> PreTrainedModel:
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(where, dtype=wanted, output_loading_info=True, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"can't load the model {str(name)!r}: {_reason(error)}") from None
     model, notes = loaded
     assert isinstance(model, PreTrainedModel)
     if missing := sorted(notes["missing_keys"]):  # transformers fills them with random numbers
         raise ModelError(f"can't load the model {str(name)!r}: it has no weights {', '.join(missing[:3])}")
-    model.to(device)  # type: ignore[arg-type]
-    evaluated: PreTrainedModel = model.eval()
-    return evaluated
+    return model
+
+
+def _plain(model: PreTrainedModel) -> PreTrainedModel:
+    """``model``, which was unpacked when it was loaded, without the memory of having been packed."""
+    model.hf_quantizer = None  # type: ignore[assignment]
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model
 
 
 def load_tokenizer(name: str | Path, local_only: bool = False) -> PreTrainedTokenizerBase:
@@ -78,6 +100,16 @@ def load_tokenizer(name: str | Path, local_only: bool = False) -> PreTrainedToke
         ModelError: if it can't be loaded, with the reason.
     """
     where, options = _where(name)
+    if options:
+        return converted(
+            Path(where, options["gguf_file"]), "tokenizer",
+            lambda: _load_tokenizer(name, where, local_only, options),
+            lambda folder: _load_tokenizer(name, str(folder), True, {}),
+        )  # fmt: skip
+    return _load_tokenizer(name, where, local_only, options)
+
+
+def _load_tokenizer(name: str | Path, where: str, local_only: bool, options: dict[str, Any]) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=local_only, **options)
     except (OSError, ValueError, KeyError, ImportError, NotImplementedError) as error:

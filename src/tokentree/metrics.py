@@ -12,10 +12,11 @@ class Metrics:
 
     ``offered_by_depth[d]`` counts steps whose tree reached depth d + 1, ``accepted_by_depth[d]`` those that had a
     node accepted there. ``steps`` holds, per target forward, the rows verified for this request, the tokens emitted
-    and the seconds of the whole step.
+    and the seconds of the whole step. ``reused_tokens`` are those of the prompt whose KV was known already.
     """
 
     prompt_tokens: int = 0
+    reused_tokens: int = 0
     new_tokens: int = 0
     target_forwards: int = 0
     drafted_tokens: int = 0

@@ -43,6 +43,7 @@ def figures(results: dict[str, Result]) -> Table:
         "acceptance rate": [f"{m.acceptance_rate:.0%}" if m.drafted_tokens else "-" for m in metrics],
         "accepted at depth 1, 2, …": [_by_depth(m.accepted_by_depth, m.offered_by_depth) for m in metrics],
         "tokens/s, decoding": [f"{m.tokens_per_second:.1f}" for m in metrics],
+        "prompt tokens, known before": [f"{m.prompt_tokens}, {m.reused_tokens}" for m in metrics],
         "prefill s": [f"{m.prefill_seconds:.2f}" for m in metrics],
         "draft / verify / accept s": [
             f"{m.draft_seconds:.2f} / {m.verify_seconds:.2f} / {m.accept_seconds:.2f}" for m in metrics

@@ -1,7 +1,8 @@
-"""Arrays in files: what drafters learnt, in safetensors."""
+"""The cache folder; arrays in files: what drafters learnt, in safetensors."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +14,13 @@ from safetensors.numpy import load_file, save_file
 from tokentree.errors import OptionError
 
 Array = NDArray[np.generic]
+
+
+def cache_folder() -> Path:
+    """What was measured or converted is kept here: ``$TOKENTREE_CACHE``, or ``tokentree`` in the user's cache."""
+    if own := os.environ.get("TOKENTREE_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokentree"
 
 
 def write_arrays(file: Path, arrays: Mapping[str, Array]) -> None:

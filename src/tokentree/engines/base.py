@@ -92,8 +92,9 @@ class Engine(Protocol):
     vocab_size: int
     context: int
 
-    def prefill(self, seq: Sequence) -> float:
-        """Commits KV for all tokens of ``seq`` but the last, as far as it isn't there; returns the seconds."""
+    def prefill(self, seq: Sequence) -> int:
+        """Commits KV for all tokens of ``seq`` but the last, as far as it isn't there; returns how many rows of it
+        were taken over from a text that begins alike."""
         ...
 
     def verify(

@@ -80,6 +80,19 @@ class SequenceKV:
         group, index = self._where[layer]
         return self._keys[group][index], self._values[group][index]
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the storage, in bytes."""
+        return sum(stored.nbytes for stored in self._keys + self._values)
+
+    def copy_rows(self, other: SequenceKV, rows: int) -> None:
+        """Makes the first ``rows`` committed rows of ``other``, which has the same layout, those of this empty one."""
+        self.reserve(rows)
+        for new, old in zip(self._keys + self._values, other._keys + other._values, strict=True):
+            whole = -(-rows * new.shape[2] // self._capacity)  # blocks, where rows lie in blocks
+            new[:, :, :whole] = old[:, :, :whole]
+        self.length = rows
+
     def commit(self, path: SequenceOf[int]) -> None:
         """Keeps the provisional rows ``path``, in that order, and drops the others."""
         first = next((i for i, node in enumerate(path) if i != node), len(path))

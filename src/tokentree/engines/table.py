@@ -39,9 +39,9 @@ class TableEngine:
         """[vocab], the logits after ``tokens``."""
         return self.table[tuple(([0] * self._order + list(tokens))[-self._order :])]
 
-    def prefill(self, seq: Sequence) -> float:
+    def prefill(self, seq: Sequence) -> int:
         self._committed[seq.id] = seq.tokens[:-1]
-        return 0.0
+        return 0
 
     def verify(
         self, seqs: SequenceOf[Sequence], trees: SequenceOf[TokenTree], firsts: SequenceOf[int] | None = None

@@ -15,11 +15,12 @@ from tokentree.engines.attention import ForwardKV, Segment, dense_mask, tree_att
 from tokentree.engines.base import TargetOutput
 from tokentree.engines.fused import FusedAttention
 from tokentree.engines.kv import KVLayout, SequenceKV
+from tokentree.engines.prefix import PrefixCache
 from tokentree.engines.prepare import pack, private_copy, steady_activations
 from tokentree.engines.support import check_quantization, check_supported, context_length, has_softcap, layer_windows
 from tokentree.errors import ModelError
 from tokentree.sequence import Sequence
-from tokentree.tree import TokenTree
+from tokentree.tree import Ints, TokenTree
 
 AttentionInterface.register("tokentree", tree_attention)
 
@@ -37,6 +38,7 @@ class TorchEngine:
         attention: ``"tree"`` (default on CPUs, and only there) uses `tree_attention`, which gives the same bits in any
             batch and any tree; ``"sdpa"`` (default elsewhere) lets the model attend by itself under a dense mask.
         owns_model: nobody else uses ``model``, so its weights may be dropped once they are packed.
+        prefix_bytes: KV of finished sequences that is kept for texts that begin alike, in bytes.
         quantization: None, or ``"int8"``: weights in 8 bits with a scale per output, inputs of linear layers in 8 bits
             with a scale per row. Lossy against the model as it came; trees remain lossless to the quantised model.
 
@@ -46,7 +48,7 @@ class TorchEngine:
 
     def __init__(
         self, model: PreTrainedModel, attention: str | None = None, owns_model: bool = False,
-        quantization: str | None = None,
+        quantization: str | None = None, prefix_bytes: int = 0,
     ) -> None:  # fmt: skip
         check_supported(model)
         check_quantization(quantization, model)
@@ -73,7 +75,8 @@ class TorchEngine:
             self._model.config._attn_implementation = "tokentree"
             if self.device.type == "cpu":
                 steady_activations(self._model)
-        self._kv: dict[int, SequenceKV] = {}
+        self._kv: dict[int, tuple[Sequence, SequenceKV]] = {}
+        self._prefixes = PrefixCache(prefix_bytes)
         sizes = (config.num_hidden_layers, config.hidden_size, config.vocab_size)
         self._model_size = f"{type(model).__name__} {'x'.join(map(str, sizes))}"
         self.vocab_size = int(reference.logits.shape[-1])
@@ -103,16 +106,19 @@ class TorchEngine:
 
     # -- the protocol ----------------------------------------------------------------------------------------------
 
-    def prefill(self, seq: Sequence) -> float:
-        started = time.perf_counter()
+    def prefill(self, seq: Sequence) -> int:
+        reused = 0
         kv = self._kv_of(seq)
+        if not kv.length:
+            live = [(_ids(other, known), known) for other, known in self._kv.values() if known is not kv]
+            reused = self._prefixes.fill(kv, np.array(seq.tokens[:-1]), live)
         ids = seq.tokens[kv.length : -1]
         for begin in range(0, len(ids), PREFILL_ROWS):
             chunk = ids[begin : begin + PREFILL_ROWS]
             kv.reserve(kv.length + len(chunk))
             self._forward([Segment(kv, TokenTree.chain(chunk[0], chunk[1:]), 0, 0)], keep_logits=False)
             kv.commit(range(len(chunk)))
-        return time.perf_counter() - started
+        return reused
 
     @torch.inference_mode()
     def verify(
@@ -143,15 +149,17 @@ class TorchEngine:
 
     def release(self, seqs: SequenceOf[Sequence]) -> None:
         for seq in seqs:
-            self._kv.pop(seq.id, None)
+            if seq.id in self._kv:
+                _, kv = self._kv.pop(seq.id)
+                self._prefixes.keep(_ids(seq, kv), kv)
 
     # -- one forward -----------------------------------------------------------------------------------------------
 
     def _kv_of(self, seq: Sequence) -> SequenceKV:
         if seq.id not in self._kv:
             rows = min(len(seq.prompt_ids) + seq.params.max_tokens, self.context)
-            self._kv[seq.id] = self._layout.make(rows + 64)
-        return self._kv[seq.id]
+            self._kv[seq.id] = seq, self._layout.make(rows + 64)
+        return self._kv[seq.id][1]
 
     @torch.inference_mode()
     def _forward(self, segments: SequenceOf[Segment], keep_logits: bool) -> torch.Tensor:
@@ -237,6 +245,11 @@ class TorchEngine:
                 f"{type(self._model).__name__} does not tell its attention of the sliding window that its "
                 "configuration has: use attention='sdpa'"
             )
+
+
+def _ids(seq: Sequence, kv: SequenceKV) -> Ints:
+    """The tokens of the committed rows."""
+    return np.array(seq.tokens[: kv.length], np.int64)
 
 
 def _uses_interface(model: PreTrainedModel) -> bool:

@@ -1,0 +1,71 @@
+"""GGUF files are converted once: what transformers takes ten seconds or more to read from one is kept in the cache as a
+folder that loads in one or two."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import transformers
+
+from tokentree.errors import ModelError
+from tokentree.storage import cache_folder
+
+T = TypeVar("T")
+SOURCE = "source.json"  # what a folder was made from
+
+
+def converted(file: Path, part: str, convert: Callable[[], T], load: Callable[[Path], T]) -> T:
+    """The ``part`` (a dtype's weights, or the tokenizer) of the GGUF ``file``: loaded from the cache, or converted and
+    put there. A file that changed is converted again, and so is what can't be loaded any more.
+
+    Raises:
+        ModelError: from ``convert``.
+    """
+    folder = _folder(file) / part
+    if _source_of(folder) == _source(file):
+        try:
+            return load(folder)
+        except ModelError:
+            pass  # spoilt: made again below
+    made = convert()
+    _write(folder, made, _source(file))
+    return made
+
+
+def _folder(file: Path) -> Path:
+    path = str(file.resolve())
+    return cache_folder() / "models" / f"{file.stem}-{hashlib.sha256(path.encode()).hexdigest()[:12]}"
+
+
+def _source(file: Path) -> dict[str, Any]:
+    found = file.stat()
+    return {"size": found.st_size, "changed": found.st_mtime_ns, "transformers": transformers.__version__}
+
+
+def _source_of(folder: Path) -> object:
+    try:
+        return json.loads((folder / SOURCE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _write(folder: Path, made: Any, source: dict[str, Any]) -> None:
+    """Puts ``made`` into ``folder``, whole or not at all. A cache that can't be written is no error."""
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    try:
+        part.mkdir(parents=True)
+        made.save_pretrained(part)
+        (part / SOURCE).write_text(json.dumps(source), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    except OSError as error:
+        warnings.warn(f"the converted model isn't kept: {error}", stacklevel=2)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

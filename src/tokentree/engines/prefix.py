@@ -1,0 +1,69 @@
+"""KV that is reused for texts that begin alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from tokentree.engines.kv import SequenceKV
+from tokentree.tree import Ints
+
+LEAST = 16  # shared tokens that are worth a copy
+
+
+class PrefixCache:
+    """Keeps the KV of finished sequences, the latest ones, for those that begin with the same tokens: the next turn of
+    a chat, another question about the same document, the same instructions.
+
+    Args:
+        max_bytes: of all that is kept; with 0 nothing is kept, nor copied from live sequences.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._entries: list[tuple[Ints, SequenceKV]] = []  # the last used one at the end
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(kv.nbytes for _, kv in self._entries)
+
+    def keep(self, tokens: Ints, kv: SequenceKV) -> None:
+        """Takes over ``kv``, whose committed rows belong to ``tokens``."""
+        if kv.nbytes > self._max_bytes or len(tokens) < LEAST:
+            return
+        if any(shared_length(known, tokens) == len(tokens) for known, _ in self._entries):
+            return
+        self._entries = [entry for entry in self._entries if shared_length(entry[0], tokens) < len(entry[0])]
+        self._entries.append((tokens, kv))
+        while self.nbytes > self._max_bytes:
+            del self._entries[0]
+
+    def fill(self, kv: SequenceKV, tokens: Ints, live: Iterable[tuple[Ints, SequenceKV]] = ()) -> int:
+        """Copies into the empty ``kv`` the rows of the longest beginning of ``tokens`` that is known, from what is kept
+        or from ``live`` sequences; returns how many rows that are."""
+        if not self._max_bytes:
+            return 0
+        best, rows = None, LEAST - 1
+        for entry in [*live, *self._entries]:
+            length = shared_length(entry[0], tokens)
+            if length > rows:
+                best, rows = entry, length
+        if best is None:
+            return 0
+        kv.copy_rows(best[1], rows)
+        for place, entry in enumerate(self._entries):
+            if entry is best:
+                self._entries.append(self._entries.pop(place))
+                break
+        return rows
+
+
+def shared_length(one: Ints, other: Ints) -> int:
+    """How many tokens both begin with."""
+    length = min(len(one), len(other))
+    differ = np.flatnonzero(one[:length] != other[:length])
+    return int(differ[0]) if differ.size else length

@@ -1,0 +1,133 @@
+"""KV that is reused for texts that begin alike: nothing but time changes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import decode
+from tests.tiny_models import VOCAB, request, some_tokens, tiny, tiny_pair
+from tokentree import LLM, SamplingParams
+from tokentree.drafters.draft_model import DraftModel
+from tokentree.engines.kv import KVLayout, SequenceKV
+from tokentree.engines.prefix import LEAST, PrefixCache, shared_length
+from tokentree.engines.torch import TorchEngine
+from tokentree.errors import OptionError
+from tokentree.tree import Ints
+
+LAYOUT = KVLayout(((1, 2, 2),), torch.float32, torch.device("cpu"))
+NBYTES = 2 * 2 * 64 * 4  # keys and values of two numbers in 64 rows
+
+
+def _kv(rows: int) -> SequenceKV:
+    kv = LAYOUT.make(64)
+    kv.write(0, 0, *(torch.arange(2.0 * rows).reshape(1, rows, 2) + part for part in (0, 1000)))
+    kv.commit(range(rows))
+    return kv
+
+
+def _tokens(*parts: tuple[int, int]) -> Ints:
+    """So many of each token."""
+    return np.concatenate([np.full(count, token) for token, count in parts])
+
+
+def test_how_far_two_texts_are_the_same() -> None:
+    one, other = np.array([1, 2, 3, 4]), np.array([1, 2, 9])
+    assert [shared_length(one, other), shared_length(one, one[:2]), shared_length(one, one[1:])] == [2, 2, 0]
+
+
+def test_the_longest_beginning_is_copied_and_no_more() -> None:
+    cache = PrefixCache(9 * NBYTES)
+    cache.keep(_tokens((1, 20), (2, 10)), _kv(30))
+    cache.keep(_tokens((1, 25), (3, 5)), _kv(30))
+    new = LAYOUT.make(64)
+    assert cache.fill(new, _tokens((1, 25), (3, 2), (4, 9))) == new.length == 27
+    for got, expected in zip(new.layer(0), _kv(27).layer(0), strict=True):
+        assert torch.equal(got[:, :27], expected[:, :27])
+    assert cache.fill(LAYOUT.make(64), _tokens((1, LEAST - 1), (4, 20))) == 0
+    assert cache.fill(LAYOUT.make(64), _tokens((1, LEAST), (4, 20))) == LEAST
+
+
+def test_what_is_copied_is_a_copy() -> None:
+    cache, new = PrefixCache(9 * NBYTES), LAYOUT.make(64)
+    cache.keep(_tokens((1, 30)), _kv(30))
+    cache.fill(new, _tokens((1, 40)))
+    new.write(0, 0, torch.zeros(1, 30, 2), torch.zeros(1, 30, 2))
+    again = LAYOUT.make(64)
+    cache.fill(again, _tokens((1, 40)))
+    assert torch.equal(again.layer(0)[0][:, :30], _kv(30).layer(0)[0][:, :30])
+
+
+def test_the_least_recently_used_goes_first() -> None:
+    cache = PrefixCache(2 * NBYTES)
+    for token in (1, 2):
+        cache.keep(_tokens((token, 20)), _kv(20))
+    cache.fill(LAYOUT.make(64), _tokens((1, 20)))
+    cache.keep(_tokens((3, 20)), _kv(20))
+    assert (len(cache), cache.nbytes) == (2, 2 * NBYTES)
+    assert [cache.fill(LAYOUT.make(64), _tokens((token, 20))) for token in (1, 2, 3)] == [20, 0, 20]
+
+
+def test_a_text_that_is_part_of_another_is_not_kept_beside_it() -> None:
+    cache = PrefixCache(9 * NBYTES)
+    cache.keep(_tokens((1, 20)), _kv(20))
+    cache.keep(_tokens((1, 30)), _kv(30))
+    cache.keep(_tokens((1, 25)), _kv(25))
+    assert len(cache) == 1
+    assert cache.fill(LAYOUT.make(64), _tokens((1, 40))) == 30
+
+
+def test_what_is_too_large_or_too_short_is_not_kept() -> None:
+    for cache, rows in ((PrefixCache(NBYTES - 1), 30), (PrefixCache(9 * NBYTES), LEAST - 1), (PrefixCache(0), 30)):
+        cache.keep(_tokens((1, rows)), _kv(rows))
+        assert len(cache) == 0
+
+
+@pytest.mark.parametrize("attention", ["tree", "sdpa"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_reused_beginning_changes_no_logits(family: str, attention: str) -> None:
+    engine = TorchEngine(tiny(family), attention, prefix_bytes=10**9)
+    fresh = TorchEngine(tiny(family), attention)
+    text = some_tokens(90)
+    first = request(text[:60])
+    assert engine.prefill(first) == 0
+    live = request(text[:50])
+    assert engine.prefill(live) == 49  # of one that is not finished
+    engine.release([first, live])
+    for seq in (request(text), request([*text[:70], *some_tokens(9, seed=5)])):
+        expected = decode(fresh, [request(seq.prompt_ids, max_tokens=12)])
+        reused = engine.prefill(seq)
+        assert reused >= 59
+        engine.release([seq])
+        assert decode(engine, [request(seq.prompt_ids, max_tokens=12)]) == expected
+
+
+def test_a_draft_model_reuses_its_own_beginning_and_the_text_stays() -> None:
+    target, draft = tiny_pair()
+    engines = [TorchEngine(model, prefix_bytes=10**9) for model in (target, draft)]
+    text = some_tokens(50)
+    expected = decode(TorchEngine(target), [request(text, max_tokens=20)])
+    for reused in (0, 49):
+        seq = request(text, max_tokens=20)
+        assert decode(engines[0], [seq], DraftModel(engines[1], VOCAB), "2x2x1") == expected
+        assert seq.metrics.reused_tokens == reused
+    assert engines[1].prefill(request(text)) == 49
+
+
+def test_the_next_turn_reads_only_what_is_new() -> None:
+    llm = LLM(tiny("llama"), "ngram")
+    params = SamplingParams(max_tokens=10, ignore_eos=True)
+    prompt = some_tokens(40)
+    first = llm.generate([prompt], params)[0]
+    turn = [*prompt, *first.token_ids, *some_tokens(7, seed=3)]
+    second = llm.generate([turn], params)[0]
+    assert second.metrics.reused_tokens >= 49  # the last token's KV was never needed
+    alone = LLM(tiny("llama"), "ngram", prefix_mb=0).generate([turn], params)[0]
+    assert alone.token_ids == second.token_ids
+    assert alone.metrics.reused_tokens == 0
+
+
+def test_less_than_nothing_can_t_be_kept() -> None:
+    with pytest.raises(OptionError, match="prefix_mb must be at least 0"):
+        LLM(tiny("llama"), prefix_mb=-1)
