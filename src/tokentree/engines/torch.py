@@ -12,7 +12,7 @@ import torch
 from transformers import AttentionInterface, PreTrainedModel
 
 from tokentree.engines.attention import ForwardKV, Segment, dense_mask, tree_attention
-from tokentree.engines.base import TargetOutput
+from tokentree.engines.base import KEPT, TargetOutput
 from tokentree.engines.fused import FusedAttention
 from tokentree.engines.kv import KVLayout, SequenceKV
 from tokentree.engines.prefix import PrefixCache
@@ -20,6 +20,7 @@ from tokentree.engines.prepare import pack, private_copy, steady_activations
 from tokentree.engines.support import check_quantization, check_supported, context_length, has_softcap, layer_windows
 from tokentree.errors import ModelError
 from tokentree.sequence import Sequence
+from tokentree.top import top_logits
 from tokentree.tree import Ints, TokenTree
 
 AttentionInterface.register("tokentree", tree_attention)
@@ -80,6 +81,8 @@ class TorchEngine:
         sizes = (config.num_hidden_layers, config.hidden_size, config.vocab_size)
         self._model_size = f"{type(model).__name__} {'x'.join(map(str, sizes))}"
         self.vocab_size = int(reference.logits.shape[-1])
+        for rows in (1, 2):  # compiled before any request waits for it
+            top_logits(reference.logits[0, :rows], min(KEPT, self.vocab_size))
         try:
             self._check_tree(reference.logits[0])
         except ModelError:

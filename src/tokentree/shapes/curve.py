@@ -42,6 +42,7 @@ class CostCurve:
         self._seconds = np.array(seconds, np.float64)
         self._knots, self._table = np.array(rows, np.int64), np.zeros(0)
         self.upto(max(rows))
+        _refine(self._knots, self._seconds, self._table, 1, 1.0)  # changes nothing: compiled before a request waits
 
     @classmethod
     def guess(cls) -> CostCurve:
