@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 
 from tests.conftest import decode
-from tests.tiny_models import VOCAB, request, some_tokens, tiny, tiny_pair
+from tests.tiny_models import VOCAB, request, some_tokens, some_tree, tiny, tiny_pair
 from tokentree import LLM, SamplingParams
 from tokentree.drafters.draft_model import DraftModel
 from tokentree.engines.kv import KVLayout, SequenceKV
@@ -84,23 +86,34 @@ def test_what_is_too_large_or_too_short_is_not_kept() -> None:
         assert len(cache) == 0
 
 
-@pytest.mark.parametrize("attention", ["tree", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_a_reused_beginning_changes_no_logits(family: str, attention: str) -> None:
-    engine = TorchEngine(tiny(family), attention, prefix_bytes=10**9)
-    fresh = TorchEngine(tiny(family), attention)
+def test_a_reused_beginning_changes_no_bit(family: str, dtype: torch.dtype) -> None:
+    _compare(family, "tree", dtype, torch.equal)
+
+
+@pytest.mark.parametrize("family", ["llama", "falcon"])
+def test_a_reused_beginning_gives_the_same_logits_where_the_model_attends_by_itself(family: str) -> None:
+    _compare(family, "sdpa", torch.float32, lambda got, expected: torch.allclose(got, expected, atol=1e-4))
+
+
+def _compare(
+    family: str, attention: str, dtype: torch.dtype, alike: Callable[[torch.Tensor, torch.Tensor], bool]
+) -> None:
+    engine = TorchEngine(tiny(family, dtype), attention, prefix_bytes=10**9)
+    fresh = TorchEngine(tiny(family, dtype), attention)
     text = some_tokens(90)
-    first = request(text[:60])
+    first, live = request(text[:60]), request(text[:50])
     assert engine.prefill(first) == 0
-    live = request(text[:50])
     assert engine.prefill(live) == 49  # of one that is not finished
     engine.release([first, live])
-    for seq in (request(text), request([*text[:70], *some_tokens(9, seed=5)])):
-        expected = decode(fresh, [request(seq.prompt_ids, max_tokens=12)])
-        reused = engine.prefill(seq)
-        assert reused >= 59
+    for tokens, reused in ((text, 59), ([*text[:70], *some_tokens(9, seed=5)], 70)):
+        tree = some_tree(tokens[-1], 20)
+        expected = fresh.prefill(known := request(tokens)), fresh.verify([known], [tree]).all_logits
+        got = engine.prefill(seq := request(tokens)), engine.verify([seq], [tree]).all_logits
+        assert (got[0], expected[0]) == (reused, 0)
+        assert alike(got[1], expected[1])
         engine.release([seq])
-        assert decode(engine, [request(seq.prompt_ids, max_tokens=12)]) == expected
 
 
 def test_a_draft_model_reuses_its_own_beginning_and_the_text_stays() -> None:

@@ -25,7 +25,7 @@ class NodeLogits(Protocol):
         ...
 
     def best(self, node: int) -> int:
-        """The token with the largest of them, the lowest of equal ones."""
+        """The token with the largest of them; on a CPU, the lowest of equal ones."""
         ...
 
 

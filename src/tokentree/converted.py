@@ -1,5 +1,5 @@
-"""GGUF files are converted once: what transformers takes ten seconds or more to read from one is kept in the cache as a
-folder that loads in one or two."""
+"""GGUF files are converted once: what transformers takes a quarter of a minute or more to read from one is kept in the
+cache as a folder, which loads in less than a tenth of that."""
 
 from __future__ import annotations
 

@@ -63,7 +63,9 @@ def address_of(typingctx, pointer):
     return numba.int64(pointer), generate
 
 
-def _pointer(kind):
+def _arrays(kind):
+    """A function that gives the array of that kind and of a given shape at an address."""
+
     @intrinsic
     def pointer(typingctx, address):
         def generate(context, builder, signature, args):
@@ -71,38 +73,12 @@ def _pointer(kind):
 
         return numba.types.CPointer(kind)(numba.int64), generate
 
-    return pointer
+    @numba.njit
+    def array(address, shape):
+        return numba.carray(pointer(address), shape)
+
+    return array
 
 
-_to_float32, _to_float64 = (_pointer(kind) for kind in (numba.float32, numba.float64))
-_to_int16, _to_int32, _to_int64 = (_pointer(kind) for kind in (numba.int16, numba.int32, numba.int64))
-
-
-@numba.njit
-def floats(address, shape):
-    """The float32 array of that shape at ``address``."""
-    return numba.carray(_to_float32(address), shape)
-
-
-@numba.njit
-def halves(address, shape):
-    """The int16 array of that shape at ``address``."""
-    return numba.carray(_to_int16(address), shape)
-
-
-@numba.njit
-def words(address, shape):
-    """The int32 array of that shape at ``address``."""
-    return numba.carray(_to_int32(address), shape)
-
-
-@numba.njit
-def doubles(address, shape):
-    """The float64 array of that shape at ``address``."""
-    return numba.carray(_to_float64(address), shape)
-
-
-@numba.njit
-def integers(address, shape):
-    """The int64 array of that shape at ``address``."""
-    return numba.carray(_to_int64(address), shape)
+floats, doubles = (_arrays(kind) for kind in (numba.float32, numba.float64))
+halves, words, integers = (_arrays(kind) for kind in (numba.int16, numba.int32, numba.int64))

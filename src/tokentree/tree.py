@@ -172,6 +172,7 @@ class TokenTree:
         return self._places.get((node, token))
 
     def is_leaf(self, node: int) -> bool:
+        """Whether ``node`` has no children."""
         return not (self.parents == node).any()
 
     @cached_property

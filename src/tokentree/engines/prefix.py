@@ -55,10 +55,7 @@ class PrefixCache:
         if best is None:
             return 0
         kv.copy_rows(best[1], rows)
-        for place, entry in enumerate(self._entries):
-            if entry is best:
-                self._entries.append(self._entries.pop(place))
-                break
+        self._entries.sort(key=lambda entry: entry is best)  # to the end
         return rows
 
 

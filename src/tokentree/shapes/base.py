@@ -34,7 +34,7 @@ class Shape(ABC):
         """Which of the new nodes ``level`` are expanded next; none ends the growth."""
 
     def rests(self, seqs: list[Sequence]) -> bool:
-        """Whether this step goes without drafts, as drafting wouldn't pay for itself."""
+        """Whether this step goes without drafts, as drafting wouldn't pay for itself. The loop asks once a step."""
         return False
 
     @abstractmethod
