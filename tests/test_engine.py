@@ -39,8 +39,7 @@ from transformers.activations import GELUTanh, SiLUActivation
 
 from tests.tiny_models import FAMILIES, VOCAB, full_logits, randomised, request, some_tokens, some_tree, tiny
 from tokentree.engines import torch as engine_module
-from tokentree.engines.kernels import BLOCK, has
-from tokentree.engines.linear import OneDNNLinear
+from tokentree.engines.kernels import BLOCK
 from tokentree.engines.prepare import SteadyActivation
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import ModelError
@@ -61,14 +60,11 @@ WIDE = {
     "falcon": {"hidden_size": 64, "ffn_hidden_size": 96},
     "falcon_old": {"hidden_size": 64, "ffn_hidden_size": 96},
 }
-BFLOAT16 = OneDNNLinear.fits(torch.zeros(1, 1, dtype=torch.bfloat16))
 Numbers = torch.dtype | str  # a dtype, or a quantization
 NUMBERS = [
     pytest.param(torch.float32, id="float32"),
-    pytest.param(
-        torch.bfloat16, id="bfloat16", marks=pytest.mark.skipif(not BFLOAT16, reason="no bfloat16 on this CPU")
-    ),
-    pytest.param("int8", id="int8", marks=pytest.mark.skipif(not has("avx512vnni"), reason="no int8 on this CPU")),
+    pytest.param(torch.bfloat16, id="bfloat16"),
+    pytest.param("int8", id="int8"),
 ]
 
 every_engine = pytest.mark.parametrize(("family", "attention"), BOTH)
@@ -275,7 +271,7 @@ def test_a_steady_activation_gives_a_row_the_same_bits_beside_any_rows_and_is_th
 def test_a_ragged_batch_gives_each_sequence_what_it_gets_alone(family: str, attention: str) -> None:
     kinds: list[Numbers] = [torch.float32]
     if attention == "tree" and family in STEADY:
-        kinds += [torch.bfloat16] * BFLOAT16 + ["int8"] * has("avx512vnni")
+        kinds += [torch.bfloat16, "int8"]
     for numbers in kinds:
         engine = engine_of(family, attention, numbers)
         seqs = [request(some_tokens(length, seed=length)) for length in (66, 1, 12)]
@@ -421,7 +417,7 @@ def test_kv_grows_between_the_calls_that_grow_a_tree(attention: str) -> None:
 def test_a_limit_on_tokens_beyond_the_context_reserves_no_memory_for_them() -> None:
     engine, seq = engine_of("llama", "tree"), request(some_tokens(3), max_tokens=10**12)
     engine.prefill(seq)
-    assert engine._kv[seq.id][1].layer(0)[1].shape[1] <= engine.context + 2 * BLOCK
+    assert engine._kv[seq.id][1].layer(0)[1].shape[1] <= engine.context + 64  # of room for trees
 
 
 def test_release_forgets_a_sequence_and_only_that() -> None:
@@ -475,7 +471,6 @@ def test_an_engine_that_owns_its_model_lets_go_of_the_linear_weights_and_says_th
     assert tied.get_input_embeddings().weight.shape == (VOCAB, 48)
 
 
-@pytest.mark.skipif(not has("avx512bf16"), reason="no bfloat16 dot products on this CPU")
 @pytest.mark.parametrize("quantization", [None, "int8"])
 def test_an_embedding_that_is_the_output_layer_too_is_kept_once(quantization: str | None) -> None:
     tokens = some_tokens(20)

@@ -13,12 +13,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from tests.tiny_models import tiny
 from tokentree.engines.fused import FusedAttention, FusedMLP, FusedNorm
-from tokentree.engines.kernels import exponentials, has, narrow, widen
 from tokentree.engines.linear import Int8Linear, PackedLinear
+from tokentree.engines.numbers import exponentials, narrow, widen
 from tokentree.engines.torch import TorchEngine
-
-needs_bfloat16 = pytest.mark.skipif(not has("avx512bf16"), reason="no bfloat16 dot products on this CPU")
-needs_int8 = pytest.mark.skipif(not has("avx512vnni"), reason="no 8-bit dot products on this CPU")
 
 
 @functools.cache
@@ -57,7 +54,6 @@ def test_a_norm_is_llama_s(width: int) -> None:
     assert torch.equal(fused(x.transpose(0, 1)), fused(x).transpose(0, 1))
 
 
-@needs_bfloat16
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("width", "inner"), [(32, 32), (64, 160), (576, 1536)])
 def test_an_mlp_is_llama_s(width: int, inner: int, bias: bool) -> None:
@@ -71,7 +67,6 @@ def test_an_mlp_is_llama_s(width: int, inner: int, bias: bool) -> None:
         assert_steady(fused, x)
 
 
-@needs_int8
 def test_an_mlp_in_8_bits_is_nearly_llama_s() -> None:
     own, x = mlp(576, 1536), rows(13, 576)
     with torch.inference_mode():
@@ -82,7 +77,6 @@ def test_an_mlp_in_8_bits_is_nearly_llama_s() -> None:
         assert_steady(fused.gate_up, x)
 
 
-@needs_bfloat16
 def test_what_only_looks_like_such_a_module_is_left_alone() -> None:
     assert not FusedMLP.fits(mlp(64, 64, act="gelu"), PackedLinear)
     assert not FusedMLP.fits(mlp(64, 72), PackedLinear)
@@ -95,7 +89,6 @@ def test_what_only_looks_like_such_a_module_is_left_alone() -> None:
     assert not FusedAttention.fits(mlp(64, 64), PackedLinear)
 
 
-@needs_bfloat16
 @pytest.mark.parametrize("name", ["q_proj", "v_proj", "gate_proj"])
 def test_a_linear_layer_with_an_adapter_is_not_fused_away(name: str) -> None:
     """As peft makes them: a subclass of Linear with a weight of its own kind, and more to its forward."""
@@ -112,7 +105,6 @@ def test_a_linear_layer_with_an_adapter_is_not_fused_away(name: str) -> None:
     assert sum(isinstance(module, Adapted) for module in engine._model.modules()) == 1
 
 
-@needs_bfloat16
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
 def test_models_that_have_them_get_them(family: str) -> None:
     model = tiny(family, torch.bfloat16, hidden_size=64, intermediate_size=96)

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from tests.tiny_models import tiny, tiny_tokenizer
-from tokentree.engines.kernels import has
 from tokentree.engines.linear import Int8Linear
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import ModelError, OptionError, PromptError
@@ -44,7 +43,6 @@ def test_a_loaded_model_keeps_its_dtype_and_device(option: dict[str, str]) -> No
         LLM(tiny("llama"), **option)  # type: ignore[arg-type]
 
 
-@pytest.mark.skipif(not has("avx512vnni"), reason="no 8-bit dot products on this CPU")
 def test_in_8_bits_a_tree_is_lossless_to_the_quantised_model_and_drafts_are_quantised_too() -> None:
     wide = {"hidden_size": 64, "intermediate_size": 96}
     target, draft = (tiny("llama", torch.bfloat16, seed=seed, **wide) for seed in (0, 1))
@@ -62,9 +60,8 @@ def test_in_8_bits_a_tree_is_lossless_to_the_quantised_model_and_drafts_are_quan
 def test_a_quantization_that_is_unknown_or_not_for_this_model_is_one_sentence() -> None:
     with pytest.raises(OptionError, match="unknown quantization 'int3': there is 'int8'"):
         LLM("no/such/model", quantization="int3")  # told before anything is loaded
-    if has("avx512vnni"):
-        with pytest.raises(ModelError, match="is for models on a CPU with dtype='bfloat16'"):
-            LLM(tiny("llama"), quantization="int8")
+    with pytest.raises(ModelError, match="is for models on a CPU with dtype='bfloat16'"):
+        LLM(tiny("llama"), quantization="int8")
 
 
 def test_a_dropped_stream_drops_its_kv_at_once(llm: LLM) -> None:

@@ -31,8 +31,7 @@ def pick_device(device: str | torch.device | None) -> torch.device:
 
 
 def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | None:
-    """The type asked for; otherwise bfloat16 on CPUs that compute in it, float32 on other CPUs; None elsewhere, which
-    leaves it to the checkpoint.
+    """The type asked for; otherwise bfloat16 on CPUs; None elsewhere, which leaves it to the checkpoint.
 
     Raises:
         OptionError: if it is none of `DTYPES`.
@@ -43,10 +42,7 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.d
         if dtype not in DTYPES:
             raise OptionError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
         return DTYPES[dtype]
-    if device.type != "cpu":
-        return None
-    native = torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if device.type == "cpu" else None
 
 
 def load_model(name: str | Path, dtype: str | torch.dtype | None, device: torch.device) -> PreTrainedModel:

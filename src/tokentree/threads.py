@@ -30,14 +30,30 @@ def run(worker: Any, arguments: Sequence[int]) -> None:
 
 
 @functools.cache
+def barrier() -> int:
+    """The address of a function that waits until all threads of `run` have come to call it, or 0 where there is one
+    thread. What a thread wrote before, all see behind it."""
+    library = _openmp()
+    return 0 if library is None else ctypes.cast(library.GOMP_barrier, ctypes.c_void_p).value or 0
+
+
+@functools.cache
 def _pool() -> Any:
-    """``GOMP_parallel(function, data, threads, flags)`` of the OpenMP library that torch itself runs on, or None."""
-    for file in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
-        function = ctypes.CDLL(str(file)).GOMP_parallel
-        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-        function.restype = None
-        return function
-    return None
+    """``GOMP_parallel(function, data, threads, flags)``, or None."""
+    library = _openmp()
+    if library is None:
+        return None
+    function = library.GOMP_parallel
+    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    function.restype = None
+    return function
+
+
+@functools.cache
+def _openmp() -> Any:
+    """The OpenMP library that torch itself runs on, or None where it is none of GCC's."""
+    files = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    return ctypes.CDLL(str(files[0])) if files else None
 
 
 WORKER = numba.void(numba.types.CPointer(numba.int64))  # the type of what threads run
@@ -51,6 +67,18 @@ def claim(typingctx, counter):
         return builder.atomic_rmw("add", builder.inttoptr(args[0], I64.as_pointer()), ir.Constant(I64, 1), "monotonic")
 
     return numba.int64(numba.int64), generate
+
+
+@intrinsic
+def call(typingctx, function):
+    """Calls the C function without arguments at that address."""
+
+    def generate(context, builder, signature, args):
+        kind = ir.FunctionType(ir.VoidType(), [])
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), [])
+        return context.get_dummy_value()
+
+    return numba.void(numba.int64), generate
 
 
 @intrinsic
@@ -82,3 +110,4 @@ def _arrays(kind):
 
 floats, doubles = (_arrays(kind) for kind in (numba.float32, numba.float64))
 halves, words, integers = (_arrays(kind) for kind in (numba.int16, numba.int32, numba.int64))
+octets = _arrays(numba.uint8)

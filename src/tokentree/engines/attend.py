@@ -16,12 +16,13 @@ from typing import Any
 import numba
 import numpy as np
 
-from tokentree.engines.kernels import BLOCK, LANES, TILE_ROWS, exponentials, tile_float32
-from tokentree.threads import WORKER, address_of, claim, doubles, floats, integers
+from tokentree.engines.kernels import BLOCK, LANES, TILE_ROWS, tile_float32
+from tokentree.engines.numbers import exponentials, narrow
+from tokentree.threads import WORKER, address_of, claim, doubles, floats, halves, integers
 
 HIDDEN = np.float32(-math.inf)
 
-CALL, SEGMENT = 12, 9  # integers that describe a call, and each segment in it
+CALL, SEGMENT = 13, 12  # integers that describe a call, and each segment in it
 
 
 @numba.njit
@@ -63,14 +64,14 @@ def _span(path, prefix, window):
 
 
 @numba.njit
-def _attend(call, numbers, segment, head, first, count):
+def _attend(call, numbers, segment, layer, head, first, count):
     """Rows ``first`` to ``first + count`` of a segment, for one head of queries."""
     query, query_head, query_row, out, out_head, out_row, width, value_width, group, window = call[:10]
-    keys, values, capacity, prefix, new, start, paths, longest, chain = segment
+    keys, values, capacity, prefix, new, start, paths, longest, chain, _, keys_layer, values_layer = segment
     scale, softcap = np.float32(numbers[0]), np.float32(numbers[1])
     columns = -(-value_width // BLOCK) * BLOCK
-    keys += head // group * capacity * width * 4
-    values += head // group * capacity * columns * 4
+    keys += layer * keys_layer + head // group * capacity * width * 4
+    values += layer * values_layer + head // group * capacity * columns * 4
     query += head * query_head + (start + first) * query_row
     path = integers(paths, (new, 1 + longest))[first : first + count]  # its length, then its KV rows behind the prefix
     behind = path[0, 0] - 1 if chain else 0  # rows of the tree that all of these see
@@ -113,40 +114,54 @@ def _attend(call, numbers, segment, head, first, count):
                     at_sum, 0, at_sum, 0,
                 )  # fmt: skip
     for i in range(count):
-        result = floats(out + head * out_head + (start + first + i) * out_row, value_width)
-        for column in range(value_width):
-            result[column] = sums[i, column] / totals[i]
+        sums[i] /= totals[i]
+        _store(sums[i, :value_width], out + head * out_head + (start + first + i) * out_row, call[12])
+
+
+@numba.njit
+def _store(x, address, rounds):
+    if rounds:
+        narrow(x, halves(address, len(x)))
+    else:
+        floats(address, len(x))[:] = x
 
 
 @functools.cache
 def attend_worker() -> Any:
     """What each thread runs, compiled when first asked for. It is told, in integers:
 
-    - of a call: addresses of queries float32[heads, rows, width] and results float32[heads, rows, value width], each
-      with two strides in bytes; both widths; query heads per KV head; the window or 0; heads; segments;
+    - of a call: addresses of queries float32[heads, rows, width] and results [heads, rows, value width], each with two
+      strides in bytes; both widths; query heads per KV head; the window or 0; heads; segments; whether results are
+      rounded to bfloat16, or else float32;
     - of each segment: addresses of its keys and values as `kv.BlockedKV` has them, their capacity, committed rows, new
       rows, the first of these among the queries, the address of int64[new rows, 1 + longest] (how long a row's path in
-      the tree is, and the KV rows on it), that longest, and whether the tree is a chain, whose KV rows are not listed;
+      the tree is, and the KV rows on it), that longest, whether the tree is a chain, whose KV rows are not listed, how
+      many nodes were computed before, and the bytes from one layer's keys and values to the next's;
     - the address of float64[2]: scale, and softcap or 0.
     """
 
     @numba.cfunc(WORKER, cache=True)
     def worker(arguments):
         call = integers(address_of(arguments), CALL)
-        heads, segments = call[10], call[11]
-        table = integers(address_of(arguments) + 8 * CALL, (segments, SEGMENT))
-        end = address_of(arguments) + 8 * (CALL + segments * SEGMENT)
-        numbers, counter = doubles(integers(end, 1)[0], 2), end + 8
-        while True:
-            task = claim(counter)
-            for segment in table:
-                shares = -(-segment[4] // TILE_ROWS)
-                if task < shares * heads:
-                    first = task // heads * TILE_ROWS
-                    _attend(call, numbers, segment, task % heads, first, min(TILE_ROWS, segment[4] - first))
-                    break
-                task -= shares * heads
-            else:
-                return
+        table = integers(address_of(arguments) + 8 * CALL, (call[11], SEGMENT))
+        end = address_of(arguments) + 8 * (CALL + table.size)
+        attend(call, table, 0, doubles(integers(end, 1)[0], 2), end + 8)
 
     return worker
+
+
+@numba.njit
+def attend(call, table, layer, numbers, counter):
+    """One thread's part. The threads take heads of up to `TILE_ROWS` rows, as ``counter`` tells."""
+    heads = call[10]
+    while True:
+        task: int = claim(counter)
+        for segment in table:
+            shares = -(-segment[4] // TILE_ROWS)
+            if task < shares * heads:
+                first = task // heads * TILE_ROWS
+                _attend(call, numbers, segment, layer, task % heads, first, min(TILE_ROWS, segment[4] - first))
+                break
+            task -= shares * heads
+        else:
+            return

@@ -76,6 +76,14 @@ class Segment:
                 self._paths[node, 1 + self.tree.depths[ancestor]] = self.prefix + ancestor
         return self._paths
 
+    def described(self, layer: int) -> list[int]:
+        """What `attend` is told of a segment, at ``layer``."""
+        (keys, values), paths = self.kv.layer(layer), self.paths
+        return [
+            keys.data_ptr(), values.data_ptr(), values.shape[1], self.prefix, self.count, self.start,
+            paths.ctypes.data, paths.shape[1] - 1, self.tree.is_chain, self.first, *self.kv.layer_bytes(layer),
+        ]  # fmt: skip
+
 
 class ForwardKV(Cache):
     """What transformers' modules see as the cache of one forward: the KV of several sequences, side by side.
@@ -172,19 +180,14 @@ def attend_rows(
     heads, rows, width = query.shape
     table = list[int]()
     for segment in forward_kv.segments:
-        keys, values = segment.kv.layer(layer)
         segment.windows.add(window)
-        paths, chain = segment.paths, segment.tree.is_chain
-        table += [
-            keys.data_ptr(), values.data_ptr(), values.shape[1], segment.prefix, segment.count, segment.start,
-            paths.ctypes.data, paths.shape[1] - 1, chain,
-        ]  # fmt: skip
+        table += segment.described(layer)
     out = torch.zeros(rows, heads, value_width)  # rows that only fill up get zeros
     numbers = np.array([scale, softcap or 0.0])
     run(
         attend_worker(),
         [query.data_ptr(), 4 * query.stride(0), 4 * query.stride(1), out.data_ptr(), 4 * out.stride(1),
-         4 * out.stride(0), width, value_width, heads // kv_heads, window or 0, heads, len(forward_kv.segments), *table,
-         numbers.ctypes.data],
+         4 * out.stride(0), width, value_width, heads // kv_heads, window or 0, heads, len(forward_kv.segments), 0,
+         *table, numbers.ctypes.data],
     )  # fmt: skip
     return out

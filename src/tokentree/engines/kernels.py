@@ -4,42 +4,44 @@
 
 Everything here rests on one loop, the *tile*: a few rows times a strip of `BLOCK` columns. The sums of up to
 `TILE_ROWS` rows stay in registers, so that each number of the matrix is loaded once for all of them, and asked for
-ahead. Up to 8 or 10 rows that costs no more than one row. A row's sums are added up in one order, so its bits never
+ahead. Up to several rows that costs no more than one row. A row's sums are added up in one order, so its bits never
 depend on the others.
 
-The loop is spelled out in LLVM's language and compiled by numba, so no C compiler is needed. For bfloat16 and int8 it
-is made of AVX-512's dot products; for float32, of fused multiply-adds on any CPU. Threads are those of torch's own
-pool.
+The loop is spelled out in LLVM's language and compiled by numba, so no C compiler is needed, and it takes the
+instructions that the CPU has: AVX-512's dot products of bfloat16 and of 8 bits, or multiplications of numbers widened
+first. Threads are those of torch's own pool.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 
 import llvmlite.binding
 import numba
-import numpy as np
 from llvmlite import ir
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-LANES = 16  # sums in a register
+
+@functools.cache
+def has(feature: str) -> bool:
+    """Whether this CPU has that feature, by LLVM's name."""
+    try:
+        return bool(llvmlite.binding.get_host_cpu_features().get(feature, False))
+    except RuntimeError:  # LLVM can't tell
+        return False
+
+
+# Sums in a register (or in two, where these are narrower), and as many rows as fill three quarters of all registers.
+LANES, TILE_ROWS = (16, 12) if has("avx512bw") else (8, 6)
 BLOCK = 2 * LANES  # columns that are computed together
-TILE_ROWS = 12  # sums of 12 rows fill 24 registers
 AHEAD = 1024  # bytes, how far ahead weights are asked for
 CHUNKS = 8  # shares per thread: the threads take them as they become free
 
-LOG2_E, LEAST, MOST = np.float32(math.log2(math.e)), np.float32(-126), np.float32(127)
-# 2 ** x = 1 + x * (C1 + x * (C2 + ...)): the coefficients of Cephes' exp2f
-C1, C2, C3, C4, C5, C6 = (
-    np.float32(c)
-    for c in (6.931472028550421e-1, 2.402264791363012e-1, 5.550332471162809e-2, 9.618437357674640e-3,
-              1.339887440266574e-3, 1.535336188319500e-4)
-)  # fmt: skip
-
 I8, I16, I32, I64, F32 = *(ir.IntType(bits) for bits in (8, 16, 32, 64)), ir.FloatType()
 F32S, I32S, I16S = (ir.VectorType(kind, LANES) for kind in (F32, I32, I16))
+I16_PAIRS = ir.VectorType(I16, 2 * LANES)
+I8_FOURS = I32S if llvmlite.binding.llvm_version_info[0] < 22 else ir.VectorType(I8, 4 * LANES)
 
 
 class _BFloat(ir.Type):  # type: ignore[misc]
@@ -68,27 +70,52 @@ def _function(builder, name, result, *params):
 class _Float32:
     """A word is a number: fused multiply-add."""
 
-    sums, out_bytes = F32S, 4
+    parts, sums, out_bytes = 1, F32S, 4
 
     @staticmethod
-    def add(builder, old, x, weights):
-        x, weights = (builder.bitcast(words, F32S) for words in (x, weights))
-        return builder.call(_function(builder, "llvm.fma.v16f32", F32S, F32S, F32S, F32S), [x, weights, old])
+    def matrix_part(builder, words, part):
+        """What `dot` takes of the matrix's words, in this part of them."""
+        return words
+
+    @staticmethod
+    def dot(builder, sums, x, matrix):
+        """``sums`` + what words of x and a part of the matrix's add to them."""
+        name, x, matrix = f"llvm.fma.v{LANES}f32", builder.bitcast(x, F32S), builder.bitcast(matrix, F32S)
+        return builder.call(_function(builder, name, F32S, F32S, F32S, F32S), [x, matrix, sums])
 
     @staticmethod
     def finish(builder, sums):
+        """What is stored."""
         return sums
 
 
-class _BFloat16:
-    """A word is a pair of bfloat16, sums are float32, the result is rounded to bfloat16."""
+class _BFloat16(_Float32):
+    """A word of the matrix is a pair of bfloat16, which become float32, as those of x are, by moving bits. The result
+    is rounded to bfloat16."""
 
-    sums, out_bytes = F32S, 2
+    parts, out_bytes = 2, 2
 
     @staticmethod
-    def add(builder, old, x, weights):
+    def matrix_part(builder, words, part):
+        return builder.and_(words, _all(-1 << 16)) if part else builder.shl(words, _all(16))
+
+    @staticmethod
+    def finish(builder, sums):
+        bits = builder.bitcast(sums, I32S)
+        even = builder.and_(builder.lshr(bits, _all(16)), _all(1))
+        rounded = builder.add(builder.add(bits, _all(0x7FFF)), even)
+        return builder.trunc(builder.lshr(rounded, _all(16)), I16S)
+
+
+class _BFloat16Dots(_Float32):
+    """A word is a pair of bfloat16, in both, which AVX-512 has dot products for."""
+
+    out_bytes = 2
+
+    @staticmethod
+    def dot(builder, sums, x, matrix):
         dot = _function(builder, "llvm.x86.avx512bf16.dpbf16ps.512", F32S, F32S, PAIRS, PAIRS)
-        return builder.call(dot, [old, builder.bitcast(x, PAIRS), builder.bitcast(weights, PAIRS)])
+        return builder.call(dot, [sums, builder.bitcast(x, PAIRS), builder.bitcast(matrix, PAIRS)])
 
     @staticmethod
     def finish(builder, sums):
@@ -97,27 +124,65 @@ class _BFloat16:
 
 
 class _Int8:
-    """A word is four numbers, of x without a sign, of the matrix with one; sums are int32."""
+    """A word of the matrix is four numbers with a sign: the first pair in its even bytes, the second in the odd ones.
+    They become 16 bits, as those of x are, two in a word. Sums are int32."""
 
-    sums, out_bytes = I32S, 4
+    parts, sums, out_bytes = 2, I32S, 4
 
     @staticmethod
-    def add(builder, old, x, weights):
-        words = I32S if llvmlite.binding.llvm_version_info[0] < 22 else ir.VectorType(I8, 4 * LANES)
-        dot = _function(builder, "llvm.x86.avx512.vpdpbusd.512", I32S, I32S, words, words)
-        return builder.call(dot, [old, builder.bitcast(x, words), builder.bitcast(weights, words)])
+    def matrix_part(builder, words, part):
+        eight, pairs = ir.Constant(I16_PAIRS, [8] * 2 * LANES), builder.bitcast(words, I16_PAIRS)
+        return builder.bitcast(builder.ashr(pairs if part else builder.shl(pairs, eight), eight), I32S)
+
+    @staticmethod
+    def dot(builder, sums, x, matrix):
+        for shift in (16, 0):
+            numbers = (builder.ashr(builder.shl(words, _all(shift)), _all(16)) for words in (x, matrix))
+            sums = builder.add(sums, builder.mul(*numbers))
+        return sums
 
     @staticmethod
     def finish(builder, sums):
         return sums
 
 
+class _Int8Pairs(_Int8):
+    """With the dot products of pairs that AVX2 and AVX-512 have."""
+
+    @staticmethod
+    def dot(builder, sums, x, matrix):
+        name = "llvm.x86.avx512.pmaddw.d.512" if LANES == 16 else "llvm.x86.avx2.pmadd.wd"
+        pairs = builder.bitcast(x, I16_PAIRS), builder.bitcast(matrix, I16_PAIRS)
+        sums = builder.add(sums, builder.call(_function(builder, name, I32S, I16_PAIRS, I16_PAIRS), pairs))
+        # hidden from LLVM, which would add up the parts of a word first, and run out of registers
+        return builder.asm(ir.FunctionType(I32S, [I32S]), "", "=v,0", [sums], side_effect=False)
+
+
+class _Int8Dots(_Int8):
+    """A word is four numbers, those of x without a sign: AVX-512's VNNI has dot products for them."""
+
+    parts = 1
+
+    @staticmethod
+    def matrix_part(builder, words, part):
+        return words
+
+    @staticmethod
+    def dot(builder, sums, x, matrix):
+        dot = _function(builder, "llvm.x86.avx512.vpdpbusd.512", I32S, I32S, I8_FOURS, I8_FOURS)
+        return builder.call(dot, [sums, builder.bitcast(x, I8_FOURS), builder.bitcast(matrix, I8_FOURS)])
+
+
+def _all(value):
+    return ir.Constant(I32S, [value] * LANES)
+
+
 def _tile(kind):
     """An intrinsic: ``tile(rows, steps, matrix, matrix_stride, x, x_stride, start, start_stride, y, y_stride)``.
 
-    y[rows, BLOCK] = start[rows, BLOCK] + x[rows, steps] @ matrix[steps, BLOCK], where x and the matrix hold words of 4
-    bytes, which are what ``kind`` says, and ``start`` what it sums up in. All but ``rows``, up to `TILE_ROWS`, and
-    ``steps``, at least 1, are addresses and strides in bytes.
+    y[rows, BLOCK] = start[rows, BLOCK] + x[rows, steps] @ matrix[steps, BLOCK]. The matrix holds words of 4 bytes, x as
+    many for each of them as ``kind`` has parts, ``start`` what ``kind`` sums up in. All but ``rows``, up to
+    `TILE_ROWS`, and ``steps``, at least 1, are addresses and strides in bytes.
     """
 
     @intrinsic
@@ -166,19 +231,30 @@ def _emit_tile(
     step = builder.phi(I64)
     step.add_incoming(number(0), entry)
     sums = [[builder.phi(kind.sums) for _ in halves] for _ in range(rows)]
-    here, columns = builder.add(matrix, builder.mul(step, matrix_stride)), []
+    here = builder.add(matrix, builder.mul(step, matrix_stride))
     prefetch = _function(builder, "llvm.prefetch.p0", ir.VoidType(), I8.as_pointer(), I32, I32, I32)
     for half in halves:
-        columns.append(builder.load(at(here, number(4 * LANES * half), I32S), align=4 * LANES))
         ahead = at(here, number(4 * LANES * half + AHEAD), I8)
         builder.call(prefetch, [ahead, *(ir.Constant(I32, option) for option in (0, 3, 1))])  # to read, soon, data
-    added = []
+    added, undefined = [list(old) for old in sums], ir.Constant(I32S, ir.Undefined)
+    for part in range(kind.parts):  # one behind another, and read again for each, as registers are few
+        if part:  # so that LLVM doesn't read both parts at once
+            builder.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], side_effect=True)
+        columns = []
+        for half in halves:
+            words = builder.load(at(here, number(4 * LANES * half), I32S), align=4 * LANES)
+            columns.append(kind.matrix_part(builder, words, part))
+        offset = builder.add(builder.mul(step, number(4 * kind.parts)), number(4 * part))
+        for row in range(rows):
+            word, undefined = (
+                builder.load(at(x, row_of(x_stride, row, offset), I32), align=4),
+                ir.Constant(I32S, ir.Undefined),
+            )
+            first = builder.insert_element(undefined, word, ir.Constant(I32, 0))
+            everywhere = builder.shuffle_vector(first, undefined, _all(0))
+            for half in halves:
+                added[row][half] = kind.dot(builder, added[row][half], everywhere, columns[half])
     for row, old in enumerate(sums):
-        word = builder.load(at(x, row_of(x_stride, row, builder.mul(step, number(4))), I32), align=4)
-        undefined = ir.Constant(I32S, ir.Undefined)
-        first = builder.insert_element(undefined, word, ir.Constant(I32, 0))
-        everywhere = builder.shuffle_vector(first, undefined, ir.Constant(I32S, [0] * LANES))
-        added.append([kind.add(builder, old[half], everywhere, columns[half]) for half in halves])
         for half in halves:
             old[half].add_incoming(begin[row][half], entry)
             old[half].add_incoming(added[row][half], loop)
@@ -194,52 +270,7 @@ def _emit_tile(
             builder.store(result, at(y, place, result.type), align=kind.out_bytes)
 
 
-tile_float32, tile_bfloat16, tile_int8 = _tile(_Float32), _tile(_BFloat16), _tile(_Int8)
-
-
-@functools.cache
-def has(feature: str) -> bool:
-    """Whether this CPU has that feature, by LLVM's name."""
-    try:
-        return bool(llvmlite.binding.get_host_cpu_features().get(feature, False))
-    except RuntimeError:  # LLVM can't tell
-        return False
-
-
-# -- rows of numbers -------------------------------------------------------------------------------------------------
-
-
-@numba.njit
-def widen(bits, out):
-    """bfloat16, given as int16, to float32."""
-    words = out.view(np.int32)
-    for i in range(len(bits)):
-        words[i] = np.int32(bits[i]) << np.int32(16)
-
-
-@numba.njit
-def narrow(x, out):
-    """float32 to bfloat16 as int16, rounded to the nearest, ties to even; not for what is no number."""
-    bits = x.view(np.int32)
-    for i in range(len(x)):
-        out[i] = np.int16((bits[i] + np.int32(0x7FFF) + ((bits[i] >> np.int32(16)) & np.int32(1))) >> np.int32(16))
-
-
-@numba.njit
-def exponentials(x, powers):
-    """Turns float32 x into exp(x), in place: 0 below 2 ** -126, and never above 2 ** 127; ``powers`` is int32 scratch
-    of the same length.
-
-    exp(x) = 2 ** whole * 2 ** part, the latter by a polynomial on [-0.5, 0.5] with a relative error below 1e-7.
-    """
-    for i in range(len(x)):
-        power = min(x[i] * LOG2_E, MOST)
-        power = power if power > LEAST else LEAST
-        whole = np.floor(power + np.float32(0.5))
-        part = power - whole
-        powers[i] = (np.int32(whole) + np.int32(127)) << np.int32(23)
-        root = part * (C1 + part * (C2 + part * (C3 + part * (C4 + part * (C5 + part * C6)))))
-        x[i] = root + np.float32(1) if power > LEAST else np.float32(0)
-    factors = powers.view(np.float32)
-    for i in range(len(x)):
-        x[i] *= factors[i]
+_bfloat16 = _BFloat16Dots if LANES == 16 and has("avx512bf16") else _BFloat16
+_int8 = _Int8Dots if LANES == 16 and has("avx512vnni") else _Int8Pairs if has("avx2") else _Int8
+BFLOAT16_WIDE, INT8_WIDE = _bfloat16.parts == 2, _int8.parts == 2  # whether x is float32, or int16
+tile_float32, tile_bfloat16, tile_int8 = _tile(_Float32), _tile(_bfloat16), _tile(_int8)

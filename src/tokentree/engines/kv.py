@@ -80,6 +80,12 @@ class SequenceKV:
         group, index = self._where[layer]
         return self._keys[group][index], self._values[group][index]
 
+    def layer_bytes(self, layer: int) -> tuple[int, int]:
+        """How far the keys and the values of one layer lie from those of the next that has the same shape, in bytes."""
+        group, _ = self._where[layer]
+        keys, values = self._keys[group], self._values[group]
+        return keys.stride(0) * keys.element_size(), values.stride(0) * values.element_size()
+
     @property
     def nbytes(self) -> int:
         """Memory of the storage, in bytes."""

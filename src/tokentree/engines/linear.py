@@ -12,21 +12,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from tokentree.engines.kernels import (
-    BLOCK,
-    CHUNKS,
-    LANES,
-    TILE_ROWS,
-    exponentials,
-    has,
-    narrow,
-    tile_bfloat16,
-    tile_int8,
-    widen,
-)
-from tokentree.threads import WORKER, address_of, claim, floats, halves, run
+from tokentree.engines import rows as each
+from tokentree.engines.kernels import BFLOAT16_WIDE, BLOCK, CHUNKS, INT8_WIDE, TILE_ROWS, tile_bfloat16, tile_int8
+from tokentree.engines.numbers import narrow, widen
+from tokentree.threads import WORKER, address_of, claim, floats, halves, integers, run
 
 QUANTIZED_ROWS = 8192  # of a weight, quantised at a time
+INT8_INPUTS = torch.int16 if INT8_WIDE else torch.uint8
+BFLOAT16_CALL, INT8_CALL = 9, 12  # integers that describe a product
 
 
 class PackedLinear(nn.Module):
@@ -46,10 +39,14 @@ class PackedLinear(nn.Module):
         self.weight = _blocks(weight.detach().contiguous().view(torch.int32))
         self.start = torch.zeros(len(weight)) if bias is None else bias.detach().float()
 
+    @property
+    def num_outputs(self) -> int:
+        return len(self.start) >> self.gated
+
     @staticmethod
     def fits(weight: torch.Tensor) -> bool:
-        """Whether this CPU can, and the sizes suit."""
-        return has("avx512bf16") and _suits(weight, 2)
+        """Whether type and sizes suit."""
+        return _suits(weight, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` [..., inputs] @ weight.T + bias, summed up in float32 and rounded once.
@@ -58,7 +55,8 @@ class PackedLinear(nn.Module):
             ValueError: if ``x`` is not bfloat16, or of another width.
         """
         rows = _rows(x, 2 * self.weight.shape[1])
-        y = torch.empty(len(rows), len(self.start) >> self.gated, dtype=torch.bfloat16)
+        rows = rows.float() if BFLOAT16_WIDE else rows
+        y = torch.empty(len(rows), self.num_outputs, dtype=torch.bfloat16)
         run(_bfloat16_worker(), _call(rows, self.weight, self.start, y, self.gated))
         return y.view(*x.shape[:-1], -1)
 
@@ -79,7 +77,8 @@ class Int8Linear(nn.Module):
     """A linear layer in 8 bits: weights with a scale for each output, inputs with a scale for each row, taken when they
     come; both symmetric. Sums are exact integers. A row has the same bits beside any others.
 
-    The weight is kept as int32[outputs / BLOCK, inputs / 4, BLOCK], four inputs' weights in each.
+    The weight is kept as int32[outputs / BLOCK, inputs / 4, BLOCK], four inputs' weights in each, in the order that
+    `kernels` wants.
 
     Args:
         weight, bias, gated: as for `PackedLinear`.
@@ -91,15 +90,20 @@ class Int8Linear(nn.Module):
         self.scales = weight.detach().abs().amax(1).float().clamp(min=1e-12) / 127
         parts = zip(weight.detach().split(QUANTIZED_ROWS), self.scales.split(QUANTIZED_ROWS), strict=True)
         quantized = torch.cat([(part.float() / scale[:, None]).round().to(torch.int8) for part, scale in parts])
-        self.weight = _blocks(quantized.view(torch.int32))
+        fours = quantized.unflatten(1, (-1, 4))[..., [0, 2, 1, 3]].flatten(1) if INT8_WIDE else quantized
+        self.weight = _blocks(fours.view(torch.int32))
         # inputs get 128 added, so that they have no sign; this takes it off again
         self.start = quantized.sum(1, dtype=torch.int32) * -128
         self.bias = torch.zeros(len(weight)) if bias is None else bias.detach().float()
 
+    @property
+    def num_outputs(self) -> int:
+        return len(self.start) >> self.gated
+
     @staticmethod
     def fits(weight: torch.Tensor) -> bool:
-        """Whether this CPU can, and the sizes suit."""
-        return has("avx512vnni") and _suits(weight, 4)
+        """Whether type and sizes suit."""
+        return _suits(weight, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` [..., inputs] @ weight.T + bias.
@@ -108,9 +112,9 @@ class Int8Linear(nn.Module):
             ValueError: if ``x`` is not bfloat16, or of another width.
         """
         rows = _rows(x, 4 * self.weight.shape[1])
-        quantized, scales = torch.empty(rows.shape, dtype=torch.uint8), torch.empty(len(rows))
+        quantized, scales = torch.empty(rows.shape, dtype=INT8_INPUTS), torch.empty(len(rows))
         _quantize(rows.view(torch.int16).numpy(), quantized.numpy(), scales.numpy())
-        y = torch.empty(len(rows), len(self.scales) >> self.gated, dtype=torch.bfloat16)
+        y = torch.empty(len(rows), self.num_outputs, dtype=torch.bfloat16)
         more = (scales.data_ptr(), self.scales.data_ptr(), self.bias.data_ptr())
         run(_int8_worker(), [*_call(quantized, self.weight, self.start, y, self.gated), *more])
         return y.view(*x.shape[:-1], -1)
@@ -159,12 +163,10 @@ def _rows(x: torch.Tensor, inputs: int) -> torch.Tensor:
 
 
 def _call(x: torch.Tensor, weight: torch.Tensor, start: torch.Tensor, y: torch.Tensor, gated: bool) -> list[int]:
-    """What both workers below are told: addresses and strides in bytes, sizes, blocks of results and how many of them
-    make a share."""
-    blocks, shares = y.shape[1] // BLOCK, CHUNKS * torch.get_num_threads()
+    """What both workers below are told: rows and threads, then what `multiply_bfloat16` is."""
     return [
-        weight.data_ptr(), x.data_ptr(), x.stride(0) * x.element_size(), start.data_ptr(), y.data_ptr(),
-        y.stride(0) * y.element_size(), weight.shape[1], blocks, len(x), -(-blocks // shares), gated,
+        len(x), torch.get_num_threads(), weight.data_ptr(), x.data_ptr(), x.stride(0) * x.element_size(),
+        start.data_ptr(), y.data_ptr(), y.stride(0) * y.element_size(), weight.shape[1], y.shape[1] // BLOCK, gated,
     ]  # fmt: skip
 
 
@@ -175,27 +177,8 @@ def _call(x: torch.Tensor, weight: torch.Tensor, start: torch.Tensor, y: torch.T
 def _bfloat16_worker() -> Any:
     @numba.cfunc(WORKER, cache=True)
     def worker(arguments):
-        weights, x, x_stride, start, y, y_stride, steps, blocks, rows, share, gated = numba.carray(arguments, 11)
-        counter = address_of(arguments) + 8 * 11
-        pair = np.empty((2, TILE_ROWS, BLOCK), np.int16)
-        while True:
-            first = claim(counter) * share
-            if first >= blocks:
-                return
-            for block in range(first, min(first + share, blocks)):
-                done = 0
-                while done < rows:
-                    count, result = _next(rows - done), y + done * y_stride + block * 2 * BLOCK
-                    for part in range(1 + gated):
-                        source = (1 + gated) * block + part
-                        tile_bfloat16(
-                            count, steps, weights + source * steps * 4 * BLOCK, 4 * BLOCK, x + done * x_stride,
-                            x_stride, start + source * 4 * BLOCK, 0, pair[part].ctypes.data if gated else result,
-                            2 * BLOCK if gated else y_stride,
-                        )  # fmt: skip
-                    if gated:
-                        _gate(pair, count, result, y_stride)
-                    done += count
+        call = integers(address_of(arguments), 2 + BFLOAT16_CALL)
+        multiply_bfloat16(call[2:], call[0], call[1], address_of(arguments) + 8 * len(call))
 
     return worker
 
@@ -204,34 +187,71 @@ def _bfloat16_worker() -> Any:
 def _int8_worker() -> Any:
     @numba.cfunc(WORKER, cache=True)
     def worker(arguments):
-        weights, x, x_stride, start, y, y_stride, steps, blocks, rows, share, gated = numba.carray(arguments, 14)[:11]
-        row_scales, scales, bias = numba.carray(arguments, 14)[11:]
-        counter = address_of(arguments) + 8 * 14
-        sums, pair = np.empty((TILE_ROWS, BLOCK), np.int32), np.empty((2, TILE_ROWS, BLOCK), np.int16)
-        while True:
-            first = claim(counter) * share
-            if first >= blocks:
-                return
-            for block in range(first, min(first + share, blocks)):
-                done = 0
-                while done < rows:
-                    count, result = _next(rows - done), y + done * y_stride + block * 2 * BLOCK
-                    for part in range(1 + gated):
-                        source = (1 + gated) * block + part
-                        tile_int8(
-                            count, steps, weights + source * steps * 4 * BLOCK, 4 * BLOCK, x + done * x_stride,
-                            x_stride, start + source * 4 * BLOCK, 0, sums.ctypes.data, 4 * BLOCK,
-                        )  # fmt: skip
-                        _rescale(
-                            sums, count, floats(row_scales + 4 * done, count),
-                            floats(scales + 4 * BLOCK * source, BLOCK), floats(bias + 4 * BLOCK * source, BLOCK),
-                            pair[part].ctypes.data if gated else result, 2 * BLOCK if gated else y_stride,
-                        )  # fmt: skip
-                    if gated:
-                        _gate(pair, count, result, y_stride)
-                    done += count
+        call = integers(address_of(arguments), 2 + INT8_CALL)
+        multiply_int8(call[2:], call[0], call[1], address_of(arguments) + 8 * len(call))
 
     return worker
+
+
+@numba.njit
+def multiply_bfloat16(call, rows, threads, counter):
+    """One thread's part of a product. The threads take shares of the result's blocks, as ``counter`` tells.
+
+    ``call`` has addresses and strides in bytes of the weight, of the inputs, of what sums start at, of the results;
+    words of inputs, blocks of results, and whether they are gated.
+    """
+    weights, x, x_stride, start, y, y_stride, steps, blocks, gated = call[:BFLOAT16_CALL]
+    pair = np.empty((2, TILE_ROWS, BLOCK), np.int16)
+    share = -(-blocks // (CHUNKS * threads))
+    while True:
+        first = claim(counter) * share
+        if first >= blocks:
+            return
+        for block in range(first, min(first + share, blocks)):
+            done = 0
+            while done < rows:
+                count, result = _next(rows - done), y + done * y_stride + block * 2 * BLOCK
+                for part in range(1 + gated):
+                    source = (1 + gated) * block + part
+                    tile_bfloat16(
+                        count, steps, weights + source * steps * 4 * BLOCK, 4 * BLOCK, x + done * x_stride,
+                        x_stride, start + source * 4 * BLOCK, 0, pair[part].ctypes.data if gated else result,
+                        2 * BLOCK if gated else y_stride,
+                    )  # fmt: skip
+                if gated:
+                    _gate(pair, count, result, y_stride)
+                done += count
+
+
+@numba.njit
+def multiply_int8(call, rows, threads, counter):
+    """As `multiply_bfloat16`; ``call`` goes on with the addresses of the rows' scales, of the outputs', of the bias."""
+    weights, x, x_stride, start, y, y_stride, steps, blocks, gated = call[:BFLOAT16_CALL]
+    row_scales, scales, bias = call[BFLOAT16_CALL:INT8_CALL]
+    sums, pair = np.empty((TILE_ROWS, BLOCK), np.int32), np.empty((2, TILE_ROWS, BLOCK), np.int16)
+    share = -(-blocks // (CHUNKS * threads))
+    while True:
+        first = claim(counter) * share
+        if first >= blocks:
+            return
+        for block in range(first, min(first + share, blocks)):
+            done = 0
+            while done < rows:
+                count, result = _next(rows - done), y + done * y_stride + block * 2 * BLOCK
+                for part in range(1 + gated):
+                    source = (1 + gated) * block + part
+                    tile_int8(
+                        count, steps, weights + source * steps * 4 * BLOCK, 4 * BLOCK, x + done * x_stride,
+                        x_stride, start + source * 4 * BLOCK, 0, sums.ctypes.data, 4 * BLOCK,
+                    )  # fmt: skip
+                    _rescale(
+                        sums, count, floats(row_scales + 4 * done, count),
+                        floats(scales + 4 * BLOCK * source, BLOCK), floats(bias + 4 * BLOCK * source, BLOCK),
+                        pair[part].ctypes.data if gated else result, 2 * BLOCK if gated else y_stride,
+                    )  # fmt: skip
+                if gated:
+                    _gate(pair, count, result, y_stride)
+                done += count
 
 
 @numba.njit
@@ -244,21 +264,12 @@ def _next(rows):
 @numba.njit
 def _gate(pair, count, y, y_stride):
     """Writes silu(g) * u, each step rounded to bfloat16, for g and u in ``pair`` int16[2, rows, BLOCK]."""
-    g, u, root = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    g, u, scratch = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
     powers = np.empty(BLOCK, np.int32)
     for row in range(count):
         widen(pair[0, row], g)
         widen(pair[1, row], u)
-        for i in range(BLOCK):
-            root[i] = -g[i]
-        exponentials(root, powers)
-        for i in range(BLOCK):
-            g[i] = g[i] / (np.float32(1) + root[i])
-        narrow(g, pair[0, row])
-        widen(pair[0, row], g)
-        for i in range(BLOCK):
-            g[i] *= u[i]
-        narrow(g, halves(y + row * y_stride, BLOCK))
+        each.gate(g, u, scratch, powers, halves(y + row * y_stride, BLOCK))
 
 
 @numba.njit
@@ -273,17 +284,5 @@ def _rescale(sums, count, row_scales, scales, bias, y, y_stride):
 
 @numba.njit(cache=True)
 def _quantize(bits, quantized, scales):
-    """Each row of bfloat16, given as int16, to 128 + round(x / scale), with scale = max(abs(x)) / 127."""
-    rows, width = bits.shape
-    x, lanes = np.zeros(-(-width // LANES) * LANES, np.float32), np.empty(LANES, np.float32)
-    for row in range(rows):
-        widen(bits[row], x[:width])
-        lanes[:] = 0
-        for start in range(0, len(x), LANES):
-            for lane in range(LANES):
-                lanes[lane] = max(lanes[lane], abs(x[start + lane]))
-        top = lanes.max()
-        scales[row] = top / np.float32(127)
-        factor = np.float32(127) / top if top > 0 else np.float32(0)
-        for i in range(width):
-            quantized[row, i] = np.uint8(np.int32(np.floor(x[i] * factor + np.float32(128.5))))
+    for row in range(len(bits)):
+        scales[row] = each.quantize(bits[row], quantized[row])

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tokentree.engines.fused import FusedAttention, FusedMLP, FusedNorm
 from tokentree.engines.linear import Int8Linear, OneDNNLinear, PackedEmbedding, PackedLinear
+from tokentree.engines.program import Program
 
 
 def private_copy(model: PreTrainedModel, attention: str) -> PreTrainedModel:
@@ -44,15 +45,16 @@ def private_copy(model: PreTrainedModel, attention: str) -> PreTrainedModel:
     return result
 
 
-def pack(model: PreTrainedModel, release: bool, attends: bool, quantization: str | None = None) -> None:
+def pack(model: PreTrainedModel, release: bool, attends: bool, quantization: str | None = None) -> Program | None:
     """Exchanges, in ``model`` (a `private_copy` of one on a CPU), linear layers for packed ones where this CPU has any
-    for them, and modules that `fused` has.
+    for them, and modules that `fused` has. Returns the whole forward as a program where there is one for this model,
+    which can't run by itself then.
 
     Args:
         release: drop each weight from the layer it came from once it is packed, so that memory does not double. Only
             for a model that nobody else uses. Embeddings that share a weight with a layer read it there (bfloat16), or
             keep it.
-        attends: exchange attention too, where `fused` has it. The model can't run by itself then.
+        attends: with attention of our own, without which there is no program.
         quantization: None, or ``"int8"``: to 8 bits, where a layer's sizes suit.
     """
     tables = [entry for entry in _children(model) if isinstance(entry[2], nn.Embedding)]
@@ -68,11 +70,12 @@ def pack(model: PreTrainedModel, release: bool, attends: bool, quantization: str
             layer.weight.data = layer.weight.data.new_empty(0)
 
     first: type[PackedLinear] | type[Int8Linear] = Int8Linear if quantization == "int8" else PackedLinear
+    whole = attends and Program.fits(model, first)
     for parent, name, child in _children(model):
         if FusedMLP.fits(child, first):
             setattr(parent, name, FusedMLP(child, first))
             drop(child.gate_proj, child.up_proj)
-        elif attends and FusedAttention.fits(child, first):
+        elif whole and FusedAttention.fits(child, first):
             setattr(parent, name, FusedAttention(child, first))
             drop(child.q_proj, child.k_proj, child.v_proj)
         elif FusedNorm.fits(child):
@@ -86,6 +89,7 @@ def pack(model: PreTrainedModel, release: bool, attends: bool, quantization: str
                 packed = kind(weight, layer.bias)
                 setattr(parent, name, packed)
                 drop(layer, packed=packed)
+    return Program(model) if whole else None
 
 
 def _children(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:

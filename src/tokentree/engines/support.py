@@ -7,7 +7,6 @@ import inspect
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from tokentree.engines.kernels import has
 from tokentree.errors import ModelError, OptionError
 
 ALIBI = {"bloom", "mpt"}
@@ -41,8 +40,6 @@ def check_quantization(quantization: str | None, model: PreTrainedModel | None =
         return
     if quantization != "int8":
         raise OptionError(f"unknown quantization {quantization!r}: there is 'int8'")
-    if not has("avx512vnni"):
-        raise ModelError(f"quantization={quantization!r} needs a CPU with AVX-512's VNNI instructions")
     if model is not None and (model.device.type != "cpu" or model.dtype is not torch.bfloat16):
         raise ModelError(f"quantization={quantization!r} is for models on a CPU with dtype='bfloat16'")
 

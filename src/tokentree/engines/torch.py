@@ -13,10 +13,10 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from tokentree.engines.attention import ForwardKV, Segment, dense_mask, tree_attention
 from tokentree.engines.base import KEPT, TargetOutput
-from tokentree.engines.fused import FusedAttention
 from tokentree.engines.kv import KVLayout, SequenceKV
 from tokentree.engines.prefix import PrefixCache
 from tokentree.engines.prepare import pack, private_copy, steady_activations
+from tokentree.engines.program import Program
 from tokentree.engines.support import check_quantization, check_supported, context_length, has_softcap, layer_windows
 from tokentree.errors import ModelError
 from tokentree.sequence import Sequence
@@ -68,10 +68,11 @@ class TorchEngine:
         self._keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         reference = self._own_forward()
         self._layout = self._learn_layout(reference.past_key_values)
+        self._program: Program | None = None
         if self.device.type == "cpu":
-            pack(self._model, owns_model, not self._attends_itself, quantization)
+            self._program = pack(self._model, owns_model, not self._attends_itself, quantization)
         # On a CPU a product of fewer than four rows takes other code paths, whose bits differ, and is no faster.
-        self._min_rows = 4 if self.device.type == "cpu" else 1
+        self._min_rows = 4 if self.device.type == "cpu" and self._program is None else 1
         if not self._attends_itself:
             self._model.config._attn_implementation = "tokentree"
             if self.device.type == "cpu":
@@ -86,7 +87,7 @@ class TorchEngine:
         try:
             self._check_tree(reference.logits[0])
         except ModelError:
-            if attention is not None or self._attends_itself or self._is_fused:
+            if attention is not None or self._attends_itself or self._program:
                 raise
             # nobody asked for our attention: let the model attend by itself
             self.attention, self._attends_itself = "sdpa", True
@@ -101,11 +102,6 @@ class TorchEngine:
         device = f"cpu {torch.get_num_threads()} threads" if on_cpu else torch.cuda.get_device_name(self.device)
         numbers = self.quantization or str(self.dtype).removeprefix("torch.")
         return f"{self._model_size}, {self.attention} attention, {numbers}, {device}"
-
-    @property
-    def _is_fused(self) -> bool:
-        """Whether the model can't attend by itself any more."""
-        return any(isinstance(module, FusedAttention) for module in self._model.modules())
 
     # -- the protocol ----------------------------------------------------------------------------------------------
 
@@ -171,6 +167,8 @@ class TorchEngine:
         padding = max(0, self._min_rows - rows)
         ids = np.concatenate([*(s.tree.tokens[s.first :] for s in segments), np.zeros(padding, np.int64)])
         positions = np.concatenate([*(s.positions for s in segments), np.zeros(padding, np.int64)])
+        if self._program is not None:
+            return self._program.forward(torch.from_numpy(ids), torch.from_numpy(positions), segments, keep_logits)
         cache = ForwardKV(segments, self._attends_itself)
         options: dict[str, Any] = {"logits_to_keep": 0 if keep_logits else 1} if self._keeps_logits else {}
         mask: Any = None

@@ -1,0 +1,274 @@
+# numba gives every scalar a type of its own, which annotations can't follow:
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined,call-arg,operator"
+"""A whole forward in one compiled call.
+
+A program is a list of steps: a norm, a product, turning queries and keys, attention, and so on, for each layer. Every
+thread runs the list; in each step the threads take shares of the work as they become free, and wait for one another
+behind it. Steps find weights and the rows' intermediate results by address, so that no Python runs between them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence as SequenceOf
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from tokentree.engines import rows as each
+from tokentree.engines.attend import CALL, SEGMENT, attend
+from tokentree.engines.attention import Segment
+from tokentree.engines.fused import FusedAttention, FusedMLP, FusedNorm, Kind
+from tokentree.engines.kernels import BFLOAT16_WIDE, BLOCK, INT8_WIDE
+from tokentree.engines.linear import (
+    BFLOAT16_CALL,
+    INT8_CALL,
+    INT8_INPUTS,
+    Int8Linear,
+    PackedLinear,
+    multiply_bfloat16,
+    multiply_int8,
+)
+from tokentree.engines.numbers import widen
+from tokentree.threads import WORKER, address_of, barrier, call, claim, doubles, floats, halves, integers, octets, run
+
+MODELS = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"}  # of transformers, all alike
+NORM, PREPARE, MULTIPLY, MULTIPLY_INT8, TURN, ATTEND = range(6)
+AS_IT_IS, WIDE, IN_8_BITS = range(3)  # how a product takes its inputs
+HEADER, STEP = 10, 16  # integers that describe a forward, and each step
+
+
+class Program:
+    """The forward of a model whose layers are Llama's, in bfloat16 or 8 bits on a CPU.
+
+    Args:
+        model: one that `fits`, whose modules are exchanged for packed ones.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        body: Any = model.model
+        self._embed, self._turns, self._head = body.embed_tokens, body.rotary_emb, model.lm_head
+        self._layers, self._last = list(body.layers), body.norm
+        self._capacity = 0
+        self._numbers: list[np.ndarray] = []
+
+    @staticmethod
+    def fits(model: PreTrainedModel, kind: Kind) -> bool:
+        """Whether ``model``, as it came, can be computed by a program with linear layers of ``kind``."""
+        if type(model).__name__ not in MODELS or not type(model).__module__.startswith("transformers."):
+            return False
+        body, head = model.model, model.lm_head
+        if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+            return False
+        return (
+            type(head) is nn.Linear
+            and all(linear.fits(head.weight) for linear in (PackedLinear, Int8Linear))
+            and FusedNorm.fits(body.norm)
+            and all(
+                FusedAttention.fits(layer.self_attn, kind)
+                and FusedMLP.fits(layer.mlp, kind)
+                and FusedNorm.fits(layer.input_layernorm)
+                and FusedNorm.fits(layer.post_attention_layernorm)
+                for layer in body.layers
+            )
+        )
+
+    def forward(
+        self, ids: torch.Tensor, positions: torch.Tensor, segments: SequenceOf[Segment], keep_logits: bool
+    ) -> torch.Tensor:
+        """Writes the KV of all rows of ``segments``, and returns bfloat16[rows, vocab], or [0, vocab] unless
+        ``keep_logits``.
+
+        Args:
+            ids, positions: int64[rows].
+        """
+        rows = len(ids)
+        self._reserve(rows)
+        embedded = self._embed(ids)
+        self._residual[:rows] = embedded
+        cos, sin = (turn[0].contiguous() for turn in self._turns(embedded, positions[None]))
+        logits = torch.empty(rows if keep_logits else 0, self._head.num_outputs, dtype=torch.bfloat16)
+        count = len(self._steps) if keep_logits else self._up_to_kv
+        self._steps[-1, 1 + _Y] = logits.data_ptr()
+        for segment in segments:
+            segment.windows |= self._windows
+        table = np.array([segment.described(0) for segment in segments], np.int64)
+        counters = np.zeros(count, np.int64)
+        run(
+            _worker(),
+            [rows, torch.get_num_threads(), barrier(), count, self._steps.ctypes.data, counters.ctypes.data,
+             table.ctypes.data, len(table), cos.data_ptr(), sin.data_ptr()],
+        )  # fmt: skip
+        return logits
+
+    # -- the list of steps -----------------------------------------------------------------------------------------
+
+    def _reserve(self, rows: int) -> None:
+        """Makes room for intermediate results of so many rows, and the steps that use it."""
+        if rows <= self._capacity:
+            return
+        self._capacity = max(64, 1 << (rows - 1).bit_length())
+        attention = self._layers[0].self_attn
+        width, heads, kv_heads = attention.width, attention.heads, attention.kv_heads
+        hidden, inner = len(self._last.weight), self._layers[0].mlp.gate_up.num_outputs
+
+        def room(columns: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+            return torch.empty(self._capacity, columns, dtype=dtype)
+
+        self._residual, self._normed, self._update, self._inner = room(hidden), room(hidden), room(hidden), room(inner)
+        self._qkv, self._attended = room((heads + 2 * kv_heads) * width), room(heads * width)
+        self._queries = room(heads * width, torch.float32)
+        widest = max(hidden, inner, heads * width)
+        self._prepared, self._scales = room(widest, torch.float32), room(1, torch.float32)
+
+        self._numbers, self._windows, steps, update = [], set[int | None](), list[list[int]](), None
+        for index, layer in enumerate(self._layers):
+            attention, mlp = layer.self_attn, layer.mlp
+            self._windows.add(attention.window)
+            steps += self._norm(layer.input_layernorm, update, attention.qkv)
+            steps += self._multiply(attention.qkv, self._normed, self._qkv)
+            steps.append([TURN, index, heads, kv_heads, width, self._qkv.data_ptr(), self._queries.data_ptr()])
+            self._up_to_kv = len(steps)
+            steps.append(
+                [ATTEND, index, self._number(attention.scale, 0.0), self._queries.data_ptr(), 4 * width,
+                 4 * heads * width, self._attended.data_ptr(), 2 * width, 2 * heads * width, width, width,
+                 heads // kv_heads, attention.window or 0, heads, 0, 1]
+            )  # fmt: skip
+            steps += self._prepare(attention.o_proj, self._attended)
+            steps += self._multiply(attention.o_proj, self._attended, self._update)
+            steps += self._norm(layer.post_attention_layernorm, self._update, mlp.gate_up)
+            steps += self._multiply(mlp.gate_up, self._normed, self._inner)
+            steps += self._prepare(mlp.down_proj, self._inner)
+            steps += self._multiply(mlp.down_proj, self._inner, self._update)
+            update = self._update
+        steps += self._norm(self._last, update, self._head)
+        steps += self._multiply(self._head, self._normed, None)
+        self._steps = np.zeros((len(steps), STEP), np.int64)
+        for row, step in zip(self._steps, steps, strict=True):
+            row[: len(step)] = step
+
+    def _number(self, *numbers: float) -> int:
+        """The address of these numbers, as float64."""
+        self._numbers.append(np.array(numbers))
+        address: int = self._numbers[-1].ctypes.data
+        return address
+
+    def _norm(self, norm: FusedNorm, update: torch.Tensor | None, before: nn.Module) -> list[list[int]]:
+        """Adds ``update`` to the rows, and makes what the layer ``before`` which the norm comes takes."""
+        return [[
+            NORM, self._residual.data_ptr(), 0 if update is None else update.data_ptr(), self._residual.shape[1],
+            norm.weight.data_ptr(), self._number(float(norm.eps)), self._normed.data_ptr(), *self._form(before),
+        ]]  # fmt: skip
+
+    def _prepare(self, before: nn.Module, x: torch.Tensor) -> list[list[int]]:
+        """Makes of ``x`` what the layer ``before`` which that comes takes."""
+        form = self._form(before)
+        return [[PREPARE, x.data_ptr(), x.shape[1], *form]] if form[0] != AS_IT_IS else []
+
+    def _form(self, layer: nn.Module) -> list[int]:
+        """How ``layer`` takes its inputs, and where it reads them and their scales."""
+        form = IN_8_BITS if isinstance(layer, Int8Linear) else WIDE if BFLOAT16_WIDE else AS_IT_IS
+        return [form, self._prepared.data_ptr(), self._scales.data_ptr()]
+
+    def _multiply(self, layer: PackedLinear | Int8Linear, x: torch.Tensor, y: torch.Tensor | None) -> list[list[int]]:
+        form, *prepared, scales = self._form(layer)
+        source = prepared[0] if form != AS_IT_IS else x.data_ptr()
+        word = 4 if form == WIDE else INT8_INPUTS.itemsize if form == IN_8_BITS else 2
+        result = 0 if y is None else y.data_ptr()
+        call = [
+            layer.weight.data_ptr(), source, word * x.shape[1], layer.start.data_ptr(), result, 2 * layer.num_outputs,
+            layer.weight.shape[1], layer.num_outputs // BLOCK, layer.gated,
+        ]  # fmt: skip
+        if isinstance(layer, PackedLinear):
+            return [[MULTIPLY, *call]]
+        return [[MULTIPLY_INT8, *call, scales, layer.scales.data_ptr(), layer.bias.data_ptr()]]
+
+
+_Y = 4  # where the results' address is among what a product is told
+
+
+# -- the steps ---------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _worker() -> Any:
+    @numba.cfunc(WORKER, cache=True)
+    def worker(arguments):
+        header = integers(address_of(arguments), HEADER)
+        rows, threads, wait, count, steps, counters, segments, num_segments, cos, sin = header
+        table, kv = integers(steps, (count, STEP)), integers(segments, (num_segments, SEGMENT))
+        for i in range(count):
+            kind, step, counter = table[i, 0], table[i, 1:], counters + 8 * i
+            if kind == MULTIPLY:
+                multiply_bfloat16(step[:BFLOAT16_CALL], rows, threads, counter)
+            elif kind == MULTIPLY_INT8:
+                multiply_int8(step[:INT8_CALL], rows, threads, counter)
+            elif kind == ATTEND:
+                attend(step[2 : 2 + CALL], kv, step[0], doubles(step[1], 2), counter)
+            else:
+                while True:
+                    row = claim(counter)
+                    if row >= rows:
+                        break
+                    if kind == NORM:
+                        _norm(step, row)
+                    elif kind == PREPARE:
+                        _prepare(step[0], step[1], step[2], step[3], step[4], row)
+                    else:
+                        _turn(step, kv, cos, sin, row)
+            if wait:
+                call(wait)
+
+    return worker
+
+
+@numba.njit
+def _norm(step, row):
+    residual, update, width, weight, eps, normed, form, prepared, scales = step[:9]
+    bits, result = halves(residual + 2 * width * row, width), halves(normed + 2 * width * row, width)
+    if update:
+        each.add(bits, halves(update + 2 * width * row, width))
+    each.normalize(bits, floats(weight, width), np.float32(doubles(eps, 1)[0]), result)
+    _prepare(normed, width, form, prepared, scales, row)
+
+
+@numba.njit
+def _prepare(x, width, form, prepared, scales, row):
+    bits = halves(x + 2 * width * row, width)
+    if form == WIDE:
+        widen(bits, floats(prepared + 4 * width * row, width))
+    elif form == IN_8_BITS:
+        if INT8_WIDE:
+            floats(scales + 4 * row, 1)[0] = each.quantize(bits, halves(prepared + 2 * width * row, width))
+        else:
+            floats(scales + 4 * row, 1)[0] = each.quantize(bits, octets(prepared + width * row, width))
+
+
+@numba.njit
+def _turn(step, kv, cos, sin, row):
+    """Turns a row's queries and keys, and stores keys and values as `kv.BlockedKV` has them."""
+    layer, heads, kv_heads, width, qkv, queries = step[:6]
+    for segment in kv:
+        if segment[5] <= row < segment[5] + segment[4]:
+            break
+    keys, values, capacity = segment[0] + layer * segment[10], segment[1] + layer * segment[11], segment[2]
+    place, columns = segment[3] + segment[9] + row - segment[5], -(-width // BLOCK) * BLOCK
+    c, s, x = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(width, np.float32)
+    widen(halves(cos + 2 * width * row, width), c)
+    widen(halves(sin + 2 * width * row, width), s)
+    qkv += row * (heads + 2 * kv_heads) * width * 2
+    for head in range(heads):
+        each.turn(
+            halves(qkv + 2 * width * head, width), c, s, floats(queries + 4 * width * (row * heads + head), width)
+        )
+    for head in range(kv_heads):
+        each.turn(halves(qkv + 2 * width * (heads + head), width), c, s, x)
+        block = floats(keys + 4 * width * (head * capacity + place // BLOCK * BLOCK), (width, BLOCK))
+        for column in range(width):
+            block[column, place % BLOCK] = x[column]
+        bits = halves(qkv + 2 * width * (heads + kv_heads + head), width)
+        widen(bits, floats(values + 4 * columns * (head * capacity + place), width))

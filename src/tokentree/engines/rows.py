@@ -1,0 +1,97 @@
+# numba gives every scalar a type of its own, which annotations can't follow:
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined,call-arg,operator"
+"""What a model does to each row by itself, step by step as transformers' modules do it: what is rounded to bfloat16
+there is rounded here. Arrays of int16 hold bfloat16."""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+from tokentree.engines.kernels import LANES
+from tokentree.engines.numbers import exponentials, narrow, widen
+
+
+@numba.njit
+def normalize(bits, weight, eps, result):
+    """RMS norm as Llama has it: x * rsqrt(mean(x ** 2) + eps) in float32, rounded, times the weight."""
+    width = len(bits)
+    x, lanes = np.zeros(-(-width // LANES) * LANES, np.float32), np.zeros(LANES, np.float32)
+    widen(bits, x[:width])
+    for start in range(0, len(x), LANES):
+        for lane in range(LANES):
+            lanes[lane] += x[start + lane] * x[start + lane]
+    total = np.float32(0)
+    for lane in range(LANES):
+        total += lanes[lane]
+    factor = np.float32(1) / np.sqrt(total / np.float32(width) + eps)
+    for i in range(width):
+        x[i] *= factor
+    narrow(x[:width], result)
+    widen(result, x[:width])
+    for i in range(width):
+        x[i] *= weight[i]
+    narrow(x[:width], result)
+
+
+@numba.njit
+def add(bits, more):
+    """``bits`` += ``more``, rounded."""
+    x, y = np.empty(len(bits), np.float32), np.empty(len(bits), np.float32)
+    widen(bits, x)
+    widen(more, y)
+    for i in range(len(x)):
+        x[i] += y[i]
+    narrow(x, bits)
+
+
+@numba.njit
+def turn(bits, cos, sin, result):
+    """Rotary positions: float32 x * cos + rotate_half(x) * sin, each product and the sum rounded. ``cos`` and ``sin``
+    are float32."""
+    width, half = len(bits), len(bits) // 2
+    x, y, rounded = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(width, np.int16)
+    widen(bits, x)
+    for i in range(half):
+        y[i], y[half + i] = -x[half + i] * sin[i], x[i] * sin[half + i]
+    narrow(y, rounded)
+    widen(rounded, y)
+    for i in range(width):
+        x[i] *= cos[i]
+    narrow(x, rounded)
+    widen(rounded, x)
+    for i in range(width):
+        x[i] += y[i]
+    narrow(x, rounded)
+    widen(rounded, result)
+
+
+@numba.njit
+def gate(g, u, scratch, powers, result):
+    """silu(g) * u, each step rounded; ``g`` and ``u`` are float32 and already rounded, and lost."""
+    for i in range(len(g)):
+        scratch[i] = -g[i]
+    exponentials(scratch, powers)
+    for i in range(len(g)):
+        g[i] = g[i] / (np.float32(1) + scratch[i])
+    narrow(g, result)
+    widen(result, g)
+    for i in range(len(g)):
+        g[i] *= u[i]
+    narrow(g, result)
+
+
+@numba.njit
+def quantize(bits, result):
+    """bfloat16 to 128 + round(x / scale), from 1 to 255, with scale = max(abs(x)) / 127; returns the scale."""
+    width = len(bits)
+    x, lanes = np.zeros(-(-width // LANES) * LANES, np.float32), np.zeros(LANES, np.float32)
+    widen(bits, x[:width])
+    for start in range(0, len(x), LANES):
+        for lane in range(LANES):
+            lanes[lane] = max(lanes[lane], abs(x[start + lane]))
+    top = lanes.max()
+    factor = np.float32(127) / top if top > 0 else np.float32(0)
+    for i in range(width):
+        result[i] = np.int32(np.floor(x[i] * factor + np.float32(128.5)))
+    return top / np.float32(127)
