@@ -11,7 +11,8 @@ import pytest
 from pydantic import ValidationError
 
 from tests.tiny_models import save_model, tiny, tiny_tokenizer
-from tokentree.bench.methods import Output, Peers, TreeMethod, make_method
+from tokentree.bench.methods import TreeMethod, make_method
+from tokentree.bench.peers import Output, Peers
 from tokentree.bench.report import summarise, table
 from tokentree.bench.results import Run, Sample, new_run
 from tokentree.bench.runner import run_bench

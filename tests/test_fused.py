@@ -13,8 +13,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from tests.tiny_models import tiny
 from tokentree.engines.fused import FusedAttention, FusedMLP, FusedNorm
-from tokentree.engines.linear import Int8Linear, PackedLinear
+from tokentree.engines.linear import PackedLinear
 from tokentree.engines.numbers import exponentials, narrow, widen
+from tokentree.engines.quantized import Int8Linear
 from tokentree.engines.torch import TorchEngine
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.tiny_models import tiny, tiny_tokenizer
-from tokentree.engines.linear import Int8Linear
+from tokentree.engines.quantized import Int8Linear
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import ModelError, OptionError, PromptError
 from tokentree.llm import LLM

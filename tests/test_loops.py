@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from tests.tiny_models import save_model, tiny, tiny_tokenizer
 from tokentree.bench.loops import COPIES, LEAST, first_loop
-from tokentree.bench.methods import Output, Peers, TreeMethod, make_method
+from tokentree.bench.methods import TreeMethod, make_method
+from tokentree.bench.peers import Output, Peers
 from tokentree.bench.report import Work, summarise, table, work
 from tokentree.bench.results import Run, Sample, new_run
 from tokentree.bench.runner import run_batches, run_bench

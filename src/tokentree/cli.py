@@ -238,7 +238,8 @@ def bench(
 
     from rich.progress import Progress
 
-    from tokentree.bench.methods import Peers, TreeMethod, make_method
+    from tokentree.bench.methods import TreeMethod, make_method
+    from tokentree.bench.peers import Peers
     from tokentree.bench.report import table
     from tokentree.bench.runner import run_batches, run_bench
 

@@ -110,4 +110,4 @@ def _arrays(kind):
 
 floats, doubles = (_arrays(kind) for kind in (numba.float32, numba.float64))
 halves, words, integers = (_arrays(kind) for kind in (numba.int16, numba.int32, numba.int64))
-octets = _arrays(numba.uint8)
+octets = _arrays(numba.int8)

@@ -7,7 +7,8 @@ from collections.abc import Sequence as SequenceOf
 from functools import partial
 from pathlib import Path
 
-from tokentree.bench.methods import Method, Output, TreeMethod
+from tokentree.bench.methods import TreeMethod
+from tokentree.bench.peers import Method, Output
 from tokentree.bench.results import Run, Sample
 from tokentree.llm import LLM
 from tokentree.prompts import Conversation

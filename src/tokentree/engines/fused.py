@@ -18,9 +18,11 @@ from torch import nn
 from transformers.activations import SiLUActivation
 
 from tokentree.engines import rows
-from tokentree.engines.linear import Int8Linear, PackedLinear, paired
+from tokentree.engines.kernels import BLOCK
+from tokentree.engines.linear import PackedLinear, paired
+from tokentree.engines.quantized import QuantizedLinear
 
-Kind = type[PackedLinear] | type[Int8Linear]
+Kind = type[PackedLinear] | type[QuantizedLinear]
 ROTARY = {"LlamaAttention", "MistralAttention", "Qwen2Attention"}  # of transformers, all alike
 GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}  # the parts of a gated MLP, as transformers calls them
 
@@ -41,9 +43,10 @@ class FusedMLP(nn.Module):
         if set(own._modules) != GATED or not isinstance(own.act_fn, nn.SiLU | SiLUActivation):
             return False
         gate, up = own.gate_proj, own.up_proj
-        linear = type(gate) is type(up) is type(own.down_proj) is nn.Linear
-        suit = kind.fits(gate.weight) and kind.fits(own.down_proj.weight)
-        return linear and gate.weight.shape == up.weight.shape and suit
+        if not type(gate) is type(up) is type(own.down_proj) is nn.Linear:
+            return False
+        suit = kind.fits(gate.weight) and kind.fits(own.down_proj.weight) and not gate.out_features % BLOCK
+        return suit and gate.weight.shape == up.weight.shape
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.down_proj(self.gate_up(x))

@@ -40,8 +40,6 @@ CHUNKS = 8  # shares per thread: the threads take them as they become free
 
 I8, I16, I32, I64, F32 = *(ir.IntType(bits) for bits in (8, 16, 32, 64)), ir.FloatType()
 F32S, I32S, I16S = (ir.VectorType(kind, LANES) for kind in (F32, I32, I16))
-I16_PAIRS = ir.VectorType(I16, 2 * LANES)
-I8_FOURS = I32S if llvmlite.binding.llvm_version_info[0] < 22 else ir.VectorType(I8, 4 * LANES)
 
 
 class _BFloat(ir.Type):  # type: ignore[misc]
@@ -57,20 +55,20 @@ class _BFloat(ir.Type):  # type: ignore[misc]
         return hash(_BFloat)
 
 
-PAIRS, BF16S = ir.VectorType(_BFloat(), 2 * LANES), ir.VectorType(_BFloat(), LANES)
+PAIRS = ir.VectorType(_BFloat(), 2 * LANES)
 
 
 # -- the tile --------------------------------------------------------------------------------------------------------
 
 
-def _function(builder, name, result, *params):
+def function(builder, name, result, *params):
     return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, params), name)
 
 
 class _Float32:
     """A word is a number: fused multiply-add."""
 
-    parts, sums, out_bytes = 1, F32S, 4
+    parts, sums = 1, F32S
 
     @staticmethod
     def matrix_part(builder, words, part):
@@ -81,107 +79,33 @@ class _Float32:
     def dot(builder, sums, x, matrix):
         """``sums`` + what words of x and a part of the matrix's add to them."""
         name, x, matrix = f"llvm.fma.v{LANES}f32", builder.bitcast(x, F32S), builder.bitcast(matrix, F32S)
-        return builder.call(_function(builder, name, F32S, F32S, F32S, F32S), [x, matrix, sums])
-
-    @staticmethod
-    def finish(builder, sums):
-        """What is stored."""
-        return sums
+        return builder.call(function(builder, name, F32S, F32S, F32S, F32S), [x, matrix, sums])
 
 
 class _BFloat16(_Float32):
-    """A word of the matrix is a pair of bfloat16, which become float32, as those of x are, by moving bits. The result
-    is rounded to bfloat16."""
+    """A word of the matrix is a pair of bfloat16, which become float32, as those of x are, by moving bits."""
 
-    parts, out_bytes = 2, 2
+    parts = 2
 
     @staticmethod
     def matrix_part(builder, words, part):
-        return builder.and_(words, _all(-1 << 16)) if part else builder.shl(words, _all(16))
-
-    @staticmethod
-    def finish(builder, sums):
-        bits = builder.bitcast(sums, I32S)
-        even = builder.and_(builder.lshr(bits, _all(16)), _all(1))
-        rounded = builder.add(builder.add(bits, _all(0x7FFF)), even)
-        return builder.trunc(builder.lshr(rounded, _all(16)), I16S)
+        return builder.and_(words, every(-1 << 16)) if part else builder.shl(words, every(16))
 
 
 class _BFloat16Dots(_Float32):
     """A word is a pair of bfloat16, in both, which AVX-512 has dot products for."""
 
-    out_bytes = 2
-
     @staticmethod
     def dot(builder, sums, x, matrix):
-        dot = _function(builder, "llvm.x86.avx512bf16.dpbf16ps.512", F32S, F32S, PAIRS, PAIRS)
+        dot = function(builder, "llvm.x86.avx512bf16.dpbf16ps.512", F32S, F32S, PAIRS, PAIRS)
         return builder.call(dot, [sums, builder.bitcast(x, PAIRS), builder.bitcast(matrix, PAIRS)])
-
-    @staticmethod
-    def finish(builder, sums):
-        narrow = _function(builder, "llvm.x86.avx512bf16.cvtneps2bf16.512", BF16S, F32S)
-        return builder.bitcast(builder.call(narrow, [sums]), I16S)
-
-
-class _Int8:
-    """A word of the matrix is four numbers with a sign: the first pair in its even bytes, the second in the odd ones.
-    They become 16 bits, as those of x are, two in a word. Sums are int32."""
-
-    parts, sums, out_bytes = 2, I32S, 4
-
-    @staticmethod
-    def matrix_part(builder, words, part):
-        eight, pairs = ir.Constant(I16_PAIRS, [8] * 2 * LANES), builder.bitcast(words, I16_PAIRS)
-        return builder.bitcast(builder.ashr(pairs if part else builder.shl(pairs, eight), eight), I32S)
-
-    @staticmethod
-    def dot(builder, sums, x, matrix):
-        for shift in (16, 0):
-            numbers = (builder.ashr(builder.shl(words, _all(shift)), _all(16)) for words in (x, matrix))
-            sums = builder.add(sums, builder.mul(*numbers))
-        return sums
-
-    @staticmethod
-    def finish(builder, sums):
-        return sums
-
-
-class _Int8Pairs(_Int8):
-    """With the dot products of pairs that AVX2 and AVX-512 have."""
-
-    @staticmethod
-    def dot(builder, sums, x, matrix):
-        name = "llvm.x86.avx512.pmaddw.d.512" if LANES == 16 else "llvm.x86.avx2.pmadd.wd"
-        pairs = builder.bitcast(x, I16_PAIRS), builder.bitcast(matrix, I16_PAIRS)
-        sums = builder.add(sums, builder.call(_function(builder, name, I32S, I16_PAIRS, I16_PAIRS), pairs))
-        # hidden from LLVM, which would add up the parts of a word first, and run out of registers
-        return builder.asm(ir.FunctionType(I32S, [I32S]), "", "=v,0", [sums], side_effect=False)
-
-
-class _Int8Dots(_Int8):
-    """A word is four numbers, those of x without a sign: AVX-512's VNNI has dot products for them."""
-
-    parts = 1
-
-    @staticmethod
-    def matrix_part(builder, words, part):
-        return words
-
-    @staticmethod
-    def dot(builder, sums, x, matrix):
-        dot = _function(builder, "llvm.x86.avx512.vpdpbusd.512", I32S, I32S, I8_FOURS, I8_FOURS)
-        return builder.call(dot, [sums, builder.bitcast(x, I8_FOURS), builder.bitcast(matrix, I8_FOURS)])
-
-
-def _all(value):
-    return ir.Constant(I32S, [value] * LANES)
 
 
 def _tile(kind):
     """An intrinsic: ``tile(rows, steps, matrix, matrix_stride, x, x_stride, start, start_stride, y, y_stride)``.
 
     y[rows, BLOCK] = start[rows, BLOCK] + x[rows, steps] @ matrix[steps, BLOCK]. The matrix holds words of 4 bytes, x as
-    many for each of them as ``kind`` has parts, ``start`` what ``kind`` sums up in. All but ``rows``, up to
+    many for each of them as ``kind`` has parts; ``start`` and y are float32. All but ``rows``, up to
     `TILE_ROWS`, and ``steps``, at least 1, are addresses and strides in bytes.
     """
 
@@ -206,71 +130,83 @@ def _tile(kind):
 def _emit_tile(
     builder, kind, rows, steps, matrix, matrix_stride, x, x_stride, start, start_stride, y, y_stride
 ) -> None:  # fmt: skip
-    def number(value):
-        return ir.Constant(I64, value)
-
-    def at(address, offset, what):
-        return builder.inttoptr(builder.add(address, offset), what.as_pointer())
-
-    def row_of(stride, row, offset):
-        return builder.add(builder.mul(stride, number(row)), offset)
-
-    halves = range(BLOCK // LANES)
     begin = [
-        [
-            builder.load(at(start, row_of(start_stride, row, number(4 * LANES * half)), kind.sums), align=4)
-            for half in halves
-        ]
+        [load(builder, F32S, start, half_of(builder, start_stride, row, half, 4)) for half in HALVES]
         for row in range(rows)
     ]
+    sums = emit_steps(builder, kind, begin, steps, matrix, matrix_stride, x, x_stride)
+    for row in range(rows):
+        for half in HALVES:
+            place = builder.add(y, half_of(builder, y_stride, row, half, 4))
+            builder.store(sums[row][half], builder.inttoptr(place, F32S.as_pointer()), align=4)
+
+
+# -- what is emitted for it, and for `quants` --------------------------------------------------------------------------
+
+HALVES = range(BLOCK // LANES)
+
+
+def number(value):
+    return ir.Constant(I64, value)
+
+
+def every(value):
+    """A constant in all lanes."""
+    return ir.Constant(I32S, [value] * LANES)
+
+
+def load(builder, kind, address, offset, align=4):
+    pointer = builder.inttoptr(builder.add(address, offset), kind.as_pointer())
+    return builder.load(pointer, align=align)
+
+
+def half_of(builder, stride, row, half, size):
+    """How far ``half`` the strip of a row lies from the first row, in bytes, if a column takes ``size``."""
+    return builder.add(builder.mul(stride, number(row)), number(size * LANES * half))
+
+
+def everywhere(builder, word):
+    """An i32 in all lanes."""
+    undefined = ir.Constant(I32S, ir.Undefined)
+    return builder.shuffle_vector(builder.insert_element(undefined, word, ir.Constant(I32, 0)), undefined, every(0))
+
+
+def emit_steps(builder, kind, begin, steps, matrix, matrix_stride, x, x_stride):
+    """The loop over words: returns ``begin``, sums of rows and halves, and what is added to them."""
     entry = builder.block
     loop, done = builder.append_basic_block("loop"), builder.append_basic_block("done")
     builder.branch(loop)
-
     builder.position_at_end(loop)
     step = builder.phi(I64)
     step.add_incoming(number(0), entry)
-    sums = [[builder.phi(kind.sums) for _ in halves] for _ in range(rows)]
+    sums = [[builder.phi(kind.sums) for _ in HALVES] for _ in begin]
     here = builder.add(matrix, builder.mul(step, matrix_stride))
-    prefetch = _function(builder, "llvm.prefetch.p0", ir.VoidType(), I8.as_pointer(), I32, I32, I32)
-    for half in halves:
-        ahead = at(here, number(4 * LANES * half + AHEAD), I8)
+    prefetch = function(builder, "llvm.prefetch.p0", ir.VoidType(), I8.as_pointer(), I32, I32, I32)
+    for half in HALVES:
+        ahead = builder.inttoptr(builder.add(here, number(4 * LANES * half + AHEAD)), I8.as_pointer())
         builder.call(prefetch, [ahead, *(ir.Constant(I32, option) for option in (0, 3, 1))])  # to read, soon, data
-    added, undefined = [list(old) for old in sums], ir.Constant(I32S, ir.Undefined)
+    added = [list(old) for old in sums]
     for part in range(kind.parts):  # one behind another, and read again for each, as registers are few
-        if part:  # so that LLVM doesn't read both parts at once
+        if part:  # so that LLVM doesn't read them at once
             builder.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], side_effect=True)
-        columns = []
-        for half in halves:
-            words = builder.load(at(here, number(4 * LANES * half), I32S), align=4 * LANES)
-            columns.append(kind.matrix_part(builder, words, part))
-        offset = builder.add(builder.mul(step, number(4 * kind.parts)), number(4 * part))
-        for row in range(rows):
-            word, undefined = (
-                builder.load(at(x, row_of(x_stride, row, offset), I32), align=4),
-                ir.Constant(I32S, ir.Undefined),
-            )
-            first = builder.insert_element(undefined, word, ir.Constant(I32, 0))
-            everywhere = builder.shuffle_vector(first, undefined, _all(0))
-            for half in halves:
-                added[row][half] = kind.dot(builder, added[row][half], everywhere, columns[half])
-    for row, old in enumerate(sums):
-        for half in halves:
-            old[half].add_incoming(begin[row][half], entry)
-            old[half].add_incoming(added[row][half], loop)
+        words = [load(builder, I32S, here, number(4 * LANES * half), 4 * LANES) for half in HALVES]
+        columns = [kind.matrix_part(builder, half, part) for half in words]
+        place = builder.add(builder.mul(step, number(4 * kind.parts)), number(4 * part))
+        for row, old in enumerate(added):
+            word = load(builder, I32, x, builder.add(builder.mul(x_stride, number(row)), place))
+            for half in HALVES:
+                old[half] = kind.dot(builder, old[half], everywhere(builder, word), columns[half])
+    for old, first, last in zip(sums, begin, added, strict=True):
+        for half in HALVES:
+            old[half].add_incoming(first[half], entry)
+            old[half].add_incoming(last[half], loop)
     following = builder.add(step, number(1))
     step.add_incoming(following, loop)
     builder.cbranch(builder.icmp_signed("<", following, steps), loop, done)
-
     builder.position_at_end(done)
-    for row in range(rows):
-        for half in halves:
-            result = kind.finish(builder, added[row][half])
-            place = row_of(y_stride, row, number(kind.out_bytes * LANES * half))
-            builder.store(result, at(y, place, result.type), align=kind.out_bytes)
+    return added
 
 
 _bfloat16 = _BFloat16Dots if LANES == 16 and has("avx512bf16") else _BFloat16
-_int8 = _Int8Dots if LANES == 16 and has("avx512vnni") else _Int8Pairs if has("avx2") else _Int8
-BFLOAT16_WIDE, INT8_WIDE = _bfloat16.parts == 2, _int8.parts == 2  # whether x is float32, or int16
-tile_float32, tile_bfloat16, tile_int8 = _tile(_Float32), _tile(_bfloat16), _tile(_int8)
+BFLOAT16_WIDE = _bfloat16.parts == 2  # whether x is float32
+tile_float32, tile_bfloat16 = _tile(_Float32), _tile(_bfloat16)

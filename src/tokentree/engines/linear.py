@@ -1,6 +1,6 @@
 # numba gives every scalar a type of its own, which annotations can't follow:
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined,call-arg,no-any-return"
-"""Linear layers on weights that are packed once: as they are, or quantised to 8 bits."""
+"""Linear layers on weights that are packed once."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from tokentree.engines import rows as each
-from tokentree.engines.kernels import BFLOAT16_WIDE, BLOCK, CHUNKS, INT8_WIDE, TILE_ROWS, tile_bfloat16, tile_int8
+from tokentree.engines.kernels import BFLOAT16_WIDE, BLOCK, CHUNKS, TILE_ROWS, tile_bfloat16
 from tokentree.engines.numbers import narrow, widen
 from tokentree.threads import WORKER, address_of, claim, floats, halves, integers, run
 
-QUANTIZED_ROWS = 8192  # of a weight, quantised at a time
-INT8_INPUTS = torch.int16 if INT8_WIDE else torch.uint8
-BFLOAT16_CALL, INT8_CALL = 9, 12  # integers that describe a product
+BFLOAT16_CALL = 9  # integers that describe a product
+STRETCH = 512  # words of a weight that all rows meet before the next ones, so that these stay in the cache
+X_WORD = 8 if BFLOAT16_WIDE else 4  # bytes of a row's inputs for a word of the weight
 
 
 class PackedLinear(nn.Module):
@@ -35,18 +35,14 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, gated: bool = False) -> None:
         super().__init__()
-        self.gated = gated
-        self.weight = _blocks(weight.detach().contiguous().view(torch.int32))
-        self.start = torch.zeros(len(weight)) if bias is None else bias.detach().float()
-
-    @property
-    def num_outputs(self) -> int:
-        return len(self.start) >> self.gated
+        self.gated, self.num_outputs = gated, len(weight) >> gated
+        self.weight = _blocks(whole(weight.detach()).view(torch.int32))
+        self.start = whole(torch.zeros(len(weight)) if bias is None else bias.detach().float())
 
     @staticmethod
     def fits(weight: torch.Tensor) -> bool:
         """Whether type and sizes suit."""
-        return _suits(weight, 2)
+        return weight.dtype is torch.bfloat16 and not weight.shape[1] % 2
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` [..., inputs] @ weight.T + bias, summed up in float32 and rounded once.
@@ -54,11 +50,20 @@ class PackedLinear(nn.Module):
         Raises:
             ValueError: if ``x`` is not bfloat16, or of another width.
         """
-        rows = _rows(x, 2 * self.weight.shape[1])
+        rows = rows_of(x, 2 * self.weight.shape[1])
         rows = rows.float() if BFLOAT16_WIDE else rows
-        y = torch.empty(len(rows), self.num_outputs, dtype=torch.bfloat16)
-        run(_bfloat16_worker(), _call(rows, self.weight, self.start, y, self.gated))
-        return y.view(*x.shape[:-1], -1)
+        y = torch.empty(len(rows), len(self.start) >> self.gated, dtype=torch.bfloat16)
+        call = self.call(rows.data_ptr(), rows.stride(0) * rows.element_size(), y.data_ptr())
+        run(_bfloat16_worker(), [len(rows), torch.get_num_threads(), *call])
+        return y[:, : self.num_outputs].reshape(*x.shape[:-1], -1)
+
+    def call(self, inputs: int, stride: int, result: int) -> list[int]:
+        """What `multiply_bfloat16` is told, with inputs at this address, so many bytes a row, and such results."""
+        outputs = len(self.start) >> self.gated
+        return [
+            self.weight.data_ptr(), inputs, stride, self.start.data_ptr(), result, 2 * outputs, self.weight.shape[1],
+            outputs // BLOCK, self.gated,
+        ]  # fmt: skip
 
 
 class PackedEmbedding(nn.Module):
@@ -66,58 +71,11 @@ class PackedEmbedding(nn.Module):
 
     def __init__(self, layer: PackedLinear) -> None:
         super().__init__()
-        self.weight, self.num_embeddings = layer.weight, len(layer.start)
+        self.weight, self.num_embeddings = layer.weight, layer.num_outputs
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """bfloat16[..., width]"""
         return self.weight[ids // BLOCK, :, ids % BLOCK].contiguous().view(torch.bfloat16)
-
-
-class Int8Linear(nn.Module):
-    """A linear layer in 8 bits: weights with a scale for each output, inputs with a scale for each row, taken when they
-    come; both symmetric. Sums are exact integers. A row has the same bits beside any others.
-
-    The weight is kept as int32[outputs / BLOCK, inputs / 4, BLOCK], four inputs' weights in each, in the order that
-    `kernels` wants.
-
-    Args:
-        weight, bias, gated: as for `PackedLinear`.
-    """
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, gated: bool = False) -> None:
-        super().__init__()
-        self.gated = gated
-        self.scales = weight.detach().abs().amax(1).float().clamp(min=1e-12) / 127
-        parts = zip(weight.detach().split(QUANTIZED_ROWS), self.scales.split(QUANTIZED_ROWS), strict=True)
-        quantized = torch.cat([(part.float() / scale[:, None]).round().to(torch.int8) for part, scale in parts])
-        fours = quantized.unflatten(1, (-1, 4))[..., [0, 2, 1, 3]].flatten(1) if INT8_WIDE else quantized
-        self.weight = _blocks(fours.view(torch.int32))
-        # inputs get 128 added, so that they have no sign; this takes it off again
-        self.start = quantized.sum(1, dtype=torch.int32) * -128
-        self.bias = torch.zeros(len(weight)) if bias is None else bias.detach().float()
-
-    @property
-    def num_outputs(self) -> int:
-        return len(self.start) >> self.gated
-
-    @staticmethod
-    def fits(weight: torch.Tensor) -> bool:
-        """Whether type and sizes suit."""
-        return _suits(weight, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``x`` [..., inputs] @ weight.T + bias.
-
-        Raises:
-            ValueError: if ``x`` is not bfloat16, or of another width.
-        """
-        rows = _rows(x, 4 * self.weight.shape[1])
-        quantized, scales = torch.empty(rows.shape, dtype=INT8_INPUTS), torch.empty(len(rows))
-        _quantize(rows.view(torch.int16).numpy(), quantized.numpy(), scales.numpy())
-        y = torch.empty(len(rows), self.num_outputs, dtype=torch.bfloat16)
-        more = (scales.data_ptr(), self.scales.data_ptr(), self.bias.data_ptr())
-        run(_int8_worker(), [*_call(quantized, self.weight, self.start, y, self.gated), *more])
-        return y.view(*x.shape[:-1], -1)
 
 
 class OneDNNLinear(nn.Module):
@@ -140,15 +98,16 @@ class OneDNNLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
-def _suits(weight: torch.Tensor, inputs_per_word: int) -> bool:
-    outputs, inputs = weight.shape
-    return weight.dtype is torch.bfloat16 and not outputs % BLOCK and not inputs % inputs_per_word
-
-
 def paired(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """Both weights, or biases, of a gated layer as one: a block of ``gate``'s outputs, one of ``up``'s, and so on."""
     parts = torch.stack([gate.unflatten(0, (-1, BLOCK)), up.unflatten(0, (-1, BLOCK))], 1)
     return parts.flatten(0, 2)
+
+
+def whole(values: torch.Tensor) -> torch.Tensor:
+    """``values``, with zeros behind them that fill up a block of outputs."""
+    missing = -len(values) % BLOCK
+    return torch.cat([values, values.new_zeros(missing, *values.shape[1:])]) if missing else values.contiguous()
 
 
 def _blocks(words: torch.Tensor) -> torch.Tensor:
@@ -156,18 +115,10 @@ def _blocks(words: torch.Tensor) -> torch.Tensor:
     return words.view(-1, BLOCK, words.shape[1]).transpose(1, 2).contiguous()
 
 
-def _rows(x: torch.Tensor, inputs: int) -> torch.Tensor:
+def rows_of(x: torch.Tensor, inputs: int) -> torch.Tensor:
     if x.shape[-1] != inputs or x.dtype is not torch.bfloat16:
         raise ValueError(f"a layer for bfloat16 rows of {inputs} inputs got {x.dtype} {tuple(x.shape)}")
     return x.reshape(-1, inputs).contiguous()
-
-
-def _call(x: torch.Tensor, weight: torch.Tensor, start: torch.Tensor, y: torch.Tensor, gated: bool) -> list[int]:
-    """What both workers below are told: rows and threads, then what `multiply_bfloat16` is."""
-    return [
-        len(x), torch.get_num_threads(), weight.data_ptr(), x.data_ptr(), x.stride(0) * x.element_size(),
-        start.data_ptr(), y.data_ptr(), y.stride(0) * y.element_size(), weight.shape[1], y.shape[1] // BLOCK, gated,
-    ]  # fmt: skip
 
 
 # -- the loops, compiled when first asked for, as not every CPU has the instructions -----------------------------------
@@ -183,16 +134,6 @@ def _bfloat16_worker() -> Any:
     return worker
 
 
-@functools.cache
-def _int8_worker() -> Any:
-    @numba.cfunc(WORKER, cache=True)
-    def worker(arguments):
-        call = integers(address_of(arguments), 2 + INT8_CALL)
-        multiply_int8(call[2:], call[0], call[1], address_of(arguments) + 8 * len(call))
-
-    return worker
-
-
 @numba.njit
 def multiply_bfloat16(call, rows, threads, counter):
     """One thread's part of a product. The threads take shares of the result's blocks, as ``counter`` tells.
@@ -201,88 +142,47 @@ def multiply_bfloat16(call, rows, threads, counter):
     words of inputs, blocks of results, and whether they are gated.
     """
     weights, x, x_stride, start, y, y_stride, steps, blocks, gated = call[:BFLOAT16_CALL]
-    pair = np.empty((2, TILE_ROWS, BLOCK), np.int16)
+    sums = np.empty((1 + gated, rows, BLOCK), np.float32)
     share = -(-blocks // (CHUNKS * threads))
     while True:
         first = claim(counter) * share
         if first >= blocks:
             return
         for block in range(first, min(first + share, blocks)):
-            done = 0
-            while done < rows:
-                count, result = _next(rows - done), y + done * y_stride + block * 2 * BLOCK
-                for part in range(1 + gated):
-                    source = (1 + gated) * block + part
-                    tile_bfloat16(
-                        count, steps, weights + source * steps * 4 * BLOCK, 4 * BLOCK, x + done * x_stride,
-                        x_stride, start + source * 4 * BLOCK, 0, pair[part].ctypes.data if gated else result,
-                        2 * BLOCK if gated else y_stride,
-                    )  # fmt: skip
-                if gated:
-                    _gate(pair, count, result, y_stride)
-                done += count
+            for part in range(1 + gated):
+                source = (1 + gated) * block + part
+                sums[part] = floats(start + 4 * BLOCK * source, BLOCK)
+                for begin in range(0, steps, STRETCH):
+                    matrix, count = weights + (source * steps + begin) * 4 * BLOCK, min(STRETCH, steps - begin)
+                    done = 0
+                    while done < rows:
+                        more, place = pass_of(rows - done), sums[part, done].ctypes.data
+                        inputs = x + done * x_stride + begin * X_WORD
+                        tile_bfloat16(
+                            more, count, matrix, 4 * BLOCK, inputs, x_stride, place, 4 * BLOCK, place, 4 * BLOCK
+                        )  # fmt: skip
+                        done += more
+            store_rows(sums, y + block * 2 * BLOCK, y_stride)
 
 
 @numba.njit
-def multiply_int8(call, rows, threads, counter):
-    """As `multiply_bfloat16`; ``call`` goes on with the addresses of the rows' scales, of the outputs', of the bias."""
-    weights, x, x_stride, start, y, y_stride, steps, blocks, gated = call[:BFLOAT16_CALL]
-    row_scales, scales, bias = call[BFLOAT16_CALL:INT8_CALL]
-    sums, pair = np.empty((TILE_ROWS, BLOCK), np.int32), np.empty((2, TILE_ROWS, BLOCK), np.int16)
-    share = -(-blocks // (CHUNKS * threads))
-    while True:
-        first = claim(counter) * share
-        if first >= blocks:
-            return
-        for block in range(first, min(first + share, blocks)):
-            done = 0
-            while done < rows:
-                count, result = _next(rows - done), y + done * y_stride + block * 2 * BLOCK
-                for part in range(1 + gated):
-                    source = (1 + gated) * block + part
-                    tile_int8(
-                        count, steps, weights + source * steps * 4 * BLOCK, 4 * BLOCK, x + done * x_stride,
-                        x_stride, start + source * 4 * BLOCK, 0, sums.ctypes.data, 4 * BLOCK,
-                    )  # fmt: skip
-                    _rescale(
-                        sums, count, floats(row_scales + 4 * done, count),
-                        floats(scales + 4 * BLOCK * source, BLOCK), floats(bias + 4 * BLOCK * source, BLOCK),
-                        pair[part].ctypes.data if gated else result, 2 * BLOCK if gated else y_stride,
-                    )  # fmt: skip
-                if gated:
-                    _gate(pair, count, result, y_stride)
-                done += count
-
-
-@numba.njit
-def _next(rows):
+def pass_of(rows):
     """How many of the rows that are left to take in one pass: as many in each as can be."""
     passes = -(-rows // TILE_ROWS)
     return -(-rows // passes)
 
 
 @numba.njit
-def _gate(pair, count, y, y_stride):
-    """Writes silu(g) * u, each step rounded to bfloat16, for g and u in ``pair`` int16[2, rows, BLOCK]."""
-    g, u, scratch = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
-    powers = np.empty(BLOCK, np.int32)
-    for row in range(count):
-        widen(pair[0, row], g)
-        widen(pair[1, row], u)
-        each.gate(g, u, scratch, powers, halves(y + row * y_stride, BLOCK))
-
-
-@numba.njit
-def _rescale(sums, count, row_scales, scales, bias, y, y_stride):
-    """Writes bfloat16(sums * row scale * output scale + bias)."""
-    exact = np.empty(BLOCK, np.float32)
-    for row in range(count):
-        for i in range(BLOCK):
-            exact[i] = np.float32(sums[row, i]) * (row_scales[row] * scales[i]) + bias[i]
-        narrow(exact, halves(y + row * y_stride, BLOCK))
-
-
-@numba.njit(cache=True)
-def _quantize(bits, quantized, scales):
-    for row in range(len(bits)):
-        scales[row] = each.quantize(bits[row], quantized[row])
+def store_rows(sums, y, y_stride):
+    """Writes ``sums`` float32[1, rows, BLOCK], rounded to bfloat16; or, of float32[2, rows, BLOCK], silu(g) * u, each
+    step rounded."""
+    scratch, powers, rounded = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.int32), np.empty(BLOCK, np.int16)
+    for row in range(sums.shape[1]):
+        result = halves(y + row * y_stride, BLOCK)
+        if len(sums) == 1:
+            narrow(sums[0, row], result)
+            continue
+        for part in range(2):
+            narrow(sums[part, row], rounded)
+            widen(rounded, sums[part, row])
+        each.gate(sums[0, row], sums[1, row], scratch, powers, result)

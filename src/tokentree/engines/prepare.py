@@ -18,9 +18,12 @@ from transformers import PreTrainedModel
 from transformers.activations import GELUTanh, SiLUActivation
 from transformers.pytorch_utils import Conv1D
 
-from tokentree.engines.fused import FusedAttention, FusedMLP, FusedNorm
-from tokentree.engines.linear import Int8Linear, OneDNNLinear, PackedEmbedding, PackedLinear
+from tokentree.engines.fused import FusedAttention, FusedMLP, FusedNorm, Kind
+from tokentree.engines.linear import OneDNNLinear, PackedEmbedding, PackedLinear
 from tokentree.engines.program import Program
+from tokentree.engines.quantized import Int4Linear, Int8Linear
+
+KINDS: dict[str | None, Kind] = {None: PackedLinear, "int8": Int8Linear, "int4": Int4Linear}
 
 
 def private_copy(model: PreTrainedModel, attention: str) -> PreTrainedModel:
@@ -55,7 +58,7 @@ def pack(model: PreTrainedModel, release: bool, attends: bool, quantization: str
             for a model that nobody else uses. Embeddings that share a weight with a layer read it there (bfloat16), or
             keep it.
         attends: with attention of our own, without which there is no program.
-        quantization: None, or ``"int8"``: to 8 bits, where a layer's sizes suit.
+        quantization: one of `KINDS`.
     """
     tables = [entry for entry in _children(model) if isinstance(entry[2], nn.Embedding)]
 
@@ -69,7 +72,7 @@ def pack(model: PreTrainedModel, release: bool, attends: bool, quantization: str
                 continue
             layer.weight.data = layer.weight.data.new_empty(0)
 
-    first: type[PackedLinear] | type[Int8Linear] = Int8Linear if quantization == "int8" else PackedLinear
+    first: Kind = KINDS[quantization]
     whole = attends and Program.fits(model, first)
     for parent, name, child in _children(model):
         if FusedMLP.fits(child, first):

@@ -23,22 +23,30 @@ from tokentree.engines import rows as each
 from tokentree.engines.attend import CALL, SEGMENT, attend
 from tokentree.engines.attention import Segment
 from tokentree.engines.fused import FusedAttention, FusedMLP, FusedNorm, Kind
-from tokentree.engines.kernels import BFLOAT16_WIDE, BLOCK, INT8_WIDE
-from tokentree.engines.linear import (
-    BFLOAT16_CALL,
-    INT8_CALL,
-    INT8_INPUTS,
-    Int8Linear,
-    PackedLinear,
-    multiply_bfloat16,
-    multiply_int8,
-)
+from tokentree.engines.kernels import BFLOAT16_WIDE, BLOCK
+from tokentree.engines.linear import BFLOAT16_CALL, PackedLinear, multiply_bfloat16
 from tokentree.engines.numbers import widen
-from tokentree.threads import WORKER, address_of, barrier, call, claim, doubles, floats, halves, integers, octets, run
+from tokentree.engines.quantized import CALL as QUANTIZED_CALL
+from tokentree.engines.quantized import QuantizedLinear, multiply_int4, multiply_int8
+from tokentree.engines.quants import WIDE
+from tokentree.threads import (
+    WORKER,
+    address_of,
+    barrier,
+    call,
+    claim,
+    doubles,
+    floats,
+    halves,
+    integers,
+    octets,
+    run,
+    words,
+)
 
 MODELS = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"}  # of transformers, all alike
-NORM, PREPARE, MULTIPLY, MULTIPLY_INT8, TURN, ATTEND = range(6)
-AS_IT_IS, WIDE, IN_8_BITS = range(3)  # how a product takes its inputs
+NORM, PREPARE, MULTIPLY, MULTIPLY_INT8, MULTIPLY_INT4, TURN, ATTEND = range(7)
+AS_IT_IS, WIDER, IN_8_BITS = range(3)  # how a product takes its inputs
 HEADER, STEP = 10, 16  # integers that describe a forward, and each step
 
 
@@ -66,13 +74,14 @@ class Program:
             return False
         return (
             type(head) is nn.Linear
-            and all(linear.fits(head.weight) for linear in (PackedLinear, Int8Linear))
+            and PackedLinear.fits(head.weight)
             and FusedNorm.fits(body.norm)
             and all(
                 FusedAttention.fits(layer.self_attn, kind)
                 and FusedMLP.fits(layer.mlp, kind)
                 and FusedNorm.fits(layer.input_layernorm)
                 and FusedNorm.fits(layer.post_attention_layernorm)
+                and not any(part.out_features % BLOCK for part in _products(layer))
                 for layer in body.layers
             )
         )
@@ -91,9 +100,10 @@ class Program:
         embedded = self._embed(ids)
         self._residual[:rows] = embedded
         cos, sin = (turn[0].contiguous() for turn in self._turns(embedded, positions[None]))
-        logits = torch.empty(rows if keep_logits else 0, self._head.num_outputs, dtype=torch.bfloat16)
+        logits = torch.empty(rows if keep_logits else 0, len(self._head.start), dtype=torch.bfloat16)
         count = len(self._steps) if keep_logits else self._up_to_kv
-        self._steps[-1, 1 + _Y] = logits.data_ptr()
+        last = self._steps[-1]
+        last[1 + (4 if last[0] == MULTIPLY else 3)] = logits.data_ptr()
         for segment in segments:
             segment.windows |= self._windows
         table = np.array([segment.described(0) for segment in segments], np.int64)
@@ -103,7 +113,7 @@ class Program:
             [rows, torch.get_num_threads(), barrier(), count, self._steps.ctypes.data, counters.ctypes.data,
              table.ctypes.data, len(table), cos.data_ptr(), sin.data_ptr()],
         )  # fmt: skip
-        return logits
+        return logits[:, : self._head.num_outputs].contiguous()
 
     # -- the list of steps -----------------------------------------------------------------------------------------
 
@@ -122,8 +132,9 @@ class Program:
         self._residual, self._normed, self._update, self._inner = room(hidden), room(hidden), room(hidden), room(inner)
         self._qkv, self._attended = room((heads + 2 * kv_heads) * width), room(heads * width)
         self._queries = room(heads * width, torch.float32)
-        widest = max(hidden, inner, heads * width)
-        self._prepared, self._scales = room(widest, torch.float32), room(1, torch.float32)
+        widest = -(-max(hidden, inner, heads * width) // 128) * 128
+        self._prepared = room(widest, torch.float32)
+        self._scales, self._offsets = room(widest // 32, torch.float32), room(widest // 32, torch.int32)
 
         self._numbers, self._windows, steps, update = [], set[int | None](), list[list[int]](), None
         for index, layer in enumerate(self._layers):
@@ -170,25 +181,27 @@ class Program:
         return [[PREPARE, x.data_ptr(), x.shape[1], *form]] if form[0] != AS_IT_IS else []
 
     def _form(self, layer: nn.Module) -> list[int]:
-        """How ``layer`` takes its inputs, and where it reads them and their scales."""
-        form = IN_8_BITS if isinstance(layer, Int8Linear) else WIDE if BFLOAT16_WIDE else AS_IT_IS
-        return [form, self._prepared.data_ptr(), self._scales.data_ptr()]
+        """How ``layer`` takes its inputs, and where."""
+        if isinstance(layer, QuantizedLinear):
+            sizes = [layer.groups, layer.group, layer.zero]
+            return [IN_8_BITS, self._prepared.data_ptr(), *sizes, self._scales.data_ptr(), self._offsets.data_ptr()]
+        return [WIDER if BFLOAT16_WIDE else AS_IT_IS, self._prepared.data_ptr()]
 
-    def _multiply(self, layer: PackedLinear | Int8Linear, x: torch.Tensor, y: torch.Tensor | None) -> list[list[int]]:
-        form, *prepared, scales = self._form(layer)
-        source = prepared[0] if form != AS_IT_IS else x.data_ptr()
-        word = 4 if form == WIDE else INT8_INPUTS.itemsize if form == IN_8_BITS else 2
-        result = 0 if y is None else y.data_ptr()
-        call = [
-            layer.weight.data_ptr(), source, word * x.shape[1], layer.start.data_ptr(), result, 2 * layer.num_outputs,
-            layer.weight.shape[1], layer.num_outputs // BLOCK, layer.gated,
-        ]  # fmt: skip
-        if isinstance(layer, PackedLinear):
-            return [[MULTIPLY, *call]]
-        return [[MULTIPLY_INT8, *call, scales, layer.scales.data_ptr(), layer.bias.data_ptr()]]
+    def _multiply(
+        self, layer: PackedLinear | QuantizedLinear, x: torch.Tensor, y: torch.Tensor | None
+    ) -> list[list[int]]:
+        result, prepared = 0 if y is None else y.data_ptr(), self._prepared.data_ptr()
+        if isinstance(layer, QuantizedLinear):
+            call = layer.call(prepared, self._scales.data_ptr(), self._offsets.data_ptr(), result)
+            return [[MULTIPLY_INT8 if layer.bits == 8 else MULTIPLY_INT4, *call]]
+        assert isinstance(layer, PackedLinear)
+        source, word = (prepared, 4) if BFLOAT16_WIDE else (x.data_ptr(), 2)
+        return [[MULTIPLY, *layer.call(source, word * x.shape[1], result)]]
 
 
-_Y = 4  # where the results' address is among what a product is told
+def _products(layer: Any) -> list[nn.Linear]:
+    attention, mlp = layer.self_attn, layer.mlp
+    return [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.up_proj, mlp.down_proj]
 
 
 # -- the steps ---------------------------------------------------------------------------------------------------------
@@ -206,7 +219,9 @@ def _worker() -> Any:
             if kind == MULTIPLY:
                 multiply_bfloat16(step[:BFLOAT16_CALL], rows, threads, counter)
             elif kind == MULTIPLY_INT8:
-                multiply_int8(step[:INT8_CALL], rows, threads, counter)
+                multiply_int8(step[:QUANTIZED_CALL], rows, threads, counter)
+            elif kind == MULTIPLY_INT4:
+                multiply_int4(step[:QUANTIZED_CALL], rows, threads, counter)
             elif kind == ATTEND:
                 attend(step[2 : 2 + CALL], kv, step[0], doubles(step[1], 2), counter)
             else:
@@ -217,7 +232,7 @@ def _worker() -> Any:
                     if kind == NORM:
                         _norm(step, row)
                     elif kind == PREPARE:
-                        _prepare(step[0], step[1], step[2], step[3], step[4], row)
+                        _prepare(step[0], step[1], step[2:9], row)
                     else:
                         _turn(step, kv, cos, sin, row)
             if wait:
@@ -228,24 +243,27 @@ def _worker() -> Any:
 
 @numba.njit
 def _norm(step, row):
-    residual, update, width, weight, eps, normed, form, prepared, scales = step[:9]
+    residual, update, width, weight, eps, normed = step[:6]
     bits, result = halves(residual + 2 * width * row, width), halves(normed + 2 * width * row, width)
     if update:
         each.add(bits, halves(update + 2 * width * row, width))
     each.normalize(bits, floats(weight, width), np.float32(doubles(eps, 1)[0]), result)
-    _prepare(normed, width, form, prepared, scales, row)
+    _prepare(normed, width, step[6:13], row)
 
 
 @numba.njit
-def _prepare(x, width, form, prepared, scales, row):
+def _prepare(x, width, how, row):
+    form, prepared, groups, group, zero, scales, offsets = how[:7]
     bits = halves(x + 2 * width * row, width)
-    if form == WIDE:
+    if form == WIDER:
         widen(bits, floats(prepared + 4 * width * row, width))
     elif form == IN_8_BITS:
-        if INT8_WIDE:
-            floats(scales + 4 * row, 1)[0] = each.quantize(bits, halves(prepared + 2 * width * row, width))
+        place, size = 4 * groups * row, groups * group
+        into = floats(scales + place, groups), words(offsets + place, groups)
+        if WIDE:
+            each.quantize(bits, group, zero, halves(prepared + 2 * size * row, size), *into)
         else:
-            floats(scales + 4 * row, 1)[0] = each.quantize(bits, octets(prepared + width * row, width))
+            each.quantize(bits, group, zero, octets(prepared + size * row, size), *into)
 
 
 @numba.njit

@@ -82,16 +82,20 @@ def gate(g, u, scratch, powers, result):
 
 
 @numba.njit
-def quantize(bits, result):
-    """bfloat16 to 128 + round(x / scale), from 1 to 255, with scale = max(abs(x)) / 127; returns the scale."""
-    width = len(bits)
-    x, lanes = np.zeros(-(-width // LANES) * LANES, np.float32), np.zeros(LANES, np.float32)
-    widen(bits, x[:width])
-    for start in range(0, len(x), LANES):
-        for lane in range(LANES):
-            lanes[lane] = max(lanes[lane], abs(x[start + lane]))
-    top = lanes.max()
-    factor = np.float32(127) / top if top > 0 else np.float32(0)
-    for i in range(width):
-        result[i] = np.int32(np.floor(x[i] * factor + np.float32(128.5)))
-    return top / np.float32(127)
+def quantize(bits, group, zero, result, scales, offsets):
+    """bfloat16 to round(x / scale) with scale = max(abs(x)) / 127 for each ``group`` of it; ``result``, which may be
+    longer, gets zeros at its end. ``offsets`` are what takes ``zero`` off all weights again: -zero * sum(result)."""
+    x = np.zeros(len(result), np.float32)
+    widen(bits, x[: len(bits)])
+    for g in range(len(scales)):
+        part, into = x[g * group : (g + 1) * group], result[g * group : (g + 1) * group]
+        top = np.float32(0)
+        for i in range(group):
+            top = max(top, abs(part[i]))
+        scales[g] = top / np.float32(127)
+        factor, total = np.float32(127) / top if top > 0 else np.float32(0), np.int32(0)
+        for i in range(group):
+            number = np.int32(np.floor(part[i] * factor + np.float32(128.5))) - np.int32(128)
+            into[i] = number
+            total += number
+        offsets[g] = -zero * total

@@ -9,6 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from tokentree.errors import ModelError, OptionError
 
+QUANTIZATIONS = ("int8",)
 ALIBI = {"bloom", "mpt"}
 
 
@@ -38,8 +39,8 @@ def check_quantization(quantization: str | None, model: PreTrainedModel | None =
     """Raises `OptionError` if there is no such quantization, `ModelError` if model or machine is not made for it."""
     if quantization is None:
         return
-    if quantization != "int8":
-        raise OptionError(f"unknown quantization {quantization!r}: there is 'int8'")
+    if quantization not in QUANTIZATIONS:
+        raise OptionError(f"unknown quantization {quantization!r}: there is {', '.join(map(repr, QUANTIZATIONS))}")
     if model is not None and (model.device.type != "cpu" or model.dtype is not torch.bfloat16):
         raise ModelError(f"quantization={quantization!r} is for models on a CPU with dtype='bfloat16'")
 

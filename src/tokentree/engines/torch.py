@@ -40,8 +40,9 @@ class TorchEngine:
             batch and any tree; ``"sdpa"`` (default elsewhere) lets the model attend by itself under a dense mask.
         owns_model: nobody else uses ``model``, so its weights may be dropped once they are packed.
         prefix_bytes: KV of finished sequences that is kept for texts that begin alike, in bytes.
-        quantization: None, or ``"int8"``: weights in 8 bits with a scale per output, inputs of linear layers in 8 bits
-            with a scale per row. Lossy against the model as it came; trees remain lossless to the quantised model.
+        quantization: None, or ``"int8"``: weights in 8 bits with a scale for each output and 64 inputs, inputs of linear
+            layers in 8 bits with a scale for each row and 64 of them. Lossy against the model as it came; trees remain
+            lossless to the quantised model.
 
     Raises:
         ModelError: if the model can't be decoded with a tree, with the reason.
