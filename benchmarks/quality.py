@@ -1,4 +1,5 @@
-"""What 8 bits cost in quality: perplexity and greedy agreement against bfloat16, on a file of prompts.
+"""What few bits cost in quality: perplexity and greedy agreement against bfloat16, on a file of prompts. A GGUF file is
+also measured in its own bits.
 
     python benchmarks/quality.py MODEL PROMPTS.jsonl [--per-category 2] [--max-tokens 64]
 
@@ -48,8 +49,11 @@ def main() -> None:
         "bfloat16": LLM(asked.model, "none", dtype="bfloat16"),
         "int8": LLM(asked.model, "none", dtype="bfloat16", quantization="int8"),
     }
+    if asked.model.endswith(".gguf"):
+        models["gguf"] = LLM(asked.model, "none", dtype="bfloat16", quantization="gguf")
     first = models["bfloat16"]
-    loss, count, agreed, same, before, texts = dict.fromkeys(models, 0.0), 0, 0, 0, 0, 0
+    loss, count, texts = dict.fromkeys(models, 0.0), 0, 0
+    agreed, same, before = (dict.fromkeys(models, 0) for _ in range(3))
     params = SamplingParams(max_tokens=asked.max_tokens)
     for entry in track(read_prompts(asked.prompts, asked.per_category, 1), transient=True):
         ids = first.sequence(entry.turns[0], params).prompt_ids[: asked.most]
@@ -58,19 +62,22 @@ def main() -> None:
         for name, rows in logits.items():
             loss[name] -= float(rows.log_softmax(-1).gather(1, target[:, None]).sum())
         count += len(target)
-        agreed += int((logits["bfloat16"].argmax(-1) == logits["int8"].argmax(-1)).sum())
-        ours, theirs = (llm.generate([ids], params)[0].token_ids for llm in models.values())
         texts += 1
-        same += ours == theirs
-        before += next((i for i, (a, b) in enumerate(zip_longest(ours, theirs)) if a != b), len(ours))
+        best, continued = logits["bfloat16"].argmax(-1), first.generate([ids], params)[0].token_ids
+        for name, llm in models.items():
+            agreed[name] += int((best == logits[name].argmax(-1)).sum())
+            theirs = continued if llm is first else llm.generate([ids], params)[0].token_ids
+            same[name] += continued == theirs
+            pairs = enumerate(zip_longest(continued, theirs))
+            before[name] += next((i for i, (a, b) in pairs if a != b), len(continued))
     shown = Table(title=f"{asked.model}: {texts} prompts, {count} tokens", title_justify="left")
     for head in ("", "perplexity", "same best token", "equal texts", "tokens before the first difference"):
         shown.add_column(head, justify="right")
-    shown.add_row("bfloat16", f"{math.exp(loss['bfloat16'] / count):.3f}", "", "", "")
-    shown.add_row(
-        "int8", f"{math.exp(loss['int8'] / count):.3f}", f"{agreed / count:.2%}", f"{same} of {texts}",
-        f"{before / texts:.1f} of at most {asked.max_tokens}",
-    )  # fmt: skip
+    for name in models:
+        shown.add_row(
+            name, f"{math.exp(loss[name] / count):.3f}", f"{agreed[name] / count:.2%}", f"{same[name]} of {texts}",
+            f"{before[name] / texts:.1f} of at most {asked.max_tokens}",
+        )  # fmt: skip
     Console(width=120).print(shown)
 
 

@@ -15,8 +15,11 @@ from tests.tiny_models import tiny
 from tokentree.engines.fused import FusedAttention, FusedMLP, FusedNorm
 from tokentree.engines.linear import PackedLinear
 from tokentree.engines.numbers import exponentials, narrow, widen
-from tokentree.engines.quantized import Int8Linear
+from tokentree.engines.packing import Packing
+from tokentree.engines.quantized import QuantizedLinear
 from tokentree.engines.torch import TorchEngine
+
+AS_IT_IS = Packing(PackedLinear)
 
 
 @functools.cache
@@ -61,8 +64,8 @@ def test_an_mlp_is_llama_s(width: int, inner: int, bias: bool) -> None:
     own, x = mlp(width, inner, bias), rows(13, width)
     with torch.inference_mode():
         expected = own(x)
-        assert FusedMLP.fits(own, PackedLinear)
-        fused = FusedMLP(own, PackedLinear)
+        assert FusedMLP.fits(own, AS_IT_IS)
+        fused = FusedMLP(own, AS_IT_IS)
         assert_within_rounding(fused(x), expected, 2)
         fused.down_proj = PackedLinear(own.down_proj.weight, own.down_proj.bias)  # type: ignore[union-attr, arg-type]
         assert_steady(fused, x)
@@ -72,22 +75,22 @@ def test_an_mlp_in_8_bits_is_nearly_llama_s() -> None:
     own, x = mlp(576, 1536), rows(13, 576)
     with torch.inference_mode():
         expected = own(x)
-        fused = FusedMLP(own, Int8Linear)
+        fused = FusedMLP(own, Packing(QuantizedLinear))
         error = (fused(x).float() - expected.float()).square().mean().sqrt() / expected.float().std()
         assert 1e-4 < float(error) < 0.02
         assert_steady(fused.gate_up, x)
 
 
 def test_what_only_looks_like_such_a_module_is_left_alone() -> None:
-    assert not FusedMLP.fits(mlp(64, 64, act="gelu"), PackedLinear)
-    assert not FusedMLP.fits(mlp(64, 72), PackedLinear)
+    assert not FusedMLP.fits(mlp(64, 64, act="gelu"), AS_IT_IS)
+    assert not FusedMLP.fits(mlp(64, 72), AS_IT_IS)
     other = mlp(64, 64)
     other.add_module("more", nn.Linear(2, 2))
-    assert not FusedMLP.fits(other, PackedLinear)
-    assert not FusedMLP.fits(mlp(64, 64).float(), PackedLinear)
+    assert not FusedMLP.fits(other, AS_IT_IS)
+    assert not FusedMLP.fits(mlp(64, 64).float(), AS_IT_IS)
     assert not FusedNorm.fits(LlamaRMSNorm(8))
     assert not FusedNorm.fits(nn.LayerNorm(8).bfloat16())
-    assert not FusedAttention.fits(mlp(64, 64), PackedLinear)
+    assert not FusedAttention.fits(mlp(64, 64), AS_IT_IS)
 
 
 @pytest.mark.parametrize("name", ["q_proj", "v_proj", "gate_proj"])

@@ -74,28 +74,29 @@ def test_few_bits(kind: Any, bits: int, rows: int) -> None:
     weights = rng.integers(0, 1 << bits, (groups, group, BLOCK))
     inputs = rng.integers(-127, 128, (rows, groups, group))
     weights[0, :8], inputs[:, 0, :8] = (1 << bits) - 1, -127  # the largest products side by side
-    scales, offsets = 2.0 ** rng.integers(-1, 1, (rows, groups)), rng.integers(-999, 1000, (rows, groups))
-    outputs = 2.0 ** rng.integers(0, 2, (groups, BLOCK))
+    scales, totals = 2.0 ** rng.integers(-1, 1, (rows, groups)), rng.integers(-999, 1000, (rows, groups))
+    outputs, least = 2.0 ** rng.integers(0, 2, (groups, BLOCK)), rng.integers(-9, 10, (groups, BLOCK))
 
     order = [0, 1, 2, 3] if kind is quants._FourDots else [0, 2, 1, 3]
     fours = weights.reshape(groups, -1, 8 // bits, 4, BLOCK)[:, :, :, order].astype(np.uint8)
     packed = fours[:, :, 0] if bits == 8 else fours[:, :, 0] | fours[:, :, 1] << 4
     words = np.ascontiguousarray(packed.transpose(0, 1, 3, 2)).reshape(groups, -1)
-    matrix = aligned(np.concatenate([words, bfloat16(outputs).view(np.uint8)], 1))
+    halves = (part.astype(np.float16).view(np.uint8) for part in (outputs, least))
+    matrix = aligned(np.concatenate([words, *halves], 1))
     x = np.ascontiguousarray(inputs.reshape(rows, -1), np.int8 if kind is quants._FourDots else np.int16)
-    by_row, by_group = scales.astype(np.float32), offsets.astype(np.int32)
+    by_row, by_group = scales.astype(np.float32), totals.astype(np.float32)
     tile: Any = quants._tile(kind(bits))  # type: ignore[no-untyped-call]
     y = np.full((rows, BLOCK), 3, np.float32)
 
     @numba.njit
-    def call(rows: int, matrix: int, x: int, x_stride: int, scales: int, offsets: int, y: int, y_stride: int) -> None:
-        tile(rows, groups, group * bits // 32, matrix, x, x_stride, scales, offsets, 4 * groups, y, y_stride)
+    def call(rows: int, matrix: int, x: int, x_stride: int, scales: int, totals: int, y: int, y_stride: int) -> None:
+        tile(rows, groups, group * bits // 32, matrix, x, x_stride, scales, totals, 4 * groups, y, y_stride)
 
     run: Any = call
     run(
         rows, matrix.ctypes.data, x.ctypes.data, x.strides[0], by_row.ctypes.data, by_group.ctypes.data,
         y.ctypes.data, y.strides[0],
     )  # fmt: skip
-    sums = np.einsum("rgi,gio->rgo", inputs, weights) + offsets[:, :, None]
-    exact = 3 + (sums * scales[:, :, None] * outputs).sum(1)
+    sums = np.einsum("rgi,gio->rgo", inputs, weights)
+    exact = 3 + (sums * scales[:, :, None] * outputs).sum(1) + totals @ least
     assert (y == exact).all()

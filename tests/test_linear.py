@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import nn
 
 from tokentree.engines.linear import OneDNNLinear, PackedLinear
-from tokentree.engines.quantized import Int4Linear, Int8Linear, QuantizedLinear
+from tokentree.engines.quantized import GROUP, Groups, QuantizedLinear
 
-KINDS = [PackedLinear, Int8Linear, Int4Linear]
-Kind = type[PackedLinear] | type[Int8Linear] | type[Int4Linear]
+Layer = PackedLinear | QuantizedLinear
+Kind = Callable[[torch.Tensor, torch.Tensor | None], Layer]
+
+
+def in_4_bits(weight: torch.Tensor) -> Groups:
+    """From the least value of each 32 to the largest."""
+    parts = nn.functional.pad(weight.float(), (0, -weight.shape[1] % 32)).unflatten(1, (-1, 32))
+    least = parts.amin(-1).half()
+    scales = ((parts.amax(-1) - least.float()).clamp(min=1e-3) / 15).half()
+    numbers = ((parts - least.float()[..., None]) / scales.float()[..., None]).round().clamp(0, 15)
+    return Groups(numbers.to(torch.uint8), scales, least, 4)
+
+
+def of_4_bits(weight: torch.Tensor, bias: torch.Tensor | None) -> QuantizedLinear:
+    return QuantizedLinear(in_4_bits(weight), bias, num_inputs=weight.shape[1])
+
+
+def of_8_bits(weight: torch.Tensor, bias: torch.Tensor | None) -> QuantizedLinear:
+    return QuantizedLinear(weight, bias)
+
+
+KINDS = [PackedLinear, of_8_bits, of_4_bits]
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -42,26 +62,6 @@ def inputs_of(rows: torch.Tensor, group: int) -> torch.Tensor:
     return (steps.double() * (top / 127).double()).flatten(1)[:, : rows.shape[1]]
 
 
-def weights_of(rows: torch.Tensor, kind: Kind) -> torch.Tensor:
-    """float64: what so few bits make of ``rows``, the scales in bfloat16: in 8, -127 to 127 steps of the largest
-    absolute value of a group / 127; in 4, -8 to 7 steps, of which the value furthest from 0 is -8."""
-    if not issubclass(kind, QuantizedLinear):
-        return rows.double()
-    parts = in_groups(rows, kind.group)
-    furthest = parts.gather(-1, parts.abs().argmax(-1, keepdim=True))
-    if kind is Int8Linear:
-        exact = furthest.abs().clamp(min=1e-12) / 127
-        scales = exact.bfloat16()
-        below = scales.float() < exact
-        scales[below] = (scales[below].view(torch.int16) + 1).view(torch.bfloat16)
-        steps = (parts / scales.float()).round()
-        assert steps.abs().max() <= 127
-    else:
-        scales = torch.where(furthest == 0, 1.0, furthest / -8).bfloat16()
-        steps = (parts / scales.float()).round().clamp(-8, 7)
-    return (steps.double() * scales.double()).flatten(1)[:, : rows.shape[1]]
-
-
 @pytest.mark.parametrize(
     ("outputs", "inputs"), [(1, 8), (32, 4), (32, 64), (64, 68), (96, 128), (1000, 36), (1056, 36), (2048, 576)]
 )
@@ -69,9 +69,12 @@ def weights_of(rows: torch.Tensor, kind: Kind) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_layer_computes_what_it_stands_for(kind: Kind, outputs: int, inputs: int, rows: int, threads: int) -> None:
     weight, x, bias = numbers(outputs, inputs), numbers(rows, inputs, seed=1), numbers(outputs, seed=2)
-    inputs_ = inputs_of(x, kind.group) if issubclass(kind, QuantizedLinear) else x.double()
-    exact = inputs_ @ weights_of(weight, kind).t() + bias.double()
-    got = kind(weight, bias)(x[None])
+    layer, small, large = kind(weight, bias), x.double(), weight.double()
+    if isinstance(layer, QuantizedLinear):
+        groups = in_4_bits(weight) if layer.bits == 4 else Groups.of(weight)
+        small, large = inputs_of(x, layer.group), groups.values().double()[:, :inputs]
+    exact = small @ large.t() + bias.double()
+    got = layer(x[None])
     assert got.shape == (1, rows, outputs)
     assert got.dtype is torch.bfloat16
     # half a unit in the last of bfloat16's 8 bits, and what float32 lost on the way
@@ -121,14 +124,26 @@ def test_rows_and_outputs_of_nothing_but_zeros_give_the_bias(kind: Kind) -> None
     assert float(kind(weight, bias)(numbers(1, 32))[0, 5]) == float(bias[5])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_weights_that_cannot_be_packed_are_told_apart(kind: Kind) -> None:
-    assert kind.fits(numbers(64, 4))
-    for shape in ((64, 3), (64, 5)):
-        assert kind.fits(numbers(*shape)) == issubclass(kind, QuantizedLinear)
-    assert not kind.fits(numbers(64, 4).float())
+def test_weights_that_cannot_be_packed_are_told_apart() -> None:
+    assert PackedLinear.fits(numbers(65, 4))
+    assert not PackedLinear.fits(numbers(64, 3))
+    assert QuantizedLinear.fits(numbers(64, 3))
+    for kind in (PackedLinear, QuantizedLinear):
+        assert not kind.fits(numbers(64, 4).float())
     assert OneDNNLinear.fits(numbers(65, 3).float())
     assert not OneDNNLinear.fits(numbers(65, 3).double())
+
+
+def test_8_bits_are_as_near_as_256_steps_can_be() -> None:
+    weight = numbers(96, 3 * GROUP + 8)
+    weight[1], weight[2, :GROUP] = 0, 7.25
+    groups = Groups.of(weight)
+    assert groups.numbers.shape == (96, 4, GROUP)
+    off = (groups.values()[:, : weight.shape[1]] - weight.float()).abs()
+    steps = groups.scales.float().repeat_interleave(GROUP, 1)[:, : weight.shape[1]]
+    assert (off <= 0.5001 * steps).all()
+    spread = weight.float().unflatten(1, (-1, 8)).amax(-1).amax() - weight.float().amin()
+    assert groups.scales.float().max() <= float(spread) / 254
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -141,5 +156,5 @@ def test_rows_of_another_width_or_type_are_refused(kind: Kind) -> None:
 
 def test_a_large_weight_is_quantised_in_parts_like_a_small_one() -> None:
     weight, x = numbers(8192 + 64, 32), numbers(3, 32, seed=1)
-    parts = torch.cat([Int8Linear(part, None)(x) for part in (weight[:4096], weight[4096:])], 1)
-    assert torch.equal(Int8Linear(weight, None)(x), parts)
+    parts = torch.cat([of_8_bits(part, None)(x) for part in (weight[:4096], weight[4096:])], 1)
+    assert torch.equal(of_8_bits(weight, None)(x), parts)

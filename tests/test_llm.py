@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from tests.gguf_files import write_gguf
 from tests.tiny_models import TEXTS, full_logits, save_model, some_tokens, tiny, tiny_pair, tiny_tokenizer
 from tokentree import LLM, ModelError, OptionError, PairingError, Piece, PromptError, Result, SamplingParams
 from tokentree.drafters.none import NoDrafter
@@ -584,40 +585,6 @@ def test_a_gguf_file_of_an_architecture_that_is_not_known_is_refused(world: Worl
         write()
     writer.close()
     refused(ModelError, "can't load the model '.*odd.gguf': .*abacus", lambda: LLM(path))
-
-
-def write_gguf(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    """``model``, a Llama, as llama.cpp would write it in float32."""
-    config, writer = model.config, gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    special = set(tokenizer.all_special_tokens)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token in special else 1 for token in tokens])
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    writer.add_token_merges([" ".join(pair) for pair in merges])
-    writer.add_eos_token_id(EOS)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, weight in model.state_dict().items():
-        values = weight.numpy()
-        for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
-            if part in name:  # llama.cpp keeps the two halves of a rotary pair beside each other
-                values = values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
-        known = names.get_name(name, try_suffixes=(".weight",))
-        assert known is not None
-        writer.add_tensor(known, np.ascontiguousarray(values))
-    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
-        write()
-    writer.close()
 
 
 def test_a_gguf_file_decodes_like_the_folder_it_was_made_from(world: World, tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ from transformers import PreTrainedModel
 from tests.tiny_models import request, some_tokens, some_tree, tiny
 from tokentree import threads
 from tokentree.engines.linear import PackedLinear
+from tokentree.engines.packing import Packing
 from tokentree.engines.program import ATTEND, MULTIPLY, NORM, Program
 from tokentree.engines.torch import TorchEngine
 from tokentree.tree import TokenTree
 
+AS_IT_IS = Packing(PackedLinear)
 FAMILIES = ["llama", "mistral", "qwen2"]
 
 
@@ -90,15 +92,15 @@ def test_a_prefill_ends_at_the_last_layer_s_kv() -> None:
 @pytest.mark.parametrize("part", ["model.layers.1.mlp", "model.norm", "lm_head"])
 def test_a_model_that_someone_listens_to_or_changed_is_left_to_transformers(part: str) -> None:
     model = wide()
-    assert Program.fits(model, PackedLinear)
+    assert Program.fits(model, AS_IT_IS)
     handle = model.get_submodule(part).register_forward_hook(lambda *_: None)
-    assert not Program.fits(model, PackedLinear)
+    assert not Program.fits(model, AS_IT_IS)
     handle.remove()
     parent, _, name = part.rpartition(".")
     setattr(model.get_submodule(parent), name, nn.Identity())
-    assert not Program.fits(model, PackedLinear)
+    assert not Program.fits(model, AS_IT_IS)
 
 
 def test_a_model_of_another_family_is_left_to_transformers() -> None:
-    assert not Program.fits(wide("gemma2"), PackedLinear)
-    assert not Program.fits(tiny("llama"), PackedLinear)
+    assert not Program.fits(wide("gemma2"), AS_IT_IS)
+    assert not Program.fits(tiny("llama"), AS_IT_IS)

@@ -57,7 +57,9 @@ DtypeOption = Annotated[
 ]
 QuantizationOption = Annotated[
     str | None,
-    typer.Option(help="int8: linear layers in 8 bits, on CPUs. Lossy against the model as it came."),
+    typer.Option(
+        help="On CPUs. int8: linear layers in 8 bits, lossy against the model as it came. gguf: in its file's own bits."
+    ),
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; default: the first GPU, if any.")]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]

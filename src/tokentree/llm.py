@@ -135,24 +135,24 @@ class LLM:
             raise OptionError("prefix_mb must be at least 0")
         # what is cheap to tell is told before anything is loaded
         rule, form = acceptance(accept), parse_shape(shape or _default_shape(drafter))
-        check_quantization(quantization)
-        for name in [] if drafter is None or isinstance(drafter, Drafter) else as_names(drafter):
-            drafter_class(name)
+        drafts: list[Model] = [] if draft_model is None else _as_list(draft_model)
+        for named in (model, *drafts):
+            check_quantization(quantization, file=_file_of(named))
+        _check_names(drafter)
         place = model.device if isinstance(model, PreTrainedModel) else pick_device(device)
         loaded = model if isinstance(model, PreTrainedModel) else load_model(model, dtype, place)
         self.tokenizer = tokenizer or _tokenizer_of(model)
-        kept = prefix_mb * 1_000_000
-        self.engine = TorchEngine(loaded, attention, not isinstance(model, PreTrainedModel), quantization, kept)
+        options = {"attention": attention, "quantization": quantization, "prefix_bytes": prefix_mb * 1_000_000}
+        self.engine = _engine(loaded, model, **options)
         self.max_batch = max_batch
         self.eos_ids = eos_ids(loaded, self.tokenizer)
-        drafts: list[Model] = [] if draft_model is None else _as_list(draft_model)
         draft_engines = list[tuple[str, TorchEngine]]()
         for draft in drafts:
             name = draft.config._name_or_path if isinstance(draft, PreTrainedModel) else str(draft)
             if self.tokenizer is not None:
                 check_same_tokenizer(self.tokenizer, _tokenizer_of(draft), name)
             smaller = draft if isinstance(draft, PreTrainedModel) else load_model(draft, dtype, place)
-            engine = TorchEngine(smaller, attention, not isinstance(draft, PreTrainedModel), quantization, kept)
+            engine = _engine(smaller, draft, **options)
             draft_engines.append((_short(name, [known for known, _ in draft_engines]), engine))
         self._draft_engines = draft_engines
         self._curve: CostCurve | None = None
@@ -383,6 +383,21 @@ def _tokenizer_of(model: Model) -> PreTrainedTokenizerBase | None:
         return load_tokenizer(model.config._name_or_path, local_only=True) if model.config._name_or_path else None
     except ModelError:  # weights alone, or a place that is gone
         return None
+
+
+def _check_names(drafter: str | SequenceOf[str] | Drafter | None) -> None:
+    for name in [] if drafter is None or isinstance(drafter, Drafter) else as_names(drafter):
+        drafter_class(name)
+
+
+def _engine(loaded: PreTrainedModel, named: Model, **options: Any) -> TorchEngine:
+    """An engine for what was ``loaded`` by that name, or is the user's own."""
+    return TorchEngine(loaded, owns_model=loaded is not named, file=_file_of(named), **options)
+
+
+def _file_of(named: Model) -> Path | None:
+    """The GGUF file that a model is named by, if it is."""
+    return None if isinstance(named, PreTrainedModel) or Path(named).suffix != ".gguf" else Path(named).expanduser()
 
 
 def _short(name: str, taken: SequenceOf[str]) -> str:

@@ -19,10 +19,8 @@ from transformers.activations import SiLUActivation
 
 from tokentree.engines import rows
 from tokentree.engines.kernels import BLOCK
-from tokentree.engines.linear import PackedLinear, paired
-from tokentree.engines.quantized import QuantizedLinear
+from tokentree.engines.packing import Packing
 
-Kind = type[PackedLinear] | type[QuantizedLinear]
 ROTARY = {"LlamaAttention", "MistralAttention", "Qwen2Attention"}  # of transformers, all alike
 GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}  # the parts of a gated MLP, as transformers calls them
 
@@ -30,23 +28,23 @@ GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}  # the parts of a gated 
 class FusedMLP(nn.Module):
     """down(silu(gate(x)) * up(x)), with gate and up as one product."""
 
-    def __init__(self, own: Any, kind: Kind) -> None:
+    def __init__(self, own: Any, packing: Packing) -> None:
         super().__init__()
-        gate, up = own.gate_proj, own.up_proj
-        bias = None if gate.bias is None else paired(gate.bias, up.bias)
-        self.gate_up = kind(paired(gate.weight, up.weight), bias, gated=True)
+        self.gate_up = packing.pack(own.gate_proj, own.up_proj, gated=True)
         self.down_proj = own.down_proj
 
     @staticmethod
-    def fits(own: Any, kind: Kind) -> bool:
-        """Whether ``own`` is such a module, with sizes that suit ``kind``."""
+    def fits(own: Any, packing: Packing) -> bool:
+        """Whether ``own`` is such a module, with sizes that suit ``packing``."""
         if set(own._modules) != GATED or not isinstance(own.act_fn, nn.SiLU | SiLUActivation):
             return False
         gate, up = own.gate_proj, own.up_proj
-        if not type(gate) is type(up) is type(own.down_proj) is nn.Linear:
-            return False
-        suit = kind.fits(gate.weight) and kind.fits(own.down_proj.weight) and not gate.out_features % BLOCK
-        return suit and gate.weight.shape == up.weight.shape
+        return (
+            packing.fits(gate, up, own.down_proj)
+            and gate.weight.shape == up.weight.shape
+            and (gate.bias is None) == (up.bias is None)
+            and not gate.out_features % BLOCK
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.down_proj(self.gate_up(x))
@@ -57,11 +55,10 @@ class FusedAttention(nn.Module):
     """The weights of an attention with rotary positions as Llama, Mistral and Qwen2 have it, those of queries, keys and
     values as one. `program` computes it."""
 
-    def __init__(self, own: Any, kind: Kind) -> None:
+    def __init__(self, own: Any, packing: Packing) -> None:
         super().__init__()
         parts = [getattr(own, f"{name}_proj") for name in "qkv"]
-        bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
-        self.qkv, self.o_proj = kind(torch.cat([part.weight for part in parts]), bias), own.o_proj
+        self.qkv, self.o_proj = packing.pack(*parts), own.o_proj
         self.width: int = own.head_dim
         self.heads, self.kv_heads = (part.out_features // self.width for part in parts[:2])
         self.scale = float(own.scaling)
@@ -69,12 +66,13 @@ class FusedAttention(nn.Module):
         self.window: int | None = getattr(own, "sliding_window", config_window)
 
     @staticmethod
-    def fits(own: Any, kind: Kind) -> bool:
-        """Whether ``own`` is such a module, with sizes that suit ``kind``."""
+    def fits(own: Any, packing: Packing) -> bool:
+        """Whether ``own`` is such a module, with sizes that suit ``packing``."""
         if type(own).__name__ not in ROTARY or not type(own).__module__.startswith("transformers."):
             return False
         parts = [getattr(own, f"{name}_proj") for name in "qkvo"]
-        return all(type(part) is nn.Linear and kind.fits(part.weight) for part in parts) and own.head_dim % 2 == 0
+        same = len({part.bias is None for part in parts[:3]}) == 1
+        return packing.fits(*parts) and same and own.head_dim % 2 == 0
 
 
 class FusedNorm(nn.Module):

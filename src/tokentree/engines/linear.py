@@ -30,7 +30,7 @@ class PackedLinear(nn.Module):
 
     Args:
         weight, bias: bfloat16[outputs, inputs], and [outputs] or None.
-        gated: blocks of outputs come in pairs, g and u (`paired`), and the layer gives silu(g) * u: half as many.
+        gated: blocks of outputs come in pairs, g and u, and the layer gives silu(g) * u: half as many.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, gated: bool = False) -> None:
@@ -96,12 +96,6 @@ class OneDNNLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
-def paired(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Both weights, or biases, of a gated layer as one: a block of ``gate``'s outputs, one of ``up``'s, and so on."""
-    parts = torch.stack([gate.unflatten(0, (-1, BLOCK)), up.unflatten(0, (-1, BLOCK))], 1)
-    return parts.flatten(0, 2)
 
 
 def whole(values: torch.Tensor) -> torch.Tensor:

@@ -18,12 +18,10 @@ from transformers import PreTrainedModel
 from transformers.activations import GELUTanh, SiLUActivation
 from transformers.pytorch_utils import Conv1D
 
-from tokentree.engines.fused import FusedAttention, FusedMLP, FusedNorm, Kind
+from tokentree.engines.fused import FusedAttention, FusedMLP, FusedNorm
 from tokentree.engines.linear import OneDNNLinear, PackedEmbedding, PackedLinear
+from tokentree.engines.packing import Packing
 from tokentree.engines.program import Program
-from tokentree.engines.quantized import Int4Linear, Int8Linear
-
-KINDS: dict[str | None, Kind] = {None: PackedLinear, "int8": Int8Linear, "int4": Int4Linear}
 
 
 def private_copy(model: PreTrainedModel, attention: str) -> PreTrainedModel:
@@ -48,17 +46,17 @@ def private_copy(model: PreTrainedModel, attention: str) -> PreTrainedModel:
     return result
 
 
-def pack(model: PreTrainedModel, release: bool, attends: bool, quantization: str | None = None) -> Program | None:
+def pack(model: PreTrainedModel, packing: Packing, release: bool, attends: bool) -> Program | None:
     """Exchanges, in ``model`` (a `private_copy` of one on a CPU), linear layers for packed ones where this CPU has any
     for them, and modules that `fused` has. Returns the whole forward as a program where there is one for this model,
     which can't run by itself then.
 
     Args:
+        packing: how, where types and sizes suit.
         release: drop each weight from the layer it came from once it is packed, so that memory does not double. Only
             for a model that nobody else uses. Embeddings that share a weight with a layer read it there (bfloat16), or
             keep it.
         attends: with attention of our own, without which there is no program.
-        quantization: one of `KINDS`.
     """
     tables = [entry for entry in _children(model) if isinstance(entry[2], nn.Embedding)]
 
@@ -72,27 +70,41 @@ def pack(model: PreTrainedModel, release: bool, attends: bool, quantization: str
                 continue
             layer.weight.data = layer.weight.data.new_empty(0)
 
-    first: Kind = KINDS[quantization]
-    whole = attends and Program.fits(model, first)
+    whole = attends and Program.fits(model, packing)
     for parent, name, child in _children(model):
-        if FusedMLP.fits(child, first):
-            setattr(parent, name, FusedMLP(child, first))
+        if FusedMLP.fits(child, packing):
+            setattr(parent, name, FusedMLP(child, packing))
             drop(child.gate_proj, child.up_proj)
-        elif whole and FusedAttention.fits(child, first):
-            setattr(parent, name, FusedAttention(child, first))
+        elif whole and FusedAttention.fits(child, packing):
+            setattr(parent, name, FusedAttention(child, packing))
             drop(child.q_proj, child.k_proj, child.v_proj)
         elif FusedNorm.fits(child):
             setattr(parent, name, FusedNorm(child))
     for parent, name, layer in _children(model):
         # other subclasses may do more than a product; Falcon's computes the same in two steps
         if type(layer).__name__ in ("Linear", "Conv1D", "FalconLinear") and isinstance(layer, nn.Linear | Conv1D):
-            weight = layer.weight.t().contiguous() if isinstance(layer, Conv1D) else layer.weight
-            kind = next((kind for kind in (first, PackedLinear, OneDNNLinear) if kind.fits(weight)), None)
-            if kind is not None:
-                packed = kind(weight, layer.bias)
-                setattr(parent, name, packed)
-                drop(layer, packed=packed)
+            plain = layer if type(layer) is nn.Linear else _plain(layer)
+            kind = next((kind for kind in (PackedLinear, OneDNNLinear) if kind.fits(plain.weight)), None)
+            if packing.fits(plain):
+                packed: nn.Module = packing.pack(plain)
+            elif kind is not None:
+                packed = kind(plain.weight, plain.bias)
+            else:
+                continue
+            setattr(parent, name, packed)
+            drop(layer, packed=packed)
     return Program(model) if whole else None
+
+
+def _plain(layer: nn.Linear | Conv1D) -> nn.Linear:
+    """A linear layer with the weight and bias of one that computes the same in another way."""
+    weight = layer.weight.detach()
+    weight = weight.t().contiguous() if isinstance(layer, Conv1D) else weight
+    plain = nn.Linear(weight.shape[1], weight.shape[0], layer.bias is not None, device="meta")
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    if layer.bias is not None:
+        plain.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
+    return plain
 
 
 def _children(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:

@@ -22,10 +22,11 @@ from transformers import PreTrainedModel
 from tokentree.engines import rows as each
 from tokentree.engines.attend import CALL, SEGMENT, attend
 from tokentree.engines.attention import Segment
-from tokentree.engines.fused import FusedAttention, FusedMLP, FusedNorm, Kind
+from tokentree.engines.fused import FusedAttention, FusedMLP, FusedNorm
 from tokentree.engines.kernels import BFLOAT16_WIDE, BLOCK
 from tokentree.engines.linear import BFLOAT16_CALL, PackedLinear, multiply_bfloat16
 from tokentree.engines.numbers import widen
+from tokentree.engines.packing import Packing
 from tokentree.engines.quantized import CALL as QUANTIZED_CALL
 from tokentree.engines.quantized import QuantizedLinear, multiply_int4, multiply_int8
 from tokentree.engines.quants import WIDE
@@ -41,7 +42,6 @@ from tokentree.threads import (
     integers,
     octets,
     run,
-    words,
 )
 
 MODELS = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"}  # of transformers, all alike
@@ -65,20 +65,19 @@ class Program:
         self._numbers: list[np.ndarray] = []
 
     @staticmethod
-    def fits(model: PreTrainedModel, kind: Kind) -> bool:
-        """Whether ``model``, as it came, can be computed by a program with linear layers of ``kind``."""
+    def fits(model: PreTrainedModel, packing: Packing) -> bool:
+        """Whether ``model``, as it came, can be computed by a program with layers packed so."""
         if type(model).__name__ not in MODELS or not type(model).__module__.startswith("transformers."):
             return False
         body, head = model.model, model.lm_head
         if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
             return False
         return (
-            type(head) is nn.Linear
-            and PackedLinear.fits(head.weight)
+            packing.fits(head)
             and FusedNorm.fits(body.norm)
             and all(
-                FusedAttention.fits(layer.self_attn, kind)
-                and FusedMLP.fits(layer.mlp, kind)
+                FusedAttention.fits(layer.self_attn, packing)
+                and FusedMLP.fits(layer.mlp, packing)
                 and FusedNorm.fits(layer.input_layernorm)
                 and FusedNorm.fits(layer.post_attention_layernorm)
                 and not any(part.out_features % BLOCK for part in _products(layer))
@@ -134,7 +133,7 @@ class Program:
         self._queries = room(heads * width, torch.float32)
         widest = -(-max(hidden, inner, heads * width) // 128) * 128
         self._prepared = room(widest, torch.float32)
-        self._scales, self._offsets = room(widest // 32, torch.float32), room(widest // 32, torch.int32)
+        self._scales, self._totals = room(widest // 32, torch.float32), room(widest // 32, torch.float32)
 
         self._numbers, self._windows, steps, update = [], set[int | None](), list[list[int]](), None
         for index, layer in enumerate(self._layers):
@@ -183,8 +182,8 @@ class Program:
     def _form(self, layer: nn.Module) -> list[int]:
         """How ``layer`` takes its inputs, and where."""
         if isinstance(layer, QuantizedLinear):
-            sizes = [layer.groups, layer.group, layer.zero]
-            return [IN_8_BITS, self._prepared.data_ptr(), *sizes, self._scales.data_ptr(), self._offsets.data_ptr()]
+            places = [self._scales.data_ptr(), self._totals.data_ptr()]
+            return [IN_8_BITS, self._prepared.data_ptr(), layer.groups, layer.group, *places]
         return [WIDER if BFLOAT16_WIDE else AS_IT_IS, self._prepared.data_ptr()]
 
     def _multiply(
@@ -192,7 +191,7 @@ class Program:
     ) -> list[list[int]]:
         result, prepared = 0 if y is None else y.data_ptr(), self._prepared.data_ptr()
         if isinstance(layer, QuantizedLinear):
-            call = layer.call(prepared, self._scales.data_ptr(), self._offsets.data_ptr(), result)
+            call = layer.call(prepared, self._scales.data_ptr(), self._totals.data_ptr(), result)
             return [[MULTIPLY_INT8 if layer.bits == 8 else MULTIPLY_INT4, *call]]
         assert isinstance(layer, PackedLinear)
         source, word = (prepared, 4) if BFLOAT16_WIDE else (x.data_ptr(), 2)
@@ -232,7 +231,7 @@ def _worker() -> Any:
                     if kind == NORM:
                         _norm(step, row)
                     elif kind == PREPARE:
-                        _prepare(step[0], step[1], step[2:9], row)
+                        _prepare(step[0], step[1], step[2:8], row)
                     else:
                         _turn(step, kv, cos, sin, row)
             if wait:
@@ -248,22 +247,22 @@ def _norm(step, row):
     if update:
         each.add(bits, halves(update + 2 * width * row, width))
     each.normalize(bits, floats(weight, width), np.float32(doubles(eps, 1)[0]), result)
-    _prepare(normed, width, step[6:13], row)
+    _prepare(normed, width, step[6:12], row)
 
 
 @numba.njit
 def _prepare(x, width, how, row):
-    form, prepared, groups, group, zero, scales, offsets = how[:7]
+    form, prepared, groups, group, scales, totals = how[:6]
     bits = halves(x + 2 * width * row, width)
     if form == WIDER:
         widen(bits, floats(prepared + 4 * width * row, width))
     elif form == IN_8_BITS:
         place, size = 4 * groups * row, groups * group
-        into = floats(scales + place, groups), words(offsets + place, groups)
+        into = floats(scales + place, groups), floats(totals + place, groups)
         if WIDE:
-            each.quantize(bits, group, zero, halves(prepared + 2 * size * row, size), *into)
+            each.quantize(bits, group, halves(prepared + 2 * size * row, size), *into)
         else:
-            each.quantize(bits, group, zero, octets(prepared + size * row, size), *into)
+            each.quantize(bits, group, octets(prepared + size * row, size), *into)
 
 
 @numba.njit

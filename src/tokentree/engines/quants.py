@@ -1,9 +1,10 @@
 # numba gives every scalar a type of its own, and llvmlite is not typed:
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,no-any-return,untyped-decorator,attr-defined,call-arg"
-"""The tile on weights of 8 or 4 bits, with a scale for each output and group of inputs; x has 8 bits, with a scale for
-each row and group. Sums within a group are exact integers, and are added up in float32 from group to group.
+"""The tile on weights of 8 or 4 bits, numbers without a sign, with a scale and a least weight for each output and group
+of inputs; x has 8 bits, with a scale for each row and group. Sums within a group are exact integers, and are added up
+in float32 from group to group.
 
-A strip of `BLOCK` outputs is kept as it is read: for each group its words, then its scales in bfloat16.
+A strip of `BLOCK` outputs is kept as it is read: for each group its words, then scales and least weights in float16.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from tokentree.engines.kernels import (
     HALVES,
     I8,
     I16,
-    I16S,
     I32,
     I32S,
     I64,
@@ -35,7 +35,7 @@ from tokentree.engines.kernels import (
     number,
 )
 
-I16_PAIRS = ir.VectorType(I16, 2 * LANES)
+F16S, I16_PAIRS = ir.VectorType(ir.HalfType(), LANES), ir.VectorType(I16, 2 * LANES)
 I8_FOURS = I32S if llvmlite.binding.llvm_version_info[0] < 22 else ir.VectorType(I8, 4 * LANES)
 
 
@@ -87,16 +87,16 @@ class _FourDots(_Pairs):
 
 
 def _tile(kind):
-    """An intrinsic: ``tile(rows, groups, steps, matrix, x, x_stride, scales, offsets, by_row, y, y_stride)``.
+    """An intrinsic: ``tile(rows, groups, steps, matrix, x, x_stride, scales, totals, by_row, y, y_stride)``.
 
-    y[rows, BLOCK] += the sum over groups of scales[row, group] * matrix scales[group] * (offsets[row, group] +
-    x[row, group] @ matrix[group]), in float32. ``groups`` and ``steps``, the words of the matrix in a group, are at
-    least 1; ``scales`` float32[rows, groups] and ``offsets`` int32[rows, groups], ``by_row`` bytes from one row to the
-    next, are addresses, as are the others.
+    y[rows, BLOCK] += the sum over groups of scales[row, group] * matrix scales[group] * (x[row, group] @ matrix[group])
+    + totals[row, group] * least weights[group], in float32. ``groups`` and ``steps``, the words of the matrix in a
+    group, are at least 1; ``scales`` and ``totals`` (of a group of x, as the numbers that they stand for), both
+    float32[rows, groups] with ``by_row`` bytes from one row to the next, are addresses, as are the others.
     """
 
     @intrinsic
-    def tile(typingctx, rows, groups, steps, matrix, x, x_stride, scales, offsets, by_row, y, y_stride):
+    def tile(typingctx, rows, groups, steps, matrix, x, x_stride, scales, totals, by_row, y, y_stride):
         def generate(context, builder, signature, args):
             after = builder.append_basic_block("after")
             switch = builder.switch(args[0], after)
@@ -113,9 +113,9 @@ def _tile(kind):
     return tile
 
 
-def _emit_tile(builder, kind, rows, groups, steps, matrix, x, x_stride, scales, offsets, by_row, y, y_stride) -> None:
+def _emit_tile(builder, kind, rows, groups, steps, matrix, x, x_stride, scales, totals, by_row, y, y_stride) -> None:
     words_bytes = builder.mul(steps, number(4 * BLOCK))
-    group_bytes = builder.add(words_bytes, number(2 * BLOCK))
+    group_bytes = builder.add(words_bytes, number(4 * BLOCK))
     x_bytes = builder.mul(steps, number(4 * kind.parts))
     begin = [
         [load(builder, F32S, y, half_of(builder, y_stride, row, half, 4)) for half in HALVES] for row in range(rows)
@@ -127,24 +127,30 @@ def _emit_tile(builder, kind, rows, groups, steps, matrix, x, x_stride, scales, 
     builder.position_at_end(loop)
     group = builder.phi(I64)
     group.add_incoming(number(0), entry)
-    totals = [[builder.phi(F32S) for _ in HALVES] for _ in range(rows)]
+    old = [[builder.phi(F32S) for _ in HALVES] for _ in range(rows)]
     here = builder.add(matrix, builder.mul(group, group_bytes))
     at = builder.mul(group, number(4))
     places = [builder.add(builder.mul(by_row, number(row)), at) for row in range(rows)]
-    first = [[everywhere(builder, load(builder, I32, offsets, place))] * len(HALVES) for place in places]
+    zeros = [[every(0) for _ in HALVES] for _ in range(rows)]
     xs = builder.add(x, builder.mul(group, x_bytes))
-    sums = emit_steps(builder, kind, first, steps, here, number(4 * BLOCK), xs, x_stride)
+    sums = emit_steps(builder, kind, zeros, steps, here, number(4 * BLOCK), xs, x_stride)
+    behind, fma = builder.add(here, words_bytes), function(builder, f"llvm.fma.v{LANES}f32", F32S, F32S, F32S, F32S)
     for half in HALVES:
-        bits = load(builder, I16S, builder.add(here, words_bytes), number(2 * LANES * half), 2)
-        outputs = builder.bitcast(builder.shl(builder.zext(bits, I32S), every(16)), F32S)
+        outputs, least = (
+            builder.fpext(load(builder, F16S, behind, number(2 * (part * BLOCK + LANES * half)), 2), F32S)
+            for part in range(2)
+        )
         for row in range(rows):
-            scale = builder.bitcast(everywhere(builder, load(builder, I32, scales, places[row])), F32S)
+            scale, total = (
+                builder.bitcast(everywhere(builder, load(builder, I32, of_rows, places[row])), F32S)
+                for of_rows in (scales, totals)
+            )
             exact = builder.sitofp(sums[row][half], F32S)
-            fma = function(builder, f"llvm.fma.v{LANES}f32", F32S, F32S, F32S, F32S)
-            total = builder.call(fma, [exact, builder.fmul(scale, outputs), totals[row][half]])
-            totals[row][half].add_incoming(begin[row][half], entry)
-            totals[row][half].add_incoming(total, builder.block)
-            sums[row][half] = total
+            new = builder.call(fma, [exact, builder.fmul(scale, outputs), old[row][half]])
+            new = builder.call(fma, [total, least, new])
+            old[row][half].add_incoming(begin[row][half], entry)
+            old[row][half].add_incoming(new, builder.block)
+            sums[row][half] = new
     following = builder.add(group, number(1))
     group.add_incoming(following, builder.block)
     builder.cbranch(builder.icmp_signed("<", following, groups), loop, done)

@@ -82,9 +82,9 @@ def gate(g, u, scratch, powers, result):
 
 
 @numba.njit
-def quantize(bits, group, zero, result, scales, offsets):
+def quantize(bits, group, result, scales, totals):
     """bfloat16 to round(x / scale) with scale = max(abs(x)) / 127 for each ``group`` of it; ``result``, which may be
-    longer, gets zeros at its end. ``offsets`` are what takes ``zero`` off all weights again: -zero * sum(result)."""
+    longer, gets zeros at its end. ``totals`` are the sums of groups, of what their numbers stand for."""
     x = np.zeros(len(result), np.float32)
     widen(bits, x[: len(bits)])
     for g in range(len(scales)):
@@ -98,4 +98,4 @@ def quantize(bits, group, zero, result, scales, offsets):
             number = np.int32(np.floor(part[i] * factor + np.float32(128.5))) - np.int32(128)
             into[i] = number
             total += number
-        offsets[g] = -zero * total
+        totals[g] = scales[g] * np.float32(total)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from tokentree.errors import ModelError, OptionError
 
-QUANTIZATIONS = ("int8",)
+QUANTIZATIONS = ("int8", "gguf")
 ALIBI = {"bloom", "mpt"}
 
 
@@ -35,12 +36,17 @@ def check_supported(model: PreTrainedModel) -> None:
         raise ModelError(f"{name} takes no {', '.join(sorted(missing))}, without which a tree can't be verified")
 
 
-def check_quantization(quantization: str | None, model: PreTrainedModel | None = None) -> None:
-    """Raises `OptionError` if there is no such quantization, `ModelError` if model or machine is not made for it."""
+def check_quantization(
+    quantization: str | None, model: PreTrainedModel | None = None, file: str | Path | None = None
+) -> None:  # fmt: skip
+    """Raises `OptionError` if there is no such quantization, or none of ``file`` where a model comes from one;
+    `ModelError` if ``model`` is not made for it."""
     if quantization is None:
         return
     if quantization not in QUANTIZATIONS:
-        raise OptionError(f"unknown quantization {quantization!r}: there is {', '.join(map(repr, QUANTIZATIONS))}")
+        raise OptionError(f"unknown quantization {quantization!r}: there are {', '.join(map(repr, QUANTIZATIONS))}")
+    if quantization == "gguf" and (file is None or Path(file).suffix != ".gguf"):
+        raise OptionError("quantization='gguf' takes weights as a GGUF file has them: name a model by its .gguf file")
     if model is not None and (model.device.type != "cpu" or model.dtype is not torch.bfloat16):
         raise ModelError(f"quantization={quantization!r} is for models on a CPU with dtype='bfloat16'")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Sequence as SequenceOf
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,12 @@ from transformers import AttentionInterface, PreTrainedModel
 from tokentree.engines.attention import ForwardKV, Segment, dense_mask, tree_attention
 from tokentree.engines.base import KEPT, TargetOutput
 from tokentree.engines.kv import KVLayout, SequenceKV
+from tokentree.engines.linear import PackedLinear
+from tokentree.engines.packing import GgufPacking, Packing
 from tokentree.engines.prefix import PrefixCache
 from tokentree.engines.prepare import pack, private_copy, steady_activations
 from tokentree.engines.program import Program
+from tokentree.engines.quantized import QuantizedLinear
 from tokentree.engines.support import check_quantization, check_supported, context_length, has_softcap, layer_windows
 from tokentree.errors import ModelError
 from tokentree.sequence import Sequence
@@ -40,9 +44,11 @@ class TorchEngine:
             batch and any tree; ``"sdpa"`` (default elsewhere) lets the model attend by itself under a dense mask.
         owns_model: nobody else uses ``model``, so its weights may be dropped once they are packed.
         prefix_bytes: KV of finished sequences that is kept for texts that begin alike, in bytes.
-        quantization: None, or ``"int8"``: weights in 8 bits with a scale for each output and 64 inputs, inputs of linear
-            layers in 8 bits with a scale for each row and 64 of them. Lossy against the model as it came; trees remain
-            lossless to the quantised model.
+        quantization: None, or ``"int8"``: weights in 8 bits with a scale for each output and 64 inputs, and inputs of
+            linear layers in 8 bits with a scale for each row and 64 of them. Lossy against the model as it came; trees
+            remain lossless to the quantised model. Or ``"gguf"``: weights as ``file`` has them, in 4 bits where it has
+            them in 4, else in 8.
+        file: the GGUF file that ``model`` was loaded from.
 
     Raises:
         ModelError: if the model can't be decoded with a tree, with the reason.
@@ -50,10 +56,10 @@ class TorchEngine:
 
     def __init__(
         self, model: PreTrainedModel, attention: str | None = None, owns_model: bool = False,
-        quantization: str | None = None, prefix_bytes: int = 0,
+        quantization: str | None = None, prefix_bytes: int = 0, file: Path | None = None,
     ) -> None:  # fmt: skip
         check_supported(model)
-        check_quantization(quantization, model)
+        check_quantization(quantization, model, file)
         self.device, self.dtype, self.quantization = model.device, model.dtype, quantization
         config = model.config.get_text_config()
         self.context = context_length(config)
@@ -71,7 +77,11 @@ class TorchEngine:
         self._layout = self._learn_layout(reference.past_key_values)
         self._program: Program | None = None
         if self.device.type == "cpu":
-            self._program = pack(self._model, owns_model, not self._attends_itself, quantization)
+            if quantization == "gguf" and file is not None:
+                packing: Packing = GgufPacking(self._model, file)
+            else:
+                packing = Packing(QuantizedLinear if quantization else PackedLinear)
+            self._program = pack(self._model, packing, owns_model, not self._attends_itself)
         # On a CPU a product of fewer than four rows takes other code paths, whose bits differ, and is no faster.
         self._min_rows = 4 if self.device.type == "cpu" and self._program is None else 1
         if not self._attends_itself:
