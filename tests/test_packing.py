@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from tests.gguf_files import write_gguf
-from tests.tiny_models import tiny
+from tests.test_engine import decoded_alone, verified
+from tests.tiny_models import request, some_tokens, some_tree, tiny
 from tokentree.engines.packing import IN_GGUF, _read
 from tokentree.engines.quantized import QuantizedLinear
 from tokentree.engines.torch import TorchEngine

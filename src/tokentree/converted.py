@@ -1,5 +1,5 @@
-"""GGUF files are converted once: what transformers takes a quarter of a minute or more to read from one is kept in the
-cache as a folder, which loads in less than a tenth of that."""
+"""What is made of a model's files once, and kept in the cache: a GGUF file as a folder, which transformers loads in
+less than a tenth of the time; and where packed weights are kept."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import transformers
 
+from tokentree.engines.kept import Place
 from tokentree.errors import ModelError
 from tokentree.storage import cache_folder
 
@@ -37,6 +38,16 @@ def converted(file: Path, part: str, convert: Callable[[], T], load: Callable[[P
     made = convert()
     _write(folder, made, _source(file))
     return made
+
+
+def packed_place(named: str | Path, quantization: str | None) -> Place | None:
+    """Where the packed weights of a model are kept: of a GGUF file, or of a folder; not of a name on a hub."""
+    path = Path(named).expanduser()
+    if not path.exists():
+        return None
+    sources = [path] if path.is_file() else sorted(path.glob("*.safetensors")) + sorted(path.glob("*.bin"))
+    about = {str(file.name): _source(file) for file in sources}
+    return Place(_folder(path) / f"packed-{quantization or 'bfloat16'}.pt", json.dumps(about))
 
 
 def _folder(file: Path) -> Path:

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tokentree.acceptance import acceptance
+from tokentree.converted import packed_place
 from tokentree.costs import cost_curve
 from tokentree.decoder import Decoder, Watcher
 from tokentree.drafters.base import Drafter
@@ -392,7 +393,10 @@ def _check_names(drafter: str | SequenceOf[str] | Drafter | None) -> None:
 
 def _engine(loaded: PreTrainedModel, named: Model, **options: Any) -> TorchEngine:
     """An engine for what was ``loaded`` by that name, or is the user's own."""
-    return TorchEngine(loaded, owns_model=loaded is not named, file=_file_of(named), **options)
+    if isinstance(named, PreTrainedModel):
+        return TorchEngine(loaded, **options)
+    kept = packed_place(named, options["quantization"])
+    return TorchEngine(loaded, owns_model=True, file=_file_of(named), kept=kept, **options)
 
 
 def _file_of(named: Model) -> Path | None:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, TypeVar
 
 import numba
 import numpy as np
@@ -57,6 +57,15 @@ class PackedLinear(nn.Module):
         run(_bfloat16_worker(), [len(rows), torch.get_num_threads(), *call])
         return y[:, : self.num_outputs].reshape(*x.shape[:-1], -1)
 
+    def state(self) -> dict[str, Any]:
+        """What `of_state` makes a layer of."""
+        return {name: getattr(self, name) for name in ("weight", "start", "gated", "num_outputs")}
+
+    @classmethod
+    def of_state(cls, state: dict[str, Any]) -> PackedLinear:
+        """A layer that is kept."""
+        return restored(cls, state)
+
     def call(self, inputs: int, stride: int, result: int) -> list[int]:
         """What `multiply_bfloat16` is told, with inputs at this address, so many bytes a row, and such results."""
         outputs = len(self.start) >> self.gated
@@ -96,6 +105,18 @@ class OneDNNLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+L = TypeVar("L", bound=nn.Module)
+
+
+def restored(kind: type[L], state: dict[str, Any]) -> L:
+    """A layer with these attributes."""
+    layer = kind.__new__(kind)
+    nn.Module.__init__(layer)
+    for name, value in state.items():
+        setattr(layer, name, value)
+    return layer
 
 
 def whole(values: torch.Tensor) -> torch.Tensor:

@@ -32,6 +32,9 @@ class Packing:
         """One layer for all of them, their outputs behind one another; or ``gated``, of two: see `PackedLinear`."""
         return self._kind(joined([layer.weight for layer in layers], gated), joined_biases(layers, gated), gated)
 
+    def keep(self) -> None:
+        """All layers are packed now: see `kept`."""
+
 
 class GgufPacking(Packing):
     """Packs layers in the bits that a GGUF file has them in: what it has in 4 stays as it is, and what has up to 8 is

@@ -15,7 +15,7 @@ from torch import nn
 
 from tokentree.engines import rows as each
 from tokentree.engines.kernels import BLOCK, CHUNKS
-from tokentree.engines.linear import pass_of, rows_of, store_rows, whole
+from tokentree.engines.linear import pass_of, restored, rows_of, store_rows, whole
 from tokentree.engines.quants import WIDE, tile_int4, tile_int8
 from tokentree.threads import WORKER, address_of, claim, floats, integers, run
 
@@ -131,6 +131,16 @@ class QuantizedLinear(nn.Module):
         worker = _int8_worker() if self.bits == 8 else _int4_worker()
         run(worker, [len(rows), torch.get_num_threads(), *call])
         return y[:, : self.num_outputs].reshape(*x.shape[:-1], -1)
+
+    def state(self) -> dict[str, Any]:
+        """What `of_state` makes a layer of."""
+        names = ("weight", "start", "gated", "num_outputs", "num_inputs", "groups", "group", "bits")
+        return {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def of_state(cls, state: dict[str, Any]) -> QuantizedLinear:
+        """A layer that is kept."""
+        return restored(cls, state)
 
     def call(self, inputs: int, scales: int, totals: int, result: int) -> list[int]:
         """What a product is told, with these addresses."""

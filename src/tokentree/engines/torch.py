@@ -14,6 +14,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from tokentree.engines.attention import ForwardKV, Segment, dense_mask, tree_attention
 from tokentree.engines.base import KEPT, TargetOutput
+from tokentree.engines.kept import KeptPacking, Place
 from tokentree.engines.kv import KVLayout, SequenceKV
 from tokentree.engines.linear import PackedLinear
 from tokentree.engines.packing import GgufPacking, Packing
@@ -49,6 +50,7 @@ class TorchEngine:
             remain lossless to the quantised model. Or ``"gguf"``: weights as ``file`` has them, in 4 bits where it has
             them in 4, else in 8.
         file: the GGUF file that ``model`` was loaded from.
+        kept: where its packed weights are, or are put.
 
     Raises:
         ModelError: if the model can't be decoded with a tree, with the reason.
@@ -56,7 +58,7 @@ class TorchEngine:
 
     def __init__(
         self, model: PreTrainedModel, attention: str | None = None, owns_model: bool = False,
-        quantization: str | None = None, prefix_bytes: int = 0, file: Path | None = None,
+        quantization: str | None = None, prefix_bytes: int = 0, file: Path | None = None, kept: Place | None = None,
     ) -> None:  # fmt: skip
         check_supported(model)
         check_quantization(quantization, model, file)
@@ -77,11 +79,14 @@ class TorchEngine:
         self._layout = self._learn_layout(reference.past_key_values)
         self._program: Program | None = None
         if self.device.type == "cpu":
-            if quantization == "gguf" and file is not None:
-                packing: Packing = GgufPacking(self._model, file)
-            else:
-                packing = Packing(QuantizedLinear if quantization else PackedLinear)
+            kind = QuantizedLinear if quantization else PackedLinear
+
+            def make() -> Packing:
+                return GgufPacking(self._model, file) if quantization == "gguf" and file else Packing(kind)
+
+            packing = make() if kept is None else KeptPacking(kind, make, self._model, kept)
             self._program = pack(self._model, packing, owns_model, not self._attends_itself)
+            packing.keep()
         # On a CPU a product of fewer than four rows takes other code paths, whose bits differ, and is no faster.
         self._min_rows = 4 if self.device.type == "cpu" and self._program is None else 1
         if not self._attends_itself:
