@@ -2,9 +2,9 @@
 
     python benchmarks/forward.py MODEL [--threads 2] [--prefix 256] [--rounds 8]
 
-Measures the model's own modules (`torch`, with transformers' cache), tokentree's engine with oneDNN's linear layers,
-with its own, and in 8 bits, all on one model and in turns, and keeps the median of each. The floor is the bytes of the
-linear layers' weights over the read bandwidth, measured in the same run.
+Measures the model's own modules (`torch`, with transformers' cache), and tokentree's engine in bfloat16, in 8 bits and,
+for a GGUF file, in the file's own bits, all on one model and in turns, and keeps the median of each. The floor is the
+bytes of the packed weights over the read bandwidth, measured in the same run.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from tokentree.engines import prepare
 from tokentree.engines.linear import PackedLinear
+from tokentree.engines.quantized import QuantizedLinear
 from tokentree.engines.torch import TorchEngine
 from tokentree.loading import load_model
 from tokentree.sampling import SamplingParams, seeded_noise
@@ -44,12 +44,10 @@ def main() -> None:
     model = load_model(asked.model, "bfloat16", torch.device("cpu"))
     size = model.config.get_text_config().vocab_size
     ids = np.random.default_rng(0).integers(0, size, asked.prefix + 1).tolist()
-    forwards = {
-        "torch": own(model, ids),
-        "oneDNN": ours(without_packing(model), ids),
-        "bfloat16": ours(TorchEngine(model), ids),
-        "int8": ours(TorchEngine(model, quantization="int8"), ids),
-    }
+    engines = {"bfloat16": TorchEngine(model), "int8": TorchEngine(model, quantization="int8")}
+    if asked.model.endswith(".gguf"):
+        engines["gguf"] = TorchEngine(model, quantization="gguf", file=Path(asked.model))
+    forwards = {"torch": own(model, ids)} | {name: ours(engine, ids) for name, engine in engines.items()}
     times: dict[tuple[str, int], list[float]] = {(name, rows): [] for name in forwards for rows in ROWS}
     bandwidth = list[float]()
     with Progress(transient=True) as bar:
@@ -60,7 +58,6 @@ def main() -> None:
                 seconds.append(forwards[name](rows))
                 bar.advance(task)
     medians = {key: statistics.median(seconds) for key, seconds in times.items()}
-    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     best = max(bandwidth)
     shown = Table(title=f"T(n), ms: {asked.model}, {asked.prefix} tokens before, {asked.threads} threads")
     for head in ("rows", *forwards, *(f"{name} T(n)/T(1)" for name in forwards)):
@@ -71,12 +68,13 @@ def main() -> None:
         shown.add_row(str(rows), *(f"{1e3 * seconds:.1f}" for seconds in now), *ratios)
     console = Console(width=140)
     console.print(shown)
-    for name, width in (("bfloat16", 2), ("int8", 1)):
-        floor = weights * width / best
+    for name, engine in engines.items():
+        packed = [m for m in engine._model.modules() if isinstance(m, PackedLinear | QuantizedLinear)]
+        weights = sum(layer.weight.nbytes for layer in packed)
         console.print(
-            f"{name}: {weights * width / 1e6:.0f} MB of weights at {best / 1e9:.1f} GB/s (best of {asked.rounds}, "
-            f"median {statistics.median(bandwidth) / 1e9:.1f}) take {1e3 * floor:.1f} ms: plain is at "
-            f"{floor / medians[name, 1]:.0%} of that floor"
+            f"{name}: {weights / 1e6:.0f} MB of weights at {best / 1e9:.1f} GB/s (best of {asked.rounds}, "
+            f"median {statistics.median(bandwidth) / 1e9:.1f}) take {1e3 * weights / best:.1f} ms: plain is at "
+            f"{weights / best / medians[name, 1]:.0%} of that floor"
         )
 
 
@@ -103,15 +101,6 @@ def ours(engine: TorchEngine, ids: list[int]) -> Callable[[int], float]:
         return engine.verify([seq], [TokenTree.chain(ids[-1], ids[-1:] * (rows - 1))]).seconds
 
     return forward
-
-
-def without_packing(model: PreTrainedModel) -> TorchEngine:
-    """An engine as it is on a CPU without bfloat16 dot products."""
-    fits, prepare.PackedLinear.fits = PackedLinear.fits, staticmethod(lambda _: False)  # type: ignore[method-assign]
-    try:
-        return TorchEngine(model)
-    finally:
-        prepare.PackedLinear.fits = fits  # type: ignore[method-assign]
 
 
 def read_bandwidth() -> float:

@@ -597,6 +597,9 @@ def test_a_gguf_file_decodes_like_the_folder_it_was_made_from(world: World, tmp_
     llm = LLM(path, draft_model=path, dtype="float32", shape="2x2")
     params = SamplingParams(max_tokens=16)
     same(llm.generate(PROMPTS[0], params)[0], world.plain.generate(PROMPTS[0], params)[0])
+    few = LLM(path, draft_model=path, shape="2x2", quantization="gguf")
+    assert few.engine.quantization == "gguf"
+    same(few.generate(PROMPTS[0], params)[0], few.plain().generate(PROMPTS[0], params)[0])
 
 
 def test_draft_models_are_called_by_the_end_of_their_name_and_numbered_where_alike() -> None:

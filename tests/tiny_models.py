@@ -44,7 +44,7 @@ from tokentree.sampling import SamplingParams, seeded_noise
 from tokentree.sequence import Sequence as Request
 from tokentree.tree import TokenTree
 
-VOCAB = 128
+VOCAB = 120
 CONTEXT = 320
 WINDOW = 7  # of the models that have a sliding window
 

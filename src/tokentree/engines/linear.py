@@ -33,6 +33,8 @@ class PackedLinear(nn.Module):
         gated: blocks of outputs come in pairs, g and u, and the layer gives silu(g) * u: half as many.
     """
 
+    RESULT = 4  # where the results' address is in `call`
+
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, gated: bool = False) -> None:
         super().__init__()
         self.gated, self.num_outputs = gated, len(weight) >> gated

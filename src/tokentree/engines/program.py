@@ -101,8 +101,7 @@ class Program:
         cos, sin = (turn[0].contiguous() for turn in self._turns(embedded, positions[None]))
         logits = torch.empty(rows if keep_logits else 0, len(self._head.start), dtype=torch.bfloat16)
         count = len(self._steps) if keep_logits else self._up_to_kv
-        last = self._steps[-1]
-        last[1 + (4 if last[0] == MULTIPLY else 3)] = logits.data_ptr()
+        self._steps[-1, 1 + self._head.RESULT] = logits.data_ptr()
         for segment in segments:
             segment.windows |= self._windows
         table = np.array([segment.described(0) for segment in segments], np.int64)

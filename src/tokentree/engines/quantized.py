@@ -89,6 +89,8 @@ class QuantizedLinear(nn.Module):
         num_inputs: where the groups hold more than that.
     """
 
+    RESULT = 3  # where the results' address is in `call`
+
     def __init__(
         self, weight: Groups | torch.Tensor, bias: torch.Tensor | None, gated: bool = False,
         num_inputs: int | None = None,

@@ -117,7 +117,8 @@ class TorchEngine:
         on_cpu = self.device.type == "cpu"
         device = f"cpu {torch.get_num_threads()} threads" if on_cpu else torch.cuda.get_device_name(self.device)
         numbers = self.quantization or str(self.dtype).removeprefix("torch.")
-        return f"{self._model_size}, {self.attention} attention, {numbers}, {device}"
+        form = "one call" if self._program is not None else f"{self.attention} attention"
+        return f"{self._model_size}, {form}, {numbers}, {device}"
 
     # -- the protocol ----------------------------------------------------------------------------------------------
 
