@@ -112,7 +112,13 @@ class LlamaCppMethod:
         if lookup is not None:
             draft = LlamaPromptLookupDecoding(num_pred_tokens=lookup)
         self._model = Llama(
-            file, n_ctx=CONTEXT, n_threads=threads, n_threads_batch=threads, draft_model=draft, verbose=False
+            file,
+            n_ctx=CONTEXT,
+            n_threads=threads,
+            n_threads_batch=threads,
+            draft_model=draft,
+            verbose=False,
+            logits_all=draft is not None,  # else it has no room for a prompt longer than a batch
         )
 
     def run(self, prompt_ids: list[int], params: SamplingParams) -> Output:

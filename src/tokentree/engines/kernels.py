@@ -39,7 +39,7 @@ AHEAD = 1024  # bytes, how far ahead weights are asked for
 CHUNKS = 8  # shares per thread: the threads take them as they become free
 
 I8, I16, I32, I64, F32 = *(ir.IntType(bits) for bits in (8, 16, 32, 64)), ir.FloatType()
-F32S, I32S, I16S = (ir.VectorType(kind, LANES) for kind in (F32, I32, I16))
+F32S, I32S = (ir.VectorType(kind, LANES) for kind in (F32, I32))
 
 
 class _BFloat(ir.Type):  # type: ignore[misc]
@@ -112,14 +112,7 @@ def _tile(kind):
     @intrinsic
     def tile(typingctx, rows, steps, matrix, matrix_stride, x, x_stride, start, start_stride, y, y_stride):
         def generate(context, builder, signature, args):
-            after = builder.append_basic_block("after")
-            switch = builder.switch(args[0], after)
-            for count in range(1, TILE_ROWS + 1):  # a loop for each number of rows
-                with builder.goto_block(builder.append_basic_block(f"rows{count}")):
-                    switch.add_case(ir.Constant(I64, count), builder.block)
-                    _emit_tile(builder, kind, count, *args[1:])
-                    builder.branch(after)
-            builder.position_at_end(after)
+            emit_by_rows(builder, args[0], lambda rows: _emit_tile(builder, kind, rows, *args[1:]))
             return context.get_dummy_value()
 
         return numba.void(*[numba.int64] * 10), generate
@@ -130,15 +123,8 @@ def _tile(kind):
 def _emit_tile(
     builder, kind, rows, steps, matrix, matrix_stride, x, x_stride, start, start_stride, y, y_stride
 ) -> None:  # fmt: skip
-    begin = [
-        [load(builder, F32S, start, half_of(builder, start_stride, row, half, 4)) for half in HALVES]
-        for row in range(rows)
-    ]
-    sums = emit_steps(builder, kind, begin, steps, matrix, matrix_stride, x, x_stride)
-    for row in range(rows):
-        for half in HALVES:
-            place = builder.add(y, half_of(builder, y_stride, row, half, 4))
-            builder.store(sums[row][half], builder.inttoptr(place, F32S.as_pointer()), align=4)
+    begin = load_sums(builder, rows, start, start_stride)
+    store_sums(builder, emit_steps(builder, kind, begin, steps, matrix, matrix_stride, x, x_stride), y, y_stride)
 
 
 # -- what is emitted for it, and for `quants` --------------------------------------------------------------------------
@@ -160,9 +146,34 @@ def load(builder, kind, address, offset, align=4):
     return builder.load(pointer, align=align)
 
 
-def half_of(builder, stride, row, half, size):
-    """How far ``half`` the strip of a row lies from the first row, in bytes, if a column takes ``size``."""
-    return builder.add(builder.mul(stride, number(row)), number(size * LANES * half))
+def load_sums(builder, rows, address, stride):
+    """float32[rows, BLOCK] from there, by rows and halves."""
+    return [
+        [load(builder, F32S, address, _half_of(builder, stride, row, half)) for half in HALVES] for row in range(rows)
+    ]
+
+
+def store_sums(builder, sums, address, stride):
+    for row, halves in enumerate(sums):
+        for half, values in enumerate(halves):
+            place = builder.add(address, _half_of(builder, stride, row, half))
+            builder.store(values, builder.inttoptr(place, F32S.as_pointer()), align=4)
+
+
+def _half_of(builder, stride, row, half):
+    return builder.add(builder.mul(stride, number(row)), number(4 * LANES * half))
+
+
+def emit_by_rows(builder, rows, emit):
+    """What ``emit`` makes for each number of rows that there may be, chosen by ``rows``."""
+    after = builder.append_basic_block("after")
+    switch = builder.switch(rows, after)
+    for count in range(1, TILE_ROWS + 1):
+        with builder.goto_block(builder.append_basic_block(f"rows{count}")):
+            switch.add_case(number(count), builder.block)
+            emit(count)
+            builder.branch(after)
+    builder.position_at_end(after)
 
 
 def everywhere(builder, word):

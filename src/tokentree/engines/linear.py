@@ -138,7 +138,7 @@ def rows_of(x: torch.Tensor, inputs: int) -> torch.Tensor:
     return x.reshape(-1, inputs).contiguous()
 
 
-# -- the loops, compiled when first asked for, as not every CPU has the instructions -----------------------------------
+# -- the loops, compiled when first asked for --------------------------------------------------------------------------
 
 
 @functools.cache

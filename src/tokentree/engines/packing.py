@@ -37,8 +37,9 @@ class Packing:
 
 
 class GgufPacking(Packing):
-    """Packs layers in the bits that a GGUF file has them in: what it has in 4 stays as it is, and what has up to 8 is
-    kept in 8, exactly where groups of `IN_GGUF` inputs share a scale. Scales are rounded to float16.
+    """Packs layers in the bits that a GGUF file has them in: what it has in 4 stays as it is, and all else is kept in
+    8, exactly where the file has that so. Scales are rounded to float16, and inputs get 8 bits: lossy against the file's
+    weights in bfloat16.
 
     Args:
         file: the file that ``model`` was loaded from.
@@ -53,17 +54,18 @@ class GgufPacking(Packing):
 
         try:
             reader = gguf.GGUFReader(file)
-        except (OSError, ValueError) as error:
+            architecture = reader.fields["general.architecture"].contents()
+            blocks = int(reader.fields[f"{architecture}.block_count"].contents())
+            known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+            names = gguf.get_tensor_name_map(known[architecture], blocks)
+        except (OSError, ValueError, KeyError) as error:
             raise ModelError(f"can't read the GGUF file {str(file)!r}: {error}") from None
-        architecture = reader.fields["general.architecture"].contents()
-        known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
-        blocks = int(reader.fields[f"{architecture}.block_count"].contents())
-        names = gguf.get_tensor_name_map(known[architecture], blocks)
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self._names = {id(module): names.get_name(name) for name, module in model.named_modules()}
         config: Any = model.config
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self._turned = {"attn_q": heads, "attn_k": kv_heads} if architecture == "llama" else {}
+        self._turned = dict[str, int]()
+        if architecture == "llama":
+            self._turned = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
 
     def pack(self, *layers: nn.Linear, gated: bool = False) -> QuantizedLinear:
         parts = [self._groups(layer) for layer in layers]

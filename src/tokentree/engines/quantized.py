@@ -52,13 +52,8 @@ class Groups:
     @staticmethod
     def _of(weight: torch.Tensor, group: int) -> tuple[torch.Tensor, ...]:
         padded = nn.functional.pad(weight.float(), (0, -weight.shape[1] % group)).unflatten(1, (-1, group))
-        least = padded.amin(-1).half()
-        least = torch.where(
-            least.float() > padded.amin(-1), torch.nextafter(least, least.new_tensor(-torch.inf)), least
-        )
-        exact = (padded.amax(-1) - least.float()).clamp(min=1e-6) / 255
-        scales = exact.half()
-        scales = torch.where(scales.float() < exact, torch.nextafter(scales, scales.new_tensor(torch.inf)), scales)
+        least = -_up(-padded.amin(-1))
+        scales = _up((padded.amax(-1) - least.float()).clamp(min=1e-6) / 255)
         numbers = ((padded - least.float()[..., None]) / scales.float()[..., None]).round()
         return numbers.to(torch.uint8), scales, least
 

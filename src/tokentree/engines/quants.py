@@ -24,15 +24,16 @@ from tokentree.engines.kernels import (
     I32S,
     I64,
     LANES,
-    TILE_ROWS,
+    emit_by_rows,
     emit_steps,
     every,
     everywhere,
     function,
-    half_of,
     has,
     load,
+    load_sums,
     number,
+    store_sums,
 )
 
 F16S, I16_PAIRS = ir.VectorType(ir.HalfType(), LANES), ir.VectorType(I16, 2 * LANES)
@@ -98,14 +99,7 @@ def _tile(kind):
     @intrinsic
     def tile(typingctx, rows, groups, steps, matrix, x, x_stride, scales, totals, by_row, y, y_stride):
         def generate(context, builder, signature, args):
-            after = builder.append_basic_block("after")
-            switch = builder.switch(args[0], after)
-            for count in range(1, TILE_ROWS + 1):  # a loop for each number of rows
-                with builder.goto_block(builder.append_basic_block(f"rows{count}")):
-                    switch.add_case(ir.Constant(I64, count), builder.block)
-                    _emit_tile(builder, kind, count, *args[1:])
-                    builder.branch(after)
-            builder.position_at_end(after)
+            emit_by_rows(builder, args[0], lambda rows: _emit_tile(builder, kind, rows, *args[1:]))
             return context.get_dummy_value()
 
         return numba.void(*[numba.int64] * 11), generate
@@ -117,9 +111,7 @@ def _emit_tile(builder, kind, rows, groups, steps, matrix, x, x_stride, scales, 
     words_bytes = builder.mul(steps, number(4 * BLOCK))
     group_bytes = builder.add(words_bytes, number(4 * BLOCK))
     x_bytes = builder.mul(steps, number(4 * kind.parts))
-    begin = [
-        [load(builder, F32S, y, half_of(builder, y_stride, row, half, 4)) for half in HALVES] for row in range(rows)
-    ]
+    begin = load_sums(builder, rows, y, y_stride)
     entry = builder.block
     loop, done = builder.append_basic_block("groups"), builder.append_basic_block("summed")
     builder.branch(loop)
@@ -156,10 +148,7 @@ def _emit_tile(builder, kind, rows, groups, steps, matrix, x, x_stride, scales, 
     builder.cbranch(builder.icmp_signed("<", following, groups), loop, done)
 
     builder.position_at_end(done)
-    for row in range(rows):
-        for half in HALVES:
-            place = builder.add(y, half_of(builder, y_stride, row, half, 4))
-            builder.store(sums[row][half], builder.inttoptr(place, F32S.as_pointer()), align=4)
+    store_sums(builder, sums, y, y_stride)
 
 
 _kind = _FourDots if LANES == 16 and has("avx512vnni") else _PairDots if has("avx2") else _Pairs

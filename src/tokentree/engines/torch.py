@@ -48,7 +48,7 @@ class TorchEngine:
         quantization: None, or ``"int8"``: weights in 8 bits with a scale for each output and 64 inputs, and inputs of
             linear layers in 8 bits with a scale for each row and 64 of them. Lossy against the model as it came; trees
             remain lossless to the quantised model. Or ``"gguf"``: weights as ``file`` has them, in 4 bits where it has
-            them in 4, else in 8.
+            them in 4, else in 8, and inputs in 8; lossy against the file's weights in bfloat16 in the same sense.
         file: the GGUF file that ``model`` was loaded from.
         kept: where its packed weights are, or are put.
 
