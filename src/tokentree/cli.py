@@ -58,7 +58,7 @@ DtypeOption = Annotated[
 QuantizationOption = Annotated[
     str | None,
     typer.Option(
-        help="On CPUs. linear layers in 8 bits (int8), or in the bits of the GGUF file (gguf). Both lossy against bfloat16."
+        help="CPUs: linear layers in 8 bits (int8), or in those of the GGUF file (gguf). Both lossy against bfloat16."
     ),
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; default: the first GPU, if any.")]

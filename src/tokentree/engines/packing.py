@@ -38,8 +38,8 @@ class Packing:
 
 class GgufPacking(Packing):
     """Packs layers in the bits that a GGUF file has them in: what it has in 4 stays as it is, and all else is kept in
-    8, exactly where the file has that so. Scales are rounded to float16, and inputs get 8 bits: lossy against the file's
-    weights in bfloat16.
+    8, exactly where the file has that so. Scales are rounded to float16, and inputs get 8 bits: lossy against the
+    file's weights in bfloat16.
 
     Args:
         file: the file that ``model`` was loaded from.
