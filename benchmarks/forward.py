@@ -1,10 +1,11 @@
 """What a forward of the target costs by its rows, by how it is computed, and how far above the time of reading weights.
 
-    python benchmarks/forward.py MODEL [--threads 2] [--prefix 256] [--rounds 8]
+    python benchmarks/forward.py MODEL [--threads 2] [--prefix 256] [--rounds 8] [--compile]
 
-Measures the model's own modules (`torch`, with transformers' cache), and tokentree's engine in bfloat16, in 8 bits and,
-for a GGUF file, in the file's own bits, all on one model and in turns, and keeps the median of each. The floor is the
-bytes of the packed weights over the read bandwidth, measured in the same run.
+Measures the model's own modules (`torch`, with transformers' cache; with --compile also under `torch.compile`, with its
+static cache and a graph for each number of rows), and tokentree's engine in bfloat16, in 8 bits and, for a GGUF file,
+in its own bits, all on one model and in turns, and keeps the median of each. The floor is the bytes of the packed
+weights over the read bandwidth, measured in the same run.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, track
 from rich.table import Table
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from tokentree.engines.linear import PackedLinear
 from tokentree.engines.quantized import QuantizedLinear
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prefix", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--compile", action="store_true")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     model = load_model(asked.model, "bfloat16", torch.device("cpu"))
@@ -47,9 +49,17 @@ def main() -> None:
     engines = {"bfloat16": TorchEngine(model), "int8": TorchEngine(model, quantization="int8")}
     if asked.model.endswith(".gguf"):
         engines["gguf"] = TorchEngine(model, quantization="gguf", file=Path(asked.model))
-    forwards = {"torch": own(model, ids)} | {name: ours(engine, ids) for name, engine in engines.items()}
+    forwards = {"torch": own(model, ids)}
+    if asked.compile:
+        forwards["compiled"] = compiled(model, ids)
+    forwards |= {name: ours(engine, ids) for name, engine in engines.items()}
     times: dict[tuple[str, int], list[float]] = {(name, rows): [] for name in forwards for rows in ROWS}
     bandwidth = list[float]()
+    if asked.compile:
+        started = time.perf_counter()
+        for rows in track(ROWS, "compiling", transient=True):
+            forwards["compiled"](rows)
+        print(f"compiling for {len(ROWS)} numbers of rows took {time.perf_counter() - started:.0f} s")
     with Progress(transient=True) as bar:
         task = bar.add_task("measuring", total=asked.rounds * len(times))
         for _ in range(asked.rounds):
@@ -87,6 +97,25 @@ def own(model: PreTrainedModel, ids: list[int]) -> Callable[[int], float]:
         model(input_ids=torch.tensor([ids[:-1]]), past_key_values=cache, logits_to_keep=1)
         started = time.perf_counter()
         model(input_ids=torch.tensor([ids[-1:] * rows]), past_key_values=cache)
+        return time.perf_counter() - started
+
+    return forward
+
+
+def compiled(model: PreTrainedModel, ids: list[int]) -> Callable[[int], float]:
+    """The model's own forward over a chain, compiled, with a cache of fixed size."""
+    torch._dynamo.config.recompile_limit = 2 * len(ROWS)
+    cache = StaticCache(config=model.config, max_cache_len=len(ids) + max(ROWS))
+    graph = torch.compile(model, dynamic=False)
+    with torch.inference_mode():
+        model(input_ids=torch.tensor([ids[:-1]]), past_key_values=cache, logits_to_keep=1)
+
+    @torch.inference_mode()
+    def forward(rows: int) -> float:
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(len(ids) - 1)
+        started = time.perf_counter()
+        graph(input_ids=torch.tensor([ids[-1:] * rows]), past_key_values=cache)
         return time.perf_counter() - started
 
     return forward

@@ -31,7 +31,7 @@ LAYERS = {
         1,
     ),
     **dict.fromkeys(("acceptance", "shapes"), 2),
-    **dict.fromkeys(("engines", "drafters"), 3),
+    **dict.fromkeys(("engines", "drafters", "heads"), 3),
     **dict.fromkeys(("registry", "decoder"), 4),
     **dict.fromkeys(("converted", "loading", "costs", "llm"), 5),
 }

@@ -372,7 +372,7 @@ def test_an_interrupted_stream_keeps_what_there_is_and_forgets_its_kv(world: Wor
     assert len(world.llm.engine._kv) == 1
     stream.close()
     assert not world.llm.engine._kv
-    assert not any(engine._kv for _, engine in world.llm._draft_engines)
+    assert not any(engine._kv for _, engine in world.llm._parts.draft_engines)
     result = stream.result
     assert result.finish_reason == "interrupted"
     assert 8 <= len(result.token_ids) < 60

@@ -20,12 +20,11 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from tokentree.acceptance import acceptance
-from tokentree.drafters.base import Drafter
 from tokentree.engines.support import check_supported
 from tokentree.errors import OptionError, PromptError
-from tokentree.llm import DEFAULT_SHAPE, LLM, Model, as_names
+from tokentree.llm import DEFAULT_SHAPE, LLM, Model
 from tokentree.metrics import Metrics
-from tokentree.registry import drafter_class
+from tokentree.registry import Named, check_names
 from tokentree.sampling import SamplingParams, seeded_noise
 from tokentree.sequence import Sequence
 from tokentree.shapes import Shape
@@ -76,7 +75,7 @@ class Streamer(Protocol):
 def generator(
     draft_model: Model | SequenceOf[Model] | None = None,
     *,
-    drafter: str | SequenceOf[str] | Drafter | None = None,
+    drafter: Named = None,
     shape: str | Shape | None = None,
     accept: str = "match",
     streamer: Streamer | None = None,
@@ -132,15 +131,14 @@ class TreeGenerator:
     def __init__(
         self,
         draft_model: Model | SequenceOf[Model] | None,
-        drafter: str | SequenceOf[str] | Drafter | None,
+        drafter: Named,
         shape: str | Shape | None,
         accept: str,
         streamer: Streamer | None,
         seed: int | None,
     ) -> None:
         acceptance(accept)  # unknown names are told now
-        for name in [] if drafter is None or isinstance(drafter, Drafter) else as_names(drafter):
-            drafter_class(name)
+        check_names(drafter)
         if seed is not None and not 0 <= seed < 2**63:
             raise OptionError(f"seed={seed} is not a whole number from 0 to 2**63 - 1")
         self.metrics: list[Metrics] = []

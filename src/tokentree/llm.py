@@ -17,17 +17,13 @@ from tokentree.acceptance import acceptance
 from tokentree.converted import packed_place
 from tokentree.costs import cost_curve
 from tokentree.decoder import Decoder, Watcher
-from tokentree.drafters.base import Drafter
-from tokentree.drafters.draft_model import DraftModel
-from tokentree.drafters.merged import Merged
-from tokentree.drafters.recycling import Recycling
-from tokentree.drafters.suffix import Suffix
+from tokentree.drafters.base import Parts
 from tokentree.engines.support import check_quantization
 from tokentree.engines.torch import TorchEngine
-from tokentree.errors import ModelError, OptionError, PairingError, PromptError
+from tokentree.errors import ModelError, OptionError, PromptError
 from tokentree.loading import check_same_tokenizer, eos_ids, load_model, load_tokenizer, pick_device
 from tokentree.metrics import Metrics
-from tokentree.registry import drafter_class
+from tokentree.registry import Named, check_names, make_drafter
 from tokentree.sampling import SamplingParams, seeded_noise
 from tokentree.sequence import FinishReason, Sequence, TokenLogprobs
 from tokentree.shapes import Cost, CostCurve, Shape
@@ -37,7 +33,6 @@ from tokentree.text import Detokenizer
 Prompt = str | SequenceOf[int]
 Model = str | Path | PreTrainedModel
 DEFAULT_SHAPE = "cost"
-LOOKUPS = ("recycling", "suffix", "ngram")  # what drafts when nothing is named; first come, first shown
 
 
 @dataclass(frozen=True)
@@ -77,7 +72,7 @@ class LLM:
     Args:
         model: a hub name, a folder of safetensors, a GGUF file, or a loaded transformers model (which stays as it is).
         drafter: a name from the registry, a list of names to be merged, or a `Drafter`. Without one, ``draft_model`` if
-            draft models are given, and if not all of `LOOKUPS`, merged.
+            draft models are given, and if not all lookups, merged.
         draft_model: one draft model or several (merged into one tree).
         shape: how trees grow: see `tokentree.shapes.shape`.
         accept: ``match`` or ``rejection`` (both lossless), or ``best_path`` (lossy).
@@ -101,7 +96,7 @@ class LLM:
     def __init__(
         self,
         model: Model,
-        drafter: str | SequenceOf[str] | Drafter | None = None,
+        drafter: Named = None,
         draft_model: Model | SequenceOf[Model] | None = None,
         shape: str | Shape | None = None,
         accept: str = "match",
@@ -139,7 +134,7 @@ class LLM:
         drafts: list[Model] = [] if draft_model is None else _as_list(draft_model)
         for named in (model, *drafts):
             check_quantization(quantization, file=_file_of(named))
-        _check_names(drafter)
+        check_names(drafter)
         place = model.device if isinstance(model, PreTrainedModel) else pick_device(device)
         loaded = model if isinstance(model, PreTrainedModel) else load_model(model, dtype, place)
         self.tokenizer = tokenizer or _tokenizer_of(model)
@@ -155,9 +150,9 @@ class LLM:
             smaller = draft if isinstance(draft, PreTrainedModel) else load_model(draft, dtype, place)
             engine = _engine(smaller, draft, **options)
             draft_engines.append((_short(name, [known for known, _ in draft_engines]), engine))
-        self._draft_engines = draft_engines
+        self._parts = Parts(self.engine, tuple(draft_engines))
         self._curve: CostCurve | None = None
-        self.decoder = Decoder(self.engine, self._make_drafter(drafter), self._priced(form), rule, watch)
+        self.decoder = Decoder(self.engine, make_drafter(drafter, self._parts), self._priced(form), rule, watch)
         if memory is not None and Path(memory).is_dir():
             self.decoder.drafter.load(Path(memory))
 
@@ -165,7 +160,7 @@ class LLM:
 
     def using(
         self,
-        drafter: str | SequenceOf[str] | Drafter | None = None,
+        drafter: Named = None,
         shape: str | Shape | None = None,
         accept: str = "match",
         watch: Watcher | None = None,
@@ -178,7 +173,7 @@ class LLM:
         twin = object.__new__(LLM)
         twin.__dict__.update(self.__dict__)
         form = self._priced(parse_shape(shape or _default_shape(drafter)))
-        twin.decoder = Decoder(self.engine, self._make_drafter(drafter), form, acceptance(accept), watch)
+        twin.decoder = Decoder(self.engine, make_drafter(drafter, self._parts), form, acceptance(accept), watch)
         return twin
 
     def plain(self) -> LLM:
@@ -204,26 +199,6 @@ class LLM:
                 self._curve = cost_curve(self.engine)
             form.use_curve(self._curve)
         return form
-
-    def _make_drafter(self, drafter: str | SequenceOf[str] | Drafter | None) -> Drafter:
-        if isinstance(drafter, Drafter):
-            return drafter
-        if drafter is None:
-            drafter = "draft_model" if self._draft_engines else LOOKUPS
-        if not isinstance(drafter, str):
-            return Merged([self._make_drafter(name) for name in drafter])
-        kind = drafter_class(drafter)
-        if kind is Merged:
-            names = ["draft_model", *LOOKUPS] if self._draft_engines else LOOKUPS
-            return Merged([self._make_drafter(name) for name in names])
-        if kind in (Recycling, Suffix):
-            return kind(self.engine.vocab_size)
-        if kind is not DraftModel:
-            return kind()
-        if not self._draft_engines:
-            raise PairingError("drafter='draft_model' needs draft_model=..., a smaller model with the same tokenizer")
-        drafters = [DraftModel(engine, self.engine.vocab_size, name) for name, engine in self._draft_engines]
-        return drafters[0] if len(drafters) == 1 else Merged(list(drafters))
 
     # -- decoding --------------------------------------------------------------------------------------------------
 
@@ -386,11 +361,6 @@ def _tokenizer_of(model: Model) -> PreTrainedTokenizerBase | None:
         return None
 
 
-def _check_names(drafter: str | SequenceOf[str] | Drafter | None) -> None:
-    for name in [] if drafter is None or isinstance(drafter, Drafter) else as_names(drafter):
-        drafter_class(name)
-
-
 def _engine(loaded: PreTrainedModel, named: Model, **options: Any) -> TorchEngine:
     """An engine for what was ``loaded`` by that name, or is the user's own."""
     if isinstance(named, PreTrainedModel):
@@ -411,18 +381,13 @@ def _short(name: str, taken: SequenceOf[str]) -> str:
     return f"{short} #{alike + 1}" if alike else short
 
 
-def _default_shape(drafter: str | SequenceOf[str] | Drafter | None) -> str:
+def _default_shape(drafter: Named) -> str:
     """Plain decoding has no tree to size."""
     return "chain:1" if drafter == "none" else DEFAULT_SHAPE
 
 
 def _as_list(models: Model | SequenceOf[Model]) -> list[Model]:
     return [models] if isinstance(models, str | Path | PreTrainedModel) else list(models)
-
-
-def as_names(drafter: str | SequenceOf[str]) -> list[str]:
-    """One name or several, as a list."""
-    return [drafter] if isinstance(drafter, str) else list(drafter)
 
 
 def _is_token(item: Any) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
 from importlib import import_module
 
-from tokentree.drafters.base import Drafter
+from tokentree.drafters.base import Drafter, Parts
+from tokentree.drafters.merged import Merged
 from tokentree.errors import OptionError
 
 DRAFTERS = {
@@ -15,6 +17,9 @@ DRAFTERS = {
     "recycling": ("tokentree.drafters.recycling", "Recycling"),
     "merged": ("tokentree.drafters.merged", "Merged"),
 }
+LOOKUPS = ("recycling", "suffix", "ngram")  # they need nothing but the text; first come, first shown
+
+Named = str | SequenceOf[str] | Drafter | None
 
 
 def drafter_class(name: str) -> type[Drafter]:
@@ -28,3 +33,29 @@ def drafter_class(name: str) -> type[Drafter]:
     module, cls = DRAFTERS[name]
     found: type[Drafter] = getattr(import_module(module), cls)
     return found
+
+
+def check_names(drafter: Named) -> None:
+    """Raises `OptionError` if ``drafter`` names one that there isn't."""
+    if drafter is not None and not isinstance(drafter, Drafter):
+        for name in [drafter] if isinstance(drafter, str) else drafter:
+            drafter_class(name)
+
+
+def make_drafter(drafter: Named, parts: Parts) -> Drafter:
+    """A drafter by its name; several names are merged. Without a name the draft models draft, and if there are none all
+    of `LOOKUPS`. ``merged`` stands for everything that ``parts`` allow.
+
+    Raises:
+        OptionError: if there is none of that name.
+        PairingError: if ``parts`` lacks what it needs.
+    """
+    if isinstance(drafter, Drafter):
+        return drafter
+    if drafter is None:
+        drafter = "draft_model" if parts.draft_engines else "merged"
+    if drafter == "merged":
+        drafter = ("draft_model", *LOOKUPS) if parts.draft_engines else LOOKUPS
+    if isinstance(drafter, str):
+        return drafter_class(drafter).make(parts)
+    return Merged([make_drafter(name, parts) for name in drafter])

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 
 from tokentree.draft import Draft
-from tokentree.engines.base import TargetOutput
+from tokentree.engines.base import Engine, TargetOutput
 from tokentree.sequence import Accepted, Sequence
 from tokentree.shapes.base import Shape
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a drafter may be made of.
+
+    Args:
+        engine: the target's.
+        draft_engines: those of the draft models, each with the name that is shown beside its tokens.
+    """
+
+    engine: Engine
+    draft_engines: tuple[tuple[str, Engine], ...] = ()
 
 
 class Drafter(ABC):
@@ -21,6 +35,15 @@ class Drafter(ABC):
 
     name: str
     draws_children: bool = False
+
+    @classmethod
+    def make(cls, parts: Parts) -> Drafter:
+        """The drafter that its name in the registry stands for.
+
+        Raises:
+            PairingError: if ``parts`` lacks what it needs.
+        """
+        return cls()
 
     @property
     def names(self) -> list[str]:

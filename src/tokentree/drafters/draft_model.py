@@ -10,8 +10,10 @@ import numpy as np
 import torch
 
 from tokentree.draft import Draft
-from tokentree.drafters.base import Drafter
+from tokentree.drafters.base import Drafter, Parts
+from tokentree.drafters.merged import Merged
 from tokentree.engines.base import Engine, TargetOutput
+from tokentree.errors import PairingError
 from tokentree.sampling import to_probs
 from tokentree.sequence import DRAFT, Accepted, Sequence
 from tokentree.shapes.base import Shape
@@ -39,6 +41,13 @@ class DraftModel(Drafter):
         self._rows: dict[int, _Rows] = {}
         self._level_seconds = 0.0
         self._unknown: set[int] = set()  # sequences with a token that the draft model doesn't have
+
+    @classmethod
+    def make(cls, parts: Parts) -> Drafter:
+        if not parts.draft_engines:
+            raise PairingError("drafter='draft_model' needs draft_model=..., a smaller model with the same tokenizer")
+        drafters = [cls(engine, parts.engine.vocab_size, name) for name, engine in parts.draft_engines]
+        return drafters[0] if len(drafters) == 1 else Merged(drafters)
 
     def prefill(self, seqs: list[Sequence]) -> None:
         for seq in seqs:

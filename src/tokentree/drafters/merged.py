@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 
 from tokentree.draft import Draft
@@ -25,7 +26,7 @@ class Merged(Drafter):
 
     name = "merged"
 
-    def __init__(self, drafters: list[Drafter]) -> None:
+    def __init__(self, drafters: SequenceOf[Drafter]) -> None:
         if not drafters:
             raise OptionError("merged needs at least one drafter")
         self._drafters: list[Drafter] = [

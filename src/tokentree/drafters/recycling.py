@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from tokentree.compiled import most_probable
 from tokentree.draft import Draft
-from tokentree.drafters.base import Drafter
+from tokentree.drafters.base import Drafter, Parts
 from tokentree.engines.base import TargetOutput
 from tokentree.errors import OptionError
 from tokentree.sequence import Accepted, Sequence
@@ -51,6 +51,10 @@ class Recycling(Drafter):
         self._probs = np.zeros((vocab_size + PAIRS, k), np.float32)
         self._pairs = np.full(PAIRS, -1, np.int64)  # which pair a row belongs to
         self._compile()
+
+    @classmethod
+    def make(cls, parts: Parts) -> Drafter:
+        return cls(parts.engine.vocab_size)
 
     def propose(self, seqs: list[Sequence], shape: Shape, sampled: bool) -> list[Draft]:
         return [self._grow(seq, shape.max_nodes - 1, min(shape.max_depth, seq.room - 1)) for seq in seqs]

@@ -11,7 +11,7 @@ import numpy as np
 from tokentree.automaton import SuffixAutomaton, warm_up
 from tokentree.compiled import expected_tokens
 from tokentree.draft import Draft
-from tokentree.drafters.base import Drafter
+from tokentree.drafters.base import Drafter, Parts
 from tokentree.errors import OptionError
 from tokentree.sequence import Sequence
 from tokentree.shapes.base import Shape
@@ -44,6 +44,10 @@ class Suffix(Drafter):
         self._store = _Store()
         self._requests: dict[int, _Request] = {}
         warm_up()
+
+    @classmethod
+    def make(cls, parts: Parts) -> Drafter:
+        return cls(parts.engine.vocab_size)
 
     def prefill(self, seqs: list[Sequence]) -> None:
         for seq in seqs:

@@ -1,0 +1,217 @@
+"""Medusa heads in files: FasterDecoding's layout and vLLM's.
+
+Names, and which fields a configuration has, are those that the two projects' own loaders read. What a configuration
+says of sizes is often wrong, so sizes are inferred from the weights. A tensor that is unknown or missing is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from tokentree.errors import ModelError, OptionError
+from tokentree.heads.medusa import MedusaHeads
+
+LAYOUTS = ("fasterdecoding", "vllm")
+FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt", "model.safetensors", "pytorch_model.bin")
+OWN_BLOCK = re.compile(r"(?:medusa_head\.)?(\d+)\.(\d+)\.linear\.(weight|bias)")  # FasterDecoding's
+OWN_PROJECTION = re.compile(r"(?:medusa_head\.)?(\d+)\.(\d+)\.weight")
+BLOCK = re.compile(r"blocks\.(\d+)\.layers\.(\d+)\.(weight|bias)")  # vLLM's
+PROJECTION = re.compile(r"lm_heads\.(\d+)\.weight")
+
+
+def read_medusa(folder: str | Path) -> tuple[MedusaHeads, dict[str, Any]]:
+    """The heads in ``folder``, in either layout, and what its ``config.json`` says.
+
+    A merged model (Medusa-2, `medusa_head.` before the names) gives its heads; its other weights are the target's.
+
+    Raises:
+        ModelError: if there are none, or a tensor is unknown, missing or of another size; it is named.
+    """
+    folder = Path(folder).expanduser()
+    file = next((folder / name for name in FILES if (folder / name).is_file()), None)
+    if file is None:
+        raise ModelError(f"the folder {str(folder)!r} has no Medusa heads: none of {', '.join(FILES)}")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        config = {}
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise ModelError(f"can't read {str(folder / 'config.json')!r}: {error}") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{str(folder / 'config.json')!r} is not a configuration")
+    return medusa_of(_read(file), str(file)), config
+
+
+def medusa_of(tensors: Mapping[str, torch.Tensor], where: str) -> MedusaHeads:
+    """Heads with these ``tensors``; ``where`` they came from is named in errors.
+
+    Raises:
+        ModelError: as `read_medusa`.
+    """
+    found = _Found.of(tensors, where)
+    blocks, projections = found.blocks, found.projections
+    if not blocks and not projections:
+        raise ModelError(f"{where!r} has no Medusa heads in it")
+    num_heads = 1 + max([*(head for _, head in blocks), *projections])
+    num_layers = max(found.ends, default=1 + max((layer for layer, _ in blocks), default=-1))
+    some = next(iter([*blocks.values(), *projections.values()]))
+    vocab = next(iter(projections.values())).shape[0] if projections else None
+    if found.fasterdecoding and not projections:
+        raise ModelError(f"{where!r} lacks the projection of head 0")
+    if len(found.ends) > 1 or any(layer >= num_layers for layer, _ in (*blocks, *found.biases)):
+        raise ModelError(f"in {where!r} the heads end at different layers")
+    bias = bool(found.biases) or found.fasterdecoding
+    heads = MedusaHeads(num_heads, num_layers, some.shape[-1], vocab, bias).to(some.dtype)
+    with torch.no_grad():
+        for head in range(num_heads):
+            for layer in range(num_layers):
+                _copy(
+                    blocks.get((layer, head)), heads.weight[layer, head], f"weight of head {head}, layer {layer}", where
+                )
+                if heads.bias is not None:
+                    part = found.biases.get((layer, head))
+                    _copy(part, heads.bias[layer, head], f"bias of head {head}, layer {layer}", where)
+            if heads.projection is not None:
+                _copy(projections.get(head), heads.projection[head], f"projection of head {head}", where)
+    if found.token_map is not None:
+        heads.token_map = torch.zeros(vocab or 0, dtype=torch.int64)
+        _copy(found.token_map, heads.token_map, "token_map", where)
+    return heads
+
+
+@dataclass
+class _Found:
+    """The tensors of a checkpoint, blocks by layer and head."""
+
+    blocks: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    biases: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    projections: dict[int, torch.Tensor] = field(default_factory=dict)
+    token_map: torch.Tensor | None = None
+    ends: set[int] = field(default_factory=set)  # the numbers that FasterDecoding's projections have as layers
+    fasterdecoding: bool = False
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, torch.Tensor], where: str) -> _Found:
+        merged = {name: tensor for name, tensor in tensors.items() if name.startswith("medusa_head.")}
+        found = cls()
+        for name, tensor in (merged or tensors).items():
+            if part := OWN_BLOCK.fullmatch(name) or BLOCK.fullmatch(name):
+                (found.blocks if part[3] == "weight" else found.biases)[int(part[2]), int(part[1])] = tensor
+                found.fasterdecoding |= ".linear." in name
+            elif part := OWN_PROJECTION.fullmatch(name):
+                found.projections[int(part[1])] = tensor
+                found.ends.add(int(part[2]))
+                found.fasterdecoding = True
+            elif part := PROJECTION.fullmatch(name):
+                found.projections[int(part[1])] = tensor
+            elif name == "token_map":
+                found.token_map = tensor
+            else:
+                raise ModelError(f"{where!r} has a tensor that Medusa heads don't have: {name}")
+        return found
+
+
+def _copy(part: torch.Tensor | None, into: torch.Tensor, what: str, where: str) -> None:
+    if part is None:
+        raise ModelError(f"{where!r} lacks the {what}")
+    if part.shape != into.shape:
+        raise ModelError(f"in {where!r} the {what} is {list(part.shape)}, not {list(into.shape)}")
+    into.copy_(part)
+
+
+def write_medusa(
+    heads: MedusaHeads,
+    folder: str | Path,
+    base_model: str,
+    vocab_size: int,
+    layout: str = "vllm",
+    output_layer: torch.Tensor | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes ``heads`` and a configuration into ``folder``, in one of `LAYOUTS`.
+
+    Args:
+        base_model: the name of the model that they belong to.
+        vocab_size: of that model.
+        output_layer: [vocab, hidden], the target's output weight. FasterDecoding's layout needs it for heads that share
+            it, as each head has a projection of its own there; vLLM's names it only if heads don't share it.
+        about: further fields of the configuration.
+
+    Raises:
+        OptionError: if there is no such layout, or it can't say what these heads are.
+    """
+    if layout not in LAYOUTS:
+        raise OptionError(f"unknown layout {layout!r}: choose one of {', '.join(LAYOUTS)}")
+    projection = heads.projection
+    if layout == "fasterdecoding":
+        if projection is None and output_layer is not None:
+            projection = output_layer.detach().expand(heads.num_heads, *output_layer.shape)  # type: ignore[assignment]
+        if projection is None or heads.token_map is not None or (heads.bias is None and heads.num_layers > 0):
+            raise OptionError(
+                "FasterDecoding's layout has a bias in each block and a projection over the whole vocabulary for each "
+                "head: pass output_layer= for heads that share the target's, or use layout='vllm'"
+            )
+        block, last = "{head}.{layer}.linear.{kind}", "{head}." + f"{heads.num_layers}.weight"
+    else:
+        block, last = "blocks.{head}.layers.{layer}.{kind}", "lm_heads.{head}.weight"
+    tensors = dict[str, torch.Tensor]()
+    for head in range(heads.num_heads):
+        for layer in range(heads.num_layers):
+            tensors[block.format(head=head, layer=layer, kind="weight")] = heads.weight[layer, head]
+            if heads.bias is not None:
+                tensors[block.format(head=head, layer=layer, kind="bias")] = heads.bias[layer, head]
+        if projection is not None:
+            tensors[last.format(head=head)] = projection[head]
+    if heads.token_map is not None:
+        tensors["token_map"] = heads.token_map
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / ("medusa_lm_head.safetensors" if layout == "fasterdecoding" else "model.safetensors")
+    save_file({name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}, file)
+    config = _config(heads, base_model, vocab_size, layout) | dict(about or {})
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _config(heads: MedusaHeads, base_model: str, vocab_size: int, layout: str) -> dict[str, Any]:
+    if layout == "fasterdecoding":
+        return {
+            "medusa_num_heads": heads.num_heads,
+            "medusa_num_layers": heads.num_layers,
+            "base_model_name_or_path": base_model,
+        }
+    return {
+        "model_type": "medusa",
+        "architectures": ["MedusaModel"],
+        "base_model_name_or_path": base_model,
+        "hidden_size": heads.hidden_size,
+        "vocab_size": vocab_size,
+        "num_heads": heads.num_heads,
+        "num_hidden_layers": heads.num_layers,
+        "medusa_fc_bias": heads.bias is not None,
+        "original_lm_head": heads.projection is None,
+        "truncated_vocab_size": vocab_size if heads.projection is None else heads.projection.shape[1],
+    }
+
+
+def _read(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        tensors: Any
+        if file.suffix == ".safetensors":
+            tensors = load_file(file)
+        else:
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise ModelError(f"can't read {str(file)!r}: {str(error).splitlines()[0]}") from None
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise ModelError(f"{str(file)!r} holds more than tensors by their names")
+    return tensors
