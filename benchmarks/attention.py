@@ -96,6 +96,7 @@ def ways_of(prefix: int, rows: int, asked: argparse.Namespace) -> dict[str, Call
 
     ways: dict[str, Callable[[], torch.Tensor]] = {"tree": ours, "sdpa": sdpa, "repeat": repeat}
     if asked.flex:
+        torch._dynamo.config.recompile_limit = 2 * len(PREFIXES) * len(ROWS)
         compiled = torch.compile(flex_attention, dynamic=False)
         seen = torch.from_numpy(tree.mask)
 

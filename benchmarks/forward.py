@@ -2,10 +2,10 @@
 
     python benchmarks/forward.py MODEL [--threads 2] [--prefix 256] [--rounds 8] [--compile]
 
-Measures the model's own modules (`torch`, with transformers' cache; with --compile also under `torch.compile`, with its
-static cache and a graph for each number of rows), and tokentree's engine in bfloat16, in 8 bits and, for a GGUF file,
-in its own bits, all on one model and in turns, and keeps the median of each. The floor is the bytes of the packed
-weights over the read bandwidth, measured in the same run.
+Measures the model's own modules (`torch`, with transformers' cache; with --compile, which takes minutes, also under
+`torch.compile`, with its static cache and a graph for each number of rows), and tokentree's engine in bfloat16, in
+8 bits and, for a GGUF file, in its own bits, all on one model and in turns, and keeps the median of each. The floor is
+the bytes of the packed weights over the read bandwidth, measured in the same run.
 """
 
 from __future__ import annotations

@@ -48,7 +48,9 @@ def test_in_8_bits_a_tree_is_lossless_to_the_quantised_model_and_drafts_are_quan
     target, draft = (tiny("llama", torch.bfloat16, seed=seed, **wide) for seed in (0, 1))
     llm = LLM(target, draft_model=draft, shape="2x2", quantization="int8")
     engines = [llm.engine, *(engine for _, engine in llm._parts.draft_engines)]
-    assert all(any(isinstance(m, QuantizedLinear) for m in engine._model.modules()) for engine in engines)
+    for engine in engines:
+        assert isinstance(engine, TorchEngine)
+        assert any(isinstance(m, QuantizedLinear) for m in engine._model.modules())
     long = SamplingParams(max_tokens=60)
     (tree,), (plain,) = llm.generate([IDS], long), llm.plain().generate([IDS], long)
     assert tree.token_ids == plain.token_ids

@@ -71,8 +71,8 @@ def test_fresh_heads_predict_as_the_target_does() -> None:
         MedusaHeads(2, 1, HIDDEN).logits(hidden)
 
 
-@pytest.mark.parametrize("sizes", [(0, 1, 4), (1, -1, 4), (1, 1, 0), (1, 1, 4, 0)])
-def test_sizes_that_make_no_sense(sizes: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("sizes", [(0, 1, 4, None), (1, -1, 4, None), (1, 1, 0, None), (1, 1, 4, 0)])
+def test_sizes_that_make_no_sense(sizes: tuple[int, int, int, int | None]) -> None:
     with pytest.raises(OptionError, match="at least 1 head"):
         MedusaHeads(*sizes)
 

@@ -65,7 +65,7 @@ class MedusaHeads(nn.Module):
         """
         states = self(hidden)
         if self.projection is not None:
-            return states @ self.projection.transpose(1, 2)
+            return torch.matmul(states, self.projection.transpose(1, 2))
         if output_layer is None:
             raise OptionError("these Medusa heads share the target's output layer: pass output_layer=")
         logits: torch.Tensor = output_layer(states)
