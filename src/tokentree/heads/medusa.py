@@ -14,8 +14,8 @@ class MedusaHeads(nn.Module):
     token t + 1, head k (from 0) predicts token t + 2 + k.
 
     A head is ``num_layers`` residual blocks ``x + SiLU(W x + b)`` and a projection to the vocabulary: its own, or the
-    target's output layer, which then all heads share. Fresh heads are zero in every block, as in the paper, so that heads
-    which share the output layer begin with the target's own predictions.
+    target's output layer, which then all heads share. Fresh heads are zero in every block, as in the paper, so that
+    heads which share the output layer begin with the target's own predictions.
 
     Args:
         num_heads, num_layers: at least 1 head, and 0 or more blocks in each.
