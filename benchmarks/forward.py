@@ -2,10 +2,9 @@
 
     python benchmarks/forward.py MODEL [--threads 2] [--prefix 256] [--rounds 8] [--compile]
 
-Measures the model's own modules (`torch`, with transformers' cache; with --compile, which takes minutes, also under
-`torch.compile`, with its static cache and a graph for each number of rows), and tokentree's engine in bfloat16, in
-8 bits and, for a GGUF file, in its own bits, all on one model and in turns, and keeps the median of each. The floor is
-the bytes of the packed weights over the read bandwidth, measured in the same run.
+Measures the model's own modules (`torch`, with transformers' cache), and tokentree's engine in bfloat16, in 8 bits, for
+a GGUF file in its own bits, and, with --compile, as a graph made by `torch.compile`, all on one model and in turns, and
+keeps the median of each. The floor is the bytes of packed weights over the read bandwidth, measured in the same run.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import Progress, track
+from rich.progress import Progress
 from rich.table import Table
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import DynamicCache, PreTrainedModel
 
 from tokentree.engines.linear import PackedLinear
 from tokentree.engines.quantized import QuantizedLinear
@@ -49,17 +48,13 @@ def main() -> None:
     engines = {"bfloat16": TorchEngine(model), "int8": TorchEngine(model, quantization="int8")}
     if asked.model.endswith(".gguf"):
         engines["gguf"] = TorchEngine(model, quantization="gguf", file=Path(asked.model))
-    forwards = {"torch": own(model, ids)}
-    if asked.compile:
-        forwards["compiled"] = compiled(model, ids)
-    forwards |= {name: ours(engine, ids) for name, engine in engines.items()}
-    times: dict[tuple[str, int], list[float]] = {(name, rows): [] for name in forwards for rows in ROWS}
-    bandwidth = list[float]()
     if asked.compile:
         started = time.perf_counter()
-        for rows in track(ROWS, "compiling", transient=True):
-            forwards["compiled"](rows)
-        print(f"compiling for {len(ROWS)} numbers of rows took {time.perf_counter() - started:.0f} s")
+        engines["graph"] = TorchEngine(model, "sdpa", compile=True)
+        print(f"compiling took {time.perf_counter() - started:.0f} s")
+    forwards = {"torch": own(model, ids)} | {name: ours(engine, ids) for name, engine in engines.items()}
+    times: dict[tuple[str, int], list[float]] = {(name, rows): [] for name in forwards for rows in ROWS}
+    bandwidth = list[float]()
     with Progress(transient=True) as bar:
         task = bar.add_task("measuring", total=asked.rounds * len(times))
         for _ in range(asked.rounds):
@@ -79,6 +74,8 @@ def main() -> None:
     console = Console(width=140)
     console.print(shown)
     for name, engine in engines.items():
+        if name == "graph":
+            continue
         packed = [m for m in engine._model.modules() if isinstance(m, PackedLinear | QuantizedLinear)]
         weights = sum(layer.weight.nbytes for layer in packed)
         console.print(
@@ -97,25 +94,6 @@ def own(model: PreTrainedModel, ids: list[int]) -> Callable[[int], float]:
         model(input_ids=torch.tensor([ids[:-1]]), past_key_values=cache, logits_to_keep=1)
         started = time.perf_counter()
         model(input_ids=torch.tensor([ids[-1:] * rows]), past_key_values=cache)
-        return time.perf_counter() - started
-
-    return forward
-
-
-def compiled(model: PreTrainedModel, ids: list[int]) -> Callable[[int], float]:
-    """The model's own forward over a chain, compiled, with a cache of fixed size."""
-    torch._dynamo.config.recompile_limit = 2 * len(ROWS)
-    cache = StaticCache(config=model.config, max_cache_len=len(ids) + max(ROWS))
-    graph = torch.compile(model, dynamic=False)
-    with torch.inference_mode():
-        model(input_ids=torch.tensor([ids[:-1]]), past_key_values=cache, logits_to_keep=1)
-
-    @torch.inference_mode()
-    def forward(rows: int) -> float:
-        for layer in cache.layers:
-            layer.cumulative_length.fill_(len(ids) - 1)
-        started = time.perf_counter()
-        graph(input_ids=torch.tensor([ids[-1:] * rows]), past_key_values=cache)
         return time.perf_counter() - started
 
     return forward

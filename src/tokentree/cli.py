@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -61,6 +61,9 @@ QuantizationOption = Annotated[
         help="CPUs: linear layers in 8 bits (int8), or in those of the GGUF file (gguf). Both lossy against bfloat16."
     ),
 ]
+CompileOption = Annotated[
+    bool, typer.Option("--compile", help="Compile the forward where it isn't one compiled call anyway (GPUs).")
+]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; default: the first GPU, if any.")]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
 
@@ -94,6 +97,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
     dtype: DtypeOption = None,
     quantization: QuantizationOption = None,
+    compile: CompileOption = False,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
 ) -> None:
@@ -106,7 +110,9 @@ def generate(
     text = _prompt_text(prompt)
     references = [_file_text(file) for file in reference or ()]
     console, errors = _consoles()
-    llm = _load(errors, model, draft_model, drafter, form, accept, dtype, quantization, device, threads, memory)
+    llm = _load(
+        errors, model, draft_model, drafter, form, accept, dtype, quantization, compile, device, threads, memory
+    )
     ids = _encode(llm, text, chat)
 
     from tokentree.show import comparison, figures, print_stream, tree_printer
@@ -154,6 +160,7 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
     dtype: DtypeOption = None,
     quantization: QuantizationOption = None,
+    compile: CompileOption = False,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
 ) -> None:
@@ -162,7 +169,7 @@ def check(
 
     entries = read_prompts(prompts, per_category)
     console, errors = _consoles()
-    llm = _load(errors, model, draft_model, drafter, shape, accept, dtype, quantization, device, threads)
+    llm = _load(errors, model, draft_model, drafter, shape, accept, dtype, quantization, compile, device, threads)
     from dataclasses import asdict
 
     from rich.progress import Progress
@@ -220,6 +227,7 @@ def bench(
     ] = False,
     dtype: DtypeOption = None,
     quantization: QuantizationOption = None,
+    compile: CompileOption = False,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
 ) -> None:
@@ -236,7 +244,7 @@ def bench(
         raise OptionError(f"there are {len(entries)} prompts: they fill no batch of {batch}")
     params = _params(max_tokens=max_tokens, temperature=temperature, seed=seed, ignore_eos=ignore_eos)
     console, errors = _consoles()
-    llm = _load(errors, model, draft_model, "none", None, "match", dtype, quantization, device, threads)
+    llm = _load(errors, model, draft_model, "none", None, "match", dtype, quantization, compile, device, threads)
 
     from rich.progress import Progress
 
@@ -298,6 +306,7 @@ def calibrate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
     dtype: DtypeOption = None,
     quantization: QuantizationOption = None,
+    compile: CompileOption = False,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
 ) -> None:
@@ -310,7 +319,7 @@ def calibrate(
 
         check_plot(plot)
     console, errors = _consoles()
-    llm = _load(errors, model, draft_model, drafter, None, "match", dtype, quantization, device, threads)
+    llm = _load(errors, model, draft_model, drafter, None, "match", dtype, quantization, compile, device, threads)
 
     from rich.progress import Progress
 
@@ -411,11 +420,13 @@ def _load(
     accept: str,
     dtype: str | None,
     quantization: str | None,
+    compile: bool,
     device: str | None,
     threads: int | None,
     memory: Path | None = None,
 ) -> LLM:
-    with _working(console, f"loading {Path(model).name}"):
+    # a forward that is compiled shows its own progress
+    with nullcontext() if compile else _working(console, f"loading {Path(model).name}"):
         import torch
         import transformers
 
@@ -427,8 +438,8 @@ def _load(
             torch.set_num_threads(threads)
         names = drafter.split("+") if drafter and "+" in drafter else drafter
         return LLM(
-            model, names, list(draft_model or []), shape, accept, dtype=dtype, quantization=quantization, device=device,
-            memory=memory, prefix_mb=0,  # what is compared reads the same prompts
+            model, names, list(draft_model or []), shape, accept, dtype=dtype, quantization=quantization,
+            compile=compile, device=device, memory=memory, prefix_mb=0,  # what is compared reads the same prompts
         )  # fmt: skip
 
 

@@ -79,7 +79,7 @@ class LLM:
         dtype: ``float32``, ``bfloat16`` or ``float16``; by default the checkpoint's, and bfloat16 on CPUs that compute
             in it.
         device: by default the first GPU, if there is one.
-        attention, quantization: see `TorchEngine`; they hold for draft models too.
+        attention, quantization, compile: see `TorchEngine`; they hold for draft models too.
         tokenizer: by default the one that comes with the model.
         max_batch: most sequences decoded together.
         prefix_mb: megabytes of KV of finished texts that each engine keeps, so that a text that begins alike (the next
@@ -105,6 +105,7 @@ class LLM:
         device: str | torch.device | None = None,
         attention: str | None = None,
         quantization: str | None = None,
+        compile: bool = False,
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_batch: int = 8,
         prefix_mb: int = 256,
@@ -138,7 +139,8 @@ class LLM:
         place = model.device if isinstance(model, PreTrainedModel) else pick_device(device)
         loaded = model if isinstance(model, PreTrainedModel) else load_model(model, dtype, place)
         self.tokenizer = tokenizer or _tokenizer_of(model)
-        options = {"attention": attention, "quantization": quantization, "prefix_bytes": prefix_mb * 1_000_000}
+        options: dict[str, Any] = {"attention": attention, "quantization": quantization, "compile": compile}
+        options["prefix_bytes"] = prefix_mb * 1_000_000
         self.engine = _engine(loaded, model, **options)
         self.max_batch = max_batch
         self.eos_ids = eos_ids(loaded, self.tokenizer)

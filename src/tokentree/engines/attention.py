@@ -126,10 +126,12 @@ class ForwardKV(Cache):
 
 
 def dense_mask(
-    segments: SequenceOf[Segment], rows: int, window: int | None, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """[1, 1, rows, all KV rows], additive: what each row sees, for models that attend by themselves."""
-    seen = np.zeros((rows, sum(s.prefix + len(s.tree) for s in segments)), np.bool_)
+    segments: SequenceOf[Segment], rows: int, window: int | None, dtype: torch.dtype, device: torch.device,
+    columns: int | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """[1, 1, rows, columns], additive: what each row sees, for models that attend by themselves; by default there are
+    as many columns as KV rows of all segments."""
+    seen = np.zeros((rows, columns or sum(s.prefix + len(s.tree) for s in segments)), np.bool_)
     column = 0
     for segment in segments:
         width = segment.prefix + len(segment.tree)

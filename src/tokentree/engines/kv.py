@@ -12,6 +12,8 @@ import torch
 from tokentree.engines.kernels import BLOCK
 from tokentree.tree import Ints
 
+LEAST_FIXED = 1024  # rows of the smallest storage of a compiled graph
+
 
 @dataclass(frozen=True)
 class KVLayout:
@@ -21,12 +23,14 @@ class KVLayout:
         shapes: per layer, (KV heads, key width, value width).
         dtype, device: of the storage.
         blocked: as `BlockedKV` keeps it.
+        fixed: as a compiled graph wants it: each layer in a tensor of its own, and few capacities, powers of two.
     """
 
     shapes: tuple[tuple[int, int, int], ...]
     dtype: torch.dtype
     device: torch.device
     blocked: bool = False
+    fixed: bool = False
 
     def make(self, rows: int) -> SequenceKV:
         """Storage for a sequence of so many rows; it grows when there are more."""
@@ -43,9 +47,10 @@ class SequenceKV:
         self.length = 0
         self._layout = layout
         self._capacity = 0
-        groups = sorted(set(layout.shapes))
-        self._where = [(groups.index(shape), layout.shapes[:i].count(shape)) for i, shape in enumerate(layout.shapes)]
-        self._groups = [(shape, layout.shapes.count(shape)) for shape in groups]
+        kinds = [(shape, layer if layout.fixed else 0) for layer, shape in enumerate(layout.shapes)]
+        groups = sorted(set(kinds))
+        self._where = [(groups.index(kind), kinds[:layer].count(kind)) for layer, kind in enumerate(kinds)]
+        self._groups = [(kind[0], kinds.count(kind)) for kind in groups]
         self._keys: list[torch.Tensor] = []  # per group: [layers, heads, capacity, key width]
         self._values: list[torch.Tensor] = []  # per group: [layers, heads, capacity, value width]
         self.reserve(capacity)
@@ -54,7 +59,10 @@ class SequenceKV:
         """Makes room for ``rows`` rows, committed and provisional."""
         if rows <= self._capacity:
             return
-        capacity = -(-max(rows, self._capacity * 3 // 2) // BLOCK) * BLOCK
+        if self._layout.fixed:
+            capacity = max(LEAST_FIXED, 1 << (rows - 1).bit_length())
+        else:
+            capacity = -(-max(rows, self._capacity * 3 // 2) // BLOCK) * BLOCK
         keys, values = [], []
         for (heads, key_width, value_width), layers in self._groups:
             keys.append(self._empty_keys(layers, heads, capacity, key_width))
@@ -85,6 +93,10 @@ class SequenceKV:
         group, _ = self._where[layer]
         keys, values = self._keys[group], self._values[group]
         return keys.stride(0) * keys.element_size(), values.stride(0) * values.element_size()
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._where)
 
     @property
     def nbytes(self) -> int:

@@ -46,17 +46,16 @@ def private_copy(model: PreTrainedModel, attention: str) -> PreTrainedModel:
     return result
 
 
-def pack(model: PreTrainedModel, packing: Packing, release: bool, attends: bool) -> Program | None:
+def pack(model: PreTrainedModel, packing: Packing, release: bool, whole: bool) -> Program | None:
     """Exchanges, in ``model`` (a `private_copy` of one on a CPU), linear layers for packed ones where this CPU has any
-    for them, and modules that `fused` has. Returns the whole forward as a program where there is one for this model,
-    which can't run by itself then.
+    for them, and modules that `fused` has.
 
     Args:
         packing: how, where types and sizes suit.
         release: drop each weight from the layer it came from once it is packed, so that memory does not double. Only
             for a model that nobody else uses. Embeddings that share a weight with a layer read it there (bfloat16), or
             keep it.
-        attends: with attention of our own, without which there is no program.
+        whole: return the whole forward as a program, which must fit; ``model`` can't run by itself then.
     """
     tables = [entry for entry in _children(model) if isinstance(entry[2], nn.Embedding)]
 
@@ -70,7 +69,6 @@ def pack(model: PreTrainedModel, packing: Packing, release: bool, attends: bool)
                 continue
             layer.weight.data = layer.weight.data.new_empty(0)
 
-    whole = attends and Program.fits(model, packing)
     for parent, name, child in _children(model):
         if FusedMLP.fits(child, packing):
             setattr(parent, name, FusedMLP(child, packing))

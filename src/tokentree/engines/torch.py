@@ -14,6 +14,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from tokentree.engines.attention import ForwardKV, Segment, dense_mask, tree_attention
 from tokentree.engines.base import KEPT, TargetOutput
+from tokentree.engines.graph import Graph
 from tokentree.engines.kept import KeptPacking, Place
 from tokentree.engines.kv import KVLayout, SequenceKV
 from tokentree.engines.linear import PackedLinear
@@ -51,6 +52,9 @@ class TorchEngine:
             them in 4, else in 8, and inputs in 8; lossy against the file's weights in bfloat16 in the same sense.
         file: the GGUF file that ``model`` was loaded from.
         kept: where its packed weights are, or are put.
+        compile: compile the whole forward, where it isn't one compiled call anyway (`program`), as a `Graph`, which
+            takes minutes the first time. The model then attends by itself, and its text is plain's up to ties. Where
+            nothing can be compiled, a warning says so, and the forward runs as it would without.
 
     Raises:
         ModelError: if the model can't be decoded with a tree, with the reason.
@@ -59,6 +63,7 @@ class TorchEngine:
     def __init__(
         self, model: PreTrainedModel, attention: str | None = None, owns_model: bool = False,
         quantization: str | None = None, prefix_bytes: int = 0, file: Path | None = None, kept: Place | None = None,
+        compile: bool = False,
     ) -> None:  # fmt: skip
         check_supported(model)
         check_quantization(quantization, model, file)
@@ -76,16 +81,14 @@ class TorchEngine:
         self._windows = layer_windows(config)
         self._keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         reference = self._own_forward()
-        self._layout = self._learn_layout(reference.past_key_values)
+        shapes = self._shapes_of(reference.past_key_values)
+        packing = self._packing(file, kept) if self.device.type == "cpu" else None
+        whole = packing is not None and not self._attends_itself and Program.fits(self._model, packing)
+        self._graph = self._compile(attention, shapes) if compile and not whole else None
+        self._layout = self._layout_for(shapes)
         self._program: Program | None = None
-        if self.device.type == "cpu":
-            kind = QuantizedLinear if quantization else PackedLinear
-
-            def make() -> Packing:
-                return GgufPacking(self._model, file) if quantization == "gguf" and file else Packing(kind)
-
-            packing = make() if kept is None else KeptPacking(kind, make, self._model, kept)
-            self._program = pack(self._model, packing, owns_model, not self._attends_itself)
+        if packing is not None and self._graph is None:
+            self._program = pack(self._model, packing, owns_model, whole)
             packing.keep()
         # On a CPU a product of fewer than four rows takes other code paths, whose bits differ, and is no faster.
         self._min_rows = 4 if self.device.type == "cpu" and self._program is None else 1
@@ -108,7 +111,7 @@ class TorchEngine:
             # nobody asked for our attention: let the model attend by itself
             self.attention, self._attends_itself = "sdpa", True
             self._model.config._attn_implementation = own_attention
-            self._layout = self._learn_layout(reference.past_key_values)
+            self._layout = self._layout_for(shapes)
             self._check_tree(reference.logits[0])
 
     @property
@@ -117,11 +120,12 @@ class TorchEngine:
         on_cpu = self.device.type == "cpu"
         device = f"cpu {torch.get_num_threads()} threads" if on_cpu else torch.cuda.get_device_name(self.device)
         numbers = self.quantization or str(self.dtype).removeprefix("torch.")
-        form = "one call" if self._program is not None else f"{self.attention} attention"
+        form = "one call" if self._program else "one graph" if self._graph else f"{self.attention} attention"
         return f"{self._model_size}, {form}, {numbers}, {device}"
 
     # -- the protocol ----------------------------------------------------------------------------------------------
 
+    @torch.inference_mode()
     def prefill(self, seq: Sequence) -> int:
         reused = 0
         kv = self._kv_of(seq)
@@ -186,6 +190,8 @@ class TorchEngine:
         positions = np.concatenate([*(s.positions for s in segments), np.zeros(padding, np.int64)])
         if self._program is not None:
             return self._program.forward(torch.from_numpy(ids), torch.from_numpy(positions), segments, keep_logits)
+        if self._graph is not None and keep_logits and self._graph.fits(segments):
+            return self._graph.forward(segments[0])
         cache = ForwardKV(segments, self._attends_itself)
         options: dict[str, Any] = {"logits_to_keep": 0 if keep_logits else 1} if self._keeps_logits else {}
         mask: Any = None
@@ -211,6 +217,14 @@ class TorchEngine:
 
     # -- at construction -------------------------------------------------------------------------------------------
 
+    def _packing(self, file: Path | None, kept: Place | None) -> Packing:
+        kind = QuantizedLinear if self.quantization else PackedLinear
+
+        def make() -> Packing:
+            return GgufPacking(self._model, file) if self.quantization == "gguf" and file else Packing(kind)
+
+        return make() if kept is None else KeptPacking(kind, make, self._model, kept)
+
     @staticmethod
     def _best_attention(model: PreTrainedModel) -> str:
         return "tree" if model.device.type == "cpu" and _uses_interface(model) else "sdpa"
@@ -225,17 +239,32 @@ class TorchEngine:
         size: int = self._model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
         return [int(part * size) for part in PROBE]
 
-    def _learn_layout(self, cache: Any) -> KVLayout:
+    def _shapes_of(self, cache: Any) -> tuple[tuple[int, int, int], ...]:
+        """Per layer, (KV heads, key width, value width)."""
         layers = getattr(cache, "layers", [])
         if not layers or any(not isinstance(getattr(layer, "keys", None), torch.Tensor) for layer in layers):
             raise ModelError(
                 f"{type(self._model).__name__} keeps more than keys and values, which a tree can't roll back"
             )
-        shapes = tuple((layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in layers)
+        return tuple((layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in layers)
+
+    def _layout_for(self, shapes: tuple[tuple[int, int, int], ...]) -> KVLayout:
         if self._attends_itself:
-            return KVLayout(shapes, self.dtype, self.device)
+            return KVLayout(shapes, self.dtype, self.device, fixed=self._graph is not None)
         return KVLayout(shapes, torch.float32, self.device, blocked=True)
 
+    def _compile(self, attention: str | None, shapes: tuple[tuple[int, int, int], ...]) -> Graph | None:
+        """The forward as a graph, in which the model attends by itself; None, and a warning, where there can't be."""
+        if attention == "tree" or self.quantization:
+            other = "attention='tree'" if attention == "tree" else f"quantization={self.quantization!r}"
+            raise ModelError(f"compile=True and {other} don't go together for {type(self._model).__name__}")
+        graph = Graph(self._model, self._windows)
+        if not graph.compiles(KVLayout(shapes, self.dtype, self.device, fixed=True)):
+            return None
+        self.attention, self._attends_itself = "sdpa", True
+        return graph
+
+    @torch.inference_mode()
     def _check_tree(self, expected: torch.Tensor) -> None:
         """The same tokens must give the same logits in a tree, alone behind it, and in another tree behind that."""
         a, b, c, d, e, f, g = self._probe()
