@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import Any
 
@@ -46,16 +46,16 @@ class Graph:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
         options: dict[str, Any] = {"freezing": True} if self._on_cpu else {"triton.cudagraphs": True}
         limits: dict[str, Any] = {"recompile_limit": 64, "isolate_recompiles": True}
-        self._compiled = torch.compile(
+        self._compiled: Callable[..., torch.Tensor] = torch.compile(
             self._run, dynamic=False, backend=BACKEND, options=options if BACKEND == "inductor" else None, **limits
         )
 
     @torch.inference_mode()
     def compiles(self, layout: KVLayout) -> bool:
         """Compiles for all numbers of rows, with a progress bar; False, and a warning, where this machine can't."""
-        kv = layout.make(ROWS[-1])
+        kv, console = layout.make(ROWS[-1]), Console(stderr=True)
         try:
-            for rows in track(ROWS, "compiling", console=Console(stderr=True), transient=True):
+            for rows in track(ROWS, "compiling", console=console, transient=True, disable=not console.is_terminal):
                 self.forward(Segment(kv, TokenTree.chain(0, [0] * (rows - 1)), 0, 0))
         except TorchDynamoException as error:
             reason = str(getattr(error, "inner_exception", error)).strip().splitlines()[0]
@@ -98,8 +98,7 @@ class Graph:
                 torch._dynamo.mark_static_address(keys)
                 torch._dynamo.mark_static_address(values)
             torch.compiler.cudagraph_mark_step_begin()
-        logits: torch.Tensor = self._compiled(*inputs, masks, layers, places)
-        return logits[:count]
+        return self._compiled(*inputs, masks, layers, places)[:count]
 
     def _run(
         self,

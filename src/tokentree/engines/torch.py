@@ -6,7 +6,7 @@ import inspect
 import time
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,7 +14,6 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from tokentree.engines.attention import ForwardKV, Segment, dense_mask, tree_attention
 from tokentree.engines.base import KEPT, TargetOutput
-from tokentree.engines.graph import Graph
 from tokentree.engines.kept import KeptPacking, Place
 from tokentree.engines.kv import KVLayout, SequenceKV
 from tokentree.engines.linear import PackedLinear
@@ -28,6 +27,9 @@ from tokentree.errors import ModelError
 from tokentree.sequence import Sequence
 from tokentree.top import top_logits
 from tokentree.tree import Ints, TokenTree
+
+if TYPE_CHECKING:
+    from tokentree.engines.graph import Graph
 
 AttentionInterface.register("tokentree", tree_attention)
 
@@ -258,6 +260,8 @@ class TorchEngine:
         if attention == "tree" or self.quantization:
             other = "attention='tree'" if attention == "tree" else f"quantization={self.quantization!r}"
             raise ModelError(f"compile=True and {other} don't go together for {type(self._model).__name__}")
+        from tokentree.engines.graph import Graph  # what compiles takes a second to import
+
         graph = Graph(self._model, self._windows)
         if not graph.compiles(KVLayout(shapes, self.dtype, self.device, fixed=True)):
             return None
