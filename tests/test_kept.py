@@ -16,6 +16,7 @@ from tokentree.engines.kept import Place
 from tokentree.engines.linear import PackedLinear
 from tokentree.engines.packing import GgufPacking, Packing
 from tokentree.engines.torch import TorchEngine
+from tokentree.errors import ModelError
 from tokentree.loading import load_model
 
 
@@ -67,6 +68,27 @@ def test_the_second_engine_packs_nothing_and_says_the_same(
         assert torch.equal(logits_of(engine), alone)
 
 
+def test_the_second_engine_needs_no_forward_of_the_model_s_own(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = logits_of(TorchEngine(model(), kept=place))
+    monkeypatch.setattr(TorchEngine, "_own_forward", None)
+    assert torch.equal(logits_of(TorchEngine(model(), kept=place)), expected)
+
+
+def test_what_is_kept_of_a_model_is_not_taken_for_that_of_another_type(place: Place) -> None:
+    TorchEngine(model(), kept=place)
+    other = model().float()
+    assert torch.equal(logits_of(TorchEngine(other, kept=place)), logits_of(TorchEngine(other)))
+
+
+def test_kept_weights_that_say_something_else_are_refused(place: Place) -> None:
+    TorchEngine(model(), kept=place)
+    content = torch.load(place.file, weights_only=True)
+    content["layers"]["own forward"]["logits"] += torch.randn(7, 120, generator=torch.Generator().manual_seed(0))
+    torch.save(content, place.file)
+    with pytest.raises(ModelError, match="does not give the same logits"):
+        TorchEngine(model(), kept=place)
+
+
 def test_kept_weights_are_mapped_where_vectors_can_be_loaded(place: Place) -> None:
     TorchEngine(model(), kept=place)
     engine = TorchEngine(model(), kept=place)
@@ -86,7 +108,7 @@ def test_another_source_another_version_or_a_spoilt_file_is_packed_again(
     assert [packs(place), packs(place)] == [True, False]
     assert packs(Place(place.file, "other files"))
     assert packs(place)
-    monkeypatch.setattr(kept, "VERSION", 2)
+    monkeypatch.setattr(kept, "VERSION", kept.VERSION + 1)
     assert [packs(place), packs(place)] == [True, False]
     place.file.write_bytes(place.file.read_bytes()[:-900])
     assert [packs(place), packs(place)] == [True, False]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from tokentree.engines.kernels import BFLOAT16_WIDE, LANES
@@ -20,7 +21,7 @@ from tokentree.engines.packing import Packing
 from tokentree.engines.quantized import QuantizedLinear
 from tokentree.engines.quants import WIDE
 
-VERSION = 1  # of the layouts of packed layers
+VERSION = 2  # of the layouts of packed layers
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class KeptPacking(Packing):
         self._make, self._place = make, place
         self._own: Packing | None = None
         self._names = {id(module): name for name, module in model.named_modules()}
-        self._about = [VERSION, LANES, BFLOAT16_WIDE, WIDE, place.source]
+        numbers = str(next(model.parameters()).dtype)
+        self._about = [VERSION, LANES, BFLOAT16_WIDE, WIDE, transformers.__version__, numbers, place.source]
         self._known, self._complete = _read(place.file, self._about), True
 
     def pack(self, *layers: nn.Linear, gated: bool = False) -> PackedLinear | QuantizedLinear:
@@ -66,6 +68,11 @@ class KeptPacking(Packing):
         if all(id(layer) in self._names for layer in layers):
             self._known[name], self._complete = packed.state(), False
         return packed
+
+    def recall(self, name: str, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        if name not in self._known:
+            self._known[name], self._complete = make(), False
+        return self._known[name]
 
     def keep(self) -> None:
         if self._complete:

@@ -32,6 +32,10 @@ class Packing:
         """One layer for all of them, their outputs behind one another; or ``gated``, of two: see `PackedLinear`."""
         return self._kind(joined([layer.weight for layer in layers], gated), joined_biases(layers, gated), gated)
 
+    def recall(self, name: str, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """What ``make`` gives, or gave when weights that are kept were packed."""
+        return make()
+
     def keep(self) -> None:
         """All layers are packed now: see `kept`."""
 

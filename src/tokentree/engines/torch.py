@@ -82,9 +82,9 @@ class TorchEngine:
         self._model = private_copy(model, own_attention)
         self._windows = layer_windows(config)
         self._keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
-        reference = self._own_forward()
-        shapes = self._shapes_of(reference.past_key_values)
         packing = self._packing(file, kept) if self.device.type == "cpu" else None
+        reference = self._own_forward() if packing is None else packing.recall("own forward", self._own_forward)
+        expected, shapes = reference["logits"], tuple(tuple(shape) for shape in reference["shapes"].tolist())
         whole = packing is not None and not self._attends_itself and Program.fits(self._model, packing)
         self._graph = self._compile(attention, shapes) if compile and not whole else None
         self._layout = self._layout_for(shapes)
@@ -102,11 +102,11 @@ class TorchEngine:
         self._prefixes = PrefixCache(prefix_bytes)
         sizes = (config.num_hidden_layers, config.hidden_size, config.vocab_size)
         self._model_size = f"{type(model).__name__} {'x'.join(map(str, sizes))}"
-        self.vocab_size = int(reference.logits.shape[-1])
+        self.vocab_size = expected.shape[1]
         for rows in (1, 2):  # compiled before any request waits for it
-            top_logits(reference.logits[0, :rows], min(KEPT, self.vocab_size))
+            top_logits(expected[:rows], min(KEPT, self.vocab_size))
         try:
-            self._check_tree(reference.logits[0])
+            self._check_tree(expected)
         except ModelError:
             if attention is not None or self._attends_itself or self._program:
                 raise
@@ -114,7 +114,7 @@ class TorchEngine:
             self.attention, self._attends_itself = "sdpa", True
             self._model.config._attn_implementation = own_attention
             self._layout = self._layout_for(shapes)
-            self._check_tree(reference.logits[0])
+            self._check_tree(expected)
 
     @property
     def signature(self) -> str:
@@ -232,23 +232,22 @@ class TorchEngine:
         return "tree" if model.device.type == "cpu" and _uses_interface(model) else "sdpa"
 
     @torch.inference_mode()
-    def _own_forward(self) -> Any:
-        """What the model says of a few tokens by itself: causal attention, its own cache."""
+    def _own_forward(self) -> dict[str, torch.Tensor]:
+        """What the model says of a few tokens by itself (causal attention, its own cache): ``logits`` [tokens, vocab],
+        and ``shapes`` int64[layers, 3] of its KV: heads, key width, value width."""
         ids = torch.tensor([self._probe()], device=self.device)
-        return self._model(input_ids=ids, use_cache=True, return_dict=True)
-
-    def _probe(self) -> list[int]:
-        size: int = self._model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
-        return [int(part * size) for part in PROBE]
-
-    def _shapes_of(self, cache: Any) -> tuple[tuple[int, int, int], ...]:
-        """Per layer, (KV heads, key width, value width)."""
-        layers = getattr(cache, "layers", [])
+        out = self._model(input_ids=ids, use_cache=True, return_dict=True)
+        layers = getattr(out.past_key_values, "layers", [])
         if not layers or any(not isinstance(getattr(layer, "keys", None), torch.Tensor) for layer in layers):
             raise ModelError(
                 f"{type(self._model).__name__} keeps more than keys and values, which a tree can't roll back"
             )
-        return tuple((layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in layers)
+        shapes = [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in layers]
+        return {"logits": out.logits[0], "shapes": torch.tensor(shapes)}
+
+    def _probe(self) -> list[int]:
+        size: int = self._model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
+        return [int(part * size) for part in PROBE]
 
     def _layout_for(self, shapes: tuple[tuple[int, int, int], ...]) -> KVLayout:
         if self._attends_itself:
