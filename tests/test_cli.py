@@ -297,7 +297,7 @@ def test_calibrate_as_json_is_all_that_was_found_and_can_be_drawn(run: Command, 
 def test_a_picture_that_cannot_be_drawn_is_told_before_anything_is_measured(
     run: Command, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, says: str
 ) -> None:
-    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(cli, "load", lambda *_, **__: pytest.fail("the model was loaded"))
     code, out, err = run("calibrate", "-m", folder, "--plot", tmp_path / name)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert says in err

@@ -70,7 +70,7 @@ def test_the_second_engine_packs_nothing_and_says_the_same(
 
 def test_the_second_engine_needs_no_forward_of_the_model_s_own(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = logits_of(TorchEngine(model(), kept=place))
-    monkeypatch.setattr(TorchEngine, "_own_forward", None)
+    monkeypatch.setattr("tokentree.engines.torch.own_forward", None)
     assert torch.equal(logits_of(TorchEngine(model(), kept=place)), expected)
 
 

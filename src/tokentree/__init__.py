@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from tokentree.errors import ModelError, OptionError, PairingError, PromptError, TokenTreeError, TreeError
     from tokentree.hf import TreeGenerator, generator
     from tokentree.llm import LLM, Piece, Result, Stream
+    from tokentree.medusa import MedusaModel, build_tree_from_heads, medusa_decode, train_medusa_heads
     from tokentree.metrics import Metrics
     from tokentree.sampling import SamplingParams
     from tokentree.tree import TokenTree
@@ -27,6 +28,7 @@ __all__ = [
     "LLM",
     "Decoder",
     "Draft",
+    "MedusaModel",
     "Metrics",
     "ModelError",
     "OptionError",
@@ -41,11 +43,14 @@ __all__ = [
     "TreeError",
     "TreeGenerator",
     "build_tree",
+    "build_tree_from_heads",
     "create_tree_mask",
     "extract_all_paths",
     "find_best_path",
     "generator",
+    "medusa_decode",
     "path_probability",
+    "train_medusa_heads",
     "tree_speculative_decode",
 ]
 
@@ -56,6 +61,7 @@ _HOMES = {
     "errors": ["ModelError", "OptionError", "PairingError", "PromptError", "TokenTreeError", "TreeError"],
     "hf": ["TreeGenerator", "generator"],
     "llm": ["LLM", "Piece", "Result", "Stream"],
+    "medusa": ["MedusaModel", "build_tree_from_heads", "medusa_decode", "train_medusa_heads"],
     "metrics": ["Metrics"],
     "sampling": ["SamplingParams"],
     "tree": ["TokenTree"],

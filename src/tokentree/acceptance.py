@@ -1,7 +1,7 @@
 """Rules that turn the target's distributions at the nodes into an accepted path and a bonus token.
 
 `Match` and `Rejection` are lossless: the text has exactly the target's distribution (and under `Match`, for a given
-seed, it is exactly the text of plain decoding). `BestPath` is lossy.
+seed, it is exactly the text of plain decoding). `BestPath` and `Typical` are lossy.
 """
 
 from __future__ import annotations
@@ -132,22 +132,72 @@ class BestPath:
         return Accepted(path, [*tokens, seq.draw(logits(leaf), tokens)])
 
 
-RULES: dict[str, type[Match | Rejection | BestPath]] = {
+class Typical:
+    """Lossy. Medusa's typical acceptance (Cai et al. 2024, arXiv:2401.10774, section 2.3.1): a child with token x is
+    good enough if target_probs[x] > min(epsilon, delta * exp(-H)), with the entropy H of target_probs in nats. The
+    longest path of such children is taken, of equally long ones the most probable; the bonus is drawn from the target.
+
+    Where the target is unsure it takes what the drafter says, more often than the target would have said it. With
+    greedy requests all probability lies on one token, and the rule is that of `Match`.
+
+    Raises:
+        OptionError: unless ``epsilon`` and ``delta`` lie above 0, and ``epsilon`` not above 1.
+    """
+
+    lossy: ClassVar[bool] = True
+    draws_children: ClassVar[bool] = False
+
+    def __init__(self, epsilon: float = 0.09, delta: float = 0.3) -> None:
+        if not (0 < epsilon <= 1 and delta > 0):
+            raise OptionError("typical needs epsilon above 0, not above 1, and delta above 0")
+        self._epsilon, self._delta = epsilon, delta
+        self._match = Match()
+
+    def __call__(self, seq: Sequence, draft: Draft, logits: NodeLogits) -> Accepted:
+        if seq.params.is_greedy:
+            return self._match(seq, draft, logits)
+        tree, log_probs = draft.tree, {0: 0.0}  # of the nodes that are reached
+        for node, children in enumerate(tree.children):
+            if node in log_probs and children:
+                target_probs = to_probs(seq.processed(logits(node), draft.path_tokens(node)), seq.params)
+                entropy = float(torch.special.entr(target_probs).sum())
+                least = min(self._epsilon, self._delta * math.exp(-entropy))
+                for child in children:
+                    prob = float(target_probs[int(tree.tokens[child])])
+                    if prob > least:
+                        log_probs[child] = log_probs[node] + math.log(prob)
+        last = max(log_probs, key=lambda node: (int(tree.depths[node]), log_probs[node]))
+        path = tree.path(last)
+        tokens = tree.tokens[path[1:]].tolist()
+        return Accepted(path, [*tokens, seq.draw(logits(last), tokens)], refused=not tree.is_leaf(last))
+
+
+RULES: dict[str, type[Match | Rejection | BestPath | Typical]] = {
     "match": Match,
     "rejection": Rejection,
     "best_path": BestPath,
+    "typical": Typical,
 }
 
 
 def acceptance(name: str) -> Acceptance:
-    """The rule of that name.
+    """The rule of that name; ``typical`` takes numbers, as in ``typical:epsilon=0.09,delta=0.3``.
 
     Raises:
-        OptionError: if there is none.
+        OptionError: if there is none, or its numbers make no sense.
     """
-    if name not in RULES:
-        raise OptionError(f"unknown acceptance rule {name!r}: choose one of {', '.join(RULES)}")
-    return RULES[name]()
+    rule, _, rest = name.partition(":")
+    if rule not in RULES:
+        raise OptionError(f"unknown acceptance rule {rule!r}: choose one of {', '.join(RULES)}")
+    if not rest:
+        return RULES[rule]()
+    try:
+        numbers = {key: float(number) for key, number in (part.split("=") for part in rest.split(","))}
+    except ValueError:
+        raise OptionError(f"can't read {name!r}: write typical:epsilon=0.09,delta=0.3") from None
+    if rule != "typical" or set(numbers) - {"epsilon", "delta"}:
+        raise OptionError(f"{name!r} has options that this rule doesn't have: only typical has any, epsilon and delta")
+    return Typical(**numbers)
 
 
 def _fit(draft_probs: torch.Tensor, target_probs: torch.Tensor) -> torch.Tensor:

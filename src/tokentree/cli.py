@@ -5,20 +5,34 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from tokentree.cli_options import (
+    AcceptOption,
+    BranchingOption,
+    CompileOption,
+    DepthOption,
+    DeviceOption,
+    DrafterOption,
+    DraftOption,
+    DtypeOption,
+    HeadsOption,
+    MemoryOption,
+    ModelOption,
+    QuantizationOption,
+    ShapeOption,
+    ThreadsOption,
+    consoles,
+    encode,
+    load,
+    params_of,
+    working,
+)
+from tokentree.cli_train import train
 from tokentree.errors import OptionError, PromptError, TokenTreeError
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from tokentree.llm import LLM
-    from tokentree.sampling import SamplingParams
 
 app = typer.Typer(
     help="Decode several tokens per forward pass of a language model, with the text that plain decoding gives.",
@@ -28,44 +42,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-ModelOption = Annotated[str, typer.Option("--model", "-m", help="Hub name, folder of safetensors, or GGUF file.")]
-DraftOption = Annotated[
-    list[str] | None, typer.Option("--draft-model", "-d", help="A smaller model of the same family; may be repeated.")
-]
-DrafterOption = Annotated[
-    str | None,
-    typer.Option(
-        help="recycling, suffix, ngram, draft_model, several joined by '+', merged or none; default: draft_model where "
-        "one is given, else the first three, merged."
-    ),
-]
-ShapeOption = Annotated[
-    str | None,
-    typer.Option(
-        help="cost (default: sized by measured cost), 2x2x2, chain:4, paths:[[0],[0,0],[1]], "
-        "dynamic:nodes=16,depth=6,top_k=8, adaptive:mass=0.8,width=4 or optimal:nodes=16,depth=6."
-    ),
-]
-MemoryOption = Annotated[
-    Path | None, typer.Option(help="Folder: what lookups learnt is read from there, and written there in the end.")
-]
-DepthOption = Annotated[int | None, typer.Option(help="Depth of a static tree, with --branching.")]
-BranchingOption = Annotated[int | None, typer.Option(help="Children per node of a static tree, with --depth.")]
-AcceptOption = Annotated[str, typer.Option(help="match or rejection (both lossless), or best_path (lossy).")]
-DtypeOption = Annotated[
-    str | None, typer.Option(help="float32, bfloat16 or float16; default: what the machine is good at.")
-]
-QuantizationOption = Annotated[
-    str | None,
-    typer.Option(
-        help="CPUs: linear layers in 8 bits (int8), or in those of the GGUF file (gguf). Both lossy against bfloat16."
-    ),
-]
-CompileOption = Annotated[
-    bool, typer.Option("--compile", help="Compile the forward where it isn't one compiled call anyway (GPUs).")
-]
-DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; default: the first GPU, if any.")]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
+app.add_typer(train, name="train")
 
 
 @app.command()
@@ -73,6 +50,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The prompt; '-' reads it from standard input.")],
     model: ModelOption,
     draft_model: DraftOption = None,
+    heads: HeadsOption = None,
     drafter: DrafterOption = None,
     shape: ShapeOption = None,
     depth: DepthOption = None,
@@ -103,17 +81,18 @@ def generate(
 ) -> None:
     """Continue a prompt, or answer it."""
     form = _shape(shape, depth, branching)
-    params = _params(
+    params = params_of(
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,
         seed=seed, max_tokens=max_tokens, stop=tuple(stop or ()),
     )  # fmt: skip
     text = _prompt_text(prompt)
     references = [_file_text(file) for file in reference or ()]
-    console, errors = _consoles()
-    llm = _load(
-        errors, model, draft_model, drafter, form, accept, dtype, quantization, compile, device, threads, memory
-    )
-    ids = _encode(llm, text, chat)
+    console, errors = consoles()
+    llm = load(
+        errors, model, drafter, threads, draft_model=draft_model, heads=heads, shape=form, accept=accept, dtype=dtype,
+        quantization=quantization, compile=compile, device=device, memory=memory,
+    )  # fmt: skip
+    ids = encode(llm, text, chat)
 
     from tokentree.show import comparison, figures, print_stream, tree_printer
 
@@ -132,7 +111,7 @@ def generate(
     results = {"tree": result}
     if compare:
         llm.decoder.watch = None
-        with _working(errors, "decoding plainly"):
+        with working(errors, "decoding plainly"):
             results["plain"] = llm.plain().generate([ids], params)[0]
     if as_json:
         print(json.dumps(_as_json(results), ensure_ascii=False))
@@ -152,6 +131,7 @@ def check(
     model: ModelOption,
     prompts: Annotated[Path, typer.Option(help="JSON lines with 'prompt' or 'turns'.")],
     draft_model: DraftOption = None,
+    heads: HeadsOption = None,
     drafter: DrafterOption = None,
     shape: ShapeOption = None,
     accept: AcceptOption = "match",
@@ -168,15 +148,18 @@ def check(
     from tokentree.prompts import read_prompts
 
     entries = read_prompts(prompts, per_category)
-    console, errors = _consoles()
-    llm = _load(errors, model, draft_model, drafter, shape, accept, dtype, quantization, compile, device, threads)
+    console, errors = consoles()
+    llm = load(
+        errors, model, drafter, threads, draft_model=draft_model, heads=heads, shape=shape, accept=accept, dtype=dtype,
+        quantization=quantization, compile=compile, device=device,
+    )  # fmt: skip
     from dataclasses import asdict
 
     from rich.progress import Progress
 
     from tokentree.check import check as run_check
 
-    texts = [_encode(llm, entry.turns[0], None if entry.chat else False) for entry in entries]
+    texts = [encode(llm, entry.turns[0], None if entry.chat else False) for entry in entries]
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as bar:
         task = bar.add_task("checking", total=len(texts))
         verdicts = run_check(llm, texts, max_tokens, lambda: bar.advance(task))
@@ -212,6 +195,7 @@ def bench(
     ],
     out: Annotated[Path, typer.Option(help="Folder for results.json.")],
     draft_model: DraftOption = None,
+    heads: HeadsOption = None,
     max_tokens: int = 128,
     temperature: float = 0.0,
     seed: int | None = None,
@@ -242,9 +226,12 @@ def bench(
         raise OptionError("--batch measures this library's methods, without --warm and --resume")
     if len(entries) < batch:
         raise OptionError(f"there are {len(entries)} prompts: they fill no batch of {batch}")
-    params = _params(max_tokens=max_tokens, temperature=temperature, seed=seed, ignore_eos=ignore_eos)
-    console, errors = _consoles()
-    llm = _load(errors, model, draft_model, "none", None, "match", dtype, quantization, compile, device, threads)
+    params = params_of(max_tokens=max_tokens, temperature=temperature, seed=seed, ignore_eos=ignore_eos)
+    console, errors = consoles()
+    llm = load(
+        errors, model, "none", threads, draft_model=draft_model, heads=heads, dtype=dtype, quantization=quantization,
+        compile=compile, device=device,
+    )  # fmt: skip
 
     from rich.progress import Progress
 
@@ -254,7 +241,7 @@ def bench(
     from tokentree.bench.runner import run_batches, run_bench
 
     peers = Peers(model, draft_model[0] if draft_model else None, dtype, device, llm)
-    with _working(errors, "loading what is measured"):
+    with working(errors, "loading what is measured"):
         methods = [make_method(spec, llm, peers) for spec in method]
     names = [str(file) for file in prompts]
     run = new_run(
@@ -299,6 +286,7 @@ def bench(
 def calibrate(
     model: ModelOption,
     draft_model: DraftOption = None,
+    heads: HeadsOption = None,
     drafter: DrafterOption = None,
     prompts: Annotated[Path | None, typer.Option(help="JSON lines with 'prompt' or 'turns'; default: a few.")] = None,
     max_tokens: int = 64,
@@ -318,15 +306,18 @@ def calibrate(
         from tokentree.plots import check_plot
 
         check_plot(plot)
-    console, errors = _consoles()
-    llm = _load(errors, model, draft_model, drafter, None, "match", dtype, quantization, compile, device, threads)
+    console, errors = consoles()
+    llm = load(
+        errors, model, drafter, threads, draft_model=draft_model, heads=heads, dtype=dtype, quantization=quantization,
+        compile=compile, device=device,
+    )  # fmt: skip
 
     from rich.progress import Progress
 
     from tokentree.calibrate import PROMPTS, calibrate, tables
 
-    texts = [_encode(llm, entry.turns[0], None if entry.chat else False) for entry in entries or ()]
-    texts = texts or [_encode(llm, text, None) for text in PROMPTS]
+    texts = [encode(llm, entry.turns[0], None if entry.chat else False) for entry in entries or ()]
+    texts = texts or [encode(llm, text, None) for text in PROMPTS]
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as bar:
         task = bar.add_task("calibrating", total=len(texts) + 1)
         found = calibrate(llm, texts, max_tokens, lambda: bar.advance(task))
@@ -342,105 +333,7 @@ def calibrate(
         errors.print(f"drawn into {plot}", highlight=False)
 
 
-# -- what the commands share ---------------------------------------------------------------------------------------
-
-
-def _shape(shape: str | None, depth: int | None, branching: int | None) -> str | None:
-    if depth is None and branching is None:
-        return shape
-    if shape is not None:
-        raise OptionError("--shape says what --depth and --branching say: give one of them")
-    depth, branching = 3 if depth is None else depth, 2 if branching is None else branching
-    if depth < 1 or branching < 1:
-        raise OptionError("--depth and --branching must be at least 1")
-    return "x".join([str(branching)] * depth)
-
-
-def _params(**options: Any) -> SamplingParams:
-    from tokentree.sampling import SamplingParams
-
-    return SamplingParams(**options)
-
-
-def _prompt_text(prompt: str) -> str:
-    if prompt != "-":
-        return prompt
-    try:
-        return sys.stdin.read()
-    except UnicodeDecodeError:
-        raise PromptError("standard input is not UTF-8 text") from None
-
-
-def _file_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise PromptError(f"can't read the reference {str(file)!r}: {reason}") from None
-
-
-def _encode(llm: LLM, text: str, chat: bool | None) -> list[int]:
-    """The ids of a prompt, through the chat template if asked to or, by default, if there is one."""
-    if not text.strip():
-        raise PromptError("the prompt is empty: give at least one token")
-    has_template = llm.tokenizer is not None and bool(llm.tokenizer.chat_template)
-    if chat or (chat is None and has_template):
-        return llm.chat_prompt([{"role": "user", "content": text}])
-    from tokentree.sampling import SamplingParams
-
-    return llm.sequence(text, SamplingParams()).prompt_ids
-
-
-def _consoles() -> tuple[Console, Console]:
-    from rich.console import Console
-
-    # a file or a pipe has no width; tables need some
-    return Console(width=None if sys.stdout.isatty() else 160), Console(stderr=True)
-
-
-@contextmanager
-def _working(console: Console, what: str) -> Iterator[None]:
-    if not console.is_terminal:
-        yield
-        return
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True) as bar:
-        bar.add_task(what, total=None)
-        yield
-
-
-def _load(
-    console: Console,
-    model: str,
-    draft_model: list[str] | None,
-    drafter: str | None,
-    shape: str | None,
-    accept: str,
-    dtype: str | None,
-    quantization: str | None,
-    compile: bool,
-    device: str | None,
-    threads: int | None,
-    memory: Path | None = None,
-) -> LLM:
-    # a forward that is compiled shows its own progress
-    with nullcontext() if compile else _working(console, f"loading {Path(model).name}"):
-        import torch
-        import transformers
-
-        from tokentree.llm import LLM
-
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        if threads is not None:
-            torch.set_num_threads(threads)
-        names = drafter.split("+") if drafter and "+" in drafter else drafter
-        return LLM(
-            model, names, list(draft_model or []), shape, accept, dtype=dtype, quantization=quantization,
-            compile=compile, device=device, memory=memory, prefix_mb=0,  # what is compared reads the same prompts
-        )  # fmt: skip
+# -- parts of them ------------------------------------------------------------------------------------------------
 
 
 def _drain(stream: Any) -> None:
@@ -464,6 +357,34 @@ def _as_json(results: dict[str, Any]) -> dict[str, Any]:
         shown["plain"] = {"token_ids": plain.token_ids, "metrics": plain.metrics.to_dict()}
         shown["identical"] = plain.token_ids == tree.token_ids
     return shown
+
+
+def _file_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise PromptError(f"can't read the reference {str(file)!r}: {reason}") from None
+
+
+def _prompt_text(prompt: str) -> str:
+    if prompt != "-":
+        return prompt
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError:
+        raise PromptError("standard input is not UTF-8 text") from None
+
+
+def _shape(shape: str | None, depth: int | None, branching: int | None) -> str | None:
+    if depth is None and branching is None:
+        return shape
+    if shape is not None:
+        raise OptionError("--shape says what --depth and --branching say: give one of them")
+    depth, branching = 3 if depth is None else depth, 2 if branching is None else branching
+    if depth < 1 or branching < 1:
+        raise OptionError("--depth and --branching must be at least 1")
+    return "x".join([str(branching)] * depth)
 
 
 def main() -> None:

@@ -21,12 +21,13 @@ from tokentree.drafters.base import Parts
 from tokentree.engines.support import check_quantization
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import ModelError, OptionError, PromptError
+from tokentree.heads.saved import Fingerprint, saved_choices
 from tokentree.loading import check_same_tokenizer, eos_ids, load_model, load_tokenizer, pick_device
 from tokentree.metrics import Metrics
 from tokentree.registry import Named, check_names, make_drafter
 from tokentree.sampling import SamplingParams, seeded_noise
 from tokentree.sequence import FinishReason, Sequence, TokenLogprobs
-from tokentree.shapes import Cost, CostCurve, Shape
+from tokentree.shapes import Cost, CostCurve, Shape, Static
 from tokentree.shapes import shape as parse_shape
 from tokentree.text import Detokenizer
 
@@ -72,10 +73,11 @@ class LLM:
     Args:
         model: a hub name, a folder of safetensors, a GGUF file, or a loaded transformers model (which stays as it is).
         drafter: a name from the registry, a list of names to be merged, or a `Drafter`. Without one, ``draft_model`` if
-            draft models are given, and if not all lookups, merged.
+            draft models are given, and if not, heads that are given and all lookups, merged.
         draft_model: one draft model or several (merged into one tree).
-        shape: how trees grow: see `tokentree.shapes.shape`.
-        accept: ``match`` or ``rejection`` (both lossless), or ``best_path`` (lossy).
+        heads: a folder with Medusa heads for this model.
+        shape: how trees grow: see `tokentree.shapes.shape`; or ``choices``, the static tree that is kept beside heads.
+        accept: ``match`` or ``rejection`` (both lossless), ``best_path`` or ``typical`` (both lossy).
         dtype: ``float32``, ``bfloat16`` or ``float16``; by default the checkpoint's, and bfloat16 on CPUs that compute
             in it.
         device: by default the first GPU, if there is one.
@@ -101,6 +103,7 @@ class LLM:
         shape: str | Shape | None = None,
         accept: str = "match",
         *,
+        heads: str | Path | None = None,
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
         attention: str | None = None,
@@ -131,7 +134,7 @@ class LLM:
         if prefix_mb < 0:
             raise OptionError("prefix_mb must be at least 0")
         # what is cheap to tell is told before anything is loaded
-        rule, form = acceptance(accept), parse_shape(shape or _default_shape(drafter))
+        rule, form = acceptance(accept), _shape(shape, drafter, heads)
         drafts: list[Model] = [] if draft_model is None else _as_list(draft_model)
         for named in (model, *drafts):
             check_quantization(quantization, file=_file_of(named))
@@ -142,7 +145,7 @@ class LLM:
         options: dict[str, Any] = {"attention": attention, "quantization": quantization, "compile": compile}
         options["prefix_bytes"] = prefix_mb * 1_000_000
         self.engine = _engine(loaded, model, **options)
-        self.max_batch = max_batch
+        self.config, self.max_batch = loaded.config, max_batch
         self.eos_ids = eos_ids(loaded, self.tokenizer)
         draft_engines = list[tuple[str, TorchEngine]]()
         for draft in drafts:
@@ -152,7 +155,8 @@ class LLM:
             smaller = draft if isinstance(draft, PreTrainedModel) else load_model(draft, dtype, place)
             engine = _engine(smaller, draft, **options)
             draft_engines.append((_short(name, [known for known, _ in draft_engines]), engine))
-        self._parts = Parts(self.engine, tuple(draft_engines))
+        fingerprint = None if heads is None else Fingerprint.of(self.config, self.tokenizer)
+        self._parts = Parts(self.engine, tuple(draft_engines), None if heads is None else Path(heads), fingerprint)
         self._curve: CostCurve | None = None
         self.decoder = Decoder(self.engine, make_drafter(drafter, self._parts), self._priced(form), rule, watch)
         if memory is not None and Path(memory).is_dir():
@@ -174,7 +178,7 @@ class LLM:
         """
         twin = object.__new__(LLM)
         twin.__dict__.update(self.__dict__)
-        form = self._priced(parse_shape(shape or _default_shape(drafter)))
+        form = self._priced(_shape(shape, drafter, self._parts.heads))
         twin.decoder = Decoder(self.engine, make_drafter(drafter, self._parts), form, acceptance(accept), watch)
         return twin
 
@@ -383,9 +387,11 @@ def _short(name: str, taken: SequenceOf[str]) -> str:
     return f"{short} #{alike + 1}" if alike else short
 
 
-def _default_shape(drafter: Named) -> str:
-    """Plain decoding has no tree to size."""
-    return "chain:1" if drafter == "none" else DEFAULT_SHAPE
+def _shape(shape: str | Shape | None, drafter: Named, heads: str | Path | None) -> Shape:
+    """The shape of that name; without one the default, for plain decoding one that sizes nothing."""
+    if shape == "choices":
+        return Static(paths=saved_choices(heads))
+    return parse_shape(shape or ("chain:1" if drafter == "none" else DEFAULT_SHAPE))
 
 
 def _as_list(models: Model | SequenceOf[Model]) -> list[Model]:

@@ -15,6 +15,7 @@ DRAFTERS = {
     "ngram": ("tokentree.drafters.ngram", "NGram"),
     "suffix": ("tokentree.drafters.suffix", "Suffix"),
     "recycling": ("tokentree.drafters.recycling", "Recycling"),
+    "medusa": ("tokentree.drafters.medusa", "Medusa"),
     "merged": ("tokentree.drafters.merged", "Merged"),
 }
 LOOKUPS = ("recycling", "suffix", "ngram")  # they need nothing but the text; first come, first shown
@@ -43,8 +44,8 @@ def check_names(drafter: Named) -> None:
 
 
 def make_drafter(drafter: Named, parts: Parts) -> Drafter:
-    """A drafter by its name; several names are merged. Without a name the draft models draft, and if there are none all
-    of `LOOKUPS`. ``merged`` stands for everything that ``parts`` allow.
+    """A drafter by its name; several names are merged. Without a name the draft models draft, and if there are none,
+    heads (if there are any) and all of `LOOKUPS`. ``merged`` stands for everything that ``parts`` allow.
 
     Raises:
         OptionError: if there is none of that name.
@@ -55,7 +56,8 @@ def make_drafter(drafter: Named, parts: Parts) -> Drafter:
     if drafter is None:
         drafter = "draft_model" if parts.draft_engines else "merged"
     if drafter == "merged":
-        drafter = ("draft_model", *LOOKUPS) if parts.draft_engines else LOOKUPS
+        models = ("draft_model",) if parts.draft_engines else ()
+        drafter = (*models, *(("medusa",) if parts.heads else ()), *LOOKUPS)
     if isinstance(drafter, str):
         return drafter_class(drafter).make(parts)
     return Merged([make_drafter(name, parts) for name in drafter])

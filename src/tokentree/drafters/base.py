@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tokentree.draft import Draft
 from tokentree.engines.base import Engine, TargetOutput
+from tokentree.heads.saved import Fingerprint
 from tokentree.sequence import Accepted, Sequence
 from tokentree.shapes.base import Shape
 
@@ -19,10 +20,14 @@ class Parts:
     Args:
         engine: the target's.
         draft_engines: those of the draft models, each with the name that is shown beside its tokens.
+        heads: the folder of heads for the target, if there are any.
+        fingerprint: of the target, for which they must have been made.
     """
 
     engine: Engine
     draft_engines: tuple[tuple[str, Engine], ...] = ()
+    heads: Path | None = None
+    fingerprint: Fingerprint | None = None
 
 
 class Drafter(ABC):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from tokentree.engines.kv import SequenceKV
 from tokentree.errors import ModelError
 from tokentree.threads import run
 from tokentree.tree import Ints, TokenTree
+
+Upto = Literal["kv", "hidden", "logits"]  # how far a forward goes
 
 
 @dataclass(eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,12 +28,14 @@ class TargetOutput:
         starts: per tree, its first row.
         firsts: per tree, the node that this row belongs to; earlier nodes were computed by an earlier forward.
         seconds: the time of the forward.
+        hidden: [rows, hidden size], the hidden states after the final norm, if `Engine.capture` asked for them.
     """
 
     all_logits: torch.Tensor
     starts: list[int]
     firsts: list[int]
     seconds: float
+    hidden: torch.Tensor | None = None
     _top: tuple[NDArray[np.float32], Ints] | None = field(init=False, default=None, repr=False)
 
     def logits(self, tree: int, node: int) -> torch.Tensor:
@@ -81,6 +84,26 @@ class _TreeLogits:
         return self.out.best[self.out.row(self.tree, node)]
 
 
+@dataclass(frozen=True, eq=False)
+class Features:
+    """What drafters that read the target's hidden states need to know of it.
+
+    Args:
+        hidden_size: width of `TargetOutput.hidden`.
+        output_layer: makes logits [..., vocab] of hidden states [..., hidden size].
+        output_weights: given token ids int64[n], the weight [n, hidden size] and bias [n] (or None) of that layer.
+        output_for: given these ids, the output layer for them alone, which makes logits [..., n].
+        dtype, device: of hidden states.
+    """
+
+    hidden_size: int
+    output_layer: Callable[[torch.Tensor], torch.Tensor]
+    output_weights: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
+    output_for: Callable[[torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]
+    dtype: torch.dtype
+    device: torch.device
+
+
 class Engine(Protocol):
     """Owns weights and KV. Batch-first: a batch of one is a list of one. KV is kept per `Sequence.id`.
 
@@ -117,4 +140,12 @@ class Engine(Protocol):
 
     def release(self, seqs: SequenceOf[Sequence]) -> None:
         """Forgets the KV of ``seqs``."""
+        ...
+
+    def capture(self) -> Features:
+        """From now on `TargetOutput.hidden` is there.
+
+        Raises:
+            PairingError: if this engine has no hidden states.
+        """
         ...

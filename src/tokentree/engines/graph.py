@@ -42,11 +42,13 @@ class Graph:
 
     def __init__(self, model: PreTrainedModel, windows: Mapping[str, int | None]) -> None:
         self._model, self._windows = model, windows
-        self._on_cpu = model.device.type == "cpu"
+        self._on_cpu, self._head_input = model.device.type == "cpu", torch.empty(0)
+        if (head := model.get_output_embeddings()) is not None:
+            head.register_forward_pre_hook(self._note)
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
         options: dict[str, Any] = {"freezing": True} if self._on_cpu else {"triton.cudagraphs": True}
         limits: dict[str, Any] = {"recompile_limit": 64, "isolate_recompiles": True}
-        self._compiled: Callable[..., torch.Tensor] = torch.compile(
+        self._compiled: Callable[..., tuple[torch.Tensor, torch.Tensor]] = torch.compile(
             self._run, dynamic=False, backend=BACKEND, options=options if BACKEND == "inductor" else None, **limits
         )
 
@@ -68,8 +70,9 @@ class Graph:
         return len(segments) == 1 and segments[0].count <= ROWS[-1]
 
     @torch.inference_mode()
-    def forward(self, segment: Segment) -> torch.Tensor:
-        """Writes the KV of all rows, and returns [rows, vocab]."""
+    def forward(self, segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes the KV of all rows, and returns logits [rows, vocab] and hidden states [rows, hidden size] after the
+        final norm (empty, if the model has no output layer)."""
         count, kv = segment.count, segment.kv
         rows = next(rows for rows in ROWS if rows >= count)
         start = segment.prefix + segment.first
@@ -98,7 +101,8 @@ class Graph:
                 torch._dynamo.mark_static_address(keys)
                 torch._dynamo.mark_static_address(values)
             torch.compiler.cudagraph_mark_step_begin()
-        return self._compiled(*inputs, masks, layers, places)[:count]
+        logits, hidden = self._compiled(*inputs, masks, layers, places)
+        return logits[:count], hidden[:count]
 
     def _run(
         self,
@@ -107,7 +111,7 @@ class Graph:
         masks: dict[str, torch.Tensor],
         layers: list[tuple[torch.Tensor, torch.Tensor]],
         places: torch.Tensor,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         out = self._model(
             input_ids=ids,
             position_ids=positions,
@@ -116,8 +120,11 @@ class Graph:
             use_cache=True,
             return_dict=True,
         )
-        logits: torch.Tensor = out.logits[0]
-        return logits
+        hidden, self._head_input = self._head_input, torch.empty(0)
+        return out.logits[0], hidden
+
+    def _note(self, head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        self._head_input = inputs[0][0]
 
 
 class FixedKV(Cache):

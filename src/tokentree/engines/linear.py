@@ -109,6 +109,31 @@ class OneDNNLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
+def weights_of(
+    layer: nn.Module, ids: torch.Tensor, num_inputs: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The weight [len(ids), inputs] and the bias [len(ids)], or None, of the outputs ``ids`` of a linear layer, however
+    it keeps them: it is asked what it makes of ones and zeros."""
+    with torch.inference_mode():
+        start = layer(torch.zeros(1, num_inputs, dtype=dtype, device=ids.device))[0, ids]
+        ones = torch.eye(num_inputs, dtype=dtype, device=ids.device).split(64)
+        weight = torch.cat([layer(rows)[:, ids] - start for rows in ones]).t().contiguous()
+    return weight.clone(), start.clone() if bool(start.any()) else None
+
+
+def linear_of(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
+    """The fastest linear layer that there is for these."""
+    kinds = (PackedLinear, OneDNNLinear) if weight.device.type == "cpu" else ()
+    for kind in kinds:
+        if kind.fits(weight):
+            return kind(weight, bias)
+    layer = nn.Linear(weight.shape[1], len(weight), bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=False)
+    return layer
+
+
 L = TypeVar("L", bound=nn.Module)
 
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from tokentree.engines import rows as each
 from tokentree.engines.attend import CALL, SEGMENT, attend
-from tokentree.engines.attention import Segment
+from tokentree.engines.attention import Segment, Upto
 from tokentree.engines.fused import FusedAttention, FusedMLP, FusedNorm
 from tokentree.engines.kernels import BFLOAT16_WIDE, BLOCK
 from tokentree.engines.linear import BFLOAT16_CALL, PackedLinear, multiply_bfloat16
@@ -86,10 +86,10 @@ class Program:
         )
 
     def forward(
-        self, ids: torch.Tensor, positions: torch.Tensor, segments: SequenceOf[Segment], keep_logits: bool
+        self, ids: torch.Tensor, positions: torch.Tensor, segments: SequenceOf[Segment], upto: Upto
     ) -> torch.Tensor:
-        """Writes the KV of all rows of ``segments``, and returns bfloat16[rows, vocab], or [0, vocab] unless
-        ``keep_logits``.
+        """Writes the KV of all rows of ``segments``, and returns bfloat16[rows, vocab], or [0, vocab] if it ends before
+        the logits.
 
         Args:
             ids, positions: int64[rows].
@@ -99,8 +99,8 @@ class Program:
         embedded = self._embed(ids)
         self._residual[:rows] = embedded
         cos, sin = (turn[0].contiguous() for turn in self._turns(embedded, positions[None]))
-        logits = torch.empty(rows if keep_logits else 0, len(self._head.start), dtype=torch.bfloat16)
-        count = len(self._steps) if keep_logits else self._up_to_kv
+        logits = torch.empty(rows if upto == "logits" else 0, len(self._head.start), dtype=torch.bfloat16)
+        count = {"kv": self._up_to_kv, "hidden": len(self._steps) - 1, "logits": len(self._steps)}[upto]
         self._steps[-1, 1 + self._head.RESULT] = logits.data_ptr()
         for segment in segments:
             segment.windows |= self._windows
@@ -112,6 +112,10 @@ class Program:
              table.ctypes.data, len(table), cos.data_ptr(), sin.data_ptr()],
         )  # fmt: skip
         return logits[:, : self._head.num_outputs].contiguous()
+
+    def hidden(self, rows: int) -> torch.Tensor:
+        """bfloat16[rows, hidden size] after the final norm, of the last forward that went that far."""
+        return self._normed[:rows].clone()
 
     # -- the list of steps -----------------------------------------------------------------------------------------
 

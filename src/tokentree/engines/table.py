@@ -6,8 +6,8 @@ from collections.abc import Sequence as SequenceOf
 
 import torch
 
-from tokentree.engines.base import TargetOutput
-from tokentree.errors import OptionError
+from tokentree.engines.base import Features, TargetOutput
+from tokentree.errors import OptionError, PairingError
 from tokentree.sequence import Sequence
 from tokentree.tree import TokenTree
 
@@ -74,3 +74,6 @@ class TableEngine:
         for seq in seqs:
             self._committed.pop(seq.id, None)
             self._trees.pop(seq.id, None)
+
+    def capture(self) -> Features:
+        raise PairingError("a table has no hidden states")

@@ -12,18 +12,19 @@ import numpy as np
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
-from tokentree.engines.attention import ForwardKV, Segment, dense_mask, tree_attention
-from tokentree.engines.base import KEPT, TargetOutput
+from tokentree.engines.attention import ForwardKV, Segment, Upto, dense_mask, tree_attention
+from tokentree.engines.base import KEPT, Features, TargetOutput
 from tokentree.engines.kept import KeptPacking, Place
 from tokentree.engines.kv import KVLayout, SequenceKV
-from tokentree.engines.linear import PackedLinear
+from tokentree.engines.linear import PackedLinear, linear_of, weights_of
 from tokentree.engines.packing import GgufPacking, Packing
 from tokentree.engines.prefix import PrefixCache
 from tokentree.engines.prepare import pack, private_copy, steady_activations
 from tokentree.engines.program import Program
+from tokentree.engines.proof import in_trees, own_forward
 from tokentree.engines.quantized import QuantizedLinear
 from tokentree.engines.support import check_quantization, check_supported, context_length, has_softcap, layer_windows
-from tokentree.errors import ModelError
+from tokentree.errors import ModelError, PairingError
 from tokentree.sequence import Sequence
 from tokentree.top import top_logits
 from tokentree.tree import Ints, TokenTree
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 AttentionInterface.register("tokentree", tree_attention)
 
 PREFILL_ROWS = 256
-PROBE = (0.11, 0.37, 0.23, 0.71, 0.53, 0.31, 0.83)  # any tokens, as parts of the vocabulary
 
 
 class TorchEngine:
@@ -83,7 +83,7 @@ class TorchEngine:
         self._windows = layer_windows(config)
         self._keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         packing = self._packing(file, kept) if self.device.type == "cpu" else None
-        reference = self._own_forward() if packing is None else packing.recall("own forward", self._own_forward)
+        reference = self._reference(packing)
         expected, shapes = reference["logits"], tuple(tuple(shape) for shape in reference["shapes"].tolist())
         whole = packing is not None and not self._attends_itself and Program.fits(self._model, packing)
         self._graph = self._compile(attention, shapes) if compile and not whole else None
@@ -98,6 +98,8 @@ class TorchEngine:
             self._model.config._attn_implementation = "tokentree"
             if self.device.type == "cpu":
                 steady_activations(self._model)
+        self._captures = False
+        self._hidden: torch.Tensor | None = None  # what the output layer was given last
         self._kv: dict[int, tuple[Sequence, SequenceKV]] = {}
         self._prefixes = PrefixCache(prefix_bytes)
         sizes = (config.num_hidden_layers, config.hidden_size, config.vocab_size)
@@ -138,7 +140,7 @@ class TorchEngine:
         for begin in range(0, len(ids), PREFILL_ROWS):
             chunk = ids[begin : begin + PREFILL_ROWS]
             kv.reserve(kv.length + len(chunk))
-            self._forward([Segment(kv, TokenTree.chain(chunk[0], chunk[1:]), 0, 0)], keep_logits=False)
+            self._forward([Segment(kv, TokenTree.chain(chunk[0], chunk[1:]), 0, 0)], "kv")
             kv.commit(range(len(chunk)))
         return reused
 
@@ -156,10 +158,10 @@ class TorchEngine:
             if first < len(tree):
                 segments.append(Segment(kv, tree, first, start))
             start += len(tree) - first
-        logits = self._forward(segments, keep_logits=True)
+        logits, hidden = self._forward(segments, "logits")
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return TargetOutput(logits, starts, firsts, time.perf_counter() - started)
+        return TargetOutput(logits, starts, firsts, time.perf_counter() - started, hidden)
 
     @torch.inference_mode()
     def commit(self, seqs: SequenceOf[Sequence], paths: SequenceOf[list[int]]) -> None:
@@ -175,6 +177,37 @@ class TorchEngine:
                 _, kv = self._kv.pop(seq.id)
                 self._prefixes.keep(_ids(seq, kv), kv)
 
+    def capture(self) -> Features:
+        head = self._model.get_output_embeddings()
+        if head is None:
+            raise PairingError(f"{type(self._model).__name__} has no output layer, whose inputs heads read")
+        if not self._captures and self._program is None and self._graph is None:
+            head.register_forward_pre_hook(self._note)
+        self._captures = True
+        size: int = self._model.config.get_text_config().hidden_size
+
+        def weights(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+            return weights_of(head, ids, size, self.dtype)
+
+        return Features(size, head, weights, lambda ids: linear_of(*weights(ids)), self.dtype, self.device)
+
+    @torch.inference_mode()
+    def hidden_states(self, ids: SequenceOf[int]) -> torch.Tensor:
+        """[len(ids), hidden size]: those of a text after the final norm, once `capture` was called."""
+        kv, parts = self._layout.make(len(ids)), []
+        for begin in range(0, len(ids), PREFILL_ROWS):
+            chunk = ids[begin : begin + PREFILL_ROWS]
+            kv.reserve(kv.length + len(chunk))
+            _, hidden = self._forward([Segment(kv, TokenTree.chain(chunk[0], chunk[1:]), 0, 0)], "hidden")
+            assert hidden is not None, "nobody called capture"
+            parts.append(hidden)
+            kv.commit(range(len(chunk)))
+        return torch.cat(parts)
+
+    def _note(self, head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        """Keeps what the output layer is given."""
+        self._hidden = inputs[0][0]
+
     # -- one forward -----------------------------------------------------------------------------------------------
 
     def _kv_of(self, seq: Sequence) -> SequenceKV:
@@ -184,18 +217,21 @@ class TorchEngine:
         return self._kv[seq.id][1]
 
     @torch.inference_mode()
-    def _forward(self, segments: SequenceOf[Segment], keep_logits: bool) -> torch.Tensor:
-        """[rows, vocab], or only the last row's logits where they are not kept (or all, if the model can't tell)."""
+    def _forward(self, segments: SequenceOf[Segment], upto: Upto) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits [rows, vocab], of the last row or none if they aren't asked for; and hidden states [rows, hidden
+        size], if they are and `capture` was called."""
         rows = sum(segment.count for segment in segments)
         padding = max(0, self._min_rows - rows)
         ids = np.concatenate([*(s.tree.tokens[s.first :] for s in segments), np.zeros(padding, np.int64)])
         positions = np.concatenate([*(s.positions for s in segments), np.zeros(padding, np.int64)])
         if self._program is not None:
-            return self._program.forward(torch.from_numpy(ids), torch.from_numpy(positions), segments, keep_logits)
-        if self._graph is not None and keep_logits and self._graph.fits(segments):
-            return self._graph.forward(segments[0])
+            logits = self._program.forward(torch.from_numpy(ids), torch.from_numpy(positions), segments, upto)
+            return logits, self._program.hidden(rows) if self._captures and upto != "kv" else None
+        if self._graph is not None and upto != "kv" and self._graph.fits(segments):
+            logits, hidden = self._graph.forward(segments[0])
+            return logits, hidden if self._captures else None
         cache = ForwardKV(segments, self._attends_itself)
-        options: dict[str, Any] = {"logits_to_keep": 0 if keep_logits else 1} if self._keeps_logits else {}
+        options: dict[str, Any] = {"logits_to_keep": int(upto == "kv")} if self._keeps_logits else {}
         mask: Any = None
         if self._attends_itself:
             by_kind = {
@@ -214,10 +250,18 @@ class TorchEngine:
             return_dict=True,
             **options,
         )
-        logits: torch.Tensor = out.logits[0]
-        return logits[:rows] if keep_logits else logits
+        logits = out.logits[0]
+        if upto == "kv":
+            return logits, None
+        return logits[:rows], self._hidden[:rows] if self._hidden is not None else None
 
     # -- at construction -------------------------------------------------------------------------------------------
+
+    def _reference(self, packing: Packing | None) -> dict[str, torch.Tensor]:
+        """What the model says by itself; where packed weights are kept, what it said when they were packed."""
+        if packing is None:
+            return own_forward(self._model)
+        return packing.recall("own forward", lambda: own_forward(self._model))
 
     def _packing(self, file: Path | None, kept: Place | None) -> Packing:
         kind = QuantizedLinear if self.quantization else PackedLinear
@@ -230,24 +274,6 @@ class TorchEngine:
     @staticmethod
     def _best_attention(model: PreTrainedModel) -> str:
         return "tree" if model.device.type == "cpu" and _uses_interface(model) else "sdpa"
-
-    @torch.inference_mode()
-    def _own_forward(self) -> dict[str, torch.Tensor]:
-        """What the model says of a few tokens by itself (causal attention, its own cache): ``logits`` [tokens, vocab],
-        and ``shapes`` int64[layers, 3] of its KV: heads, key width, value width."""
-        ids = torch.tensor([self._probe()], device=self.device)
-        out = self._model(input_ids=ids, use_cache=True, return_dict=True)
-        layers = getattr(out.past_key_values, "layers", [])
-        if not layers or any(not isinstance(getattr(layer, "keys", None), torch.Tensor) for layer in layers):
-            raise ModelError(
-                f"{type(self._model).__name__} keeps more than keys and values, which a tree can't roll back"
-            )
-        shapes = [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in layers]
-        return {"logits": out.logits[0], "shapes": torch.tensor(shapes)}
-
-    def _probe(self) -> list[int]:
-        size: int = self._model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
-        return [int(part * size) for part in PROBE]
 
     def _layout_for(self, shapes: tuple[tuple[int, int, int], ...]) -> KVLayout:
         if self._attends_itself:
@@ -267,22 +293,12 @@ class TorchEngine:
         self.attention, self._attends_itself = "sdpa", True
         return graph
 
-    @torch.inference_mode()
     def _check_tree(self, expected: torch.Tensor) -> None:
-        """The same tokens must give the same logits in a tree, alone behind it, and in another tree behind that."""
-        a, b, c, d, e, f, g = self._probe()
-        other = d - 1 if d else 1
-        kv, got, windows = self._layout.make(64), [], set[int | None]()
-        for tokens, parents, path in (
-            ([a, b, other, c, d, c, d], [-1, 0, 0, 1, 2, 2, 3], [0, 1, 3, 6]),
-            ([e], [-1], [0]),
-            ([f, other, g, g], [-1, 0, 1, 0], [0, 3]),
-        ):
-            segment = Segment(kv, TokenTree(np.array(tokens), np.array(parents)), 0, 0)
-            got.append(self._forward([segment], keep_logits=True)[path].float())
-            kv.commit(path)
-            windows |= segment.windows
-        error, spread = float((torch.cat(got) - expected).square().mean().sqrt()), float(expected.float().std())
+        """Raises `ModelError` unless trees give ``expected``, what the model says by itself."""
+        got, windows = in_trees(
+            self._model, lambda segment: self._forward([segment], "logits")[0], self._layout.make(64)
+        )
+        error, spread = float((got - expected).square().mean().sqrt()), float(expected.float().std())
         few_bits = 0.3 if self.quantization else 0.1
         if not error <= (0.001 if self.dtype in (torch.float32, torch.float64) else few_bits) * spread:
             way_out = "trees can't be verified with it" if self._attends_itself else "use attention='sdpa'"

@@ -41,15 +41,26 @@ def read_medusa(folder: str | Path) -> tuple[MedusaHeads, dict[str, Any]]:
     file = next((folder / name for name in FILES if (folder / name).is_file()), None)
     if file is None:
         raise ModelError(f"the folder {str(folder)!r} has no Medusa heads: none of {', '.join(FILES)}")
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        config = {}
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise ModelError(f"can't read {str(folder / 'config.json')!r}: {error}") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{str(folder / 'config.json')!r} is not a configuration")
+    config = read_config(folder)
     return medusa_of(_read(file), str(file)), config
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """What the ``config.json`` in ``folder`` says; nothing, if there is none.
+
+    Raises:
+        ModelError: if it can't be read.
+    """
+    file = Path(folder).expanduser() / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise ModelError(f"can't read {str(file)!r}: {error}") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{str(file)!r} is not a configuration")
+    return config
 
 
 def medusa_of(tensors: Mapping[str, torch.Tensor], where: str) -> MedusaHeads:
@@ -84,7 +95,7 @@ def medusa_of(tensors: Mapping[str, torch.Tensor], where: str) -> MedusaHeads:
             if heads.projection is not None:
                 _copy(projections.get(head), heads.projection[head], f"projection of head {head}", where)
     if found.token_map is not None:
-        heads.token_map = torch.zeros(vocab or 0, dtype=torch.int64)
+        heads.token_map = torch.zeros(vocab or len(found.token_map), dtype=torch.int64)
         _copy(found.token_map, heads.token_map, "token_map", where)
     return heads
 
@@ -183,6 +194,7 @@ def write_medusa(
 
 
 def _config(heads: MedusaHeads, base_model: str, vocab_size: int, layout: str) -> dict[str, Any]:
+    known = vocab_size if heads.projection is None else heads.projection.shape[1]
     if layout == "fasterdecoding":
         return {
             "medusa_num_heads": heads.num_heads,
@@ -199,7 +211,7 @@ def _config(heads: MedusaHeads, base_model: str, vocab_size: int, layout: str) -
         "num_hidden_layers": heads.num_layers,
         "medusa_fc_bias": heads.bias is not None,
         "original_lm_head": heads.projection is None,
-        "truncated_vocab_size": vocab_size if heads.projection is None else heads.projection.shape[1],
+        "truncated_vocab_size": known if heads.token_map is None else len(heads.token_map),
     }
 
 

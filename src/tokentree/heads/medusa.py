@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn.functional import silu
 
 from tokentree.errors import OptionError
+
+Layer = Callable[[torch.Tensor], torch.Tensor]
 
 
 class MedusaHeads(nn.Module):
@@ -27,7 +31,7 @@ class MedusaHeads(nn.Module):
         weight: [num_layers, num_heads, hidden, hidden], as a linear layer has it (outputs first).
         bias: [num_layers, num_heads, hidden], or None without them.
         projection: [num_heads, vocab, hidden], or None.
-        token_map: int64[vocab], the target's id for each row of a projection that has fewer rows, or None.
+        token_map: int64[vocab], the target's ids for the logits of heads that know fewer tokens, or None.
 
     Raises:
         OptionError: if a size makes no sense.
@@ -54,19 +58,19 @@ class MedusaHeads(nn.Module):
             x = x + silu(y if self.bias is None else y + self.bias[layer][:, None])
         return x
 
-    def logits(self, hidden: torch.Tensor, output_layer: nn.Module | None = None) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, output_layer: Layer | None = None) -> torch.Tensor:
         """[num_heads, rows, vocab], of ``hidden`` [rows, hidden].
 
         Args:
-            output_layer: the target's, for heads that share it.
+            output_layer: the target's, for heads that share it; that of the tokens in `token_map` alone, if there is
+                one. It is given what has the type of ``hidden``.
 
         Raises:
             OptionError: if it is needed and missing.
         """
-        states = self(hidden)
+        states = self(hidden.to(self.weight.dtype))
         if self.projection is not None:
             return torch.matmul(states, self.projection.transpose(1, 2))
         if output_layer is None:
             raise OptionError("these Medusa heads share the target's output layer: pass output_layer=")
-        logits: torch.Tensor = output_layer(states)
-        return logits
+        return output_layer(states.to(hidden.dtype))

@@ -5,8 +5,8 @@ from tokentree.shapes.base import Shape
 from tokentree.shapes.cost import Cost
 from tokentree.shapes.curve import CostCurve
 from tokentree.shapes.dynamic import Dynamic
-from tokentree.shapes.optimal import optimal_paths
+from tokentree.shapes.optimal import find_choices, optimal_paths
 from tokentree.shapes.parse import shape
 from tokentree.shapes.static import Static
 
-__all__ = ["Adaptive", "Cost", "CostCurve", "Dynamic", "Shape", "Static", "optimal_paths", "shape"]
+__all__ = ["Adaptive", "Cost", "CostCurve", "Dynamic", "Shape", "Static", "find_choices", "optimal_paths", "shape"]

@@ -20,10 +20,12 @@ class Shape(ABC):
     Attributes:
         max_depth: candidates on the longest path.
         max_nodes: nodes that are worth proposing, root included.
+        paths: where the tree is the same at every step, the rank path of each node below the root, parents first.
     """
 
     max_depth: int
     max_nodes: int
+    paths: tuple[tuple[int, ...], ...] = ()
 
     @abstractmethod
     def counts(self, seq: Sequence, draft: Draft, frontier: SequenceOf[int]) -> list[int]:

@@ -1,9 +1,12 @@
-"""The best static tree for known acceptance rates (Sequoia, Chen et al. 2024, arXiv:2402.12374, section 3)."""
+"""The best static tree for known acceptance rates: by rank alone (Sequoia, Chen et al. 2024, arXiv:2402.12374, section
+3), or by depth and rank where levels know nothing of one another (Medusa, Cai et al. 2024, arXiv:2401.10774, section
+2.3.3)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from functools import cache
+from heapq import heapify, heappop, heappush
 
 from tokentree.errors import OptionError
 
@@ -60,3 +63,34 @@ def optimal_paths(rates: SequenceOf[float], nodes: int, depth: int) -> tuple[flo
     paths = list[tuple[int, ...]]()
     collect(nodes - 1, depth, 0, ())
     return 1 + below(nodes - 1, depth, 0)[0], sorted(paths, key=lambda path: (len(path), path))
+
+
+def find_choices(accuracies: SequenceOf[SequenceOf[float]], nodes: int) -> list[tuple[int, ...]]:
+    """The rank paths of the static tree with the most expected tokens, where candidate r of head k is right with
+    probability ``accuracies[k][r]``, whatever stands before it: the most probable paths.
+
+    Args:
+        nodes: of the tree, root included.
+
+    Returns:
+        At most ``nodes - 1`` paths, prefixes first.
+
+    Raises:
+        OptionError: if there is no node to place, or an accuracy is no probability.
+    """
+    if nodes < 2:
+        raise OptionError("choices need nodes of at least 2")
+    if not accuracies or not all(rates and all(0 <= rate <= 1 for rate in rates) for rates in accuracies):
+        raise OptionError("accuracies by head and rank are probabilities, at least one for each head")
+    waiting: list[tuple[float, tuple[int, ...]]] = [(-rate, (rank,)) for rank, rate in enumerate(accuracies[0])]
+    heapify(waiting)
+    paths = list[tuple[int, ...]]()
+    while waiting and len(paths) < nodes - 1:
+        minus, path = heappop(waiting)
+        if minus == 0:
+            break  # never right
+        paths.append(path)
+        if len(path) < len(accuracies):
+            for rank, rate in enumerate(accuracies[len(path)]):
+                heappush(waiting, (minus * rate, (*path, rank)))
+    return sorted(paths, key=lambda path: (len(path), path))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
+from itertools import product
 
 from tokentree.draft import Draft
 from tokentree.errors import OptionError
@@ -41,9 +42,12 @@ class Static(Shape):
         if branching:
             self.max_depth = len(branching)
             self.max_nodes = sum(math.prod(branching[:depth]) for depth in range(len(branching) + 1))
+            ranks = [range(width) for width in branching]
+            self.paths = tuple(path for depth in range(1, len(ranks) + 1) for path in product(*ranks[:depth]))
         else:
             self.max_depth = max(map(len, choices))
             self.max_nodes = 1 + len(choices)
+            self.paths = tuple(sorted(choices, key=lambda path: (len(path), path)))
 
     def counts(self, seq: Sequence, draft: Draft, frontier: SequenceOf[int]) -> list[int]:
         if self.branching:

@@ -1,0 +1,156 @@
+"""Heads on the target guess several tokens ahead (Medusa, Cai et al. 2024, arXiv:2401.10774)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+
+import numpy as np
+import torch
+from numba import njit
+
+from tokentree.compiled import most_probable
+from tokentree.draft import Draft
+from tokentree.drafters.base import Drafter, Parts
+from tokentree.engines.base import Features, TargetOutput
+from tokentree.errors import PairingError
+from tokentree.heads.medusa import MedusaHeads
+from tokentree.heads.saved import read_heads
+from tokentree.sequence import Accepted, Sequence
+from tokentree.shapes.base import Shape
+from tokentree.tree import Floats, Ints
+
+TOP = 10  # tokens that are kept of each head
+LEAST_PROB = 0.005
+
+
+class Medusa(Drafter):
+    """The target's hidden state at the last accepted token goes through all heads at once; head k proposes the token
+    k + 2 places on, whatever stands between. So a node's children are the same for all nodes of a level, and a node is
+    as probable as the product of what the heads give the tokens on its path.
+
+    Trees grow best-first by that product; of a static shape, the very paths that it names are taken. No forward has
+    been made when a text begins, so the first step has no draft.
+
+    Args:
+        heads: made for this target.
+        features: what the target's engine says of its hidden states.
+        vocab_size: the target's; candidates beyond it are never proposed.
+        temperatures: per head, what its logits are divided by so that its probabilities are true; by default 1.
+
+    Raises:
+        PairingError: if the heads don't fit the target.
+    """
+
+    name = "medusa"
+
+    def __init__(
+        self, heads: MedusaHeads, features: Features, vocab_size: int, temperatures: SequenceOf[float] | None = None
+    ) -> None:
+        if heads.hidden_size != features.hidden_size:
+            raise PairingError(
+                f"these Medusa heads read hidden states of {heads.hidden_size} numbers, and the target has "
+                f"{features.hidden_size}: they were made for another model"
+            )
+        # a CPU multiplies small matrices faster in float32
+        small = features.device.type == "cpu" and heads.projection is None
+        self._heads = heads.to(features.device, torch.float32 if small else features.dtype).requires_grad_(False)
+        self._token_map, self._vocab_size = self._heads.token_map, vocab_size
+        if self._token_map is not None and int(self._token_map.max()) >= vocab_size:
+            raise PairingError("these Medusa heads know tokens that the target doesn't have")
+        self._output_layer = features.output_layer
+        if self._token_map is not None and heads.projection is None:
+            self._output_layer = features.output_for(self._token_map)
+        divisors = [1.0] * heads.num_heads if temperatures is None else list(temperatures)
+        if len(divisors) != heads.num_heads or not all(divisor > 0 for divisor in divisors):
+            raise PairingError(f"{heads.num_heads} Medusa heads need as many temperatures, all above 0")
+        self._divisors = torch.tensor(divisors, device=features.device)[:, None, None]
+        self._hidden: dict[int, torch.Tensor] = {}
+        _grow(np.zeros((1, 1), np.int64), np.ones((1, 1)), 1, 1)  # compiled before any request waits for it
+
+    @classmethod
+    def make(cls, parts: Parts) -> Drafter:
+        if parts.heads is None:
+            raise PairingError("drafter='medusa' needs heads=..., a folder with Medusa heads for this model")
+        saved = read_heads(parts.heads, parts.fingerprint)
+        return cls(saved.heads, parts.engine.capture(), parts.engine.vocab_size, saved.temperatures)
+
+    def propose(self, seqs: list[Sequence], shape: Shape, sampled: bool) -> list[Draft]:
+        drafts = {seq.id: Draft(seq.tokens[-1]) for seq in seqs}
+        ready = [seq for seq in seqs if seq.id in self._hidden and min(shape.max_depth, seq.room - 1) > 0]
+        if ready:
+            tokens, probs = self._guess(torch.stack([self._hidden[seq.id] for seq in ready]))
+            for i, seq in enumerate(ready):
+                depth = min(shape.max_depth, seq.room - 1)
+                if shape.paths:
+                    drafts[seq.id] = _along(seq.tokens[-1], tokens[:depth, i], probs[:depth, i], shape)
+                else:
+                    grown = _grow(tokens[:, i], probs[:, i], shape.max_nodes - 1, depth)
+                    drafts[seq.id] = Draft.grown(seq.tokens[-1], *grown)
+        return [drafts[seq.id] for seq in seqs]
+
+    def observe(self, seqs: list[Sequence], drafts: list[Draft], out: TargetOutput, accepted: list[Accepted]) -> None:
+        assert out.hidden is not None, "the engine was asked to capture hidden states"
+        for i, (seq, step) in enumerate(zip(seqs, accepted, strict=True)):
+            self._hidden[seq.id] = out.hidden[out.row(i, step.path[-1])].clone()
+
+    def release(self, seqs: list[Sequence]) -> None:
+        for seq in seqs:
+            self._hidden.pop(seq.id, None)
+
+    @torch.inference_mode()
+    def _guess(self, hidden: torch.Tensor) -> tuple[Ints, Floats]:
+        """Of ``hidden`` [rows, hidden size], the most probable tokens int64[heads, rows, TOP] of each head, best first,
+        and their probabilities."""
+        logits = self._heads.logits(hidden, self._output_layer)[..., : self._vocab_size].float() / self._divisors
+        best = logits.topk(min(TOP, logits.shape[-1]), dim=-1)
+        probs = (best.values - logits.logsumexp(-1, keepdim=True)).exp()
+        ids = best.indices if self._token_map is None else self._token_map[best.indices]
+        return ids.cpu().numpy(), probs.double().cpu().numpy()
+
+
+def _along(root: int, tokens: Ints, probs: Floats, shape: Shape) -> Draft:
+    """The nodes of a static shape, as far as there are heads and candidates; ``tokens`` and ``probs`` [heads, TOP]."""
+    draft = Draft(root)
+    where: dict[tuple[int, ...], int] = {(): 0}
+    heads, count = tokens.shape
+    scores = np.log(np.maximum(probs, 1e-30))
+    for path in shape.paths:
+        depth, rank = len(path) - 1, path[-1]
+        if depth < heads and rank < count and path[:-1] in where:
+            where[path] = draft.add(where[path[:-1]], int(tokens[depth, rank]), float(scores[depth, rank]), rank)
+    return draft
+
+
+@njit(cache=True)
+def _grow(tokens: Ints, chances: Floats, max_nodes: int, max_depth: int) -> tuple[Ints, Ints, Floats]:
+    """The most probable nodes, best first: tokens, parents (0 is the root, node i is ``i + 1``), probabilities.
+
+    ``tokens`` and ``chances`` are [heads, k], best first; heads know nothing of one another. So a node waits only once
+    its parent and its better sibling are taken: after each node, its first child and its next sibling.
+    """
+    heads, k = tokens.shape
+    room = 2 * max_nodes + 1
+    parent, depth, rank = np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room, np.int64)
+    joint, waits = np.empty(room), np.ones(room, np.bool_)
+    taken, parents, probs = np.empty(max_nodes, np.int64), np.empty(max_nodes, np.int64), np.empty(max_nodes)
+    size, count, deepest = 0, 0, min(heads, max_depth)
+    if max_nodes > 0 and deepest > 0:
+        parent[0], depth[0], rank[0], joint[0] = 0, 0, 0, chances[0, 0]
+        size = 1
+    while count < max_nodes:
+        best = most_probable(joint, waits, size)
+        if best < 0 or joint[best] < LEAST_PROB:
+            break
+        waits[best] = False
+        level, place = depth[best], rank[best]
+        taken[count], parents[count], probs[count] = tokens[level, place], parent[best], chances[level, place]
+        count += 1
+        if place + 1 < k:
+            parent[size], depth[size], rank[size] = parent[best], level, place + 1
+            joint[size] = joint[best] / chances[level, place] * chances[level, place + 1]
+            size += 1
+        if level + 1 < deepest:
+            parent[size], depth[size], rank[size] = count, level + 1, 0
+            joint[size] = joint[best] * chances[level + 1, 0]
+            size += 1
+    return taken[:count], parents[:count], probs[:count]

@@ -1,0 +1,134 @@
+"""Heads in a folder, and which model they belong to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from tokentree.errors import ModelError, OptionError, PairingError
+from tokentree.heads.checkpoints import read_config, read_medusa, write_medusa
+from tokentree.heads.medusa import MedusaHeads
+
+SIZES = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+
+
+class Fingerprint(BaseModel):
+    """What tells one target from another: hashes of the sizes in its configuration, and of its tokenizer's vocabulary
+    (None without one)."""
+
+    model_config = ConfigDict(frozen=True)
+
+    config: str
+    tokenizer: str | None = None
+
+    @classmethod
+    def of(cls, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> Fingerprint:
+        own = config.get_text_config()
+        sizes = {name: getattr(own, name, None) for name in SIZES}
+        vocab = None if tokenizer is None else _hash(sorted(tokenizer.get_vocab().items()))
+        return cls(config=_hash(sizes), tokenizer=vocab)
+
+
+class About(BaseModel):
+    """What a folder says of its heads beside their sizes, in the field ``tokentree`` of its ``config.json``.
+
+    Args:
+        fingerprint: of the model that they were made for.
+        temperatures: per head, what its logits are divided by so that its probabilities are true.
+        accuracies: per head and rank, how often that candidate was right, on texts that were held back.
+        choices: rank paths of the static tree that these accuracies make the best.
+        recipe: how they were trained.
+    """
+
+    fingerprint: Fingerprint | None = None
+    temperatures: list[float] | None = None
+    accuracies: list[list[float]] | None = None
+    choices: list[list[int]] | None = None
+    recipe: dict[str, Any] = {}
+
+
+@dataclass(frozen=True, eq=False)
+class Saved:
+    """Heads, and what is known of them."""
+
+    heads: MedusaHeads
+    about: About
+
+    @property
+    def temperatures(self) -> list[float] | None:
+        return self.about.temperatures
+
+
+def read_heads(folder: str | Path, target: Fingerprint | None = None) -> Saved:
+    """The Medusa heads in ``folder``.
+
+    Raises:
+        ModelError: if there are none, see `read_medusa`.
+        PairingError: if the folder says that they belong to another model than ``target``.
+    """
+    heads, config = read_medusa(folder)
+    about = read_about(config, str(folder))
+    theirs = about.fingerprint
+    if target is not None and theirs is not None:
+        other = "configuration" if theirs.config != target.config else ""
+        if None not in (theirs.tokenizer, target.tokenizer) and theirs.tokenizer != target.tokenizer:
+            other = other or "tokenizer"
+        if other:
+            base = config.get("base_model_name_or_path") or "another model"
+            raise PairingError(
+                f"the heads in {str(folder)!r} were made for {base}, whose {other} is not this model's: use heads that "
+                "were made for it, or train some"
+            )
+    return Saved(heads, about)
+
+
+def saved_choices(folder: str | Path | None) -> list[list[int]]:
+    """The rank paths of the static tree that is kept beside the heads in ``folder``.
+
+    Raises:
+        OptionError: if there is no folder, or none in it.
+        ModelError: if the configuration there can't be read.
+    """
+    if folder is None:
+        raise OptionError("shape='choices' is the tree that is kept beside heads: give heads=... too")
+    choices = read_about(read_config(folder), str(folder)).choices
+    if not choices:
+        raise OptionError(f"no choices are kept beside the heads in {str(folder)!r}: use another shape")
+    return choices
+
+
+def write_heads(folder: str | Path, heads: MedusaHeads, base_model: str, vocab_size: int, about: About) -> None:
+    """Writes heads as `read_heads` reads them: vLLM's layout, with ``about`` beside its fields."""
+    write_medusa(heads, folder, base_model, vocab_size, about={"tokentree": about.model_dump(mode="json")})
+
+
+def read_about(config: Mapping[str, Any], where: str) -> About:
+    """What ``config`` says of heads.
+
+    Raises:
+        ModelError: if it can't be understood.
+    """
+    try:
+        return About.model_validate(config.get("tokentree") or {})
+    except ValidationError as error:
+        wrong = ".".join(map(str, error.errors()[0]["loc"]))
+        raise ModelError(f"in {where!r} the configuration's field tokentree.{wrong} makes no sense") from None
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=True).encode()).hexdigest()[:16]

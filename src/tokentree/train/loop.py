@@ -1,0 +1,176 @@
+"""One training loop: batches of numbered places, checkpoints, early stop, resume."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from pydantic import BaseModel, Field
+from torch import nn
+
+from tokentree.errors import OptionError
+
+CHECKPOINT = "checkpoint.pt"
+
+Figures = dict[str, float]
+
+
+class Recipe(BaseModel):
+    """How heads are trained.
+
+    Args:
+        epochs: passes over the data.
+        batch_size: places in a step, over all processes.
+        learning_rate: at its highest, after ``warmup_steps``; it then falls to a tenth along a cosine.
+        weight_decay: of AdamW.
+        max_norm: gradients are cut to it.
+        seed: of the order of the data.
+        evaluate_every: steps between two looks at the texts that were held back.
+        patience: looks without a better loss after which training stops.
+    """
+
+    epochs: int = Field(1, ge=1)
+    batch_size: int = Field(512, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    warmup_steps: int = Field(50, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_norm: float = Field(1.0, gt=0)
+    seed: int = Field(0, ge=0)
+    evaluate_every: int = Field(200, ge=1)
+    patience: int = Field(5, ge=1)
+
+
+class Task(Protocol):
+    """What is trained.
+
+    Attributes:
+        size: places that there are.
+    """
+
+    size: int
+
+    def loss(self, model: nn.Module, places: torch.Tensor) -> torch.Tensor:
+        """The loss over these places, a scalar."""
+        ...
+
+    def evaluate(self, model: nn.Module) -> tuple[float, Figures]:
+        """Loss and further figures on what was held back."""
+        ...
+
+
+Watch = Callable[[int, int, float, Figures], None]  # step, steps in all, loss, figures (empty between looks)
+
+
+def train(
+    model: nn.Module, groups: list[dict[str, Any]], task: Task, recipe: Recipe, folder: Path, watch: Watch,
+    accelerator: Accelerator | None = None, stop_after: int | None = None,
+) -> Figures:  # fmt: skip
+    """Trains ``model`` in place, to its best state on what was held back; returns the figures of that state.
+
+    A checkpoint in ``folder``, written at each look, is gone on with: the order of the data, the learning rate and the
+    optimizer's state are those of a run that was never interrupted.
+
+    Args:
+        groups: of parameters, as optimizers take them; ``scale`` in one multiplies the learning rate.
+        stop_after: end at this step as an interruption would, for tests.
+
+    Raises:
+        OptionError: if the checkpoint was made with another recipe, or there is nothing to train on.
+    """
+    accelerator = accelerator or Accelerator()
+    if task.size < 1:
+        raise OptionError("there is nothing to train on: no token has another one far enough behind it")
+    scales = [group.pop("scale", 1.0) for group in groups]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    steps_each = max(1, task.size // recipe.batch_size)
+    steps = recipe.epochs * steps_each
+    state = _State(folder / CHECKPOINT, recipe, steps)
+    state.load(accelerator.unwrap_model(model), optimizer)
+    for step, places in _batches(task.size, recipe, state.step):
+        if step >= steps or state.waited >= recipe.patience:
+            break
+        for group, scale in zip(optimizer.param_groups, scales, strict=True):
+            group["lr"] = scale * recipe.learning_rate * _pace(step, steps, recipe.warmup_steps)
+        mine = places[accelerator.process_index :: accelerator.num_processes]
+        loss = task.loss(model, mine)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), recipe.max_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        figures = Figures()
+        if (step + 1) % recipe.evaluate_every == 0 or step + 1 == steps:
+            value, figures = task.evaluate(accelerator.unwrap_model(model))
+            state.look(step + 1, value, figures, accelerator.unwrap_model(model))
+            if accelerator.is_main_process:
+                state.save(accelerator.unwrap_model(model), optimizer)
+        if accelerator.is_main_process:
+            watch(step + 1, steps, float(loss.detach()), figures)
+        if stop_after is not None and step + 1 >= stop_after:
+            return state.figures
+    if state.best is not None:
+        accelerator.unwrap_model(model).load_state_dict(state.best)
+    return state.figures
+
+
+def _batches(size: int, recipe: Recipe, first: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """Numbered batches of places without end, from number ``first`` on; each epoch has an order of its own that follows
+    from the seed. What is left over at its end is left out."""
+    each = max(1, size // recipe.batch_size)
+    for epoch in count(first // each):
+        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + epoch)
+        parts = torch.randperm(size, generator=generator).split(recipe.batch_size)[:each]
+        for step, part in enumerate(parts, epoch * each):
+            if step >= first:
+                yield step, part
+
+
+def _pace(step: int, steps: int, warmup: int) -> float:
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+class _State:
+    """How far a run has come, and its best state so far."""
+
+    def __init__(self, file: Path, recipe: Recipe, steps: int) -> None:
+        self._file, self._about = file, {"recipe": recipe.model_dump(), "steps": steps}
+        self.step, self.waited, self.least = 0, 0, math.inf
+        self.best: dict[str, torch.Tensor] | None = None
+        self.figures: Figures = {}
+
+    def look(self, step: int, loss: float, figures: Figures, model: nn.Module) -> None:
+        self.step, self.waited = step, self.waited + 1
+        if loss < self.least:
+            self.least, self.waited, self.figures = loss, 0, figures
+            self.best = {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+    def save(self, model: nn.Module, optimizer: Any) -> None:
+        content = self._about | {
+            "step": self.step, "waited": self.waited, "least": self.least, "figures": self.figures, "best": self.best,
+            "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+        }  # fmt: skip
+        part = self._file.with_suffix(".part")
+        part.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(content, part)
+        part.replace(self._file)
+
+    def load(self, model: nn.Module, optimizer: Any) -> None:
+        if not self._file.is_file():
+            return
+        content = torch.load(self._file, weights_only=True)
+        if {name: content[name] for name in self._about} != self._about:
+            raise OptionError(
+                f"{str(self._file)!r} was made with another recipe or other data: remove it to start anew"
+            )
+        model.load_state_dict(content["model"])
+        optimizer.load_state_dict(content["optimizer"])
+        self.step, self.waited, self.least = content["step"], content["waited"], content["least"]
+        self.figures, self.best = content["figures"], content["best"]

@@ -1,0 +1,232 @@
+"""Training Medusa heads, from a model's name to a folder that `LLM` reads."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from tokentree.errors import OptionError, PromptError
+from tokentree.heads.medusa import MedusaHeads
+from tokentree.heads.saved import About, Fingerprint, read_heads, write_heads
+from tokentree.llm import LLM
+from tokentree.loading import load_model, pick_device
+from tokentree.shapes.optimal import find_choices
+from tokentree.train.features import keep_features
+from tokentree.train.loop import Figures, Recipe, Watch, train
+from tokentree.train.medusa import HeadsWithLoss, MedusaTask, frequent_tokens
+from tokentree.train.texts import Texts, keep_texts, read_texts
+
+CHOICES = 64  # nodes of the static tree that is kept beside the heads
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of it.
+
+    Args:
+        folder: with the heads.
+        figures: of the heads, on what was held back.
+        texts: that they were trained on.
+    """
+
+    folder: Path
+    figures: Figures
+    texts: Texts
+
+
+def train_medusa(
+    llm: LLM, base_model: str, data: str | Path, folder: str | Path, recipe: Recipe | None = None, *,
+    num_heads: int = 3, num_layers: int = 1, known_tokens: int = 16384, tokens: int = 1_000_000,
+    held_back: float = 0.05, console: Console | None = None, command: str = "", stop_after: int | None = None,
+) -> Trained:  # fmt: skip
+    """Trains Medusa heads on ``llm``, which stays as it is (Medusa-1), and writes them into ``folder``.
+
+    The heads share the model's output layer. What is finished is kept in ``folder/work``: after an interruption, the
+    same call goes on from there.
+
+    Args:
+        base_model: the name that the heads will say they belong to.
+        data: a file of texts, see `read_texts`; or ``self``: the model writes its own, see `write_texts`.
+        known_tokens: how many of the model's tokens the heads know, the most frequent ones of the texts. Fewer are
+            faster to train and to draft with; heads never propose the others.
+        tokens: how many the model writes with ``data="self"``.
+        held_back: the share of tokens that accuracies are measured on.
+        console: shows progress; by default on standard error, if that is a terminal.
+        command: what was typed, for the model card.
+
+    Raises:
+        OptionError, PromptError, PairingError: if a number makes no sense, the data is no data, or the model's engine
+            has no hidden states.
+    """
+    recipe, folder, work = recipe or Recipe(), Path(folder), Path(folder) / "work"
+    if not 0 < held_back < 1:
+        raise OptionError("held_back is a share of the texts, above 0 and below 1")
+    if known_tokens < 1 or tokens < 1:
+        raise OptionError("known_tokens and tokens must be at least 1")
+    if llm.tokenizer is None:
+        raise PromptError("training needs the model's tokenizer: pass tokenizer=")
+    console = console or Console(stderr=True)
+    heads = MedusaHeads(num_heads, num_layers, llm.engine.capture().hidden_size)
+    with _bars(console) as bars:
+        texts = _texts(llm, data, work, tokens, recipe.seed, bars)
+        heads.token_map = frequent_tokens(texts.ids, known_tokens, llm.engine.vocab_size)
+        model, task = _prepared(llm, heads, texts, work / "features", held_back, bars)
+        watch = _watch(console, bars, work)
+        groups = [{"params": list(heads.parameters())}]
+        figures = train(model, groups, task, recipe, work, watch, stop_after=stop_after)
+    told = recipe.model_dump() | {"data": str(data), "texts": len(texts.ids), "tokens": texts.tokens}
+    _write(llm, model, task, folder, base_model, told, command)
+    return Trained(folder, figures, texts)
+
+
+def train_medusa2(
+    base_model: str, data: str | Path, folder: str | Path, recipe: Recipe | None = None, *, way: str = "lora",
+    start: str | Path | None = None, num_heads: int = 3, num_layers: int = 1, known_tokens: int = 16384,
+    tokens: int = 1_000_000, max_tokens: int = 512, held_back: float = 0.05, batch: int = 16,
+    dtype: str | None = None, device: str | None = None, console: Console | None = None, command: str = "",
+) -> Trained:  # fmt: skip
+    """Trains a model and Medusa heads together (Medusa-2). The changed model is written into ``folder/model``, and
+    heads for it into ``folder/heads``: the pair is lossless to the changed model, which is another one than
+    ``base_model``.
+
+    Args:
+        base_model: a hub name, a folder or a GGUF file.
+        way: ``lora`` or ``full``, see `ModelWithHeads`.
+        start: a folder of heads to start from, such as `train_medusa` wrote: the paper trains heads alone first.
+        max_tokens: what a text has beyond these is left out.
+        data, known_tokens, tokens, held_back, console, command: as for `train_medusa`.
+
+    Raises:
+        OptionError, PromptError, ModelError: as for `train_medusa`.
+    """
+    from tokentree.train.medusa2 import ModelWithHeads, TextTask
+
+    recipe, folder = recipe or Recipe(), Path(folder)
+    console, work = console or Console(stderr=True), folder / "work"
+    with _bars(console) as bars:
+        llm = LLM(base_model, max_batch=batch, dtype=dtype, device=device)
+        texts = _texts(llm, data, work, tokens, recipe.seed, bars)
+        if llm.tokenizer is None:
+            raise PromptError("training needs the model's tokenizer")
+        hidden_size, tokenizer = llm.engine.capture().hidden_size, llm.tokenizer
+        del llm
+        heads = MedusaHeads(num_heads, num_layers, hidden_size)
+        if start is not None:
+            heads = read_heads(start).heads.float()
+        heads.token_map = None
+        model = ModelWithHeads(load_model(base_model, dtype or "float32", pick_device(device)), heads, way)
+        task = TextTask([ids[:max_tokens] for ids in texts.ids], held_back)
+        figures = train(model, model.groups(), task, recipe, work, _watch(console, bars, work))
+        merged = model.merged()
+        merged.save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+        changed = LLM(folder / "model", dtype=dtype, device=device)
+        heads.token_map = frequent_tokens(texts.ids, known_tokens, changed.engine.vocab_size)
+        some = Texts(texts.ids[-max(2, len(texts.ids) // 20) :])
+        looked, seen = _prepared(changed, heads, some, work / "features", 0.9, bars)
+    told = recipe.model_dump() | {"way": way, "data": str(data), "texts": len(texts.ids), "tokens": texts.tokens}
+    _write(changed, looked, seen, folder / "heads", f"{base_model}, trained with these heads", told, command)
+    return Trained(folder, figures, texts)
+
+
+def _texts(llm: LLM, data: str | Path, work: Path, tokens: int, seed: int, bars: Progress) -> Texts:
+    if str(data) != "self":
+        assert llm.tokenizer is not None
+        return read_texts(data, llm.tokenizer, min(1024, llm.engine.context))
+    bar = bars.add_task("writing texts", total=tokens)
+    return keep_texts(llm, work / "texts.jsonl", tokens, seed, lambda count: bars.advance(bar, count))
+
+
+def _prepared(
+    llm: LLM, heads: MedusaHeads, texts: Texts, folder: Path, held_back: float, bars: Progress
+) -> tuple[HeadsWithLoss, MedusaTask]:
+    """Heads with the output layer that they share, and their task, for which ``llm`` reads ``texts``."""
+    features, vocab_size = llm.engine.capture(), llm.engine.vocab_size
+    bar = bars.add_task("reading them", total=texts.tokens)
+    hidden = keep_features(llm.engine, texts.ids, folder, lambda count: bars.advance(bar, count))
+    known = torch.arange(vocab_size) if heads.token_map is None else heads.token_map
+    weight, bias = features.output_weights(known.to(features.device))
+    model = HeadsWithLoss(heads, weight.float(), None if bias is None else bias.float())
+    part, rest = hidden.split(held_back)
+    return model, MedusaTask(part, rest, heads.num_heads, vocab_size, heads.token_map)
+
+
+def _watch(console: Console, bars: Progress, work: Path) -> Watch:
+    """Shows how training goes, and writes its events."""
+    bar, events = bars.add_task("training", total=None), _events(work)
+
+    def watch(step: int, steps: int, loss: float, figures: Figures) -> None:
+        bars.update(bar, total=steps, completed=step, description=f"training, loss {loss:.3f}")
+        events(step, {"loss": loss} | figures)
+        if figures:
+            told = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
+            console.print(f"step {step}/{steps}: loss {loss:.3f}; {told}", highlight=False)
+
+    return watch
+
+
+def _write(
+    llm: LLM, model: HeadsWithLoss, task: MedusaTask, folder: Path, base_model: str, recipe: dict[str, Any],
+    command: str,
+) -> None:  # fmt: skip
+    """Measures the heads on what was held back, and writes them with a model card."""
+    accuracies, heads = task.accuracies(model), model.heads
+    about = About(
+        fingerprint=Fingerprint.of(llm.config, llm.tokenizer),
+        temperatures=[round(value, 3) for value in task.temperatures(model)],
+        accuracies=[[round(rate, 4) for rate in rates] for rates in accuracies],
+        choices=[list(path) for path in find_choices(accuracies, CHOICES)],
+        recipe=recipe,
+    )
+    write_heads(folder, copy.deepcopy(heads).to("cpu", torch.bfloat16), base_model, llm.engine.vocab_size, about)
+    (folder / "README.md").write_text(_card(base_model, about, command), encoding="utf-8")
+
+
+def _bars(console: Console) -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _events(folder: Path) -> Callable[[int, Figures], None]:
+    """Writes TensorBoard events, where it is installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return lambda step, figures: None
+    writer: Any = SummaryWriter(str(folder / "events"))
+
+    def write(step: int, figures: Figures) -> None:
+        for name, value in figures.items():
+            writer.add_scalar(name.replace(" ", "/"), value, step)
+
+    return write
+
+
+def _card(base_model: str, about: About, command: str) -> str:
+    recipe, fingerprint = about.recipe, about.fingerprint
+    assert fingerprint is not None
+    rows = [
+        f"| {head} | {rates[0]:.1%} | {sum(rates[:5]):.1%} |"
+        for head, rates in enumerate(about.accuracies or [], start=1)
+    ]
+    parts = [
+        f"# Medusa heads for {base_model}",
+        "They share the model's output layer and are lossless: under `match`, the default rule, the text is the one "
+        "that the model writes alone.",
+        f"Made for a configuration with hash {fingerprint.config} and a tokenizer with hash {fingerprint.tokenizer}; "
+        "others are refused.",
+        "## Accuracy on texts that were held back",
+        "\n".join(["| head | top-1 | top-5 |", "|---|---|---|", *rows]),
+        "## Recipe",
+        "\n".join(f"- {name}: {value}" for name, value in recipe.items()),
+    ]
+    if command:
+        parts.append(f"```\n{command}\n```")
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,347 @@
+"""Training heads: texts, hidden states, the loop, and the command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM
+from typer.testing import CliRunner
+
+from tests.tiny_models import request, save_model, some_tokens, tiny, tiny_tokenizer
+from tokentree import LLM, train_medusa_heads
+from tokentree.cli import app
+from tokentree.engines.torch import TorchEngine
+from tokentree.errors import OptionError, PromptError
+from tokentree.heads.medusa import MedusaHeads
+from tokentree.heads.saved import read_heads
+from tokentree.train import texts as texts_module
+from tokentree.train.features import HiddenTexts, keep_features
+from tokentree.train.loop import CHECKPOINT, Recipe, train
+from tokentree.train.medusa import HeadsWithLoss, MedusaTask, frequent_tokens
+from tokentree.train.medusa2 import ModelWithHeads, TextTask
+from tokentree.train.run import Trained, train_medusa, train_medusa2
+from tokentree.train.texts import keep_texts, open_turn, read_texts, write_texts
+
+SMALL = {"batch_size": 32, "warmup_steps": 2, "evaluate_every": 5, "learning_rate": 3e-3}
+
+
+def llm(**options: Any) -> LLM:
+    return LLM(tiny("llama", vocab_size=300), tokenizer=tiny_tokenizer(), max_batch=4, **options)
+
+
+# -- texts -------------------------------------------------------------------------------------------------------------
+
+
+def test_texts_come_in_four_forms_and_bad_lines_are_named(tmp_path: Path) -> None:
+    file, tokenizer = tmp_path / "data.jsonl", tiny_tokenizer()
+    text = "The quick brown fox jumps over the lazy dog."
+    lines = [
+        json.dumps({"text": text}),
+        json.dumps({"prompt": "The quick brown fox", "completion": " jumps over the lazy dog."}),
+        json.dumps({"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "one two"}]}),
+        json.dumps({"conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "one two"}]}),
+        "",
+        "{",
+        "[1]",
+        json.dumps({"text": "one"}),
+        json.dumps({"messages": [{"role": "poet", "content": text}]}),
+        json.dumps({"question": text}),
+    ]
+    file.write_text("\n".join(lines))
+    found = read_texts(file, tokenizer)
+    assert found.ids[0] == found.ids[1] == tokenizer(text).input_ids
+    assert found.ids[2] == found.ids[3]
+    assert tokenizer.decode(found.ids[2]) == f"<|user|>{text}<|end|><|assistant|>one two<|end|>"
+    assert found.bad == [
+        "line 6 is not JSON",
+        "line 7 is not an object",
+        "line 8 has fewer than 8 tokens",
+        "line 9 has a message without a known role, or without a text",
+        'line 10 has neither "text", "prompt" and "completion", "messages" nor "conversations"',
+    ]
+    assert read_texts(file, tokenizer, max_tokens=10).ids[0] == found.ids[0][:10]
+
+
+def test_data_without_a_text_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    with pytest.raises(PromptError, match="can't read"):
+        read_texts(file, tiny_tokenizer())
+    file.write_text("nonsense\n")
+    with pytest.raises(PromptError, match="has no text: line 1 is not JSON"):
+        read_texts(file, tiny_tokenizer())
+
+
+def test_a_model_writes_turns_that_its_template_leaves_open() -> None:
+    tokenizer = tiny_tokenizer()
+    assert tokenizer.decode(open_turn(tokenizer, [0])) == "<|user|>"
+    batch = next(write_texts(llm(), prompt_tokens=12, answer_tokens=9))
+    assert 0 < len(batch) <= 4
+    for ids in batch:
+        text = str(tokenizer.decode(ids))
+        assert text.startswith("<|user|>")
+        assert "<|end|><|assistant|>" in text
+    tokenizer.chat_template = None
+    assert open_turn(tokenizer, [7]) == [7]
+
+
+def test_what_a_model_writes_follows_from_the_seed_and_is_not_written_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    advanced = list[int]()
+    whole = keep_texts(llm(), tmp_path / "whole.jsonl", 600, advance=advanced.append)
+    assert whole.tokens >= 600
+    assert sum(advanced) >= whole.tokens
+    keep_texts(llm(), tmp_path / "parts.jsonl", 200)
+    assert keep_texts(llm(), tmp_path / "parts.jsonl", 600).ids == whole.ids
+    monkeypatch.setattr(texts_module, "write_texts", None)
+    assert keep_texts(llm(), tmp_path / "whole.jsonl", 600).ids == whole.ids
+    (tmp_path / "whole.jsonl").write_text("{}\nnothing")
+    with pytest.raises(PromptError, match="doesn't hold what a model wrote"):
+        keep_texts(llm(), tmp_path / "whole.jsonl", 600)
+
+
+# -- hidden states -----------------------------------------------------------------------------------------------------
+
+
+def engine_and_texts(count: int = 70) -> tuple[TorchEngine, list[list[int]]]:
+    engine = TorchEngine(tiny("llama"))
+    engine.capture()
+    return engine, [some_tokens(9 + i % 5, seed=i) for i in range(count)]
+
+
+def test_hidden_states_are_kept_and_not_computed_twice(tmp_path: Path) -> None:
+    engine, texts = engine_and_texts()
+    found = keep_features(engine, texts, tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    start = 0
+    for ids in texts:
+        assert found.ids[start : start + len(ids)].tolist() == ids
+        assert torch.equal(found.hidden[start : start + len(ids)], engine.hidden_states(ids))
+        assert set(found.ends[start : start + len(ids)].tolist()) == {start + len(ids)}
+        start += len(ids)
+
+    class Refuses:
+        def hidden_states(self, ids: Any) -> torch.Tensor:
+            raise AssertionError
+
+    again = keep_features(Refuses(), texts, tmp_path)
+    assert torch.equal(again.hidden, found.hidden)
+
+
+def test_labels_are_the_tokens_so_far_on_within_a_text() -> None:
+    texts = HiddenTexts(torch.zeros(9, 2), torch.arange(10, 19), torch.tensor([5] * 5 + [9] * 4))
+    labels = texts.labels(torch.tensor([0, 2, 3, 5, 8]), 3)
+    assert labels.tolist() == [[12, 14, -100, 17, -100], [13, -100, -100, 18, -100], [14, -100, -100, -100, -100]]
+    first, last = texts.split(0.3)
+    assert (first.ids.tolist(), last.ids.tolist()) == ([10, 11, 12, 13, 14], [15, 16, 17, 18])
+    assert last.ends.tolist() == [4] * 4
+    assert last.labels(torch.tensor([0]), 1).tolist() == [[17]]
+
+
+def test_the_most_frequent_tokens_are_known() -> None:
+    known = frequent_tokens([[9, 9, 4], [4, 9, 7]], 5, 12)
+    assert known is not None
+    assert known.tolist() == [0, 1, 4, 7, 9]
+    assert frequent_tokens([[1]], 12, 12) is None
+
+
+# -- the loop ----------------------------------------------------------------------------------------------------------
+
+
+def some_task(num_heads: int = 2) -> tuple[HeadsWithLoss, MedusaTask]:
+    """Heads that can learn: hidden states that say what comes."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(20, 16, generator=generator)
+    ids = torch.tensor([(3 * i + i // 7) % 20 for i in range(700)])
+    hidden = torch.stack([weight[ids.roll(-1)[i]] * 0.4 + weight[ids.roll(-2)[i]] * 0.2 for i in range(700)])
+    hidden += 0.1 * torch.randn(hidden.shape, generator=generator)
+    ends = torch.arange(700) // 35 * 35 + 35
+    texts, rest = HiddenTexts(hidden, ids, ends).split(0.2)
+    model = HeadsWithLoss(MedusaHeads(num_heads, 1, 16), weight)
+    return model, MedusaTask(texts, rest, num_heads, 20, None)
+
+
+def run(folder: Path, recipe: Recipe, **options: Any) -> tuple[HeadsWithLoss, list[float], dict[str, float]]:
+    model, task = some_task()
+    losses = list[float]()
+    groups = [{"params": list(model.heads.parameters())}]
+    figures = train(model, groups, task, recipe, folder, lambda step, steps, loss, _: losses.append(loss), **options)
+    return model, losses, figures
+
+
+def test_heads_learn(tmp_path: Path) -> None:
+    model, task = some_task()
+    before = task.evaluate(model)
+    trained, losses, figures = run(tmp_path, Recipe(epochs=20, **SMALL | {"learning_rate": 1e-2}))
+    after = task.evaluate(trained)
+    assert after[0] < 0.7 * before[0]
+    assert figures["head 1 top-1"] > before[1]["head 1 top-1"] + 0.2
+    assert sum(losses[-5:]) < sum(losses[:5])
+    rates = task.accuracies(trained)
+    assert rates[0][0] == pytest.approx(figures["head 1 top-1"])
+    assert sum(rates[1][:5]) == pytest.approx(figures["head 2 top-5"])
+
+
+def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    recipe = Recipe(epochs=3, **SMALL)
+    whole, losses, figures = run(tmp_path / "whole", recipe)
+    _, first, _ = run(tmp_path / "parts", recipe, stop_after=13)  # past a look at step 10
+    assert (tmp_path / "parts" / CHECKPOINT).is_file()
+    resumed, rest, again = run(tmp_path / "parts", recipe)
+    assert first[:10] + rest == losses
+    assert again == figures
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value)
+    with pytest.raises(OptionError, match="another recipe"):
+        run(tmp_path / "parts", Recipe(epochs=3, **SMALL | {"learning_rate": 1e-3}))
+
+
+def test_it_stops_early_and_keeps_the_best(tmp_path: Path) -> None:
+    class Worse(MedusaTask):
+        """Says that it gets worse after the second look."""
+
+        looks = 0
+
+        def evaluate(self, model: nn.Module) -> tuple[float, dict[str, float]]:
+            self.looks += 1
+            self.states = [*getattr(self, "states", []), model.state_dict()["heads.weight"].clone()]
+            return float(abs(self.looks - 2)), {"look": float(self.looks)}
+
+    model, task = some_task()
+    task.__class__ = Worse
+    steps = list[int]()
+    recipe = Recipe(epochs=20, patience=3, **SMALL)
+    figures = train(
+        model, [{"params": list(model.heads.parameters())}], task, recipe, tmp_path,
+        lambda step, steps_, loss, _: steps.append(step),
+    )  # fmt: skip
+    assert steps[-1] == 25
+    assert figures == {"look": 2.0}
+    assert torch.equal(model.heads.weight, task.states[1])  # type: ignore[attr-defined]
+
+
+def test_tokens_that_the_heads_do_not_know_are_not_learnt_but_counted() -> None:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.tensor([1, 2, 3, 4] * 20)
+    texts = HiddenTexts(torch.randn(80, 8, generator=generator), ids, torch.full((80,), 80))
+    known = torch.tensor([1, 3])
+    model = HeadsWithLoss(MedusaHeads(1, 1, 8), torch.randn(2, 8, generator=generator))
+    task = MedusaTask(texts, texts, 1, 5, known)
+    _, labels = task._batch(texts, torch.arange(4), model)
+    assert labels.tolist() == [[1, -100, 0, -100]]
+    rates = task.accuracies(model)
+    assert sum(rates[0]) == pytest.approx(0.5, abs=0.02)  # half of what comes is unknown, and the rest is always named
+
+
+def test_the_loss_is_the_weighted_cross_entropy_of_the_heads() -> None:
+    model, _ = some_task(num_heads=3)
+    hidden = torch.randn(5, 16, generator=torch.Generator().manual_seed(2))
+    labels = torch.tensor([[1, 2, 3, 4, 5], [6, 7, -100, 8, 9], [-100, 1, 2, -100, 3]])
+    logits = model.heads.logits(hidden, lambda x: x @ model.weight.t()).detach()  # type: ignore[union-attr]
+    means = []
+    for head in range(3):
+        rows = labels[head] >= 0
+        means.append(float(-logits[head][rows].log_softmax(-1)[range(int(rows.sum())), labels[head][rows]].mean()))
+    weights = [1, 0.8, 0.64]
+    expected = sum(w * m for w, m in zip(weights, means, strict=True)) / sum(weights)
+    assert model(hidden, labels).item() == pytest.approx(expected, rel=1e-5)
+
+
+# -- all of it ---------------------------------------------------------------------------------------------------------
+
+
+def trained(tmp_path: Path, **options: Any) -> Trained:
+    recipe = Recipe(epochs=6, **SMALL)
+    return train_medusa(llm(), "tiny", "self", tmp_path, recipe, num_heads=2, tokens=1500, **options)
+
+
+def test_trained_heads_propose_what_the_model_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts_module, "TEMPERATURES", (0.0,))  # greedy texts soon repeat themselves
+    done = trained(tmp_path, known_tokens=200)
+    saved = read_heads(done.folder)
+    assert saved.about.recipe["tokens"] == done.texts.tokens >= 1500
+    assert saved.about.accuracies is not None
+    assert saved.about.choices
+    assert saved.heads.weight.dtype is torch.bfloat16
+    assert saved.heads.token_map is not None
+    assert len(saved.heads.token_map) == 200
+    card = (done.folder / "README.md").read_text()
+    assert "# Medusa heads for tiny" in card
+    assert f"| 1 | {saved.about.accuracies[0][0]:.1%} |" in card
+    with_heads = llm(heads=done.folder, drafter="medusa", shape="dynamic:nodes=16")
+    prompts = [ids[:150] for ids in done.texts.ids[:4]]
+    results = with_heads.generate(prompts)
+    assert [r.token_ids for r in results] == [r.token_ids for r in with_heads.plain().generate(prompts)]
+    fresh = MedusaHeads(2, 1, 48)
+    assert not torch.equal(saved.heads.weight.float(), fresh.weight)
+    assert sum(r.metrics.accepted_tokens for r in results) > 0
+
+
+def test_training_again_trains_no_further_and_gives_the_same(tmp_path: Path) -> None:
+    first = trained(tmp_path)
+    before = read_heads(first.folder)
+    again = trained(tmp_path)
+    assert again.figures == first.figures
+    assert torch.equal(read_heads(again.folder).heads.weight, before.heads.weight)
+
+
+def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
+    for wrong in ({"held_back": 0.0}, {"known_tokens": 0}, {"tokens": 0}):
+        with pytest.raises(OptionError):
+            train_medusa(llm(), "tiny", "self", tmp_path, **wrong)
+    with pytest.raises(PromptError, match="needs the model's tokenizer"):
+        train_medusa(LLM(tiny("llama")), "tiny", "self", tmp_path)
+
+
+def test_the_command_trains_and_generate_uses_the_heads(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", tiny("llama", vocab_size=300), tiny_tokenizer())
+    data, out = tmp_path / "data.jsonl", tmp_path / "heads"
+    lines = [json.dumps({"text": f"one two three four five six seven eight nine ten {i}"}) for i in range(30)]
+    data.write_text("\n".join([*lines, "nonsense"]))
+    args = ["train", "medusa", "--model", str(base), "--data", str(data), "--out", str(out), "--epochs", "2"]
+    result = CliRunner().invoke(app, [*args, "--batch-size", "32", "--heads", "2", "--evaluate-every", "5"])
+    assert result.exit_code == 0, result.output
+    assert "heads are in" in result.output
+    assert "1 lines left out: line 31 is not JSON" in result.output
+    asked = ["generate", "--model", str(base), "--heads", str(out), "--json", "--compare", "--max-tokens", "20", "one"]
+    result = CliRunner().invoke(app, asked)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["identical"]
+
+
+@pytest.mark.parametrize("way", ["lora", "full"])
+def test_a_model_and_its_heads_are_trained_together(way: str, tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", tiny("llama", vocab_size=300), tiny_tokenizer())
+    data, out = tmp_path / "data.jsonl", tmp_path / "out"
+    lines = [json.dumps({"text": f"one two three four five six seven eight nine ten {i}"}) for i in range(40)]
+    data.write_text("\n".join(lines))
+    recipe = Recipe(epochs=6, batch_size=4, warmup_steps=4, evaluate_every=20, learning_rate=2e-3)
+    done = train_medusa2(str(base), data, out, recipe, way=way, num_heads=2)
+    assert set(done.figures) == {"divergence", "heads"}
+    fresh = ModelWithHeads(tiny("llama", vocab_size=300), MedusaHeads(2, 1, 48), way)
+    before = TextTask(done.texts.ids, 0.05).evaluate(fresh)[1]
+    assert before["divergence"] == pytest.approx(0, abs=1e-5)
+    assert done.figures["heads"] < before["heads"] - 0.3
+    old, new = tiny("llama", vocab_size=300).state_dict(), LlamaForCausalLM.from_pretrained(out / "model").state_dict()
+    assert set(new) == set(old)
+    assert any(not torch.equal(new[name], old[name]) for name in old)
+    with_heads = LLM(out / "model", "medusa", heads=out / "heads")
+    results = with_heads.generate(["one two three", "nine ten"])
+    plain = with_heads.plain().generate(["one two three", "nine ten"])
+    assert [result.token_ids for result in results] == [result.token_ids for result in plain]
+    with pytest.raises(OptionError, match="unknown way 'other'"):
+        ModelWithHeads(tiny("llama"), MedusaHeads(2, 1, 48), "other")
+
+
+def test_heads_are_trained_in_one_call(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", tiny("llama", vocab_size=300), tiny_tokenizer())
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps({"text": f"one two three four five six {i}"}) for i in range(40)))
+    model = train_medusa_heads(str(base), num_heads=2, training_data=str(data), epochs=1, out=tmp_path / "heads")
+    assert model.generate("one two", max_tokens=8)
+    assert len(model(request([1, 2]).tokens)) == 3
