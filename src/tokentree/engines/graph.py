@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from torch._dynamo.exc import TorchDynamoException
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from transformers import Cache, PreTrainedModel
 
 from tokentree.engines.attention import Segment, dense_mask
@@ -27,13 +28,14 @@ from tokentree.tree import TokenTree
 
 ROWS = (2, 4, 8, 16, 32, 64)  # a single row would be compiled for itself
 BACKEND = "inductor"
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 class Graph:
     """The forward over the tree of one sequence, compiled by `torch.compile`.
 
-    On CPUs one graph serves all sizes, as rows and capacity are symbols in it, and its weights are packed
-    (inductor's freezing). On GPUs each size has its graph, which is captured as a CUDA graph.
+    On CPUs one graph serves all sizes, as rows and capacity are symbols in it. On GPUs each size has its graph, which
+    is captured as a CUDA graph. What was compiled is kept in the cache folder.
 
     Args:
         model: attends by itself, under a dense mask.
@@ -45,8 +47,9 @@ class Graph:
         self._on_cpu, self._head_input = model.device.type == "cpu", torch.empty(0)
         if (head := model.get_output_embeddings()) is not None:
             head.register_forward_pre_hook(self._note)
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
-        options: dict[str, Any] = {"freezing": True} if self._on_cpu else {"triton.cudagraphs": True}
+        if os.environ.get(CACHE, default_cache_dir()) == default_cache_dir():  # torch's own, in a temporary folder
+            os.environ[CACHE] = str(cache_folder() / "compiled")
+        options: dict[str, Any] = {} if self._on_cpu else {"triton.cudagraphs": True}
         limits: dict[str, Any] = {"recompile_limit": 64, "isolate_recompiles": True}
         self._compiled: Callable[..., tuple[torch.Tensor, torch.Tensor]] = torch.compile(
             self._run, dynamic=False, backend=BACKEND, options=options if BACKEND == "inductor" else None, **limits

@@ -293,6 +293,7 @@ class TorchEngine:
         self.attention, self._attends_itself = "sdpa", True
         return graph
 
+    @torch.inference_mode()
     def _check_tree(self, expected: torch.Tensor) -> None:
         """Raises `ModelError` unless trees give ``expected``, what the model says by itself."""
         got, windows = in_trees(
