@@ -163,11 +163,11 @@ def test_it_reads_the_state_before_the_root_and_each_head_has_a_level() -> None:
     engine = TorchEngine(model)
     features = engine.capture()
     heads = random_heads(features.hidden_size)
-    drafter = Kept(heads, features, engine.vocab_size)
-    decode(engine, [request(some_tokens(11), max_tokens=12)], drafter, "2x2x1")
+    drafter, seq = Kept(heads, features, engine.vocab_size), request(some_tokens(11), max_tokens=60)
+    decode(engine, [seq], Merged([drafter, Recycling(engine.vocab_size)]), "2x2x1")
     (_, first), *rest = drafter.__dict__["seen"]
     assert len(first) == 1  # no forward was made yet
-    assert rest
+    assert max(step[1] for step in seq.metrics.steps) > 2  # some paths are longer than the root
     for tokens, draft in rest:
         with torch.inference_mode():
             states = model.model(input_ids=torch.tensor([tokens[:-1]])).last_hidden_state[0, -1:]

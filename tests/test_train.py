@@ -30,6 +30,12 @@ from tokentree.train.texts import keep_texts, open_turn, read_texts, write_texts
 SMALL = {"batch_size": 32, "warmup_steps": 2, "evaluate_every": 5, "learning_rate": 3e-3}
 
 
+@pytest.fixture(autouse=True)
+def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a model writes comes in small batches."""
+    monkeypatch.setattr(texts_module, "AT_ONCE", 4)
+
+
 def llm(**options: Any) -> LLM:
     return LLM(tiny("llama", vocab_size=300), tokenizer=tiny_tokenizer(), max_batch=4, **options)
 

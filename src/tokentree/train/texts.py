@@ -16,6 +16,7 @@ from tokentree.llm import LLM
 from tokentree.sampling import SamplingParams
 
 LEAST = 8  # tokens of a text that is worth reading
+AT_ONCE = 64  # texts that a model writes; as one is finished, another joins those that are decoded together
 TEMPERATURES = (0.0, 0.3, 0.7, 1.0)  # of the answers that a model writes
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 MARK = "tokentree-turn"  # stands for what a user says, while the template around it is looked at
@@ -126,7 +127,7 @@ def write_texts(
         raise PromptError("a model without a tokenizer can't write its own training data: give a file")
     start = open_turn(tokenizer, sorted(llm.eos_ids)[:1] or [0])
     for number in count(first):
-        places = range(number * llm.max_batch, (number + 1) * llm.max_batch)
+        places = range(number * AT_ONCE, (number + 1) * AT_ONCE)
         said = _write(llm, [start] * len(places), [1.0] * len(places), [seed + 2 * i for i in places], prompt_tokens)
         if tokenizer.chat_template:
             texts = [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in said]
