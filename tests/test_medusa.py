@@ -401,6 +401,14 @@ def test_typical_takes_the_longest_path_of_tokens_that_are_good_enough(seed: int
     assert step.tokens[:-1] == [draft.tokens[node] for node in step.path[1:]]
 
 
+def test_of_equally_long_paths_typical_takes_the_most_probable_one() -> None:
+    rows = torch.full((5, 5), 0.02)
+    rows[2, 0], rows[2, 1], rows[0, 3], rows[1, 4] = 0.6, 0.3, 0.3, 0.5  # 2 -> 0 -> 3 has 0.18, 2 -> 1 -> 4 has 0.15
+    rows[:, 2] += 1 - rows.sum(1)
+    step, _ = typical_step([1, 0, 4, 3], [0, 0, 1, 2], rows.log(), Typical(0.09, 0.3), temperature=1.0, seed=0)
+    assert step.tokens[:2] == [0, 3]
+
+
 def test_typical_is_match_for_greedy_requests_and_lossy_for_others() -> None:
     table = random_table(6, 2, seed=3)
     engine = TableEngine(table)

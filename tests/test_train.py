@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tokentree.heads.medusa import MedusaHeads
 from tokentree.heads.saved import read_heads
 from tokentree.train import texts as texts_module
 from tokentree.train.features import HiddenTexts, keep_features
-from tokentree.train.loop import CHECKPOINT, Recipe, train
+from tokentree.train.loop import CHECKPOINT, Recipe, _batches, train
 from tokentree.train.medusa import HeadsWithLoss, MedusaTask, frequent_tokens
 from tokentree.train.medusa2 import ModelWithHeads, TextTask
 from tokentree.train.run import Trained, train_medusa, train_medusa2
@@ -99,13 +100,13 @@ def test_what_a_model_writes_follows_from_the_seed_and_is_not_written_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     advanced = list[int]()
-    whole = keep_texts(llm(), tmp_path / "whole.jsonl", 600, advance=advanced.append)
-    assert whole.tokens >= 600
+    whole = keep_texts(llm(), tmp_path / "whole.jsonl", 3000, advance=advanced.append)
+    assert whole.tokens >= 3000
     assert sum(advanced) >= whole.tokens
-    keep_texts(llm(), tmp_path / "parts.jsonl", 200)
-    assert keep_texts(llm(), tmp_path / "parts.jsonl", 600).ids == whole.ids
+    assert keep_texts(llm(), tmp_path / "parts.jsonl", 200).tokens < 3000
+    assert keep_texts(llm(), tmp_path / "parts.jsonl", 3000).ids == whole.ids
     monkeypatch.setattr(texts_module, "write_texts", None)
-    assert keep_texts(llm(), tmp_path / "whole.jsonl", 600).ids == whole.ids
+    assert keep_texts(llm(), tmp_path / "whole.jsonl", 3000).ids == whole.ids
     (tmp_path / "whole.jsonl").write_text("{}\nnothing")
     with pytest.raises(PromptError, match="doesn't hold what a model wrote"):
         keep_texts(llm(), tmp_path / "whole.jsonl", 600)
@@ -191,6 +192,29 @@ def test_heads_learn(tmp_path: Path) -> None:
     rates = task.accuracies(trained)
     assert rates[0][0] == pytest.approx(figures["head 1 top-1"])
     assert sum(rates[1][:5]) == pytest.approx(figures["head 2 top-5"])
+
+
+def test_each_epoch_has_all_places_in_an_order_of_its_own() -> None:
+    recipe = Recipe(batch_size=4)
+    batches = [part.tolist() for _, (_, part) in zip(range(10), _batches(20, recipe, 0), strict=False)]
+    first, second = [*chain(*batches[:5])], [*chain(*batches[5:])]
+    assert sorted(first) == sorted(second) == list(range(20))
+    assert first != second
+    assert [part.tolist() for _, (_, part) in zip(range(3), _batches(20, recipe, 7), strict=False)] == batches[7:]
+
+
+def test_temperatures_make_probabilities_true(tmp_path: Path) -> None:
+    model, _, _ = run(tmp_path, Recipe(epochs=6, **SMALL))
+    _, task = some_task()
+    hidden, labels = task._batch(task._held_back, torch.arange(len(task._held_back)), model)
+    logits = model.logits(hidden).detach()
+    for head, found in enumerate(task.temperatures(model)):
+
+        def loss(temperature: float, head: int = head) -> float:
+            return nn.functional.cross_entropy(logits[head] / temperature, labels[head]).item()
+
+        assert all(loss(found) <= loss(other) + 1e-6 for other in (0.6, 0.8, 1.0, 1.3, 1.7, 2.4))
+        assert loss(found) < max(loss(0.6), loss(2.4)) - 1e-3
 
 
 def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
@@ -342,6 +366,19 @@ def test_a_model_and_its_heads_are_trained_together(way: str, tmp_path: Path) ->
     assert [result.token_ids for result in results] == [result.token_ids for result in plain]
     with pytest.raises(OptionError, match="unknown way 'other'"):
         ModelWithHeads(tiny("llama"), MedusaHeads(2, 1, 48), "other")
+
+
+def test_the_loss_of_both_is_the_divergence_and_that_of_the_heads() -> None:
+    model = ModelWithHeads(tiny("llama"), MedusaHeads(1, 1, 48), "full")
+    ids, mask = torch.tensor([some_tokens(12), some_tokens(12, seed=1)]), torch.ones(2, 12, dtype=torch.int64)
+    with torch.no_grad():
+        model.model.lm_head.weight.mul_(1.5)
+        loss, parts = model(ids, mask)
+        logits = model.model(input_ids=ids).logits  # fresh heads say what the model says
+    assert parts["divergence"] > 0.01
+    assert loss.item() == pytest.approx(parts["divergence"] + 0.2 * parts["heads"], rel=1e-5)
+    expected = nn.functional.cross_entropy(logits[:, :-2].flatten(0, 1), ids[:, 2:].flatten()).item()
+    assert parts["heads"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_heads_are_trained_in_one_call(tmp_path: Path) -> None:
