@@ -72,6 +72,16 @@ def test_storage_that_grows_keeps_its_rows(graphs: Graphs, monkeypatch: pytest.M
     assert decode(engine, texts[1:], Recycling(engine.vocab_size)) == expected_ids
 
 
+def test_a_tree_grown_over_two_calls_equals_one_call(graphs: Graphs) -> None:
+    engine, tree = compiled("llama"), some_tree(ROOT, 12)
+    seq = request([*some_tokens(9), ROOT])
+    whole = verified(engine, seq, tree)
+    part = TokenTree(tree.tokens[:5], tree.parents[:5])
+    engine.verify([seq], [part])
+    rest = engine.verify([seq], [tree], [5])
+    assert_near(rest.rows(0, range(5, 12)), whole[5:])
+
+
 def test_what_no_graph_fits_goes_through_the_model(graphs: Graphs) -> None:
     engine = compiled("qwen3")
     seqs = [request([*some_tokens(4), ROOT]), request([*some_tokens(8), ROOT])]

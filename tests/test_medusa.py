@@ -20,6 +20,7 @@ from tokentree.drafters.medusa import TOP, Medusa, _grow
 from tokentree.drafters.merged import Merged
 from tokentree.drafters.ngram import NGram
 from tokentree.drafters.recycling import Recycling
+from tokentree.engines.linear import weights_of
 from tokentree.engines.table import TableEngine
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import ModelError, OptionError, PairingError, TreeError
@@ -118,6 +119,14 @@ def test_the_output_layer_of_some_tokens_gives_their_logits(family: str, dtype: 
     weight, bias = features.output_weights(ids)
     assert bias is None
     assert torch.allclose(hidden.float() @ weight.float().t(), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_the_weights_of_a_layer_with_a_bias_come_without_it() -> None:
+    layer = torch.nn.Linear(70, 9).requires_grad_(False)
+    weight, bias = weights_of(layer, torch.tensor([8, 0, 3]), 70, torch.float32)
+    assert torch.allclose(weight, layer.weight[[8, 0, 3]], atol=1e-6)
+    assert bias is not None
+    assert torch.equal(bias, layer.bias[[8, 0, 3]])
 
 
 def test_a_table_has_no_hidden_states() -> None:
