@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,10 @@ def test_hidden_states_are_kept_and_not_computed_twice(tmp_path: Path) -> None:
 
     again = keep_features(Refuses(), texts, tmp_path)
     assert torch.equal(again.hidden, found.hidden)
+    other = [*texts[:64], texts[0]]  # of another second shard, nothing is taken over
+    assert torch.equal(keep_features(engine, other, tmp_path).hidden[-9:], engine.hidden_states(texts[0]))
+    few = keep_features(Refuses(), other[:64], tmp_path)
+    assert len(few) == sum(map(len, other[:64]))
 
 
 def test_labels_are_the_tokens_so_far_on_within_a_text() -> None:
@@ -196,11 +200,11 @@ def test_heads_learn(tmp_path: Path) -> None:
 
 def test_each_epoch_has_all_places_in_an_order_of_its_own() -> None:
     recipe = Recipe(batch_size=4)
-    batches = [part.tolist() for _, (_, part) in zip(range(10), _batches(20, recipe, 0), strict=False)]
+    batches = [part.tolist() for _, (_, part) in islice(enumerate(_batches(20, recipe, 0)), 10)]
     first, second = [*chain(*batches[:5])], [*chain(*batches[5:])]
     assert sorted(first) == sorted(second) == list(range(20))
     assert first != second
-    assert [part.tolist() for _, (_, part) in zip(range(3), _batches(20, recipe, 7), strict=False)] == batches[7:]
+    assert [part.tolist() for _, (_, part) in islice(enumerate(_batches(20, recipe, 7)), 3)] == batches[7:]
 
 
 def test_temperatures_make_probabilities_true(tmp_path: Path) -> None:
@@ -318,6 +322,17 @@ def test_training_again_trains_no_further_and_gives_the_same(tmp_path: Path) -> 
     again = trained(tmp_path)
     assert again.figures == first.figures
     assert torch.equal(read_heads(again.folder).heads.weight, before.heads.weight)
+
+
+def test_the_work_of_another_run_is_not_gone_on_with(tmp_path: Path) -> None:
+    trained(tmp_path)
+    with pytest.raises(OptionError, match="made with another recipe or other data"):
+        train_medusa(llm(), "tiny", "self", tmp_path, Recipe(epochs=6, **SMALL), num_heads=3, tokens=1500)
+    with pytest.raises(OptionError, match="the work of another run"):
+        train_medusa(llm(), "tiny", "self", tmp_path, Recipe(epochs=6, seed=1, **SMALL), num_heads=2, tokens=1500)
+    other = LLM(tiny("llama", vocab_size=300, num_hidden_layers=1), tokenizer=tiny_tokenizer())
+    with pytest.raises(OptionError, match="the work of another run"):
+        train_medusa(other, "tiny", "self", tmp_path, Recipe(epochs=6, **SMALL), num_heads=2, tokens=1500)
 
 
 def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:

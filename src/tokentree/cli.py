@@ -251,6 +251,8 @@ def bench(
             "methods": method,
             "dtype": str(llm.engine.dtype),
             "quantization": quantization,
+            "heads": None if heads is None else str(heads),
+            "compile": compile,
             "device": str(llm.engine.device),
             "attention": llm.engine.attention,
         }

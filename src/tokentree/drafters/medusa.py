@@ -72,7 +72,7 @@ class Medusa(Drafter):
         if parts.heads is None:
             raise PairingError("drafter='medusa' needs heads=..., a folder with Medusa heads for this model")
         saved = read_heads(parts.heads, parts.fingerprint)
-        return cls(saved.heads, parts.engine.capture(), parts.engine.vocab_size, saved.temperatures)
+        return cls(saved.heads, parts.engine.capture(), parts.engine.vocab_size, saved.about.temperatures)
 
     def propose(self, seqs: list[Sequence], shape: Shape, sampled: bool) -> list[Draft]:
         drafts = {seq.id: Draft(seq.tokens[-1]) for seq in seqs}

@@ -69,10 +69,6 @@ class Saved:
     heads: MedusaHeads
     about: About
 
-    @property
-    def temperatures(self) -> list[float] | None:
-        return self.about.temperatures
-
 
 def read_heads(folder: str | Path, target: Fingerprint | None = None) -> Saved:
     """The Medusa heads in ``folder``.

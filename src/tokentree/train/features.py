@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Protocol
 
@@ -61,31 +61,23 @@ def keep_features(
     a time: what was done before an interruption is not done again.
 
     Args:
-        texts: in the same order each time; those in finished shards are taken from there, so an iterator that skips
-            nothing but is lazy costs what it takes to walk over them.
+        texts: a shard that holds other ones is made anew.
         advance: called with the number of tokens of each text that was read.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rest, number = iter(texts), 0
-    while shard := list(islice(rest, SHARD)):
-        file = folder / f"{number:05}.safetensors"
-        if not file.is_file():
-            tensors = dict[str, list[torch.Tensor]](hidden=[], ids=[])
-            for ids in shard:
-                tensors["hidden"].append(reader.hidden_states(ids).cpu())
-                tensors["ids"].append(torch.tensor(ids))
-                advance(len(ids))
-            lengths = torch.tensor([len(ids) for ids in shard])
-            part = file.with_suffix(".part")
-            save_file({name: torch.cat(parts) for name, parts in tensors.items()} | {"lengths": lengths}, part)
+    rest, shards = iter(texts), list[dict[str, torch.Tensor]]()
+    while texts := list(islice(rest, SHARD)):
+        file = folder / f"{len(shards):05}.safetensors"
+        wanted = {"ids": torch.tensor([*chain(*texts)]), "lengths": torch.tensor([*map(len, texts)])}
+        kept = load_file(file) if file.is_file() else {}
+        if not all(name in kept and torch.equal(kept[name], value) for name, value in wanted.items()):
+            hidden = list[torch.Tensor]()
+            for text in texts:
+                hidden.append(reader.hidden_states(text).cpu())
+                advance(len(text))
+            kept, part = wanted | {"hidden": torch.cat(hidden)}, file.with_suffix(".part")
+            save_file(kept, part)
             part.replace(file)
-        number += 1
-    return read_features(folder)
-
-
-def read_features(folder: Path) -> HiddenTexts:
-    """What `keep_features` put into ``folder``."""
-    shards = [load_file(file) for file in sorted(folder.glob("*.safetensors"))]
-    lengths = torch.cat([shard["lengths"] for shard in shards])
-    ends = lengths.cumsum(0).repeat_interleave(lengths)
-    return HiddenTexts(torch.cat([shard["hidden"] for shard in shards]), torch.cat([s["ids"] for s in shards]), ends)
+        shards.append(kept)
+    ids, lengths, states = (torch.cat([shard[name] for shard in shards]) for name in ("ids", "lengths", "hidden"))
+    return HiddenTexts(states, ids, lengths.cumsum(0).repeat_interleave(lengths))

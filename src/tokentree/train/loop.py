@@ -68,7 +68,7 @@ Watch = Callable[[int, int, float, Figures], None]  # step, steps in all, loss, 
 
 def train(
     model: nn.Module, groups: list[dict[str, Any]], task: Task, recipe: Recipe, folder: Path, watch: Watch,
-    accelerator: Accelerator | None = None, stop_after: int | None = None,
+    about: dict[str, Any] | None = None, stop_after: int | None = None,
 ) -> Figures:  # fmt: skip
     """Trains ``model`` in place, to its best state on what was held back; returns the figures of that state.
 
@@ -77,12 +77,13 @@ def train(
 
     Args:
         groups: of parameters, as optimizers take them; ``scale`` in one multiplies the learning rate.
+        about: what else tells this run from others; a checkpoint of another one is refused.
         stop_after: end at this step as an interruption would, for tests.
 
     Raises:
-        OptionError: if the checkpoint was made with another recipe, or there is nothing to train on.
+        OptionError: if the checkpoint was made by another run, or there is nothing to train on.
     """
-    accelerator = accelerator or Accelerator()
+    accelerator = Accelerator()
     if task.size < 1:
         raise OptionError("there is nothing to train on: no token has another one far enough behind it")
     scales = [group.pop("scale", 1.0) for group in groups]
@@ -90,7 +91,7 @@ def train(
     model, optimizer = accelerator.prepare(model, optimizer)
     steps_each = max(1, task.size // recipe.batch_size)
     steps = recipe.epochs * steps_each
-    state = _State(folder / CHECKPOINT, recipe, steps)
+    state = _State(folder / CHECKPOINT, {"recipe": recipe.model_dump(), "steps": steps} | (about or {}))
     state.load(accelerator.unwrap_model(model), optimizer)
     for step, places in _batches(task.size, recipe, state.step):
         if step >= steps or state.waited >= recipe.patience:
@@ -114,7 +115,7 @@ def train(
         if stop_after is not None and step + 1 >= stop_after:
             return state.figures
     if state.best is not None:
-        accelerator.unwrap_model(model).load_state_dict(state.best)
+        _put(accelerator.unwrap_model(model), state.best)
     return state.figures
 
 
@@ -140,8 +141,8 @@ def _pace(step: int, steps: int, warmup: int) -> float:
 class _State:
     """How far a run has come, and its best state so far."""
 
-    def __init__(self, file: Path, recipe: Recipe, steps: int) -> None:
-        self._file, self._about = file, {"recipe": recipe.model_dump(), "steps": steps}
+    def __init__(self, file: Path, about: dict[str, Any]) -> None:
+        self._file, self._about = file, about
         self.step, self.waited, self.least = 0, 0, math.inf
         self.best: dict[str, torch.Tensor] | None = None
         self.figures: Figures = {}
@@ -150,12 +151,12 @@ class _State:
         self.step, self.waited = step, self.waited + 1
         if loss < self.least:
             self.least, self.waited, self.figures = loss, 0, figures
-            self.best = {name: value.detach().clone() for name, value in model.state_dict().items()}
+            self.best = {name: value.clone() for name, value in _trained(model).items()}
 
     def save(self, model: nn.Module, optimizer: Any) -> None:
         content = self._about | {
             "step": self.step, "waited": self.waited, "least": self.least, "figures": self.figures, "best": self.best,
-            "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+            "model": _trained(model), "optimizer": optimizer.state_dict(),
         }  # fmt: skip
         part = self._file.with_suffix(".part")
         part.parent.mkdir(parents=True, exist_ok=True)
@@ -166,11 +167,20 @@ class _State:
         if not self._file.is_file():
             return
         content = torch.load(self._file, weights_only=True)
-        if {name: content[name] for name in self._about} != self._about:
+        if {name: content.get(name) for name in self._about} != self._about:
             raise OptionError(
                 f"{str(self._file)!r} was made with another recipe or other data: remove it to start anew"
             )
-        model.load_state_dict(content["model"])
+        _put(model, content["model"])
         optimizer.load_state_dict(content["optimizer"])
         self.step, self.waited, self.least = content["step"], content["waited"], content["least"]
         self.figures, self.best = content["figures"], content["best"]
+
+
+def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What training changes of ``model``."""
+    return {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+
+
+def _put(model: nn.Module, values: dict[str, torch.Tensor]) -> None:
+    model.load_state_dict(model.state_dict() | values)

@@ -37,9 +37,8 @@ class HeadsWithLoss(nn.Module):
         self.bias: torch.Tensor | None
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
-        weights = decay ** torch.arange(heads.num_heads)
         self.importance: torch.Tensor
-        self.register_buffer("importance", weights / weights.sum(), persistent=False)
+        self.register_buffer("importance", importance(heads.num_heads, decay), persistent=False)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[heads, rows, tokens that the heads know]"""
@@ -53,6 +52,12 @@ class HeadsWithLoss(nn.Module):
         losses = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
         asked = (labels >= 0).sum(1).clamp(min=1)
         return (losses.sum(1) / asked * self.importance).sum()
+
+
+def importance(num_heads: int, decay: float) -> torch.Tensor:
+    """float[num_heads]: what the loss of each head weighs, ``decay ** k`` over their sum."""
+    weights = decay ** torch.arange(num_heads)
+    return weights / weights.sum()
 
 
 class MedusaTask:

@@ -21,10 +21,17 @@ from transformers import PreTrainedModel
 from tokentree.errors import OptionError
 from tokentree.heads.medusa import MedusaHeads
 from tokentree.train.loop import Figures
+from tokentree.train.medusa import importance
 
 WAYS = ("lora", "full")
 HEADS_WEIGHT = 0.2  # of their loss beside the model's own, as in the paper's recipe
 FASTER = 4.0  # the heads' learning rate, in the model's
+
+
+def check_way(way: str) -> None:
+    """Raises `OptionError` if there is no such way."""
+    if way not in WAYS:
+        raise OptionError(f"unknown way {way!r} to train a model: choose one of {', '.join(WAYS)}")
 
 
 class ModelWithHeads(nn.Module):
@@ -38,15 +45,16 @@ class ModelWithHeads(nn.Module):
         decay: of the heads' weights in the loss.
 
     Raises:
-        OptionError: if there is no such way.
+        OptionError: if there is no such way, or the heads share nothing.
     """
 
     def __init__(
         self, model: PreTrainedModel, heads: MedusaHeads, way: str, decay: float = 0.8, rank: int = 16
     ) -> None:
         super().__init__()
-        if way not in WAYS:
-            raise OptionError(f"unknown way {way!r} to train a model: choose one of {', '.join(WAYS)}")
+        check_way(way)
+        if heads.projection is not None:
+            raise OptionError("heads with projections of their own can't be trained with a model")
         self.heads, self.way = heads, way
         self.former: list[PreTrainedModel] = []  # no module of this one: it has no part in its state
         self.model: Any
@@ -58,9 +66,8 @@ class ModelWithHeads(nn.Module):
         else:
             self.former = [copy.deepcopy(model).eval().requires_grad_(False)]
             self.model = model
-        weights = decay ** torch.arange(heads.num_heads)
         self.importance: torch.Tensor
-        self.register_buffer("importance", weights / weights.sum(), persistent=False)
+        self.register_buffer("importance", importance(heads.num_heads, decay), persistent=False)
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
         """The loss over texts int64[texts, tokens], of which ``mask`` tells what is text; and its parts."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +67,7 @@ def train_medusa(
         OptionError, PromptError, PairingError: if a number makes no sense, the data is no data, or the model's engine
             has no hidden states.
     """
-    recipe, folder, work = recipe or Recipe(), Path(folder), Path(folder) / "work"
+    recipe, folder = recipe or Recipe(), Path(folder)
     if not 0 < held_back < 1:
         raise OptionError("held_back is a share of the texts, above 0 and below 1")
     if known_tokens < 1 or tokens < 1:
@@ -73,6 +75,7 @@ def train_medusa(
     if llm.tokenizer is None:
         raise PromptError("training needs the model's tokenizer: pass tokenizer=")
     console = console or Console(stderr=True)
+    work = _work(folder, llm, data, recipe)
     heads = MedusaHeads(num_heads, num_layers, llm.engine.capture().hidden_size)
     with _bars(console) as bars:
         texts = _texts(llm, data, work, tokens, recipe.seed, bars)
@@ -80,7 +83,7 @@ def train_medusa(
         model, task = _prepared(llm, heads, texts, work / "features", held_back, bars)
         watch = _watch(console, bars, work)
         groups = [{"params": list(heads.parameters())}]
-        figures = train(model, groups, task, recipe, work, watch, stop_after=stop_after)
+        figures = train(model, groups, task, recipe, work, watch, _identity(heads, texts), stop_after)
     told = recipe.model_dump() | {"data": str(data), "texts": len(texts.ids), "tokens": texts.tokens}
     _write(llm, model, task, folder, base_model, told, command)
     return Trained(folder, figures, texts)
@@ -106,24 +109,25 @@ def train_medusa2(
     Raises:
         OptionError, PromptError, ModelError: as for `train_medusa`.
     """
-    from tokentree.train.medusa2 import ModelWithHeads, TextTask
+    from tokentree.train.medusa2 import ModelWithHeads, TextTask, check_way
 
-    recipe, folder = recipe or Recipe(), Path(folder)
-    console, work = console or Console(stderr=True), folder / "work"
+    check_way(way)
+    recipe, folder, console = recipe or Recipe(), Path(folder), console or Console(stderr=True)
     with _bars(console) as bars:
         llm = LLM(base_model, max_batch=batch, dtype=dtype, device=device)
-        texts = _texts(llm, data, work, tokens, recipe.seed, bars)
         if llm.tokenizer is None:
             raise PromptError("training needs the model's tokenizer")
-        hidden_size, tokenizer = llm.engine.capture().hidden_size, llm.tokenizer
-        del llm
-        heads = MedusaHeads(num_heads, num_layers, hidden_size)
+        heads = MedusaHeads(num_heads, num_layers, llm.engine.capture().hidden_size)
         if start is not None:
-            heads = read_heads(start).heads.float()
+            heads = read_heads(start, Fingerprint.of(llm.config, llm.tokenizer)).heads.float()
         heads.token_map = None
+        work, tokenizer = _work(folder, llm, data, recipe), llm.tokenizer
+        texts = _texts(llm, data, work, tokens, recipe.seed, bars)
+        del llm
         model = ModelWithHeads(load_model(base_model, dtype or "float32", pick_device(device)), heads, way)
         task = TextTask([ids[:max_tokens] for ids in texts.ids], held_back)
-        figures = train(model, model.groups(), task, recipe, work, _watch(console, bars, work))
+        identity = _identity(heads, texts) | {"way": way}
+        figures = train(model, model.groups(), task, recipe, work, _watch(console, bars, work), identity)
         merged = model.merged()
         merged.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
@@ -134,6 +138,25 @@ def train_medusa2(
     told = recipe.model_dump() | {"way": way, "data": str(data), "texts": len(texts.ids), "tokens": texts.tokens}
     _write(changed, looked, seen, folder / "heads", f"{base_model}, trained with these heads", told, command)
     return Trained(folder, figures, texts)
+
+
+def _work(folder: Path, llm: LLM, data: str | Path, recipe: Recipe) -> Path:
+    """The folder for what is kept between runs, which belongs to one model, one source of texts and one seed."""
+    work = folder / "work"
+    owner = Fingerprint.of(llm.config, llm.tokenizer).model_dump() | {"data": str(data), "seed": recipe.seed}
+    file, content = work / "about.json", json.dumps(owner)
+    if file.is_file() and file.read_text(encoding="utf-8") != content:
+        raise OptionError(f"{str(work)!r} is the work of another run, with another model, data or seed: name another")
+    work.mkdir(parents=True, exist_ok=True)
+    file.write_text(content, encoding="utf-8")
+    return work
+
+
+def _identity(heads: MedusaHeads, texts: Texts) -> dict[str, Any]:
+    """What a checkpoint belongs to beside its recipe."""
+    known = None if heads.token_map is None else len(heads.token_map)
+    hashed = hashlib.sha256(json.dumps(texts.ids).encode()).hexdigest()
+    return {"heads": [heads.num_heads, heads.num_layers, heads.hidden_size, known], "texts": hashed}
 
 
 def _texts(llm: LLM, data: str | Path, work: Path, tokens: int, seed: int, bars: Progress) -> Texts:
