@@ -16,7 +16,7 @@ from tests.tiny_models import FAMILIES, VOCAB, request, save_model, some_tokens,
 from tokentree import LLM, MedusaModel, build_tree_from_heads, medusa_decode
 from tokentree.acceptance import Typical, acceptance
 from tokentree.draft import Draft
-from tokentree.drafters.medusa import TOP, Medusa, _grow
+from tokentree.drafters.medusa import TOP, FastHeads, Medusa, _grow
 from tokentree.drafters.merged import Merged
 from tokentree.drafters.ngram import NGram
 from tokentree.drafters.recycling import Recycling
@@ -115,8 +115,8 @@ def test_the_output_layer_of_some_tokens_gives_their_logits(family: str, dtype: 
     features, ids = engine.capture(), torch.tensor([7, 3, 119, 50, 51])
     hidden = torch.randn(4, features.hidden_size, generator=torch.Generator().manual_seed(0)).to(dtype)
     expected = features.output_layer(hidden)[:, ids].float()
-    assert torch.allclose(features.output_for(ids)(hidden).float(), expected, rtol=1e-2, atol=1e-2)
     weight, bias = features.output_weights(ids)
+    assert torch.allclose(features.linear(weight, bias)(hidden).float(), expected, rtol=1e-2, atol=1e-2)
     assert bias is None
     assert torch.allclose(hidden.float() @ weight.float().t(), expected, rtol=1e-2, atol=1e-2)
 
@@ -259,6 +259,28 @@ def test_heads_that_know_some_tokens_propose_these_alone() -> None:
     heads.token_map = known + 1
     with pytest.raises(PairingError, match="tokens that the target doesn't have"):
         Medusa(heads, features, VOCAB)
+
+
+@pytest.mark.parametrize("projection", ["shared", "some tokens", "own"])
+@pytest.mark.parametrize(("heads", "layers", "bias"), [(3, 1, True), (3, 2, False), (1, 2, True), (2, 0, True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_draft_with_the_logits_that_they_are_trained_on(
+    projection: str, heads: int, layers: int, bias: bool, dtype: torch.dtype
+) -> None:
+    features = TorchEngine(tiny("qwen2", dtype, **WIDE)).capture()
+    generator = torch.Generator().manual_seed(0)
+    made = MedusaHeads(heads, layers, 64, VOCAB if projection == "own" else None, bias)
+    for weight in made.parameters():
+        torch.nn.init.normal_(weight, std=0.2, generator=generator)
+    layer: Any = features.output_layer
+    if projection == "some tokens":
+        made.token_map = torch.tensor([5, 2, 77, 100, 101])
+        layer = lambda x: features.output_layer(x)[..., made.token_map]  # noqa: E731
+    hidden = torch.randn(4, 64, generator=generator).to(dtype)
+    expected = made.to(dtype).logits(hidden, layer).detach().float()
+    got = FastHeads(made, features).logits(hidden).float()
+    assert got.shape == expected.shape
+    assert float((got - expected).abs().max()) < (1e-4 if dtype is torch.float32 else 0.05) * float(expected.std())
 
 
 def test_heads_with_projections_of_their_own_need_no_output_layer() -> None:

@@ -38,7 +38,7 @@ def medusa(
     warmup_steps: Annotated[int, typer.Option(min=0)] = 50,
     evaluate_every: Annotated[int, typer.Option(min=1, help="Steps between looks at texts held back.")] = 200,
     patience: Annotated[int, typer.Option(min=1, help="Looks without progress before it ends.")] = 5,
-    batch: Annotated[int, typer.Option(min=1, help="Texts that the model writes together.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Texts that the model writes together.")] = 64,
     way: Annotated[
         str | None,
         typer.Option(

@@ -10,6 +10,7 @@ import torch
 
 from tokentree.acceptance import acceptance
 from tokentree.draft import Draft
+from tokentree.drafters.medusa import FastHeads
 from tokentree.errors import OptionError, TreeError
 from tokentree.heads.saved import read_heads
 from tokentree.llm import LLM, Model
@@ -81,12 +82,11 @@ class MedusaModel:
         out = engine.verify([seq], [TokenTree.chain(ids[0], ids[1:])])
         engine.release([seq])
         assert out.hidden is not None
-        heads = read_heads(self.heads).heads.to(features.device, out.hidden.dtype)
-        known = heads.token_map
-        shared = features.output_layer if known is None else features.output_for(known)
+        heads = read_heads(self.heads).heads
         with torch.inference_mode():
-            logits = heads.logits(out.hidden, shared)
-            if known is not None:
+            logits = FastHeads(heads, features).logits(out.hidden)
+            if heads.token_map is not None:
+                known = heads.token_map.to(features.device)
                 whole = logits.new_full((*logits.shape[:2], engine.vocab_size), -torch.inf)
                 logits = whole.index_copy(2, known, logits)
         named = {f"head_{head}_logits": rows for head, rows in enumerate(logits, start=1)}

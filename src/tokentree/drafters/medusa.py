@@ -7,16 +7,18 @@ from collections.abc import Sequence as SequenceOf
 import numpy as np
 import torch
 from numba import njit
+from torch.nn.functional import silu
 
 from tokentree.compiled import most_probable
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter, Parts
 from tokentree.engines.base import Features, TargetOutput
 from tokentree.errors import PairingError
-from tokentree.heads.medusa import MedusaHeads
+from tokentree.heads.medusa import Layer, MedusaHeads
 from tokentree.heads.saved import read_heads
 from tokentree.sequence import Accepted, Sequence
 from tokentree.shapes.base import Shape
+from tokentree.top import top_logits
 from tokentree.tree import Floats, Ints
 
 TOP = 10  # tokens that are kept of each head
@@ -51,15 +53,10 @@ class Medusa(Drafter):
                 f"these Medusa heads read hidden states of {heads.hidden_size} numbers, and the target has "
                 f"{features.hidden_size}: they were made for another model"
             )
-        # a CPU multiplies small matrices faster in float32
-        small = features.device.type == "cpu" and heads.projection is None
-        self._heads = heads.to(features.device, torch.float32 if small else features.dtype).requires_grad_(False)
-        self._token_map, self._vocab_size = self._heads.token_map, vocab_size
-        if self._token_map is not None and int(self._token_map.max()) >= vocab_size:
+        if heads.token_map is not None and int(heads.token_map.max()) >= vocab_size:
             raise PairingError("these Medusa heads know tokens that the target doesn't have")
-        self._output_layer = features.output_layer
-        if self._token_map is not None and heads.projection is None:
-            self._output_layer = features.output_for(self._token_map)
+        self._heads, self._vocab_size = FastHeads(heads, features), vocab_size
+        self._ids = None if heads.token_map is None else heads.token_map.cpu().numpy()
         divisors = [1.0] * heads.num_heads if temperatures is None else list(temperatures)
         if len(divisors) != heads.num_heads or not all(divisor > 0 for divisor in divisors):
             raise PairingError(f"{heads.num_heads} Medusa heads need as many temperatures, all above 0")
@@ -101,11 +98,57 @@ class Medusa(Drafter):
     def _guess(self, hidden: torch.Tensor) -> tuple[Ints, Floats]:
         """Of ``hidden`` [rows, hidden size], the most probable tokens int64[heads, rows, TOP] of each head, best first,
         and their probabilities."""
-        logits = self._heads.logits(hidden, self._output_layer)[..., : self._vocab_size].float() / self._divisors
-        best = logits.topk(min(TOP, logits.shape[-1]), dim=-1)
-        probs = (best.values - logits.logsumexp(-1, keepdim=True)).exp()
-        ids = best.indices if self._token_map is None else self._token_map[best.indices]
-        return ids.cpu().numpy(), probs.double().cpu().numpy()
+        logits = self._heads.logits(hidden)[..., : self._vocab_size]
+        heads, rows, vocab = logits.shape
+        values, ids = top_logits(logits.reshape(-1, vocab), min(TOP, vocab))
+        sums = (logits.float() / self._divisors).logsumexp(-1).cpu().numpy()
+        probs = np.exp(values.reshape(heads, rows, -1) / self._divisors.cpu().numpy() - sums[..., None])
+        ids = ids.reshape(probs.shape)
+        return ids if self._ids is None else self._ids[ids], probs.astype(np.float64)
+
+
+class FastHeads:
+    """Heads on the linear layers that the target's engine runs fastest, in its type.
+
+    Args:
+        heads: stay as they are.
+        features: of the target.
+    """
+
+    def __init__(self, heads: MedusaHeads, features: Features) -> None:
+        def linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Layer:
+            place = features.device, features.dtype
+            return features.linear(weight.detach().to(*place), None if bias is None else bias.detach().to(*place))
+
+        self._num_heads, self._first, self._rest = heads.num_heads, list[Layer](), list[list[Layer]]()
+        for layer in range(heads.num_layers):
+            weight, bias = heads.weight[layer], None if heads.bias is None else heads.bias[layer]
+            if layer == 0:  # all heads read the same, and are one product
+                self._first.append(linear(weight.flatten(0, 1), None if bias is None else bias.flatten()))
+            else:
+                parts = zip(weight, [None] * heads.num_heads if bias is None else bias, strict=True)
+                self._rest.append([linear(*part) for part in parts])
+        if heads.projection is not None:
+            self._outputs = [linear(weight, None) for weight in heads.projection]
+        elif heads.token_map is not None:
+            known = heads.token_map.to(features.device)
+            self._outputs = [features.linear(*features.output_weights(known))]
+        else:
+            self._outputs = [features.output_layer]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[heads, rows, vocab], as `MedusaHeads.logits`, of ``hidden`` [rows, hidden]."""
+        x = hidden.expand(self._num_heads, *hidden.shape)
+        for layer in self._first:
+            x = x + silu(layer(hidden)).view(len(hidden), self._num_heads, -1).transpose(0, 1)
+        for layers in self._rest:
+            x = x + silu(_each(layers, x))
+        return self._outputs[0](x) if len(self._outputs) == 1 else _each(self._outputs, x)
+
+
+def _each(layers: SequenceOf[Layer], x: torch.Tensor) -> torch.Tensor:
+    """What each layer makes of its part of ``x``, behind one another."""
+    return torch.stack([layer(part) for layer, part in zip(layers, x, strict=True)])
 
 
 def _along(root: int, tokens: Ints, probs: Floats, shape: Shape) -> Draft:

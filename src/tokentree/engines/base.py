@@ -92,14 +92,15 @@ class Features:
         hidden_size: width of `TargetOutput.hidden`.
         output_layer: makes logits [..., vocab] of hidden states [..., hidden size].
         output_weights: given token ids int64[n], the weight [n, hidden size] and bias [n] (or None) of that layer.
-        output_for: given these ids, the output layer for them alone, which makes logits [..., n].
+        linear: given weight [outputs, inputs] and bias [outputs] (or None), the linear layer that the engine runs
+            fastest.
         dtype, device: of hidden states.
     """
 
     hidden_size: int
     output_layer: Callable[[torch.Tensor], torch.Tensor]
     output_weights: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
-    output_for: Callable[[torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]
+    linear: Callable[[torch.Tensor, torch.Tensor | None], Callable[[torch.Tensor], torch.Tensor]]
     dtype: torch.dtype
     device: torch.device
 

@@ -189,7 +189,7 @@ class TorchEngine:
         def weights(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
             return weights_of(head, ids, size, self.dtype)
 
-        return Features(size, head, weights, lambda ids: linear_of(*weights(ids)), self.dtype, self.device)
+        return Features(size, head, weights, linear_of, self.dtype, self.device)
 
     @torch.inference_mode()
     def hidden_states(self, ids: SequenceOf[int]) -> torch.Tensor:

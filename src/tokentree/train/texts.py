@@ -16,8 +16,9 @@ from tokentree.llm import LLM
 from tokentree.sampling import SamplingParams
 
 LEAST = 8  # tokens of a text that is worth reading
-AT_ONCE = 64  # texts that a model writes; as one is finished, another joins those that are decoded together
-TEMPERATURES = (0.0, 0.3, 0.7, 1.0)  # of the answers that a model writes
+AT_ONCE = 256  # texts that a model writes; as one is finished, another joins those that are decoded together
+TEMPERATURES = (0.0, 0.3, 0.5, 0.8)  # of the answers that a model writes
+SAID = {"temperature": 1.0, "top_k": 50}  # how it writes what a user says
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 MARK = "tokentree-turn"  # stands for what a user says, while the template around it is looked at
 
@@ -111,11 +112,11 @@ def open_turn(tokenizer: PreTrainedTokenizerBase, bos_ids: list[int]) -> list[in
 
 
 def write_texts(
-    llm: LLM, first: int = 0, seed: int = 0, prompt_tokens: int = 96, answer_tokens: int = 256
+    llm: LLM, first: int = 0, seed: int = 0, prompt_tokens: int = 64, answer_tokens: int = 256
 ) -> Iterator[list[list[int]]]:
     """Texts that the model writes itself, without end, a batch at a time: first what a user might say, as its chat
-    template leaves the user's turn open, at temperature 1; then an answer, at one of `TEMPERATURES`. A model without a
-    template just writes. Nothing is written on a turn that came out empty.
+    template leaves the user's turn open, drawn as `SAID` says; then an answer, at one of `TEMPERATURES`. A model
+    without a template just writes. Nothing is written on a turn that came out empty.
 
     What comes in a batch follows from ``seed`` and its number, of which ``first`` is the first.
 
@@ -128,16 +129,21 @@ def write_texts(
     start = open_turn(tokenizer, sorted(llm.eos_ids)[:1] or [0])
     for number in count(first):
         places = range(number * AT_ONCE, (number + 1) * AT_ONCE)
-        said = _write(llm, [start] * len(places), [1.0] * len(places), [seed + 2 * i for i in places], prompt_tokens)
+        drawn = [SamplingParams(seed=seed + 2 * place, max_tokens=prompt_tokens, **SAID) for place in places]
+        said = _write(llm, [start] * len(places), drawn)
         if tokenizer.chat_template:
             texts = [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in said]
             prompts = [chat_ids(tokenizer, [{"role": "user", "content": text}]) if text else [] for text in texts]
         else:
             prompts = [[*start, *ids] for ids in said]
         kept = [(place, prompt) for place, prompt in zip(places, prompts, strict=True) if prompt]
-        warmth = [TEMPERATURES[place % len(TEMPERATURES)] for place, _ in kept]
-        seeds = [seed + 2 * place + 1 for place, _ in kept]
-        answers = _write(llm, [prompt for _, prompt in kept], warmth, seeds, answer_tokens)
+        drawn = [
+            SamplingParams(
+                temperature=TEMPERATURES[place % len(TEMPERATURES)], seed=seed + 2 * place + 1, max_tokens=answer_tokens
+            )
+            for place, _ in kept
+        ]
+        answers = _write(llm, [prompt for _, prompt in kept], drawn)
         yield [[*prompt, *answer] for (_, prompt), answer in zip(kept, answers, strict=True)]
 
 
@@ -174,14 +180,9 @@ def keep_texts(
     return found
 
 
-def _write(
-    llm: LLM, prompts: list[list[int]], temperatures: list[float], seeds: list[int], max_tokens: int
-) -> list[list[int]]:
-    """The continuation of each prompt, all decoded together."""
-    seqs = [
-        llm.sequence(prompt, SamplingParams(temperature=temperature, seed=seed, max_tokens=max_tokens))
-        for prompt, temperature, seed in zip(prompts, temperatures, seeds, strict=True)
-    ]
-    for _ in llm.decoder.run(seqs, llm.max_batch):
+def _write(llm: LLM, prompts: list[list[int]], params: list[SamplingParams]) -> list[list[int]]:
+    """The continuation of each prompt, all decoded together: so many that guesses would not pay for their rows."""
+    seqs = [llm.sequence(prompt, one) for prompt, one in zip(prompts, params, strict=True)]
+    for _ in llm.plain().decoder.run(seqs, llm.max_batch):
         pass
     return [seq.output_ids for seq in seqs]
