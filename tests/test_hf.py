@@ -34,6 +34,8 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from tests.tiny_models import CONTEXT, VOCAB, full_logits, save_model, some_tokens, tiny, tiny_tokenizer
 from tokentree.engines import torch as engine_module
 from tokentree.errors import ModelError, OptionError, PromptError, TokenTreeError
+from tokentree.heads.medusa import MedusaHeads
+from tokentree.heads.saved import About, write_heads
 from tokentree.hf import WARPERS, TreeGenerator, generator
 from tokentree.sampling import SamplingParams, to_probs
 
@@ -149,6 +151,21 @@ def test_a_draft_model_by_name(tmp_path: Path) -> None:
 def test_a_target_from_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(save_model(tmp_path / "target", model_of("llama")))
     assert run(model, batch(PROMPT), custom_generate=tree()).tolist() == run(model, batch(PROMPT)).tolist()
+
+
+def test_heads(tmp_path: Path) -> None:
+    model = model_of("llama")
+    heads = MedusaHeads(3, 1, model.config.hidden_size)
+    torch.nn.init.normal_(heads.weight, std=0.2, generator=torch.Generator().manual_seed(0))
+    write_heads(tmp_path, heads, "tiny", VOCAB, About(choices=[[0], [1], [0, 0]]))
+    inputs, seen = batch(PROMPT), []
+    for options in ({"drafter": "medusa", "shape": "2x2x1"}, {"drafter": "medusa", "shape": "choices"}, {}):
+        made = generator(heads=tmp_path, **options)  # type: ignore[arg-type]
+        assert torch.equal(run(model, inputs, custom_generate=made), run(model, inputs))
+        seen.append(made.metrics[0].drafted_tokens)
+    assert all(seen)
+    with pytest.raises(OptionError, match="heads"):
+        generator(shape="choices")
 
 
 def test_several_draft_models() -> None:

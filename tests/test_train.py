@@ -296,6 +296,7 @@ def trained(tmp_path: Path, **options: Any) -> Trained:
 
 def test_trained_heads_propose_what_the_model_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(texts_module, "TEMPERATURES", (0.0,))  # greedy texts soon repeat themselves
+    monkeypatch.setattr(texts_module, "SAID", {"temperature": 0.3})
     done = trained(tmp_path, known_tokens=200)
     saved = read_heads(done.folder)
     assert saved.about.recipe["tokens"] == done.texts.tokens >= 1500

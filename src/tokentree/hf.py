@@ -10,6 +10,7 @@ import math
 import secrets
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -22,13 +23,12 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from tokentree.acceptance import acceptance
 from tokentree.engines.support import check_supported
 from tokentree.errors import OptionError, PromptError
-from tokentree.llm import DEFAULT_SHAPE, LLM, Model
+from tokentree.llm import LLM, Model, shape_of
 from tokentree.metrics import Metrics
 from tokentree.registry import Named, check_names
 from tokentree.sampling import SamplingParams, seeded_noise
 from tokentree.sequence import Sequence
 from tokentree.shapes import Shape
-from tokentree.shapes import shape as parse_shape
 
 # What a generation config may ask for and this library has no way to do.
 _NO_BEAMS = "it decodes one text per sequence and keeps no beams"
@@ -78,6 +78,7 @@ def generator(
     drafter: Named = None,
     shape: str | Shape | None = None,
     accept: str = "match",
+    heads: str | Path | None = None,
     streamer: Streamer | None = None,
     seed: int | None = None,
 ) -> TreeGenerator:
@@ -99,7 +100,7 @@ def generator(
 
     Args:
         draft_model: a smaller model with the same tokenizer, loaded or by name; or several.
-        drafter, shape, accept: as in `LLM`.
+        drafter, shape, accept, heads: as in `LLM`.
         streamer: gets ``put(prompt ids [1, n])``, ``put(token [1])`` for each token, and ``end()``.
         seed: the same seed gives the same text at every call; None draws a new one per call. torch's global random
             state is neither read nor moved.
@@ -118,7 +119,7 @@ def generator(
         OptionError: here, on an unknown drafter, shape or rule; in ``generate``, on anything that can't be honoured.
         ModelError, PairingError, PromptError: in ``generate``, if model, draft model or prompt can't be used.
     """
-    return TreeGenerator(draft_model, drafter, shape, accept, streamer, seed)
+    return TreeGenerator(draft_model, drafter, shape, accept, heads, streamer, seed)
 
 
 class TreeGenerator:
@@ -134,6 +135,7 @@ class TreeGenerator:
         drafter: Named,
         shape: str | Shape | None,
         accept: str,
+        heads: str | Path | None,
         streamer: Streamer | None,
         seed: int | None,
     ) -> None:
@@ -142,9 +144,9 @@ class TreeGenerator:
         if seed is not None and not 0 <= seed < 2**63:
             raise OptionError(f"seed={seed} is not a whole number from 0 to 2**63 - 1")
         self.metrics: list[Metrics] = []
+        shape_of(shape, drafter, heads)  # a mistake is told here; each model gets a shape of its own
         self._options: dict[str, Any] = {"draft_model": draft_model, "drafter": drafter, "accept": accept}
-        parse_shape(shape or DEFAULT_SHAPE)  # a mistake is told here; each model gets a shape of its own
-        self._options["shape"] = shape
+        self._options |= {"shape": shape, "heads": heads}
         self._streamer, self._seed = streamer, seed
         self._llms: WeakKeyDictionary[PreTrainedModel, tuple[Any, LLM]] = WeakKeyDictionary()
 

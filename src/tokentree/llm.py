@@ -124,7 +124,7 @@ class LLM:
         if speculative_config is not None:
             if shape is not None:
                 raise OptionError("speculative_config says what shape says: give one of them")
-            shape = _shape_of(speculative_config)
+            shape = _configured(speculative_config)
         if isinstance(model, PreTrainedModel) and not (dtype is None and device is None):
             raise OptionError("a loaded model keeps its dtype and device: leave dtype and device out")
         if memory is not None and Path(memory).exists() and not Path(memory).is_dir():
@@ -134,7 +134,7 @@ class LLM:
         if prefix_mb < 0:
             raise OptionError("prefix_mb must be at least 0")
         # what is cheap to tell is told before anything is loaded
-        rule, form = acceptance(accept), _shape(shape, drafter, heads)
+        rule, form = acceptance(accept), shape_of(shape, drafter, heads)
         drafts: list[Model] = [] if draft_model is None else _as_list(draft_model)
         for named in (model, *drafts):
             check_quantization(quantization, file=_file_of(named))
@@ -178,7 +178,7 @@ class LLM:
         """
         twin = object.__new__(LLM)
         twin.__dict__.update(self.__dict__)
-        form = self._priced(_shape(shape, drafter, self._parts.heads))
+        form = self._priced(shape_of(shape, drafter, self._parts.heads))
         twin.decoder = Decoder(self.engine, make_drafter(drafter, self._parts), form, acceptance(accept), watch)
         return twin
 
@@ -387,7 +387,7 @@ def _short(name: str, taken: SequenceOf[str]) -> str:
     return f"{short} #{alike + 1}" if alike else short
 
 
-def _shape(shape: str | Shape | None, drafter: Named, heads: str | Path | None) -> Shape:
+def shape_of(shape: str | Shape | None, drafter: Named, heads: str | Path | None) -> Shape:
     """The shape of that name; without one the default, for plain decoding one that sizes nothing."""
     if shape == "choices":
         return Static(paths=saved_choices(heads))
@@ -408,7 +408,7 @@ def _as_prompts(prompts: Prompt | SequenceOf[Prompt]) -> list[Prompt]:
     return list(prompts)  # type: ignore[arg-type]
 
 
-def _shape_of(config: dict[str, Any]) -> str:
+def _configured(config: dict[str, Any]) -> str:
     """The shape that a ``speculative_config`` asks for."""
     known = {"mode", "depth", "branching_factor", "num_speculative_tokens"}
     if unknown := sorted(set(config) - known):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -78,9 +79,10 @@ def train_medusa(
     work = _work(folder, llm, data, recipe)
     heads = MedusaHeads(num_heads, num_layers, llm.engine.capture().hidden_size)
     with _bars(console) as bars:
-        texts = _texts(llm, data, work, tokens, recipe.seed, bars)
-        heads.token_map = frequent_tokens(texts.ids, known_tokens, llm.engine.vocab_size)
-        model, task = _prepared(llm, heads, texts, work / "features", held_back, bars)
+        with PartialState().main_process_first():  # the others then find it all
+            texts = _texts(llm, data, work, tokens, recipe.seed, bars)
+            heads.token_map = frequent_tokens(texts.ids, known_tokens, llm.engine.vocab_size)
+            model, task = _prepared(llm, heads, texts, work / "features", held_back, bars)
         watch = _watch(console, bars, work)
         groups = [{"params": list(heads.parameters())}]
         figures = train(model, groups, task, recipe, work, watch, _identity(heads, texts), stop_after)
@@ -122,7 +124,8 @@ def train_medusa2(
             heads = read_heads(start, Fingerprint.of(llm.config, llm.tokenizer)).heads.float()
         heads.token_map = None
         work, tokenizer = _work(folder, llm, data, recipe), llm.tokenizer
-        texts = _texts(llm, data, work, tokens, recipe.seed, bars)
+        with PartialState().main_process_first():
+            texts = _texts(llm, data, work, tokens, recipe.seed, bars)
         del llm
         model = ModelWithHeads(load_model(base_model, dtype or "float32", pick_device(device)), heads, way)
         task = TextTask([ids[:max_tokens] for ids in texts.ids], held_back)
