@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.conftest import decode, make_sequence, random_table
-from tests.tiny_models import FAMILIES, VOCAB, request, save_model, some_tokens, some_tree, tiny, tiny_tokenizer
+from tests.tiny_models import FAMILIES, VOCAB, request, save_model, some_tokens, tiny, tiny_tokenizer
 from tokentree import LLM, MedusaModel, build_tree_from_heads, medusa_decode
 from tokentree.acceptance import Typical, acceptance
 from tokentree.draft import Draft
@@ -20,7 +20,6 @@ from tokentree.drafters.medusa import TOP, FastHeads, Medusa, _grow
 from tokentree.drafters.merged import Merged
 from tokentree.drafters.ngram import NGram
 from tokentree.drafters.recycling import Recycling
-from tokentree.engines.linear import weights_of
 from tokentree.engines.table import TableEngine
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import ModelError, OptionError, PairingError, TreeError
@@ -47,91 +46,7 @@ def some_hidden(rows: int) -> torch.Tensor:
 
 
 def medusa_for(engine: TorchEngine, heads: MedusaHeads | None = None) -> Medusa:
-    features = engine.capture()
-    return Medusa(heads or random_heads(features.hidden_size), features, engine.vocab_size)
-
-
-# -- hidden states -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", FINAL)
-def test_hidden_states_are_what_the_output_layer_reads(family: str) -> None:
-    engine = TorchEngine(tiny(family))
-    features = engine.capture()
-    tokens = some_tokens(20)
-    seqs = [request(tokens), request(tokens[:7])]
-    for seq in seqs:
-        engine.prefill(seq)
-    out = engine.verify(seqs, [some_tree(tokens[-1], 9), some_tree(tokens[6], 1)])
-    assert out.hidden is not None
-    assert out.hidden.shape == (10, features.hidden_size)
-    again = features.output_layer(out.hidden)
-    assert float((again - out.all_logits).abs().max()) < 1e-4 * float(out.all_logits.std())
-
-
-@pytest.mark.parametrize("quantization", [None, "int8"])
-def test_a_program_has_the_hidden_states_too(quantization: str | None) -> None:
-    engine = TorchEngine(tiny("qwen2", torch.bfloat16, **WIDE), quantization=quantization)
-    assert engine._program is not None
-    features, tokens = engine.capture(), some_tokens(20)
-    seq = request(tokens)
-    engine.prefill(seq)
-    out = engine.verify([seq], [some_tree(tokens[-1], 9)])
-    assert out.hidden is not None
-    assert torch.equal(features.output_layer(out.hidden), out.all_logits)
-
-
-@pytest.mark.parametrize("attention", ["tree", "sdpa"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_text_s_hidden_states_are_those_of_reading_it_step_by_step(
-    attention: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
-    monkeypatch.setattr("tokentree.engines.torch.PREFILL_ROWS", 16)
-    engine = TorchEngine(tiny("llama", dtype, **WIDE), attention)
-    engine.capture()
-    ids = some_tokens(45)
-    whole = engine.hidden_states(ids)
-    seq = request(ids[:1])
-    for place, token in enumerate(ids):
-        out = engine.verify([seq], [TokenTree.root(token)])
-        assert out.hidden is not None
-        if attention == "tree":
-            assert torch.equal(out.hidden[0], whole[place])
-        else:
-            assert torch.allclose(out.hidden[0].float(), whole[place].float(), rtol=0.05, atol=0.05)
-        engine.commit([seq], [[0]])
-
-
-def test_nobody_pays_for_hidden_states_that_nobody_asked_for() -> None:
-    engine, seq = TorchEngine(tiny("qwen3")), request(some_tokens(5))
-    engine.prefill(seq)
-    assert engine.verify([seq], [TokenTree.root(3)]).hidden is None
-
-
-@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_output_layer_of_some_tokens_gives_their_logits(family: str, dtype: torch.dtype) -> None:
-    engine = TorchEngine(tiny(family, dtype, **({"n_embd": 64} if family == "gpt2" else WIDE)))
-    features, ids = engine.capture(), torch.tensor([7, 3, 119, 50, 51])
-    hidden = torch.randn(4, features.hidden_size, generator=torch.Generator().manual_seed(0)).to(dtype)
-    expected = features.output_layer(hidden)[:, ids].float()
-    weight, bias = features.output_weights(ids)
-    assert torch.allclose(features.linear(weight, bias)(hidden).float(), expected, rtol=1e-2, atol=1e-2)
-    assert bias is None
-    assert torch.allclose(hidden.float() @ weight.float().t(), expected, rtol=1e-2, atol=1e-2)
-
-
-def test_the_weights_of_a_layer_with_a_bias_come_without_it() -> None:
-    layer = torch.nn.Linear(70, 9).requires_grad_(False)
-    weight, bias = weights_of(layer, torch.tensor([8, 0, 3]), 70, torch.float32)
-    assert torch.allclose(weight, layer.weight[[8, 0, 3]], atol=1e-6)
-    assert bias is not None
-    assert torch.equal(bias, layer.bias[[8, 0, 3]])
-
-
-def test_a_table_has_no_hidden_states() -> None:
-    with pytest.raises(PairingError, match="no hidden states"):
-        TableEngine(random_table(4)).capture()
+    return Medusa(heads or random_heads(engine.capture().hidden_size), engine)
 
 
 # -- the drafter -------------------------------------------------------------------------------------------------------
@@ -170,14 +85,13 @@ class Kept(Medusa):
 def test_it_reads_the_state_before_the_root_and_each_head_has_a_level() -> None:
     model = tiny("llama")
     engine = TorchEngine(model)
-    features = engine.capture()
-    heads = random_heads(features.hidden_size)
-    drafter, seq = Kept(heads, features, engine.vocab_size), request(some_tokens(11), max_tokens=60)
+    heads = random_heads(engine.capture().hidden_size)
+    drafter, seq = Kept(heads, engine), request(some_tokens(11), max_tokens=60)
     decode(engine, [seq], Merged([drafter, Recycling(engine.vocab_size)]), "2x2x1")
-    (_, first), *rest = drafter.__dict__["seen"]
-    assert len(first) == 1  # no forward was made yet
+    seen = drafter.__dict__["seen"]
+    assert len(seen[0][1]) > 1  # the prompt was read
     assert max(step[1] for step in seq.metrics.steps) > 2  # some paths are longer than the root
-    for tokens, draft in rest:
+    for tokens, draft in seen:
         with torch.inference_mode():
             states = model.model(input_ids=torch.tensor([tokens[:-1]])).last_hidden_state[0, -1:]
             guesses = heads.logits(states, model.lm_head)[:, 0].topk(2).indices.tolist()
@@ -226,19 +140,19 @@ def test_a_static_shape_gets_the_nodes_that_it_names() -> None:
     drafter = medusa_for(engine)
     form = shape("paths:[[0],[2],[7],[0,0],[0,3],[2,1],[0,3,5]]")
     seq = request(some_tokens(5), max_tokens=40)
-    drafter._hidden[seq.id] = some_hidden(1)[0]
+    engine.prefill(seq)
     draft = drafter.propose([seq], form, sampled=False)[0]
     assert [draft.rank_path(node) for node in range(1, len(draft))] == list(form.paths)
     short = request(some_tokens(5), max_tokens=2)
-    drafter._hidden[short.id] = drafter._hidden[seq.id]
+    engine.prefill(short)
     assert max(drafter.propose([short], form, sampled=False)[0].depths) == 1
 
 
 def test_probabilities_are_divided_by_temperatures_and_sum_to_one_over_all_tokens() -> None:
     engine = TorchEngine(tiny("llama"))
     features, heads, hidden = engine.capture(), random_heads(48), some_hidden(2)
-    plain = Medusa(heads, features, VOCAB)._guess(hidden)
-    cold = Medusa(heads, features, VOCAB, [0.5, 1.0, 2.0])._guess(hidden)
+    plain = Medusa(heads, engine)._guess(hidden)
+    cold = Medusa(heads, engine, [0.5, 1.0, 2.0])._guess(hidden)
     logits = heads.logits(hidden, features.output_layer).detach()
     for head, divisor in enumerate((0.5, 1.0, 2.0)):
         expected = (logits[head] / divisor).softmax(-1).topk(TOP)
@@ -252,13 +166,13 @@ def test_heads_that_know_some_tokens_propose_these_alone() -> None:
     known = torch.tensor([3, 9, 11, 40, 41, 42, 77, 80, 90, 101, 119])
     logits = heads.logits(hidden, features.output_layer).detach()[..., known]
     heads.token_map = known
-    ids, probs = Medusa(heads, features, VOCAB)._guess(hidden)
+    ids, probs = Medusa(heads, engine)._guess(hidden)
     expected = logits.softmax(-1).topk(TOP)
     assert ids.tolist() == known[expected.indices].tolist()
     assert np.allclose(probs, expected.values.numpy(), atol=1e-5)
     heads.token_map = known + 1
     with pytest.raises(PairingError, match="tokens that the target doesn't have"):
-        Medusa(heads, features, VOCAB)
+        Medusa(heads, engine)
 
 
 @pytest.mark.parametrize("projection", ["shared", "some tokens", "own"])
@@ -295,12 +209,11 @@ def test_heads_with_projections_of_their_own_need_no_output_layer() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     engine = TorchEngine(tiny("llama"))
-    features = engine.capture()
     with pytest.raises(PairingError, match="hidden states of 32 numbers, and the target has 48"):
-        Medusa(MedusaHeads(2, 1, 32), features, VOCAB)
+        Medusa(MedusaHeads(2, 1, 32), engine)
     for wrong in ([1.0], [1.0, 0.0, 1.0]):
         with pytest.raises(PairingError, match="as many temperatures"):
-            Medusa(random_heads(48), features, VOCAB, wrong)
+            Medusa(random_heads(48), engine, wrong)
     with pytest.raises(PairingError, match="medusa' needs heads="):
         LLM(tiny("llama"), "medusa")
     with pytest.raises(PairingError, match="children"):

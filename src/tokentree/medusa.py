@@ -80,11 +80,12 @@ class MedusaModel:
         features = engine.capture()
         seq = self.llm.sequence(ids[:1], SamplingParams(max_tokens=len(ids)))
         out = engine.verify([seq], [TokenTree.chain(ids[0], ids[1:])])
+        engine.commit([seq], [list(range(len(ids)))])
+        hidden = engine.hidden(seq).clone()
         engine.release([seq])
-        assert out.hidden is not None
         heads = read_heads(self.heads).heads
         with torch.inference_mode():
-            logits = FastHeads(heads, features).logits(out.hidden)
+            logits = FastHeads(heads, features).logits(hidden)
             if heads.token_map is not None:
                 known = heads.token_map.to(features.device)
                 whole = logits.new_full((*logits.shape[:2], engine.vocab_size), -torch.inf)

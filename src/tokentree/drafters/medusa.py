@@ -12,11 +12,11 @@ from torch.nn.functional import silu
 from tokentree.compiled import most_probable
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter, Parts
-from tokentree.engines.base import Features, TargetOutput
+from tokentree.engines.base import Engine, Features
 from tokentree.errors import PairingError
 from tokentree.heads.medusa import Layer, MedusaHeads
 from tokentree.heads.saved import read_heads
-from tokentree.sequence import Accepted, Sequence
+from tokentree.sequence import Sequence
 from tokentree.shapes.base import Shape
 from tokentree.top import top_logits
 from tokentree.tree import Floats, Ints
@@ -30,13 +30,12 @@ class Medusa(Drafter):
     k + 2 places on, whatever stands between. So a node's children are the same for all nodes of a level, and a node is
     as probable as the product of what the heads give the tokens on its path.
 
-    Trees grow best-first by that product; of a static shape, the very paths that it names are taken. No forward has
-    been made when a text begins, so the first step has no draft.
+    Trees grow best-first by that product; of a static shape, the very paths that it names are taken. A text of one
+    token has no token before it, so its first step has no draft.
 
     Args:
         heads: made for this target.
-        features: what the target's engine says of its hidden states.
-        vocab_size: the target's; candidates beyond it are never proposed.
+        engine: the target's.
         temperatures: per head, what its logits are divided by so that its probabilities are true; by default 1.
 
     Raises:
@@ -45,23 +44,21 @@ class Medusa(Drafter):
 
     name = "medusa"
 
-    def __init__(
-        self, heads: MedusaHeads, features: Features, vocab_size: int, temperatures: SequenceOf[float] | None = None
-    ) -> None:
+    def __init__(self, heads: MedusaHeads, engine: Engine, temperatures: SequenceOf[float] | None = None) -> None:
+        features = engine.capture()
         if heads.hidden_size != features.hidden_size:
             raise PairingError(
                 f"these Medusa heads read hidden states of {heads.hidden_size} numbers, and the target has "
                 f"{features.hidden_size}: they were made for another model"
             )
-        if heads.token_map is not None and int(heads.token_map.max()) >= vocab_size:
+        if heads.token_map is not None and int(heads.token_map.max()) >= engine.vocab_size:
             raise PairingError("these Medusa heads know tokens that the target doesn't have")
-        self._heads, self._vocab_size = FastHeads(heads, features), vocab_size
+        self._heads, self._engine = FastHeads(heads, features), engine
         self._ids = None if heads.token_map is None else heads.token_map.cpu().numpy()
         divisors = [1.0] * heads.num_heads if temperatures is None else list(temperatures)
         if len(divisors) != heads.num_heads or not all(divisor > 0 for divisor in divisors):
             raise PairingError(f"{heads.num_heads} Medusa heads need as many temperatures, all above 0")
         self._divisors = torch.tensor(divisors, device=features.device)[:, None, None]
-        self._hidden: dict[int, torch.Tensor] = {}
         _grow(np.zeros((1, 1), np.int64), np.ones((1, 1)), 1, 1)  # compiled before any request waits for it
 
     @classmethod
@@ -69,13 +66,13 @@ class Medusa(Drafter):
         if parts.heads is None:
             raise PairingError("drafter='medusa' needs heads=..., a folder with Medusa heads for this model")
         saved = read_heads(parts.heads, parts.fingerprint)
-        return cls(saved.heads, parts.engine.capture(), parts.engine.vocab_size, saved.about.temperatures)
+        return cls(saved.heads, parts.engine, saved.about.temperatures)
 
     def propose(self, seqs: list[Sequence], shape: Shape, sampled: bool) -> list[Draft]:
         drafts = {seq.id: Draft(seq.tokens[-1]) for seq in seqs}
-        ready = [seq for seq in seqs if seq.id in self._hidden and min(shape.max_depth, seq.room - 1) > 0]
+        ready = [seq for seq in seqs if self._engine.committed(seq) and min(shape.max_depth, seq.room - 1) > 0]
         if ready:
-            tokens, probs = self._guess(torch.stack([self._hidden[seq.id] for seq in ready]))
+            tokens, probs = self._guess(torch.stack([self._engine.hidden(seq)[-1] for seq in ready]))
             for i, seq in enumerate(ready):
                 depth = min(shape.max_depth, seq.room - 1)
                 if shape.paths:
@@ -85,20 +82,11 @@ class Medusa(Drafter):
                     drafts[seq.id] = Draft.grown(seq.tokens[-1], *grown)
         return [drafts[seq.id] for seq in seqs]
 
-    def observe(self, seqs: list[Sequence], drafts: list[Draft], out: TargetOutput, accepted: list[Accepted]) -> None:
-        assert out.hidden is not None, "the engine was asked to capture hidden states"
-        for i, (seq, step) in enumerate(zip(seqs, accepted, strict=True)):
-            self._hidden[seq.id] = out.hidden[out.row(i, step.path[-1])].clone()
-
-    def release(self, seqs: list[Sequence]) -> None:
-        for seq in seqs:
-            self._hidden.pop(seq.id, None)
-
     @torch.inference_mode()
     def _guess(self, hidden: torch.Tensor) -> tuple[Ints, Floats]:
         """Of ``hidden`` [rows, hidden size], the most probable tokens int64[heads, rows, TOP] of each head, best first,
         and their probabilities."""
-        logits = self._heads.logits(hidden)[..., : self._vocab_size]
+        logits = self._heads.logits(hidden)[..., : self._engine.vocab_size]
         heads, rows, vocab = logits.shape
         values, ids = top_logits(logits.reshape(-1, vocab), min(TOP, vocab))
         sums = (logits.float() / self._divisors).logsumexp(-1).cpu().numpy()

@@ -28,14 +28,12 @@ class TargetOutput:
         starts: per tree, its first row.
         firsts: per tree, the node that this row belongs to; earlier nodes were computed by an earlier forward.
         seconds: the time of the forward.
-        hidden: [rows, hidden size], the hidden states after the final norm, if `Engine.capture` asked for them.
     """
 
     all_logits: torch.Tensor
     starts: list[int]
     firsts: list[int]
     seconds: float
-    hidden: torch.Tensor | None = None
     _top: tuple[NDArray[np.float32], Ints] | None = field(init=False, default=None, repr=False)
 
     def logits(self, tree: int, node: int) -> torch.Tensor:
@@ -89,7 +87,8 @@ class Features:
     """What drafters that read the target's hidden states need to know of it.
 
     Args:
-        hidden_size: width of `TargetOutput.hidden`.
+        hidden_size: width of a hidden state.
+        num_layers: of the target, and so the number of its last hidden state, that after the final norm.
         output_layer: makes logits [..., vocab] of hidden states [..., hidden size].
         output_weights: given token ids int64[n], the weight [n, hidden size] and bias [n] (or None) of that layer.
         linear: given weight [outputs, inputs] and bias [outputs] (or None), the linear layer that the engine runs
@@ -98,6 +97,7 @@ class Features:
     """
 
     hidden_size: int
+    num_layers: int
     output_layer: Callable[[torch.Tensor], torch.Tensor]
     output_weights: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
     linear: Callable[[torch.Tensor, torch.Tensor | None], Callable[[torch.Tensor], torch.Tensor]]
@@ -143,10 +143,16 @@ class Engine(Protocol):
         """Forgets the KV of ``seqs``."""
         ...
 
-    def capture(self) -> Features:
-        """From now on `TargetOutput.hidden` is there.
+    def capture(self, places: SequenceOf[int] | None = None) -> Features:
+        """From now on the hidden states ``places`` of all rows are kept, beside those asked for before; by default the
+        last one. They are numbered as transformers does: i is what layer i reads, and the last one, behind all layers,
+        comes after the final norm.
 
         Raises:
-            PairingError: if this engine has no hidden states.
+            PairingError: if this engine has no such hidden states, or is decoding.
         """
+        ...
+
+    def hidden(self, seq: Sequence, place: int | None = None) -> torch.Tensor:
+        """[committed rows, hidden size]: the hidden state ``place`` of the committed rows, by default the last one."""
         ...

@@ -123,8 +123,12 @@ class Graph:
             use_cache=True,
             return_dict=True,
         )
+        return out.logits[0], self.head_input()
+
+    def head_input(self) -> torch.Tensor:
+        """[rows, hidden size]: what the output layer was given last, in this graph or outside."""
         hidden, self._head_input = self._head_input, torch.empty(0)
-        return out.logits[0], hidden
+        return hidden
 
     def _note(self, head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         self._head_input = inputs[0][0]

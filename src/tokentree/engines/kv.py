@@ -24,6 +24,7 @@ class KVLayout:
         dtype, device: of the storage.
         blocked: as `BlockedKV` keeps it.
         fixed: as a compiled graph wants it: each layer in a tensor of its own, and few capacities, powers of two.
+        states, width, state_dtype: how many hidden states of each row are kept too, how wide they are, and their type.
     """
 
     shapes: tuple[tuple[int, int, int], ...]
@@ -31,6 +32,9 @@ class KVLayout:
     device: torch.device
     blocked: bool = False
     fixed: bool = False
+    states: int = 0
+    width: int = 0
+    state_dtype: torch.dtype = torch.float32
 
     def make(self, rows: int) -> SequenceKV:
         """Storage for a sequence of so many rows; it grows when there are more."""
@@ -41,6 +45,10 @@ class SequenceKV:
     """Rows 0..length-1 are committed, one per position. Behind them lie the provisional rows of the current tree.
 
     Layers of equal shape share one tensor, so that moving rows takes a few calls, not a few per layer.
+
+    Attributes:
+        length: committed rows.
+        states: [states, capacity, width], hidden states of the rows, for drafters that read them.
     """
 
     def __init__(self, layout: KVLayout, capacity: int) -> None:
@@ -53,6 +61,7 @@ class SequenceKV:
         self._groups = [(kind[0], kinds.count(kind)) for kind in groups]
         self._keys: list[torch.Tensor] = []  # per group: [layers, heads, capacity, key width]
         self._values: list[torch.Tensor] = []  # per group: [layers, heads, capacity, value width]
+        self.states = torch.empty(layout.states, 0, layout.width, dtype=layout.state_dtype, device=layout.device)
         self.reserve(capacity)
 
     def reserve(self, rows: int) -> None:
@@ -70,7 +79,9 @@ class SequenceKV:
         if self._capacity:
             for new, old in zip(keys + values, self._keys + self._values, strict=True):
                 new[:, :, : old.shape[2]] = old
-        self._keys, self._values, self._capacity = keys, values, capacity
+        states = self.states.new_empty(len(self.states), capacity, self.states.shape[2])
+        states[:, : self.states.shape[1]] = self.states
+        self._keys, self._values, self.states, self._capacity = keys, values, states, capacity
 
     def _empty_keys(self, layers: int, heads: int, capacity: int, width: int) -> torch.Tensor:
         return torch.zeros(layers, heads, capacity, width, dtype=self._layout.dtype, device=self._layout.device)
@@ -101,7 +112,7 @@ class SequenceKV:
     @property
     def nbytes(self) -> int:
         """Memory of the storage, in bytes."""
-        return sum(stored.nbytes for stored in self._keys + self._values)
+        return sum(stored.nbytes for stored in [*self._keys, *self._values, self.states])
 
     def copy_rows(self, other: SequenceKV, rows: int) -> None:
         """Makes the first ``rows`` committed rows of ``other``, which has the same layout, those of this empty one."""
@@ -109,13 +120,17 @@ class SequenceKV:
         for new, old in zip(self._keys + self._values, other._keys + other._values, strict=True):
             whole = -(-rows * new.shape[2] // self._capacity)  # blocks, where rows lie in blocks
             new[:, :, :whole] = old[:, :, :whole]
+        self.states[:, :rows] = other.states[:, :rows]
         self.length = rows
 
     def commit(self, path: SequenceOf[int]) -> None:
         """Keeps the provisional rows ``path``, in that order, and drops the others."""
         first = next((i for i, node in enumerate(path) if i != node), len(path))
         if first < len(path):
-            self._move(np.array([self.length + node for node in path[first:]]), self.length + first)
+            rows, start = np.array([self.length + node for node in path[first:]]), self.length + first
+            self._move(rows, start)
+            if len(self.states):
+                self.states[:, start : start + len(rows)] = self.states[:, rows]
         self.length += len(path)
 
     def _move(self, rows: Ints, start: int) -> None:

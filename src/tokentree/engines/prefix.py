@@ -31,6 +31,10 @@ class PrefixCache:
     def nbytes(self) -> int:
         return sum(kv.nbytes for _, kv in self._entries)
 
+    def clear(self) -> None:
+        """Forgets all that is kept."""
+        self._entries = []
+
     def keep(self, tokens: Ints, kv: SequenceKV) -> None:
         """Takes over ``kv``, whose committed rows belong to ``tokens``."""
         if kv.nbytes > self._max_bytes or len(tokens) < LEAST:

@@ -45,7 +45,7 @@ from tokentree.threads import (
 )
 
 MODELS = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"}  # of transformers, all alike
-NORM, PREPARE, MULTIPLY, MULTIPLY_INT8, MULTIPLY_INT4, TURN, ATTEND = range(7)
+NORM, PREPARE, MULTIPLY, MULTIPLY_INT8, MULTIPLY_INT4, TURN, ATTEND, COPY = range(8)
 AS_IT_IS, WIDER, IN_8_BITS = range(3)  # how a product takes its inputs
 HEADER, STEP = 10, 16  # integers that describe a forward, and each step
 
@@ -55,6 +55,10 @@ class Program:
 
     Args:
         model: one that `fits`, whose modules are exchanged for packed ones.
+
+    Attributes:
+        states: bfloat16[places, rows or more, hidden size], the hidden states of the last forward that `capture` asked
+            for; the last of them only if it went that far.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -62,7 +66,9 @@ class Program:
         self._embed, self._turns, self._head = body.embed_tokens, body.rotary_emb, model.lm_head
         self._layers, self._last = list(body.layers), body.norm
         self._capacity = 0
+        self._places: list[int] = []
         self._numbers: list[np.ndarray] = []
+        self.states = torch.empty(0, 0, 0)
 
     @staticmethod
     def fits(model: PreTrainedModel, packing: Packing) -> bool:
@@ -113,9 +119,9 @@ class Program:
         )  # fmt: skip
         return logits[:, : self._head.num_outputs].contiguous()
 
-    def hidden(self, rows: int) -> torch.Tensor:
-        """bfloat16[rows, hidden size] after the final norm, of the last forward that went that far."""
-        return self._normed[:rows].clone()
+    def capture(self, places: list[int]) -> None:
+        """Keeps the hidden states ``places``, see `base.Engine.capture`, in `states`."""
+        self._places, self._capacity = places, 0
 
     # -- the list of steps -----------------------------------------------------------------------------------------
 
@@ -136,6 +142,7 @@ class Program:
         self._queries = room(heads * width, torch.float32)
         widest = -(-max(hidden, inner, heads * width) // 128) * 128
         self._prepared = room(widest, torch.float32)
+        self.states = torch.empty(len(self._places), self._capacity, hidden, dtype=torch.bfloat16)
         self._scales, self._totals = room(widest // 32, torch.float32), room(widest // 32, torch.float32)
 
         self._numbers, self._windows, steps, update = [], set[int | None](), list[list[int]](), None
@@ -143,6 +150,7 @@ class Program:
             attention, mlp = layer.self_attn, layer.mlp
             self._windows.add(attention.window)
             steps += self._norm(layer.input_layernorm, update, attention.qkv)
+            steps += self._copy(index, self._residual)
             steps += self._multiply(attention.qkv, self._normed, self._qkv)
             steps.append([TURN, index, heads, kv_heads, width, self._qkv.data_ptr(), self._queries.data_ptr()])
             self._up_to_kv = len(steps)
@@ -159,6 +167,7 @@ class Program:
             steps += self._multiply(mlp.down_proj, self._inner, self._update)
             update = self._update
         steps += self._norm(self._last, update, self._head)
+        steps += self._copy(len(self._layers), self._normed)
         steps += self._multiply(self._head, self._normed, None)
         self._steps = np.zeros((len(steps), STEP), np.int64)
         for row, step in zip(self._steps, steps, strict=True):
@@ -176,6 +185,12 @@ class Program:
             NORM, self._residual.data_ptr(), 0 if update is None else update.data_ptr(), self._residual.shape[1],
             norm.weight.data_ptr(), self._number(float(norm.eps)), self._normed.data_ptr(), *self._form(before),
         ]]  # fmt: skip
+
+    def _copy(self, place: int, x: torch.Tensor) -> list[list[int]]:
+        """Keeps ``x``, if it is one of the hidden states that are asked for."""
+        if place not in self._places:
+            return []
+        return [[COPY, x.data_ptr(), self.states[self._places.index(place)].data_ptr(), x.shape[1]]]
 
     def _prepare(self, before: nn.Module, x: torch.Tensor) -> list[list[int]]:
         """Makes of ``x`` what the layer ``before`` which that comes takes."""
@@ -231,16 +246,23 @@ def _worker() -> Any:
                     row = claim(counter)
                     if row >= rows:
                         break
-                    if kind == NORM:
-                        _norm(step, row)
-                    elif kind == PREPARE:
-                        _prepare(step[0], step[1], step[2:8], row)
-                    else:
-                        _turn(step, kv, cos, sin, row)
+                    _one_row(kind, step, kv, cos, sin, row)
             if wait:
                 call(wait)
 
     return worker
+
+
+@numba.njit
+def _one_row(kind, step, kv, cos, sin, row):
+    if kind == NORM:
+        _norm(step, row)
+    elif kind == PREPARE:
+        _prepare(step[0], step[1], step[2:8], row)
+    elif kind == COPY:
+        halves(step[1] + 2 * step[2] * row, step[2])[:] = halves(step[0] + 2 * step[2] * row, step[2])
+    else:
+        _turn(step, kv, cos, sin, row)
 
 
 @numba.njit

@@ -6,6 +6,7 @@ import inspect
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from tokentree.errors import ModelError, OptionError
@@ -70,6 +71,19 @@ def layer_windows(config: PretrainedConfig) -> dict[str, int | None]:
     if kinds:
         return {kind: window if kind == "sliding_attention" else None for kind in dict.fromkeys(kinds)}
     return {"every_layer": window if getattr(config, "use_sliding_window", True) else None}
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The layers of ``model``, in order.
+
+    Raises:
+        ModelError: if it has no list of as many modules as its configuration says.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ModelError(f"{type(model).__name__} has no list of its {count} layers")
 
 
 def has_softcap(config: PretrainedConfig) -> bool:

@@ -75,5 +75,8 @@ class TableEngine:
             self._committed.pop(seq.id, None)
             self._trees.pop(seq.id, None)
 
-    def capture(self) -> Features:
+    def capture(self, places: SequenceOf[int] | None = None) -> Features:
+        raise PairingError("a table has no hidden states")
+
+    def hidden(self, seq: Sequence, place: int | None = None) -> torch.Tensor:
         raise PairingError("a table has no hidden states")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import time
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +25,14 @@ from tokentree.engines.prepare import pack, private_copy, steady_activations
 from tokentree.engines.program import Program
 from tokentree.engines.proof import in_trees, own_forward
 from tokentree.engines.quantized import QuantizedLinear
-from tokentree.engines.support import check_quantization, check_supported, context_length, has_softcap, layer_windows
+from tokentree.engines.support import (
+    check_quantization,
+    check_supported,
+    context_length,
+    decoder_layers,
+    has_softcap,
+    layer_windows,
+)
 from tokentree.errors import ModelError, PairingError
 from tokentree.sequence import Sequence
 from tokentree.top import top_logits
@@ -98,10 +107,11 @@ class TorchEngine:
             self._model.config._attn_implementation = "tokentree"
             if self.device.type == "cpu":
                 steady_activations(self._model)
-        self._captures = False
-        self._hidden: torch.Tensor | None = None  # what the output layer was given last
+        self._places: list[int] = []  # of the hidden states that are kept
+        self._noted: dict[int, torch.Tensor] = {}  # of the last forward of `_model`, [rows, hidden size]
         self._kv: dict[int, tuple[Sequence, SequenceKV]] = {}
         self._prefixes = PrefixCache(prefix_bytes)
+        self._hidden_size, self._num_layers = int(config.hidden_size), int(config.num_hidden_layers)
         sizes = (config.num_hidden_layers, config.hidden_size, config.vocab_size)
         self._model_size = f"{type(model).__name__} {'x'.join(map(str, sizes))}"
         self.vocab_size = expected.shape[1]
@@ -136,12 +146,7 @@ class TorchEngine:
         if not kv.length:
             live = [(_ids(other, known), known) for other, known in self._kv.values() if known is not kv]
             reused = self._prefixes.fill(kv, np.array(seq.tokens[:-1]), live)
-        ids = seq.tokens[kv.length : -1]
-        for begin in range(0, len(ids), PREFILL_ROWS):
-            chunk = ids[begin : begin + PREFILL_ROWS]
-            kv.reserve(kv.length + len(chunk))
-            self._forward([Segment(kv, TokenTree.chain(chunk[0], chunk[1:]), 0, 0)], "kv")
-            kv.commit(range(len(chunk)))
+        self._read(kv, seq.tokens[kv.length : -1])
         return reused
 
     @torch.inference_mode()
@@ -158,10 +163,10 @@ class TorchEngine:
             if first < len(tree):
                 segments.append(Segment(kv, tree, first, start))
             start += len(tree) - first
-        logits, hidden = self._forward(segments, "logits")
+        logits = self._forward(segments, "logits")
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return TargetOutput(logits, starts, firsts, time.perf_counter() - started, hidden)
+        return TargetOutput(logits, starts, firsts, time.perf_counter() - started)
 
     @torch.inference_mode()
     def commit(self, seqs: SequenceOf[Sequence], paths: SequenceOf[list[int]]) -> None:
@@ -177,36 +182,34 @@ class TorchEngine:
                 _, kv = self._kv.pop(seq.id)
                 self._prefixes.keep(_ids(seq, kv), kv)
 
-    def capture(self) -> Features:
+    def capture(self, places: SequenceOf[int] | None = None) -> Features:
         head = self._model.get_output_embeddings()
         if head is None:
             raise PairingError(f"{type(self._model).__name__} has no output layer, whose inputs heads read")
-        if not self._captures and self._program is None and self._graph is None:
-            head.register_forward_pre_hook(self._note)
-        self._captures = True
-        size: int = self._model.config.get_text_config().hidden_size
+        size, num_layers = self._hidden_size, self._num_layers
+        asked = [num_layers] if places is None else list(places)
+        if not all(0 <= place <= num_layers for place in asked):
+            raise PairingError(f"{type(self._model).__name__} has hidden states 0 to {num_layers}, not {asked}")
+        if new := sorted({*asked} - {*self._places}):
+            self._capture(new)
 
         def weights(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
             return weights_of(head, ids, size, self.dtype)
 
-        return Features(size, head, weights, linear_of, self.dtype, self.device)
+        return Features(size, num_layers, head, weights, linear_of, self.dtype, self.device)
+
+    def hidden(self, seq: Sequence, place: int | None = None) -> torch.Tensor:
+        kv = self._kv_of(seq)
+        return kv.states[self._places.index(self._num_layers if place is None else place), : kv.length]
 
     @torch.inference_mode()
-    def hidden_states(self, ids: SequenceOf[int]) -> torch.Tensor:
-        """[len(ids), hidden size]: those of a text after the final norm, once `capture` was called."""
-        kv, parts = self._layout.make(len(ids)), []
-        for begin in range(0, len(ids), PREFILL_ROWS):
-            chunk = ids[begin : begin + PREFILL_ROWS]
-            kv.reserve(kv.length + len(chunk))
-            _, hidden = self._forward([Segment(kv, TokenTree.chain(chunk[0], chunk[1:]), 0, 0)], "hidden")
-            assert hidden is not None, "nobody called capture"
-            parts.append(hidden)
-            kv.commit(range(len(chunk)))
-        return torch.cat(parts)
-
-    def _note(self, head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        """Keeps what the output layer is given."""
-        self._hidden = inputs[0][0]
+    def hidden_states(self, ids: SequenceOf[int], places: SequenceOf[int] | None = None) -> torch.Tensor:
+        """[len(ids), places x hidden size]: the hidden states of a text, beside one another, once `capture` was called
+        for them."""
+        kv = self._layout.make(len(ids))
+        self._read(kv, ids)
+        picked = [self._places.index(place) for place in ([self._num_layers] if places is None else places)]
+        return kv.states[picked, : kv.length].transpose(0, 1).flatten(1)
 
     # -- one forward -----------------------------------------------------------------------------------------------
 
@@ -216,20 +219,30 @@ class TorchEngine:
             self._kv[seq.id] = seq, self._layout.make(rows + 64)
         return self._kv[seq.id][1]
 
+    def _read(self, kv: SequenceKV, ids: SequenceOf[int]) -> None:
+        """Commits rows for ``ids``."""
+        for begin in range(0, len(ids), PREFILL_ROWS):
+            chunk = ids[begin : begin + PREFILL_ROWS]
+            kv.reserve(kv.length + len(chunk))
+            last = self._num_layers in self._places
+            self._forward([Segment(kv, TokenTree.chain(chunk[0], chunk[1:]), 0, 0)], "hidden" if last else "kv")
+            kv.commit(range(len(chunk)))
+
     @torch.inference_mode()
-    def _forward(self, segments: SequenceOf[Segment], upto: Upto) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits [rows, vocab], of the last row or none if they aren't asked for; and hidden states [rows, hidden
-        size], if they are and `capture` was called."""
+    def _forward(self, segments: SequenceOf[Segment], upto: Upto) -> torch.Tensor:
+        """Logits [rows, vocab], of the last row or none if they aren't asked for. Writes KV and hidden states."""
         rows = sum(segment.count for segment in segments)
         padding = max(0, self._min_rows - rows)
         ids = np.concatenate([*(s.tree.tokens[s.first :] for s in segments), np.zeros(padding, np.int64)])
         positions = np.concatenate([*(s.positions for s in segments), np.zeros(padding, np.int64)])
         if self._program is not None:
             logits = self._program.forward(torch.from_numpy(ids), torch.from_numpy(positions), segments, upto)
-            return logits, self._program.hidden(rows) if self._captures and upto != "kv" else None
+            self._keep(segments, self._program.states)
+            return logits
         if self._graph is not None and upto != "kv" and self._graph.fits(segments):
             logits, hidden = self._graph.forward(segments[0])
-            return logits, hidden if self._captures else None
+            self._keep(segments, [hidden] * len(self._places))
+            return logits
         cache = ForwardKV(segments, self._attends_itself)
         options: dict[str, Any] = {"logits_to_keep": int(upto == "kv")} if self._keeps_logits else {}
         mask: Any = None
@@ -250,10 +263,38 @@ class TorchEngine:
             return_dict=True,
             **options,
         )
-        logits = out.logits[0]
-        if upto == "kv":
-            return logits, None
-        return logits[:rows], self._hidden[:rows] if self._hidden is not None else None
+        if self._graph is not None:
+            self._noted[self._num_layers] = self._graph.head_input()
+        self._keep(segments, [self._noted[place] for place in self._places])
+        said: torch.Tensor = out.logits[0]
+        return said if upto == "kv" else said[:rows]
+
+    def _keep(self, segments: SequenceOf[Segment], states: torch.Tensor | SequenceOf[torch.Tensor]) -> None:
+        """Puts hidden states [rows, hidden size] of each place beside the KV of their rows."""
+        for segment in segments if len(states) else ():
+            first = segment.prefix + segment.first
+            for kept, rows in zip(segment.kv.states, states, strict=True):
+                kept[first : first + segment.count] = rows[segment.start : segment.start + segment.count]
+
+    def _capture(self, places: list[int]) -> None:
+        """Keeps the hidden states ``places``, from now on."""
+        if self._kv:
+            raise PairingError("hidden states can't be asked for while texts are being decoded")
+        if self._graph is not None and places != [self._num_layers]:
+            raise PairingError("with compile=True, only the last hidden state is there: leave it out")
+        self._prefixes.clear()
+        self._places = sorted([*self._places, *places])
+        if self._program is not None:
+            self._program.capture(self._places)
+        for place in places if self._program is None and self._graph is None else ():
+            last = place == self._num_layers
+            module = self._model.get_output_embeddings() if last else decoder_layers(self._model)[place]
+            module.register_forward_pre_hook(functools.partial(self._note, place), with_kwargs=True)
+        self._layout = replace(self._layout, states=len(self._places), width=self._hidden_size, state_dtype=self.dtype)
+
+    def _note(self, place: int, module: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Keeps what a module is given."""
+        self._noted[place] = (inputs[0] if inputs else named["hidden_states"])[0]
 
     # -- at construction -------------------------------------------------------------------------------------------
 
@@ -296,9 +337,7 @@ class TorchEngine:
     @torch.inference_mode()
     def _check_tree(self, expected: torch.Tensor) -> None:
         """Raises `ModelError` unless trees give ``expected``, what the model says by itself."""
-        got, windows = in_trees(
-            self._model, lambda segment: self._forward([segment], "logits")[0], self._layout.make(64)
-        )
+        got, windows = in_trees(self._model, lambda segment: self._forward([segment], "logits"), self._layout.make(64))
         error, spread = float((got - expected).square().mean().sqrt()), float(expected.float().std())
         few_bits = 0.3 if self.quantization else 0.1
         if not error <= (0.001 if self.dtype in (torch.float32, torch.float64) else few_bits) * spread:
