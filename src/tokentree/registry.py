@@ -8,6 +8,7 @@ from importlib import import_module
 from tokentree.drafters.base import Drafter, Parts
 from tokentree.drafters.merged import Merged
 from tokentree.errors import OptionError
+from tokentree.heads.eagle_files import is_eagle
 
 DRAFTERS = {
     "none": ("tokentree.drafters.none", "NoDrafter"),
@@ -15,6 +16,7 @@ DRAFTERS = {
     "ngram": ("tokentree.drafters.ngram", "NGram"),
     "suffix": ("tokentree.drafters.suffix", "Suffix"),
     "recycling": ("tokentree.drafters.recycling", "Recycling"),
+    "eagle": ("tokentree.drafters.eagle", "Eagle"),
     "medusa": ("tokentree.drafters.medusa", "Medusa"),
     "merged": ("tokentree.drafters.merged", "Merged"),
 }
@@ -57,7 +59,8 @@ def make_drafter(drafter: Named, parts: Parts) -> Drafter:
         drafter = "draft_model" if parts.draft_engines else "merged"
     if drafter == "merged":
         models = ("draft_model",) if parts.draft_engines else ()
-        drafter = (*models, *(("medusa",) if parts.heads else ()), *LOOKUPS)
+        heads = () if parts.heads is None else ("eagle",) if is_eagle(parts.heads) else ("medusa",)
+        drafter = (*models, *heads, *LOOKUPS)
     if isinstance(drafter, str):
         return drafter_class(drafter).make(parts)
     return Merged([make_drafter(name, parts) for name in drafter])

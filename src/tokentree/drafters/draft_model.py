@@ -4,20 +4,43 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter, Parts
 from tokentree.drafters.merged import Merged
-from tokentree.engines.base import Engine, TargetOutput
+from tokentree.engines.base import TargetOutput
 from tokentree.errors import PairingError
 from tokentree.sampling import to_probs
 from tokentree.sequence import DRAFT, Accepted, Sequence
 from tokentree.shapes.base import Shape
-from tokentree.tree import TokenTree
+from tokentree.top import top_logits
+from tokentree.tree import Ints, TokenTree
+
+
+class DraftEngine(Protocol):
+    """What is asked of an engine that holds a draft model; see `Engine`."""
+
+    vocab_size: int
+    context: int
+
+    def prefill(self, seq: Sequence) -> int: ...
+
+    def verify(
+        self, seqs: SequenceOf[Sequence], trees: SequenceOf[TokenTree], firsts: SequenceOf[int] | None = None
+    ) -> TargetOutput: ...
+
+    def commit(self, seqs: SequenceOf[Sequence], paths: SequenceOf[list[int]]) -> None: ...
+
+    def committed(self, seq: Sequence) -> int: ...
+
+    def release(self, seqs: SequenceOf[Sequence]) -> None: ...
 
 
 class DraftModel(Drafter):
@@ -30,12 +53,15 @@ class DraftModel(Drafter):
         engine: holds the draft model.
         vocab_size: the target's; candidates beyond it are never proposed.
         name: shown beside the tokens it earned.
+        token_map: int64[n], ascending: the target's ids for the engine's logits, if these are others.
     """
 
     draws_children = True
 
-    def __init__(self, engine: Engine, vocab_size: int, name: str = "draft_model") -> None:
-        self.name = name
+    def __init__(
+        self, engine: DraftEngine, vocab_size: int, name: str = "draft_model", token_map: Ints | None = None
+    ) -> None:
+        self.name, self._token_map = name, token_map
         self._engine = engine
         self._vocab_size = vocab_size
         self._rows: dict[int, _Rows] = {}
@@ -63,11 +89,11 @@ class DraftModel(Drafter):
         ]
         rows = [_Rows(seq.tokens[self._engine.committed(seq) :]) for seq in seqs]
         for seq, row in zip(seqs, rows, strict=True):
-            if max(row.unseen) >= self._engine.vocab_size:
+            if max(row.unseen, default=0) >= self._engine.vocab_size:
                 self._unknown.add(seq.id)
         frontiers = [
-            shape.select(seq, draft, [0]) if self._may_grow(seq, draft, 0, shape) else []
-            for seq, draft in zip(seqs, drafts, strict=True)
+            shape.select(seq, draft, [0]) if row.unseen and self._may_grow(seq, draft, 0, shape) else []
+            for seq, draft, row in zip(seqs, drafts, rows, strict=True)
         ]
         done = [0] * len(seqs)
         while any(frontiers):
@@ -116,28 +142,33 @@ class DraftModel(Drafter):
     ) -> list[int]:
         """Adds the children of ``frontier``, whose draft logits are ``logits`` [len(frontier), vocab]."""
         known = min(logits.shape[1], self._vocab_size)
-        counts = [min(count, known) for count in shape.counts(seq, draft, frontier)]
+        counts, logits = [min(count, known) for count in shape.counts(seq, draft, frontier)], logits[:, :known]
         level: list[int] = []
-        # the target's width, so that rules on logits see the same ids everywhere
-        missing = self._vocab_size - known
-        logits = torch.nn.functional.pad(logits[:, :known].float(), (0, missing), value=-math.inf)
         if draft.sampled is not None:
-            for node, count, row in zip(frontier, counts, logits, strict=True):
+            for node, count, row in zip(frontier, counts, self._whole(logits), strict=True):
                 level += self._draw(seq, draft, node, count, row)
             return level
-        if seq.params.changes_logits:
-            logits = torch.stack(
-                [seq.processed(row, draft.path_tokens(node)) for node, row in zip(frontier, logits, strict=True)]
-            )
-        if not seq.params.is_greedy:
-            logits = logits / seq.params.temperature
-        best = logits.topk(max(counts, default=0), dim=-1)
-        scores = (best.values - logits.logsumexp(-1, keepdim=True)).tolist()
+        token_map = self._token_map
+        if seq.params.changes_logits:  # rules name tokens by the target's ids
+            rows = zip(frontier, self._whole(logits), strict=True)
+            logits = torch.stack([seq.processed(row, draft.path_tokens(node)) for node, row in rows])
+            token_map = None
+        divisor = 1.0 if seq.params.is_greedy else seq.params.temperature
+        values, ids = top_logits(logits, max(counts, default=0))
+        sums = (logits.float() / divisor).logsumexp(-1, keepdim=True).cpu().numpy()
+        scores, tokens = (values / divisor - sums).tolist(), (ids if token_map is None else token_map[ids]).tolist()
         for i, (node, count) in enumerate(zip(frontier, counts, strict=True)):
-            for rank, token in enumerate(best.indices[i, :count].tolist()):
+            for rank, token in enumerate(tokens[i][:count]):
                 if scores[i][rank] > -math.inf:  # else a rule forbids the token
                     level.append(draft.add(node, token, scores[i][rank], rank))
         return level
+
+    def _whole(self, logits: torch.Tensor) -> torch.Tensor:
+        """float32[n, vocab of the target], -inf where the draft model knows no token."""
+        if self._token_map is None:
+            return pad(logits.float(), (0, self._vocab_size - logits.shape[1]), value=-math.inf)
+        whole = logits.new_full((len(logits), self._vocab_size), -math.inf, dtype=torch.float32)
+        return whole.index_copy(1, torch.from_numpy(self._token_map).to(logits.device), logits.float())
 
     def _draw(self, seq: Sequence, draft: Draft, node: int, count: int, logits: torch.Tensor) -> list[int]:
         """Draws ``count`` children without replacement, fewer where the distribution has fewer tokens."""

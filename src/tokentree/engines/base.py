@@ -89,6 +89,7 @@ class Features:
     Args:
         hidden_size: width of a hidden state.
         num_layers: of the target, and so the number of its last hidden state, that after the final norm.
+        embedding: makes embeddings [..., hidden size] of token ids.
         output_layer: makes logits [..., vocab] of hidden states [..., hidden size].
         output_weights: given token ids int64[n], the weight [n, hidden size] and bias [n] (or None) of that layer.
         linear: given weight [outputs, inputs] and bias [outputs] (or None), the linear layer that the engine runs
@@ -98,6 +99,7 @@ class Features:
 
     hidden_size: int
     num_layers: int
+    embedding: Callable[[torch.Tensor], torch.Tensor]
     output_layer: Callable[[torch.Tensor], torch.Tensor]
     output_weights: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
     linear: Callable[[torch.Tensor, torch.Tensor | None], Callable[[torch.Tensor], torch.Tensor]]

@@ -196,7 +196,8 @@ class TorchEngine:
         def weights(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
             return weights_of(head, ids, size, self.dtype)
 
-        return Features(size, num_layers, head, weights, linear_of, self.dtype, self.device)
+        embedding = self._model.get_input_embeddings()
+        return Features(size, num_layers, embedding, head, weights, linear_of, self.dtype, self.device)
 
     def hidden(self, seq: Sequence, place: int | None = None) -> torch.Tensor:
         kv = self._kv_of(seq)

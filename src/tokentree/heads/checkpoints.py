@@ -42,7 +42,7 @@ def read_medusa(folder: str | Path) -> tuple[MedusaHeads, dict[str, Any]]:
     if file is None:
         raise ModelError(f"the folder {str(folder)!r} has no Medusa heads: none of {', '.join(FILES)}")
     config = read_config(folder)
-    return medusa_of(_read(file), str(file)), config
+    return medusa_of(read_tensors(file), str(file)), config
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -215,7 +215,12 @@ def _config(heads: MedusaHeads, base_model: str, vocab_size: int, layout: str) -
     }
 
 
-def _read(file: Path) -> dict[str, torch.Tensor]:
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors in ``file``.
+
+    Raises:
+        ModelError: if it can't be read, or holds anything else.
+    """
     try:
         tensors: Any
         if file.suffix == ".safetensors":

@@ -53,6 +53,7 @@ class About(BaseModel):
         accuracies: per head and rank, how often that candidate was right, on texts that were held back.
         choices: rank paths of the static tree that these accuracies make the best.
         recipe: how they were trained.
+        taps: the target's hidden states that an EAGLE-3 head reads, as transformers numbers them.
     """
 
     fingerprint: Fingerprint | None = None
@@ -60,6 +61,7 @@ class About(BaseModel):
     accuracies: list[list[float]] | None = None
     choices: list[list[int]] | None = None
     recipe: dict[str, Any] = {}
+    taps: list[int] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +81,12 @@ def read_heads(folder: str | Path, target: Fingerprint | None = None) -> Saved:
     """
     heads, config = read_medusa(folder)
     about = read_about(config, str(folder))
+    check_made_for(about, config, folder, target)
+    return Saved(heads, about)
+
+
+def check_made_for(about: About, config: Mapping[str, Any], folder: str | Path, target: Fingerprint | None) -> None:
+    """Raises `PairingError` if the heads in ``folder`` say that they belong to another model than ``target``."""
     theirs = about.fingerprint
     if target is not None and theirs is not None:
         other = "configuration" if theirs.config != target.config else ""
@@ -90,7 +98,6 @@ def read_heads(folder: str | Path, target: Fingerprint | None = None) -> Saved:
                 f"the heads in {str(folder)!r} were made for {base}, whose {other} is not this model's: use heads that "
                 "were made for it, or train some"
             )
-    return Saved(heads, about)
 
 
 def saved_choices(folder: str | Path | None) -> list[list[int]]:

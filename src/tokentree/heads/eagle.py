@@ -1,0 +1,156 @@
+"""EAGLE: a layer on the target's hidden states that goes on by itself (Li et al. 2024, arXiv:2401.15077; EAGLE-2:
+arXiv:2406.16858, the same layer; EAGLE-3: arXiv:2503.01840)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import nn
+from torch.nn.functional import silu
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+
+Layer = Callable[[torch.Tensor], torch.Tensor]
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class EagleSizes(BaseModel):
+    """What a head is made of.
+
+    Args:
+        version: 1, which is EAGLE-2's too, or 3.
+        hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim: of its layer.
+        vocab_size: of the target.
+        draft_vocab_size: how many tokens an EAGLE-3 head knows; None: all.
+        taps: the hidden states of the target that it reads, numbered as `engines.base.Engine.capture` does; EAGLE-1
+            reads the last one.
+        target_hidden_size: of the target; None: its own.
+        rope: parameters of its rotary positions, as transformers' configurations have them in ``rope_parameters``.
+        context: the most positions that it can take.
+        eps: of its norms.
+        fc_bias, qkv_bias: whether these products have a bias.
+        norm_before_residual: whether an EAGLE-3 head adds its attention to what is known after the norm.
+        own_embedding: whether it has an embedding of its own, not the target's.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: Literal[1, 3]
+    hidden_size: int = Field(ge=1)
+    intermediate_size: int = Field(ge=1)
+    num_heads: int = Field(ge=1)
+    num_kv_heads: int = Field(ge=1)
+    head_dim: int = Field(ge=2, multiple_of=2)
+    vocab_size: int = Field(ge=1)
+    draft_vocab_size: int | None = Field(None, ge=1)
+    taps: tuple[int, ...] = Field(min_length=1)
+    target_hidden_size: int | None = Field(None, ge=1)
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
+    context: int = Field(2048, ge=1)
+    eps: float = Field(1e-6, gt=0)
+    fc_bias: bool = False
+    qkv_bias: bool = False
+    own_embedding: bool = False
+    norm_before_residual: bool = False
+
+    @model_validator(mode="after")
+    def _fits(self) -> EagleSizes:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError("num_heads must be a multiple of num_kv_heads")
+        if self.version == 1 and (len(self.taps) > 1 or self.draft_vocab_size is not None):
+            raise ValueError("EAGLE-1 reads one hidden state and knows all tokens")
+        return self
+
+
+class EagleHead(nn.Module):
+    """One decoder layer, with row i for token i + 1 of a text and what is known of position i.
+
+    What is known is a vector of the head's own width: at a position that the target has read, `fuse` makes it of the
+    target's hidden states; behind it, it is what the layer gave there itself. The layer takes it together with the
+    token's embedding, and gives the next position's. `logits` of that say which token comes.
+
+    - EAGLE-1: ``x = fc([embedding; known])``, then a layer without a norm in front, which adds its attention to ``x``.
+    - EAGLE-3: the layer attends with ``[norm(embedding); norm(known)]`` and adds that to ``known``; `fuse` is ``fc`` of
+      the hidden states of several of the target's layers.
+
+    Args:
+        sizes: see there.
+
+    Attributes:
+        token_map: int64[draft_vocab_size], ascending: the target's ids for the logits of a head that knows fewer
+            tokens, or None.
+    """
+
+    def __init__(self, sizes: EagleSizes) -> None:
+        super().__init__()
+        self.sizes = sizes
+        size, target_size = sizes.hidden_size, sizes.target_hidden_size or sizes.hidden_size
+        wide, narrow = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
+        third = sizes.version == 3
+        self.fc = nn.Linear(len(sizes.taps) * target_size if third else size + target_size, size, sizes.fc_bias)
+        self.qkv = nn.Linear(2 * size if third else size, wide + 2 * narrow, sizes.qkv_bias)
+        self.o_proj = nn.Linear(wide, size, bias=False)
+        self.gate_up = nn.Linear(size, 2 * sizes.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(sizes.intermediate_size, size, bias=False)
+        self.post_attention_layernorm = LlamaRMSNorm(size, sizes.eps)
+        if third:
+            self.input_layernorm, self.hidden_norm = LlamaRMSNorm(size, sizes.eps), LlamaRMSNorm(size, sizes.eps)
+            self.norm = LlamaRMSNorm(size, sizes.eps)
+            self.lm_head = nn.Linear(size, sizes.draft_vocab_size or sizes.vocab_size, bias=False)
+        self.embed_tokens = nn.Embedding(sizes.vocab_size, size) if sizes.own_embedding else None
+        self.rotary = LlamaRotaryEmbedding(_rope_config(sizes))
+        self.token_map: torch.Tensor | None
+        known = None if sizes.draft_vocab_size is None else torch.arange(sizes.draft_vocab_size)
+        self.register_buffer("token_map", known)
+
+    def fuse(self, states: torch.Tensor) -> torch.Tensor:
+        """[..., hidden size]: what is known of positions where the target's hidden states are ``states`` [..., taps x
+        hidden size of the target]."""
+        fused: torch.Tensor = self.fc(states) if self.sizes.version == 3 else states
+        return fused
+
+    def forward(self, embedded: torch.Tensor, known: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """What is known of the next positions, [..., hidden size].
+
+        Args:
+            embedded: [..., hidden size], the rows' tokens.
+            known: [..., hidden size].
+            attend: given queries, keys and values [..., heads, head_dim] before they are turned, what the rows attend
+                to, [..., heads x head_dim].
+        """
+        if self.sizes.version == 3:
+            normed = self.hidden_norm(known)
+            x = torch.cat([self.input_layernorm(embedded), normed], -1)
+            residual = normed if self.sizes.norm_before_residual else known
+        else:
+            x = residual = self.fc(torch.cat([embedded, known], -1))
+        heads = self.qkv(x).unflatten(-1, (-1, self.sizes.head_dim))
+        parts = heads.split([self.sizes.num_heads, self.sizes.num_kv_heads, self.sizes.num_kv_heads], -2)
+        residual = residual + self.o_proj(attend(*parts))
+        gate, up = self.gate_up(self.post_attention_layernorm(residual)).chunk(2, -1)
+        given: torch.Tensor = residual + self.down_proj(silu(gate) * up)
+        return given
+
+    def logits(self, known: torch.Tensor, output_layer: Layer) -> torch.Tensor:
+        """[..., tokens that the head knows], of what `forward` gave; ``output_layer`` is the target's, for EAGLE-1."""
+        scores: torch.Tensor = self.lm_head(self.norm(known)) if self.sizes.version == 3 else output_layer(known)
+        return scores
+
+    def turn(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """``x`` [..., rows, heads, head_dim] turned to ``positions`` int64[..., rows] (Su et al. 2021,
+        arXiv:2104.09864)."""
+        flat = positions.reshape(1, -1)
+        cos, sin = (part.view(*positions.shape, 1, -1) for part in self.rotary(x, flat))
+        half = x.shape[-1] // 2
+        turned: torch.Tensor = x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+        return turned
+
+
+def _rope_config(sizes: EagleSizes) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=sizes.hidden_size, num_attention_heads=sizes.num_heads, head_dim=sizes.head_dim,
+        max_position_embeddings=sizes.context, rope_parameters=dict(sizes.rope),
+    )  # fmt: skip

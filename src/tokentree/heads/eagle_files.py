@@ -1,0 +1,264 @@
+"""EAGLE heads in files: SafeAILab's layouts for EAGLE-1 (and 2) and EAGLE-3, SpecForge's, and speculators'.
+
+Names and fields are those that the projects' own loaders read. Sizes are inferred from the weights where they can be.
+A tensor that is unknown or missing is an error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from pydantic import ValidationError
+from safetensors.torch import save_file
+from transformers import LlamaConfig
+
+from tokentree.errors import ModelError, OptionError
+from tokentree.heads.checkpoints import read_config, read_tensors
+from tokentree.heads.eagle import EagleHead, EagleSizes
+from tokentree.heads.saved import About, Fingerprint, check_made_for, read_about
+
+LAYOUTS = ("safeailab", "speculators")
+FILES = ("model.safetensors", "pytorch_model.bin")
+LAYER = {1: "layers.0.", 3: "midlayer."}  # what stands before a layer's tensors; speculators' EAGLE-3 has EAGLE-1's
+IDS = "eagle_aux_hidden_state_layer_ids"
+
+
+@dataclass(frozen=True, eq=False)
+class SavedEagle:
+    """A head, and what is known of it.
+
+    Args:
+        head: in float32.
+        told: how the places of the hidden states that it reads were found out, in words.
+    """
+
+    head: EagleHead
+    about: About
+    told: str
+
+
+def is_eagle(folder: str | Path) -> bool:
+    """Whether what ``config.json`` in ``folder`` says is of an EAGLE head rather than of Medusa heads.
+
+    Raises:
+        ModelError: if it can't be read.
+    """
+    config = read_config(folder)
+    return "medusa_num_heads" not in config and config.get("model_type") != "medusa" and bool(config)
+
+
+def read_eagle(folder: str | Path, num_layers: int, target: Fingerprint | None = None) -> SavedEagle:
+    """The head in ``folder``, in any of the layouts.
+
+    Args:
+        num_layers: of the target, by which EAGLE-3's default places are counted.
+
+    Raises:
+        ModelError: if there is none, or a tensor is unknown, missing or of another size; it is named.
+        PairingError: if the folder says that it belongs to another model than ``target``.
+    """
+    folder = Path(folder).expanduser()
+    file = next((folder / name for name in FILES if (folder / name).is_file()), None)
+    if file is None:
+        raise ModelError(f"the folder {str(folder)!r} has no EAGLE head: none of {', '.join(FILES)}")
+    config, where = read_config(folder), str(file)
+    about = read_about(config, str(folder))
+    check_made_for(about, config, folder, target)
+    tensors = _renamed(read_tensors(file), where)
+    sizes, told = _sizes(config, tensors, num_layers, where)
+    head = EagleHead(sizes)
+    for name, into in _places(head).items():
+        if name not in tensors:
+            raise ModelError(f"{where!r} lacks the tensor {name}")
+        part = tensors.pop(name)
+        if part.shape != into.shape:
+            raise ModelError(f"in {where!r} the tensor {name} is {list(part.shape)}, not {list(into.shape)}")
+        with torch.no_grad():
+            into.copy_(part)
+    offsets, known = tensors.pop("d2t", None), tensors.pop("t2d", None)
+    if head.token_map is not None:
+        head.token_map = _token_map(offsets, known, head.token_map, where)
+    if tensors:
+        raise ModelError(f"{where!r} has a tensor that an EAGLE-{sizes.version} head doesn't have: {min(tensors)}")
+    return SavedEagle(head, about, told)
+
+
+def write_eagle(
+    head: EagleHead, folder: str | Path, base_model: str, layout: str = "safeailab", about: About | None = None,
+    embedding: torch.Tensor | None = None, dtype: torch.dtype = torch.bfloat16, architecture: str = "LlamaForCausalLM",
+) -> None:  # fmt: skip
+    """Writes ``head`` and a configuration into ``folder``, in one of `LAYOUTS`; EAGLE-1 has SafeAILab's alone.
+
+    Args:
+        base_model: the name of the target.
+        embedding: [vocab, hidden size], the target's, to be written beside a head that has none of its own, for loaders
+            that don't take it from the target, as SafeAILab's for EAGLE-1.
+        architecture: of the target, for speculators' configuration.
+
+    Raises:
+        OptionError: if there is no such layout, or not for this version.
+    """
+    sizes = head.sizes
+    if layout not in LAYOUTS:
+        raise OptionError(f"unknown layout {layout!r}: choose one of {', '.join(LAYOUTS)}")
+    if layout == "speculators" and sizes.version == 1:
+        raise OptionError("speculators' layout is for EAGLE-3: use layout='safeailab'")
+    tensors = {name: tensor.detach().to(dtype) for name, tensor in _places(head).items()}
+    if head.embed_tokens is None and embedding is not None:
+        tensors["embed_tokens.weight"] = embedding.detach().to(dtype)
+    if head.token_map is not None:
+        ids = head.token_map.cpu()
+        tensors["d2t"] = ids - torch.arange(len(ids))
+        tensors["t2d"] = torch.zeros(sizes.vocab_size, dtype=torch.bool).index_fill(0, ids, True)
+    if layout == "speculators":
+        tensors = {name.replace(LAYER[3], LAYER[1]): tensor for name, tensor in tensors.items()}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    config = _config(sizes, base_model, layout, architecture)
+    if about is not None:
+        config["tokentree"] = about.model_dump(mode="json")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def default_taps(num_layers: int) -> tuple[int, int, int]:
+    """The hidden states that EAGLE-3 reads of a target with so many layers."""
+    return 2, num_layers // 2, num_layers - 3
+
+
+def tap_places(ids: list[int]) -> tuple[tuple[int, ...], str]:
+    """The hidden states, as transformers numbers them, that a configuration's layer ids mean, and the rule in words.
+
+    Two conventions are about: counted by a layer's input (SafeAILab, vLLM), the first is 2; by its output, 1.
+    """
+    if ids and ids[0] == 1:
+        return tuple(i + 1 for i in ids), f"{IDS} {ids} are taken as layers whose output is read"
+    return tuple(ids), f"{IDS} {ids} are taken as layers whose input is read"
+
+
+def _renamed(tensors: dict[str, torch.Tensor], where: str) -> dict[str, torch.Tensor]:
+    """``tensors`` as SafeAILab names those of the version that they are of."""
+    third = any(name.startswith(("midlayer.", "lm_head.", "norm.")) for name in tensors)
+    prefix = LAYER[3] if third else LAYER[1]
+    found = {
+        name.replace("layers.0.", prefix) if name.startswith("layers.0.") else name: tensor
+        for name, tensor in tensors.items()
+    }
+    if "fc.weight" not in found or f"{prefix}mlp.gate_proj.weight" not in found:
+        raise ModelError(f"{where!r} has no EAGLE head in it: fc.weight or the layer is missing")
+    return found
+
+
+def _sizes(
+    config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], num_layers: int, where: str
+) -> tuple[EagleSizes, str]:
+    """What the head is made of, and how its places were found out."""
+    version = 3 if f"{LAYER[3]}mlp.gate_proj.weight" in tensors else 1
+    try:
+        inner: Any = LlamaConfig.from_dict(dict(config.get("transformer_layer_config") or config))
+        hidden, width = tensors["fc.weight"].shape
+        kv = tensors[f"{LAYER[version]}self_attn.k_proj.weight"].shape[0]
+        target = int(config.get("target_hidden_size") or hidden)
+        kept = (config.get("tokentree") or {}).get("taps")
+        ids = config.get(IDS) or (config.get("eagle_config") or {}).get(IDS)
+        if version == 1:
+            taps: tuple[int, ...]
+            taps, told = (num_layers,), "EAGLE-1 reads the last hidden state"
+        elif kept:
+            taps, told = tuple(kept), f"hidden states {kept}, as the head's configuration says"
+        elif ids:
+            taps, told = tap_places([int(i) for i in ids])
+        else:
+            taps = default_taps(num_layers)
+            told = f"hidden states {list(taps)}, EAGLE-3's own choice for {num_layers} layers"
+        if version == 3 and width != len(taps) * target:
+            raise ModelError(f"in {where!r} fc.weight takes {width} numbers, not {len(taps)} hidden states of {target}")
+        known = int(tensors["lm_head.weight"].shape[0]) if version == 3 else None
+        if version == 3 and "d2t" not in tensors:
+            known = None
+        return EagleSizes(
+            version=version, hidden_size=hidden,
+            intermediate_size=tensors[f"{LAYER[version]}mlp.gate_proj.weight"].shape[0],
+            num_heads=inner.num_attention_heads, num_kv_heads=kv // inner.head_dim, head_dim=inner.head_dim,
+            vocab_size=len(tensors["t2d"]) if "t2d" in tensors else inner.vocab_size, draft_vocab_size=known, taps=taps,
+            target_hidden_size=None if target == hidden else target, rope=dict(inner.rope_parameters),
+            context=inner.max_position_embeddings, eps=inner.rms_norm_eps, fc_bias="fc.bias" in tensors,
+            qkv_bias=f"{LAYER[version]}self_attn.q_proj.bias" in tensors,
+            own_embedding="embed_tokens.weight" in tensors,
+            norm_before_residual=bool(config.get("norm_before_residual", False)),
+        ), told  # fmt: skip
+    except (ValidationError, StrictDataclassError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ModelError(f"the configuration beside {where!r} makes no sense: {str(error).splitlines()[0]}") from None
+
+
+def _places(head: EagleHead) -> dict[str, torch.Tensor]:
+    """Where each tensor of SafeAILab's layout lies in ``head``, as views; but for the maps between vocabularies."""
+    sizes, prefix = head.sizes, LAYER[head.sizes.version]
+    rows = [count * sizes.head_dim for count in (sizes.num_heads, sizes.num_kv_heads, sizes.num_kv_heads)]
+    found = {"fc.weight": head.fc.weight}
+    if sizes.fc_bias:
+        found["fc.bias"] = head.fc.bias
+    for kind in ("weight", "bias") if sizes.qkv_bias else ("weight",):
+        for name, part in zip("qkv", getattr(head.qkv, kind).split(rows), strict=True):
+            found[f"{prefix}self_attn.{name}_proj.{kind}"] = part
+    found[f"{prefix}self_attn.o_proj.weight"] = head.o_proj.weight
+    for name, part in zip(("gate", "up"), head.gate_up.weight.chunk(2), strict=True):
+        found[f"{prefix}mlp.{name}_proj.weight"] = part
+    found[f"{prefix}mlp.down_proj.weight"] = head.down_proj.weight
+    found[f"{prefix}post_attention_layernorm.weight"] = head.post_attention_layernorm.weight
+    if sizes.version == 3:
+        found[f"{prefix}input_layernorm.weight"] = head.input_layernorm.weight
+        found[f"{prefix}hidden_norm.weight"] = head.hidden_norm.weight
+        found |= {"norm.weight": head.norm.weight, "lm_head.weight": head.lm_head.weight}
+    if head.embed_tokens is not None:
+        found["embed_tokens.weight"] = head.embed_tokens.weight
+    return found
+
+
+def _token_map(
+    offsets: torch.Tensor | None, known: torch.Tensor | None, into: torch.Tensor, where: str
+) -> torch.Tensor:
+    """The target's ids, of what each lies beyond the head's own (SafeAILab's ``d2t``)."""
+    if offsets is None or offsets.shape != into.shape:
+        raise ModelError(f"in {where!r} the tensor d2t is not one number for each of the head's {len(into)} tokens")
+    ids = torch.arange(len(into)) + offsets.to(torch.int64)
+    if known is not None and not torch.equal(torch.nonzero(known)[:, 0], ids):
+        raise ModelError(f"in {where!r} the tensors d2t and t2d name different tokens")
+    return ids
+
+
+def _config(sizes: EagleSizes, base_model: str, layout: str, architecture: str) -> dict[str, Any]:
+    layer = {
+        "model_type": "llama", "hidden_size": sizes.hidden_size, "intermediate_size": sizes.intermediate_size,
+        "num_attention_heads": sizes.num_heads, "num_key_value_heads": sizes.num_kv_heads, "head_dim": sizes.head_dim,
+        "num_hidden_layers": 1, "vocab_size": sizes.vocab_size, "rms_norm_eps": sizes.eps, "hidden_act": "silu",
+        "max_position_embeddings": sizes.context, "rope_parameters": sizes.rope, "attention_bias": sizes.qkv_bias,
+        "rope_theta": sizes.rope.get("rope_theta", 10000.0), "tie_word_embeddings": False,
+    }  # fmt: skip
+    if layout == "safeailab":
+        own: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "bias": sizes.fc_bias}
+        own |= {"qkv_bias": sizes.qkv_bias, "base_model_name_or_path": base_model}
+        if sizes.version == 3:
+            own["architectures"] = ["LlamaForCausalLMEagle3"]
+            own |= {"draft_vocab_size": sizes.draft_vocab_size or sizes.vocab_size}
+            own |= {"target_hidden_size": sizes.target_hidden_size or sizes.hidden_size, IDS: list(sizes.taps)}
+        return layer | own
+    method = {
+        "proposal_type": "greedy", "speculative_tokens": 5, "verifier_accept_k": 1, "accept_tolerance": 0.0,
+    }  # fmt: skip
+    return {
+        "architectures": ["Eagle3Speculator"], "speculators_model_type": "eagle3", "speculators_version": "0.2.0",
+        "speculators_config": {
+            "algorithm": "eagle3", "default_proposal_method": "greedy", "proposal_methods": [method],
+            "verifier": {"name_or_path": base_model, "architectures": [architecture]},
+        },
+        "transformer_layer_config": layer, "draft_vocab_size": sizes.draft_vocab_size or sizes.vocab_size,
+        "norm_before_residual": sizes.norm_before_residual, "target_hidden_size": sizes.target_hidden_size,
+        IDS: list(sizes.taps), "base_model_name_or_path": base_model,
+    }  # fmt: skip

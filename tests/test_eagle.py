@@ -1,0 +1,241 @@
+"""EAGLE: what its trees are made of, and that they are lossless."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from tests.conftest import decode, make_sequence
+from tests.tiny_models import CONTEXT, VOCAB, full_logits, request, some_tokens, tiny
+from tokentree import LLM
+from tokentree.draft import Draft
+from tokentree.drafters.eagle import Eagle
+from tokentree.drafters.merged import Merged
+from tokentree.drafters.ngram import NGram
+from tokentree.engines.torch import TorchEngine
+from tokentree.errors import PairingError
+from tokentree.heads.eagle import EagleHead, EagleSizes
+from tokentree.heads.eagle_files import write_eagle
+from tokentree.heads.saved import About
+from tokentree.sequence import Accepted, Sequence
+from tokentree.shapes import shape
+
+SHAPES = ["cost", "3x2x1", "chain:4", "dynamic:nodes=12", "paths:[[0],[1],[0,0],[4],[1,2],[1,2,0]]"]
+KINDS = [(1, None), (3, None), (3, 60)]  # version, draft vocabulary
+WIDE = {"hidden_size": 64, "intermediate_size": 96}
+
+
+def some_head(version: int, known: int | None = None, hidden_size: int = 48, seed: int = 0, **sizes: Any) -> EagleHead:
+    """A head with random weights, for the tiny models."""
+    taps = (2,) if version == 1 else (0, 1, 2)
+    made = EagleHead(
+        EagleSizes(**{
+            "version": version, "hidden_size": hidden_size, "intermediate_size": 80, "num_heads": 4, "num_kv_heads": 2,
+            "head_dim": 16, "vocab_size": VOCAB, "draft_vocab_size": known, "taps": taps, "fc_bias": version == 1,
+            "context": CONTEXT,
+        } | sizes)
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)
+    for weight in made.parameters():
+        if weight.ndim == 2:
+            torch.nn.init.normal_(weight, std=1.5 / weight.shape[1] ** 0.5, generator=generator)
+        else:
+            torch.nn.init.uniform_(weight, 0.5, 1.5, generator=generator)
+    if known is not None:
+        made.token_map = torch.randperm(VOCAB, generator=generator)[:known].sort().values
+    return made.requires_grad_(False)
+
+
+@torch.inference_mode()
+def said_by(head: EagleHead, model: PreTrainedModel, tokens: list[int], path: list[int]) -> torch.Tensor:
+    """float32[vocab]: the log-probabilities after ``tokens`` and ``path``, by the paper's formulas, all computed anew:
+    the target has read ``tokens`` but the last; the head's own states stand for what comes behind."""
+    states = model(input_ids=torch.tensor([tokens[:-1]]), output_hidden_states=True).hidden_states
+    known = head.fuse(torch.cat([states[tap][0] for tap in head.sizes.taps], -1))
+    embed: Any = model.get_input_embeddings() if head.embed_tokens is None else head.embed_tokens
+    text = [*tokens[1:], *path]
+    for end in range(len(tokens) - 1, len(text) + 1):
+        positions = torch.arange(end)
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: torch.Tensor = positions) -> torch.Tensor:
+            q, k = head.turn(q, at), head.turn(k, at)
+            q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            return out[0].transpose(0, 1).flatten(1)
+
+        given = head(embed(torch.tensor(text[:end])), known, attend)
+        known = torch.cat([known, given[-1:]])
+    logits = head.logits(given[-1], model.get_output_embeddings())
+    if head.token_map is not None:
+        logits = torch.full((VOCAB,), -torch.inf).index_copy(0, head.token_map, logits)
+    return logits.log_softmax(-1)
+
+
+class Kept(Eagle):
+    """Remembers what it proposed."""
+
+    def propose(self, seqs: list[Sequence], shape: Any, sampled: bool) -> list[Draft]:
+        drafts = super().propose(seqs, shape, sampled)
+        self.__dict__.setdefault("seen", []).extend((list(s.tokens), d) for s, d in zip(seqs, drafts, strict=True))
+        return drafts
+
+
+# -- what it drafts ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("version", "known"), KINDS)
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("lengths", [(1,), (11,), (11, 2, 1)])
+def test_each_node_has_the_probability_that_computing_it_anew_gives(
+    version: int, known: int | None, family: str, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.setattr("tokentree.drafters.eagle.PREFILL_ROWS", 4)
+    model, head = tiny(family), some_head(version, known)
+    engine = TorchEngine(model)
+    drafter = Kept(head, engine)
+    prompts = [some_tokens(length, seed=length) for length in lengths]
+    plain = decode(engine, [request(prompt, max_tokens=12) for prompt in prompts])
+    seqs = [request(prompt, max_tokens=12) for prompt in prompts]
+    for seq, text in zip(seqs, plain, strict=True):
+        seq.references = [[*seq.tokens, *text]]  # so that the lookup knows what comes, and paths are accepted
+    assert decode(engine, seqs, Merged([drafter, NGram()]), "3x2x1") == plain
+    grown = 0
+    for tokens, draft in drafter.__dict__["seen"]:
+        if len(tokens) == 1:
+            assert len(draft) == 1  # the target has read nothing that a row could be made of
+            continue
+        for node in range(1, len(draft)):
+            expected = said_by(head, model, tokens, draft.path_tokens(draft.parents[node]))
+            assert draft.log_probs[node] == pytest.approx(float(expected[draft.tokens[node]]), abs=2e-3)
+            rank = int((expected > expected[draft.tokens[node]]).sum())
+            assert abs(rank - draft.ranks[node]) <= 1  # equal but for rounding
+            grown += 1
+    assert grown > 10
+    assert max(step[1] for seq in seqs for step in seq.metrics.steps) > 1  # paths longer than the root were accepted
+
+
+def test_it_keeps_rows_of_the_target_s_states_alone() -> None:
+    engine = TorchEngine(tiny("llama"))
+    drafter = Eagle(some_head(3), engine)
+    seq = request(some_tokens(9), max_tokens=30)
+    engine.prefill(seq)
+    drafter.prefill([seq])
+    assert drafter._engine.committed(seq) == 8  # of 9 tokens: the root goes with the first tree
+    draft = drafter.propose([seq], shape("2x2x2"), sampled=False)[0]
+    path = draft.tree.path(len(draft) - 1)
+    step = Accepted(path, [*draft.path_tokens(path[-1]), 7])
+    drafter.observe([seq], [draft], None, [step])  # type: ignore[arg-type]
+    assert drafter._engine.committed(seq) == 9  # the root's row, and none of the drafted ones that were accepted
+
+
+@pytest.mark.parametrize("attention", ["tree", "sdpa"])
+def test_a_text_that_begins_alike_gives_the_same_drafts(attention: str) -> None:
+    engine = TorchEngine(tiny("llama"), attention, prefix_bytes=10_000_000)
+    drafter, text = Kept(some_head(3), engine), some_tokens(40)
+    results = [decode(engine, [request([*text, 7], max_tokens=8)], drafter, "2x2") for _ in range(2)]
+    assert results[0] == results[1]
+    seen = drafter.__dict__["seen"]
+    first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    for (tokens, one), (again, other) in zip(first, second, strict=True):
+        assert tokens == again
+        assert one.tokens == other.tokens
+        assert np.allclose(one.log_probs, other.log_probs, atol=1e-4)
+
+
+# -- losslessness ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", SHAPES)
+@pytest.mark.parametrize(("version", "known"), KINDS)
+@pytest.mark.parametrize(("family", "dtype"), [("llama", torch.bfloat16), ("gemma3", torch.float32)])
+def test_greedy_ids_and_sampled_ids_are_plain_s(
+    version: int, known: int | None, family: str, dtype: torch.dtype, form: str
+) -> None:  # fmt: skip
+    engine = TorchEngine(tiny(family, dtype, **WIDE))
+    drafter = Eagle(some_head(version, known, 64), engine)
+    for options in ({}, {"temperature": 1.0, "seed": 3}):
+        prompts = [some_tokens(11), some_tokens(4, seed=1), some_tokens(1, seed=2)]
+        plain = decode(engine, [request(p, max_tokens=24, **options) for p in prompts])
+        seqs = [request(p, max_tokens=24, **options) for p in prompts]
+        assert decode(engine, seqs, drafter, form) == plain
+        assert sum(seq.metrics.drafted_tokens for seq in seqs) > 0
+    assert not drafter._engine._states  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("accept", ["match", "rejection"])
+@pytest.mark.parametrize("known", [None, 60])
+def test_sampling_has_the_target_s_distribution(accept: str, known: int | None) -> None:
+    """Chi-square of the first two tokens together, merged into the most probable ones and a rest."""
+    model, prompt, samples = tiny("llama"), some_tokens(6), 3000
+    engine = TorchEngine(model)
+    drafter, counts = Eagle(some_head(3, known), engine), dict[tuple[int, ...], int]()
+    for start in range(0, samples, 100):
+        seqs = [
+            make_sequence(prompt, sample=sample, seed=1, temperature=1.0, top_k=4, max_tokens=2, context=CONTEXT)
+            for sample in range(start, start + 100)
+        ]
+        for ids in decode(engine, seqs, drafter, "3x2", accept, max_batch=100):
+            counts[tuple(ids)] = counts.get(tuple(ids), 0) + 1
+    expected = dict[tuple[int, ...], float]()
+    first = full_logits(model, prompt)[-1].topk(4)
+    for token, prob in zip(first.indices.tolist(), first.values.softmax(-1).tolist(), strict=True):
+        second = full_logits(model, [*prompt, token])[-1].topk(4)
+        for other, part in zip(second.indices.tolist(), second.values.softmax(-1).tolist(), strict=True):
+            expected[token, other] = samples * prob * part
+    assert set(counts) <= set(expected)
+    keys = [key for key, count in expected.items() if count >= 5]
+    seen = [counts.get(key, 0) for key in keys]
+    wanted = [expected[key] for key in keys]
+    if len(keys) < len(expected):
+        seen.append(samples - sum(seen))
+        wanted.append(samples - sum(wanted))
+    freedom = len(keys) - 1
+    assert freedom > 8
+    chi_square = sum((a - b) ** 2 / b for a, b in zip(seen, wanted, strict=True))
+    # its 99.99% point, by Wilson and Hilferty
+    assert chi_square < freedom * (1 - 2 / (9 * freedom) + 3.72 * math.sqrt(2 / (9 * freedom))) ** 3
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    engine = TorchEngine(tiny("llama"))
+    with pytest.raises(PairingError, match="hidden states of 32 numbers, and the target has 48"):
+        Eagle(some_head(3, hidden_size=32), engine)
+    with pytest.raises(PairingError, match="with 99 tokens, and this one has 120"):
+        Eagle(some_head(3, vocab_size=99), engine)
+    with pytest.raises(PairingError, match="no embedding"):
+        Eagle(some_head(3, hidden_size=32, target_hidden_size=48), engine)
+    Eagle(some_head(3, hidden_size=32, target_hidden_size=48, own_embedding=True), engine)
+    with pytest.raises(PairingError, match="hidden states 0 to 2"):
+        Eagle(some_head(3, taps=(0, 1, 3)), engine)
+    with pytest.raises(PairingError, match="eagle' needs heads="):
+        LLM(tiny("llama"), "eagle")
+    wrong = some_head(3, 60)
+    assert wrong.token_map is not None
+    wrong.token_map[-1] = VOCAB
+    with pytest.raises(PairingError, match="tokens that the target doesn't have"):
+        Eagle(wrong, engine)
+
+
+@pytest.mark.parametrize("field", [{"num_heads": 3}, {"taps": (0, 1)}, {"draft_vocab_size": 9}, {"head_dim": 7}])
+def test_sizes_that_make_no_sense_are_refused(field: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"num_kv_heads|EAGLE-1|multiple of 2"):
+        some_head(1, **({"known": field["draft_vocab_size"]} if "draft_vocab_size" in field else field))
+
+
+def test_a_folder_is_a_drafter(tmp_path: Path) -> None:
+    write_eagle(some_head(3, 60), tmp_path, "tiny", about=About(taps=[0, 1, 2]))
+    model = tiny("llama")
+    for options in ({"drafter": "eagle"}, {}):
+        llm = LLM(model, heads=tmp_path, **options)  # type: ignore[arg-type]
+        result = llm.generate([some_tokens(9)])[0]
+        assert result.token_ids == llm.plain().generate([some_tokens(9)])[0].token_ids
+        assert "eagle" in llm.decoder.drafter.names
