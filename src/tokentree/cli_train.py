@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from tokentree.cli_options import DeviceOption, DtypeOption, ModelOption, ThreadsOption, consoles, load
 from tokentree.errors import OptionError
@@ -21,24 +22,35 @@ def _train() -> None:
     """Train heads for a model."""
 
 
+DataOption = Annotated[str, typer.Option(help="JSON lines with texts, or 'self': the model writes its own.")]
+OutOption = Annotated[Path, typer.Option(help="Folder for the heads; what is finished of an earlier run is used.")]
+TokensOption = Annotated[int, typer.Option(min=1, help="With --data self: how many tokens it writes.")]
+KnownOption = Annotated[int, typer.Option(min=1, help="The most frequent tokens, which the heads can propose.")]
+EpochsOption = Annotated[int, typer.Option(min=1)]
+RateOption = Annotated[float, typer.Option()]
+WarmupOption = Annotated[int, typer.Option(min=0)]
+EvaluateOption = Annotated[int, typer.Option(min=1, help="Steps between looks at texts held back.")]
+PatienceOption = Annotated[int, typer.Option(min=1, help="Looks without progress before it ends.")]
+TogetherOption = Annotated[int, typer.Option("--batch", min=1, help="Texts that the model writes together.")]
+SeedOption = Annotated[int, typer.Option(min=0)]
+
+
 @train.command()
 def medusa(
     model: ModelOption,
-    data: Annotated[str, typer.Option(help="JSON lines with texts, or 'self': the model writes its own.")],
-    out: Annotated[Path, typer.Option(help="Folder for the heads; what is finished of an earlier run is used.")],
+    data: DataOption,
+    out: OutOption,
     heads: Annotated[int, typer.Option(min=1, help="How many tokens ahead, beside the next one.")] = 3,
     layers: Annotated[int, typer.Option(min=0, help="Residual blocks in each head.")] = 1,
-    tokens: Annotated[int, typer.Option(min=1, help="With --data self: how many tokens it writes.")] = 1_000_000,
-    known_tokens: Annotated[
-        int, typer.Option(min=1, help="The most frequent tokens, which the heads can propose.")
-    ] = 16384,
-    epochs: Annotated[int, typer.Option(min=1)] = 4,
+    tokens: TokensOption = 1_000_000,
+    known_tokens: KnownOption = 16384,
+    epochs: EpochsOption = 4,
     batch_size: Annotated[int, typer.Option(min=1, help="Tokens in a step.")] = 512,
-    learning_rate: Annotated[float, typer.Option()] = 1e-3,
-    warmup_steps: Annotated[int, typer.Option(min=0)] = 50,
-    evaluate_every: Annotated[int, typer.Option(min=1, help="Steps between looks at texts held back.")] = 200,
-    patience: Annotated[int, typer.Option(min=1, help="Looks without progress before it ends.")] = 5,
-    batch: Annotated[int, typer.Option(min=1, help="Texts that the model writes together.")] = 64,
+    learning_rate: RateOption = 1e-3,
+    warmup_steps: WarmupOption = 50,
+    evaluate_every: EvaluateOption = 200,
+    patience: PatienceOption = 5,
+    batch: TogetherOption = 64,
     way: Annotated[
         str | None,
         typer.Option(
@@ -46,19 +58,15 @@ def medusa(
         ),
     ] = None,
     start: Annotated[Path | None, typer.Option(help="With --way: a folder of heads to start from.")] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: SeedOption = 0,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Train Medusa heads; the model stays as it is, unless --way is given."""
-    if learning_rate <= 0:
-        raise OptionError("--learning-rate must be above 0")
     if start is not None and way is None:
         raise OptionError("--start goes with --way")
-    for package in ("accelerate", *(("peft",) if way == "lora" else ())):
-        if importlib.util.find_spec(package) is None:
-            raise OptionError(f"this training needs {package}: pip install 'tokentree[train]'")
+    _check(learning_rate, *(("peft",) if way == "lora" else ()))
     _, errors = consoles()
     llm = load(errors, model, None, threads, dtype=dtype, device=device, max_batch=batch) if way is None else None
     from tokentree.train.loop import Recipe
@@ -70,15 +78,72 @@ def medusa(
     )  # fmt: skip
     options: dict[str, Any] = {
         "num_heads": heads, "num_layers": layers, "known_tokens": known_tokens, "tokens": tokens, "console": errors,
-        "command": shlex.join(["tokentree", *sys.argv[1:]]),
+        "command": _command(),
     }  # fmt: skip
     if llm is not None:
         done = train_medusa(llm, Path(model).name, data, out, recipe, **options)
     else:
         options |= {"way": way, "start": start, "batch": batch, "dtype": dtype, "device": device}
         done = train_medusa2(model, data, out, recipe, **options)
-    if done.texts.bad:
-        shown = "; ".join(done.texts.bad[:3]) + ("; …" if len(done.texts.bad) > 3 else "")
-        errors.print(f"{len(done.texts.bad)} lines left out: {shown}", markup=False, highlight=False)
-    made = (model, out) if way is None else (out / "model", out / "heads")
-    print(f"heads are in {made[1]}: tokentree generate --model {made[0]} --heads {made[1]} …")
+    made = (model, str(out)) if way is None else (str(out / "model"), str(out / "heads"))
+    _tell(errors, done.texts.bad, *made)
+
+
+@train.command()
+def eagle(
+    model: ModelOption,
+    data: DataOption,
+    out: OutOption,
+    version: Annotated[int, typer.Option(help="1 (which EAGLE-2 drafts with too) or 3.")] = 3,
+    tokens: TokensOption = 1_000_000,
+    known_tokens: KnownOption = 4096,
+    unroll: Annotated[int, typer.Option(min=1, help="Steps of EAGLE-3's training-time test.")] = 5,
+    epochs: EpochsOption = 4,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts in a step.")] = 4,
+    learning_rate: RateOption = 1e-3,
+    warmup_steps: WarmupOption = 50,
+    evaluate_every: EvaluateOption = 100,
+    patience: PatienceOption = 5,
+    batch: TogetherOption = 64,
+    seed: SeedOption = 0,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Train an EAGLE head; the model stays as it is."""
+    if version not in (1, 3):
+        raise OptionError("--version is 1 (which EAGLE-2 drafts with too) or 3")
+    _check(learning_rate)
+    _, errors = consoles()
+    llm = load(errors, model, None, threads, dtype=dtype, device=device, max_batch=batch)
+    from tokentree.train.loop import Recipe
+    from tokentree.train.run_eagle import train_eagle
+
+    recipe = Recipe(
+        epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, warmup_steps=warmup_steps, seed=seed,
+        evaluate_every=evaluate_every, patience=patience,
+    )  # fmt: skip
+    done = train_eagle(
+        llm, Path(model).name, data, out, recipe, version=version, known_tokens=known_tokens, unroll=unroll,
+        tokens=tokens, console=errors, command=_command(),
+    )  # fmt: skip
+    _tell(errors, done.texts.bad, model, str(out))
+
+
+def _check(learning_rate: float, *packages: str) -> None:
+    if learning_rate <= 0:
+        raise OptionError("--learning-rate must be above 0")
+    for package in ("accelerate", *packages):
+        if importlib.util.find_spec(package) is None:
+            raise OptionError(f"this training needs {package}: pip install 'tokentree[train]'")
+
+
+def _command() -> str:
+    return shlex.join(["tokentree", *sys.argv[1:]])
+
+
+def _tell(errors: Console, bad: list[str], model: str, heads: str) -> None:
+    if bad:
+        shown = "; ".join(bad[:3]) + ("; …" if len(bad) > 3 else "")
+        errors.print(f"{len(bad)} lines left out: {shown}", markup=False, highlight=False)
+    print(f"heads are in {heads}: tokentree generate --model {model} --heads {heads} …")

@@ -25,7 +25,7 @@ class HiddenTexts:
     """Texts behind one another.
 
     Args:
-        hidden: [tokens, hidden size], after the final norm.
+        hidden: [tokens, width], what heads read of them: one of the target's hidden states, or several.
         ids: int64[tokens].
         ends: int64[tokens]: for each token, where its text ends.
     """
@@ -36,6 +36,11 @@ class HiddenTexts:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def spans(self) -> list[tuple[int, int]]:
+        """Per text, its first token, and the one behind its last."""
+        ends = torch.unique_consecutive(self.ends).tolist()
+        return list(zip([0, *ends[:-1]], ends, strict=True))
 
     def labels(self, places: torch.Tensor, num_heads: int) -> torch.Tensor:
         """int64[num_heads, len(places)]: the token that each head should name at each of ``places`` (head k, k + 2

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from tokentree.errors import OptionError, PromptError
 from tokentree.heads.medusa import MedusaHeads
@@ -22,9 +21,10 @@ from tokentree.llm import LLM
 from tokentree.loading import load_model, pick_device
 from tokentree.shapes.optimal import find_choices
 from tokentree.train.features import keep_features
-from tokentree.train.loop import Figures, Recipe, Watch, train
+from tokentree.train.job import bars_on, texts_for, watch_with, work_folder
+from tokentree.train.loop import Figures, Recipe, train
 from tokentree.train.medusa import HeadsWithLoss, MedusaTask, frequent_tokens
-from tokentree.train.texts import Texts, keep_texts, read_texts
+from tokentree.train.texts import Texts
 
 CHOICES = 64  # nodes of the static tree that is kept beside the heads
 
@@ -76,14 +76,14 @@ def train_medusa(
     if llm.tokenizer is None:
         raise PromptError("training needs the model's tokenizer: pass tokenizer=")
     console = console or Console(stderr=True)
-    work = _work(folder, llm, data, recipe)
+    work = work_folder(folder, llm, data, recipe)
     heads = MedusaHeads(num_heads, num_layers, llm.engine.capture().hidden_size)
-    with _bars(console) as bars:
+    with bars_on(console) as bars:
         with PartialState().main_process_first():  # the others then find it all
-            texts = _texts(llm, data, work, tokens, recipe.seed, bars)
+            texts = texts_for(llm, data, work, tokens, recipe.seed, bars)
             heads.token_map = frequent_tokens(texts.ids, known_tokens, llm.engine.vocab_size)
             model, task = _prepared(llm, heads, texts, work / "features", held_back, bars)
-        watch = _watch(console, bars, work)
+        watch = watch_with(console, bars, work)
         groups = [{"params": list(heads.parameters())}]
         figures = train(model, groups, task, recipe, work, watch, _identity(heads, texts), stop_after)
     told = recipe.model_dump() | {"data": str(data), "texts": len(texts.ids), "tokens": texts.tokens}
@@ -115,7 +115,7 @@ def train_medusa2(
 
     check_way(way)
     recipe, folder, console = recipe or Recipe(), Path(folder), console or Console(stderr=True)
-    with _bars(console) as bars:
+    with bars_on(console) as bars:
         llm = LLM(base_model, max_batch=batch, dtype=dtype, device=device)
         if llm.tokenizer is None:
             raise PromptError("training needs the model's tokenizer")
@@ -123,14 +123,14 @@ def train_medusa2(
         if start is not None:
             heads = read_heads(start, Fingerprint.of(llm.config, llm.tokenizer)).heads.float()
         heads.token_map = None
-        work, tokenizer = _work(folder, llm, data, recipe), llm.tokenizer
+        work, tokenizer = work_folder(folder, llm, data, recipe), llm.tokenizer
         with PartialState().main_process_first():
-            texts = _texts(llm, data, work, tokens, recipe.seed, bars)
+            texts = texts_for(llm, data, work, tokens, recipe.seed, bars)
         del llm
         model = ModelWithHeads(load_model(base_model, dtype or "float32", pick_device(device)), heads, way)
         task = TextTask([ids[:max_tokens] for ids in texts.ids], held_back)
         identity = _identity(heads, texts) | {"way": way}
-        figures = train(model, model.groups(), task, recipe, work, _watch(console, bars, work), identity)
+        figures = train(model, model.groups(), task, recipe, work, watch_with(console, bars, work), identity)
         merged = model.merged()
         merged.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
@@ -143,31 +143,11 @@ def train_medusa2(
     return Trained(folder, figures, texts)
 
 
-def _work(folder: Path, llm: LLM, data: str | Path, recipe: Recipe) -> Path:
-    """The folder for what is kept between runs, which belongs to one model, one source of texts and one seed."""
-    work = folder / "work"
-    owner = Fingerprint.of(llm.config, llm.tokenizer).model_dump() | {"data": str(data), "seed": recipe.seed}
-    file, content = work / "about.json", json.dumps(owner)
-    if file.is_file() and file.read_text(encoding="utf-8") != content:
-        raise OptionError(f"{str(work)!r} is the work of another run, with another model, data or seed: name another")
-    work.mkdir(parents=True, exist_ok=True)
-    file.write_text(content, encoding="utf-8")
-    return work
-
-
 def _identity(heads: MedusaHeads, texts: Texts) -> dict[str, Any]:
     """What a checkpoint belongs to beside its recipe."""
     known = None if heads.token_map is None else len(heads.token_map)
     hashed = hashlib.sha256(json.dumps(texts.ids).encode()).hexdigest()
     return {"heads": [heads.num_heads, heads.num_layers, heads.hidden_size, known], "texts": hashed}
-
-
-def _texts(llm: LLM, data: str | Path, work: Path, tokens: int, seed: int, bars: Progress) -> Texts:
-    if str(data) != "self":
-        assert llm.tokenizer is not None
-        return read_texts(data, llm.tokenizer, min(1024, llm.engine.context))
-    bar = bars.add_task("writing texts", total=tokens)
-    return keep_texts(llm, work / "texts.jsonl", tokens, seed, lambda count: bars.advance(bar, count))
 
 
 def _prepared(
@@ -182,20 +162,6 @@ def _prepared(
     model = HeadsWithLoss(heads, weight.float(), None if bias is None else bias.float())
     part, rest = hidden.split(held_back)
     return model, MedusaTask(part, rest, heads.num_heads, vocab_size, heads.token_map)
-
-
-def _watch(console: Console, bars: Progress, work: Path) -> Watch:
-    """Shows how training goes, and writes its events."""
-    bar, events = bars.add_task("training", total=None), _events(work)
-
-    def watch(step: int, steps: int, loss: float, figures: Figures) -> None:
-        bars.update(bar, total=steps, completed=step, description=f"training, loss {loss:.3f}")
-        events(step, {"loss": loss} | figures)
-        if figures:
-            told = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
-            console.print(f"step {step}/{steps}: loss {loss:.3f}; {told}", highlight=False)
-
-    return watch
 
 
 def _write(
@@ -213,26 +179,6 @@ def _write(
     )
     write_heads(folder, copy.deepcopy(heads).to("cpu", torch.bfloat16), base_model, llm.engine.vocab_size, about)
     (folder / "README.md").write_text(_card(base_model, about, command), encoding="utf-8")
-
-
-def _bars(console: Console) -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-
-
-def _events(folder: Path) -> Callable[[int, Figures], None]:
-    """Writes TensorBoard events, where it is installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return lambda step, figures: None
-    writer: Any = SummaryWriter(str(folder / "events"))
-
-    def write(step: int, figures: Figures) -> None:
-        for name, value in figures.items():
-            writer.add_scalar(name.replace(" ", "/"), value, step)
-
-    return write
 
 
 def _card(base_model: str, about: About, command: str) -> str:

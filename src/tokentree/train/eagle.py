@@ -1,0 +1,211 @@
+"""Training an EAGLE head on a target that stays as it is.
+
+EAGLE-1 (Li et al. 2024, arXiv:2401.15077, section 3.2) learns the target's next hidden state, and its next token
+through the target's output layer. EAGLE-3 (arXiv:2503.01840, section 3.2) learns the target's distributions alone, and
+goes on from its own states as it will when it drafts: the training-time test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.functional import smooth_l1_loss
+
+from tokentree.heads.eagle import EagleHead
+from tokentree.train.features import HiddenTexts
+from tokentree.train.loop import Figures
+
+DECAY = 0.8  # of the weight of each further step of the training-time test
+TOKEN_WEIGHT = 0.1  # of EAGLE-1's loss on tokens beside that on states
+NOISE = 0.1  # added to the states that EAGLE-1 is trained on, at most
+MASKED = -1e9
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Texts side by side, shorter ones filled up.
+
+    Args:
+        ids: int64[texts, length].
+        states: float32[texts, length, width], the target's hidden states: those that the head reads, then the last one.
+        lengths: int64[texts].
+    """
+
+    ids: torch.Tensor
+    states: torch.Tensor
+    lengths: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What a head said at one step of the training-time test; row i is that of token i + 1 + step.
+
+    Args:
+        given: [texts, rows, hidden size], what it knows of the next positions.
+        logits: [texts, rows, tokens that it is trained on].
+        target: [texts, rows, tokens], the target's own logits there.
+        asked: bool[texts, rows], where the target has said anything.
+    """
+
+    given: torch.Tensor
+    logits: torch.Tensor
+    target: torch.Tensor
+    asked: torch.Tensor
+
+
+class EagleWithLoss(nn.Module):
+    """A head and what it loses.
+
+    Args:
+        head: its parameters are trained.
+        embedding: float32[vocab, hidden size], of the target, where the head has none of its own.
+        output: float32[tokens, hidden size] and a bias or None, the target's output layer for the tokens that the head
+            is trained on.
+        unroll: steps of EAGLE-3's training-time test; 1 is without.
+        noise: see `NOISE`.
+    """
+
+    def __init__(
+        self, head: EagleHead, embedding: torch.Tensor, output: tuple[torch.Tensor, torch.Tensor | None],
+        unroll: int = 5, noise: float = NOISE,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.head, self.unroll, self.noise = head, unroll, noise
+        self.embedding: torch.Tensor
+        self.weight: torch.Tensor
+        self.bias: torch.Tensor | None
+        self.register_buffer("embedding", embedding, persistent=False)
+        self.register_buffer("weight", output[0], persistent=False)
+        self.register_buffer("bias", output[1], persistent=False)
+
+    def forward(self, batch: Batch, seed: int | None = None) -> torch.Tensor:
+        """The loss, a scalar; ``seed`` is that of EAGLE-1's noise, and None is without."""
+        if self.head.sizes.version == 1:
+            (step,) = self.steps(batch, 1, seed)
+            ahead = batch.states[:, 1 : 1 + step.given.shape[1]]
+            state_loss = smooth_l1_loss(step.given, ahead, reduction="none").mean(-1)[step.asked].mean()
+            return state_loss + TOKEN_WEIGHT * _divergence(step)
+        losses = [_divergence(step) * DECAY**number for number, step in enumerate(self.steps(batch, self.unroll))]
+        return torch.stack(losses).sum() / sum(DECAY**number for number in range(self.unroll))
+
+    def steps(self, batch: Batch, count: int, seed: int | None = None) -> list[Step]:
+        """What the head says at each step; from the second on, it goes on from its own states."""
+        sizes, length = self.head.sizes, batch.ids.shape[1]
+        width = len(sizes.taps) * (sizes.target_hidden_size or sizes.hidden_size)
+        read, last = batch.states[..., :width], batch.states[..., -(sizes.target_hidden_size or sizes.hidden_size) :]
+        if seed is not None and sizes.version == 1:
+            generator = torch.Generator().manual_seed(seed)
+            spread = torch.rand(read.shape, generator=generator).to(read.device) * 2 - 1
+            read = read + self.noise * spread
+        rows, found = length - 1, list[Step]()
+        with torch.no_grad():
+            said = self._output(last)
+        known, attended = self.head.fuse(read[:, :rows]), _Attended(self.head)
+        for number in range(count):
+            ids = _shifted(batch.ids, 1 + number, rows)
+            embedded = self.embedding[ids] if self.head.embed_tokens is None else self.head.embed_tokens(ids)
+            known = self.head(embedded, known, attended)
+            logits = self.head.logits(known, self._output)
+            asked = torch.arange(rows, device=ids.device) + 1 + number < batch.lengths[:, None]
+            found.append(Step(known, logits, _shifted(said, 1 + number, rows), asked))
+        return found
+
+    def _output(self, hidden: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(hidden, self.weight, self.bias)
+
+
+class _Attended:
+    """Attention of one step after another: of a row to all rows before it at the first step, and to its own at the
+    others, as along a path of a tree."""
+
+    def __init__(self, head: EagleHead) -> None:
+        self._head = head
+        self._keys: list[torch.Tensor] = []
+        self._values: list[torch.Tensor] = []
+
+    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        sizes, number = self._head.sizes, len(self._keys)
+        rows = query.shape[1]
+        positions = torch.arange(rows, device=query.device).expand(len(query), rows) + number
+        query, key = self._head.turn(query, positions), self._head.turn(key, positions)
+        groups = sizes.num_heads // sizes.num_kv_heads
+        key, value = (x.repeat_interleave(groups, 2).transpose(1, 2) for x in (key, value))
+        query = query.transpose(1, 2) * sizes.head_dim**-0.5  # [texts, heads, rows, width]
+        self._keys.append(key)
+        self._values.append(value)
+        later = torch.ones(rows, rows, dtype=torch.bool, device=query.device).triu(1)
+        scores = (query @ self._keys[0].transpose(2, 3)).masked_fill(later, MASKED)
+        own = [(query * key).sum(-1, keepdim=True) for key in self._keys[1:]]
+        weights = torch.cat([scores, *own], -1).softmax(-1)
+        out = weights[..., :rows] @ self._values[0]
+        for place, value in enumerate(self._values[1:], start=rows):
+            out = out + weights[..., place : place + 1] * value
+        return out.transpose(1, 2).flatten(2)
+
+
+class EagleTask:
+    """A head over texts whose hidden states were computed before. Places are texts.
+
+    Args:
+        texts: to train on; held_back: to look at.
+        depth: how deep figures are told, in tokens ahead of the first.
+        look: texts held back that each look reads.
+    """
+
+    def __init__(self, texts: HiddenTexts, held_back: HiddenTexts, depth: int = 5, look: int = 24) -> None:
+        self._texts, self._held_back, self._depth, self._look = texts, held_back, depth, look
+        self._spans, self._held_spans = texts.spans(), held_back.spans()
+        self.size = len(self._spans)
+
+    def loss(self, model: nn.Module, places: torch.Tensor) -> torch.Tensor:
+        batch = batch_of(self._texts, [self._spans[place] for place in places.tolist()], _device(model))
+        loss: torch.Tensor = model(batch, int(places.sum()))
+        return loss
+
+    @torch.inference_mode()
+    def evaluate(self, model: nn.Module) -> tuple[float, Figures]:
+        """The loss, and at each depth how often the head's first choice is the target's, going on from itself."""
+        assert isinstance(model, EagleWithLoss)
+        loss, right, asked = 0.0, torch.zeros(self._depth), torch.zeros(self._depth)
+        spans = self._held_spans[: self._look]
+        for begin in range(0, len(spans), 4):
+            batch = batch_of(self._held_back, spans[begin : begin + 4], _device(model))
+            loss += float(model(batch)) * len(batch.ids)
+            for number, step in enumerate(model.steps(batch, self._depth)):
+                hits = step.logits.argmax(-1) == step.target.argmax(-1)
+                right[number] += int(hits[step.asked].sum())
+                asked[number] += int(step.asked.sum())
+        rates = (right / asked.clamp(min=1)).tolist()
+        return loss / len(spans), {f"depth {depth} top-1": rate for depth, rate in enumerate(rates, start=1)}
+
+
+def batch_of(texts: HiddenTexts, spans: Sequence[tuple[int, int]], device: torch.device) -> Batch:
+    """The texts with these first and last tokens."""
+    lengths = torch.tensor([end - start for start, end in spans])
+    longest = int(lengths.max())
+    ids = torch.zeros(len(spans), longest, dtype=torch.int64)
+    states = torch.zeros(len(spans), longest, texts.hidden.shape[1])
+    for row, (start, end) in enumerate(spans):
+        ids[row, : end - start] = texts.ids[start:end]
+        states[row, : end - start] = texts.hidden[start:end]
+    return Batch(ids.to(device), states.to(device), lengths.to(device))
+
+
+def _divergence(step: Step) -> torch.Tensor:
+    """The cross entropy of what the head says against what the target does, over the tokens that the head knows."""
+    probs = step.target[step.asked].softmax(-1)
+    return -(probs * step.logits[step.asked].log_softmax(-1)).sum(-1).mean()
+
+
+def _shifted(x: torch.Tensor, by: int, rows: int) -> torch.Tensor:
+    """Rows ``by`` and on of ``x`` [texts, length, ...], filled up with zeros."""
+    part = x[:, by : by + rows]
+    missing = rows - part.shape[1]
+    return torch.cat([part, part.new_zeros(len(part), missing, *part.shape[2:])], 1) if missing else part
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

@@ -1,0 +1,71 @@
+"""What all trainings of heads share: the folder that they work in, their texts, and what is shown meanwhile."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from tokentree.errors import OptionError
+from tokentree.heads.saved import Fingerprint
+from tokentree.llm import LLM
+from tokentree.train.loop import Figures, Recipe, Watch
+from tokentree.train.texts import Texts, keep_texts, read_texts
+
+
+def work_folder(folder: Path, llm: LLM, data: str | Path, recipe: Recipe) -> Path:
+    """The folder for what is kept between runs, which belongs to one model, one source of texts and one seed."""
+    work = folder / "work"
+    owner = Fingerprint.of(llm.config, llm.tokenizer).model_dump() | {"data": str(data), "seed": recipe.seed}
+    file, content = work / "about.json", json.dumps(owner)
+    if file.is_file() and file.read_text(encoding="utf-8") != content:
+        raise OptionError(f"{str(work)!r} is the work of another run, with another model, data or seed: name another")
+    work.mkdir(parents=True, exist_ok=True)
+    file.write_text(content, encoding="utf-8")
+    return work
+
+
+def texts_for(llm: LLM, data: str | Path, work: Path, tokens: int, seed: int, bars: Progress) -> Texts:
+    if str(data) != "self":
+        assert llm.tokenizer is not None
+        return read_texts(data, llm.tokenizer, min(1024, llm.engine.context))
+    bar = bars.add_task("writing texts", total=tokens)
+    return keep_texts(llm, work / "texts.jsonl", tokens, seed, lambda count: bars.advance(bar, count))
+
+
+def bars_on(console: Console) -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def watch_with(console: Console, bars: Progress, work: Path) -> Watch:
+    """Shows how training goes, and writes its events."""
+    bar, events = bars.add_task("training", total=None), _events(work)
+
+    def watch(step: int, steps: int, loss: float, figures: Figures) -> None:
+        bars.update(bar, total=steps, completed=step, description=f"training, loss {loss:.3f}")
+        events(step, {"loss": loss} | figures)
+        if figures:
+            told = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
+            console.print(f"step {step}/{steps}: loss {loss:.3f}; {told}", highlight=False)
+
+    return watch
+
+
+def _events(folder: Path) -> Callable[[int, Figures], None]:
+    """Writes TensorBoard events, where it is installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return lambda step, figures: None
+    writer: Any = SummaryWriter(str(folder / "events"))
+
+    def write(step: int, figures: Figures) -> None:
+        for name, value in figures.items():
+            writer.add_scalar(name.replace(" ", "/"), value, step)
+
+    return write

@@ -1,0 +1,181 @@
+"""Training an EAGLE head, from a model's name to a folder that `LLM` reads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from rich.console import Console
+from torch import nn
+
+from tokentree.engines.base import Features
+from tokentree.engines.torch import TorchEngine
+from tokentree.errors import OptionError, PromptError
+from tokentree.heads.eagle import EagleHead, EagleSizes
+from tokentree.heads.eagle_files import default_taps, write_eagle
+from tokentree.heads.saved import About, Fingerprint
+from tokentree.llm import LLM
+from tokentree.train.eagle import EagleTask, EagleWithLoss
+from tokentree.train.features import keep_features
+from tokentree.train.job import bars_on, texts_for, watch_with, work_folder
+from tokentree.train.loop import Figures, Recipe, train
+from tokentree.train.medusa import frequent_tokens
+from tokentree.train.run import Trained
+from tokentree.train.texts import Texts
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Reads some of a target's hidden states, beside one another."""
+
+    engine: TorchEngine
+    places: tuple[int, ...]
+
+    def hidden_states(self, ids: Sequence[int]) -> torch.Tensor:
+        return self.engine.hidden_states(ids, self.places)
+
+
+def train_eagle(
+    llm: LLM, base_model: str, data: str | Path, folder: str | Path, recipe: Recipe | None = None, *,
+    version: int = 3, known_tokens: int = 4096, unroll: int = 5, taps: Sequence[int] | None = None,
+    tokens: int = 1_000_000, held_back: float = 0.05, console: Console | None = None, command: str = "",
+    stop_after: int | None = None,
+) -> Trained:  # fmt: skip
+    """Trains an EAGLE head on ``llm``, which stays as it is, and writes it into ``folder``.
+
+    Its layer has the target's own sizes. It takes the target's embedding, and EAGLE-1 its output layer too. What is
+    finished is kept in ``folder/work``: after an interruption, the same call goes on from there.
+
+    Args:
+        base_model: the name that the head will say it belongs to.
+        data: a file of texts, see `read_texts`; or ``self``: the model writes its own, see `write_texts`.
+        recipe: a step takes ``batch_size`` texts.
+        version: 1 (which EAGLE-2 drafts with too) or 3.
+        known_tokens: how many of the model's tokens an EAGLE-3 head knows, and EAGLE-1's loss looks at: the most
+            frequent ones of the texts.
+        unroll: steps of EAGLE-3's training-time test.
+        taps: the hidden states that EAGLE-3 reads; by default a low, a middle and a high one.
+        tokens, held_back, console, command: as for `train_medusa`.
+
+    Raises:
+        OptionError, PromptError, PairingError: if a number makes no sense, the data is no data, or the model's engine
+            has no such hidden states.
+    """
+    recipe, folder, console = recipe or Recipe(), Path(folder), console or Console(stderr=True)
+    if version not in (1, 3):
+        raise OptionError("there are EAGLE versions 1 (which version 2 drafts with too) and 3")
+    if not 0 < held_back < 1:
+        raise OptionError("held_back is a share of the texts, above 0 and below 1")
+    if known_tokens < 1 or tokens < 1 or unroll < 1:
+        raise OptionError("known_tokens, tokens and unroll must be at least 1")
+    if llm.tokenizer is None:
+        raise PromptError("training needs the model's tokenizer: pass tokenizer=")
+    last = llm.engine.capture([]).num_layers
+    read = (last,) if version == 1 else tuple(taps or default_taps(last))
+    places = read if version == 1 else (*read, last)
+    features, work = llm.engine.capture(places), work_folder(folder, llm, data, recipe)
+    with bars_on(console) as bars:
+        with PartialState().main_process_first():  # the others then find it all
+            texts = texts_for(llm, data, work, tokens, recipe.seed, bars)
+            bar = bars.add_task("reading them", total=texts.tokens)
+            reader = _Places(llm.engine, places)
+            hidden = keep_features(reader, texts.ids, work / f"eagle-{version}", lambda count: bars.advance(bar, count))
+        known = frequent_tokens(texts.ids, known_tokens, llm.engine.vocab_size)
+        model = _fresh(llm, features, version, read, known, unroll, recipe.seed)
+        first, rest = hidden.split(held_back)
+        task, head = EagleTask(first, rest), model.head
+        watch = watch_with(console, bars, work)
+        about = _identity(head, texts, unroll)
+        groups = [{"params": [weight for weight in head.parameters() if weight.requires_grad]}]
+        figures = train(model, groups, task, recipe, work, watch, about, stop_after)
+    covered = 1.0 if known is None else _coverage(texts, known)
+    told = recipe.model_dump() | {
+        "version": version, "unroll": unroll if version == 3 else 1, "data": str(data), "texts": len(texts.ids),
+        "tokens": texts.tokens, "coverage": round(covered, 4),
+    }  # fmt: skip
+    fingerprint = Fingerprint.of(llm.config, llm.tokenizer)
+    kept = About(fingerprint=fingerprint, recipe=told, taps=list(read) if version == 3 else None)
+    write_eagle(head.cpu(), folder, base_model, about=kept)
+    (folder / "README.md").write_text(_card(base_model, kept, figures, head, command), encoding="utf-8")
+    return Trained(folder, figures, texts)
+
+
+def _fresh(
+    llm: LLM, features: Features, version: int, read: tuple[int, ...], known: torch.Tensor | None, unroll: int,
+    seed: int,
+) -> EagleWithLoss:  # fmt: skip
+    """An untrained head of the target's sizes. An EAGLE-3 head's output layer begins as the target's."""
+    config: Any = llm.config.get_text_config()
+    heads = int(config.num_attention_heads)
+    width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    sizes = EagleSizes(
+        version=version, hidden_size=features.hidden_size,
+        intermediate_size=int(getattr(config, "intermediate_size", None) or 4 * features.hidden_size),
+        num_heads=heads, num_kv_heads=int(getattr(config, "num_key_value_heads", None) or heads), head_dim=width,
+        vocab_size=llm.engine.vocab_size, taps=read, fc_bias=version == 1, context=llm.engine.context,
+        draft_vocab_size=None if known is None or version == 1 else len(known), rope=_plain_rope(config),
+    )  # fmt: skip
+    head = EagleHead(sizes)
+    generator = torch.Generator().manual_seed(seed)
+    for layer in head.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5, generator=generator)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    ids = torch.arange(llm.engine.vocab_size, device=features.device)
+    with torch.inference_mode():
+        embedding = features.embedding(ids).float()
+        weight, bias = features.output_weights(ids if known is None else known.to(features.device))
+    if version == 3:
+        head.token_map = known
+        with torch.no_grad():
+            head.lm_head.weight.copy_(weight)
+    output = weight.float().clone(), None if bias is None else bias.float().clone()
+    return EagleWithLoss(head.to(features.device), embedding.clone(), output, unroll)
+
+
+def _plain_rope(config: Any) -> dict[str, Any]:
+    """The target's rotary positions, if heads everywhere know them; else plain ones."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    theta = float(rope.get("rope_theta") or 10000.0)
+    return {"rope_type": "default", "rope_theta": theta}
+
+
+def _identity(head: EagleHead, texts: Texts, unroll: int) -> dict[str, Any]:
+    """What a checkpoint belongs to beside its recipe."""
+    hashed = hashlib.sha256(json.dumps(texts.ids).encode()).hexdigest()
+    return {"head": head.sizes.model_dump_json(), "unroll": unroll, "texts": hashed}
+
+
+def _coverage(texts: Texts, known: torch.Tensor) -> float:
+    """The share of all tokens of the texts that are among ``known``."""
+    there = set(known.tolist())
+    return sum(token in there for ids in texts.ids for token in ids) / max(1, texts.tokens)
+
+
+def _card(base_model: str, about: About, figures: Figures, head: EagleHead, command: str) -> str:
+    fingerprint, recipe = about.fingerprint, about.recipe
+    assert fingerprint is not None
+    size = sum(weight.numel() for weight in head.parameters()) / 1e6
+    reads = f"It reads hidden states {about.taps} of the target" if about.taps else "It reads the last hidden state"
+    knows = f", knows {head.sizes.draft_vocab_size} tokens" if head.sizes.draft_vocab_size else ""
+    parts = [
+        f"# An EAGLE-{head.sizes.version} head for {base_model}",
+        f"{reads}{knows}, and has {size:.1f} million parameters. It is lossless: under `match`, the default rule, the "
+        "text is the one that the model writes alone.",
+        f"Made for a configuration with hash {fingerprint.config} and a tokenizer with hash {fingerprint.tokenizer}; "
+        "others are refused.",
+        "## How often its first choice is the target's, on texts that were held back, going on from itself",
+        "\n".join(f"- {name}: {value:.1%}" for name, value in figures.items()),
+        "## Recipe",
+        "\n".join(f"- {name}: {value}" for name, value in recipe.items()),
+    ]
+    if command:
+        parts.append(f"```\n{command}\n```")
+    return "\n\n".join(parts) + "\n"
