@@ -15,7 +15,7 @@ from tests.conftest import decode, make_sequence
 from tests.tiny_models import CONTEXT, VOCAB, full_logits, request, some_tokens, tiny
 from tokentree import LLM
 from tokentree.draft import Draft
-from tokentree.drafters.eagle import Eagle
+from tokentree.drafters.eagle import Eagle, EagleEngine
 from tokentree.drafters.merged import Merged
 from tokentree.drafters.ngram import NGram
 from tokentree.engines.torch import TorchEngine
@@ -25,6 +25,7 @@ from tokentree.heads.eagle_files import write_eagle
 from tokentree.heads.saved import About
 from tokentree.sequence import Accepted, Sequence
 from tokentree.shapes import shape
+from tokentree.tree import TokenTree
 
 SHAPES = ["cost", "3x2x1", "chain:4", "dynamic:nodes=12", "paths:[[0],[1],[0,0],[4],[1,2],[1,2,0]]"]
 KINDS = [(1, None), (3, None), (3, 60)]  # version, draft vocabulary
@@ -118,6 +119,31 @@ def test_each_node_has_the_probability_that_computing_it_anew_gives(
             grown += 1
     assert grown > 10
     assert max(step[1] for seq in seqs for step in seq.metrics.steps) > 1  # paths longer than the root were accepted
+
+
+@pytest.mark.parametrize(("version", "known"), KINDS)
+def test_one_compiled_call_gives_what_the_modules_give(version: int, known: int | None) -> None:
+    head = some_head(version, known, 64)
+    engines = [EagleEngine(head, TorchEngine(tiny("llama", torch.bfloat16, **WIDE))) for _ in range(2)]
+    assert engines[0]._program is not None
+    engines[1]._program = None
+    found = []
+    for engine in engines:
+        seqs = [request(some_tokens(21)), request(some_tokens(6))]
+        for seq in seqs:
+            engine._target.prefill(seq)
+            engine.prefill(seq)
+        levels = [[-1], [0] * 40, [1 + i % 40 for i in range(40)]]
+        parents = np.array([parent for level in levels for parent in level])
+        tokens = np.arange(81) % VOCAB
+        logits = [engine.verify(seqs, [TokenTree(tokens[:1], parents[:1])] * 2).all_logits]
+        for done, count in ((1, 41), (41, 81)):
+            trees = [TokenTree(tokens[:count], parents[:count])] * 2
+            logits.append(engine.verify(seqs, trees, [done] * 2).all_logits)
+        found.append(torch.cat(logits).float())
+    assert found[0].shape == (162, VOCAB if known is None else known)
+    error = (found[0] - found[1]).std() / found[1].std()
+    assert float(error) < 0.03  # both round to bfloat16 at each step
 
 
 def test_it_keeps_rows_of_the_target_s_states_alone() -> None:

@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tokentree.drafters.base import Drafter, Parts
 from tokentree.drafters.draft_model import DraftModel
+from tokentree.drafters.eagle_program import EagleProgram
 from tokentree.engines.attention import ForwardKV, Segment, attend_rows, dense_mask
 from tokentree.engines.base import Engine, Features, TargetOutput
 from tokentree.engines.kv import KVLayout, SequenceKV
@@ -93,7 +94,9 @@ class EagleEngine:
         self._head, self._target, self._features = _fast(head, features), target, features
         own = self._head.embed_tokens
         self._embedding = features.embedding if own is None else own
-        self._blocked = features.device.type == "cpu"
+        self._blocked, converted = features.device.type == "cpu", _converted(head, features)
+        fits = self._blocked and EagleProgram.fits(converted)
+        self._program = EagleProgram(converted) if fits else None
         shape, dtype = (sizes.num_kv_heads, sizes.head_dim, sizes.head_dim), features.dtype
         self._layout = KVLayout((shape,), dtype, features.device, blocked=self._blocked)
         self._states: dict[int, _State] = {}
@@ -115,7 +118,8 @@ class EagleEngine:
     def verify(
         self, seqs: SequenceOf[Sequence], trees: SequenceOf[TokenTree], firsts: SequenceOf[int] | None = None
     ) -> TargetOutput:
-        """As `Engine.verify`; logits are those of the tokens that the head knows."""
+        """As `Engine.verify`, one level after another: what was drafted above a node comes from an earlier call. Logits
+        are those of the tokens that the head knows."""
         started = time.perf_counter()
         firsts = [0] * len(seqs) if firsts is None else list(firsts)
         segments, starts, known, rows = list[Segment](), list[int](), list[torch.Tensor](), 0
@@ -131,11 +135,10 @@ class EagleEngine:
             starts.append(rows)
             rows += len(tree) - first
         ids = torch.from_numpy(np.concatenate([s.tree.tokens[s.first :] for s in segments])).to(self._features.device)
-        given = self._head(self._embedding(ids), torch.cat(known), lambda *heads: self._attend(segments, *heads))
+        given, logits = self._forward(self._embedding(ids), torch.cat(known), segments)
         for seq, segment in zip(seqs, segments, strict=True):
             state, new = self._state(seq), given[segment.start : segment.start + segment.count]
             state.known = torch.cat([state.known[: segment.first], new])
-        logits = self._head.logits(given, self._features.output_layer)
         return TargetOutput(logits, starts, firsts, time.perf_counter() - started)
 
     def commit(self, seqs: SequenceOf[Sequence], paths: SequenceOf[list[int]]) -> None:
@@ -160,11 +163,22 @@ class EagleEngine:
         states = [self._target.hidden(seq, tap)[first:end] for tap in self._head.sizes.taps]
         return self._head.fuse(torch.cat(states, -1))
 
+    def _forward(
+        self, embedded: torch.Tensor, known: torch.Tensor, segments: SequenceOf[Segment]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is known of the next positions [rows, hidden size], and logits [rows, tokens that the head knows]."""
+        positions = torch.from_numpy(np.concatenate([segment.positions for segment in segments])).to(known.device)
+        if self._program is not None:
+            given, logits = self._program.forward(embedded, known, positions, segments)
+        else:
+            given, logits = self._head(embedded, known, lambda *heads: self._attend(segments, positions, *heads)), None
+        return given, self._head.logits(given, self._features.output_layer) if logits is None else logits
+
     def _attend(
-        self, segments: SequenceOf[Segment], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> torch.Tensor:
+        self, segments: SequenceOf[Segment], positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor,
+        value: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
         """[rows, heads x width], of queries, keys and values [rows, heads, width]."""
-        positions = torch.from_numpy(np.concatenate([segment.positions for segment in segments])).to(query.device)
         query, key = self._head.turn(query, positions), self._head.turn(key, positions)
         cache, scale = ForwardKV(segments, not self._blocked), query.shape[2] ** -0.5
         query, key, value = (x.transpose(0, 1) for x in (query, key, value))
@@ -179,11 +193,15 @@ class EagleEngine:
 
 def _fast(head: EagleHead, features: Features) -> EagleHead:
     """A copy of ``head`` on the linear layers that the target's engine runs fastest, in its type."""
-    fast = copy.deepcopy(head).to(features.device, features.dtype).requires_grad_(False)
-    for name, layer in head.named_children():
+    fast = _converted(head, features)
+    for name, layer in list(fast.named_children()):
         if isinstance(layer, nn.Linear):
-            own = fast.get_submodule(name)
-            assert isinstance(own, nn.Linear)
-            setattr(fast, name, features.linear(own.weight.detach(), own.bias))
-    fast.rotary = copy.deepcopy(head.rotary).to(features.device)  # its frequencies need float32
-    return fast.eval()
+            setattr(fast, name, features.linear(layer.weight.detach(), layer.bias))
+    return fast
+
+
+def _converted(head: EagleHead, features: Features) -> EagleHead:
+    """A copy of ``head`` in the target's type, where the target is."""
+    made = copy.deepcopy(head).to(features.device, features.dtype).requires_grad_(False).eval()
+    made.rotary = copy.deepcopy(head.rotary).to(features.device)  # its frequencies need float32
+    return made

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence as SequenceOf
-from typing import Any
+from typing import Any, Protocol
 
 import numba
 import numpy as np
@@ -50,7 +50,127 @@ AS_IT_IS, WIDER, IN_8_BITS = range(3)  # how a product takes its inputs
 HEADER, STEP = 10, 16  # integers that describe a forward, and each step
 
 
-class Program:
+class Heads(Protocol):
+    """The sizes of an attention; `window` counts positions."""
+
+    heads: int
+    kv_heads: int
+    width: int
+    scale: float
+    window: int | None
+
+
+class Steps:
+    """A forward as a list of steps, and the memory that they share: the rows' intermediate results.
+
+    A subclass says which steps there are, in `build`, whenever there must be room for more rows.
+
+    Args:
+        widest: numbers that the widest product takes of a row.
+    """
+
+    def __init__(self, widest: int) -> None:
+        self._widest, self._capacity = -(-widest // 128) * 128, 0
+        self._numbers: list[np.ndarray] = []
+        self._memory: list[torch.Tensor] = []
+        self._windows: set[int | None] = set()
+
+    def build(self) -> list[list[int]]:
+        """The steps, in memory from `room`."""
+        raise NotImplementedError
+
+    def reserve(self, rows: int) -> None:
+        """Makes room for so many rows."""
+        if rows <= self._capacity:
+            return
+        self._capacity = max(64, 1 << (rows - 1).bit_length())
+        self._numbers, self._memory, self._windows = [], [], set()
+        self._prepared = self.room(self._widest, torch.float32)
+        self._scales, self._totals = (self.room(self._widest // 32, torch.float32) for _ in range(2))
+        steps = self.build()
+        self._steps = np.zeros((len(steps), STEP), np.int64)
+        for row, step in zip(self._steps, steps, strict=True):
+            row[: len(step)] = step
+
+    def room(self, columns: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        """[rows, columns], kept as long as the steps are."""
+        self._memory.append(torch.empty(self._capacity, columns, dtype=dtype))
+        return self._memory[-1]
+
+    def run(self, rows: int, count: int, segments: SequenceOf[Segment], cos: torch.Tensor, sin: torch.Tensor) -> None:
+        """Runs the first ``count`` steps on so many rows, with these rotary positions bfloat16[rows, width]."""
+        for segment in segments:
+            segment.windows |= self._windows
+        table = np.array([segment.described(0) for segment in segments], np.int64)
+        counters = np.zeros(count, np.int64)
+        run(
+            _worker(),
+            [rows, torch.get_num_threads(), barrier(), count, self._steps.ctypes.data, counters.ctypes.data,
+             table.ctypes.data, len(table), cos.data_ptr(), sin.data_ptr()],
+        )  # fmt: skip
+
+    # -- the kinds of steps ----------------------------------------------------------------------------------------
+
+    def norm(
+        self, norm: FusedNorm, x: torch.Tensor, result: torch.Tensor, before: nn.Module | None,
+        update: torch.Tensor | None = None,
+    ) -> list[list[int]]:  # fmt: skip
+        """Adds ``update`` to ``x``, norms it, and makes what the layer ``before`` which the norm comes takes."""
+        form = [AS_IT_IS, 0] if before is None else self._form(before)
+        return [[
+            NORM, x.data_ptr(), 0 if update is None else update.data_ptr(), x.shape[1], norm.weight.data_ptr(),
+            self._number(float(norm.eps)), result.data_ptr(), result.stride(0), *form,
+        ]]  # fmt: skip
+
+    def prepare(self, before: nn.Module, x: torch.Tensor) -> list[list[int]]:
+        """Makes of ``x`` what the layer ``before`` which that comes takes."""
+        form = self._form(before)
+        return [[PREPARE, x.data_ptr(), x.shape[1], *form]] if form[0] != AS_IT_IS else []
+
+    def multiply(
+        self, layer: PackedLinear | QuantizedLinear, x: torch.Tensor, y: torch.Tensor | None
+    ) -> list[list[int]]:
+        """``layer`` of ``x``, which was prepared, into ``y``, or where it will be said."""
+        result, prepared = 0 if y is None else y.data_ptr(), self._prepared.data_ptr()
+        if isinstance(layer, QuantizedLinear):
+            call = layer.call(prepared, self._scales.data_ptr(), self._totals.data_ptr(), result)
+            return [[MULTIPLY_INT8 if layer.bits == 8 else MULTIPLY_INT4, *call]]
+        source, word = (prepared, 4) if BFLOAT16_WIDE else (x.data_ptr(), 2)
+        return [[MULTIPLY, *layer.call(source, word * x.shape[1], result)]]
+
+    def turn(self, index: int, sizes: Heads, qkv: torch.Tensor, queries: torch.Tensor) -> list[list[int]]:
+        """Turns queries and keys, and stores keys and values as layer ``index``."""
+        return [[TURN, index, sizes.heads, sizes.kv_heads, sizes.width, qkv.data_ptr(), queries.data_ptr()]]
+
+    def attend(self, index: int, sizes: Heads, queries: torch.Tensor, result: torch.Tensor) -> list[list[int]]:
+        """Attention over what layer ``index`` has stored."""
+        width, heads = sizes.width, sizes.heads
+        self._windows.add(sizes.window)
+        return [[
+            ATTEND, index, self._number(sizes.scale, 0.0), queries.data_ptr(), 4 * width, 4 * heads * width,
+            result.data_ptr(), 2 * width, 2 * heads * width, width, width, heads // sizes.kv_heads, sizes.window or 0,
+            heads, 0, 1,
+        ]]  # fmt: skip
+
+    def copy(self, x: torch.Tensor, result: torch.Tensor) -> list[list[int]]:
+        """Keeps ``x``."""
+        return [[COPY, x.data_ptr(), result.data_ptr(), x.shape[1]]]
+
+    def _number(self, *numbers: float) -> int:
+        """The address of these numbers, as float64."""
+        self._numbers.append(np.array(numbers))
+        address: int = self._numbers[-1].ctypes.data
+        return address
+
+    def _form(self, layer: nn.Module) -> list[int]:
+        """How ``layer`` takes its inputs, and where."""
+        if isinstance(layer, QuantizedLinear):
+            places = [self._scales.data_ptr(), self._totals.data_ptr()]
+            return [IN_8_BITS, self._prepared.data_ptr(), layer.groups, layer.group, *places]
+        return [WIDER if BFLOAT16_WIDE else AS_IT_IS, self._prepared.data_ptr()]
+
+
+class Program(Steps):
     """The forward of a model whose layers are Llama's, in bfloat16 or 8 bits on a CPU.
 
     Args:
@@ -65,9 +185,10 @@ class Program:
         body: Any = model.model
         self._embed, self._turns, self._head = body.embed_tokens, body.rotary_emb, model.lm_head
         self._layers, self._last = list(body.layers), body.norm
-        self._capacity = 0
+        sizes, self._hidden_size = self._layers[0].self_attn, len(self._last.weight)
+        self._inner_size = self._layers[0].mlp.gate_up.num_outputs
+        super().__init__(max(self._hidden_size, self._inner_size, sizes.heads * sizes.width))
         self._places: list[int] = []
-        self._numbers: list[np.ndarray] = []
         self.states = torch.empty(0, 0, 0)
 
     @staticmethod
@@ -91,6 +212,10 @@ class Program:
             )
         )
 
+    def capture(self, places: list[int]) -> None:
+        """Keeps the hidden states ``places``, see `base.Engine.capture`, in `states`."""
+        self._places, self._capacity = places, 0
+
     def forward(
         self, ids: torch.Tensor, positions: torch.Tensor, segments: SequenceOf[Segment], upto: Upto
     ) -> torch.Tensor:
@@ -101,119 +226,45 @@ class Program:
             ids, positions: int64[rows].
         """
         rows = len(ids)
-        self._reserve(rows)
+        self.reserve(rows)
         embedded = self._embed(ids)
         self._residual[:rows] = embedded
         cos, sin = (turn[0].contiguous() for turn in self._turns(embedded, positions[None]))
         logits = torch.empty(rows if upto == "logits" else 0, len(self._head.start), dtype=torch.bfloat16)
         count = {"kv": self._up_to_kv, "hidden": len(self._steps) - 1, "logits": len(self._steps)}[upto]
         self._steps[-1, 1 + self._head.RESULT] = logits.data_ptr()
-        for segment in segments:
-            segment.windows |= self._windows
-        table = np.array([segment.described(0) for segment in segments], np.int64)
-        counters = np.zeros(count, np.int64)
-        run(
-            _worker(),
-            [rows, torch.get_num_threads(), barrier(), count, self._steps.ctypes.data, counters.ctypes.data,
-             table.ctypes.data, len(table), cos.data_ptr(), sin.data_ptr()],
-        )  # fmt: skip
+        self.run(rows, count, segments, cos, sin)
         return logits[:, : self._head.num_outputs].contiguous()
 
-    def capture(self, places: list[int]) -> None:
-        """Keeps the hidden states ``places``, see `base.Engine.capture`, in `states`."""
-        self._places, self._capacity = places, 0
-
-    # -- the list of steps -----------------------------------------------------------------------------------------
-
-    def _reserve(self, rows: int) -> None:
-        """Makes room for intermediate results of so many rows, and the steps that use it."""
-        if rows <= self._capacity:
-            return
-        self._capacity = max(64, 1 << (rows - 1).bit_length())
-        attention = self._layers[0].self_attn
-        width, heads, kv_heads = attention.width, attention.heads, attention.kv_heads
-        hidden, inner = len(self._last.weight), self._layers[0].mlp.gate_up.num_outputs
-
-        def room(columns: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-            return torch.empty(self._capacity, columns, dtype=dtype)
-
-        self._residual, self._normed, self._update, self._inner = room(hidden), room(hidden), room(hidden), room(inner)
-        self._qkv, self._attended = room((heads + 2 * kv_heads) * width), room(heads * width)
-        self._queries = room(heads * width, torch.float32)
-        widest = -(-max(hidden, inner, heads * width) // 128) * 128
-        self._prepared = room(widest, torch.float32)
+    def build(self) -> list[list[int]]:
+        sizes, hidden = self._layers[0].self_attn, self._hidden_size
+        wide, steps, update = sizes.heads * sizes.width, list[list[int]](), None
+        self._residual, normed, added, inner = (self.room(n) for n in (hidden, hidden, hidden, self._inner_size))
+        qkv, attended = self.room(wide + 2 * sizes.kv_heads * sizes.width), self.room(wide)
+        queries = self.room(wide, torch.float32)
         self.states = torch.empty(len(self._places), self._capacity, hidden, dtype=torch.bfloat16)
-        self._scales, self._totals = room(widest // 32, torch.float32), room(widest // 32, torch.float32)
-
-        self._numbers, self._windows, steps, update = [], set[int | None](), list[list[int]](), None
         for index, layer in enumerate(self._layers):
             attention, mlp = layer.self_attn, layer.mlp
-            self._windows.add(attention.window)
-            steps += self._norm(layer.input_layernorm, update, attention.qkv)
-            steps += self._copy(index, self._residual)
-            steps += self._multiply(attention.qkv, self._normed, self._qkv)
-            steps.append([TURN, index, heads, kv_heads, width, self._qkv.data_ptr(), self._queries.data_ptr()])
+            steps += self.norm(layer.input_layernorm, self._residual, normed, attention.qkv, update)
+            steps += self._kept(index, self._residual)
+            steps += self.multiply(attention.qkv, normed, qkv)
+            steps += self.turn(index, attention, qkv, queries)
             self._up_to_kv = len(steps)
-            steps.append(
-                [ATTEND, index, self._number(attention.scale, 0.0), self._queries.data_ptr(), 4 * width,
-                 4 * heads * width, self._attended.data_ptr(), 2 * width, 2 * heads * width, width, width,
-                 heads // kv_heads, attention.window or 0, heads, 0, 1]
-            )  # fmt: skip
-            steps += self._prepare(attention.o_proj, self._attended)
-            steps += self._multiply(attention.o_proj, self._attended, self._update)
-            steps += self._norm(layer.post_attention_layernorm, self._update, mlp.gate_up)
-            steps += self._multiply(mlp.gate_up, self._normed, self._inner)
-            steps += self._prepare(mlp.down_proj, self._inner)
-            steps += self._multiply(mlp.down_proj, self._inner, self._update)
-            update = self._update
-        steps += self._norm(self._last, update, self._head)
-        steps += self._copy(len(self._layers), self._normed)
-        steps += self._multiply(self._head, self._normed, None)
-        self._steps = np.zeros((len(steps), STEP), np.int64)
-        for row, step in zip(self._steps, steps, strict=True):
-            row[: len(step)] = step
+            steps += self.attend(index, attention, queries, attended)
+            steps += self.prepare(attention.o_proj, attended)
+            steps += self.multiply(attention.o_proj, attended, added)
+            steps += self.norm(layer.post_attention_layernorm, self._residual, normed, mlp.gate_up, added)
+            steps += self.multiply(mlp.gate_up, normed, inner)
+            steps += self.prepare(mlp.down_proj, inner)
+            steps += self.multiply(mlp.down_proj, inner, added)
+            update = added
+        steps += self.norm(self._last, self._residual, normed, self._head, update)
+        steps += self._kept(len(self._layers), normed)
+        return steps + self.multiply(self._head, normed, None)
 
-    def _number(self, *numbers: float) -> int:
-        """The address of these numbers, as float64."""
-        self._numbers.append(np.array(numbers))
-        address: int = self._numbers[-1].ctypes.data
-        return address
-
-    def _norm(self, norm: FusedNorm, update: torch.Tensor | None, before: nn.Module) -> list[list[int]]:
-        """Adds ``update`` to the rows, and makes what the layer ``before`` which the norm comes takes."""
-        return [[
-            NORM, self._residual.data_ptr(), 0 if update is None else update.data_ptr(), self._residual.shape[1],
-            norm.weight.data_ptr(), self._number(float(norm.eps)), self._normed.data_ptr(), *self._form(before),
-        ]]  # fmt: skip
-
-    def _copy(self, place: int, x: torch.Tensor) -> list[list[int]]:
+    def _kept(self, place: int, x: torch.Tensor) -> list[list[int]]:
         """Keeps ``x``, if it is one of the hidden states that are asked for."""
-        if place not in self._places:
-            return []
-        return [[COPY, x.data_ptr(), self.states[self._places.index(place)].data_ptr(), x.shape[1]]]
-
-    def _prepare(self, before: nn.Module, x: torch.Tensor) -> list[list[int]]:
-        """Makes of ``x`` what the layer ``before`` which that comes takes."""
-        form = self._form(before)
-        return [[PREPARE, x.data_ptr(), x.shape[1], *form]] if form[0] != AS_IT_IS else []
-
-    def _form(self, layer: nn.Module) -> list[int]:
-        """How ``layer`` takes its inputs, and where."""
-        if isinstance(layer, QuantizedLinear):
-            places = [self._scales.data_ptr(), self._totals.data_ptr()]
-            return [IN_8_BITS, self._prepared.data_ptr(), layer.groups, layer.group, *places]
-        return [WIDER if BFLOAT16_WIDE else AS_IT_IS, self._prepared.data_ptr()]
-
-    def _multiply(
-        self, layer: PackedLinear | QuantizedLinear, x: torch.Tensor, y: torch.Tensor | None
-    ) -> list[list[int]]:
-        result, prepared = 0 if y is None else y.data_ptr(), self._prepared.data_ptr()
-        if isinstance(layer, QuantizedLinear):
-            call = layer.call(prepared, self._scales.data_ptr(), self._totals.data_ptr(), result)
-            return [[MULTIPLY_INT8 if layer.bits == 8 else MULTIPLY_INT4, *call]]
-        assert isinstance(layer, PackedLinear)
-        source, word = (prepared, 4) if BFLOAT16_WIDE else (x.data_ptr(), 2)
-        return [[MULTIPLY, *layer.call(source, word * x.shape[1], result)]]
+        return self.copy(x, self.states[self._places.index(place)]) if place in self._places else []
 
 
 def _products(layer: Any) -> list[nn.Linear]:
@@ -267,12 +318,12 @@ def _one_row(kind, step, kv, cos, sin, row):
 
 @numba.njit
 def _norm(step, row):
-    residual, update, width, weight, eps, normed = step[:6]
-    bits, result = halves(residual + 2 * width * row, width), halves(normed + 2 * width * row, width)
+    residual, update, width, weight, eps, normed, stride = step[:7]
+    bits, result = halves(residual + 2 * width * row, width), halves(normed + 2 * stride * row, width)
     if update:
         each.add(bits, halves(update + 2 * width * row, width))
     each.normalize(bits, floats(weight, width), np.float32(doubles(eps, 1)[0]), result)
-    _prepare(normed, width, step[6:12], row)
+    _prepare(normed, width, step[7:13], row)
 
 
 @numba.njit

@@ -1,0 +1,128 @@
+"""An EAGLE head's forward in one compiled call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from tokentree.engines.attention import Segment
+from tokentree.engines.fused import FusedNorm
+from tokentree.engines.kernels import BLOCK
+from tokentree.engines.linear import PackedLinear
+from tokentree.engines.packing import Packing
+from tokentree.engines.program import Steps
+from tokentree.heads.eagle import EagleHead
+
+
+@dataclass
+class _Heads:
+    heads: int
+    kv_heads: int
+    width: int
+    scale: float
+    window: int | None = None
+
+
+class EagleProgram(Steps):
+    """What `EagleHead.forward` and, of EAGLE-3, `EagleHead.logits` do, step by step, in bfloat16 on a CPU.
+
+    Args:
+        head: one that `fits`, in bfloat16; it stays as it is.
+    """
+
+    def __init__(self, head: EagleHead) -> None:
+        sizes = head.sizes
+        self._version, self._rotary, self._width = sizes.version, head.rotary, sizes.hidden_size
+        self._heads = _Heads(sizes.num_heads, sizes.num_kv_heads, sizes.head_dim, sizes.head_dim**-0.5)
+        self._inner_size = sizes.intermediate_size
+        packing, half = Packing(PackedLinear), sizes.intermediate_size
+        halves = [nn.Linear(sizes.hidden_size, half, bias=False, device="meta") for _ in range(2)]
+        for layer, weight in zip(halves, head.gate_up.weight.split(half), strict=True):
+            layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self._gate_up: Any = packing.pack(*halves, gated=True)
+        self._qkv, self._o_proj, self._down_proj = (
+            packing.pack(layer) for layer in (head.qkv, head.o_proj, head.down_proj)
+        )
+        self._post = FusedNorm(head.post_attention_layernorm)
+        if sizes.version == 3:
+            self._norms = FusedNorm(head.input_layernorm), FusedNorm(head.hidden_norm)
+            self._last, self._lm_head = FusedNorm(head.norm), packing.pack(head.lm_head)
+        else:
+            self._fc = packing.pack(head.fc)
+        super().__init__(max(2 * sizes.hidden_size, sizes.intermediate_size, sizes.num_heads * sizes.head_dim))
+
+    @staticmethod
+    def fits(head: EagleHead) -> bool:
+        """Whether sizes and type suit."""
+        sizes = head.sizes
+        layers = [head.fc, head.qkv, head.o_proj, head.gate_up, head.down_proj]
+        columns = [sizes.hidden_size, sizes.intermediate_size, sizes.num_heads * sizes.head_dim, head.qkv.out_features]
+        return (
+            Packing(PackedLinear).fits(*layers)
+            and not any(count % BLOCK for count in columns)
+            and not sizes.norm_before_residual
+            and (sizes.target_hidden_size or sizes.hidden_size) == sizes.hidden_size
+        )
+
+    def forward(
+        self, embedded: torch.Tensor, known: torch.Tensor, positions: torch.Tensor, segments: SequenceOf[Segment]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Writes the KV of all rows of ``segments``, and returns what is known of the next positions, bfloat16[rows,
+        hidden size]; and, of EAGLE-3, logits bfloat16[rows, tokens].
+
+        Args:
+            embedded, known: bfloat16[rows, hidden size].
+            positions: int64[rows].
+        """
+        rows = len(embedded)
+        self.reserve(rows)
+        if self._version == 3:
+            self._embedded[:rows], self._residual[:rows] = embedded, known
+        else:
+            self._x[:rows, : self._width], self._x[:rows, self._width :] = embedded, known
+        cos, sin = (turn[0].contiguous() for turn in self._rotary(embedded, positions[None]))
+        logits = None
+        if self._version == 3:
+            logits = torch.empty(rows, len(self._lm_head.start), dtype=torch.bfloat16)
+            self._steps[-1, 1 + self._lm_head.RESULT] = logits.data_ptr()
+            logits = logits[:, : self._lm_head.num_outputs]
+        self.run(rows, len(self._steps), segments, cos, sin)
+        return self._given[:rows].clone(), logits
+
+    def build(self) -> list[list[int]]:
+        width, sizes = self._width, self._heads
+        wide, steps = sizes.heads * sizes.width, list[list[int]]()
+        self._residual, self._x = self.room(width), self.room(2 * width)
+        normed, added, inner = self.room(width), self.room(width), self.room(self._inner_size)
+        qkv, attended = self.room(wide + 2 * sizes.kv_heads * sizes.width), self.room(wide)
+        queries = self.room(wide, torch.float32)
+        if self._version == 3:
+            self._embedded = self.room(width)
+            steps += self.norm(self._norms[0], self._embedded, self._x[:, :width], None)
+            steps += self.norm(self._norms[1], self._residual, self._x[:, width:], None)
+            steps += self.prepare(self._qkv, self._x)
+            steps += self.multiply(self._qkv, self._x, qkv)
+        else:
+            steps += self.prepare(self._fc, self._x)
+            steps += self.multiply(self._fc, self._x, self._residual)
+            steps += self.prepare(self._qkv, self._residual)
+            steps += self.multiply(self._qkv, self._residual, qkv)
+        steps += self.turn(0, sizes, qkv, queries)
+        steps += self.attend(0, sizes, queries, attended)
+        steps += self.prepare(self._o_proj, attended)
+        steps += self.multiply(self._o_proj, attended, added)
+        steps += self.norm(self._post, self._residual, normed, self._gate_up, added)
+        steps += self.multiply(self._gate_up, normed, inner)
+        steps += self.prepare(self._down_proj, inner)
+        steps += self.multiply(self._down_proj, inner, added)
+        if self._version == 3:
+            steps += self.norm(self._last, self._residual, normed, self._lm_head, added)
+            self._given = self._residual
+            return steps + self.multiply(self._lm_head, normed, None)
+        # the sum alone is wanted: a norm adds, and what it norms is not looked at
+        self._given = self._residual
+        return steps + self.norm(self._post, self._residual, normed, None, added)
