@@ -15,9 +15,10 @@ from tests.conftest import decode, make_sequence
 from tests.tiny_models import CONTEXT, VOCAB, full_logits, request, some_tokens, tiny
 from tokentree import LLM
 from tokentree.draft import Draft
-from tokentree.drafters.eagle import Eagle, EagleEngine
+from tokentree.drafters.eagle import Eagle
 from tokentree.drafters.merged import Merged
 from tokentree.drafters.ngram import NGram
+from tokentree.engines.eagle import EagleEngine
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import PairingError
 from tokentree.heads.eagle import EagleHead, EagleSizes
@@ -96,7 +97,7 @@ class Kept(Eagle):
 def test_each_node_has_the_probability_that_computing_it_anew_gives(
     version: int, known: int | None, family: str, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("tokentree.drafters.eagle.PREFILL_ROWS", 4)
+    monkeypatch.setattr("tokentree.engines.eagle.PREFILL_ROWS", 4)
     model, head = tiny(family), some_head(version, known)
     engine = TorchEngine(model)
     drafter = Kept(head, engine)

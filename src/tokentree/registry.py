@@ -8,7 +8,7 @@ from importlib import import_module
 from tokentree.drafters.base import Drafter, Parts
 from tokentree.drafters.merged import Merged
 from tokentree.errors import OptionError
-from tokentree.heads.eagle_files import is_eagle
+from tokentree.heads.saved import is_eagle
 
 DRAFTERS = {
     "none": ("tokentree.drafters.none", "NoDrafter"),

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,32 +13,13 @@ from torch.nn.functional import pad
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter, Parts
 from tokentree.drafters.merged import Merged
-from tokentree.engines.base import TargetOutput
+from tokentree.engines.base import DraftEngine, TargetOutput
 from tokentree.errors import PairingError
 from tokentree.sampling import to_probs
 from tokentree.sequence import DRAFT, Accepted, Sequence
 from tokentree.shapes.base import Shape
 from tokentree.top import top_logits
 from tokentree.tree import Ints, TokenTree
-
-
-class DraftEngine(Protocol):
-    """What is asked of an engine that holds a draft model; see `Engine`."""
-
-    vocab_size: int
-    context: int
-
-    def prefill(self, seq: Sequence) -> int: ...
-
-    def verify(
-        self, seqs: SequenceOf[Sequence], trees: SequenceOf[TokenTree], firsts: SequenceOf[int] | None = None
-    ) -> TargetOutput: ...
-
-    def commit(self, seqs: SequenceOf[Sequence], paths: SequenceOf[list[int]]) -> None: ...
-
-    def committed(self, seq: Sequence) -> int: ...
-
-    def release(self, seqs: SequenceOf[Sequence]) -> None: ...
 
 
 class DraftModel(Drafter):

@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-import time
-from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
-
-import numpy as np
-import torch
-from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
-
 from tokentree.drafters.base import Drafter, Parts
 from tokentree.drafters.draft_model import DraftModel
-from tokentree.drafters.eagle_program import EagleProgram
-from tokentree.engines.attention import ForwardKV, Segment, attend_rows, dense_mask
-from tokentree.engines.base import Engine, Features, TargetOutput
-from tokentree.engines.kv import KVLayout, SequenceKV
+from tokentree.engines.base import Engine
 from tokentree.errors import PairingError
 from tokentree.heads.eagle import EagleHead
 from tokentree.heads.eagle_files import read_eagle
-from tokentree.sequence import Sequence
-from tokentree.tree import TokenTree
-
-PREFILL_ROWS = 256
 
 
 class Eagle(DraftModel):
@@ -42,7 +25,7 @@ class Eagle(DraftModel):
         known = None if head.token_map is None else head.token_map.cpu().numpy()
         if known is not None and int(known.max()) >= target.vocab_size:
             raise PairingError("this EAGLE head knows tokens that the target doesn't have")
-        super().__init__(EagleEngine(head, target), target.vocab_size, "eagle", known)
+        super().__init__(target.head_engine(head), target.vocab_size, "eagle", known)
 
     @classmethod
     def make(cls, parts: Parts) -> Drafter:
@@ -50,158 +33,3 @@ class Eagle(DraftModel):
             raise PairingError("drafter='eagle' needs heads=..., a folder with an EAGLE head for this model")
         num_layers = parts.engine.capture([]).num_layers
         return cls(read_eagle(parts.heads, num_layers, parts.fingerprint).head, parts.engine)
-
-
-@dataclass(eq=False)
-class _State:
-    """What is kept of one sequence.
-
-    Args:
-        kv: row i is that of token i + 1; those are committed whose position the target has read.
-        known: [nodes, hidden size], what the layer gave at the nodes of the current tree.
-        chain: how many of these the target has read: they will be committed.
-    """
-
-    kv: SequenceKV
-    known: torch.Tensor
-    chain: int = field(default=0)
-
-
-class EagleEngine:
-    """What `DraftModel` asks of an engine, answered by a head.
-
-    Rows of tokens that the target has accepted are computed from its hidden states. The rows of a tree below are
-    computed from what the head gave at their parents; when a step is over they are dropped, and those that were
-    accepted come again, from the target's.
-
-    The first token of a text has no row, since nothing comes before it: it counts as committed.
-    """
-
-    def __init__(self, head: EagleHead, target: Engine) -> None:
-        sizes, features = head.sizes, target.capture(head.sizes.taps)
-        if (sizes.target_hidden_size or sizes.hidden_size) != features.hidden_size:
-            raise PairingError(
-                f"this EAGLE head reads hidden states of {sizes.target_hidden_size or sizes.hidden_size} numbers, and "
-                f"the target has {features.hidden_size}: it was made for another model"
-            )
-        if sizes.vocab_size != target.vocab_size:
-            raise PairingError(
-                f"this EAGLE head is for a target with {sizes.vocab_size} tokens, and this one has {target.vocab_size}"
-            )
-        if head.embed_tokens is None and sizes.hidden_size != features.hidden_size:
-            raise PairingError("this EAGLE head has no embedding, and the target's has another width")
-        self.vocab_size, self.context = target.vocab_size, min(target.context, sizes.context)
-        self._head, self._target, self._features = _fast(head, features), target, features
-        own = self._head.embed_tokens
-        self._embedding = features.embedding if own is None else own
-        self._blocked, converted = features.device.type == "cpu", _converted(head, features)
-        fits = self._blocked and EagleProgram.fits(converted)
-        self._program = EagleProgram(converted) if fits else None
-        shape, dtype = (sizes.num_kv_heads, sizes.head_dim, sizes.head_dim), features.dtype
-        self._layout = KVLayout((shape,), dtype, features.device, blocked=self._blocked)
-        self._states: dict[int, _State] = {}
-
-    def prefill(self, seq: Sequence) -> int:
-        """Commits rows as far as the target has read, but for the last one, with which the first tree begins."""
-        state, ready = self._state(seq), self._target.committed(seq) - 1
-        while state.kv.length < ready:
-            first = state.kv.length
-            ids = seq.tokens[first + 1 : min(first + PREFILL_ROWS, ready) + 1]
-            self.verify([seq], [TokenTree.chain(ids[0], ids[1:])])
-            state.kv.commit(range(len(ids)))
-        return 0
-
-    def committed(self, seq: Sequence) -> int:
-        return self._state(seq).kv.length + 1
-
-    @torch.inference_mode()
-    def verify(
-        self, seqs: SequenceOf[Sequence], trees: SequenceOf[TokenTree], firsts: SequenceOf[int] | None = None
-    ) -> TargetOutput:
-        """As `Engine.verify`, one level after another: what was drafted above a node comes from an earlier call. Logits
-        are those of the tokens that the head knows."""
-        started = time.perf_counter()
-        firsts = [0] * len(seqs) if firsts is None else list(firsts)
-        segments, starts, known, rows = list[Segment](), list[int](), list[torch.Tensor](), 0
-        for seq, tree, first in zip(seqs, trees, firsts, strict=True):
-            state = self._state(seq)
-            state.kv.reserve(state.kv.length + len(tree))
-            state.chain = min(len(tree), self._target.committed(seq) - state.kv.length)
-            segments.append(Segment(state.kv, tree, first, rows))
-            if first < state.chain:
-                known.append(self._read(seq, state.kv.length + first, state.kv.length + state.chain))
-            if drafted := tree.parents[max(first, state.chain) :].tolist():
-                known.append(state.known[drafted])
-            starts.append(rows)
-            rows += len(tree) - first
-        ids = torch.from_numpy(np.concatenate([s.tree.tokens[s.first :] for s in segments])).to(self._features.device)
-        given, logits = self._forward(self._embedding(ids), torch.cat(known), segments)
-        for seq, segment in zip(seqs, segments, strict=True):
-            state, new = self._state(seq), given[segment.start : segment.start + segment.count]
-            state.known = torch.cat([state.known[: segment.first], new])
-        return TargetOutput(logits, starts, firsts, time.perf_counter() - started)
-
-    def commit(self, seqs: SequenceOf[Sequence], paths: SequenceOf[list[int]]) -> None:
-        """Keeps, of ``paths``, what was computed from the target's hidden states."""
-        for seq, path in zip(seqs, paths, strict=True):
-            state = self._state(seq)
-            state.kv.commit(path[: state.chain])
-
-    def release(self, seqs: SequenceOf[Sequence]) -> None:
-        for seq in seqs:
-            self._states.pop(seq.id, None)
-
-    def _state(self, seq: Sequence) -> _State:
-        if seq.id not in self._states:
-            rows = min(len(seq.prompt_ids) + seq.params.max_tokens, self.context) + 64
-            nothing = torch.empty(0, self._head.sizes.hidden_size, dtype=self._features.dtype)
-            self._states[seq.id] = _State(self._layout.make(rows), nothing.to(self._features.device))
-        return self._states[seq.id]
-
-    def _read(self, seq: Sequence, first: int, end: int) -> torch.Tensor:
-        """What is known of positions ``first`` to ``end``, from the target's hidden states."""
-        states = [self._target.hidden(seq, tap)[first:end] for tap in self._head.sizes.taps]
-        return self._head.fuse(torch.cat(states, -1))
-
-    def _forward(
-        self, embedded: torch.Tensor, known: torch.Tensor, segments: SequenceOf[Segment]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is known of the next positions [rows, hidden size], and logits [rows, tokens that the head knows]."""
-        positions = torch.from_numpy(np.concatenate([segment.positions for segment in segments])).to(known.device)
-        if self._program is not None:
-            given, logits = self._program.forward(embedded, known, positions, segments)
-        else:
-            given, logits = self._head(embedded, known, lambda *heads: self._attend(segments, positions, *heads)), None
-        return given, self._head.logits(given, self._features.output_layer) if logits is None else logits
-
-    def _attend(
-        self, segments: SequenceOf[Segment], positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor,
-        value: torch.Tensor,
-    ) -> torch.Tensor:  # fmt: skip
-        """[rows, heads x width], of queries, keys and values [rows, heads, width]."""
-        query, key = self._head.turn(query, positions), self._head.turn(key, positions)
-        cache, scale = ForwardKV(segments, not self._blocked), query.shape[2] ** -0.5
-        query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        if self._blocked:
-            cache.write(0, key, value)
-            return attend_rows(cache, 0, query.float(), len(key), value.shape[2], scale, None).flatten(1).to(key.dtype)
-        keys, values = cache.update(key[None], value[None], 0)
-        mask = dense_mask(segments, query.shape[1], None, query.dtype, query.device)
-        out = scaled_dot_product_attention(query[None], keys, values, mask, enable_gqa=True)
-        return out[0].transpose(0, 1).flatten(1)
-
-
-def _fast(head: EagleHead, features: Features) -> EagleHead:
-    """A copy of ``head`` on the linear layers that the target's engine runs fastest, in its type."""
-    fast = _converted(head, features)
-    for name, layer in list(fast.named_children()):
-        if isinstance(layer, nn.Linear):
-            setattr(fast, name, features.linear(layer.weight.detach(), layer.bias))
-    return fast
-
-
-def _converted(head: EagleHead, features: Features) -> EagleHead:
-    """A copy of ``head`` in the target's type, where the target is."""
-    made = copy.deepcopy(head).to(features.device, features.dtype).requires_grad_(False).eval()
-    made.rotary = copy.deepcopy(head.rotary).to(features.device)  # its frequencies need float32
-    return made

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 from tokentree.sequence import Sequence
 from tokentree.top import top_logits
 from tokentree.tree import Ints, TokenTree
+
+if TYPE_CHECKING:
+    from tokentree.heads.eagle import EagleHead
 
 KEPT = 8  # of the most probable tokens after each node, which the rules and Token Recycling read
 
@@ -107,6 +110,25 @@ class Features:
     device: torch.device
 
 
+class DraftEngine(Protocol):
+    """What is asked of an engine that holds a draft model; see `Engine`."""
+
+    vocab_size: int
+    context: int
+
+    def prefill(self, seq: Sequence) -> int: ...
+
+    def verify(
+        self, seqs: SequenceOf[Sequence], trees: SequenceOf[TokenTree], firsts: SequenceOf[int] | None = None
+    ) -> TargetOutput: ...
+
+    def commit(self, seqs: SequenceOf[Sequence], paths: SequenceOf[list[int]]) -> None: ...
+
+    def committed(self, seq: Sequence) -> int: ...
+
+    def release(self, seqs: SequenceOf[Sequence]) -> None: ...
+
+
 class Engine(Protocol):
     """Owns weights and KV. Batch-first: a batch of one is a list of one. KV is kept per `Sequence.id`.
 
@@ -157,4 +179,12 @@ class Engine(Protocol):
 
     def hidden(self, seq: Sequence, place: int | None = None) -> torch.Tensor:
         """[committed rows, hidden size]: the hidden state ``place`` of the committed rows, by default the last one."""
+        ...
+
+    def head_engine(self, head: EagleHead) -> DraftEngine:
+        """An engine that drafts with ``head``, on this one's hidden states.
+
+        Raises:
+            PairingError: if it doesn't fit, or this engine has no hidden states.
+        """
         ...

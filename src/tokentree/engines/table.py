@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from typing import TYPE_CHECKING
 
 import torch
 
-from tokentree.engines.base import Features, TargetOutput
+from tokentree.engines.base import DraftEngine, Features, TargetOutput
 from tokentree.errors import OptionError, PairingError
 from tokentree.sequence import Sequence
 from tokentree.tree import TokenTree
+
+if TYPE_CHECKING:
+    from tokentree.heads.eagle import EagleHead
 
 
 class TableEngine:
@@ -79,4 +83,7 @@ class TableEngine:
         raise PairingError("a table has no hidden states")
 
     def hidden(self, seq: Sequence, place: int | None = None) -> torch.Tensor:
+        raise PairingError("a table has no hidden states")
+
+    def head_engine(self, head: EagleHead) -> DraftEngine:
         raise PairingError("a table has no hidden states")

@@ -15,7 +15,7 @@ import torch
 from transformers import AttentionInterface, PreTrainedModel
 
 from tokentree.engines.attention import ForwardKV, Segment, Upto, dense_mask, tree_attention
-from tokentree.engines.base import KEPT, Features, TargetOutput
+from tokentree.engines.base import KEPT, DraftEngine, Features, TargetOutput
 from tokentree.engines.kept import KeptPacking, Place
 from tokentree.engines.kv import KVLayout, SequenceKV
 from tokentree.engines.linear import PackedLinear, linear_of, weights_of
@@ -40,6 +40,7 @@ from tokentree.tree import Ints, TokenTree
 
 if TYPE_CHECKING:
     from tokentree.engines.graph import Graph
+    from tokentree.heads.eagle import EagleHead
 
 AttentionInterface.register("tokentree", tree_attention)
 
@@ -202,6 +203,11 @@ class TorchEngine:
     def hidden(self, seq: Sequence, place: int | None = None) -> torch.Tensor:
         kv = self._kv_of(seq)
         return kv.states[self._places.index(self._num_layers if place is None else place), : kv.length]
+
+    def head_engine(self, head: EagleHead) -> DraftEngine:
+        from tokentree.engines.eagle import EagleEngine  # few need what it imports
+
+        return EagleEngine(head, self)
 
     @torch.inference_mode()
     def hidden_states(self, ids: SequenceOf[int], places: SequenceOf[int] | None = None) -> torch.Tensor:

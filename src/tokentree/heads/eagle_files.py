@@ -43,16 +43,6 @@ class SavedEagle:
     told: str
 
 
-def is_eagle(folder: str | Path) -> bool:
-    """Whether what ``config.json`` in ``folder`` says is of an EAGLE head rather than of Medusa heads.
-
-    Raises:
-        ModelError: if it can't be read.
-    """
-    config = read_config(folder)
-    return "medusa_num_heads" not in config and config.get("model_type") != "medusa" and bool(config)
-
-
 def read_eagle(folder: str | Path, num_layers: int, target: Fingerprint | None = None) -> SavedEagle:
     """The head in ``folder``, in any of the layouts.
 

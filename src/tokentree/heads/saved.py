@@ -100,6 +100,16 @@ def check_made_for(about: About, config: Mapping[str, Any], folder: str | Path, 
             )
 
 
+def is_eagle(folder: str | Path) -> bool:
+    """Whether what ``config.json`` in ``folder`` says is of an EAGLE head rather than of Medusa heads.
+
+    Raises:
+        ModelError: if it can't be read.
+    """
+    config = read_config(folder)
+    return "medusa_num_heads" not in config and config.get("model_type") != "medusa" and bool(config)
+
+
 def saved_choices(folder: str | Path | None) -> list[list[int]]:
     """The rank paths of the static tree that is kept beside the heads in ``folder``.
 
