@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -33,6 +33,12 @@ from tokentree.cli_options import (
 )
 from tokentree.cli_train import train
 from tokentree.errors import OptionError, PromptError, TokenTreeError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tokentree.llm import LLM, Result
+    from tokentree.sampling import SamplingParams
 
 app = typer.Typer(
     help="Decode several tokens per forward pass of a language model, with the text that plain decoding gives.",
@@ -63,6 +69,10 @@ def generate(
     repetition_penalty: float = 1.0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
     max_tokens: int = 256,
+    num_beams: Annotated[int, typer.Option(help="Above 1: beam search.")] = 1,
+    num_return_sequences: Annotated[int, typer.Option(help="How many of the beams to print.")] = 1,
+    length_penalty: Annotated[float, typer.Option(help="Of beam search: above 0, longer texts gain.")] = 1.0,
+    early_stopping: Annotated[str, typer.Option(help="Of beam search: false, true or never.")] = "false",
     stop: Annotated[list[str] | None, typer.Option(help="End the text at this string; may be repeated.")] = None,
     reference: Annotated[
         list[Path] | None, typer.Option(help="A text file that the answer may copy from; may be repeated.")
@@ -83,8 +93,10 @@ def generate(
     form = _shape(shape, depth, branching)
     params = params_of(
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,
-        seed=seed, max_tokens=max_tokens, stop=tuple(stop or ()),
+        seed=seed, max_tokens=max_tokens, stop=tuple(stop or ()), num_beams=num_beams,
+        num_return_sequences=num_return_sequences, length_penalty=length_penalty, early_stopping=early_stopping,
     )  # fmt: skip
+    _check_beams(params, show_tree)
     text = _prompt_text(prompt)
     references = [_file_text(file) for file in reference or ()]
     console, errors = consoles()
@@ -96,6 +108,11 @@ def generate(
 
     from tokentree.show import comparison, figures, print_stream, tree_printer
 
+    if num_beams > 1:
+        ways = {"tree": llm} | ({"plain": llm.plain()} if compare else {})
+        found = {name: _found(errors, way, ids, params, references) for name, way in ways.items()}
+        _show_beams(console, found, stats or compare, as_json)
+        return
     if show_tree:
         llm.decoder.watch = tree_printer(errors if as_json else console, llm)
     stream = llm.stream(ids, params, reference=references)
@@ -124,6 +141,41 @@ def generate(
         console.print(f"accept={accept!r} is lossy: this is not what plain decoding writes", highlight=False)
     if result.finish_reason == "interrupted":
         console.print("interrupted", style="yellow")
+
+
+def _check_beams(params: SamplingParams, show_tree: bool) -> None:
+    if params.num_beams > 1 and show_tree:
+        raise OptionError("--show-tree prints one text's trees: leave it out with --num-beams")
+
+
+def _found(errors: Console, llm: LLM, ids: list[int], params: SamplingParams, references: list[str]) -> list[Result]:
+    with working(errors, f"searching with {params.num_beams} beams"):
+        return llm.generate([ids], params, reference=references)
+
+
+def _show_beams(console: Console, found: dict[str, list[Result]], stats: bool, as_json: bool) -> None:
+    """Prints what beam search found, and with ``plain`` among it, whether one step per forward finds the same."""
+    from tokentree.show import figures
+
+    texts = {name: [result.token_ids for result in results] for name, results in found.items()}
+    same = len({json.dumps(ids) for ids in texts.values()}) == 1
+    if as_json:
+        shown = {
+            name: {
+                "beams": [{"text": r.text, "token_ids": r.token_ids, "score": r.score} for r in results],
+                "metrics": results[0].metrics.to_dict(),
+            }
+            for name, results in found.items()
+        }
+        print(json.dumps(shown | ({"identical": same} if "plain" in found else {}), ensure_ascii=False))
+        return
+    for result in found["tree"]:
+        score = f"{result.score:.4f}  " if len(found["tree"]) > 1 else ""
+        console.print(score + result.text, markup=False, highlight=False)
+    if stats:
+        console.print(figures({name: results[0] for name, results in found.items()}))
+    if "plain" in found:
+        console.print("the same texts" if same else "other texts than one step at a time", highlight=False)
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Generator, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tokentree.acceptance import acceptance
+from tokentree.beam import BeamDecoder
 from tokentree.converted import packed_place
 from tokentree.costs import cost_curve
 from tokentree.decoder import Decoder, Watcher
@@ -26,7 +27,7 @@ from tokentree.loading import check_same_tokenizer, eos_ids, load_model, load_to
 from tokentree.metrics import Metrics
 from tokentree.registry import Named, check_names, make_drafter
 from tokentree.sampling import SamplingParams, seeded_noise
-from tokentree.sequence import FinishReason, Sequence, TokenLogprobs
+from tokentree.sequence import Accepted, FinishReason, Sequence, TokenLogprobs
 from tokentree.shapes import Cost, CostCurve, Shape, Static
 from tokentree.shapes import shape as parse_shape
 from tokentree.text import Detokenizer
@@ -47,6 +48,7 @@ class Result:
         logprobs: per token, if they were asked for.
         metrics: what it cost.
         prompt_token_ids: the prompt.
+        score: with beam search, the text's log-probability, divided by its length to the power of the length penalty.
     """
 
     text: str
@@ -55,6 +57,7 @@ class Result:
     logprobs: list[TokenLogprobs] | None
     metrics: Metrics
     prompt_token_ids: list[int]
+    score: float | None = None
 
 
 @dataclass(frozen=True)
@@ -224,13 +227,17 @@ class LLM:
             progress: show a progress bar.
 
         Returns:
-            The results in the order of the prompts; with ``params.n`` samples each, n results per prompt in a row.
+            The results in the order of the prompts; with ``params.n`` samples or ``params.num_return_sequences`` beams
+            each, so many results per prompt in a row.
 
         Raises:
             PromptError: if a prompt is empty or leaves no room in the context.
         """
         params = params or SamplingParams()
         texts = self._references(reference)
+        if params.num_beams > 1:
+            found = [self._search(self.sequence(prompt, params, 0, texts)) for prompt in _as_prompts(prompts)]
+            return [result for results in found for result in results]
         seqs = [
             self.sequence(prompt, params, sample, texts)
             for prompt in _as_prompts(prompts)
@@ -241,10 +248,27 @@ class LLM:
             pass
         return [self.result(seq) for seq in seqs]
 
+    def _search(self, seq: Sequence) -> list[Result]:
+        """The texts that beam search finds."""
+        search = BeamDecoder(self.engine, self.decoder.drafter, self.decoder.shape).run(seq)
+        results = []
+        for found in search.best(seq.params.num_return_sequences):
+            text = None if seq.detokenizer is None else self.detokenizer()
+            one = replace(seq, detokenizer=text, metrics=Metrics())
+            one.extend(Accepted([], found.tokens, finish_reason=search.reason(found.tokens)))
+            results.append(replace(self.result(one), score=found.score, metrics=seq.metrics))
+        return results
+
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, reference: Prompt | SequenceOf[Prompt] = ()
     ) -> Stream:
-        """Decodes one prompt and gives out each token as it comes: iterate over it, then read its `result`."""
+        """Decodes one prompt and gives out each token as it comes: iterate over it, then read its `result`.
+
+        Raises:
+            OptionError: with beam search, whose text is certain only at its end.
+        """
+        if params is not None and params.num_beams > 1:
+            raise OptionError("with num_beams the text is certain only at its end: use generate")
         return Stream(self, self.sequence(prompt, params or SamplingParams(), 0, self._references(reference)))
 
     def chat(

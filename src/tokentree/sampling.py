@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -39,6 +39,9 @@ class SamplingParams(BaseModel):
         max_tokens, min_tokens: bounds on the number of new tokens.
         ignore_eos: go on after an end-of-sequence token.
         stop: strings that end the text (they are cut off); stop_token_ids: tokens that end it (they are kept).
+        num_beams: above 1, beam search keeps so many texts, as transformers does: see `beam.BeamSearch`, also for
+            ``length_penalty`` and ``early_stopping`` (True, False or "never").
+        num_return_sequences: how many of them are returned, the best one first.
         logprobs: None, or how many top tokens to report beside each emitted one, as raw log-probabilities (before
             temperature, penalties and truncation).
 
@@ -64,6 +67,10 @@ class SamplingParams(BaseModel):
     ignore_eos: bool = False
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    num_beams: int = Field(1, ge=1)
+    length_penalty: float = Field(1.0, allow_inf_nan=False)
+    early_stopping: bool | Literal["never"] = False
+    num_return_sequences: int = Field(1, ge=1)
     logprobs: int | None = Field(None, ge=0)
 
     def __init__(self, **options: Any) -> None:
@@ -91,6 +98,10 @@ class SamplingParams(BaseModel):
     def _bounds_in_order(self) -> SamplingParams:
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}")
+        if self.num_return_sequences > self.num_beams:
+            raise ValueError("num_return_sequences is at most num_beams; n says how many samples to draw")
+        if self.num_beams > 1 and not (self.is_greedy and self.n == 1 and not self.stop and self.logprobs is None):
+            raise ValueError("num_beams goes with temperature=0, n=1, and neither stop strings nor logprobs")
         return self
 
     @field_validator("logit_bias")

@@ -43,6 +43,7 @@ class Medusa(Drafter):
     """
 
     name = "medusa"
+    reads_hidden = True
 
     def __init__(self, heads: MedusaHeads, engine: Engine, temperatures: SequenceOf[float] | None = None) -> None:
         features = engine.capture()

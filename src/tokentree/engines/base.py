@@ -159,6 +159,11 @@ class Engine(Protocol):
         """Makes the KV of ``paths`` permanent (nodes of the last trees, root included) and drops the rest."""
         ...
 
+    def keep(self, seq: Sequence, nodes: SequenceOf[int], committed: int) -> None:
+        """Keeps the KV of ``nodes`` of the last tree, ascending, and drops the rest: the first so many of them become
+        permanent, the others are the first nodes of the next tree."""
+        ...
+
     def committed(self, seq: Sequence) -> int:
         """How many tokens of ``seq`` have permanent KV."""
         ...

@@ -125,13 +125,17 @@ class SequenceKV:
 
     def commit(self, path: SequenceOf[int]) -> None:
         """Keeps the provisional rows ``path``, in that order, and drops the others."""
-        first = next((i for i, node in enumerate(path) if i != node), len(path))
-        if first < len(path):
-            rows, start = np.array([self.length + node for node in path[first:]]), self.length + first
+        self.keep(path, len(path))
+
+    def keep(self, nodes: SequenceOf[int], committed: int) -> None:
+        """Keeps the provisional rows ``nodes``, ascending, and drops the others; the first so many are committed."""
+        first = next((i for i, node in enumerate(nodes) if i != node), len(nodes))
+        if first < len(nodes):
+            rows, start = np.array([self.length + node for node in nodes[first:]]), self.length + first
             self._move(rows, start)
             if len(self.states):
                 self.states[:, start : start + len(rows)] = self.states[:, rows]
-        self.length += len(path)
+        self.length += committed
 
     def _move(self, rows: Ints, start: int) -> None:
         """Copies ``rows``, ascending, to where rows ``start`` and on are, which lie before them."""

@@ -38,6 +38,7 @@ class TableEngine:
         self._order = table.ndim - 1
         self._committed: dict[int, list[int]] = {}
         self._trees: dict[int, TokenTree] = {}
+        self._kept: dict[int, list[int]] = {}  # tokens of the nodes that the next tree must begin with
 
     def logits_after(self, tokens: SequenceOf[int]) -> torch.Tensor:
         """[vocab], the logits after ``tokens``."""
@@ -55,6 +56,9 @@ class TableEngine:
         starts: list[int] = []
         for seq, tree, first in zip(seqs, trees, firsts, strict=True):
             starts.append(len(rows))
+            kept = self._kept.pop(seq.id, [])
+            if tree.tokens[: len(kept)].tolist() != kept or (kept and first != len(kept)):
+                raise IndexError("the tree does not begin with the nodes that were kept")
             self._trees[seq.id] = tree
             before = self._committed.setdefault(seq.id, [])
             if len(before) + int(tree.depths.max()) >= self.context:
@@ -71,6 +75,11 @@ class TableEngine:
         for seq, path in zip(seqs, paths, strict=True):
             self._committed[seq.id] = self._committed[seq.id] + self._trees[seq.id].tokens[path].tolist()
 
+    def keep(self, seq: Sequence, nodes: SequenceOf[int], committed: int) -> None:
+        tree = self._trees[seq.id]
+        self._committed[seq.id] = self._committed[seq.id] + tree.tokens[list(nodes[:committed])].tolist()
+        self._kept[seq.id] = tree.tokens[list(nodes[committed:])].tolist()
+
     def committed(self, seq: Sequence) -> int:
         return len(self._committed.get(seq.id, ()))
 
@@ -78,6 +87,7 @@ class TableEngine:
         for seq in seqs:
             self._committed.pop(seq.id, None)
             self._trees.pop(seq.id, None)
+            self._kept.pop(seq.id, None)
 
     def capture(self, places: SequenceOf[int] | None = None) -> Features:
         raise PairingError("a table has no hidden states")

@@ -174,6 +174,10 @@ class TorchEngine:
         for seq, path in zip(seqs, paths, strict=True):
             self._kv_of(seq).commit(path)
 
+    @torch.inference_mode()
+    def keep(self, seq: Sequence, nodes: SequenceOf[int], committed: int) -> None:
+        self._kv_of(seq).keep(nodes, committed)
+
     def committed(self, seq: Sequence) -> int:
         return self._kv_of(seq).length
 

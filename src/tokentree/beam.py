@@ -1,0 +1,323 @@
+"""Beam search, several steps per forward: each beam grows a tree, and one forward verifies them all.
+
+Which texts are kept is transformers' own choice (5.x, `GenerationMixin._beam_search`); `BeamSearch` makes it, one step
+after another. `BeamDecoder` gives it log-probabilities, as many steps' worth as a forward has: it goes on while all
+texts that are kept end at a node of the trees.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from tokentree.draft import Draft
+from tokentree.drafters.base import Drafter
+from tokentree.engines.base import Engine, TargetOutput
+from tokentree.errors import PairingError
+from tokentree.sampling import process_logits
+from tokentree.sequence import Accepted, FinishReason, Sequence
+from tokentree.shapes.base import Shape
+from tokentree.tree import TokenTree
+
+WORST = -1e9  # the score of what is not there
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A text that beam search keeps.
+
+    Args:
+        tokens: the output's.
+        score: its log-probability, divided by its length to the power of the length penalty once it is finished.
+    """
+
+    tokens: list[int]
+    score: float
+
+
+@dataclass(frozen=True)
+class Move:
+    """How a running text came about in a step: that of beam ``parent``, and ``token``."""
+
+    parent: int
+    token: int
+
+
+class BeamSearch:
+    """Keeps the most probable texts.
+
+    Args:
+        num_beams: texts that run at a time, and are kept when finished.
+        limit: tokens after which a text is finished.
+        eos_ids: tokens that finish a text.
+        length_penalty: a finished text's score is divided by its length to this power.
+        early_stopping: True ends as soon as `num_beams` texts are finished; False, when the best running one, at its
+            present length, would not displace one of them; "never", when it could not at any length.
+
+    Attributes:
+        running: the outputs that go on, the best one first.
+        scores: float32[num_beams], their log-probabilities.
+        done: whether the search is over.
+    """
+
+    def __init__(
+        self, num_beams: int, limit: int, eos_ids: frozenset[int], length_penalty: float = 1.0,
+        early_stopping: bool | str = False,
+    ) -> None:  # fmt: skip
+        self.num_beams, self._limit, self._eos_ids = num_beams, limit, sorted(eos_ids)
+        self._length_penalty, self._early_stopping = length_penalty, early_stopping
+        self.running: list[list[int]] = [[] for _ in range(num_beams)]
+        self.scores = torch.full((num_beams,), WORST)
+        self.scores[0] = 0.0  # all begin alike, and one is enough
+        self._finished: list[list[int]] = [[] for _ in range(num_beams)]
+        self._finished_scores = torch.full((num_beams,), WORST)
+        self._is_finished = torch.zeros(num_beams, dtype=torch.bool)
+        self._can_improve, self.done = True, False
+
+    @property
+    def live(self) -> list[int]:
+        """The beams that stand for a text."""
+        return [beam for beam, score in enumerate(self.scores.tolist()) if score > WORST / 2]
+
+    def advance(self, log_probs: torch.Tensor) -> list[Move]:
+        """One step.
+
+        Args:
+            log_probs: float32[num_beams, vocab], of the token that comes after each running text.
+
+        Returns:
+            Where the texts that run now came from.
+        """
+        vocab, length = log_probs.shape[1], len(self.running[0]) + 1
+        kept = max(2, 1 + len(self._eos_ids)) * self.num_beams
+        best, places = torch.topk((log_probs + self.scores[:, None]).flatten(), k=min(kept, log_probs.numel()))
+        moves = [Move(place // vocab, place % vocab) for place in places.tolist()]
+        texts = [[*self.running[move.parent], move.token] for move in moves]
+        ends = torch.tensor([length >= self._limit or move.token in self._eos_ids for move in moves])
+
+        going = best + ends.float() * WORST
+        order = torch.topk(going, k=self.num_beams).indices
+        self._finish(texts, best, ends, length)
+        self.running, self.scores = [texts[i] for i in order.tolist()], going[order]
+
+        reach = self._limit if self._early_stopping == "never" and self._length_penalty > 0 else length
+        worst = torch.where(self._is_finished, self._finished_scores.min(), WORST)
+        self._can_improve &= bool((self.scores[:1] / reach**self._length_penalty > worst).any())
+        full = bool(self._is_finished.all()) and self._early_stopping is True
+        self.done = not self._can_improve or full or bool(ends.all())
+        return [moves[i] for i in order.tolist()]
+
+    def best(self, count: int) -> list[Hypothesis]:
+        """The best finished texts, the best one first."""
+        return [
+            Hypothesis(tokens, score)
+            for tokens, score in zip(self._finished[:count], self._finished_scores.tolist()[:count], strict=True)
+        ]
+
+    def reason(self, tokens: list[int]) -> FinishReason:
+        """Why a text that is finished ended."""
+        return "stop" if tokens[-1] in self._eos_ids else "length"
+
+    def _finish(self, texts: list[list[int]], best: torch.Tensor, ends: torch.Tensor, length: int) -> None:
+        """Takes in texts that end, if they are among the first `num_beams`, and drops the worst."""
+        first = torch.arange(len(texts)) < self.num_beams
+        new = best / length**self._length_penalty
+        if bool(self._is_finished.all()) and self._early_stopping is True:
+            new = new + WORST
+        if not self._can_improve:
+            new = new + WORST
+        new = new + (~(ends & first)).float() * WORST
+        scores, finished = torch.cat([self._finished_scores, new]), torch.cat([self._is_finished, ends & first])
+        order = torch.topk(scores, k=self.num_beams).indices
+        every = [*self._finished, *texts]
+        self._finished = [every[i] for i in order.tolist()]
+        self._finished_scores, self._is_finished = scores[order], finished[order]
+
+
+@dataclass
+class _Beam:
+    """A running text.
+
+    Args:
+        seq: what drafters know of it.
+        parent: the node that its last token goes below, -1 where that is the root.
+    """
+
+    seq: Sequence
+    parent: int = -1
+
+
+@dataclass(frozen=True)
+class _Path:
+    """What a running text gained in a forward.
+
+    Args:
+        place: the beam that it comes from, by its number among those that were drafted for.
+        nodes: from that beam's last token down; after the last of them comes ``token``.
+    """
+
+    place: int
+    nodes: list[int]
+    token: int = -1
+
+    def with_token(self, token: int) -> _Path:
+        return replace(self, token=token)
+
+    def with_node(self, node: int) -> _Path:
+        return replace(self, nodes=[*self.nodes, node])
+
+    def accepted(self, tree: TokenTree, leaf: int) -> Accepted:
+        """The same as a drafter is told it: nodes of the draft whose root was ``leaf``, and tokens."""
+        tokens = [*tree.tokens[self.nodes[1:]].tolist(), self.token]
+        return Accepted([node - leaf for node in self.nodes], tokens, refused=True)
+
+
+class BeamDecoder:
+    """Beam search on one text at a time.
+
+    All running texts are branches of one forest. What they have in common is committed; the rest of them stays in the
+    KV as provisional rows from one forward to the next, and each text's last token goes in anew, with a draft below it.
+
+    Args:
+        engine: the target model.
+        drafter: who proposes the trees, one for each running text.
+        shape: how they grow and are cut.
+
+    Raises:
+        PairingError: if the drafter reads the target's hidden states, which are kept for one text alone.
+    """
+
+    def __init__(self, engine: Engine, drafter: Drafter, shape: Shape) -> None:
+        if drafter.reads_hidden:
+            raise PairingError("heads can't draft for several beams: name another drafter, such as suffix, or none")
+        self._engine, self._drafter, self._shape = engine, drafter, shape
+
+    def run(self, seq: Sequence) -> BeamSearch:
+        """Searches to the end."""
+        params = seq.params
+        ends = frozenset() if params.ignore_eos else seq.eos_ids | {*params.stop_token_ids}
+        search = BeamSearch(params.num_beams, seq.room, ends, params.length_penalty, params.early_stopping)
+        started = time.perf_counter()
+        seq.metrics.reused_tokens += self._engine.prefill(seq)
+        beams = [_Beam(self._twin(seq, []))]
+        seq.metrics.prefill_seconds += time.perf_counter() - started
+        tokens, parents = list[int](), list[int]()  # of the nodes that are in the KV, the root first
+        try:
+            while not search.done:
+                tokens, parents, beams = self._step(seq, search, tokens, parents, beams)
+        finally:
+            self._engine.release([seq])
+            self._release(beams)
+        return search
+
+    def _step(
+        self, seq: Sequence, search: BeamSearch, tokens: list[int], parents: list[int], beams: list[_Beam]
+    ) -> tuple[list[int], list[int], list[_Beam]]:
+        """One forward, and as many steps as it has log-probabilities for; returns the nodes that stay, and the beams."""
+        clock = [time.perf_counter()]
+        seqs, done = [beam.seq for beam in beams], len(tokens)
+        drafts = [Draft(one.tokens[-1]) for one in seqs]
+        if not self._shape.rests(seqs):
+            drafts = self._shape.cut(seqs, self._drafter.propose(seqs, self._shape, False))
+        drafts = [draft.cut(one.room - 1) for one, draft in zip(seqs, drafts, strict=True)]
+        leaves = list[int]()
+        for beam, draft in zip(beams, drafts, strict=True):
+            leaves.append(len(tokens))
+            tokens = [*tokens, *draft.tokens]
+            parents = [*parents, beam.parent, *(leaves[-1] + parent for parent in draft.parents[1:])]
+        tree = TokenTree(np.array(tokens), np.array(parents))
+        clock.append(time.perf_counter())
+        out = self._engine.verify([seq], [tree], [done])
+        clock.append(time.perf_counter())
+
+        length = len(search.running[0])
+        paths = self._advance(seq, search, tree, out, leaves)
+        if not search.done:
+            tokens, parents, beams = self._go_on(seq, beams, drafts, tree, out, leaves, paths, clock)
+        self._record(seq, drafts, len(search.running[0]) - length, clock)
+        return tokens, parents, beams
+
+    def _advance(
+        self, seq: Sequence, search: BeamSearch, tree: TokenTree, out: TargetOutput, leaves: list[int]
+    ) -> list[_Path]:
+        """Steps as long as all running texts end at a node of the tree; at least one."""
+        at = {beam: _Path(place, [leaf]) for place, (beam, leaf) in enumerate(zip(search.live, leaves, strict=True))}
+        while True:
+            rows = {beam: self._log_probs(seq, search.running[beam], out.logits(0, at[beam].nodes[-1])) for beam in at}
+            filler = next(iter(rows.values()))
+            moves = search.advance(torch.stack([rows.get(beam, filler) for beam in range(search.num_beams)]))
+            new = {beam: at[moves[beam].parent].with_token(moves[beam].token) for beam in search.live}
+            children = {beam: tree.child(path.nodes[-1], path.token) for beam, path in new.items()}
+            if search.done or None in children.values():
+                return list(new.values())
+            at = {beam: new[beam].with_node(child) for beam, child in children.items() if child is not None}
+
+    @staticmethod
+    def _log_probs(seq: Sequence, output: list[int], logits: torch.Tensor) -> torch.Tensor:
+        """float32[vocab]: raw log-probabilities, to which rules are applied as transformers' beam search does."""
+        log_probs, params = logits.float().log_softmax(-1), seq.params
+        banned = sorted(seq.eos_ids | {*params.stop_token_ids}) if len(output) < params.min_tokens else []
+        return process_logits(log_probs, params, seq.prompt_ids, output, banned)
+
+    def _go_on(
+        self, seq: Sequence, beams: list[_Beam], drafts: list[Draft], tree: TokenTree, out: TargetOutput,
+        leaves: list[int], paths: list[_Path], clock: list[float],
+    ) -> tuple[list[int], list[int], list[_Beam]]:  # fmt: skip
+        """Keeps the KV of what runs on, and tells drafters and shape what came of their trees."""
+        routes = [tree.path(path.nodes[-1]) for path in paths]
+        shared = next((i for i, nodes in enumerate(zip(*routes)) if len({*nodes}) > 1), min(map(len, routes)))
+        kept, committed = sorted({node for route in routes for node in route}), shared - 1  # what all share but its end
+        self._engine.keep(seq, kept, committed)
+        where = {node: place for place, node in enumerate(kept[committed:])}
+        tokens = tree.tokens[kept[committed:]].tolist()
+        parents = [-1, *(where[int(tree.parents[node])] for node in kept[committed + 1 :])]
+
+        steps = [Accepted([0], []) for _ in beams]
+        heirs = dict[int, int]()  # of the beams that were drafted for: which path goes on with the same sequence
+        for number, path in enumerate(paths):
+            if path.place not in heirs:
+                heirs[path.place] = number
+                steps[path.place] = path.accepted(tree, leaves[path.place])
+        going = sorted(heirs)
+        view = TargetOutput(out.all_logits, [out.row(0, leaves[k]) for k in going], [0] * len(going), out.seconds)
+        seqs = [beam.seq for beam in beams]
+        self._drafter.observe([seqs[k] for k in going], [drafts[k] for k in going], view, [steps[k] for k in going])
+        self._shape.observe(seqs, drafts, steps, clock[1] - clock[0], out.seconds)
+
+        made = list[_Beam]()
+        for number, path in enumerate(paths):
+            new, one = path.accepted(tree, leaves[path.place]).tokens, seqs[path.place]
+            same = heirs[path.place] == number
+            made.append(_Beam(one if same else self._twin(seq, [*one.output_ids, *new]), where[path.nodes[-1]]))
+        for k in going:
+            seqs[k].extend(steps[k])
+        self._release([beam for k, beam in enumerate(beams) if k not in heirs])
+        return tokens, parents, made
+
+    @staticmethod
+    def _record(seq: Sequence, drafts: list[Draft], gained: int, clock: list[float]) -> None:
+        """Counts a forward that was worth so many steps."""
+        metrics, now = seq.metrics, time.perf_counter()
+        drafted = sum(len(draft) - 1 for draft in drafts)
+        metrics.count_step(max(max(draft.depths) for draft in drafts), drafted, gained - 1, refused=True)
+        metrics.draft_seconds += clock[1] - clock[0]
+        metrics.verify_seconds += clock[2] - clock[1]
+        metrics.accept_seconds += now - clock[2]
+        metrics.decode_seconds += now - clock[0]
+        metrics.new_tokens += gained
+        metrics.steps.append((drafted + len(drafts), gained, now - clock[0]))
+
+    def _twin(self, seq: Sequence, output: list[int]) -> Sequence:
+        """A sequence that drafters know as a text of its own."""
+        twin = Sequence(seq.prompt_ids, seq.params, seq.noise, seq.context, seq.eos_ids, references=seq.references)
+        twin.tokens += output
+        self._drafter.prefill([twin])
+        return twin
+
+    def _release(self, beams: list[_Beam]) -> None:
+        seqs = [beam.seq for beam in beams]
+        self._drafter.release(seqs)
+        self._shape.release(seqs)
