@@ -216,7 +216,7 @@ class BeamDecoder:
     def _step(
         self, seq: Sequence, search: BeamSearch, tokens: list[int], parents: list[int], beams: list[_Beam]
     ) -> tuple[list[int], list[int], list[_Beam]]:
-        """One forward, and as many steps as it has log-probabilities for; returns the nodes that stay, and the beams."""
+        """One forward, and as many steps as it serves; returns the nodes that stay in the KV, and the beams."""
         clock = [time.perf_counter()]
         seqs, done = [beam.seq for beam in beams], len(tokens)
         drafts = [Draft(one.tokens[-1]) for one in seqs]
