@@ -37,7 +37,7 @@ def model_of(family: str, eos: bool = True) -> PreTrainedModel:
 
 def expected(model: PreTrainedModel, prompt: list[int], **options: Any) -> list[tuple[list[int], float]]:
     """What transformers finds: outputs without padding, and scores."""
-    out = model.generate(  # type: ignore[operator]
+    out = model.generate(
         torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True, output_scores=True,
         num_return_sequences=options["num_beams"], **options,
     )  # fmt: skip
@@ -94,7 +94,7 @@ def test_a_draft_model_saves_forwards(shape: str) -> None:
         assert sum(step[1] for step in metrics.steps) == NEW
         if drafts is target and shape != "cost":
             assert metrics.target_forwards < NEW
-    assert not llm.engine._kv  # type: ignore[attr-defined]
+    assert not llm.engine._kv
 
 
 def test_rules_on_logits_are_those_of_transformers() -> None:
