@@ -37,11 +37,11 @@ def model_of(family: str, eos: bool = True) -> PreTrainedModel:
 
 def expected(model: PreTrainedModel, prompt: list[int], **options: Any) -> list[tuple[list[int], float]]:
     """What transformers finds: outputs without padding, and scores."""
-    out = model.generate(
+    out = model.generate(  # type: ignore[operator]
         torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True, output_scores=True,
         num_return_sequences=options["num_beams"], **options,
     )  # fmt: skip
-    ends = model.generation_config.eos_token_id  # type: ignore[union-attr]
+    ends = model.generation_config.eos_token_id
     found, eos = [], [ends] if isinstance(ends, int) else list(ends)
     for row, score in zip(out.sequences[:, len(prompt) :].tolist(), out.sequences_scores.tolist(), strict=True):
         end = next((i + 1 for i, token in enumerate(row) if token in eos), len(row))
