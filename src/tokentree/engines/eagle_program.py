@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +13,7 @@ from tokentree.engines.fused import FusedNorm
 from tokentree.engines.kernels import BLOCK
 from tokentree.engines.linear import PackedLinear
 from tokentree.engines.packing import Packing
-from tokentree.engines.program import Steps
+from tokentree.engines.program import Behind, Steps
 from tokentree.heads.eagle import EagleHead
 
 
@@ -43,11 +42,9 @@ class EagleProgram(Steps):
         halves = [nn.Linear(sizes.hidden_size, half, bias=False, device="meta") for _ in range(2)]
         for layer, weight in zip(halves, head.gate_up.weight.split(half), strict=True):
             layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
-        self._gate_up: Any = packing.pack(*halves, gated=True)
-        self._qkv, self._o_proj, self._down_proj = (
-            packing.pack(layer) for layer in (head.qkv, head.o_proj, head.down_proj)
-        )
-        self._post = FusedNorm(head.post_attention_layernorm)
+        self._qkv, norm = packing.pack(head.qkv), FusedNorm(head.post_attention_layernorm)
+        gate_up, down_proj = packing.pack(*halves, gated=True), packing.pack(head.down_proj)
+        self._behind = Behind(packing.pack(head.o_proj), norm, gate_up, down_proj)
         if sizes.version == 3:
             self._norms = FusedNorm(head.input_layernorm), FusedNorm(head.hidden_norm)
             self._last, self._lm_head = FusedNorm(head.norm), packing.pack(head.lm_head)
@@ -91,38 +88,28 @@ class EagleProgram(Steps):
             self._steps[-1, 1 + self._lm_head.RESULT] = logits.data_ptr()
             logits = logits[:, : self._lm_head.num_outputs]
         self.run(rows, len(self._steps), segments, cos, sin)
-        return self._given[:rows].clone(), logits
+        return self._residual[:rows].clone(), logits
 
     def build(self) -> list[list[int]]:
-        width, sizes = self._width, self._heads
-        wide, steps = sizes.heads * sizes.width, list[list[int]]()
-        self._residual, self._x = self.room(width), self.room(2 * width)
-        normed, added, inner = self.room(width), self.room(width), self.room(self._inner_size)
-        qkv, attended = self.room(wide + 2 * sizes.kv_heads * sizes.width), self.room(wide)
-        queries = self.room(wide, torch.float32)
+        width, sizes, steps = self._width, self._heads, list[list[int]]()
+        at = self.rows_of_a_layer(width, self._inner_size, sizes)
+        # in the last step the sum of the residual and what is added is what is known of the next positions
+        self._residual, self._x = at.residual, self.room(2 * width)
         if self._version == 3:
             self._embedded = self.room(width)
             steps += self.norm(self._norms[0], self._embedded, self._x[:, :width], None)
-            steps += self.norm(self._norms[1], self._residual, self._x[:, width:], None)
+            steps += self.norm(self._norms[1], at.residual, self._x[:, width:], None)
             steps += self.prepare(self._qkv, self._x)
-            steps += self.multiply(self._qkv, self._x, qkv)
+            steps += self.multiply(self._qkv, self._x, at.qkv)
         else:
             steps += self.prepare(self._fc, self._x)
-            steps += self.multiply(self._fc, self._x, self._residual)
-            steps += self.prepare(self._qkv, self._residual)
-            steps += self.multiply(self._qkv, self._residual, qkv)
-        steps += self.turn(0, sizes, qkv, queries)
-        steps += self.attend(0, sizes, queries, attended)
-        steps += self.prepare(self._o_proj, attended)
-        steps += self.multiply(self._o_proj, attended, added)
-        steps += self.norm(self._post, self._residual, normed, self._gate_up, added)
-        steps += self.multiply(self._gate_up, normed, inner)
-        steps += self.prepare(self._down_proj, inner)
-        steps += self.multiply(self._down_proj, inner, added)
+            steps += self.multiply(self._fc, self._x, at.residual)
+            steps += self.prepare(self._qkv, at.residual)
+            steps += self.multiply(self._qkv, at.residual, at.qkv)
+        steps += self.turn(0, sizes, at.qkv, at.queries)
+        steps += self.after_turning(0, sizes, self._behind, at)
         if self._version == 3:
-            steps += self.norm(self._last, self._residual, normed, self._lm_head, added)
-            self._given = self._residual
-            return steps + self.multiply(self._lm_head, normed, None)
-        # the sum alone is wanted: a norm adds, and what it norms is not looked at
-        self._given = self._residual
-        return steps + self.norm(self._post, self._residual, normed, None, added)
+            steps += self.norm(self._last, at.residual, at.normed, self._lm_head, at.added)
+            return steps + self.multiply(self._lm_head, at.normed, None)
+        # the sum alone is wanted: what this norm makes of it is not looked at
+        return steps + self.norm(self._behind.norm, at.residual, at.normed, None, at.added)

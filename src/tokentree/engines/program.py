@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numba
@@ -58,6 +59,29 @@ class Heads(Protocol):
     width: int
     scale: float
     window: int | None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where a layer's intermediate results are, [rows, columns] each."""
+
+    residual: torch.Tensor
+    normed: torch.Tensor
+    added: torch.Tensor
+    inner: torch.Tensor
+    qkv: torch.Tensor
+    queries: torch.Tensor
+    attended: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Behind:
+    """What a layer has behind its attention: its output, the norm in front of its gated MLP, and that."""
+
+    o_proj: Any
+    norm: FusedNorm
+    gate_up: Any
+    down_proj: Any
 
 
 class Steps:
@@ -152,6 +176,25 @@ class Steps:
             heads, 0, 1,
         ]]  # fmt: skip
 
+    def rows_of_a_layer(self, hidden: int, inner: int, sizes: Heads) -> Rows:
+        """Room for a layer's intermediate results."""
+        wide = sizes.heads * sizes.width
+        return Rows(
+            residual=self.room(hidden), normed=self.room(hidden), added=self.room(hidden), inner=self.room(inner),
+            qkv=self.room(wide + 2 * sizes.kv_heads * sizes.width), queries=self.room(wide, torch.float32),
+            attended=self.room(wide),
+        )  # fmt: skip
+
+    def after_turning(self, index: int, sizes: Heads, layer: Behind, at: Rows) -> list[list[int]]:
+        """A layer from its attention on; what its gated MLP gives is left in ``at.added``, for the next norm to add."""
+        steps = self.attend(index, sizes, at.queries, at.attended)
+        steps += self.prepare(layer.o_proj, at.attended)
+        steps += self.multiply(layer.o_proj, at.attended, at.added)
+        steps += self.norm(layer.norm, at.residual, at.normed, layer.gate_up, at.added)
+        steps += self.multiply(layer.gate_up, at.normed, at.inner)
+        steps += self.prepare(layer.down_proj, at.inner)
+        return steps + self.multiply(layer.down_proj, at.inner, at.added)
+
     def copy(self, x: torch.Tensor, result: torch.Tensor) -> list[list[int]]:
         """Keeps ``x``."""
         return [[COPY, x.data_ptr(), result.data_ptr(), x.shape[1]]]
@@ -237,30 +280,23 @@ class Program(Steps):
         return logits[:, : self._head.num_outputs].contiguous()
 
     def build(self) -> list[list[int]]:
-        sizes, hidden = self._layers[0].self_attn, self._hidden_size
-        wide, steps, update = sizes.heads * sizes.width, list[list[int]](), None
-        self._residual, normed, added, inner = (self.room(n) for n in (hidden, hidden, hidden, self._inner_size))
-        qkv, attended = self.room(wide + 2 * sizes.kv_heads * sizes.width), self.room(wide)
-        queries = self.room(wide, torch.float32)
+        hidden, steps, update = self._hidden_size, list[list[int]](), None
+        at = self.rows_of_a_layer(hidden, self._inner_size, self._layers[0].self_attn)
+        self._residual = at.residual
         self.states = torch.empty(len(self._places), self._capacity, hidden, dtype=torch.bfloat16)
         for index, layer in enumerate(self._layers):
             attention, mlp = layer.self_attn, layer.mlp
-            steps += self.norm(layer.input_layernorm, self._residual, normed, attention.qkv, update)
-            steps += self._kept(index, self._residual)
-            steps += self.multiply(attention.qkv, normed, qkv)
-            steps += self.turn(index, attention, qkv, queries)
+            steps += self.norm(layer.input_layernorm, at.residual, at.normed, attention.qkv, update)
+            steps += self._kept(index, at.residual)
+            steps += self.multiply(attention.qkv, at.normed, at.qkv)
+            steps += self.turn(index, attention, at.qkv, at.queries)
             self._up_to_kv = len(steps)
-            steps += self.attend(index, attention, queries, attended)
-            steps += self.prepare(attention.o_proj, attended)
-            steps += self.multiply(attention.o_proj, attended, added)
-            steps += self.norm(layer.post_attention_layernorm, self._residual, normed, mlp.gate_up, added)
-            steps += self.multiply(mlp.gate_up, normed, inner)
-            steps += self.prepare(mlp.down_proj, inner)
-            steps += self.multiply(mlp.down_proj, inner, added)
-            update = added
-        steps += self.norm(self._last, self._residual, normed, self._head, update)
-        steps += self._kept(len(self._layers), normed)
-        return steps + self.multiply(self._head, normed, None)
+            behind = Behind(attention.o_proj, layer.post_attention_layernorm, mlp.gate_up, mlp.down_proj)
+            steps += self.after_turning(index, attention, behind, at)
+            update = at.added
+        steps += self.norm(self._last, at.residual, at.normed, self._head, update)
+        steps += self._kept(len(self._layers), at.normed)
+        return steps + self.multiply(self._head, at.normed, None)
 
     def _kept(self, place: int, x: torch.Tensor) -> list[list[int]]:
         """Keeps ``x``, if it is one of the hidden states that are asked for."""

@@ -13,7 +13,8 @@ from torch.nn.functional import silu
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
-Layer = Callable[[torch.Tensor], torch.Tensor]
+from tokentree.heads.medusa import Layer
+
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
