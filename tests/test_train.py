@@ -115,33 +115,54 @@ def test_what_a_model_writes_follows_from_the_seed_and_is_not_written_twice(
 # -- hidden states -----------------------------------------------------------------------------------------------------
 
 
+LAST = [tiny("llama").config.num_hidden_layers]
+
+
 def engine_and_texts(count: int = 70) -> tuple[TorchEngine, list[list[int]]]:
     engine = TorchEngine(tiny("llama"))
     engine.capture()
     return engine, [some_tokens(9 + i % 5, seed=i) for i in range(count)]
 
 
+class Refuses:
+    def hidden_states(self, ids: Any, places: Any) -> torch.Tensor:
+        raise AssertionError
+
+
 def test_hidden_states_are_kept_and_not_computed_twice(tmp_path: Path) -> None:
     engine, texts = engine_and_texts()
-    found = keep_features(engine, texts, tmp_path)
-    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    found = keep_features(engine, texts, tmp_path, LAST)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 2
     start = 0
     for ids in texts:
         assert found.ids[start : start + len(ids)].tolist() == ids
         assert torch.equal(found.hidden[start : start + len(ids)], engine.hidden_states(ids))
         assert set(found.ends[start : start + len(ids)].tolist()) == {start + len(ids)}
         start += len(ids)
-
-    class Refuses:
-        def hidden_states(self, ids: Any) -> torch.Tensor:
-            raise AssertionError
-
-    again = keep_features(Refuses(), texts, tmp_path)
+    again = keep_features(Refuses(), texts, tmp_path, LAST)
     assert torch.equal(again.hidden, found.hidden)
     other = [*texts[:64], texts[0]]  # of another second shard, nothing is taken over
-    assert torch.equal(keep_features(engine, other, tmp_path).hidden[-9:], engine.hidden_states(texts[0]))
-    few = keep_features(Refuses(), other[:64], tmp_path)
+    assert torch.equal(keep_features(engine, other, tmp_path, LAST).hidden[-9:], engine.hidden_states(texts[0]))
+    few = keep_features(Refuses(), other[:64], tmp_path, LAST)
     assert len(few) == sum(map(len, other[:64]))
+
+
+def test_hidden_states_that_other_heads_read_too_are_computed_once(tmp_path: Path) -> None:
+    engine, texts = engine_and_texts()
+    last = keep_features(engine, texts, tmp_path, LAST).hidden
+    engine.capture([1, *LAST])
+    asked = list[list[int]]()
+
+    class Counts:
+        def hidden_states(self, ids: Any, places: Any) -> torch.Tensor:
+            asked.append(list(places))
+            return engine.hidden_states(ids, places)
+
+    both = keep_features(Counts(), texts, tmp_path, [1, *LAST]).hidden
+    assert asked == [[1]] * len(texts)
+    assert torch.equal(both, torch.cat([engine.hidden_states(ids, [1, *LAST]) for ids in texts]))
+    assert torch.equal(both[:, both.shape[1] // 2 :], last)
+    assert torch.equal(keep_features(Refuses(), texts, tmp_path, [*LAST, 1]).hidden, both.roll(last.shape[1], 1))
 
 
 def test_labels_are_the_tokens_so_far_on_within_a_text() -> None:

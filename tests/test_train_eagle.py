@@ -24,7 +24,7 @@ from tokentree.train import texts as texts_module
 from tokentree.train.eagle import DECAY, NOISE, TOKEN_WEIGHT, Batch, EagleTask, EagleWithLoss, batch_of
 from tokentree.train.features import HiddenTexts
 from tokentree.train.loop import Recipe
-from tokentree.train.run import Trained
+from tokentree.train.run import Trained, train_medusa
 from tokentree.train.run_eagle import train_eagle
 
 LENGTHS = (9, 14, 6)
@@ -165,9 +165,11 @@ def llm(**options: Any) -> LLM:
     return LLM(tiny("llama", vocab_size=300), tokenizer=tiny_tokenizer(), max_batch=4, **options)
 
 
-def trained(folder: Path, epochs: int = 24, stop_after: int | None = None, **changes: Any) -> Trained:
-    steps = {"batch_size": 1, "warmup_steps": 2, "evaluate_every": 10, "patience": 99}
-    recipe = Recipe(epochs=epochs, learning_rate=3e-3, **steps)
+def trained(
+    folder: Path, epochs: int = 24, stop_after: int | None = None, precision: Any = "float32", **changes: Any
+) -> Trained:  # fmt: skip
+    steps: dict[str, Any] = {"batch_size": 1, "warmup_steps": 2, "evaluate_every": 10, "patience": 99}
+    recipe = Recipe(epochs=epochs, learning_rate=3e-3, precision=precision, **steps)
     options: dict[str, Any] = {"known_tokens": 200, "unroll": 3, "taps": [0, 1, 2]} | changes
     return train_eagle(llm(), "tiny", "self", folder, recipe, tokens=1500, stop_after=stop_after, **options)
 
@@ -197,6 +199,35 @@ def test_an_interrupted_run_goes_on_to_the_same_head(tmp_path: Path) -> None:
     assert again.figures == whole.figures
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_heads_share_what_the_model_wrote_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = tmp_path / "work"
+    trained(tmp_path / "third", 1, work=work)
+    read = list[tuple[int, ...]]()
+    hidden_states = TorchEngine.hidden_states
+
+    def noted(self: TorchEngine, ids: Any, places: Any) -> torch.Tensor:
+        read.append(tuple(places))
+        return hidden_states(self, ids, places)
+
+    monkeypatch.setattr(TorchEngine, "hidden_states", noted)
+    monkeypatch.setattr(texts_module, "write_texts", None)
+    shared = trained(tmp_path / "first", 1, work=work, version=1)
+    assert not read
+    trained(tmp_path / "other", 1, work=work, taps=[0, 0, 1])
+    assert not read
+    medusa = train_medusa(llm(), "tiny", "self", tmp_path / "medusa", num_heads=2, tokens=1500, work=work)
+    assert not read
+    assert medusa.texts.ids == shared.texts.ids
+    assert (tmp_path / "first" / "work" / "checkpoint.pt").is_file()
+
+
+def test_products_may_be_rounded(tmp_path: Path) -> None:
+    exact, rounded = trained(tmp_path / "exact", 3), trained(tmp_path / "rounded", 3, precision="bfloat16")
+    one, other = (load_file(done.folder / "model.safetensors") for done in (exact, rounded))
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+    assert rounded.figures["depth 1 top-1"] == pytest.approx(exact.figures["depth 1 top-1"], abs=0.1)
 
 
 def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:

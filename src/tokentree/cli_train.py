@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shlex
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,12 @@ from rich.console import Console
 
 from tokentree.cli_options import DeviceOption, DtypeOption, ModelOption, ThreadsOption, consoles, load
 from tokentree.errors import OptionError
+
+
+class Precision(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
 
 train = typer.Typer(help="Train heads for a model.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -33,6 +40,11 @@ EvaluateOption = Annotated[int, typer.Option(min=1, help="Steps between looks at
 PatienceOption = Annotated[int, typer.Option(min=1, help="Looks without progress before it ends.")]
 TogetherOption = Annotated[int, typer.Option("--batch", min=1, help="Texts that the model writes together.")]
 SeedOption = Annotated[int, typer.Option(min=0)]
+WorkOption = Annotated[
+    Path | None,
+    typer.Option(help="Folder for texts and hidden states, which trainings can share. By default OUT/work."),
+]
+PrecisionOption = Annotated[Precision, typer.Option(help="Of the products of training.")]
 
 
 @train.command()
@@ -59,6 +71,8 @@ def medusa(
     ] = None,
     start: Annotated[Path | None, typer.Option(help="With --way: a folder of heads to start from.")] = None,
     seed: SeedOption = 0,
+    precision: PrecisionOption = Precision.float32,
+    work: WorkOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
@@ -66,6 +80,8 @@ def medusa(
     """Train Medusa heads; the model stays as it is, unless --way is given."""
     if start is not None and way is None:
         raise OptionError("--start goes with --way")
+    if work is not None and way is not None:
+        raise OptionError("--work goes without --way")
     _check(learning_rate, *(("peft",) if way == "lora" else ()))
     _, errors = consoles()
     llm = load(errors, model, None, threads, dtype=dtype, device=device, max_batch=batch) if way is None else None
@@ -74,14 +90,14 @@ def medusa(
 
     recipe = Recipe(
         epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, warmup_steps=warmup_steps, seed=seed,
-        evaluate_every=evaluate_every, patience=patience,
+        evaluate_every=evaluate_every, patience=patience, precision=precision.value,
     )  # fmt: skip
     options: dict[str, Any] = {
         "num_heads": heads, "num_layers": layers, "known_tokens": known_tokens, "tokens": tokens, "console": errors,
         "command": _command(),
     }  # fmt: skip
     if llm is not None:
-        done = train_medusa(llm, Path(model).name, data, out, recipe, **options)
+        done = train_medusa(llm, Path(model).name, data, out, recipe, work=work, **options)
     else:
         options |= {"way": way, "start": start, "batch": batch, "dtype": dtype, "device": device}
         done = train_medusa2(model, data, out, recipe, **options)
@@ -106,6 +122,8 @@ def eagle(
     patience: PatienceOption = 5,
     batch: TogetherOption = 64,
     seed: SeedOption = 0,
+    precision: PrecisionOption = Precision.float32,
+    work: WorkOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
@@ -121,11 +139,11 @@ def eagle(
 
     recipe = Recipe(
         epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, warmup_steps=warmup_steps, seed=seed,
-        evaluate_every=evaluate_every, patience=patience,
+        evaluate_every=evaluate_every, patience=patience, precision=precision.value,
     )  # fmt: skip
     done = train_eagle(
         llm, Path(model).name, data, out, recipe, version=version, known_tokens=known_tokens, unroll=unroll,
-        tokens=tokens, console=errors, command=_command(),
+        tokens=tokens, work=work, console=errors, command=_command(),
     )  # fmt: skip
     _tell(errors, done.texts.bad, model, str(out))
 

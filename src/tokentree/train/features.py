@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
@@ -15,9 +15,9 @@ SHARD = 64  # texts in a file
 
 
 class Reader(Protocol):
-    """An engine that gives the hidden states of a text."""
+    """An engine that gives the hidden states of a text at several places, beside one another."""
 
-    def hidden_states(self, ids: Sequence[int]) -> torch.Tensor: ...
+    def hidden_states(self, ids: Sequence[int], places: Sequence[int]) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,29 +60,52 @@ class HiddenTexts:
 
 
 def keep_features(
-    reader: Reader, texts: Iterable[list[int]], folder: Path, advance: Callable[[int], None] = lambda tokens: None
-) -> HiddenTexts:
-    """The hidden states of ``texts``, from ``folder`` as far as they are there, else computed and put there, a shard at
-    a time: what was done before an interruption is not done again.
+    reader: Reader, texts: Sequence[list[int]], folder: Path, places: Sequence[int],
+    advance: Callable[[int], None] = lambda tokens: None,
+) -> HiddenTexts:  # fmt: skip
+    """The hidden states of ``texts`` at ``places``, beside one another, from ``folder`` as far as they are there, else
+    computed and put there, some texts at a time: what was done before an interruption, or for other heads that read the
+    same, is not done again.
 
     Args:
-        texts: a shard that holds other ones is made anew.
+        reader: what was computed by another one must not be in ``folder``.
+        texts: a file that holds other ones is made anew.
         advance: called with the number of tokens of each text that was read.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    rest, shards = iter(texts), list[dict[str, torch.Tensor]]()
-    while texts := list(islice(rest, SHARD)):
-        file = folder / f"{len(shards):05}.safetensors"
-        wanted = {"ids": torch.tensor([*chain(*texts)]), "lengths": torch.tensor([*map(len, texts)])}
-        kept = load_file(file) if file.is_file() else {}
-        if not all(name in kept and torch.equal(kept[name], value) for name, value in wanted.items()):
-            hidden = list[torch.Tensor]()
-            for text in texts:
-                hidden.append(reader.hidden_states(text).cpu())
-                advance(len(text))
-            kept, part = wanted | {"hidden": torch.cat(hidden)}, file.with_suffix(".part")
-            save_file(kept, part)
-            part.replace(file)
-        shards.append(kept)
-    ids, lengths, states = (torch.cat([shard[name] for shard in shards]) for name in ("ids", "lengths", "hidden"))
-    return HiddenTexts(states, ids, lengths.cumsum(0).repeat_interleave(lengths))
+    shards = [texts[first : first + SHARD] for first in range(0, len(texts), SHARD)]
+    columns = [list[torch.Tensor]() for _ in places]
+    for number, shard in enumerate(shards):
+        files = [folder / str(place) / f"{number:05}.safetensors" for place in places]
+        ids, lengths = torch.tensor([*chain(*shard)]), torch.tensor([*map(len, shard)])
+        kept = [_kept(file, ids, lengths) for file in files]
+        missing = [place for place, states in zip(places, kept, strict=True) if states is None]
+        read = list[torch.Tensor]()
+        for text in shard if missing else ():
+            read.append(reader.hidden_states(text, missing).cpu())
+            advance(len(text))
+        fresh = iter(torch.cat(read).chunk(len(missing), 1) if missing else ())
+        for file, states, column in zip(files, kept, columns, strict=True):
+            if states is None:
+                column.append(next(fresh).contiguous())
+                _keep(file, {"ids": ids, "lengths": lengths, "hidden": column[-1]})
+            else:
+                column.append(states)
+    lengths = torch.tensor([*map(len, texts)])
+    hidden = torch.cat([torch.cat(parts, 1) for parts in zip(*columns, strict=True)])
+    return HiddenTexts(hidden, torch.tensor([*chain(*texts)]), lengths.cumsum(0).repeat_interleave(lengths))
+
+
+def _kept(file: Path, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor | None:
+    """The hidden states in ``file``, if it holds these texts."""
+    if not file.is_file():
+        return None
+    content = load_file(file)
+    same = torch.equal(content["ids"], ids) and torch.equal(content["lengths"], lengths)
+    return content["hidden"] if same else None
+
+
+def _keep(file: Path, content: dict[str, torch.Tensor]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    save_file(content, part)
+    part.replace(file)

@@ -17,13 +17,21 @@ from tokentree.train.loop import Figures, Recipe, Watch
 from tokentree.train.texts import Texts, keep_texts, read_texts
 
 
-def work_folder(folder: Path, llm: LLM, data: str | Path, recipe: Recipe) -> Path:
-    """The folder for what is kept between runs, which belongs to one model, one source of texts and one seed."""
-    work = folder / "work"
-    owner = Fingerprint.of(llm.config, llm.tokenizer).model_dump() | {"data": str(data), "seed": recipe.seed}
+def work_folder(work: Path, llm: LLM, data: str | Path, recipe: Recipe) -> Path:
+    """``work``, the folder for texts and hidden states, which belongs to one model, one source of texts and one seed.
+
+    Raises:
+        OptionError: if it belongs to others.
+    """
+    kind = str(llm.engine.dtype).removeprefix("torch.")
+    owner = Fingerprint.of(llm.config, llm.tokenizer).model_dump() | {
+        "data": str(data), "seed": recipe.seed, "dtype": kind
+    }  # fmt: skip
     file, content = work / "about.json", json.dumps(owner)
     if file.is_file() and file.read_text(encoding="utf-8") != content:
-        raise OptionError(f"{str(work)!r} is the work of another run, with another model, data or seed: name another")
+        raise OptionError(
+            f"{str(work)!r} is the work of another run, with another model, dtype, data or seed: name another"
+        )
     work.mkdir(parents=True, exist_ok=True)
     file.write_text(content, encoding="utf-8")
     return work

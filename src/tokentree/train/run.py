@@ -47,12 +47,13 @@ class Trained:
 def train_medusa(
     llm: LLM, base_model: str, data: str | Path, folder: str | Path, recipe: Recipe | None = None, *,
     num_heads: int = 3, num_layers: int = 1, known_tokens: int = 16384, tokens: int = 1_000_000,
-    held_back: float = 0.05, console: Console | None = None, command: str = "", stop_after: int | None = None,
+    held_back: float = 0.05, work: str | Path | None = None, console: Console | None = None, command: str = "",
+    stop_after: int | None = None,
 ) -> Trained:  # fmt: skip
     """Trains Medusa heads on ``llm``, which stays as it is (Medusa-1), and writes them into ``folder``.
 
-    The heads share the model's output layer. What is finished is kept in ``folder/work``: after an interruption, the
-    same call goes on from there.
+    The heads share the model's output layer. What is finished is kept: after an interruption, the same call goes on
+    from there.
 
     Args:
         base_model: the name that the heads will say they belong to.
@@ -61,6 +62,8 @@ def train_medusa(
             faster to train and to draft with; heads never propose the others.
         tokens: how many the model writes with ``data="self"``.
         held_back: the share of tokens that accuracies are measured on.
+        work: a folder for the texts and the model's hidden states, which trainings of several heads can share; by
+            default ``folder/work``, where checkpoints are too.
         console: shows progress; by default on standard error, if that is a terminal.
         command: what was typed, for the model card.
 
@@ -76,16 +79,17 @@ def train_medusa(
     if llm.tokenizer is None:
         raise PromptError("training needs the model's tokenizer: pass tokenizer=")
     console = console or Console(stderr=True)
-    work = work_folder(folder, llm, data, recipe)
+    own = folder / "work"
+    shared = work_folder(Path(work or own), llm, data, recipe)
     heads = MedusaHeads(num_heads, num_layers, llm.engine.capture().hidden_size)
     with bars_on(console) as bars:
         with PartialState().main_process_first():  # the others then find it all
-            texts = texts_for(llm, data, work, tokens, recipe.seed, bars)
+            texts = texts_for(llm, data, shared, tokens, recipe.seed, bars)
             heads.token_map = frequent_tokens(texts.ids, known_tokens, llm.engine.vocab_size)
-            model, task = _prepared(llm, heads, texts, work / "features", held_back, bars)
-        watch = watch_with(console, bars, work)
+            model, task = _prepared(llm, heads, texts, shared / "hidden", held_back, bars)
+        watch = watch_with(console, bars, own)
         groups = [{"params": list(heads.parameters())}]
-        figures = train(model, groups, task, recipe, work, watch, _identity(heads, texts), stop_after)
+        figures = train(model, groups, task, recipe, own, watch, _identity(heads, texts), stop_after)
     told = recipe.model_dump() | {"data": str(data), "texts": len(texts.ids), "tokens": texts.tokens}
     _write(llm, model, task, folder, base_model, told, command)
     return Trained(folder, figures, texts)
@@ -123,7 +127,7 @@ def train_medusa2(
         if start is not None:
             heads = read_heads(start, Fingerprint.of(llm.config, llm.tokenizer)).heads.float()
         heads.token_map = None
-        work, tokenizer = work_folder(folder, llm, data, recipe), llm.tokenizer
+        work, tokenizer = work_folder(folder / "work", llm, data, recipe), llm.tokenizer
         with PartialState().main_process_first():
             texts = texts_for(llm, data, work, tokens, recipe.seed, bars)
         del llm
@@ -137,7 +141,7 @@ def train_medusa2(
         changed = LLM(folder / "model", dtype=dtype, device=device)
         heads.token_map = frequent_tokens(texts.ids, known_tokens, changed.engine.vocab_size)
         some = Texts(texts.ids[-max(2, len(texts.ids) // 20) :])
-        looked, seen = _prepared(changed, heads, some, work / "features", 0.9, bars)
+        looked, seen = _prepared(changed, heads, some, work / "changed", 0.9, bars)
     told = recipe.model_dump() | {"way": way, "data": str(data), "texts": len(texts.ids), "tokens": texts.tokens}
     _write(changed, looked, seen, folder / "heads", f"{base_model}, trained with these heads", told, command)
     return Trained(folder, figures, texts)
@@ -156,7 +160,8 @@ def _prepared(
     """Heads with the output layer that they share, and their task, for which ``llm`` reads ``texts``."""
     features, vocab_size = llm.engine.capture(), llm.engine.vocab_size
     bar = bars.add_task("reading them", total=texts.tokens)
-    hidden = keep_features(llm.engine, texts.ids, folder, lambda count: bars.advance(bar, count))
+    places = [features.num_layers]
+    hidden = keep_features(llm.engine, texts.ids, folder, places, lambda count: bars.advance(bar, count))
     known = torch.arange(vocab_size) if heads.token_map is None else heads.token_map
     weight, bias = features.output_weights(known.to(features.device))
     model = HeadsWithLoss(heads, weight.float(), None if bias is None else bias.float())

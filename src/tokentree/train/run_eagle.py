@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from rich.console import Console
 from torch import nn
 
 from tokentree.engines.base import Features
-from tokentree.engines.torch import TorchEngine
 from tokentree.errors import OptionError, PromptError
 from tokentree.heads.eagle import EagleHead, EagleSizes
 from tokentree.heads.eagle_files import default_taps, write_eagle
@@ -30,27 +28,16 @@ from tokentree.train.run import Trained
 from tokentree.train.texts import Texts
 
 
-@dataclass(frozen=True)
-class _Places:
-    """Reads some of a target's hidden states, beside one another."""
-
-    engine: TorchEngine
-    places: tuple[int, ...]
-
-    def hidden_states(self, ids: Sequence[int]) -> torch.Tensor:
-        return self.engine.hidden_states(ids, self.places)
-
-
 def train_eagle(
     llm: LLM, base_model: str, data: str | Path, folder: str | Path, recipe: Recipe | None = None, *,
     version: int = 3, known_tokens: int = 4096, unroll: int = 5, taps: Sequence[int] | None = None,
-    tokens: int = 1_000_000, held_back: float = 0.05, console: Console | None = None, command: str = "",
-    stop_after: int | None = None,
+    tokens: int = 1_000_000, held_back: float = 0.05, work: str | Path | None = None, console: Console | None = None,
+    command: str = "", stop_after: int | None = None,
 ) -> Trained:  # fmt: skip
     """Trains an EAGLE head on ``llm``, which stays as it is, and writes it into ``folder``.
 
     Its layer has the target's own sizes. It takes the target's embedding, and EAGLE-1 its output layer too. What is
-    finished is kept in ``folder/work``: after an interruption, the same call goes on from there.
+    finished is kept: after an interruption, the same call goes on from there.
 
     Args:
         base_model: the name that the head will say it belongs to.
@@ -61,7 +48,7 @@ def train_eagle(
             frequent ones of the texts.
         unroll: steps of EAGLE-3's training-time test.
         taps: the hidden states that EAGLE-3 reads; by default a low, a middle and a high one.
-        tokens, held_back, console, command: as for `train_medusa`.
+        tokens, held_back, work, console, command: as for `train_medusa`.
 
     Raises:
         OptionError, PromptError, PairingError: if a number makes no sense, the data is no data, or the model's engine
@@ -79,21 +66,23 @@ def train_eagle(
     last = llm.engine.capture([]).num_layers
     read = (last,) if version == 1 else tuple(taps or default_taps(last))
     places = read if version == 1 else (*read, last)
-    features, work = llm.engine.capture(places), work_folder(folder, llm, data, recipe)
+    features, own = llm.engine.capture(places), folder / "work"
+    shared = work_folder(Path(work or own), llm, data, recipe)
     with bars_on(console) as bars:
         with PartialState().main_process_first():  # the others then find it all
-            texts = texts_for(llm, data, work, tokens, recipe.seed, bars)
+            texts = texts_for(llm, data, shared, tokens, recipe.seed, bars)
             bar = bars.add_task("reading them", total=texts.tokens)
-            reader = _Places(llm.engine, places)
-            hidden = keep_features(reader, texts.ids, work / f"eagle-{version}", lambda count: bars.advance(bar, count))
+            hidden = keep_features(
+                llm.engine, texts.ids, shared / "hidden", places, lambda count: bars.advance(bar, count)
+            )
         known = frequent_tokens(texts.ids, known_tokens, llm.engine.vocab_size)
         model = _fresh(llm, features, version, read, known, unroll, recipe.seed)
         first, rest = hidden.split(held_back)
         task, head = EagleTask(first, rest), model.head
-        watch = watch_with(console, bars, work)
+        watch = watch_with(console, bars, own)
         about = _identity(head, texts, unroll)
         groups = [{"params": [weight for weight in head.parameters() if weight.requires_grad]}]
-        figures = train(model, groups, task, recipe, work, watch, about, stop_after)
+        figures = train(model, groups, task, recipe, own, watch, about, stop_after)
     covered = 1.0 if known is None else _coverage(texts, known)
     told = recipe.model_dump() | {
         "version": version, "unroll": unroll if version == 3 else 1, "data": str(data), "texts": len(texts.ids),
