@@ -64,36 +64,41 @@ def _span(path, prefix, window):
 
 
 @numba.njit
-def _attend(call, numbers, segment, layer, head, first, count):
-    """Rows ``first`` to ``first + count`` of a segment, for one head of queries."""
+def _attend(call, numbers, segment, layer, head, together, first, count):
+    """Rows ``first`` to ``first + count`` of a segment, for ``together`` heads of queries from ``head`` on, which read
+    the same keys and values. What is by row here has the heads of a row behind one another."""
     query, query_head, query_row, out, out_head, out_row, width, value_width, group, window = call[:10]
     keys, values, capacity, prefix, new, start, paths, longest, chain, _, keys_layer, values_layer = segment
     scale, softcap = np.float32(numbers[0]), np.float32(numbers[1])
     columns = -(-value_width // BLOCK) * BLOCK
     keys += layer * keys_layer + head // group * capacity * width * 4
     values += layer * values_layer + head // group * capacity * columns * 4
-    query += head * query_head + (start + first) * query_row
     path = integers(paths, (new, 1 + longest))[first : first + count]  # its length, then its KV rows behind the prefix
     behind = path[0, 0] - 1 if chain else 0  # rows of the tree that all of these see
     shared = prefix + behind
     begin, used = _span(path, prefix, window)
 
-    zeros = np.zeros(BLOCK, np.float32)
-    scores, powers = np.empty((count, used - begin), np.float32), np.empty(used - begin, np.int32)
-    sums, totals = np.zeros((count, columns), np.float32), np.empty(count, np.float32)
+    zeros, rows = np.zeros(BLOCK, np.float32), count * together
+    queries = np.empty((rows, width), np.float32)
+    scores, powers = np.empty((rows, used - begin), np.float32), np.empty(used - begin, np.int32)
+    sums, totals = np.zeros((rows, columns), np.float32), np.empty(rows, np.float32)
     at_scores, at_sums, at_zeros = scores.ctypes.data, sums.ctypes.data, zeros.ctypes.data
     stride, wide = 4 * (used - begin), 4 * columns
 
+    for i in range(rows):
+        place = query + (head + i % together) * query_head + (start + first + i // together) * query_row
+        queries[i] = floats(place, width)
     for block in range(begin // BLOCK, used // BLOCK):
         tile_float32(
-            count, width, keys + block * width * BLOCK * 4, BLOCK * 4, query, query_row, at_zeros, 0,
+            rows, width, keys + block * width * BLOCK * 4, BLOCK * 4, queries.ctypes.data, 4 * width, at_zeros, 0,
             at_scores + 4 * (block * BLOCK - begin), stride,
         )  # fmt: skip
-    for i in range(count):
-        own, end = scores[i], prefix + path[i, 0]
+    for i in range(rows):
+        own, seen = scores[i], path[i // together]
+        end = prefix + seen[0]
         if not chain:
-            for t in range(max(0, begin - prefix), path[i, 0]):  # an ancestor never lies before its place on the path
-                own[prefix + t - begin] = own[path[i, 1 + t] - begin]
+            for t in range(max(0, begin - prefix), seen[0]):  # an ancestor never lies before its place on the path
+                own[prefix + t - begin] = own[seen[1 + t] - begin]
         own[end - begin :] = HIDDEN
         if window:
             own[: max(0, end - window - begin)] = HIDDEN
@@ -102,20 +107,21 @@ def _attend(call, numbers, segment, layer, head, first, count):
     for column in range(0, columns, BLOCK):
         if shared > begin:
             tile_float32(
-                count, shared - begin, values + begin * wide + 4 * column, wide, at_scores, stride, at_zeros, 0,
+                rows, shared - begin, values + begin * wide + 4 * column, wide, at_scores, stride, at_zeros, 0,
                 at_sums + 4 * column, wide,
             )  # fmt: skip
-        for i in range(count):
-            at_sum = at_sums + i * wide + 4 * column
-            for t in range(max(behind, begin - prefix), path[i, 0]):
-                row = prefix + t if chain else path[i, 1 + t]
+        for i in range(rows):
+            at_sum, seen = at_sums + i * wide + 4 * column, path[i // together]
+            for t in range(max(behind, begin - prefix), seen[0]):
+                row = prefix + t if chain else seen[1 + t]
                 tile_float32(
                     1, 1, values + row * wide + 4 * column, 0, at_scores + i * stride + 4 * (prefix + t - begin), 0,
                     at_sum, 0, at_sum, 0,
                 )  # fmt: skip
-    for i in range(count):
+    for i in range(rows):
         sums[i] /= totals[i]
-        _store(sums[i, :value_width], out + head * out_head + (start + first + i) * out_row, call[12])
+        place = out + (head + i % together) * out_head + (start + first + i // together) * out_row
+        _store(sums[i, :value_width], place, call[12])
 
 
 @numba.njit
@@ -130,6 +136,7 @@ def _store(x, address, rounds):
 def attend_worker() -> Any:
     """What each thread runs, compiled when first asked for. It is told, in integers:
 
+    - how many threads there are;
     - of a call: addresses of queries float32[heads, rows, width] and results [heads, rows, value width], each with two
       strides in bytes; both widths; query heads per KV head; the window or 0; heads; segments; whether results are
       rounded to bfloat16, or else float32;
@@ -142,26 +149,51 @@ def attend_worker() -> Any:
 
     @numba.cfunc(WORKER, cache=True)
     def worker(arguments):
-        call = integers(address_of(arguments), CALL)
-        table = integers(address_of(arguments) + 8 * CALL, (call[11], SEGMENT))
-        end = address_of(arguments) + 8 * (CALL + table.size)
-        attend(call, table, 0, doubles(integers(end, 1)[0], 2), end + 8)
+        threads, start = integers(address_of(arguments), 1)[0], address_of(arguments) + 8
+        call = integers(start, CALL)
+        table = integers(start + 8 * CALL, (call[11], SEGMENT))
+        end = start + 8 * (CALL + table.size)
+        attend(call, table, 0, doubles(integers(end, 1)[0], 2), threads, end + 8)
 
     return worker
 
 
 @numba.njit
-def attend(call, table, layer, numbers, counter):
-    """One thread's part. The threads take heads of up to `TILE_ROWS` rows, as ``counter`` tells."""
-    heads = call[10]
+def attend(call, table, layer, numbers, threads, counter):
+    """One thread's part. The threads take some rows for some heads, as ``counter`` tells."""
+    together = _together(call, table, threads)
+    tasks = call[10] // together  # of one share of the rows
     while True:
         task: int = claim(counter)
         for segment in table:
-            shares = -(-segment[4] // TILE_ROWS)
-            if task < shares * heads:
-                first = task // heads * TILE_ROWS
-                _attend(call, numbers, segment, layer, task % heads, first, min(TILE_ROWS, segment[4] - first))
+            shares = _shares(segment, together)
+            if task < shares * tasks:
+                size = -(-segment[4] // shares)
+                first, head = task // tasks * size, task % tasks * together
+                _attend(call, numbers, segment, layer, head, together, first, min(size, segment[4] - first))
                 break
-            task -= shares * heads
+            task -= shares * tasks
         else:
             return
+
+
+@numba.njit
+def _together(call, table, threads):
+    """How many query heads to take at a time, of those that read the same keys and values: as many as leave enough shares of the
+    work for all threads to be busy to its end."""
+    group, heads = call[8], call[10]
+    for together in range(min(group, TILE_ROWS), 1, -1):
+        if group % together:
+            continue
+        tasks = 0
+        for segment in table:
+            tasks += _shares(segment, together) * (heads // together)
+        if tasks >= 2 * threads:
+            return together
+    return 1
+
+
+@numba.njit
+def _shares(segment, together):
+    """How many shares the rows of a segment come in, so that a share's rows for these heads fill a tile at most."""
+    return -(-segment[4] // (TILE_ROWS // together))

@@ -190,8 +190,8 @@ def attend_rows(
     numbers = np.array([scale, softcap or 0.0])
     run(
         attend_worker(),
-        [query.data_ptr(), 4 * query.stride(0), 4 * query.stride(1), out.data_ptr(), 4 * out.stride(1),
-         4 * out.stride(0), width, value_width, heads // kv_heads, window or 0, heads, len(forward_kv.segments), 0,
-         *table, numbers.ctypes.data],
+        [torch.get_num_threads(), query.data_ptr(), 4 * query.stride(0), 4 * query.stride(1), out.data_ptr(),
+         4 * out.stride(1), 4 * out.stride(0), width, value_width, heads // kv_heads, window or 0, heads,
+         len(forward_kv.segments), 0, *table, numbers.ctypes.data],
     )  # fmt: skip
     return out

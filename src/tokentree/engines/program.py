@@ -327,7 +327,7 @@ def _worker() -> Any:
             elif kind == MULTIPLY_INT4:
                 multiply_int4(step[:QUANTIZED_CALL], rows, threads, counter)
             elif kind == ATTEND:
-                attend(step[2 : 2 + CALL], kv, step[0], doubles(step[1], 2), counter)
+                attend(step[2 : 2 + CALL], kv, step[0], doubles(step[1], 2), threads, counter)
             else:
                 while True:
                     row = claim(counter)
