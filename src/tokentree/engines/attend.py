@@ -179,8 +179,8 @@ def attend(call, table, layer, numbers, threads, counter):
 
 @numba.njit
 def _together(call, table, threads):
-    """How many query heads to take at a time, of those that read the same keys and values: as many as leave enough shares of the
-    work for all threads to be busy to its end."""
+    """How many query heads to take at a time, of those that read the same keys and values: as many as leave enough
+    shares of the work for all threads to be busy to its end."""
     group, heads = call[8], call[10]
     for together in range(min(group, TILE_ROWS), 1, -1):
         if group % together:
