@@ -124,7 +124,7 @@ def test_each_node_has_the_probability_that_computing_it_anew_gives(
 
 @pytest.mark.parametrize(("version", "known"), KINDS)
 def test_one_compiled_call_gives_what_the_modules_give(version: int, known: int | None) -> None:
-    head = some_head(version, known, 64)
+    head = some_head(version, known, 64, intermediate_size=96)
     engines = [EagleEngine(head, TorchEngine(tiny("llama", torch.bfloat16, **WIDE))) for _ in range(2)]
     assert engines[0]._program is not None
     engines[1]._program = None

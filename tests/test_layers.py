@@ -19,6 +19,7 @@ LAYERS = {
             "tree",
             "threads",
             "top",
+            "numbers",
             "compiled",
             "automaton",
             "storage",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from tokentree.top import greedy, top_logits
+from tokentree.top import greedy, top_logits, top_logprobs
 
 
 @pytest.mark.parametrize("vocab", [8, 9, 31, 32, 50, 64, 100, 448, 577, 640, 1000, 4096, 10_001])
@@ -46,3 +47,16 @@ def test_of_equal_logits_the_lowest_ids_come_first_wherever_their_columns_lie() 
 def test_rows_that_are_not_contiguous_are_read_as_they_are() -> None:
     logits = torch.randn([300, 7], generator=torch.Generator().manual_seed(0)).t()
     assert (top_logits(logits, 4)[1] == logits.topk(4, dim=-1).indices.numpy()).all()
+
+
+@pytest.mark.parametrize("vocab", [8, 50, 1000, 1024, 4096, 10_001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_probabilities_are_those_of_a_softmax(vocab: int, dtype: torch.dtype) -> None:
+    logits = (5 * torch.randn([7, vocab], generator=torch.Generator().manual_seed(vocab)) + 40).to(dtype)
+    logits[3, 1:] = -math.inf
+    for divisors in (1.0, 0.7, np.linspace(0.5, 2, 7, dtype=np.float32)):
+        columns = torch.as_tensor(divisors, dtype=torch.float32).expand(7)[:, None]
+        expected = (logits.float() / columns).log_softmax(-1)
+        logprobs, ids = top_logprobs(logits, 5, divisors)
+        assert (ids == top_logits(logits, 5)[1]).all()
+        assert np.allclose(logprobs, expected.gather(1, torch.from_numpy(ids)).numpy(), atol=2e-5)

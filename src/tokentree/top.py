@@ -19,10 +19,13 @@ import torch
 from numba import njit
 from numpy.typing import NDArray
 
-from tokentree.threads import WORKER, address_of, claim, halves, integers, run, words
+from tokentree.numbers import exponentials, widen
+from tokentree.threads import WORKER, address_of, claim, floats, halves, integers, run, words
 from tokentree.tree import Ints
 
 DEPTH = 32  # values in a column
+LANES = 16  # sums that are added up side by side
+STRETCH = 1024  # logits whose exponentials are taken at a time
 INTEGERS = {
     torch.float64: torch.int64,
     torch.float32: torch.int32,
@@ -47,6 +50,30 @@ def top_logits(logits: torch.Tensor, k: int) -> tuple[NDArray[np.float32], Ints]
         return values, ids
     ids = _top(logits.view(INTEGERS[logits.dtype]).numpy(), k)
     return logits.gather(1, torch.from_numpy(ids)).float().numpy(), ids
+
+
+def top_logprobs(
+    logits: torch.Tensor, k: int, divisors: float | NDArray[np.float32] = 1.0
+) -> tuple[NDArray[np.float32], Ints]:  # fmt: skip
+    """The k most probable tokens of each row of ``logits`` [n, vocab], as `top_logits` has them, and their
+    log-probabilities in softmax(logits / divisor), float32[n, k].
+
+    Args:
+        divisors: of all rows, or one of each.
+    """
+    values, ids = top_logits(logits, k)
+    each = np.broadcast_to(np.asarray(divisors, np.float32), len(logits))
+    if logits.device.type == "cpu" and logits.dtype == torch.bfloat16 and k > 0:
+        logits, sums = logits.detach().contiguous(), np.empty(len(logits), np.float32)
+        each, highest = np.ascontiguousarray(each), np.ascontiguousarray(values[:, 0])
+        run(
+            _sums_worker(),
+            [logits.data_ptr(), *logits.shape, each.ctypes.data, highest.ctypes.data, sums.ctypes.data],
+        )
+    else:
+        columns = torch.from_numpy(np.array(each)).to(logits.device)[:, None]
+        sums = (logits.float() / columns).logsumexp(-1).cpu().numpy()
+    return values / each[:, None] - sums[:, None], ids
 
 
 def greedy(logits: torch.Tensor) -> int:
@@ -75,6 +102,54 @@ def _worker() -> Any:
             row = claim(start + 48)
 
     return worker
+
+
+@functools.cache
+def _sums_worker() -> Any:
+    """What each thread runs to find the logarithm of each row's sum of exp(logit / divisor). It is told the address of
+    the rows, how many they are and how long, and the addresses of divisors, of the largest logits and of the results,
+    float32 each."""
+
+    @numba.cfunc(WORKER, cache=True)
+    def worker(arguments):
+        start = address_of(arguments)
+        rows, vocab = integers(start + 8, 2)
+        bits = halves(integers(start, 1)[0], (rows, vocab))
+        divisors, highest, sums = (
+            floats(integers(start + 24, 1)[0], rows),
+            floats(integers(start + 32, 1)[0], rows),
+            floats(integers(start + 40, 1)[0], rows),
+        )
+        x, powers = np.empty(STRETCH, np.float32), np.empty(STRETCH, np.int32)
+        row = claim(start + 48)
+        while row < rows:
+            factor, total = np.float32(1) / divisors[row], np.float64(0)
+            for first in range(0, vocab, STRETCH):
+                part = x[: min(STRETCH, vocab - first)]
+                widen(bits[row, first : first + len(part)], part)
+                for i in range(len(part)):
+                    part[i] = (part[i] - highest[row]) * factor
+                exponentials(part, powers)
+                total += _sum(part)
+            sums[row] = np.float32(np.log(total)) + highest[row] * factor
+            row = claim(start + 48)
+
+    return worker
+
+
+@njit
+def _sum(x):
+    lanes = np.zeros(LANES, np.float32)
+    whole = len(x) // LANES * LANES
+    for start in range(0, whole, LANES):
+        for lane in range(LANES):
+            lanes[lane] += x[start + lane]
+    total = np.float32(0)
+    for lane in range(LANES):
+        total += lanes[lane]
+    for i in range(whole, len(x)):
+        total += x[i]
+    return total
 
 
 @njit(cache=True)

@@ -18,7 +18,7 @@ from tokentree.errors import PairingError
 from tokentree.sampling import to_probs
 from tokentree.sequence import DRAFT, Accepted, Sequence
 from tokentree.shapes.base import Shape
-from tokentree.top import top_logits
+from tokentree.top import top_logprobs
 from tokentree.tree import Ints, TokenTree
 
 
@@ -133,9 +133,8 @@ class DraftModel(Drafter):
             logits = torch.stack([seq.processed(row, draft.path_tokens(node)) for node, row in rows])
             token_map = None
         divisor = 1.0 if seq.params.is_greedy else seq.params.temperature
-        values, ids = top_logits(logits, max(counts, default=0))
-        sums = (logits.float() / divisor).logsumexp(-1, keepdim=True).cpu().numpy()
-        scores, tokens = (values / divisor - sums).tolist(), (ids if token_map is None else token_map[ids]).tolist()
+        logprobs, ids = top_logprobs(logits, max(counts, default=0), divisor)
+        scores, tokens = logprobs.tolist(), (ids if token_map is None else token_map[ids]).tolist()
         for i, (node, count) in enumerate(zip(frontier, counts, strict=True)):
             for rank, token in enumerate(tokens[i][:count]):
                 if scores[i][rank] > -math.inf:  # else a rule forbids the token

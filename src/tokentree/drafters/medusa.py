@@ -18,7 +18,7 @@ from tokentree.heads.medusa import Layer, MedusaHeads
 from tokentree.heads.saved import read_heads
 from tokentree.sequence import Sequence
 from tokentree.shapes.base import Shape
-from tokentree.top import top_logits
+from tokentree.top import top_logprobs
 from tokentree.tree import Floats, Ints
 
 TOP = 10  # tokens that are kept of each head
@@ -59,7 +59,7 @@ class Medusa(Drafter):
         divisors = [1.0] * heads.num_heads if temperatures is None else list(temperatures)
         if len(divisors) != heads.num_heads or not all(divisor > 0 for divisor in divisors):
             raise PairingError(f"{heads.num_heads} Medusa heads need as many temperatures, all above 0")
-        self._divisors = torch.tensor(divisors, device=features.device)[:, None, None]
+        self._divisors = np.array(divisors, np.float32)
         _grow(np.zeros((1, 1), np.int64), np.ones((1, 1)), 1, 1)  # compiled before any request waits for it
 
     @classmethod
@@ -89,10 +89,9 @@ class Medusa(Drafter):
         and their probabilities."""
         logits = self._heads.logits(hidden)[..., : self._engine.vocab_size]
         heads, rows, vocab = logits.shape
-        values, ids = top_logits(logits.reshape(-1, vocab), min(TOP, vocab))
-        sums = (logits.float() / self._divisors).logsumexp(-1).cpu().numpy()
-        probs = np.exp(values.reshape(heads, rows, -1) / self._divisors.cpu().numpy() - sums[..., None])
-        ids = ids.reshape(probs.shape)
+        divisors = self._divisors.repeat(rows)
+        logprobs, ids = top_logprobs(logits.reshape(-1, vocab), min(TOP, vocab), divisors)
+        probs, ids = np.exp(logprobs.reshape(heads, rows, -1)), ids.reshape(heads, rows, -1)
         return ids if self._ids is None else self._ids[ids], probs.astype(np.float64)
 
 

@@ -17,7 +17,7 @@ import numba
 import numpy as np
 
 from tokentree.engines.kernels import BLOCK, LANES, TILE_ROWS, tile_float32
-from tokentree.engines.numbers import exponentials, narrow
+from tokentree.numbers import exponentials, narrow
 from tokentree.threads import WORKER, address_of, claim, doubles, floats, halves, integers
 
 HIDDEN = np.float32(-math.inf)

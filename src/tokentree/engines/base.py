@@ -95,8 +95,8 @@ class Features:
         embedding: makes embeddings [..., hidden size] of token ids.
         output_layer: makes logits [..., vocab] of hidden states [..., hidden size].
         output_weights: given token ids int64[n], the weight [n, hidden size] and bias [n] (or None) of that layer.
-        linear: given weight [outputs, inputs] and bias [outputs] (or None), the linear layer that the engine runs
-            fastest.
+        linear: given weight [outputs, inputs] and bias [outputs] (or None), the linear layer for drafts that the engine
+            runs fastest; on CPUs it is rounded to 8 bits.
         dtype, device: of hidden states.
     """
 

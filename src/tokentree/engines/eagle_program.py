@@ -11,9 +11,9 @@ from torch import nn
 from tokentree.engines.attention import Segment
 from tokentree.engines.fused import FusedNorm
 from tokentree.engines.kernels import BLOCK
-from tokentree.engines.linear import PackedLinear
 from tokentree.engines.packing import Packing
-from tokentree.engines.program import Behind, Steps
+from tokentree.engines.program import Behind, Steps, Turns
+from tokentree.engines.quantized import QuantizedLinear
 from tokentree.heads.eagle import EagleHead
 
 
@@ -27,7 +27,8 @@ class _Heads:
 
 
 class EagleProgram(Steps):
-    """What `EagleHead.forward` and, of EAGLE-3, `EagleHead.logits` do, step by step, in bfloat16 on a CPU.
+    """What `EagleHead.forward` and, of EAGLE-3, `EagleHead.logits` do, step by step, in bfloat16 on a CPU, with weights
+    in 8 bits: drafts needn't be exact.
 
     Args:
         head: one that `fits`, in bfloat16; it stays as it is.
@@ -35,10 +36,10 @@ class EagleProgram(Steps):
 
     def __init__(self, head: EagleHead) -> None:
         sizes = head.sizes
-        self._version, self._rotary, self._width = sizes.version, head.rotary, sizes.hidden_size
+        self._version, self._turns, self._width = sizes.version, Turns(head.rotary), sizes.hidden_size
         self._heads = _Heads(sizes.num_heads, sizes.num_kv_heads, sizes.head_dim, sizes.head_dim**-0.5)
         self._inner_size = sizes.intermediate_size
-        packing, half = Packing(PackedLinear), sizes.intermediate_size
+        packing, half = Packing(QuantizedLinear), sizes.intermediate_size
         halves = [nn.Linear(sizes.hidden_size, half, bias=False, device="meta") for _ in range(2)]
         for layer, weight in zip(halves, head.gate_up.weight.split(half), strict=True):
             layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
@@ -59,7 +60,7 @@ class EagleProgram(Steps):
         layers = [head.fc, head.qkv, head.o_proj, head.gate_up, head.down_proj]
         columns = [sizes.hidden_size, sizes.intermediate_size, sizes.num_heads * sizes.head_dim, head.qkv.out_features]
         return (
-            Packing(PackedLinear).fits(*layers)
+            Packing(QuantizedLinear).fits(*layers)
             and not any(count % BLOCK for count in columns)
             and not sizes.norm_before_residual
             and (sizes.target_hidden_size or sizes.hidden_size) == sizes.hidden_size
@@ -81,7 +82,7 @@ class EagleProgram(Steps):
             self._embedded[:rows], self._residual[:rows] = embedded, known
         else:
             self._x[:rows, : self._width], self._x[:rows, self._width :] = embedded, known
-        cos, sin = (turn[0].contiguous() for turn in self._rotary(embedded, positions[None]))
+        cos, sin = self._turns.at(positions)
         logits = None
         if self._version == 3:
             logits = torch.empty(rows, len(self._lm_head.start), dtype=torch.bfloat16)

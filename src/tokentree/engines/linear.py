@@ -14,7 +14,7 @@ from torch import nn
 
 from tokentree.engines import rows as each
 from tokentree.engines.kernels import BFLOAT16_WIDE, BLOCK, CHUNKS, TILE_ROWS, tile_bfloat16
-from tokentree.engines.numbers import narrow, widen
+from tokentree.numbers import narrow, widen
 from tokentree.threads import WORKER, address_of, claim, floats, halves, integers, run
 
 BFLOAT16_CALL = 9  # integers that describe a product

@@ -26,11 +26,11 @@ from tokentree.engines.attention import Segment, Upto
 from tokentree.engines.fused import FusedAttention, FusedMLP, FusedNorm
 from tokentree.engines.kernels import BFLOAT16_WIDE, BLOCK
 from tokentree.engines.linear import BFLOAT16_CALL, PackedLinear, multiply_bfloat16
-from tokentree.engines.numbers import widen
 from tokentree.engines.packing import Packing
 from tokentree.engines.quantized import CALL as QUANTIZED_CALL
 from tokentree.engines.quantized import QuantizedLinear, multiply_int4, multiply_int8
 from tokentree.engines.quants import WIDE
+from tokentree.numbers import widen
 from tokentree.threads import (
     WORKER,
     address_of,
@@ -82,6 +82,32 @@ class Behind:
     norm: FusedNorm
     gate_up: Any
     down_proj: Any
+
+
+class Turns:
+    """Rotary positions, computed once for each position.
+
+    Args:
+        rotary: a transformers model's own module, or one like it.
+    """
+
+    def __init__(self, rotary: nn.Module) -> None:
+        self._rotary: Any = rotary
+        self._fixed = getattr(rotary, "rope_type", None) not in ("dynamic", "longrope")  # they differ by length
+        self._cos = self._sin = torch.empty(0, 0)
+
+    def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines, bfloat16[rows, width], at ``positions`` int64[rows]."""
+        if not self._fixed:
+            return self._computed(positions)
+        end = int(positions.max()) + 1
+        if end > len(self._cos):
+            self._cos, self._sin = self._computed(torch.arange(max(1024, 1 << (end - 1).bit_length())))
+        return self._cos[positions], self._sin[positions]
+
+    def _computed(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = self._rotary(torch.empty(0, dtype=torch.bfloat16), positions[None])
+        return cos[0].contiguous(), sin[0].contiguous()
 
 
 class Steps:
@@ -226,7 +252,7 @@ class Program(Steps):
 
     def __init__(self, model: PreTrainedModel) -> None:
         body: Any = model.model
-        self._embed, self._turns, self._head = body.embed_tokens, body.rotary_emb, model.lm_head
+        self._embed, self._turns, self._head = body.embed_tokens, Turns(body.rotary_emb), model.lm_head
         self._layers, self._last = list(body.layers), body.norm
         sizes, self._hidden_size = self._layers[0].self_attn, len(self._last.weight)
         self._inner_size = self._layers[0].mlp.gate_up.num_outputs
@@ -270,9 +296,8 @@ class Program(Steps):
         """
         rows = len(ids)
         self.reserve(rows)
-        embedded = self._embed(ids)
-        self._residual[:rows] = embedded
-        cos, sin = (turn[0].contiguous() for turn in self._turns(embedded, positions[None]))
+        self._residual[:rows] = self._embed(ids)
+        cos, sin = self._turns.at(positions)
         logits = torch.empty(rows if upto == "logits" else 0, len(self._head.start), dtype=torch.bfloat16)
         count = {"kv": self._up_to_kv, "hidden": len(self._steps) - 1, "logits": len(self._steps)}[upto]
         self._steps[-1, 1 + self._head.RESULT] = logits.data_ptr()

@@ -15,7 +15,7 @@ from torch import nn
 
 from tokentree.engines import rows as each
 from tokentree.engines.kernels import BLOCK, CHUNKS
-from tokentree.engines.linear import pass_of, restored, rows_of, store_rows, whole
+from tokentree.engines.linear import linear_of, pass_of, restored, rows_of, store_rows, whole
 from tokentree.engines.quants import WIDE, tile_int4, tile_int8
 from tokentree.threads import WORKER, address_of, claim, floats, integers, run
 
@@ -146,6 +146,12 @@ class QuantizedLinear(nn.Module):
             self.weight.data_ptr(), inputs, self.groups * self.group * INPUTS.itemsize, result, 2 * outputs,
             self.groups, words, outputs // BLOCK, self.gated, scales, totals, self.start.data_ptr(),
         ]  # fmt: skip
+
+
+def draft_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
+    """The fastest linear layer that there is for drafts, which needn't be exact: on CPUs in 8 bits."""
+    fits = weight.device.type == "cpu" and QuantizedLinear.fits(weight)
+    return QuantizedLinear(weight, bias) if fits else linear_of(weight, bias)
 
 
 # -- the loops, compiled when first asked for --------------------------------------------------------------------------

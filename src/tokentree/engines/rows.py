@@ -9,7 +9,7 @@ import numba
 import numpy as np
 
 from tokentree.engines.kernels import LANES
-from tokentree.engines.numbers import exponentials, narrow, widen
+from tokentree.numbers import exponentials, narrow, widen
 
 
 @numba.njit

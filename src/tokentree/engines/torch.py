@@ -18,13 +18,13 @@ from tokentree.engines.attention import ForwardKV, Segment, Upto, dense_mask, tr
 from tokentree.engines.base import KEPT, DraftEngine, Features, TargetOutput
 from tokentree.engines.kept import KeptPacking, Place
 from tokentree.engines.kv import KVLayout, SequenceKV
-from tokentree.engines.linear import PackedLinear, linear_of, weights_of
+from tokentree.engines.linear import PackedLinear, weights_of
 from tokentree.engines.packing import GgufPacking, Packing
 from tokentree.engines.prefix import PrefixCache
 from tokentree.engines.prepare import pack, private_copy, steady_activations
 from tokentree.engines.program import Program
 from tokentree.engines.proof import in_trees, own_forward
-from tokentree.engines.quantized import QuantizedLinear
+from tokentree.engines.quantized import QuantizedLinear, draft_linear
 from tokentree.engines.support import (
     check_quantization,
     check_supported,
@@ -202,7 +202,7 @@ class TorchEngine:
             return weights_of(head, ids, size, self.dtype)
 
         embedding = self._model.get_input_embeddings()
-        return Features(size, num_layers, embedding, head, weights, linear_of, self.dtype, self.device)
+        return Features(size, num_layers, embedding, head, weights, draft_linear, self.dtype, self.device)
 
     def hidden(self, seq: Sequence, place: int | None = None) -> torch.Tensor:
         kv = self._kv_of(seq)
