@@ -145,8 +145,6 @@ def test_the_output_layer_of_some_tokens_gives_their_logits(family: str, dtype: 
     hidden = torch.randn(4, features.hidden_size, generator=torch.Generator().manual_seed(0)).to(dtype)
     expected = features.output_layer(hidden)[:, ids].float()
     weight, bias = features.output_weights(ids)
-    exact = torch.nn.functional.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
-    assert torch.allclose(exact, expected, rtol=1e-2, atol=1e-2)
     least = 1e-2 if dtype is torch.float32 else 5e-2  # in 8 bits
     assert torch.allclose(features.linear(weight, bias)(hidden).float(), expected, rtol=1e-2, atol=least)
     assert bias is None

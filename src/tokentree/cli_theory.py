@@ -1,0 +1,87 @@
+"""The command that tells what acceptance rates let one expect."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tokentree.cli_options import consoles
+from tokentree.errors import OptionError, PromptError
+
+
+def theory(
+    alpha: Annotated[float, typer.Option(help="The chance that a candidate is the token.")] = 0.8,
+    branching: Annotated[int, typer.Option(help="Children of every node.")] = 2,
+    depth: Annotated[int, typer.Option(help="Candidates on a path.")] = 3,
+    ranks: Annotated[
+        str | None, typer.Option(help="Acceptance by rank instead of --alpha, such as 0.6,0.15,0.05.")
+    ] = None,
+    curve: Annotated[Path | None, typer.Option(help="What 'calibrate --json' printed: the cost of a forward.")] = None,
+    draft_cost: Annotated[float, typer.Option(help="Of a level of drafting, in plain steps.")] = 0.0,
+    trials: Annotated[int, typer.Option(help="Of the simulation that checks it.")] = 100_000,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """What to expect of a chain and of a tree, and what is taught about them."""
+    import numpy as np
+    from rich.table import Table
+
+    from tokentree.theory import Cost, expected, full_tree, rates_of, simulated_tokens, taught_success
+
+    rates = rates_of(alpha, max(branching, 1)) if ranks is None else _numbers(ranks)
+    cost = None if curve is None else Cost.read(_text(curve))
+    console, errors = consoles()
+    found = {
+        f"chain of {depth}": (1, expected(rates[:1], 1, depth, cost, draft_cost)),
+        f"tree, {branching} children, depth {depth}": (branching, expected(rates, branching, depth, cost, draft_cost)),
+    }
+    with errors.status("simulating"):
+        generator = np.random.default_rng(seed)
+        checked = {
+            name: simulated_tokens(rates, full_tree(width, depth), trials, generator)
+            for name, (width, _) in found.items()
+        }
+    taught = taught_success(rates[0], branching, depth)
+    if as_json:
+        shown = {
+            name: asdict(what) | {"speed_up": what.speed_up, "simulated": list(checked[name])}
+            for name, (_, what) in found.items()
+        }
+        print(json.dumps({"rates": rates, "taught_success": taught, "expected": shown}))
+        return
+    table = Table(title="acceptance by rank: " + ", ".join(f"{rate:.3g}" for rate in rates))
+    for column in ("", "candidates", "a whole path", "tokens a forward", "simulated", "step, x plain", "speed-up"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, (_, what) in found.items():
+        mean, error = checked[name]
+        table.add_row(
+            name, str(what.nodes), f"{what.whole:.1%}", f"{what.tokens:.3f}", f"{mean:.3f} ± {2 * error:.3f}",
+            f"{what.cost:.2f}", f"{what.speed_up:.2f}",
+        )  # fmt: skip
+    console.print(table)
+    console.print(
+        f"1 - (1 - {rates[0]:.3g}^{depth})^({branching}^{depth}) = {taught:.1%} is often taught for the tree. It is no "
+        "bound either way: paths that share a prefix fail together, and siblings exclude each other, so that their "
+        "chances add up.",
+        highlight=False,
+    )
+    if cost is None:
+        console.print("A forward is taken to cost the same with any number of rows: see --curve.", highlight=False)
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise OptionError(f"--ranks takes numbers with commas between them, and got {text!r}") from None
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise PromptError(f"can't read the cost curve {str(file)!r}") from None

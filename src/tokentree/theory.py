@@ -1,0 +1,185 @@
+"""What acceptance rates let one expect of chains and trees.
+
+One model of acceptance underlies all of it: wherever a node is accepted, the candidate of rank r below it is the
+target's token with probability ``rates[r]``. Candidates of one node exclude each other, so their probabilities add up,
+to 1 at most.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, Field, ValidationError
+
+from tokentree.errors import OptionError
+
+Path = tuple[int, ...]
+
+
+def check_rates(rates: Sequence[float]) -> None:
+    """Raises `OptionError` unless these can be acceptance rates by rank."""
+    if not rates or min(rates) < 0 or sum(rates) > 1 + 1e-9:
+        raise OptionError("acceptance rates by rank are probabilities that add up to 1 at most")
+
+
+def rates_of(alpha: float, branching: int) -> list[float]:
+    """Acceptance by rank where every candidate has the chance ``alpha`` of being the token, given that those before it
+    are not: ``alpha * (1 - alpha) ** rank``."""
+    if not 0 <= alpha <= 1:
+        raise OptionError("alpha is a probability")
+    return [alpha * (1 - alpha) ** rank for rank in range(branching)]
+
+
+# -- chains ------------------------------------------------------------------------------------------------------------
+
+
+def whole_chain(alpha: float, length: int) -> float:
+    """The probability that a chain of candidates is accepted to its end: ``alpha ** length``."""
+    return alpha**length
+
+
+def tokens_of_chain(alpha: float, length: int) -> float:
+    """Expected tokens per forward, the bonus included: (1 - alpha ** (length + 1)) / (1 - alpha) (Leviathan et al.
+    2023, arXiv:2211.17192, equation 1)."""
+    return math.fsum(alpha**depth for depth in range(length + 1))
+
+
+# -- trees -------------------------------------------------------------------------------------------------------------
+
+
+def taught_success(alpha: float, branching: int, depth: int) -> float:
+    """``1 - (1 - alpha ** depth) ** (branching ** depth)``, which is taught as the probability that some path of a tree
+    is accepted to its end.
+
+    It treats the paths as if they were independent, and is a bound in neither direction: paths that share a prefix fail
+    together, which makes the truth lower; siblings exclude each other, so that their chances add up, which makes it
+    higher. See `whole_path`.
+    """
+    return 1 - (1 - alpha**depth) ** (branching**depth)
+
+
+def whole_path(rates: Sequence[float], branching: int, depth: int) -> float:
+    """The probability that some path of a full tree is accepted to its end: at each level, that the token is among the
+    ``branching`` candidates, ``sum(rates[:branching]) ** depth``."""
+    check_rates(rates)
+    return math.fsum(rates[:branching]) ** depth
+
+
+def full_tree(branching: int, depth: int) -> list[Path]:
+    """All rank paths of the tree with so many children at every node, prefixes first."""
+    return [path for length in range(1, depth + 1) for path in product(range(branching), repeat=length)]
+
+
+def tokens_of_tree(rates: Sequence[float], paths: Sequence[Path]) -> float:
+    """Expected tokens per forward, the bonus included: the sum, over all nodes, of the probability that a node is
+    accepted, which is the product of the rates along its path. Ranks without a rate are never accepted."""
+    check_rates(rates)
+    known = len(rates)
+    return 1 + math.fsum(math.prod(rates[r] if r < known else 0.0 for r in path) for path in paths)
+
+
+def simulated_tokens(
+    rates: Sequence[float], paths: Sequence[Path], trials: int, generator: np.random.Generator
+) -> tuple[float, float]:
+    """The mean of tokens per forward over ``trials`` walks down the tree, each level's rank drawn, and its standard
+    error."""
+    check_rates(rates)
+    if trials < 2:
+        raise OptionError("a simulation needs at least 2 trials")
+    nodes, deepest = set(paths), max(map(len, paths), default=0)
+    chances = np.append(rates, max(0.0, 1 - math.fsum(rates)))
+    drawn = generator.choice(len(chances), (trials, deepest), p=chances / chances.sum())
+    tokens: NDArray[np.int64] = np.ones(trials, np.int64)
+    for trial, ranks in enumerate(drawn.tolist()):
+        while tokens[trial] <= deepest and tuple(ranks[: tokens[trial]]) in nodes:
+            tokens[trial] += 1
+    return float(tokens.mean()), float(tokens.std(ddof=1) / math.sqrt(trials))
+
+
+# -- speed -------------------------------------------------------------------------------------------------------------
+
+
+class Cost(BaseModel):
+    """What a forward of the target costs by its rows: a part of what `tokentree calibrate --json` prints.
+
+    Args:
+        rows: ascending, from 1 on.
+        seconds: of a forward with so many.
+    """
+
+    rows: list[int] = Field(min_length=1)
+    seconds: list[float] = Field(min_length=1)
+
+    @classmethod
+    def read(cls, text: str) -> Cost:
+        """
+        Raises:
+            OptionError: if ``text`` is no such JSON object.
+        """
+        try:
+            cost = cls.model_validate_json(text)
+        except ValidationError:
+            raise OptionError(
+                "no cost curve: it is a JSON object with rows and seconds, as calibrate --json prints it"
+            ) from None
+        ascending = all(a < b for a, b in zip(cost.rows, cost.rows[1:], strict=False))
+        if len(cost.rows) != len(cost.seconds) or cost.rows[0] != 1 or not ascending or min(cost.seconds) <= 0:
+            raise OptionError("a cost curve has ascending rows from 1 on, and as many seconds, all above 0")
+        return cost
+
+    def of(self, rows: int) -> float:
+        """In plain steps; between what was measured on a straight line, and beyond it along the last one."""
+        xs, ys = np.array(self.rows, float), np.array(self.seconds) / self.seconds[0]
+        if rows <= xs[-1] or len(xs) == 1:
+            return float(np.interp(rows, xs, ys))
+        return float(ys[-1] + (rows - xs[-1]) * (ys[-1] - ys[-2]) / (xs[-1] - xs[-2]))
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What to expect of one way of drafting.
+
+    Args:
+        nodes: candidates that are verified.
+        whole: the probability that some path is accepted to its end.
+        tokens: per forward.
+        cost: of a step, in plain steps: drafting and verifying.
+    """
+
+    nodes: int
+    whole: float
+    tokens: float
+    cost: float
+
+    @property
+    def speed_up(self) -> float:
+        """E[tokens] / (T_draft + T_verify), in plain steps."""
+        return self.tokens / self.cost
+
+
+def expected(
+    rates: Sequence[float], branching: int, depth: int, cost: Cost | None = None, draft_cost: float = 0.0
+) -> Expected:
+    """Of a full tree; ``branching`` 1 is a chain.
+
+    Args:
+        cost: of a forward; None: the same, however many rows it has.
+        draft_cost: of one level of drafting, in plain steps.
+
+    Raises:
+        OptionError: if a number makes no sense.
+    """
+    if branching < 1 or depth < 1 or draft_cost < 0:
+        raise OptionError("branching and depth are at least 1, and a draft's cost at least 0")
+    if branching**depth > 1_000_000:
+        raise OptionError("a full tree of that branching and depth has over a million leaves")
+    paths = full_tree(branching, depth)
+    verify = 1.0 if cost is None else cost.of(1 + len(paths))
+    return Expected(
+        len(paths), whole_path(rates, branching, depth), tokens_of_tree(rates, paths), verify + depth * draft_cost
+    )
