@@ -67,7 +67,7 @@ def whole_path(rates: Sequence[float], branching: int, depth: int) -> float:
     """The probability that some path of a full tree is accepted to its end: at each level, that the token is among the
     ``branching`` candidates, ``sum(rates[:branching]) ** depth``."""
     check_rates(rates)
-    return float(math.fsum(rates[:branching]) ** depth)
+    return math.pow(math.fsum(rates[:branching]), depth)
 
 
 def full_tree(branching: int, depth: int) -> list[Path]:
