@@ -40,7 +40,7 @@ def rates_of(alpha: float, branching: int) -> list[float]:
 
 def whole_chain(alpha: float, length: int) -> float:
     """The probability that a chain of candidates is accepted to its end: ``alpha ** length``."""
-    return alpha**length
+    return math.pow(alpha, length)
 
 
 def tokens_of_chain(alpha: float, length: int) -> float:

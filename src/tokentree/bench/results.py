@@ -51,6 +51,7 @@ class Run(BaseModel):
     versions: dict[str, str]
     machine: dict[str, Any]
     settings: dict[str, Any]
+    memory_mb: float = Field(0.0, description="the most that the process had resident, all methods together")
     samples: list[Sample] = []
 
     @classmethod
@@ -94,6 +95,16 @@ def new_run(settings: dict[str, Any]) -> Run:
         machine=machine,
         settings=settings,
     )
+
+
+def peak_memory() -> float:
+    """The most that this process has had resident, in MB; 0 where the system can't tell."""
+    try:
+        import resource
+    except ImportError:  # not a Unix
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e6 if sys.platform == "darwin" else 1024)
 
 
 def _version(name: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tokentree.bench.methods import TreeMethod
 from tokentree.bench.peers import Method, Output
-from tokentree.bench.results import Run, Sample
+from tokentree.bench.results import Run, Sample, peak_memory
 from tokentree.llm import LLM
 from tokentree.prompts import Conversation
 from tokentree.sampling import SamplingParams
@@ -143,4 +143,5 @@ def _keep(llm: LLM, run: Run, folder: Path, samples: list[Sample], progress: Cal
         sample.text = _text(llm, sample.token_ids)
         run.samples.append(sample)
         progress(sample)
+    run.memory_mb = max(run.memory_mb, peak_memory())
     run.save(folder)

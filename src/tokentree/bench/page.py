@@ -1,0 +1,197 @@
+"""A run as a page, `report.md`, and what its pictures show."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tokentree.bench.report import summarise
+from tokentree.bench.results import Run, Sample
+
+# Spec-Bench's kinds (Xia et al. 2024, arXiv:2401.07851) and HumanEval, as tasks
+GROUPS = {
+    "Q&A": ("qa", "rag"),
+    "summarisation": ("summarization",),
+    "code": ("coding", "humaneval"),
+    "creative writing": ("writing", "roleplay"),
+    "translation": ("translation",),
+    "maths": ("math", "math_reasoning"),
+    "other": ("reasoning", "extraction", "stem", "humanities"),
+}
+DRAWS = 2000  # of a bootstrap
+CHAIN = ":chain:"  # what tells a chain's name
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A speed-up, and the interval that holds it in 95% of the bootstrap's draws."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
+
+
+def group_of(category: str) -> str:
+    """The task that a category belongs to; an unknown one is a task by itself."""
+    for name, members in GROUPS.items():
+        if any(category.lower().startswith(member) for member in members):
+            return name
+    return category
+
+
+def methods_of(run: Run) -> list[str]:
+    return list(dict.fromkeys(sample.method for sample in run.samples))
+
+
+def best_chain(run: Run) -> str | None:
+    """The fastest of the methods that draft chains, over all prompts."""
+    chains = [row for row in summarise(run) if CHAIN in row.method]
+    return max(chains, key=lambda row: row.tokens_per_second).method if chains else None
+
+
+def gain(samples: Sequence[Sample], method: str, base: str, seed: int = 0) -> Gain | None:
+    """How many times as fast as ``base`` a method decoded: rates pooled over the turns that both finished, and a
+    bootstrap over these turns (Efron 1979), seeded. None if there are none."""
+    times = {
+        name: {
+            s.place: (s.decoded_tokens, s.decode_seconds)
+            for s in samples
+            if s.method == name and s.error is None and s.decode_seconds
+        }
+        for name in (method, base)
+    }
+    places = [place for place in times[method] if place in times[base]]
+    if not places:
+        return None
+    mine, theirs = (np.array([times[name][place] for place in places]) for name in (method, base))
+    drawn = np.random.default_rng(seed).integers(0, len(places), (DRAWS, len(places)))
+    ratios = _ratio(mine[drawn].sum(1), theirs[drawn].sum(1))
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return Gain(float(_ratio(mine.sum(0), theirs.sum(0))), float(low), float(high))
+
+
+def _ratio(mine: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """Of rates; [..., 2] holds tokens and seconds."""
+    rates: np.ndarray = (mine[..., 0] / mine[..., 1]) / (theirs[..., 0] / theirs[..., 1])
+    return rates
+
+
+def acceptance_by_depth(samples: Sequence[Sample], method: str) -> list[tuple[int, float, int]]:
+    """Depth, the share of steps whose tree went so deep in which a node there was accepted, and how many these were."""
+    accepted, offered = Counter[int](), Counter[int]()
+    for sample in samples:
+        if sample.method == method:
+            accepted.update(dict(enumerate(sample.metrics.get("accepted_by_depth", []), start=1)))
+            offered.update(dict(enumerate(sample.metrics.get("offered_by_depth", []), start=1)))
+    return [(depth, accepted[depth] / steps, steps) for depth, steps in sorted(offered.items()) if steps]
+
+
+def page(run: Run, pictures: Sequence[Path] = ()) -> str:
+    """The page, as Markdown; ``pictures`` are named beside it."""
+    methods, chain = methods_of(run), best_chain(run)
+    by_group: dict[str, list[Sample]] = {}
+    for sample in run.samples:
+        by_group.setdefault(group_of(sample.category), []).append(sample)
+    order = [name for name in GROUPS if name in by_group] + [name for name in by_group if name not in GROUPS]
+    parts = [f"# {Path(str(run.settings.get('model'))).name}", _where(run)]
+    parts += ["## All prompts", _overall(run, methods, chain)]
+    parts += [f"![{picture.stem}]({picture.name})" for picture in pictures]
+    parts += ["## By task", "Times plain's speed, decoding, with 95% intervals:", _gains(by_group, order, methods)]
+    parts += ["Tokens per forward:", _lengths(run, by_group, order, methods)]
+    categories = list(dict.fromkeys(sample.category for sample in run.samples))
+    if categories != order:
+        by_category = {name: [s for s in run.samples if s.category == name] for name in categories}
+        parts += ["## By category", _gains(by_category, categories, methods)]
+    parts += ["## Where the time goes", _shares(run, methods)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _where(run: Run) -> str:
+    machine, versions = run.machine, run.versions
+    sampling = run.settings.get("sampling", {})
+    lines = [
+        f"- {run.started[:10]}, commit {run.commit or 'unknown'}",
+        f"- {machine.get('processor')}, {machine.get('cores')} cores, {machine.get('threads')} threads, "
+        f"{machine.get('device')}; " + ", ".join(f"{name} {number}" for name, number in versions.items()),
+        f"- {run.settings.get('dtype', '').removeprefix('torch.')}"
+        + (f", {run.settings['quantization']}" if run.settings.get("quantization") else "")
+        + f", at most {sampling.get('max_tokens')} tokens, temperature {sampling.get('temperature')}",
+        f"- {len({s.place for s in run.samples})} turns, methods interleaved on each",
+    ]
+    if run.memory_mb:
+        lines.append(f"- at most {run.memory_mb:.0f} MB resident, all methods in one process")
+    return "\n".join([*lines, "", f"```\n{run.command}\n```"])
+
+
+def _overall(run: Run, methods: Sequence[str], chain: str | None) -> str:
+    rows = {row.method: row for row in summarise(run)}
+    heads = ["method", "tokens", "accepted", "tokens a forward", "tokens/s", "x first", "x best chain", "end to end",
+             "same ids"]  # fmt: skip
+    lines, fastest = list[list[str]](), max(rows.values(), key=lambda row: row.tokens_per_second)
+    for name in methods:
+        row, mine = rows[name], [s for s in run.samples if s.method == name and s.error is None]
+        mean = sum(len(s.token_ids) for s in mine) / max(1, len(mine))
+        against = None if chain is None else gain(run.samples, name, chain)
+        first = gain(run.samples, name, methods[0])
+        lines.append([
+            f"**{name}**" if row is fastest else name, f"{mean:.0f}", _share(row.acceptance_rate),
+            _number(row.mean_accepted_length), f"{row.tokens_per_second:.1f}", _gain(first), _gain(against),
+            f"{row.end_to_end / rows[methods[0]].end_to_end:.2f}" if rows[methods[0]].end_to_end else "",
+            f"{row.same}/{row.samples}" + (f", {row.failures} failed" if row.failures else ""),
+        ])  # fmt: skip
+    note = f"\n\nThe best chain is {chain}." if chain is not None else ""
+    return _table(heads, lines) + note
+
+
+def _gains(groups: dict[str, list[Sample]], order: Sequence[str], methods: Sequence[str]) -> str:
+    lines = [[name, *(_gain(gain(groups[group], name, methods[0])) for group in order)] for name in methods[1:]]
+    return _table(["method", *order], lines)
+
+
+def _lengths(run: Run, groups: dict[str, list[Sample]], order: Sequence[str], methods: Sequence[str]) -> str:
+    lines = []
+    for name in methods:
+        cells = []
+        for group in order:
+            mine = [s.metrics for s in groups[group] if s.method == name and s.error is None]
+            forwards = sum(m.get("target_forwards", 0) for m in mine)
+            cells.append(f"{sum(m['new_tokens'] for m in mine) / forwards:.2f}" if forwards else "")
+        lines.append([name, *cells])
+    return _table(["method", *order], lines)
+
+
+def _shares(run: Run, methods: Sequence[str]) -> str:
+    lines = []
+    for name in methods:
+        mine = [s.metrics for s in run.samples if s.method == name and "verify_seconds" in s.metrics]
+        spent = [sum(m[part] for m in mine) for part in ("draft_seconds", "verify_seconds", "accept_seconds")]
+        forwards = sum(m["target_forwards"] for m in mine)
+        if forwards:
+            each = [f"{1e3 * seconds / forwards:.2f} ({seconds / sum(spent):.0%})" for seconds in spent]
+            lines.append([name, *each])
+    return _table(["method", "draft, ms a step", "verify", "accept"], lines) if lines else ""
+
+
+def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *["---:"] * (len(heads) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (heads, rule, *lines))
+
+
+def _gain(found: Gain | None) -> str:
+    return "" if found is None or not math.isfinite(found.value) else str(found)
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"

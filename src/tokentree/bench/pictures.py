@@ -1,0 +1,68 @@
+"""The pictures of a run. They need matplotlib: the extra `plot`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokentree.bench.page import GROUPS, acceptance_by_depth, gain, group_of, methods_of
+from tokentree.bench.results import Run
+
+# Okabe and Ito's colours, which colour-blind people can tell apart
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
+FEW = 20  # steps below which a depth is not drawn
+
+
+def draw_speed(run: Run, file: Path) -> None:
+    """How many times as fast as the first method each other one is, overall with its interval, and by task."""
+    from matplotlib.figure import Figure
+
+    methods = methods_of(run)
+    groups = {group_of(sample.category) for sample in run.samples}
+    order = [name for name in GROUPS if name in groups] + sorted(groups - set(GROUPS))
+    figure = Figure(figsize=(10, 1.2 + 0.55 * len(methods) + 2.6), layout="constrained", facecolor="white")
+    above, below = figure.subplots(2, 1, height_ratios=(0.55 * len(methods) + 0.4, 2.6))
+    found = [(name, gain(run.samples, name, methods[0])) for name in methods[1:]]
+    shown = [(name, value) for name, value in found if value is not None]
+    for place, (_, value) in enumerate(shown):
+        errors = [[value.value - value.low], [value.high - value.value]]
+        colour = COLOURS[place % len(COLOURS)]
+        above.barh(place, value.value, xerr=errors, color=colour, ecolor="#444444", capsize=3)
+        above.text(value.high + 0.03, place, f"{value.value:.2f}", va="center", fontsize=9)
+    above.set_yticks(range(len(shown)), [name for name, _ in shown], fontsize=9)
+    above.invert_yaxis()
+    above.axvline(1, color="grey", linestyle=":")
+    above.set(title=f"times the speed of {methods[0]}, all prompts", xlim=(0, None))
+    above.grid(axis="x", alpha=0.3)
+    wide = 0.8 / max(1, len(shown))
+    for place, (name, _) in enumerate(shown):
+        values = [gain([s for s in run.samples if group_of(s.category) == g], name, methods[0]) for g in order]
+        xs = [i + (place - (len(shown) - 1) / 2) * wide for i in range(len(order))]
+        below.bar(xs, [v.value if v else 0 for v in values], wide, color=COLOURS[place % len(COLOURS)])
+    below.set_xticks(range(len(order)), order, fontsize=9)
+    below.axhline(1, color="grey", linestyle=":")
+    below.set(title="by task", ylim=(0, None))
+    below.grid(axis="y", alpha=0.3)
+    figure.savefig(file, dpi=130)
+
+
+def draw_acceptance(run: Run, file: Path) -> bool:
+    """How often a node was accepted at each depth, by method. False if no method tells."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained", facecolor="white")
+    axes, drawn = figure.subplots(), 0
+    for place, name in enumerate(methods_of(run)[1:]):
+        points = [(depth, share) for depth, share, steps in acceptance_by_depth(run.samples, name) if steps >= FEW]
+        if points:
+            axes.plot(*zip(*points, strict=True), "o-", color=COLOURS[place % len(COLOURS)], label=name, markersize=4)
+            drawn += 1
+    if not drawn:
+        return False
+    axes.set(
+        xlabel="depth", ylabel="share of trees so deep that had a node accepted there", title="Acceptance by depth",
+        ylim=(0, 1), xlim=(0.7, None),
+    )  # fmt: skip
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(file, dpi=130)
+    return True

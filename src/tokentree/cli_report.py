@@ -1,0 +1,46 @@
+"""The command that makes a page of a run."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tokentree.cli_options import consoles
+from tokentree.errors import OptionError
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="The folder of a run, with results.json in it.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for report.md and pictures; default: the same.")] = None,
+    form: Annotated[str, typer.Option("--format", help="Of the pictures: png or svg.")] = "png",
+) -> None:
+    """Make a page with tables and pictures of a run of 'bench'."""
+    if form not in ("png", "svg"):
+        raise OptionError(f"--format is png or svg, not {form!r}")
+    from tokentree.bench.page import page
+    from tokentree.bench.results import Run
+
+    run, out = Run.load(folder), out or folder
+    if not run.samples:
+        raise OptionError(f"the run in {str(folder)!r} has no samples yet")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(f"can't write to the folder {str(out)!r}: {error.strerror}") from None
+    pictures, (console, errors) = list[Path](), consoles()
+    if importlib.util.find_spec("matplotlib") is None:
+        errors.print("no pictures: they need matplotlib, pip install 'tokentree[plot]'", markup=False)
+    else:
+        from tokentree.bench.pictures import draw_acceptance, draw_speed
+
+        with errors.status("drawing"):
+            if len({sample.method for sample in run.samples}) > 1:
+                pictures.append(out / f"speed.{form}")
+                draw_speed(run, pictures[-1])
+            if draw_acceptance(run, out / f"acceptance.{form}"):
+                pictures.append(out / f"acceptance.{form}")
+    (out / "report.md").write_text(page(run, pictures), encoding="utf-8")
+    console.print(f"the report is in {out / 'report.md'}", highlight=False, markup=False)
