@@ -114,7 +114,7 @@ def test_a_run_goes_on_where_it_stopped(llm: LLM, tmp_path: Path) -> None:
 def test_what_is_no_run_cannot_go_on(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "results.json").write_text(content)
-    with pytest.raises(OptionError, match="there is no run to resume in"):
+    with pytest.raises(OptionError, match="there is no run in"):
         Run.load(tmp_path)
 
 

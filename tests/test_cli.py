@@ -215,7 +215,7 @@ def test_bench_resumes_a_run_with_its_own_settings(run: Command, folder: Path, t
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--method", "plain", "--resume"], "there is no run to resume"),
+        (["--method", "plain", "--resume"], "there is no run in"),
         (["--method", "plain", "--batch", 3], "there are 2 prompts: they fill no batch of 3"),
         (["--method", "transformers", "--batch", 2], "--batch measures this library's methods"),
         (["--method", "plain", "--batch", 2, "--warm", "PROMPTS"], "without --warm"),

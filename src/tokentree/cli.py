@@ -31,6 +31,7 @@ from tokentree.cli_options import (
     params_of,
     working,
 )
+from tokentree.cli_plot import plot
 from tokentree.cli_report import report
 from tokentree.cli_theory import theory
 from tokentree.cli_train import train
@@ -51,6 +52,7 @@ app = typer.Typer(
 )
 
 app.add_typer(train, name="train")
+app.add_typer(plot, name="plot")
 app.command()(theory)
 app.command()(report)
 

@@ -60,7 +60,7 @@ def taught_success(alpha: float, branching: int, depth: int) -> float:
     together, which makes the truth lower; siblings exclude each other, so that their chances add up, which makes it
     higher. See `whole_path`.
     """
-    return 1 - (1 - alpha**depth) ** (branching**depth)
+    return 1 - math.pow(1 - math.pow(alpha, depth), branching**depth)
 
 
 def whole_path(rates: Sequence[float], branching: int, depth: int) -> float:

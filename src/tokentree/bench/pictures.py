@@ -31,7 +31,7 @@ def draw_speed(run: Run, file: Path) -> None:
     above.set_yticks(range(len(shown)), [name for name, _ in shown], fontsize=9)
     above.invert_yaxis()
     above.axvline(1, color="grey", linestyle=":")
-    above.set(title=f"times the speed of {methods[0]}, all prompts", xlim=(0, None))
+    above.set(title=f"times the speed of {methods[0]}, all prompts", xlim=(0, 1.08 * above.get_xlim()[1]))
     above.grid(axis="x", alpha=0.3)
     wide = 0.8 / max(1, len(shown))
     for place, (name, _) in enumerate(shown):
@@ -48,6 +48,7 @@ def draw_speed(run: Run, file: Path) -> None:
 def draw_acceptance(run: Run, file: Path) -> bool:
     """How often a node was accepted at each depth, by method. False if no method tells."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7, 4.2), layout="constrained", facecolor="white")
     axes, drawn = figure.subplots(), 0
@@ -59,9 +60,10 @@ def draw_acceptance(run: Run, file: Path) -> bool:
     if not drawn:
         return False
     axes.set(
-        xlabel="depth", ylabel="share of trees so deep that had a node accepted there", title="Acceptance by depth",
-        ylim=(0, 1), xlim=(0.7, None),
+        xlabel="depth", ylabel="accepted, of the trees so deep", title="Acceptance by depth", ylim=(0, 1),
+        xlim=(0.7, None),
     )  # fmt: skip
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(file, dpi=130)

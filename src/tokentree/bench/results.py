@@ -65,7 +65,7 @@ class Run(BaseModel):
         try:
             return cls.model_validate_json(file.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, ValidationError):
-            raise OptionError(f"there is no run to resume in {str(file)!r}") from None
+            raise OptionError(f"there is no run in {str(file)!r}") from None
 
     def save(self, folder: Path) -> Path:
         """Writes ``folder/results.json``, whole or not at all."""

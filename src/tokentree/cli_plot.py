@@ -1,0 +1,127 @@
+"""The commands that draw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tokentree.cli_options import (
+    DrafterOption,
+    DraftOption,
+    DtypeOption,
+    HeadsOption,
+    ModelOption,
+    QuantizationOption,
+    ShapeOption,
+    ThreadsOption,
+    consoles,
+    encode,
+    load,
+    params_of,
+    working,
+)
+from tokentree.errors import OptionError
+
+plot = typer.Typer(help="Draw trees, masks and runs.", no_args_is_help=True, rich_markup_mode=None)
+
+FileOption = Annotated[Path, typer.Option("--out", help="The picture: a .png, .svg or .pdf file.")]
+PromptArgument = Annotated[str, typer.Argument(help="The prompt whose decoding is drawn.")]
+StepOption = Annotated[
+    int | None, typer.Option(min=1, help="Which step; by default the one that accepted the most tokens.")
+]
+ChatOption = Annotated[bool | None, typer.Option(help="Use the chat template; default: if the model has one.")]
+RunArgument = Annotated[Path, typer.Argument(help="The folder of a run of 'bench'.")]
+
+
+@plot.command()
+def tree(
+    prompt: PromptArgument, model: ModelOption, out: FileOption, draft_model: DraftOption = None,
+    heads: HeadsOption = None, drafter: DrafterOption = None, shape: ShapeOption = None, step: StepOption = None,
+    max_tokens: int = 64, chat: ChatOption = None, dtype: DtypeOption = None, quantization: QuantizationOption = None,
+    threads: ThreadsOption = None,
+) -> None:  # fmt: skip
+    """Draw the tree of a real step: tokens, probabilities, who proposed what, and what was accepted."""
+    from tokentree.tree_pictures import draw_tree
+
+    options = {"draft_model": draft_model, "heads": heads, "shape": shape, "dtype": dtype, "quantization": quantization}
+    _step(draw_tree, prompt, model, out, drafter, step, max_tokens, chat, threads, options)
+
+
+@plot.command()
+def mask(
+    prompt: PromptArgument, model: ModelOption, out: FileOption, draft_model: DraftOption = None,
+    heads: HeadsOption = None, drafter: DrafterOption = None, shape: ShapeOption = None, step: StepOption = None,
+    max_tokens: int = 64, chat: ChatOption = None, dtype: DtypeOption = None, quantization: QuantizationOption = None,
+    threads: ThreadsOption = None,
+) -> None:  # fmt: skip
+    """Draw the tree of a real step beside the mask that one forward verified it under."""
+    from tokentree.tree_pictures import draw_mask
+
+    options = {"draft_model": draft_model, "heads": heads, "shape": shape, "dtype": dtype, "quantization": quantization}
+    _step(draw_mask, prompt, model, out, drafter, step, max_tokens, chat, threads, options)
+
+
+@plot.command()
+def speedup(run: RunArgument, out: FileOption) -> None:
+    """Draw how fast each method of a run was, overall and by task."""
+    from tokentree.bench.pictures import draw_speed
+
+    found = _run(run, out)
+    if len({sample.method for sample in found.samples}) < 2:
+        raise OptionError(f"the run in {str(run)!r} has one method, and nothing to compare it with")
+    draw_speed(found, out)
+    _tell(out)
+
+
+@plot.command()
+def acceptance(run: RunArgument, out: FileOption) -> None:
+    """Draw how often each method's candidates were accepted, by depth."""
+    from tokentree.bench.pictures import draw_acceptance
+
+    if not draw_acceptance(_run(run, out), out):
+        raise OptionError(f"the run in {str(run)!r} has too few steps with trees to draw")
+    _tell(out)
+
+
+def _step(
+    draw: Callable[..., None], prompt: str, model: str, out: Path, drafter: str | None, step: int | None,
+    max_tokens: int, chat: bool | None, threads: int | None, options: dict[str, Any],
+) -> None:  # fmt: skip
+    from tokentree.plots import check_plot
+    from tokentree.tree_pictures import Recorder
+
+    check_plot(out)
+    params = params_of(max_tokens=max_tokens)
+    _, errors = consoles()
+    llm = load(errors, model, drafter, threads, **options)
+    if llm.tokenizer is None:
+        raise OptionError("a picture shows texts: the model needs its tokenizer")
+    recorder = llm.decoder.watch = Recorder(llm.decoder.drafter.names)
+    ids = encode(llm, prompt, chat)
+    with working(errors, "decoding"):
+        llm.generate([ids], params)
+    number = step or recorder.busiest()
+    if number > len(recorder.steps):
+        raise OptionError(f"there is no step {number}: the text took {len(recorder.steps)}")
+    shown, decode = recorder.steps[number - 1], llm.tokenizer.decode
+    texts = [repr(decode([token]))[1:-1] for token in shown.tree.tokens.tolist()]
+    accepted = len(shown.path) - 1
+    title = f"step {number}: {len(shown.tree)} rows in one forward, {accepted} candidates accepted, and a bonus token"
+    draw(shown, texts, repr(decode([shown.bonus]))[1:-1], out, title)
+    _tell(out)
+
+
+def _run(folder: Path, out: Path) -> Any:
+    from tokentree.bench.results import Run
+    from tokentree.plots import check_plot
+
+    check_plot(out)
+    return Run.load(folder)
+
+
+def _tell(out: Path) -> None:
+    console, _ = consoles()
+    console.print(f"the picture is {out}", highlight=False, markup=False)
