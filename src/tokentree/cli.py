@@ -33,7 +33,7 @@ from tokentree.cli_options import (
 )
 from tokentree.cli_plot import plot
 from tokentree.cli_report import report
-from tokentree.cli_theory import theory
+from tokentree.cli_theory import simulate, theory
 from tokentree.cli_train import train
 from tokentree.errors import OptionError, PromptError, TokenTreeError
 
@@ -54,6 +54,7 @@ app = typer.Typer(
 app.add_typer(train, name="train")
 app.add_typer(plot, name="plot")
 app.command()(theory)
+app.command()(simulate)
 app.command()(report)
 
 

@@ -1,4 +1,4 @@
-"""The command that tells what acceptance rates let one expect."""
+"""The commands that tell what to expect: of acceptance rates, and of a run elsewhere."""
 
 from __future__ import annotations
 
@@ -71,6 +71,39 @@ def theory(
     )
     if cost is None:
         console.print("A forward is taken to cost the same with any number of rows: see --curve.", highlight=False)
+
+
+def simulate(
+    folder: Annotated[Path, typer.Argument(help="The folder of a run of 'bench'.")],
+    curve: Annotated[
+        Path,
+        typer.Option(
+            help='The cost of a forward there: what \'calibrate --json\' printed, or {"rows": …, "seconds": …}.'
+        ),
+    ],
+    drafting: Annotated[float, typer.Option(help="Times what drafting and accepting took in the run.")] = 1.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """What the steps of a run would take where a forward costs otherwise: on another machine, or for a larger model."""
+    from rich.table import Table
+
+    from tokentree.bench.replay import replay
+    from tokentree.bench.results import Run
+    from tokentree.theory import Cost
+
+    found = replay(Run.load(folder), Cost.read(_text(curve)), drafting)
+    if as_json:
+        print(json.dumps([asdict(one) for one in found]))
+        return
+    table = Table(title="times plain's speed")
+    table.add_column("method")
+    for column in ("tokens a forward", "rows", "measured in the run", "predicted under the curve"):
+        table.add_column(column, justify="right")
+    for one in found:
+        shown = one.tokens_per_forward, one.rows, one.measured, one.predicted
+        table.add_row(one.method, *(f"{value:.2f}" for value in shown))
+    console, _ = consoles()
+    console.print(table)
 
 
 def _numbers(text: str) -> list[float]:
