@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -26,7 +27,10 @@ def recorded() -> Run:
         tree = [(8, 2, 0.13), (16, 4, 0.21), (8, 3, 0.13), (1, 1, 0.11)] * 6
         for method, steps, host in (("plain", plain, 0.0), ("merged:dynamic", tree, 0.01)):
             tokens, seconds = sum(step[1] for step in steps), sum(step[2] for step in steps)
-            timed = {"draft_seconds": 0.7 * host * len(steps), "accept_seconds": 0.3 * host * len(steps)}
+            timed: dict[str, Any] = {
+                "draft_seconds": 0.7 * host * len(steps),
+                "accept_seconds": 0.3 * host * len(steps),
+            }
             run.samples.append(sample(method, place, tokens, seconds, steps=steps, **timed))
     return run
 
