@@ -74,6 +74,18 @@ def test_what_is_taught_is_no_bound_in_either_direction() -> None:
     assert taught_success(0.8, 1, 4) == pytest.approx(whole_chain(0.8, 4))
 
 
+def test_the_documentation_s_figures_are_those_of_the_formulas() -> None:
+    full, rates = full_tree(2, 3), rates_of(0.8, 2)
+    assert len(full) == 14
+    assert whole_chain(0.8, 4) == pytest.approx(0.410, abs=5e-4)
+    assert tokens_of_chain(0.8, 4) == pytest.approx(3.36, abs=5e-3)
+    assert whole_path(rates, 2, 3) == pytest.approx(0.885, abs=5e-4)
+    assert whole_path([0.8, 0.05], 2, 3) == pytest.approx(0.614, abs=5e-4)
+    assert tokens_of_tree(rates, full) == pytest.approx(3.77, abs=5e-3)
+    assert taught_success(0.8, 2, 3) == pytest.approx(0.997, abs=5e-4)
+    assert whole_path([0.8, 0.0], 2, 3) == pytest.approx(0.512)
+
+
 def test_rates_of_alpha_leave_what_the_ones_before_leave() -> None:
     rates = rates_of(0.8, 3)
     assert rates == pytest.approx([0.8, 0.16, 0.032])
