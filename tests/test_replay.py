@@ -14,9 +14,9 @@ from tokentree.bench.replay import replay
 from tokentree.bench.results import Run, new_run
 from tokentree.cli import app
 from tokentree.errors import OptionError
-from tokentree.theory import Cost
+from tokentree.shapes.curve import CostCurve
 
-HERE = Cost(rows=[1, 8, 16], seconds=[0.1, 0.12, 0.2])
+HERE = CostCurve([1, 8, 16], [0.1, 0.12, 0.2])
 
 
 def recorded() -> Run:
@@ -45,14 +45,14 @@ def test_under_its_own_cost_a_run_takes_what_it_took() -> None:
 
 
 def test_where_rows_are_free_only_forwards_count() -> None:
-    flat = Cost(rows=[1, 64], seconds=[0.02, 0.02])
+    flat = CostCurve([1, 64], [0.02, 0.02])
     assert replay(recorded(), flat, drafting=0)[1].predicted == pytest.approx(2.5)
     assert replay(recorded(), flat)[1].predicted == pytest.approx(2.5 * 0.02 / 0.03)
 
 
 def test_the_command_tells_it(tmp_path: Path) -> None:
     recorded().save(tmp_path / "run")
-    (tmp_path / "curve.json").write_text(HERE.model_dump_json())
+    (tmp_path / "curve.json").write_text(json.dumps({"rows": HERE.rows, "seconds": HERE.points}))
     args = ["simulate", str(tmp_path / "run"), "--curve", str(tmp_path / "curve.json")]
     told = json.loads(CliRunner().invoke(app, [*args, "--json"]).output)
     assert told[1]["predicted"] == pytest.approx(told[1]["measured"])

@@ -17,10 +17,10 @@ from tokentree import cli
 from tokentree.cli import app
 from tokentree.errors import OptionError
 from tokentree.theory import (
-    Cost,
     expected,
     full_tree,
     rates_of,
+    read_curve,
     simulated_tokens,
     taught_success,
     tokens_of_chain,
@@ -104,11 +104,11 @@ def test_a_simulation_agrees(paths: list[tuple[int, ...]]) -> None:
 
 
 def test_speed_ups_are_tokens_over_what_a_step_costs() -> None:
-    cost = Cost(rows=[1, 8, 16], seconds=[0.01, 0.012, 0.02])
-    assert [cost.of(rows) for rows in (1, 8, 12, 16, 24)] == pytest.approx([1, 1.2, 1.6, 2.0, 2.8])
+    cost = read_curve('{"rows": [1, 8, 16], "seconds": [0.01, 0.012, 0.02], "engine": "some"}')
+    assert [cost.seconds(rows) for rows in (1, 8, 12, 16, 24)] == pytest.approx([0.01, 0.012, 0.016, 0.02, 0.028])
     found = expected([0.8, 0.1], 2, 3, cost, draft_cost=0.05)
     assert found.nodes == 14
-    assert found.cost == pytest.approx(cost.of(15) + 0.15)
+    assert found.cost == pytest.approx(cost.seconds(15) / 0.01 + 0.15)
     assert found.speed_up == pytest.approx(tokens_of_tree([0.8, 0.1], full_tree(2, 3)) / found.cost)
     assert expected([0.8], 1, 3).cost == 1
 
@@ -119,9 +119,14 @@ def test_what_makes_no_sense_is_refused() -> None:
             tokens_of_tree(rates, [(0,)])
     with pytest.raises(OptionError, match="a million leaves"):
         expected([0.5], 10, 7)
-    for wrong in ("nothing", '{"rows": [1]}', '{"rows": [2, 4], "seconds": [1, 2]}', '{"rows": [1], "seconds": [0]}'):
+    for wrong in (
+        "nothing",
+        '{"rows": [1]}',
+        '{"rows": [4, 2], "seconds": [1, 2]}',
+        '{"rows": [1, 2], "seconds": [0, 1]}',
+    ):
         with pytest.raises(OptionError, match="cost curve"):
-            Cost.read(wrong)
+            read_curve(wrong)
 
 
 def test_the_command_tells_it(tmp_path: Path) -> None:

@@ -30,10 +30,10 @@ def theory(
     import numpy as np
     from rich.table import Table
 
-    from tokentree.theory import Cost, expected, full_tree, rates_of, simulated_tokens, taught_success
+    from tokentree.theory import expected, full_tree, rates_of, read_curve, simulated_tokens, taught_success
 
     rates = rates_of(alpha, max(branching, 1)) if ranks is None else _numbers(ranks)
-    cost = None if curve is None else Cost.read(_text(curve))
+    cost = None if curve is None else read_curve(_text(curve))
     console, errors = consoles()
     found = {
         f"chain of {depth}": (1, expected(rates[:1], 1, depth, cost, draft_cost)),
@@ -89,9 +89,9 @@ def simulate(
 
     from tokentree.bench.replay import replay
     from tokentree.bench.results import Run
-    from tokentree.theory import Cost
+    from tokentree.theory import read_curve
 
-    found = replay(Run.load(folder), Cost.read(_text(curve)), drafting)
+    found = replay(Run.load(folder), read_curve(_text(curve)), drafting)
     if as_json:
         print(json.dumps([asdict(one) for one in found]))
         return

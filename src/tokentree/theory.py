@@ -14,9 +14,10 @@ from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from tokentree.errors import OptionError
+from tokentree.shapes.curve import CostCurve
 
 Path = tuple[int, ...]
 
@@ -104,40 +105,25 @@ def simulated_tokens(
 # -- speed -------------------------------------------------------------------------------------------------------------
 
 
-class Cost(BaseModel):
-    """What a forward of the target costs by its rows: a part of what `tokentree calibrate --json` prints.
+class _Curve(BaseModel):
+    """What a curve is read from: a part of what `tokentree calibrate --json` prints."""
 
-    Args:
-        rows: ascending, from 1 on.
-        seconds: of a forward with so many.
+    rows: list[int]
+    seconds: list[float]
+    per_sequence: float = 0.0
+
+
+def read_curve(text: str) -> CostCurve:
+    """T(n) from JSON: ``rows``, ascending, and the ``seconds`` of a forward with so many.
+
+    Raises:
+        OptionError: if ``text`` is no such object.
     """
-
-    rows: list[int] = Field(min_length=1)
-    seconds: list[float] = Field(min_length=1)
-
-    @classmethod
-    def read(cls, text: str) -> Cost:
-        """
-        Raises:
-            OptionError: if ``text`` is no such JSON object.
-        """
-        try:
-            cost = cls.model_validate_json(text)
-        except ValidationError:
-            raise OptionError(
-                "no cost curve: it is a JSON object with rows and seconds, as calibrate --json prints it"
-            ) from None
-        ascending = all(a < b for a, b in zip(cost.rows, cost.rows[1:], strict=False))
-        if len(cost.rows) != len(cost.seconds) or cost.rows[0] != 1 or not ascending or min(cost.seconds) <= 0:
-            raise OptionError("a cost curve has ascending rows from 1 on, and as many seconds, all above 0")
-        return cost
-
-    def of(self, rows: int) -> float:
-        """In plain steps; between what was measured on a straight line, and beyond it along the last one."""
-        xs, ys = np.array(self.rows, float), np.array(self.seconds) / self.seconds[0]
-        if rows <= xs[-1] or len(xs) == 1:
-            return float(np.interp(rows, xs, ys))
-        return float(ys[-1] + (rows - xs[-1]) * (ys[-1] - ys[-2]) / (xs[-1] - xs[-2]))
+    try:
+        found = _Curve.model_validate_json(text)
+        return CostCurve(found.rows, found.seconds, found.per_sequence)
+    except ValidationError:
+        raise OptionError("no cost curve: it has rows and seconds, as calibrate --json prints them") from None
 
 
 @dataclass(frozen=True)
@@ -163,7 +149,7 @@ class Expected:
 
 
 def expected(
-    rates: Sequence[float], branching: int, depth: int, cost: Cost | None = None, draft_cost: float = 0.0
+    rates: Sequence[float], branching: int, depth: int, cost: CostCurve | None = None, draft_cost: float = 0.0
 ) -> Expected:
     """Of a full tree; ``branching`` 1 is a chain.
 
@@ -179,7 +165,7 @@ def expected(
     if branching**depth > 1_000_000:
         raise OptionError("a full tree of that branching and depth has over a million leaves")
     paths = full_tree(branching, depth)
-    verify = 1.0 if cost is None else cost.of(1 + len(paths))
+    verify = 1.0 if cost is None else cost.seconds(1 + len(paths)) / cost.seconds(1)
     return Expected(
         len(paths), whole_path(rates, branching, depth), tokens_of_tree(rates, paths), verify + depth * draft_cost
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tokentree.bench.results import Run, Sample
 from tokentree.errors import OptionError
-from tokentree.theory import Cost
+from tokentree.shapes.curve import CostCurve
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Replayed:
     predicted: float
 
 
-def replay(run: Run, cost: Cost, drafting: float = 1.0) -> list[Replayed]:
+def replay(run: Run, cost: CostCurve, drafting: float = 1.0) -> list[Replayed]:
     """Every recorded step is charged what a forward of so many rows costs under ``cost``, and what drafting and
     accepting took in the run, ``drafting`` times; plain decoding a forward of one row for each token.
 
@@ -47,8 +47,8 @@ def replay(run: Run, cost: Cost, drafting: float = 1.0) -> list[Replayed]:
         steps = [step for sample in mine for step in sample.metrics.get("steps", ())]
         if not steps:
             continue
-        tokens, plain = sum(step[1] for step in steps), cost.seconds[0]
-        spent = sum(cost.of(step[0]) for step in steps) * plain
+        tokens, plain = sum(step[1] for step in steps), cost.seconds(1)
+        spent = sum(cost.seconds(step[0]) for step in steps)
         spent += drafting * sum(s.metrics["draft_seconds"] + s.metrics["accept_seconds"] for s in mine)
         rows = sum(step[0] for step in steps) / len(steps)
         measured = _rate(run.samples, method) / _rate(run.samples, first)
