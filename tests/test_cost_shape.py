@@ -379,6 +379,41 @@ def test_a_level_is_worth_the_rows_that_its_tokens_take(text: tuple[int, ...], s
     assert bool(form.select(SEQ, Draft(0, None, 0.25), [0])) is starts
 
 
+def test_a_level_is_worth_what_it_adds_to_what_others_propose() -> None:
+    level = Draft(0, None, 0.3)
+    assert Cost(curve=MILD).select(SEQ, level, [0]) == [0]
+    for others, starts in ((_chain(0.98, 0.98, 0.98), False), (_chain(0.05), True)):
+        form = Cost(curve=MILD)
+        form.beside(SEQ, others)
+        assert bool(form.select(SEQ, level, [0])) is starts
+        assert form.select(OTHER, level, [0]) == [0]  # of another sequence nothing was told
+    form.beside(SEQ, _chain(0.98, 0.98, 0.98))
+    form.cut([SEQ], [_chain(0.5)])
+    assert form.select(SEQ, level, [0]) == [0]  # it holds for one step
+
+
+def test_a_deeper_level_is_worth_less_where_others_go_on_from_its_nodes() -> None:
+    grown = _draft((0, 0.95), level_seconds=0.3, levels=1)
+    for token, goes_on in ((1, False), (7, True)):  # theirs goes on from the same node, or from another one
+        form, others = Cost(curve=MILD), Draft(0)
+        others.add(others.add(0, token, math.log(0.95 if token == 1 else 0.03), 0), 8, math.log(0.97), 0)
+        form.beside(SEQ, others)
+        assert bool(form.select(SEQ, grown, [1])) is goes_on
+
+
+def test_what_levels_bring_is_learnt_of_those_who_pay_for_them() -> None:
+    ahead = list[float]()
+    for sources in (1, 2):
+        form = Cost(curve=FLAT)
+        for _ in range(40):
+            draft = Draft(0, None, 0.1, 1, paid=1)
+            draft.add(0, 5, math.log(0.5), 0, sources)
+            _step(form, draft, [5])
+        ahead.append(float(form._picked.at(1)[0]))
+    assert ahead[0] > 0.9
+    assert ahead[1] == pytest.approx(0.7)
+
+
 def test_as_long_as_nobody_knows_what_a_level_costs_only_one_is_drafted() -> None:
     form = Cost(curve=FLAT)
     assert form.select(SEQ, Draft(0), [0]) == [0]

@@ -26,6 +26,7 @@ class Draft:
         sources: per node, a set of bits: the drafters that proposed it.
         level_seconds: what one more level costs the drafter, where a level takes a forward of its own.
         levels: how many it has paid for so far.
+        paid: a set of bits: the drafters that pay for levels, if any did.
         sampled: None if children were picked deterministically. Otherwise, for each node whose children were drawn,
             the distribution float64[vocab] that the first was drawn from; the others were drawn from the same without
             replacement, in index order.
@@ -35,6 +36,7 @@ class Draft:
     sampled: dict[int, torch.Tensor] | None = None
     level_seconds: float = 0.0
     levels: int = 0
+    paid: int = 1
     tokens: list[int] = field(init=False)
     parents: list[int] = field(init=False)
     depths: list[int] = field(init=False)
@@ -127,7 +129,7 @@ class Draft:
 
     def _taken(self, nodes: list[int]) -> Draft:
         where = {old: new for new, old in enumerate(nodes)}
-        part = Draft(self.root, None, self.level_seconds, self.levels)
+        part = Draft(self.root, None, self.level_seconds, self.levels, self.paid)
         part.tokens = [self.tokens[node] for node in nodes]
         part.parents = [-1, *(where[self.parents[node]] for node in nodes[1:])]
         part.depths = [self.depths[node] for node in nodes]

@@ -35,7 +35,7 @@ class DraftModel(Drafter):
         token_map: int64[n], ascending: the target's ids for the engine's logits, if these are others.
     """
 
-    draws_children = True
+    draws_children = by_levels = True
 
     def __init__(
         self, engine: DraftEngine, vocab_size: int, name: str = "draft_model", token_map: Ints | None = None

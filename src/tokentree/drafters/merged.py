@@ -43,8 +43,13 @@ class Merged(Drafter):
             drafter.prefill(seqs)
 
     def propose(self, seqs: list[Sequence], shape: Shape, sampled: bool) -> list[Draft]:
-        proposals = [drafter.propose(seqs, shape, sampled=False) for drafter in self._drafters]
-        return [self._merge(list(drafts)) for drafts in zip(*proposals, strict=True)]
+        proposals: dict[int, list[Draft]] = {}
+        for number in sorted(range(len(self._drafters)), key=lambda number: self._drafters[number].by_levels):
+            if self._drafters[number].by_levels and proposals:  # a level is worth what it adds to what is there
+                for place, seq in enumerate(seqs):
+                    shape.beside(seq, self._merged(proposals, place))
+            proposals[number] = self._drafters[number].propose(seqs, shape, sampled=False)
+        return [self._merged(proposals, place) for place in range(len(seqs))]
 
     def observe(self, seqs: list[Sequence], drafts: list[Draft], out: TargetOutput, accepted: list[Accepted]) -> None:
         for drafter in self._drafters:
@@ -63,13 +68,16 @@ class Merged(Drafter):
             drafter.load(folder)
 
     @staticmethod
-    def _merge(drafts: list[Draft]) -> Draft:
-        merged = Draft(drafts[0].root)
-        merged.levels = max(draft.levels for draft in drafts)
+    def _merged(proposals: dict[int, list[Draft]], place: int) -> Draft:
+        """What was proposed for the sequence at ``place``, by the drafters' numbers."""
+        drafts = [(number, proposals[number][place]) for number in sorted(proposals)]
+        merged = Draft(drafts[0][1].root)
+        merged.levels = max(draft.levels for _, draft in drafts)
+        merged.paid = sum(1 << number for number, draft in drafts if draft.levels)
         if merged.levels:  # several draft models take turns: what they spent, per level
-            merged.level_seconds = sum(draft.level_seconds * draft.levels for draft in drafts) / merged.levels
+            merged.level_seconds = sum(draft.level_seconds * draft.levels for _, draft in drafts) / merged.levels
         children: dict[tuple[int, int], int] = {}
-        for number, draft in enumerate(drafts):
+        for number, draft in drafts:
             bit, where = 1 << number, [0] * len(draft)
             for node in range(1, len(draft)):
                 parent, token, log_prob = where[draft.parents[node]], draft.tokens[node], draft.log_probs[node]

@@ -45,7 +45,10 @@ class TargetOutput:
 
     def rows(self, tree: int, nodes: SequenceOf[int]) -> torch.Tensor:
         """[len(nodes), vocab], the raw logits after each of ``nodes``."""
-        return self.all_logits[[self.row(tree, node) for node in nodes]]
+        rows = [self.row(tree, node) for node in nodes]
+        if rows == list(range(rows[0], rows[0] + len(rows))):
+            return self.all_logits[rows[0] : rows[0] + len(rows)]
+        return self.all_logits[rows]
 
     def top(self, k: int) -> tuple[NDArray[np.float32], Ints]:
         """The k most probable tokens after each row, best first: logits float32[rows, k] and ids int64[rows, k]. They

@@ -35,6 +35,9 @@ class Shape(ABC):
     def select(self, seq: Sequence, draft: Draft, level: SequenceOf[int]) -> list[int]:
         """Which of the new nodes ``level`` are expanded next; none ends the growth."""
 
+    def beside(self, seq: Sequence, draft: Draft) -> None:
+        """Tells what others propose for this step, before a drafter that pays for each level is asked."""
+
     def rests(self, seqs: list[Sequence]) -> bool:
         """Whether this step goes without drafts, as drafting wouldn't pay for itself. The loop asks once a step."""
         return False

@@ -6,6 +6,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tokentree.draft import Draft
 from tokentree.errors import OptionError
@@ -57,6 +58,7 @@ class Cost(Shape):
         self._picked = Ahead([0.7, *[0.1] * (top_k - 1)])
         self._drawn = Ahead([0.3] * top_k)
         self._requests: dict[int, _Request] = {}
+        self._others: dict[int, tuple[Draft, Floats]] = {}  # what others propose for this step, and its joint
         self._typical = float(nodes)  # nodes that lately paid best
         self._overhead = 0.0  # seconds of a step beside the forward
         self._batch = 1
@@ -84,12 +86,16 @@ class Cost(Shape):
             left -= counts[-1]
         return counts
 
+    def beside(self, seq: Sequence, draft: Draft) -> None:
+        self._others[seq.id] = draft, self._joint(seq, draft)
+
     def select(self, seq: Sequence, draft: Draft, level: SequenceOf[int]) -> list[int]:
         if not level or draft.depths[level[0]] >= self.max_depth:
             return []
-        joint = self._joint(seq, draft)
+        joint, there = self._joint(seq, draft), _There.of(draft, self._others.get(seq.id))
         if draft.sampled is None:
-            rows, tokens = self._best_size(joint, draft.level_seconds * draft.levels)
+            together = np.concatenate([there.joint, joint[there.new]])
+            rows, tokens = self._best_size(together, draft.level_seconds * draft.levels)
         else:
             rows, tokens = len(draft), float(joint.sum())
         if rows >= self._nodes:
@@ -100,7 +106,7 @@ class Cost(Shape):
         price = self._price(rows, tokens, spent)
         ahead = self._picked.at(draft.depths[level[0]] + 1) if draft.sampled is None else self._drawn.at(0)
         best = sorted(level, key=lambda node: -joint[node])[: self.top_k]
-        worth = joint[best][:, None] * ahead  # [nodes, ranks]
+        worth = (joint * (1 - there.covered))[best][:, None] * ahead  # [nodes, ranks]
         best = sorted(node for node, most in zip(best, worth.max(1), strict=True) if most > price)
         gains = worth[worth > price]
         before = self._seconds(rows) + spent
@@ -135,6 +141,7 @@ class Cost(Shape):
 
     def cut(self, seqs: list[Sequence], drafts: list[Draft]) -> list[Draft]:
         self._batch = len(seqs)
+        self._others.clear()
         joints = [self._joint(seq, draft, remember=True) for seq, draft in zip(seqs, drafts, strict=True)]
         drawn = [draft.sampled is not None for draft in drafts]
         rows = sum(len(draft) if whole else 1 for draft, whole in zip(drafts, drawn, strict=True))
@@ -204,7 +211,8 @@ class Cost(Shape):
         if nodes:
             depths, ranks = np.array(draft.depths)[nodes], np.array(draft.ranks)[nodes]
             if draft.sampled is None:
-                self._picked.learn(depths, ranks, np.array(hits))
+                paid = (np.array(draft.sources)[nodes] & draft.paid) > 0
+                self._picked.learn(depths[paid], ranks[paid], np.array(hits)[paid])
                 self.rates.learn(request.cells, nodes, hits, request.local)
             else:
                 self._drawn.learn(0 * depths, ranks, np.array(hits))
@@ -256,6 +264,38 @@ class Cost(Shape):
 def _level_seconds(drafts: list[Draft]) -> float:
     """What the levels of a batch's drafts took; each draft knows its share of a level."""
     return sum(draft.level_seconds * draft.levels for draft in drafts)
+
+
+@dataclass(frozen=True, eq=False)
+class _There:
+    """What others propose already, seen from a draft that grows.
+
+    Args:
+        joint: float64[nodes of theirs], how probable each of these is.
+        new: bool[n], nodes of the draft that they don't have.
+        covered: float64[n]: where a node is right, how probable it is that a child of theirs is too.
+    """
+
+    joint: Floats
+    new: NDArray[np.bool_]
+    covered: Floats
+
+    @classmethod
+    def of(cls, draft: Draft, others: tuple[Draft, Floats] | None) -> _There:
+        if others is None:
+            return cls(np.zeros(0), np.ones(len(draft), np.bool_), np.zeros(len(draft)))
+        theirs, joint = others
+        children = np.bincount(theirs.parents[1:], joint[1:], len(theirs)) if len(theirs) > 1 else np.zeros(1)
+        where, new, covered = [0], np.zeros(len(draft), np.bool_), np.zeros(len(draft))
+        for node in range(len(draft)):
+            if node:
+                parent = where[draft.parents[node]]
+                child = None if parent < 0 else theirs.tree.child(parent, draft.tokens[node])
+                where.append(-1 if child is None else child)
+            new[node] = where[node] < 0
+            if not new[node] and joint[where[node]] > 0:
+                covered[node] = min(1.0, children[where[node]] / joint[where[node]])
+        return cls(joint, new, covered)
 
 
 @dataclass(eq=False)
