@@ -36,8 +36,13 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return command
 
 
-def test_leaves_lie_one_below_another_and_parents_between_their_children() -> None:
-    assert _places(some_step().tree) == [1.25, 0.5, 2.0, 0.0, 1.0, 2.0]
+def test_leaves_lie_one_below_another_and_what_has_something_below_it_in_the_middle() -> None:
+    assert _places(some_step().tree, 3) == ([1.25, 0.5, 2.0, 0.0, 1.0, 2.0], 0.0)
+    assert _places(some_step().tree, 1) == (
+        [2.0, 1.0, 3.0, 1.0, 2.0, 3.0],
+        0.0,
+    )  # the bonus token has a place of its own
+    assert _places(TokenTree.chain(1, []), 0) == ([0.0], 0.0)
 
 
 @pytest.mark.parametrize("ending", ["png", "svg"])

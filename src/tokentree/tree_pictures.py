@@ -65,11 +65,10 @@ def draw_tree(step: Step, texts: Sequence[str], bonus: str, file: Path, title: s
     bonus token."""
     from matplotlib.figure import Figure
 
-    places, depth = _places(step.tree), int(step.tree.depths.max())
-    rows = max(1, len(step.tree.leaves))
+    depth, rows = int(step.tree.depths.max()), len(step.tree.leaves) + 1
     figure = Figure(figsize=(2.2 + 1.9 * (depth + 1), 1.1 + 0.55 * rows), layout="constrained", facecolor="white")
     axes = figure.subplots()
-    _tree(axes, step, texts, bonus, places)
+    _tree(axes, step, texts, bonus)
     axes.set_title(title, fontsize=10)
     figure.savefig(file, dpi=130)
 
@@ -86,7 +85,7 @@ def draw_mask(step: Step, texts: Sequence[str], bonus: str, file: Path, title: s
         layout="constrained", facecolor="white",
     )  # fmt: skip
     left, right = figure.subplots(1, 2, width_ratios=(2.2 + 1.9 * (depth + 1), size + 1.6))
-    _tree(left, step, texts, bonus, _places(step.tree))
+    _tree(left, step, texts, bonus)
     for row, col in zip(*step.tree.mask.nonzero(), strict=True):
         colour = ACCEPTED if row in step.path and col in step.path else "#707070"
         right.add_patch(_square(int(col), int(row), colour))
@@ -103,43 +102,47 @@ def draw_mask(step: Step, texts: Sequence[str], bonus: str, file: Path, title: s
     figure.savefig(file, dpi=130)
 
 
-def _places(tree: TokenTree) -> list[float]:
-    """Per node, its height: leaves one below another, parents in the middle of their children."""
-    heights, nextfree = [0.0] * len(tree), 0
+def _places(tree: TokenTree, last: int) -> tuple[list[float], float]:
+    """Per node, its height, and that of the bonus token, which goes on from node ``last``: leaves lie one below
+    another, and what has something below it in the middle of that."""
+    heights, bonus, taken = [0.0] * len(tree), 0.0, 0
 
     def place(node: int) -> None:
-        nonlocal nextfree
-        below = tree.children[node]
-        for child in below:
+        nonlocal bonus, taken
+        below = []
+        if node == last:
+            bonus, taken = float(taken), taken + 1
+            below.append(bonus)
+        for child in tree.children[node]:
             place(child)
-        if below:
-            heights[node] = (heights[below[0]] + heights[below[-1]]) / 2
-        else:
-            heights[node], nextfree = float(nextfree), nextfree + 1
+            below.append(heights[child])
+        if not below:
+            below, taken = [float(taken)], taken + 1
+        heights[node] = (below[0] + below[-1]) / 2
 
     place(0)
-    return heights
+    return heights, bonus
 
 
-def _tree(axes: Axes, step: Step, texts: Sequence[str], bonus: str, heights: list[float]) -> None:
+def _tree(axes: Axes, step: Step, texts: Sequence[str], bonus: str) -> None:
     depths, kept, several = step.tree.depths.tolist(), set(step.path), len(set(step.proposers[1:])) > 1
+    last = step.path[-1]
+    heights, height = _places(step.tree, last)
     for node in range(1, len(step.tree)):
         parent, colour = int(step.tree.parents[node]), ACCEPTED if node in kept else REFUSED
         axes.plot(
             [depths[parent], depths[node]], [heights[parent], heights[node]], color=colour, zorder=1,
             linewidth=2.4 if node in kept else 1.1,
         )  # fmt: skip
-    last = step.path[-1]
-    end = depths[last] + 1, heights[last] - (0.42 if step.tree.children[last] else 0.0)
-    axes.plot([depths[last], end[0]], [heights[last], end[1]], color=BONUS, linestyle="--", zorder=1)
-    _label(axes, *end, bonus, BONUS, "bonus")
+    axes.plot([depths[last], depths[last] + 1], [heights[last], height], color=BONUS, linestyle="--", zorder=1)
+    _label(axes, depths[last] + 1, height, bonus, BONUS, "bonus")
     for node, text in enumerate(texts):
         note = "" if node == 0 else f"{step.probs[node]:.2f}"
         if several and node:
             note += f"  {step.proposers[node]}"
         colour = INK if node == 0 else ACCEPTED if node in kept else REFUSED
         _label(axes, depths[node], heights[node], text, colour, note)
-    axes.set(xlim=(-0.5, max(*depths, end[0]) + 0.6), ylim=(max(heights) + 0.7, min(*heights, end[1]) - 0.7))
+    axes.set(xlim=(-0.5, max(*depths, depths[last] + 1) + 0.6), ylim=(max(*heights, height) + 0.7, -0.7))
     axes.axis("off")
 
 
@@ -149,7 +152,7 @@ def _label(axes: Axes, x: float, y: float, text: str, colour: str, note: str) ->
     if note:
         axes.annotate(
             note, (x, y), xytext=(0, -14), textcoords="offset points", ha="center", va="center", fontsize=7,
-            color="#555555", zorder=3,
+            color="#555555", zorder=3, bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"},
         )  # fmt: skip
 
 
