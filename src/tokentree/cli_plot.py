@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -25,6 +24,9 @@ from tokentree.cli_options import (
 )
 from tokentree.errors import OptionError
 
+if TYPE_CHECKING:
+    from tokentree.bench.results import Run
+
 plot = typer.Typer(help="Draw trees, masks and runs.", no_args_is_help=True, rich_markup_mode=None)
 
 FileOption = Annotated[Path, typer.Option("--out", help="The picture: a .png, .svg or .pdf file.")]
@@ -36,32 +38,46 @@ ChatOption = Annotated[bool | None, typer.Option(help="Use the chat template; de
 RunArgument = Annotated[Path, typer.Argument(help="The folder of a run of 'bench'.")]
 
 
-@plot.command()
-def tree(
-    prompt: PromptArgument, model: ModelOption, out: FileOption, draft_model: DraftOption = None,
-    heads: HeadsOption = None, drafter: DrafterOption = None, shape: ShapeOption = None, step: StepOption = None,
-    max_tokens: int = 64, chat: ChatOption = None, dtype: DtypeOption = None, quantization: QuantizationOption = None,
-    threads: ThreadsOption = None,
+def step(
+    context: typer.Context, prompt: PromptArgument, model: ModelOption, out: FileOption,
+    draft_model: DraftOption = None, heads: HeadsOption = None, drafter: DrafterOption = None,
+    shape: ShapeOption = None, step: StepOption = None, max_tokens: int = 64, chat: ChatOption = None,
+    dtype: DtypeOption = None, quantization: QuantizationOption = None, threads: ThreadsOption = None,
 ) -> None:  # fmt: skip
-    """Draw the tree of a real step: tokens, probabilities, who proposed what, and what was accepted."""
-    from tokentree.tree_pictures import draw_tree
+    from tokentree.plots import check_plot
+    from tokentree.tree_pictures import Recorder, draw_mask, draw_tree
 
-    options = {"draft_model": draft_model, "heads": heads, "shape": shape, "dtype": dtype, "quantization": quantization}
-    _step(draw_tree, prompt, model, out, drafter, step, max_tokens, chat, threads, options)
+    check_plot(out)
+    params = params_of(max_tokens=max_tokens)
+    _, errors = consoles()
+    llm = load(
+        errors, model, drafter, threads, draft_model=draft_model, heads=heads, shape=shape, dtype=dtype,
+        quantization=quantization,
+    )  # fmt: skip
+    if llm.tokenizer is None:
+        raise OptionError("a picture shows texts: the model needs its tokenizer")
+    recorder = llm.decoder.watch = Recorder(llm.decoder.drafter.names)
+    ids = encode(llm, prompt, chat)
+    with working(errors, "decoding"):
+        llm.generate([ids], params)
+    if not recorder.steps:
+        raise OptionError("the text took no step that could be drawn")
+    number = step or recorder.busiest()
+    if number > len(recorder.steps):
+        raise OptionError(f"there is no step {number}: the text took {len(recorder.steps)}")
+    shown, decode = recorder.steps[number - 1], llm.tokenizer.decode
+    texts = [repr(decode([token]))[1:-1] for token in shown.tree.tokens.tolist()]
+    accepted = len(shown.path) - 1
+    title = f"step {number}: {len(shown.tree)} rows in one forward, {accepted} candidates accepted, and a bonus token"
+    draw = draw_mask if context.info_name == "mask" else draw_tree
+    draw(shown, texts, repr(decode([shown.bonus]))[1:-1], out, title)
+    _tell(out)
 
 
-@plot.command()
-def mask(
-    prompt: PromptArgument, model: ModelOption, out: FileOption, draft_model: DraftOption = None,
-    heads: HeadsOption = None, drafter: DrafterOption = None, shape: ShapeOption = None, step: StepOption = None,
-    max_tokens: int = 64, chat: ChatOption = None, dtype: DtypeOption = None, quantization: QuantizationOption = None,
-    threads: ThreadsOption = None,
-) -> None:  # fmt: skip
-    """Draw the tree of a real step beside the mask that one forward verified it under."""
-    from tokentree.tree_pictures import draw_mask
-
-    options = {"draft_model": draft_model, "heads": heads, "shape": shape, "dtype": dtype, "quantization": quantization}
-    _step(draw_mask, prompt, model, out, drafter, step, max_tokens, chat, threads, options)
+plot.command("tree", help="Draw the tree of a real step: tokens, probabilities, who proposed what, what was accepted.")(
+    step
+)
+plot.command("mask", help="Draw the tree of a real step beside the mask that one forward verified it under.")(step)
 
 
 @plot.command()
@@ -86,35 +102,7 @@ def acceptance(run: RunArgument, out: FileOption) -> None:
     _tell(out)
 
 
-def _step(
-    draw: Callable[..., None], prompt: str, model: str, out: Path, drafter: str | None, step: int | None,
-    max_tokens: int, chat: bool | None, threads: int | None, options: dict[str, Any],
-) -> None:  # fmt: skip
-    from tokentree.plots import check_plot
-    from tokentree.tree_pictures import Recorder
-
-    check_plot(out)
-    params = params_of(max_tokens=max_tokens)
-    _, errors = consoles()
-    llm = load(errors, model, drafter, threads, **options)
-    if llm.tokenizer is None:
-        raise OptionError("a picture shows texts: the model needs its tokenizer")
-    recorder = llm.decoder.watch = Recorder(llm.decoder.drafter.names)
-    ids = encode(llm, prompt, chat)
-    with working(errors, "decoding"):
-        llm.generate([ids], params)
-    number = step or recorder.busiest()
-    if number > len(recorder.steps):
-        raise OptionError(f"there is no step {number}: the text took {len(recorder.steps)}")
-    shown, decode = recorder.steps[number - 1], llm.tokenizer.decode
-    texts = [repr(decode([token]))[1:-1] for token in shown.tree.tokens.tolist()]
-    accepted = len(shown.path) - 1
-    title = f"step {number}: {len(shown.tree)} rows in one forward, {accepted} candidates accepted, and a bonus token"
-    draw(shown, texts, repr(decode([shown.bonus]))[1:-1], out, title)
-    _tell(out)
-
-
-def _run(folder: Path, out: Path) -> Any:
+def _run(folder: Path, out: Path) -> Run:
     from tokentree.bench.results import Run
     from tokentree.plots import check_plot
 
