@@ -205,13 +205,13 @@ def test_heads_share_what_the_model_wrote_and_said(tmp_path: Path, monkeypatch: 
     work = tmp_path / "work"
     trained(tmp_path / "third", 1, work=work)
     read = list[tuple[int, ...]]()
-    hidden_states = TorchEngine.hidden_states
+    hidden_states_of = TorchEngine.hidden_states_of
 
-    def noted(self: TorchEngine, ids: Any, places: Any) -> torch.Tensor:
+    def noted(self: TorchEngine, texts: Any, places: Any) -> list[torch.Tensor]:
         read.append(tuple(places))
-        return hidden_states(self, ids, places)
+        return hidden_states_of(self, texts, places)
 
-    monkeypatch.setattr(TorchEngine, "hidden_states", noted)
+    monkeypatch.setattr(TorchEngine, "hidden_states_of", noted)
     monkeypatch.setattr(texts_module, "write_texts", None)
     shared = trained(tmp_path / "first", 1, work=work, version=1)
     assert not read

@@ -1,28 +1,32 @@
-"""A forward as one compiled graph, for models that have no `program`: GPUs, and other families on CPUs.
+"""A forward as one graph, for models that have no `program`: GPUs, and other families on CPUs.
 
-Compiling a forward is worth it only if the same graph serves every tree. So nothing of a tree is in it: which rows see
-which is a mask, where rows stand are positions, and where their KV goes are indices, all inputs of fixed sizes. Rows
-are padded to one of few numbers, and the KV to its storage, whose capacities are few (`kv.KVLayout.fixed`).
+A graph is worth it only if the same one serves every tree. So nothing of a tree is in it: which rows see which is a
+mask, where rows stand are positions, and where their KV goes are indices, all inputs of fixed sizes. Rows are padded to
+one of few numbers, and the KV to its storage, whose capacities are few (`kv.KVLayout.fixed`).
+
+On a GPU a step of a small model is little more than the launches of its kernels. There a graph is a recording of them
+(a CUDA graph), which one call plays again.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch._dynamo.exc import TorchDynamoException
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from transformers import Cache, PreTrainedModel
 
 from tokentree.engines.attention import Segment, dense_mask
-from tokentree.engines.kv import KVLayout
+from tokentree.engines.kv import KVLayout, SequenceKV
+from tokentree.engines.recording import Recording
 from tokentree.storage import cache_folder
 from tokentree.tree import TokenTree
 
@@ -30,41 +34,53 @@ ROWS = (2, 4, 8, 16, 32, 64)  # a single row would be compiled for itself
 BACKEND = "inductor"
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
+Layers = list[tuple[torch.Tensor, torch.Tensor]]
+Said = tuple[torch.Tensor, list[torch.Tensor]]
+_Player = tuple[Recording[Said], torch.Tensor, dict[str, torch.Tensor]]  # and its inputs: see `Graph._replay`
+
 
 class Graph:
-    """The forward over the tree of one sequence, compiled by `torch.compile`.
+    """The forward over the tree of one sequence: recorded on GPUs, and compiled by `torch.compile` where that is asked
+    for.
 
-    On CPUs one graph serves all sizes, as rows and capacity are symbols in it. On GPUs each size has its graph, which
-    is captured as a CUDA graph. What was compiled is kept in the cache folder.
+    On CPUs one compiled graph serves all sizes, as rows and capacity are symbols in it. On GPUs each number of rows has
+    its recording, for each storage that it writes to. What was compiled is kept in the cache folder.
 
     Args:
         model: attends by itself, under a dense mask.
         windows: the sliding window of each kind of attention layer, as `support.layer_windows` has them.
+        noted: hidden states by place, which hooks in ``model`` put there; a compiled graph has the last one alone.
+        compile: compile what is run, or recorded.
     """
 
-    def __init__(self, model: PreTrainedModel, windows: Mapping[str, int | None]) -> None:
-        self._model, self._windows = model, windows
+    def __init__(
+        self, model: PreTrainedModel, windows: Mapping[str, int | None], noted: dict[int, torch.Tensor], compile: bool
+    ) -> None:
+        self._model, self._windows, self._noted, self._compiles = model, windows, noted, compile
         self._on_cpu, self._head_input = model.device.type == "cpu", torch.empty(0)
-        if (head := model.get_output_embeddings()) is not None:
-            head.register_forward_pre_hook(self._note)
-        if os.environ.get(CACHE, default_cache_dir()) == default_cache_dir():  # torch's own, in a temporary folder
-            os.environ[CACHE] = str(cache_folder() / "compiled")
-        options: dict[str, Any] = {} if self._on_cpu else {"triton.cudagraphs": True}
-        limits: dict[str, Any] = {"recompile_limit": 64, "isolate_recompiles": True}
-        self._compiled: Callable[..., tuple[torch.Tensor, torch.Tensor]] = torch.compile(
-            self._run, dynamic=False, backend=BACKEND, options=options if BACKEND == "inductor" else None, **limits
-        )
+        self._run: Callable[..., Said] = self._forward
+        if compile:
+            head = model.get_output_embeddings()
+            if head is not None:
+                head.register_forward_pre_hook(self._note)
+            self._run = _compiled(self._forward)
+        self._pool = None if self._on_cpu else torch.cuda.graph_pool_handle()
+        self._recorded: WeakKeyDictionary[SequenceKV, dict[tuple[int, int], _Player]] = WeakKeyDictionary()
 
     @torch.inference_mode()
-    def compiles(self, layout: KVLayout) -> bool:
-        """Compiles for all numbers of rows, with a progress bar; False, and a warning, where this machine can't."""
+    def works(self, layout: KVLayout) -> bool:
+        """Compiles or records for all numbers of rows, with a progress bar; False, and a warning, where this machine
+        can't, or not this model."""
         kv, console = layout.make(ROWS[-1]), Console(stderr=True)
+        what, failed = ("compiling", _dynamo_errors()) if self._compiles else ("recording", (RuntimeError,))
         try:
-            for rows in track(ROWS, "compiling", console=console, transient=True, disable=not console.is_terminal):
+            for rows in track(ROWS, what, console=console, transient=True, disable=not console.is_terminal):
                 self.forward(Segment(kv, TokenTree.chain(0, [0] * (rows - 1)), 0, 0))
-        except TorchDynamoException as error:
+        except failed as error:
             reason = str(getattr(error, "inner_exception", error)).strip().splitlines()[0]
-            warnings.warn(f"compile=True does nothing here, the forward can't be compiled: {reason}", stacklevel=3)
+            told = "compile=True does nothing here, the forward can't be compiled"
+            told = told if self._compiles else "the forward can't be recorded as a graph, and is slower without"
+            warnings.warn(f"{told}: {reason}", stacklevel=3)
             return False
         return True
 
@@ -72,49 +88,69 @@ class Graph:
         """Whether one graph computes these: one sequence, and no more rows than the widest has."""
         return len(segments) == 1 and segments[0].count <= ROWS[-1]
 
+    def forget(self) -> None:
+        """Records anew, from the next forward on."""
+        self._recorded.clear()
+
     @torch.inference_mode()
-    def forward(self, segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes the KV of all rows, and returns logits [rows, vocab] and hidden states [rows, hidden size] after the
-        final norm (empty, if the model has no output layer)."""
+    def forward(self, segment: Segment) -> Said:
+        """Writes the KV of all rows, and returns logits [rows, vocab] and hidden states [rows, hidden size] of each
+        place, which hold until the next forward."""
         count, kv = segment.count, segment.kv
         rows = next(rows for rows in ROWS if rows >= count)
         start = segment.prefix + segment.first
         kv.reserve(start + rows)
         layers = [kv.layer(layer) for layer in range(kv.num_layers)]
-        device, columns = self._model.device, layers[0][0].shape[1]
-        ids, positions = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
-        ids[:count], positions[:count] = segment.tree.tokens[segment.first :], segment.positions
+        columns, numbers = layers[0][0].shape[1], np.zeros((3, rows), np.int64)
+        numbers[0, :count], numbers[1, :count] = segment.tree.tokens[segment.first :], segment.positions
+        numbers[2] = np.arange(start, start + rows)
         masks = {
-            kind: dense_mask([segment], rows, window, self._model.dtype, device, columns)
+            kind: dense_mask([segment], rows, window, self._model.dtype, torch.device("cpu"), columns)
             for kind, window in self._windows.items()
         }
-        inputs = [torch.from_numpy(row)[None].to(device) for row in (ids, positions)]
-        places = torch.arange(start, start + rows, device=device)
-        if self._on_cpu:
-            for tensor in (*inputs, *masks.values()):
-                torch._dynamo.maybe_mark_dynamic(tensor, (tensor.ndim - 1,))
-            for mask in masks.values():
-                torch._dynamo.maybe_mark_dynamic(mask, (2,))
-            torch._dynamo.maybe_mark_dynamic(places, (0,))
-            for keys, values in layers:
-                torch._dynamo.maybe_mark_dynamic(keys, (1,))
-                torch._dynamo.maybe_mark_dynamic(values, (1,))
-        else:
-            for keys, values in layers:
-                torch._dynamo.mark_static_address(keys)
-                torch._dynamo.mark_static_address(values)
-            torch.compiler.cudagraph_mark_step_begin()
-        logits, hidden = self._compiled(*inputs, masks, layers, places)
-        return logits[:count], hidden[:count]
+        inputs = torch.from_numpy(numbers)
+        logits, states = (
+            self._compute(inputs, masks, layers) if self._on_cpu else self._replay(kv, inputs, masks, layers)
+        )
+        return logits[:count], [state[:count] for state in states]
 
-    def _run(
-        self,
-        ids: torch.Tensor,
-        positions: torch.Tensor,
-        masks: dict[str, torch.Tensor],
-        layers: list[tuple[torch.Tensor, torch.Tensor]],
+    def _compute(self, numbers: torch.Tensor, masks: dict[str, torch.Tensor], layers: Layers) -> Said:
+        ids, positions, places = numbers.clone()
+        torch._dynamo.maybe_mark_dynamic(places, (0,))
+        ids, positions = ids[None].clone(), positions[None].clone()
+        for tensor in (ids, positions, *masks.values()):
+            torch._dynamo.maybe_mark_dynamic(tensor, (tensor.ndim - 1,))
+        for mask in masks.values():
+            torch._dynamo.maybe_mark_dynamic(mask, (2,))
+        for keys, values in layers:
+            torch._dynamo.maybe_mark_dynamic(keys, (1,))
+            torch._dynamo.maybe_mark_dynamic(values, (1,))
+        return self._run(ids, positions, masks, layers, places)
+
+    def _replay(self, kv: SequenceKV, numbers: torch.Tensor, masks: dict[str, torch.Tensor], layers: Layers) -> Said:
+        known, size = self._recorded.setdefault(kv, {}), layers[0][0].shape[1]
+        for stale in [key for key in known if key[1] != size]:  # of the storage before it grew
+            del known[stale]
+        key = numbers.shape[1], size
+        if key not in known:
+            kept = numbers.to(self._model.device)
+            kept_masks = {kind: mask.to(self._model.device) for kind, mask in masks.items()}
+
+            def run() -> Said:
+                ids, positions, places = kept
+                return self._run(ids[None], positions[None], kept_masks, layers, places)
+
+            known[key] = Recording(run, self._pool), kept, kept_masks
+        recording, kept, kept_masks = known[key]
+        kept.copy_(numbers)
+        for kind, mask in masks.items():
+            kept_masks[kind].copy_(mask)
+        return recording.play()
+
+    def _forward(
+        self, ids: torch.Tensor, positions: torch.Tensor, masks: dict[str, torch.Tensor], layers: Layers,
         places: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> Said:  # fmt: skip
         out = self._model(
             input_ids=ids,
             position_ids=positions,
@@ -123,15 +159,35 @@ class Graph:
             use_cache=True,
             return_dict=True,
         )
-        return out.logits[0], self.head_input()
+        states = [self.head_input()] if self._compiles else [self._noted[place] for place in sorted(self._noted)]
+        return out.logits[0], states
 
     def head_input(self) -> torch.Tensor:
-        """[rows, hidden size]: what the output layer was given last, in this graph or outside."""
+        """[rows, hidden size]: what the output layer was given last, in a compiled graph or outside."""
         hidden, self._head_input = self._head_input, torch.empty(0)
         return hidden
 
     def _note(self, head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         self._head_input = inputs[0][0]
+
+
+def _compiled(run: Callable[..., Said]) -> Callable[..., Said]:
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # what compiles takes a second to import
+
+    if os.environ.get(CACHE, default_cache_dir()) == default_cache_dir():  # torch's own, in a temporary folder
+        os.environ[CACHE] = str(cache_folder() / "compiled")
+    limits: dict[str, Any] = {"recompile_limit": 64, "isolate_recompiles": True}
+    known = inspect.signature(torch.compile).parameters  # of torch's versions, not all have them
+    options: dict[str, Any] = {"options": {}} if BACKEND == "inductor" else {}
+    options |= {name: value for name, value in limits.items() if name in known}
+    made: Callable[..., Said] = torch.compile(run, dynamic=False, backend=BACKEND, **options)
+    return made
+
+
+def _dynamo_errors() -> tuple[type[Exception], ...]:
+    from torch._dynamo.exc import TorchDynamoException
+
+    return TorchDynamoException, RuntimeError
 
 
 class FixedKV(Cache):

@@ -110,6 +110,11 @@ class SequenceKV:
         return len(self._where)
 
     @property
+    def capacity(self) -> int:
+        """Rows that there is room for."""
+        return self._capacity
+
+    @property
     def nbytes(self) -> int:
         """Memory of the storage, in bytes."""
         return sum(stored.nbytes for stored in [*self._keys, *self._values, self.states])

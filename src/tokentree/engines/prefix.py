@@ -35,16 +35,19 @@ class PrefixCache:
         """Forgets all that is kept."""
         self._entries = []
 
-    def keep(self, tokens: Ints, kv: SequenceKV) -> None:
-        """Takes over ``kv``, whose committed rows belong to ``tokens``."""
+    def keep(self, tokens: Ints, kv: SequenceKV) -> list[SequenceKV]:
+        """Takes over ``kv``, whose committed rows belong to ``tokens``; returns what is not kept, or no more."""
         if kv.nbytes > self._max_bytes or len(tokens) < LEAST:
-            return
+            return [kv]
         if any(shared_length(known, tokens) == len(tokens) for known, _ in self._entries):
-            return
-        self._entries = [entry for entry in self._entries if shared_length(entry[0], tokens) < len(entry[0])]
+            return [kv]
+        before = self._entries
+        self._entries = [entry for entry in before if shared_length(entry[0], tokens) < len(entry[0])]
         self._entries.append((tokens, kv))
         while self.nbytes > self._max_bytes:
             del self._entries[0]
+        kept = {id(entry[1]) for entry in self._entries}
+        return [entry[1] for entry in before if id(entry[1]) not in kept]
 
     def fill(self, kv: SequenceKV, tokens: Ints, live: Iterable[tuple[Ints, SequenceKV]] = ()) -> int:
         """Copies into the empty ``kv`` the rows of the longest beginning of ``tokens`` that is known, from what is kept

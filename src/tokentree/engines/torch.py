@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 AttentionInterface.register("tokentree", tree_attention)
 
 PREFILL_ROWS = 256
+SPARE = 16  # storages kept for the next sequences
 
 
 class TorchEngine:
@@ -96,7 +97,9 @@ class TorchEngine:
         reference = self._reference(packing)
         expected, shapes = reference["logits"], tuple(tuple(shape) for shape in reference["shapes"].tolist())
         whole = packing is not None and not self._attends_itself and Program.fits(self._model, packing)
-        self._graph = self._compile(attention, shapes) if compile and not whole else None
+        self._noted: dict[int, torch.Tensor] = {}  # of the last forward of `_model`, [rows, hidden size]
+        self._compiles = compile and not whole
+        self._graph = None if whole else self._graph_for(attention, shapes)
         self._layout = self._layout_for(shapes)
         self._program: Program | None = None
         if packing is not None and self._graph is None:
@@ -109,9 +112,9 @@ class TorchEngine:
             if self.device.type == "cpu":
                 steady_activations(self._model)
         self._places: list[int] = []  # of the hidden states that are kept
-        self._noted: dict[int, torch.Tensor] = {}  # of the last forward of `_model`, [rows, hidden size]
         self._kv: dict[int, tuple[Sequence, SequenceKV]] = {}
         self._prefixes = PrefixCache(prefix_bytes)
+        self._spare: list[SequenceKV] = []  # storage that a graph is recorded for, and nobody uses
         self._hidden_size, self._num_layers = int(config.hidden_size), int(config.num_hidden_layers)
         sizes = (config.num_hidden_layers, config.hidden_size, config.vocab_size)
         self._model_size = f"{type(model).__name__} {'x'.join(map(str, sizes))}"
@@ -135,7 +138,8 @@ class TorchEngine:
         on_cpu = self.device.type == "cpu"
         device = f"cpu {torch.get_num_threads()} threads" if on_cpu else torch.cuda.get_device_name(self.device)
         numbers = self.quantization or str(self.dtype).removeprefix("torch.")
-        form = "one call" if self._program else "one graph" if self._graph else f"{self.attention} attention"
+        graph = "one graph" if self._compiles else "one recording"
+        form = "one call" if self._program else graph if self._graph else f"{self.attention} attention"
         return f"{self._model_size}, {form}, {numbers}, {device}"
 
     # -- the protocol ----------------------------------------------------------------------------------------------
@@ -185,7 +189,9 @@ class TorchEngine:
         for seq in seqs:
             if seq.id in self._kv:
                 _, kv = self._kv.pop(seq.id)
-                self._prefixes.keep(_ids(seq, kv), kv)
+                unused = self._prefixes.keep(_ids(seq, kv), kv)
+                if self._layout.fixed:
+                    self._spare = [*self._spare, *unused][-SPARE:]
 
     def capture(self, places: SequenceOf[int] | None = None) -> Features:
         head = self._model.get_output_embeddings()
@@ -222,13 +228,53 @@ class TorchEngine:
         picked = [self._places.index(place) for place in ([self._num_layers] if places is None else places)]
         return kv.states[picked, : kv.length].transpose(0, 1).flatten(1)
 
+    @torch.inference_mode()
+    def hidden_states_of(
+        self, texts: SequenceOf[SequenceOf[int]], places: SequenceOf[int] | None = None
+    ) -> list[torch.Tensor]:
+        """`hidden_states` of several texts; elsewhere than on a CPU they are read together, by the model's own
+        forward."""
+        if self.device.type == "cpu":
+            return [self.hidden_states(ids, places) for ids in texts]
+        picked = [self._num_layers] if places is None else places
+        padded = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.int64)
+        for row, ids in zip(padded, texts, strict=True):
+            row[: len(ids)] = torch.tensor(ids)
+        options = {"logits_to_keep": 1} if self._keeps_logits else {}
+        # no row sees what stands behind it, and so no text what fills it up
+        out = self._model(
+            input_ids=padded.to(self.device), use_cache=False, output_hidden_states=True, return_dict=True, **options
+        )
+        states = torch.cat([out.hidden_states[place] for place in picked], -1)
+        return [states[row, : len(ids)] for row, ids in enumerate(texts)]
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """What it runs, where that is a transformers model that can run by itself.
+
+        Raises:
+            ModelError: on a CPU, where weights are packed.
+        """
+        if self.device.type == "cpu":
+            raise ModelError("on a CPU, the weights are packed, and the model doesn't run by itself")
+        return self._model
+
     # -- one forward -----------------------------------------------------------------------------------------------
 
     def _kv_of(self, seq: Sequence) -> SequenceKV:
         if seq.id not in self._kv:
             rows = min(len(seq.prompt_ids) + seq.params.max_tokens, self.context)
-            self._kv[seq.id] = seq, self._layout.make(rows + 64)
+            self._kv[seq.id] = seq, self._storage(rows + 64)
         return self._kv[seq.id][1]
+
+    def _storage(self, rows: int) -> SequenceKV:
+        """Empty storage; one that was used before and is large enough, if there is any."""
+        for kv in self._spare:
+            if kv.capacity >= rows:
+                self._spare.remove(kv)
+                kv.length = 0
+                return kv
+        return self._layout.make(rows)
 
     def _read(self, kv: SequenceKV, ids: SequenceOf[int]) -> None:
         """Commits rows for ``ids``."""
@@ -251,8 +297,8 @@ class TorchEngine:
             self._keep(segments, self._program.states)
             return logits
         if self._graph is not None and upto != "kv" and self._graph.fits(segments):
-            logits, hidden = self._graph.forward(segments[0])
-            self._keep(segments, [hidden] * len(self._places))
+            logits, states = self._graph.forward(segments[0])
+            self._keep(segments, states if self._places else [])
             return logits
         cache = ForwardKV(segments, self._attends_itself)
         options: dict[str, Any] = {"logits_to_keep": int(upto == "kv")} if self._keeps_logits else {}
@@ -274,7 +320,7 @@ class TorchEngine:
             return_dict=True,
             **options,
         )
-        if self._graph is not None:
+        if self._graph is not None and self._compiles:
             self._noted[self._num_layers] = self._graph.head_input()
         self._keep(segments, [self._noted[place] for place in self._places])
         said: torch.Tensor = out.logits[0]
@@ -291,16 +337,19 @@ class TorchEngine:
         """Keeps the hidden states ``places``, from now on."""
         if self._kv:
             raise PairingError("hidden states can't be asked for while texts are being decoded")
-        if self._graph is not None and places != [self._num_layers]:
+        if self._graph is not None and self._compiles and places != [self._num_layers]:
             raise PairingError("with compile=True, only the last hidden state is there: leave it out")
         self._prefixes.clear()
+        self._spare.clear()
         self._places = sorted([*self._places, *places])
         if self._program is not None:
             self._program.capture(self._places)
-        for place in places if self._program is None and self._graph is None else ():
+        for place in places if self._program is None and (self._graph is None or not self._compiles) else ():
             last = place == self._num_layers
             module = self._model.get_output_embeddings() if last else decoder_layers(self._model)[place]
             module.register_forward_pre_hook(functools.partial(self._note, place), with_kwargs=True)
+        if self._graph is not None:
+            self._graph.forget()
         self._layout = replace(self._layout, states=len(self._places), width=self._hidden_size, state_dtype=self.dtype)
 
     def _note(self, place: int, module: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -332,15 +381,18 @@ class TorchEngine:
             return KVLayout(shapes, self.dtype, self.device, fixed=self._graph is not None)
         return KVLayout(shapes, torch.float32, self.device, blocked=True)
 
-    def _compile(self, attention: str | None, shapes: tuple[tuple[int, int, int], ...]) -> Graph | None:
-        """The forward as a graph, in which the model attends by itself; None, and a warning, where there can't be."""
-        if attention == "tree" or self.quantization:
+    def _graph_for(self, attention: str | None, shapes: tuple[tuple[int, int, int], ...]) -> Graph | None:
+        """The forward as a graph, in which the model attends by itself: where it is to be compiled, and by default on a
+        GPU; None, and a warning, where there can't be."""
+        if not self._compiles and (self.device.type != "cuda" or attention is not None):
+            return None
+        if self._compiles and (attention == "tree" or self.quantization):
             other = "attention='tree'" if attention == "tree" else f"quantization={self.quantization!r}"
             raise ModelError(f"compile=True and {other} don't go together for {type(self._model).__name__}")
-        from tokentree.engines.graph import Graph  # what compiles takes a second to import
+        from tokentree.engines.graph import Graph  # few need what it imports
 
-        graph = Graph(self._model, self._windows)
-        if not graph.compiles(KVLayout(shapes, self.dtype, self.device, fixed=True)):
+        graph = Graph(self._model, self._windows, self._noted, self._compiles)
+        if not graph.works(KVLayout(shapes, self.dtype, self.device, fixed=True)):
             return None
         self.attention, self._attends_itself = "sdpa", True
         return graph

@@ -187,7 +187,7 @@ def batch_of(texts: HiddenTexts, spans: Sequence[tuple[int, int]], device: torch
     lengths = torch.tensor([end - start for start, end in spans])
     longest = int(lengths.max())
     ids = torch.zeros(len(spans), longest, dtype=torch.int64)
-    states = torch.zeros(len(spans), longest, texts.hidden.shape[1])
+    states = torch.zeros(len(spans), longest, texts.hidden.shape[1], device=texts.hidden.device)
     for row, (start, end) in enumerate(spans):
         ids[row, : end - start] = texts.ids[start:end]
         states[row, : end - start] = texts.hidden[start:end]

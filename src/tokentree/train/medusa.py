@@ -130,7 +130,7 @@ class MedusaTask:
         device = next(model.parameters()).device
         labels = texts.labels(places, self._num_heads)
         labels = torch.where(labels >= 0, self._own[labels.clamp(min=0)], labels)
-        return texts.hidden[places].float().to(device), labels.to(device)
+        return texts.hidden[places.to(texts.hidden.device)].float().to(device), labels.to(device)
 
 
 def hits_by_rank(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -14,9 +14,13 @@ from transformers import PreTrainedTokenizerBase
 from tokentree.errors import PromptError
 from tokentree.llm import LLM
 from tokentree.sampling import SamplingParams
+from tokentree.train.writing import Writer
 
 LEAST = 8  # tokens of a text that is worth reading
 AT_ONCE = 256  # texts that a model writes; as one is finished, another joins those that are decoded together
+AT_ONCE_ON_GPUS = 1024
+TURN = 1_000_000_007  # between the seeds of one turn and the next
+ROUND = 32  # tokens at most that a chat template puts around a turn of the user and one of the model
 TEMPERATURES = (0.0, 0.3, 0.5, 0.8)  # of the answers that a model writes
 SAID = {"temperature": 1.0, "top_k": 50}  # how it writes what a user says
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -101,22 +105,25 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]],
     return [int(token) for token in ids]  # type: ignore[arg-type]
 
 
-def open_turn(tokenizer: PreTrainedTokenizerBase, bos_ids: list[int]) -> list[int]:
-    """What stands before the first thing a user says; ``bos_ids`` where there is no chat template."""
+def open_turn(
+    tokenizer: PreTrainedTokenizerBase, bos_ids: list[int], messages: Sequence[dict[str, str]] = ()
+) -> list[int]:
+    """What stands before the next thing a user says, after ``messages``; ``bos_ids`` where there is no chat
+    template."""
     if not tokenizer.chat_template:
         return bos_ids
-    messages = [{"role": "user", "content": MARK}]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=False, tokenize=False)
-    before: list[int] = tokenizer(str(text).partition(MARK)[0], add_special_tokens=False).input_ids
+    turns = [*messages, {"role": "user", "content": MARK}]
+    text = tokenizer.apply_chat_template(turns, add_generation_prompt=False, tokenize=False)
+    before: list[int] = tokenizer(str(text).rpartition(MARK)[0], add_special_tokens=False).input_ids
     return before
 
 
 def write_texts(
-    llm: LLM, first: int = 0, seed: int = 0, prompt_tokens: int = 64, answer_tokens: int = 256
+    llm: LLM, first: int = 0, seed: int = 0, prompt_tokens: int = 64, answer_tokens: int = 256, turns: int = 2
 ) -> Iterator[list[list[int]]]:
     """Texts that the model writes itself, without end, a batch at a time: first what a user might say, as its chat
-    template leaves the user's turn open, drawn as `SAID` says; then an answer, at one of `TEMPERATURES`. A model
-    without a template just writes. Nothing is written on a turn that came out empty.
+    template leaves the user's turn open, drawn as `SAID` says; then an answer, at one of `TEMPERATURES`; then what the
+    user says to that, and so on. A model without a template just writes. A text ends before a turn that came out empty.
 
     What comes in a batch follows from ``seed`` and its number, of which ``first`` is the first.
 
@@ -126,25 +133,71 @@ def write_texts(
     tokenizer = llm.tokenizer
     if tokenizer is None:
         raise PromptError("a model without a tokenizer can't write its own training data: give a file")
-    start = open_turn(tokenizer, sorted(llm.eos_ids)[:1] or [0])
+    bos_ids = sorted(llm.eos_ids)[:1] or [0]
+    longest = len(open_turn(tokenizer, bos_ids)) + turns * (prompt_tokens + answer_tokens + ROUND)
+    longest = min(longest, llm.engine.context)
+    at_once, write = (AT_ONCE, _by_engine(llm)) if llm.engine.device.type == "cpu" else (
+        AT_ONCE_ON_GPUS, _by_writer(llm, longest)
+    )  # fmt: skip
     for number in count(first):
-        places = range(number * AT_ONCE, (number + 1) * AT_ONCE)
-        drawn = [SamplingParams(seed=seed + 2 * place, max_tokens=prompt_tokens, **SAID) for place in places]
-        said = _write(llm, [start] * len(places), drawn)
-        if tokenizer.chat_template:
-            texts = [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in said]
-            prompts = [chat_ids(tokenizer, [{"role": "user", "content": text}]) if text else [] for text in texts]
-        else:
-            prompts = [[*start, *ids] for ids in said]
-        kept = [(place, prompt) for place, prompt in zip(places, prompts, strict=True) if prompt]
-        drawn = [
-            SamplingParams(
-                temperature=TEMPERATURES[place % len(TEMPERATURES)], seed=seed + 2 * place + 1, max_tokens=answer_tokens
-            )
-            for place, _ in kept
-        ]
-        answers = _write(llm, [prompt for _, prompt in kept], drawn)
-        yield [[*prompt, *answer] for (_, prompt), answer in zip(kept, answers, strict=True)]
+        talks = [_Talk(place) for place in range(number * at_once, (number + 1) * at_once)]
+        for turn in range(turns):
+            growing = [talk for talk in talks if talk.turns == turn]
+            for talk in growing:
+                talk.open(tokenizer, bos_ids)
+            room = longest - prompt_tokens - answer_tokens - ROUND
+            growing = [talk for talk in growing if not turn or len(talk.prompt) <= room]
+            seeds = [seed + 2 * talk.place + TURN * turn for talk in growing]
+            params = [SamplingParams(seed=one, max_tokens=prompt_tokens, **SAID) for one in seeds]
+            for talk, said in zip(growing, write([talk.prompt for talk in growing], params), strict=True):
+                talk.hear(tokenizer, said)
+            answered = [(talk, one + 1) for talk, one in zip(growing, seeds, strict=True) if talk.prompt]
+            params = [
+                SamplingParams(
+                    temperature=TEMPERATURES[talk.place % len(TEMPERATURES)], seed=one, max_tokens=answer_tokens
+                )
+                for talk, one in answered
+            ]
+            answers = write([talk.prompt for talk, _ in answered], params)
+            for (talk, _), answer in zip(answered, answers, strict=True):
+                talk.answer(tokenizer, answer)
+        yield [talk.ids for talk in talks if talk.ids]
+
+
+@dataclass
+class _Talk:
+    """A text while it is being written.
+
+    Args:
+        place: among all texts.
+        ids: as far as it is written.
+        turns: of the user and the model, that it has.
+        messages: the same, as the chat template takes them.
+        prompt: what comes next goes on from it; empty if nothing does.
+    """
+
+    place: int
+    ids: list[int] = field(default_factory=list)
+    turns: int = 0
+    messages: list[dict[str, str]] = field(default_factory=list)
+    prompt: list[int] = field(default_factory=list)
+
+    def open(self, tokenizer: PreTrainedTokenizerBase, bos_ids: list[int]) -> None:
+        without = self.ids or bos_ids
+        self.prompt = open_turn(tokenizer, without, self.messages) if tokenizer.chat_template else without
+
+    def hear(self, tokenizer: PreTrainedTokenizerBase, said: list[int]) -> None:
+        if not tokenizer.chat_template:
+            self.prompt = [*self.prompt, *said]
+            return
+        text = str(tokenizer.decode(said, skip_special_tokens=True)).strip()
+        self.messages.append({"role": "user", "content": text})
+        self.prompt = chat_ids(tokenizer, self.messages) if text else []
+
+    def answer(self, tokenizer: PreTrainedTokenizerBase, answer: list[int]) -> None:
+        text = str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
+        self.messages.append({"role": "assistant", "content": text})
+        self.ids, self.turns = [*self.prompt, *answer], self.turns + 1
 
 
 def keep_texts(
@@ -157,7 +210,7 @@ def keep_texts(
         advance: called with the number of tokens that came.
 
     Raises:
-        PromptError: if ``file`` is something else, or there is no tokenizer.
+        PromptError: if ``file`` is something else, there is no tokenizer, or the model writes nothing.
     """
     found, batches = Texts(), 0
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -171,6 +224,8 @@ def keep_texts(
     advance(found.tokens)
     with file.open("a", encoding="utf-8") as out:
         for batch in write_texts(llm, batches, seed) if found.tokens < tokens else ():
+            if not batch:
+                raise PromptError("the model writes nothing on an open turn of its chat template: give a file of texts")
             out.write(json.dumps(batch) + "\n")
             out.flush()
             found.ids += [ids for ids in batch if len(ids) >= LEAST]
@@ -180,9 +235,30 @@ def keep_texts(
     return found
 
 
-def _write(llm: LLM, prompts: list[list[int]], params: list[SamplingParams]) -> list[list[int]]:
+Write = Callable[[list[list[int]], list[SamplingParams]], list[list[int]]]
+
+
+def _by_engine(llm: LLM) -> Write:
     """The continuation of each prompt, all decoded together: so many that guesses would not pay for their rows."""
-    seqs = [llm.sequence(prompt, one) for prompt, one in zip(prompts, params, strict=True)]
-    for _ in llm.plain().decoder.run(seqs, llm.max_batch):
-        pass
-    return [seq.output_ids for seq in seqs]
+
+    def write(prompts: list[list[int]], params: list[SamplingParams]) -> list[list[int]]:
+        seqs = [llm.sequence(prompt, one) for prompt, one in zip(prompts, params, strict=True)]
+        for _ in llm.plain().decoder.run(seqs, llm.max_batch):
+            pass
+        return [seq.output_ids for seq in seqs]
+
+    return write
+
+
+def _by_writer(llm: LLM, capacity: int) -> Write:
+    """The same on an accelerator; all are drawn with the seed of the first."""
+    writer = Writer(llm.engine.model, AT_ONCE_ON_GPUS, capacity)
+
+    def write(prompts: list[list[int]], params: list[SamplingParams]) -> list[list[int]]:
+        if not prompts:
+            return []
+        spread, one = [each.temperature for each in params], params[0]
+        assert one.seed is not None
+        return writer.write(prompts, one.max_tokens, spread, llm.eos_ids, one.seed, one.top_k)
+
+    return write
