@@ -1,10 +1,11 @@
 """What a forward of the target costs by its rows, by how it is computed, and how far above the time of reading weights.
 
-    python benchmarks/forward.py MODEL [--threads 2] [--prefix 256] [--rounds 8] [--compile]
+    python benchmarks/forward.py MODEL [--device cpu] [--threads 2] [--prefix 256] [--rounds 8] [--compile]
 
-Measures the model's own modules (`torch`, with transformers' cache), and tokentree's engine in bfloat16, in 8 bits, for
-a GGUF file in its own bits, and, with --compile, as a graph made by `torch.compile`, all on one model and in turns, and
-keeps the median of each. The floor is the bytes of packed weights over the read bandwidth, measured in the same run.
+Measures the model's own modules (`torch`, with transformers' cache), and tokentree's engine: on a CPU in bfloat16, in 8
+bits, and for a GGUF file in its own bits; on a GPU kernel by kernel, and recorded; with --compile, as a graph made by
+`torch.compile` too. All on one model and in turns; the median of each is kept. The floor is the bytes of the weights
+over the read bandwidth, measured in the same run.
 """
 
 from __future__ import annotations
@@ -36,18 +37,23 @@ ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prefix", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--compile", action="store_true")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
-    model = load_model(asked.model, "bfloat16", torch.device("cpu"))
+    device = torch.device(asked.device)
+    model = load_model(asked.model, "bfloat16", device)
     size = model.config.get_text_config().vocab_size
     ids = np.random.default_rng(0).integers(0, size, asked.prefix + 1).tolist()
-    engines = {"bfloat16": TorchEngine(model), "int8": TorchEngine(model, quantization="int8")}
-    if asked.model.endswith(".gguf"):
-        engines["gguf"] = TorchEngine(model, quantization="gguf", file=Path(asked.model))
+    if device.type == "cpu":
+        engines = {"bfloat16": TorchEngine(model), "int8": TorchEngine(model, quantization="int8")}
+        if asked.model.endswith(".gguf"):
+            engines["gguf"] = TorchEngine(model, quantization="gguf", file=Path(asked.model))
+    else:
+        engines = {"kernels": TorchEngine(model, "sdpa"), "recorded": TorchEngine(model)}
     if asked.compile:
         started = time.perf_counter()
         engines["graph"] = TorchEngine(model, "sdpa", compile=True)
@@ -58,26 +64,28 @@ def main() -> None:
     with Progress(transient=True) as bar:
         task = bar.add_task("measuring", total=asked.rounds * len(times))
         for _ in range(asked.rounds):
-            bandwidth.append(read_bandwidth())
+            bandwidth.append(read_bandwidth(device))
             for (name, rows), seconds in times.items():
                 seconds.append(forwards[name](rows))
                 bar.advance(task)
     medians = {key: statistics.median(seconds) for key, seconds in times.items()}
     best = max(bandwidth)
-    shown = Table(title=f"T(n), ms: {asked.model}, {asked.prefix} tokens before, {asked.threads} threads")
+    place = f"{asked.threads} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    shown = Table(title=f"T(n), ms: {asked.model}, {asked.prefix} tokens before, {place}")
     for head in ("rows", *forwards, *(f"{name} T(n)/T(1)" for name in forwards)):
         shown.add_column(head, justify="right")
     for rows in ROWS:
         now = [medians[name, rows] for name in forwards]
         ratios = [f"{medians[name, rows] / medians[name, 1]:.2f}" for name in forwards]
-        shown.add_row(str(rows), *(f"{1e3 * seconds:.1f}" for seconds in now), *ratios)
+        shown.add_row(str(rows), *(f"{1e3 * seconds:.2f}" for seconds in now), *ratios)
     console = Console(width=140)
     console.print(shown)
     for name, engine in engines.items():
         if name == "graph":
             continue
         packed = [m for m in engine._model.modules() if isinstance(m, PackedLinear | QuantizedLinear)]
-        weights = sum(layer.weight.nbytes for layer in packed)
+        own_weights = {weight.data_ptr(): weight.nbytes for weight in model.parameters()}
+        weights = sum(layer.weight.nbytes for layer in packed) or sum(own_weights.values())
         console.print(
             f"{name}: {weights / 1e6:.0f} MB of weights at {best / 1e9:.1f} GB/s (best of {asked.rounds}, "
             f"median {statistics.median(bandwidth) / 1e9:.1f}) take {1e3 * weights / best:.1f} ms: plain is at "
@@ -91,9 +99,11 @@ def own(model: PreTrainedModel, ids: list[int]) -> Callable[[int], float]:
     @torch.inference_mode()
     def forward(rows: int) -> float:
         cache = DynamicCache(config=model.config)
-        model(input_ids=torch.tensor([ids[:-1]]), past_key_values=cache, logits_to_keep=1)
+        model(input_ids=torch.tensor([ids[:-1]], device=model.device), past_key_values=cache, logits_to_keep=1)
+        wait(model.device)
         started = time.perf_counter()
-        model(input_ids=torch.tensor([ids[-1:] * rows]), past_key_values=cache)
+        model(input_ids=torch.tensor([ids[-1:] * rows], device=model.device), past_key_values=cache)
+        wait(model.device)
         return time.perf_counter() - started
 
     return forward
@@ -110,12 +120,19 @@ def ours(engine: TorchEngine, ids: list[int]) -> Callable[[int], float]:
     return forward
 
 
-def read_bandwidth() -> float:
-    """Bytes a second of summing up half a gigabyte with all threads."""
-    block = torch.ones(1 << 27)
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes a second of summing up half a gigabyte, with all threads of a CPU."""
+    block = torch.ones(1 << 27, device=device)
     block.sum()
+    wait(device)
     started = time.perf_counter()
     block.sum()
+    wait(device)
     return block.nbytes / (time.perf_counter() - started)
 
 
