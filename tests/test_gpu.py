@@ -29,6 +29,7 @@ from tokentree.drafters.recycling import Recycling
 from tokentree.drafters.suffix import Suffix
 from tokentree.engines.torch import TorchEngine
 from tokentree.train import texts as texts_module
+from tokentree.train import writing
 from tokentree.train.features import keep_features
 from tokentree.train.loop import Recipe
 from tokentree.train.run import train_medusa
@@ -163,7 +164,7 @@ def test_heads_are_trained_and_draft(
     kind: str, precision: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(texts_module, "AT_ONCE", 8)
-    monkeypatch.setattr(texts_module, "AT_ONCE_ON_GPUS", 8)
+    monkeypatch.setattr(writing, "MOST_ROWS", 8)
     model = tiny("llama", vocab_size=300, max_position_embeddings=800).to(DEVICE)  # type: ignore[arg-type]
     llm = LLM(model, tokenizer=tiny_tokenizer(), max_batch=4)
     recipe = Recipe(batch_size=4, evaluate_every=5, warmup_steps=2, learning_rate=3e-3, precision=precision)

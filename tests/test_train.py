@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 from tests.tiny_models import request, save_model, some_tokens, tiny, tiny_tokenizer
-from tokentree import LLM, train_medusa_heads
+from tokentree import LLM, SamplingParams, train_medusa_heads
 from tokentree.cli import app
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import OptionError, PromptError
@@ -96,6 +96,16 @@ def test_a_model_writes_turns_that_its_template_leaves_open() -> None:
     assert any(str(tokenizer.decode(ids)).count("<|user|>") == 2 for ids in batch)
     tokenizer.chat_template = None
     assert open_turn(tokenizer, [7]) == [7]
+
+
+def test_a_model_that_attends_by_itself_writes_many_texts_at_once() -> None:
+    tokenizer, model = tiny_tokenizer(), tiny("llama", vocab_size=300, max_position_embeddings=800)
+    at_once, write = texts_module._by_writer(LLM(model, tokenizer=tokenizer, attention="sdpa"), 400)
+    plain, prompts = LLM(model, tokenizer=tokenizer).plain(), [some_tokens(5), some_tokens(11)]
+    params = [SamplingParams(max_tokens=20, seed=3)] * 2
+    assert at_once >= 2
+    assert write(prompts, params) == [result.token_ids for result in plain.generate(prompts, params[0])]
+    assert write([], []) == []
 
 
 def test_what_a_model_writes_follows_from_the_seed_and_is_not_written_twice(

@@ -93,7 +93,8 @@ class BeamSearch:
         """
         vocab, length = log_probs.shape[1], len(self.running[0]) + 1
         kept = max(2, 1 + len(self._eos_ids)) * self.num_beams
-        best, places = torch.topk((log_probs + self.scores[:, None]).flatten(), k=min(kept, log_probs.numel()))
+        scores = (log_probs + self.scores.to(log_probs.device)[:, None]).flatten()
+        best, places = (found.cpu() for found in torch.topk(scores, k=min(kept, log_probs.numel())))
         moves = [Move(place // vocab, place % vocab) for place in places.tolist()]
         texts = [[*self.running[move.parent], move.token] for move in moves]
         ends = torch.tensor([length >= self._limit or move.token in self._eos_ids for move in moves])

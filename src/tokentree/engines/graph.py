@@ -64,17 +64,17 @@ class Graph:
             if head is not None:
                 head.register_forward_pre_hook(self._note)
             self._run = _compiled(self._forward)
-        self._pool = None if self._on_cpu else torch.cuda.graph_pool_handle()
+        self._pool: Any = None  # of memory, which lives as long as a recording that has a part in it
         self._recorded: WeakKeyDictionary[SequenceKV, dict[tuple[int, int], _Player]] = WeakKeyDictionary()
 
     @torch.inference_mode()
     def works(self, layout: KVLayout) -> bool:
-        """Compiles or records for all numbers of rows, with a progress bar; False, and a warning, where this machine
-        can't, or not this model."""
+        """Compiles for all numbers of rows, with a progress bar, or records the widest; False, and a warning, where
+        this machine can't, or not this model."""
         kv, console = layout.make(ROWS[-1]), Console(stderr=True)
-        what, failed = ("compiling", _dynamo_errors()) if self._compiles else ("recording", (RuntimeError,))
+        sizes, failed = (ROWS, _dynamo_errors()) if self._compiles else (ROWS[-1:], (RuntimeError,))
         try:
-            for rows in track(ROWS, what, console=console, transient=True, disable=not console.is_terminal):
+            for rows in track(sizes, "compiling", console=console, transient=True, disable=not console.is_terminal):
                 self.forward(Segment(kv, TokenTree.chain(0, [0] * (rows - 1)), 0, 0))
         except failed as error:
             reason = str(getattr(error, "inner_exception", error)).strip().splitlines()[0]
@@ -140,6 +140,8 @@ class Graph:
                 ids, positions, places = kept
                 return self._run(ids[None], positions[None], kept_masks, layers, places)
 
+            if not any(self._recorded.values()):
+                self._pool = torch.cuda.graph_pool_handle()
             known[key] = Recording(run, self._pool), kept, kept_masks
         recording, kept, kept_masks = known[key]
         kept.copy_(numbers)

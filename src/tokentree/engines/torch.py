@@ -250,14 +250,20 @@ class TorchEngine:
 
     @property
     def model(self) -> PreTrainedModel:
-        """What it runs, where that is a transformers model that can run by itself.
+        """What it runs, where that is a transformers model that attends by itself.
 
         Raises:
-            ModelError: on a CPU, where weights are packed.
+            ModelError: where it isn't: by default on CPUs.
         """
-        if self.device.type == "cpu":
-            raise ModelError("on a CPU, the weights are packed, and the model doesn't run by itself")
+        if not self._attends_itself:
+            raise ModelError("here the model doesn't attend by itself: use attention='sdpa'")
         return self._model
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of the KV, with all layers."""
+        sizes = [heads * (key_width + value_width) for heads, key_width, value_width in self._layout.shapes]
+        return sum(sizes) * self._layout.dtype.itemsize
 
     # -- one forward -----------------------------------------------------------------------------------------------
 

@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerBase
 from tokentree.errors import PromptError
 from tokentree.llm import LLM
 from tokentree.sampling import SamplingParams
-from tokentree.train.writing import Writer
+from tokentree.train.writing import Writer, rows_for
 
 LEAST = 8  # tokens of a text that is worth reading
 AT_ONCE = 256  # texts that a model writes; as one is finished, another joins those that are decoded together
-AT_ONCE_ON_GPUS = 1024
+SCORES = 32  # bytes that drawing a token takes for each one of the vocabulary
 TURN = 1_000_000_007  # between the seeds of one turn and the next
 ROUND = 32  # tokens at most that a chat template puts around a turn of the user and one of the model
 TEMPERATURES = (0.0, 0.3, 0.5, 0.8)  # of the answers that a model writes
@@ -136,9 +136,7 @@ def write_texts(
     bos_ids = sorted(llm.eos_ids)[:1] or [0]
     longest = len(open_turn(tokenizer, bos_ids)) + turns * (prompt_tokens + answer_tokens + ROUND)
     longest = min(longest, llm.engine.context)
-    at_once, write = (AT_ONCE, _by_engine(llm)) if llm.engine.device.type == "cpu" else (
-        AT_ONCE_ON_GPUS, _by_writer(llm, longest)
-    )  # fmt: skip
+    at_once, write = _by_engine(llm) if llm.engine.device.type == "cpu" else _by_writer(llm, longest)
     for number in count(first):
         talks = [_Talk(place) for place in range(number * at_once, (number + 1) * at_once)]
         for turn in range(turns):
@@ -238,8 +236,9 @@ def keep_texts(
 Write = Callable[[list[list[int]], list[SamplingParams]], list[list[int]]]
 
 
-def _by_engine(llm: LLM) -> Write:
-    """The continuation of each prompt, all decoded together: so many that guesses would not pay for their rows."""
+def _by_engine(llm: LLM) -> tuple[int, Write]:
+    """How many texts are written at once, and how: all are decoded together, so many that guesses would not pay for
+    their rows."""
 
     def write(prompts: list[list[int]], params: list[SamplingParams]) -> list[list[int]]:
         seqs = [llm.sequence(prompt, one) for prompt, one in zip(prompts, params, strict=True)]
@@ -247,18 +246,19 @@ def _by_engine(llm: LLM) -> Write:
             pass
         return [seq.output_ids for seq in seqs]
 
-    return write
+    return AT_ONCE, write
 
 
-def _by_writer(llm: LLM, capacity: int) -> Write:
-    """The same on an accelerator; all are drawn with the seed of the first."""
-    writer = Writer(llm.engine.model, AT_ONCE_ON_GPUS, capacity)
+def _by_writer(llm: LLM, capacity: int) -> tuple[int, Write]:
+    """The same on an accelerator: as many as its memory takes, all drawn with the seed of the first."""
+    rows = rows_for(llm.engine.device, capacity * llm.engine.bytes_per_token + SCORES * llm.engine.vocab_size)
+    writer = Writer(llm.engine.model, rows, capacity)
 
     def write(prompts: list[list[int]], params: list[SamplingParams]) -> list[list[int]]:
         if not prompts:
             return []
         spread, one = [each.temperature for each in params], params[0]
         assert one.seed is not None
-        return writer.write(prompts, one.max_tokens, spread, llm.eos_ids, one.seed, one.top_k)
+        return writer.write(prompts, one.max_tokens, spread, llm.eos_ids, one.seed, one.top_k or None)
 
-    return write
+    return rows, write

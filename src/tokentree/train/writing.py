@@ -21,6 +21,8 @@ from tokentree.engines.support import layer_windows
 COLUMNS = 128  # KV rows that a step reads are a multiple of it
 PREFILL_TOKENS = 1 << 16  # read in one forward
 LOOK = 8  # steps between two looks whether all texts have ended
+MOST_ROWS = 2048
+SHARE = 0.4  # of an accelerator's memory that texts may take
 
 
 class Writer:
@@ -114,6 +116,14 @@ class Writer:
         )
         logits: torch.Tensor = out.logits[:, -1]
         return logits
+
+
+def rows_for(device: torch.device, each: int) -> int:
+    """How many texts are written at once, where each takes so many bytes: a power of two, the same at any time."""
+    if device.type != "cuda":
+        return 16
+    fit = int(SHARE * torch.cuda.get_device_properties(device).total_memory) // each
+    return max(1, min(MOST_ROWS, 1 << (fit.bit_length() - 1)))
 
 
 class RowsKV(Cache):
