@@ -31,7 +31,8 @@ def pick_device(device: str | torch.device | None) -> torch.device:
 
 
 def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | None:
-    """The type asked for; otherwise bfloat16 on CPUs; None elsewhere, which leaves it to the checkpoint.
+    """The type asked for; otherwise bfloat16 on CPUs; None elsewhere, which leaves it to the checkpoint, and where that
+    is a GGUF file, to `load_model`.
 
     Raises:
         OptionError: if it is none of `DTYPES`.
@@ -54,6 +55,8 @@ def load_model(name: str | Path, dtype: str | torch.dtype | None, device: torch.
     where, options = _where(name)
     wanted = pick_dtype(dtype, device) or "auto"
     if options:
+        if wanted == "auto":  # a GGUF file's weights have none of torch's types, and would become float32
+            wanted = torch.bfloat16
         # unpack the blocks: packed ones can be multiplied only by kernels that few machines have
         options["quantization_config"] = GgufConfig(dequantize=True)
         part = str(wanted).removeprefix("torch.")

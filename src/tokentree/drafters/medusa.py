@@ -22,7 +22,7 @@ from tokentree.top import top_logprobs
 from tokentree.tree import Floats, Ints
 
 TOP = 10  # tokens that are kept of each head
-LEAST_PROB = 0.005
+LEAST_PROB = 0.0005
 
 
 class Medusa(Drafter):
