@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.test_medusa import random_heads
 from tests.test_report import some_run
-from tests.tiny_models import save_model, tiny, tiny_tokenizer
+from tests.tiny_models import save_model, tiny, tiny_pair, tiny_tokenizer
 from tokentree import cli
+from tokentree.heads.saved import About, write_heads
 from tokentree.tree import TokenTree
-from tokentree.tree_pictures import Recorder, Step, _places, draw_mask, draw_tree
+from tokentree.tree_pictures import Recorder, Step, _places, common_step, draw_mask, draw_tree
 
 Command = Callable[..., tuple[int | str | None, str]]
 
@@ -74,6 +76,32 @@ def test_the_busiest_step_is_the_one_that_accepted_the_most() -> None:
     short = Step(TokenTree.chain(1, [2]), [1.0, 0.5], ["", "ngram"], [0], 3)
     recorder.steps = [short, some_step(), short, some_step()]
     assert recorder.busiest() == 2
+
+
+def test_steps_that_begin_at_the_same_place_are_set_side_by_side() -> None:
+    one, three = Step(TokenTree.chain(1, [2]), [1.0, 0.5], ["", "a"], [0], 3), some_step()
+    first, other = Recorder(["a"]), Recorder(["b"])
+    first.steps, other.steps = [one, three, one, three], [three, one, three]
+    assert first.starts() == [0, 1, 4, 5]
+    assert other.starts() == [0, 3, 4]
+    assert common_step([first, other]) == [one, three]  # at 0 and at 4 alike: the first
+
+
+def test_draft_models_and_heads_are_drawn_side_by_side(tmp_path: Path, run: Command) -> None:
+    target, draft = tiny_pair(target_vocab=300, draft_vocab=300)
+    folder = save_model(tmp_path / "model", target, tiny_tokenizer())
+    smaller = save_model(tmp_path / "draft", draft, tiny_tokenizer())
+    write_heads(tmp_path / "heads", random_heads(48), "tiny", 300, About())
+    args = ["one two three", "-m", folder, "-d", smaller, "--heads", tmp_path / "heads", "--no-chat", "--max-tokens", 9]
+    assert run("methods", *args, "--out", tmp_path / "methods.svg")[0] == 0
+    drawn = (tmp_path / "methods.svg").read_text()
+    assert drawn.count("<path") > 20
+
+
+def test_the_cost_of_a_forward_is_drawn(tmp_path: Path, run: Command) -> None:
+    folder = save_model(tmp_path / "model", tiny("llama", vocab_size=300), tiny_tokenizer())
+    assert run("cost", "-m", folder, "--out", tmp_path / "cost.png")[0] == 0
+    assert (tmp_path / "cost.png").stat().st_size > 10_000
 
 
 def test_runs_are_drawn(tmp_path: Path, run: Command) -> None:

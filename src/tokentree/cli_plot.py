@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tokentree.cli_options import (
+    DeviceOption,
     DrafterOption,
     DraftOption,
     DtypeOption,
@@ -26,6 +27,8 @@ from tokentree.errors import OptionError
 
 if TYPE_CHECKING:
     from tokentree.bench.results import Run
+    from tokentree.llm import LLM
+    from tokentree.tree_pictures import Step
 
 plot = typer.Typer(help="Draw trees, masks and runs.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -35,6 +38,8 @@ StepOption = Annotated[
     int | None, typer.Option(min=1, help="Which step; by default the one that accepted the most tokens.")
 ]
 ChatOption = Annotated[bool | None, typer.Option(help="Use the chat template; default: if the model has one.")]
+DraftsOption = Annotated[list[str], typer.Option("--draft-model", "-d", help="A smaller model of the same family.")]
+HeadsFolderOption = Annotated[Path, typer.Option("--heads", help="A folder with heads for this model.")]
 RunArgument = Annotated[Path, typer.Argument(help="The folder of a run of 'bench'.")]
 
 
@@ -65,19 +70,82 @@ def step(
     number = step or recorder.busiest()
     if number > len(recorder.steps):
         raise OptionError(f"there is no step {number}: the text took {len(recorder.steps)}")
-    shown, decode = recorder.steps[number - 1], llm.tokenizer.decode
-    texts = [repr(decode([token]))[1:-1] for token in shown.tree.tokens.tolist()]
+    shown = recorder.steps[number - 1]
     accepted = len(shown.path) - 1
     title = f"step {number}: {len(shown.tree)} rows in one forward, {accepted} candidates accepted, and a bonus token"
     draw = draw_mask if context.info_name == "mask" else draw_tree
-    draw(shown, texts, repr(decode([shown.bonus]))[1:-1], out, title)
+    draw(shown, *_texts(llm, shown), out, title)
     _tell(out)
+
+
+def _texts(llm: LLM, step: Step) -> tuple[list[str], str]:
+    """Of the nodes of a step, and of its bonus token."""
+    assert llm.tokenizer is not None
+    texts = [repr(llm.tokenizer.decode([token]))[1:-1] for token in [*step.tree.tokens.tolist(), step.bonus]]
+    return texts[:-1], texts[-1]
 
 
 plot.command("tree", help="Draw the tree of a real step: tokens, probabilities, who proposed what, what was accepted.")(
     step
 )
 plot.command("mask", help="Draw the tree of a real step beside the mask that one forward verified it under.")(step)
+
+
+@plot.command()
+def methods(
+    prompt: PromptArgument, model: ModelOption, draft_model: DraftsOption, heads: HeadsFolderOption, out: FileOption,
+    shape: str = "dynamic:nodes=10,depth=4,min_prob=0,min_reach=0", max_tokens: int = 64, chat: ChatOption = None,
+    dtype: DtypeOption = None, quantization: QuantizationOption = None, threads: ThreadsOption = None,
+) -> None:  # fmt: skip
+    """Draw draft models and heads side by side: the trees that each proposes after the same text."""
+    from tokentree.heads.saved import is_eagle
+    from tokentree.plots import check_plot
+    from tokentree.tree_pictures import Panel, Recorder, common_step, draw_methods
+
+    check_plot(out)
+    params = params_of(max_tokens=max_tokens)
+    _, errors = consoles()
+    llm = load(
+        errors, model, None, threads, draft_model=draft_model, heads=heads, shape=shape, dtype=dtype,
+        quantization=quantization,
+    )  # fmt: skip
+    if llm.tokenizer is None:
+        raise OptionError("a picture shows texts: the model needs its tokenizer")
+    kind = "eagle" if is_eagle(heads) else "medusa"
+    names = {
+        "draft_model": f"SpecInfer: {' and '.join(Path(name).name for name in draft_model)} grows the tree,\n"
+        "level by level, with a forward for each",
+        "medusa": "Medusa: heads on the target's last hidden state\nguess all levels at once",
+        "eagle": "EAGLE: a layer on the target's hidden states grows the tree,\nlevel by level, from its own states",
+    }
+    recorders, ids = dict[str, Recorder](), encode(llm, prompt, chat)
+    for name in ("draft_model", kind):
+        other = llm.using(name, shape)
+        recorders[name] = other.decoder.watch = Recorder(other.decoder.drafter.names)
+        with working(errors, f"decoding with {name}"):
+            other.generate([ids], params)
+    steps = common_step(list(recorders.values()))
+    panels = [Panel(names[name], step, *_texts(llm, step)) for name, step in zip(recorders, steps, strict=True)]
+    draw_methods(panels, out)
+    _tell(out)
+
+
+@plot.command()
+def cost(
+    model: ModelOption, out: FileOption, dtype: DtypeOption = None, quantization: QuantizationOption = None,
+    device: DeviceOption = None, threads: ThreadsOption = None,
+) -> None:  # fmt: skip
+    """Draw what a forward of a model costs here by its rows; measured, if it wasn't before."""
+    from tokentree.costs import cost_curve
+    from tokentree.plots import check_plot, plot_cost
+
+    check_plot(out)
+    _, errors = consoles()
+    llm = load(errors, model, "none", threads, dtype=dtype, quantization=quantization, device=device)
+    with working(errors, "measuring"):
+        curve = cost_curve(llm.engine)
+    plot_cost(curve, llm.engine.signature, out)
+    _tell(out)
 
 
 @plot.command()

@@ -9,10 +9,12 @@ import numpy as np
 
 from tokentree.calibrate import SIZES, Calibration
 from tokentree.errors import OptionError
+from tokentree.shapes import CostCurve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+BLUE = "#0072B2"  # Okabe and Ito's
 FORMATS = (".png", ".svg", ".pdf")
 
 
@@ -34,23 +36,46 @@ def plot_calibration(found: Calibration, file: Path) -> None:
 
     figure = Figure(figsize=(15, 4.6), layout="constrained")
     cost, rates, gains = figure.subplots(1, 3, width_ratios=(1, 1.25, 1))
-    _cost(cost, found)
+    _cost(cost, found.rows, found.seconds)
     _rates(rates, found)
     _gains(gains, found)
     figure.suptitle(found.engine, fontsize=10)
     figure.savefig(file, dpi=130)
 
 
-def _cost(axes: Axes, found: Calibration) -> None:
-    relative = np.array(found.seconds) / found.seconds[0]
-    axes.plot(found.rows, relative, "o-", label="measured")
-    axes.plot(found.rows, found.rows, ":", color="grey", label="as dear as plain decoding")
-    axes.set(xscale="log", xlabel="rows verified", ylabel="time of a forward, x one row", title="What a tree costs")
+def plot_cost(curve: CostCurve, engine: str, file: Path) -> None:
+    """Draws T(n), what a forward over n rows takes: in milliseconds, and in forwards over one row."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained", facecolor="white")
+    left, right = figure.subplots(1, 2)
+    times = [1e3 * seconds for seconds in curve.points]
+    left.plot(curve.rows, times, "o-", color=BLUE)
+    for rows, time in zip(curve.rows, times, strict=True):
+        if rows in (1, 8, 16, 32, 64):
+            left.annotate(f"{time:.1f}", (rows, time), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8)
+    _by_rows(left)
+    left.set(ylabel="milliseconds", title="T(n)", ylim=(0, 1.15 * max(times)))
+    _cost(right, curve.rows, curve.points)
+    figure.suptitle(engine, fontsize=10)
+    figure.savefig(file, dpi=130)
+
+
+def _cost(axes: Axes, rows: list[int], seconds: list[float]) -> None:
+    relative = np.array(seconds) / seconds[0]
+    axes.plot(rows, relative, "o-", color=BLUE, label="measured")
+    axes.plot(rows, rows, ":", color="grey", label="as dear as plain decoding")
+    _by_rows(axes)
+    axes.set(ylabel="time of a forward, x one row", title="What a tree costs")
+    axes.set_ylim(0, max(3.0, 1.15 * float(relative.max())))
+    axes.legend()
+
+
+def _by_rows(axes: Axes) -> None:
+    axes.set(xscale="log", xlabel="rows verified")
     axes.set_xticks([1, 2, 4, 8, 16, 32, 64], ["1", "2", "4", "8", "16", "32", "64"])
     axes.minorticks_off()
-    axes.set_ylim(0, max(3.0, 1.15 * float(relative.max())))
     axes.grid(alpha=0.3)
-    axes.legend()
 
 
 def _rates(axes: Axes, found: Calibration) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,10 @@ class Recorder:
         probs = [math.exp(score) for score in draft.log_probs]
         self.steps.append(Step(draft.tree, probs, proposers, list(accepted.path), accepted.tokens[-1]))
 
+    def starts(self) -> list[int]:
+        """Per step, how many tokens the text had gained before it."""
+        return [0, *accumulate(len(step.path) for step in self.steps)][:-1]
+
     def busiest(self) -> int:
         """The first step of those that accepted the most, counted from 1; of equals that with the larger tree."""
         best = max(self.steps, key=lambda step: (len(step.path), len(step.tree)))
@@ -71,6 +76,47 @@ def draw_tree(step: Step, texts: Sequence[str], bonus: str, file: Path, title: s
     _tree(axes, step, texts, bonus)
     axes.set_title(title, fontsize=10)
     figure.savefig(file, dpi=130)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One way to draft, in `draw_methods`.
+
+    Args:
+        title: what it is called, and what it does.
+        step: of the same place in a text as those of the other panels.
+        texts, bonus: as for `draw_tree`.
+    """
+
+    title: str
+    step: Step
+    texts: Sequence[str]
+    bonus: str
+
+
+def draw_methods(panels: Sequence[Panel], file: Path) -> None:
+    """Ways to draft side by side: what each proposes after the same text, and what the target takes of it."""
+    from matplotlib.figure import Figure
+
+    widths = [2.2 + 1.9 * (int(panel.step.tree.depths.max()) + 1) for panel in panels]
+    rows = max(len(panel.step.tree.leaves) for panel in panels) + 1
+    figure = Figure(figsize=(sum(widths), 2.2 + 0.55 * rows), layout="constrained", facecolor="white")
+    for axes, panel in zip(figure.subplots(1, len(panels), width_ratios=widths), panels, strict=True):
+        step = panel.step
+        _tree(axes, step, panel.texts, panel.bonus)
+        axes.set_title(panel.title, fontsize=10)
+        taken = f"{len(step.path) - 1} accepted, and a bonus token"
+        told = f"verified in one forward of the target, {len(step.tree)} rows: {taken}"
+        axes.text(0.5, -0.04, told, transform=axes.transAxes, ha="center", va="top", fontsize=9, color=INK)
+    figure.savefig(file, dpi=130)
+
+
+def common_step(recorders: Sequence[Recorder]) -> list[Step]:
+    """A step of each that begins at the same place in the text: where all together accepted the most."""
+    by_start = [dict(zip(recorder.starts(), recorder.steps, strict=True)) for recorder in recorders]
+    shared = set.intersection(*(set(steps) for steps in by_start))
+    best = max(sorted(shared), key=lambda start: sum(len(steps[start].path) for steps in by_start))
+    return [steps[best] for steps in by_start]
 
 
 def draw_mask(step: Step, texts: Sequence[str], bonus: str, file: Path, title: str) -> None:
