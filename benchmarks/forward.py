@@ -66,6 +66,8 @@ def main() -> None:
         for _ in range(asked.rounds):
             bandwidth.append(read_bandwidth(device))
             for (name, rows), seconds in times.items():
+                if rows == ROWS[0]:  # the first forward after another engine's finds nothing in any cache
+                    forwards[name](rows)
                 seconds.append(forwards[name](rows))
                 bar.advance(task)
     medians = {key: statistics.median(seconds) for key, seconds in times.items()}
