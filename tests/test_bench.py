@@ -10,13 +10,19 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from tests.tiny_models import save_model, tiny, tiny_tokenizer
+from tests.test_eagle import some_head
+from tests.test_medusa import random_heads
+from tests.tiny_models import save_model, some_tokens, tiny, tiny_tokenizer
 from tokentree.bench.methods import TreeMethod, make_method
 from tokentree.bench.peers import Output, Peers
 from tokentree.bench.report import summarise, table
 from tokentree.bench.results import Run, Sample, new_run
 from tokentree.bench.runner import run_bench
-from tokentree.errors import OptionError
+from tokentree.drafters.eagle import Eagle
+from tokentree.drafters.medusa import Medusa
+from tokentree.errors import OptionError, PairingError
+from tokentree.heads.eagle_files import write_eagle
+from tokentree.heads.saved import About, write_heads
 from tokentree.llm import LLM
 from tokentree.prompts import Conversation
 from tokentree.sampling import SamplingParams
@@ -192,3 +198,20 @@ def test_what_is_no_method_raises(llm: LLM, folder: Path, spec: str) -> None:
 def test_an_assisted_method_needs_a_draft_model(llm: LLM, folder: Path) -> None:
     with pytest.raises(OptionError, match="draft model"):
         make_method("transformers:assisted:2", llm, Peers(str(folder), None, "float32", None, llm))
+
+
+def test_a_method_drafts_with_the_heads_of_the_kind_that_it_names(tmp_path: Path) -> None:
+    eagle, medusa = tmp_path / "eagle", tmp_path / "medusa"
+    write_eagle(some_head(3, 60), eagle, "tiny", about=About(taps=[0, 1, 2]))
+    write_heads(medusa, random_heads(48), "tiny", 120, About())
+    llm = LLM(tiny("llama"))
+    peers = Peers("tiny", None, "float32", None, llm)
+    for spec, kind in (("eagle:chain:2", Eagle), ("medusa:2x2", Medusa)):
+        method = make_method(spec, llm, peers, [eagle, medusa])
+        assert isinstance(method, TreeMethod)
+        assert type(method._llm.decoder.drafter) is kind
+        params = SamplingParams(max_tokens=9)
+        plain = llm.plain().generate([some_tokens(5)], params)[0]
+        assert method.run(some_tokens(5), params).token_ids == plain.token_ids
+    with pytest.raises(PairingError, match="needs heads"):
+        make_method("medusa:2x2", llm, peers, [])

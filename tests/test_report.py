@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from tokentree import cli
-from tokentree.bench.page import acceptance_by_depth, best_chain, gain, group_of, page
+from tokentree.bench.page import acceptance_by_depth, best_chain, gain, group_of, insert, main_table, page
 from tokentree.bench.results import Run, Sample, new_run, peak_memory
+from tokentree.errors import OptionError
 
 
 def sample(method: str, place: int, tokens: int, seconds: float, category: str = "qa", **metrics: Any) -> Sample:
@@ -106,3 +107,26 @@ def test_the_command_writes_page_and_pictures(
 
 def test_memory_is_told_where_the_system_knows_it() -> None:
     assert peak_memory() > 50
+
+
+def test_the_main_table_goes_into_a_page_of_ones_own(tmp_path: Path) -> None:
+    file = tmp_path / "README.md"
+    file.write_text("before\n<!-- run -->old<!-- /run -->\nafter\n")
+    for _ in range(2):  # it takes its own place again
+        insert(main_table(some_run()), "run", file)
+    text = file.read_text()
+    assert text.startswith("before\n<!-- run -->\n\nmodel, bfloat16, ")
+    assert text.endswith("\n\n<!-- /run -->\nafter\n")
+    assert "| **merged:cost** | 26.7 | 2.67 | 2.13 |" in text
+    assert "old" not in text
+    with pytest.raises(OptionError, match="has no <!-- other -->"):
+        insert("", "other", file)
+    with pytest.raises(OptionError, match="can't be read"):
+        insert("", "run", tmp_path / "none.md")
+
+
+def test_files_in_a_table_have_no_folders() -> None:
+    run = some_run()
+    for one in run.samples:
+        one.method = one.method.replace("merged:cost", "llama.cpp:/some/where/model.gguf:lookup:3")
+    assert "| **llama.cpp:model.gguf:lookup:3** |" in main_table(run)

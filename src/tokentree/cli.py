@@ -254,7 +254,10 @@ def bench(
     ],
     out: Annotated[Path, typer.Option(help="Folder for results.json.")],
     draft_model: DraftOption = None,
-    heads: HeadsOption = None,
+    heads: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder with heads for this model; may be repeated, and 'default' takes the first."),
+    ] = None,
     max_tokens: int = 128,
     temperature: float = 0.0,
     seed: int | None = None,
@@ -288,8 +291,8 @@ def bench(
     params = params_of(max_tokens=max_tokens, temperature=temperature, seed=seed, ignore_eos=ignore_eos)
     console, errors = consoles()
     llm = load(
-        errors, model, "none", threads, draft_model=draft_model, heads=heads, dtype=dtype, quantization=quantization,
-        compile=compile, device=device,
+        errors, model, "none", threads, draft_model=draft_model, heads=heads[0] if heads else None, dtype=dtype,
+        quantization=quantization, compile=compile, device=device,
     )  # fmt: skip
 
     from rich.progress import Progress
@@ -301,7 +304,7 @@ def bench(
 
     peers = Peers(model, draft_model[0] if draft_model else None, dtype, device, llm)
     with working(errors, "loading what is measured"):
-        methods = [make_method(spec, llm, peers) for spec in method]
+        methods = [make_method(spec, llm, peers, heads or ()) for spec in method]
     names = [str(file) for file in prompts]
     run = new_run(
         {"model": model, "draft_model": draft_model, "prompts": names, "per_category": per_category, "turns": turns}
@@ -310,7 +313,7 @@ def bench(
             "methods": method,
             "dtype": str(llm.engine.dtype),
             "quantization": quantization,
-            "heads": None if heads is None else str(heads),
+            "heads": [str(folder) for folder in heads or ()],
             "compile": compile,
             "device": str(llm.engine.device),
             "attention": llm.engine.attention,

@@ -22,7 +22,7 @@ ModelOption = Annotated[str, typer.Option("--model", "-m", help="Hub name, folde
 DraftOption = Annotated[
     list[str] | None, typer.Option("--draft-model", "-d", help="A smaller model of the same family; may be repeated.")
 ]
-HeadsOption = Annotated[Path | None, typer.Option(help="Folder with Medusa heads for this model.")]
+HeadsOption = Annotated[Path | None, typer.Option(help="Folder with Medusa or EAGLE heads for this model.")]
 DrafterOption = Annotated[
     str | None,
     typer.Option(

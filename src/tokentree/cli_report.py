@@ -15,12 +15,19 @@ from tokentree.errors import OptionError
 def report(
     folder: Annotated[Path, typer.Argument(help="The folder of a run, with results.json in it.")],
     out: Annotated[Path | None, typer.Option(help="Folder for report.md and pictures; default: the same.")] = None,
+    into: Annotated[
+        Path | None,
+        typer.Option(
+            help="Put the main table into this Markdown file too, between <!-- NAME --> and <!-- /NAME -->, "
+            "where NAME is the folder's name."
+        ),
+    ] = None,
     form: Annotated[str, typer.Option("--format", help="Of the pictures: png or svg.")] = "png",
 ) -> None:
     """Make a page with tables and pictures of a run of 'bench'."""
     if form not in ("png", "svg"):
         raise OptionError(f"--format is png or svg, not {form!r}")
-    from tokentree.bench.page import page
+    from tokentree.bench.page import insert, main_table, page
     from tokentree.bench.results import Run
 
     run, out = Run.load(folder), out or folder
@@ -30,6 +37,8 @@ def report(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OptionError(f"can't write to the folder {str(out)!r}: {error.strerror}") from None
+    if into is not None:
+        insert(main_table(run), folder.resolve().name, into)
     pictures, (console, errors) = list[Path](), consoles()
     if importlib.util.find_spec("matplotlib") is None:
         errors.print("no pictures: they need matplotlib, pip install 'tokentree[plot]'", markup=False)

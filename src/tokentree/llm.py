@@ -173,16 +173,21 @@ class LLM:
         shape: str | Shape | None = None,
         accept: str = "match",
         watch: Watcher | None = None,
+        heads: str | Path | None = None,
     ) -> LLM:
-        """The same target and draft models with another drafter, shape or rule; nothing learnt is shared.
+        """The same target and draft models with another drafter, shape or rule, or other heads; nothing learnt is
+        shared.
 
         Raises:
-            OptionError, PairingError: as for the constructor.
+            OptionError, PairingError, ModelError: as for the constructor.
         """
         twin = object.__new__(LLM)
         twin.__dict__.update(self.__dict__)
-        form = self._priced(shape_of(shape, drafter, self._parts.heads))
-        twin.decoder = Decoder(self.engine, make_drafter(drafter, self._parts), form, acceptance(accept), watch)
+        if heads is not None:
+            fingerprint = Fingerprint.of(self.config, self.tokenizer)
+            twin._parts = replace(self._parts, heads=Path(heads), fingerprint=fingerprint)
+        form = self._priced(shape_of(shape, drafter, twin._parts.heads))
+        twin.decoder = Decoder(self.engine, make_drafter(drafter, twin._parts), form, acceptance(accept), watch)
         return twin
 
     def plain(self) -> LLM:

@@ -53,7 +53,9 @@ def plot_cost(curve: CostCurve, engine: str, file: Path) -> None:
     left.plot(curve.rows, times, "o-", color=BLUE)
     for rows, time in zip(curve.rows, times, strict=True):
         if rows in (1, 8, 16, 32, 64):
-            left.annotate(f"{time:.1f}", (rows, time), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8)
+            left.annotate(
+                f"{time:.1f}", (rows, time), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8
+            )
     _by_rows(left)
     left.set(ylabel="milliseconds", title="T(n)", ylim=(0, 1.15 * max(times)))
     _cost(right, curve.rows, curve.points)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Sequence
+from pathlib import Path
 
 from tokentree.bench.peers import Method, Output, Peers
 from tokentree.errors import OptionError
+from tokentree.heads.saved import is_eagle
 from tokentree.llm import LLM
 from tokentree.sampling import SamplingParams
 
@@ -46,8 +49,9 @@ class TreeMethod:
         return Output(ids, prefill, wall - prefill, metrics["new_tokens"], metrics)
 
 
-def make_method(spec: str, llm: LLM, peers: Peers) -> Method:
-    """The method that ``spec`` names.
+def make_method(spec: str, llm: LLM, peers: Peers, heads: Sequence[Path] = ()) -> Method:
+    """The method that ``spec`` names. Of ``heads``, it drafts with the first ones of the kind that it names, or else
+    with those that ``llm`` has.
 
     Raises:
         OptionError: if it names none.
@@ -62,4 +66,5 @@ def make_method(spec: str, llm: LLM, peers: Peers) -> Method:
     if not rest:
         raise OptionError(f"{spec!r} is not a method: write {FORMS}")
     names = kind.split("+")
-    return TreeMethod(spec, llm.using(names if len(names) > 1 else kind, rest))
+    own = next((folder for folder in heads if ("eagle" if is_eagle(folder) else "medusa") in names), None)
+    return TreeMethod(spec, llm.using(names if len(names) > 1 else kind, rest, heads=own))

@@ -12,6 +12,7 @@ import numpy as np
 
 from tokentree.bench.report import summarise
 from tokentree.bench.results import Run, Sample
+from tokentree.errors import OptionError
 
 # Spec-Bench's kinds (Xia et al. 2024, arXiv:2401.07851) and HumanEval, as tasks
 GROUPS = {
@@ -112,6 +113,55 @@ def page(run: Run, pictures: Sequence[Path] = ()) -> str:
         parts += ["## By category", _gains(by_category, categories, methods)]
     parts += ["## Where the time goes", _shares(run, methods)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def main_table(run: Run) -> str:
+    """All prompts in one table, and what was measured where."""
+    methods, chain = methods_of(run), best_chain(run)
+    rows, lines = {row.method: row for row in summarise(run)}, list[list[str]]()
+    fastest = max(rows.values(), key=lambda row: row.tokens_per_second)
+    for name in methods:
+        row, first = rows[name], gain(run.samples, name, methods[0])
+        against = None if chain is None else gain(run.samples, name, chain)
+        lines.append([
+            f"**{_short(name)}**" if row is fastest else _short(name), f"{row.tokens_per_second:.1f}",
+            "" if first is None else f"{first.value:.2f}", "" if against is None else f"{against.value:.2f}",
+            f"{row.end_to_end / rows[methods[0]].end_to_end:.2f}" if rows[methods[0]].end_to_end else "",
+            _number(row.mean_accepted_length), f"{row.same}/{row.samples}",
+        ])  # fmt: skip
+    settings, machine = run.settings, run.machine
+    numbers = settings.get("quantization") or str(settings.get("dtype", "")).removeprefix("torch.")
+    turns = len({sample.place for sample in run.samples})
+    model, place = (
+        Path(str(settings.get("model"))).stem,
+        f"{machine.get('threads')} threads of {machine.get('processor')}",
+    )
+    place += "" if machine.get("device") == "cpu" else f" and {machine.get('device')}"
+    told = f"{model}, {numbers}, {place}, {turns} turns, {run.started[:10]}, commit {run.commit or 'unknown'}:"
+    heads = ["method", "tokens/s", "x plain", "x best chain", "end to end", "tokens a forward", "ids as plain"]
+    return f"{told}\n\n{_table(heads, lines)}"
+
+
+def insert(text: str, name: str, file: Path) -> None:
+    """Puts ``text`` into a Markdown file, in place of what stands between ``<!-- name -->`` and ``<!-- /name -->``.
+
+    Raises:
+        OptionError: if the file has no such place, or can't be read or written.
+    """
+    first, last = f"<!-- {name} -->", f"<!-- /{name} -->"
+    try:
+        before, found, rest = file.read_text(encoding="utf-8").partition(first)
+        _, ends, after = rest.partition(last)
+        if not (found and ends):
+            raise OptionError(f"{str(file)!r} has no {first} with {last} behind it")
+        file.write_text(f"{before}{first}\n\n{text}\n\n{last}{after}", encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise OptionError(f"can't put a table into {str(file)!r}: it can't be read or written") from None
+
+
+def _short(method: str) -> str:
+    """A method's name without the folders of files in it."""
+    return ":".join(part.rsplit("/", 1)[-1] for part in method.split(":"))
 
 
 def _where(run: Run) -> str:
