@@ -4,7 +4,7 @@ BIN := .venv/bin
 MODELS ?= .models
 SMOLLM := $(MODELS)/smollm2-135m.gguf
 
-.PHONY: demo test peers lint bench docs format clean
+.PHONY: demo test peers lint bench docs wheel format clean
 
 demo: .venv/ready $(SMOLLM)
 	$(BIN)/tokentree generate --model $(SMOLLM) --chat --compare --stats --max-tokens 160 \
@@ -29,6 +29,14 @@ bench: .venv/ready $(SMOLLM)
 # The manual, with links checked, in site/.
 docs: .venv/docs/ready
 	PYTHONPATH=.venv/docs $(BIN)/python -m mkdocs build --quiet
+
+# The wheel, installed with its extras where nothing else is.
+wheel: .venv/ready
+	rm -rf dist .venv/wheel
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv .venv/wheel
+	.venv/wheel/bin/pip install --quiet --disable-pip-version-check -c constraints.txt "$$(ls dist/*.whl)[gguf,train,plot]"
+	cd .venv/wheel && bin/python -W ignore ../../tools/check_wheel.py
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .
@@ -55,4 +63,4 @@ $(SMOLLM): | .venv/ready
 	rm -r $(MODELS)/download
 
 clean:
-	rm -rf .venv results
+	rm -rf .venv results dist site
