@@ -1,18 +1,27 @@
-"""What the documentation shows: Python compiles and asks for what is there, commands are such as the command takes."""
+"""What the documentation shows: its Python runs, on tiny models, and commands are such as the command takes."""
 
 from __future__ import annotations
 
 import ast
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
+from transformers import PreTrainedModel
 
+from tests.conftest import decode
+from tests.test_medusa import random_heads
+from tests.tiny_models import TEXTS, request, save_model, some_tokens, tiny, tiny_pair, tiny_tokenizer
+from tokentree import LLM
 from tokentree.cli import app
+from tokentree.engines.torch import TorchEngine
+from tokentree.heads.saved import About, write_heads
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -42,6 +51,41 @@ def test_python_compiles_and_names_what_is_there(page: Path) -> None:
                 module = importlib.import_module(str(node.module))
                 for alias in node.names:
                     assert hasattr(module, alias.name), f"{node.module}.{alias.name}"
+
+
+@pytest.fixture
+def stand_ins(tmp_path: Path) -> dict[str, str]:
+    """What stands for the models, folders and files that the pages name."""
+    target, draft = (save_model(tmp_path / f"m{i}", model, tiny_tokenizer()) for i, model in enumerate(_pair()))
+    write_heads(tmp_path / "heads", random_heads(48), "tiny", 300, About())
+    texts = tmp_path / "data.jsonl"
+    texts.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS * 4))
+    models = dict.fromkeys(("M", "MODEL", "path/or/hub-name"), str(target))
+    return models | {"a/smaller-one": str(draft), "DIR": str(tmp_path / "heads"), "texts.jsonl": str(texts)}
+
+
+def _pair() -> tuple[PreTrainedModel, ...]:
+    return tiny_pair(target_vocab=300, draft_vocab=300)
+
+
+def _small(text: str, stand_ins: dict[str, str]) -> str:
+    """The same on tiny models, with a few tokens."""
+    for name, stand_in in stand_ins.items():
+        text = text.replace(f'"{name}"', repr(stand_in))
+    return re.sub(r"max_tokens=\d+", "max_tokens=9", text.replace("(temperature", "(max_tokens=9, temperature"))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+def test_python_runs(page: Path, stand_ins: dict[str, str]) -> None:
+    target, draft = _pair()
+    inputs = {"input_ids": torch.tensor([some_tokens(6)]), "max_new_tokens": 8, "do_sample": False}
+    for text in blocks(page, "python"):
+        seen: dict[str, Any] = {"LLM": LLM, "model": target, "draft": draft, "inputs": inputs}
+        exec(compile(_small(text, stand_ins), str(page), "exec"), seen)
+        if "Echo" in seen:
+            engine, ids = TorchEngine(tiny("llama")), some_tokens(9)
+            expected = decode(engine, [request(ids, max_tokens=20)])
+            assert decode(engine, [request(ids, max_tokens=20)], seen["Echo"](), "chain:2") == expected
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
