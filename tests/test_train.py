@@ -87,7 +87,7 @@ def test_a_model_writes_turns_that_its_template_leaves_open() -> None:
     tokenizer = tiny_tokenizer()
     assert tokenizer.decode(open_turn(tokenizer, [0])) == "<|user|>"
     roomy = LLM(tiny("llama", vocab_size=300, max_position_embeddings=800), tokenizer=tokenizer, max_batch=4)
-    batch = next(write_texts(roomy, prompt_tokens=12, answer_tokens=9))
+    batch = next(write_texts(roomy, prompt_tokens=12, answer_tokens=9, turns=2))
     assert 0 < len(batch) <= 4
     for ids in batch:
         text = str(tokenizer.decode(ids))

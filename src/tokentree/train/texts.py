@@ -119,13 +119,22 @@ def open_turn(
 
 
 def write_texts(
-    llm: LLM, first: int = 0, seed: int = 0, prompt_tokens: int = 64, answer_tokens: int = 256, turns: int = 2
+    llm: LLM,
+    first: int = 0,
+    seed: int = 0,
+    prompt_tokens: int = 64,
+    answer_tokens: int = 256,
+    turns: int | None = None,
 ) -> Iterator[list[list[int]]]:
     """Texts that the model writes itself, without end, a batch at a time: first what a user might say, as its chat
     template leaves the user's turn open, drawn as `SAID` says; then an answer, at one of `TEMPERATURES`; then what the
     user says to that, and so on. A model without a template just writes. A text ends before a turn that came out empty.
 
     What comes in a batch follows from ``seed`` and its number, of which ``first`` is the first.
+
+    Args:
+        turns: of the user and the model in a text; by default two, and one on CPUs, where reading the first one again
+            takes as long as writing it.
 
     Raises:
         PromptError: if there is no tokenizer.
@@ -134,6 +143,7 @@ def write_texts(
     if tokenizer is None:
         raise PromptError("a model without a tokenizer can't write its own training data: give a file")
     bos_ids = sorted(llm.eos_ids)[:1] or [0]
+    turns = turns or (1 if llm.engine.device.type == "cpu" else 2)
     longest = len(open_turn(tokenizer, bos_ids)) + turns * (prompt_tokens + answer_tokens + ROUND)
     longest = min(longest, llm.engine.context)
     at_once, write = _by_engine(llm) if llm.engine.device.type == "cpu" else _by_writer(llm, longest)
