@@ -43,13 +43,16 @@ class Merged(Drafter):
             drafter.prefill(seqs)
 
     def propose(self, seqs: list[Sequence], shape: Shape, sampled: bool) -> list[Draft]:
-        proposals: dict[int, list[Draft]] = {}
+        joined = [_Joined(seq.tokens[-1]) for seq in seqs]
         for number in sorted(range(len(self._drafters)), key=lambda number: self._drafters[number].by_levels):
-            if self._drafters[number].by_levels and proposals:  # a level is worth what it adds to what is there
-                for place, seq in enumerate(seqs):
-                    shape.beside(seq, self._merged(proposals, place))
-            proposals[number] = self._drafters[number].propose(seqs, shape, sampled=False)
-        return [self._merged(proposals, place) for place in range(len(seqs))]
+            drafter = self._drafters[number]
+            if drafter.by_levels:  # a level is worth what it adds to what is there
+                for seq, one in zip(seqs, joined, strict=True):
+                    if one.count:
+                        shape.beside(seq, one.draft())
+            for one, draft in zip(joined, drafter.propose(seqs, shape, sampled=False), strict=True):
+                one.add(1 << number, draft)
+        return [one.draft() for one in joined]
 
     def observe(self, seqs: list[Sequence], drafts: list[Draft], out: TargetOutput, accepted: list[Accepted]) -> None:
         for drafter in self._drafters:
@@ -67,28 +70,37 @@ class Merged(Drafter):
         for drafter in self._drafters:
             drafter.load(folder)
 
-    @staticmethod
-    def _merged(proposals: dict[int, list[Draft]], place: int) -> Draft:
-        """What was proposed for the sequence at ``place``, by the drafters' numbers."""
-        drafts = [(number, proposals[number][place]) for number in sorted(proposals)]
-        merged = Draft(drafts[0][1].root)
-        merged.levels = max(draft.levels for _, draft in drafts)
-        merged.paid = sum(1 << number for number, draft in drafts if draft.levels)
-        if merged.levels:  # several draft models take turns: what they spent, per level
-            merged.level_seconds = sum(draft.level_seconds * draft.levels for _, draft in drafts) / merged.levels
-        children: dict[tuple[int, int], int] = {}
-        for number, draft in drafts:
-            bit, where = 1 << number, [0] * len(draft)
-            for node in range(1, len(draft)):
-                parent, token, log_prob = where[draft.parents[node]], draft.tokens[node], draft.log_probs[node]
-                known = children.get((parent, token))
-                if known is None:
-                    known = merged.add(parent, token, log_prob, draft.ranks[node], bit)
-                    children[parent, token] = known
-                else:
-                    merged.sources[known] |= bit
-                    merged.ranks[known] = min(merged.ranks[known], draft.ranks[node])
-                    merged.log_probs[known] = max(merged.log_probs[known], log_prob)
-                where[node] = known
-        merged.rescore()
-        return merged
+
+class _Joined:
+    """Drafts of one sequence in one tree, as they come."""
+
+    def __init__(self, root: int) -> None:
+        self.count, self._draft = 0, Draft(root)
+        self._draft.paid = 0
+        self._children: dict[tuple[int, int], int] = {}
+        self._level_seconds = 0.0  # that all levels together took
+
+    def add(self, bit: int, draft: Draft) -> None:
+        """Takes in what the drafter proposes whose bit this is."""
+        joined, where = self._draft, [0] * len(draft)
+        self.count += 1
+        if draft.levels:  # several draft models take turns: what they spent, per level
+            joined.paid |= bit
+            joined.levels = max(joined.levels, draft.levels)
+            self._level_seconds += draft.level_seconds * draft.levels
+            joined.level_seconds = self._level_seconds / joined.levels
+        for node in range(1, len(draft)):
+            parent, token, log_prob = where[draft.parents[node]], draft.tokens[node], draft.log_probs[node]
+            known = self._children.get((parent, token))
+            if known is None:
+                known = self._children[parent, token] = joined.add(parent, token, log_prob, draft.ranks[node], bit)
+            else:
+                joined.sources[known] |= bit
+                joined.ranks[known] = min(joined.ranks[known], draft.ranks[node])
+                joined.log_probs[known] = max(joined.log_probs[known], log_prob)
+            where[node] = known
+
+    def draft(self) -> Draft:
+        """All that was added so far."""
+        self._draft.rescore()
+        return self._draft
