@@ -124,7 +124,7 @@ def main_table(run: Run) -> str:
         row, first = rows[name], gain(run.samples, name, methods[0])
         against = None if chain is None else gain(run.samples, name, chain)
         lines.append([
-            f"**{_short(name)}**" if row is fastest else _short(name), f"{row.tokens_per_second:.1f}",
+            f"**{short(name)}**" if row is fastest else short(name), f"{row.tokens_per_second:.1f}",
             "" if first is None else f"{first.value:.2f}", "" if against is None else f"{against.value:.2f}",
             f"{row.end_to_end / rows[methods[0]].end_to_end:.2f}" if rows[methods[0]].end_to_end else "",
             _number(row.mean_accepted_length), f"{row.same}/{row.samples}",
@@ -159,7 +159,7 @@ def insert(text: str, name: str, file: Path) -> None:
         raise OptionError(f"can't put a table into {str(file)!r}: it can't be read or written") from None
 
 
-def _short(method: str) -> str:
+def short(method: str) -> str:
     """A method's name without the folders of files in it."""
     return ":".join(part.rsplit("/", 1)[-1] for part in method.split(":"))
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tokentree.bench.page import GROUPS, acceptance_by_depth, gain, group_of, methods_of
+from tokentree.bench.page import GROUPS, acceptance_by_depth, gain, group_of, methods_of, short
 from tokentree.bench.results import Run
 
 # Okabe and Ito's colours, which colour-blind people can tell apart
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000")
+AGAIN = (("", "-", "o"), ("///", "--", "s"), ("...", ":", "^"))  # hatch, line and marker, as colours come round again
 FEW = 20  # steps below which a depth is not drawn
 
 
@@ -25,24 +26,36 @@ def draw_speed(run: Run, file: Path) -> None:
     shown = [(name, value) for name, value in found if value is not None]
     for place, (_, value) in enumerate(shown):
         errors = [[value.value - value.low], [value.high - value.value]]
-        colour = COLOURS[place % len(COLOURS)]
-        above.barh(place, value.value, xerr=errors, color=colour, ecolor="#444444", capsize=3)
+        colour, (hatch, _, _) = _style(place)
+        above.barh(
+            place, value.value, xerr=errors, color=colour, hatch=hatch, edgecolor="white", ecolor="#444444", capsize=3
+        )
         above.text(value.high + 0.03, place, f"{value.value:.2f}", va="center", fontsize=9)
-    above.set_yticks(range(len(shown)), [name for name, _ in shown], fontsize=9)
+    above.set_yticks(range(len(shown)), [short(name) for name, _ in shown], fontsize=9)
     above.invert_yaxis()
     above.axvline(1, color="grey", linestyle=":")
     above.set(title=f"times the speed of {methods[0]}, all prompts", xlim=(0, 1.08 * above.get_xlim()[1]))
     above.grid(axis="x", alpha=0.3)
-    wide = 0.8 / max(1, len(shown))
-    for place, (name, _) in enumerate(shown):
-        values = [gain([s for s in run.samples if group_of(s.category) == g], name, methods[0]) for g in order]
-        xs = [i + (place - (len(shown) - 1) / 2) * wide for i in range(len(order))]
-        below.bar(xs, [v.value if v else 0 for v in values], wide, color=COLOURS[place % len(COLOURS)])
+    fastest = sorted(range(len(shown)), key=lambda place: -shown[place][1].value)[: len(COLOURS)]
+    wide = 0.8 / max(1, len(fastest))
+    for beside, place in enumerate(sorted(fastest)):
+        colour, (hatch, _, _) = _style(place)
+        values = [
+            gain([s for s in run.samples if group_of(s.category) == g], shown[place][0], methods[0]) for g in order
+        ]
+        xs = [i + (beside - (len(fastest) - 1) / 2) * wide for i in range(len(order))]
+        below.bar(xs, [v.value if v else 0 for v in values], wide, color=colour, hatch=hatch, edgecolor="white")
     below.set_xticks(range(len(order)), order, fontsize=9)
     below.axhline(1, color="grey", linestyle=":")
-    below.set(title="by task", ylim=(0, None))
+    title = "by task" if len(fastest) == len(shown) else f"by task, the {len(fastest)} fastest"
+    below.set(title=title, ylim=(0, None))
     below.grid(axis="y", alpha=0.3)
     figure.savefig(file, dpi=130)
+
+
+def _style(place: int) -> tuple[str, tuple[str, str, str]]:
+    """Of the method at ``place``: its colour, and what tells it from others of that colour."""
+    return COLOURS[place % len(COLOURS)], AGAIN[place // len(COLOURS) % len(AGAIN)]
 
 
 def draw_acceptance(run: Run, file: Path) -> bool:
@@ -55,7 +68,9 @@ def draw_acceptance(run: Run, file: Path) -> bool:
     for place, name in enumerate(methods_of(run)[1:]):
         points = [(depth, share) for depth, share, steps in acceptance_by_depth(run.samples, name) if steps >= FEW]
         if points:
-            axes.plot(*zip(*points, strict=True), "o-", color=COLOURS[place % len(COLOURS)], label=name, markersize=4)
+            colour, (_, line, marker) = _style(place)
+            xs, ys = zip(*points, strict=True)
+            axes.plot(xs, ys, linestyle=line, marker=marker, color=colour, label=short(name), markersize=4)
             drawn += 1
     if not drawn:
         return False
