@@ -82,6 +82,7 @@ def _texts(llm: LLM, step: Step) -> tuple[list[str], str]:
     """Of the nodes of a step, and of its bonus token."""
     assert llm.tokenizer is not None
     texts = [repr(llm.tokenizer.decode([token]))[1:-1] for token in [*step.tree.tokens.tolist(), step.bonus]]
+    texts = [text if text.strip() else text.replace(" ", "\N{OPEN BOX}") for text in texts]  # else an empty box
     return texts[:-1], texts[-1]
 
 
