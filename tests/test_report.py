@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from tokentree import cli
+from tokentree.bench.live import watched
 from tokentree.bench.page import acceptance_by_depth, best_chain, gain, group_of, insert, main_table, page
 from tokentree.bench.results import Run, Sample, new_run, peak_memory
 from tokentree.errors import OptionError
@@ -130,3 +133,18 @@ def test_files_in_a_table_have_no_folders() -> None:
     for one in run.samples:
         one.method = one.method.replace("merged:cost", "llama.cpp:/some/where/model.gguf:lookup:3")
     assert "| **llama.cpp:model.gguf:lookup:3** |" in main_table(run)
+
+
+def test_a_run_is_shown_while_it_goes_on() -> None:
+    for terminal in (True, False):
+        run, shown = some_run(), io.StringIO()
+        console = Console(file=shown, force_terminal=terminal, width=140)
+        waiting, run.samples = run.samples[9:], run.samples[:9]
+        with watched(console, run, 18) as progress:
+            for one in waiting:
+                run.samples.append(one)
+                progress(one)
+            progress(Sample(prompt="7", category="qa", turn=0, method="merged:cost", order=0, error="too long"))
+        assert "merged:cost failed on prompt 7: too long" in shown.getvalue()
+        assert ("all categories" in shown.getvalue()) == terminal
+        assert ("merged:chain:3" in shown.getvalue()) == terminal

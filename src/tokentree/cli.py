@@ -278,7 +278,7 @@ def bench(
     threads: ThreadsOption = None,
 ) -> None:
     """Measure methods on the same prompts, interleaved; the first method is what the others are compared with."""
-    from tokentree.bench.results import Run, Sample, new_run
+    from tokentree.bench.results import Run, new_run
     from tokentree.prompts import read_prompts
 
     entries = [entry for file in prompts for entry in read_prompts(file, per_category, turns)]
@@ -295,8 +295,7 @@ def bench(
         quantization=quantization, compile=compile, device=device,
     )  # fmt: skip
 
-    from rich.progress import Progress
-
+    from tokentree.bench.live import watched
     from tokentree.bench.methods import TreeMethod, make_method
     from tokentree.bench.peers import Peers
     from tokentree.bench.report import table
@@ -325,14 +324,7 @@ def bench(
             raise OptionError(f"the run in {str(out)!r} was made with other settings: resume it with its own")
         run = before
     total = (len(entries) // batch if batch > 1 else sum(len(entry.turns) for entry in entries)) * len(methods)
-    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as bar:
-        task = bar.add_task("measuring", total=total)
-
-        def progress(sample: Sample) -> None:
-            bar.advance(task)
-            if sample.error is not None:
-                errors.print(f"{sample.method} failed on prompt {sample.prompt}: {sample.error}", markup=False)
-
+    with watched(errors, run, total) as progress:
         if batch > 1:
             ours = [method for method in methods if isinstance(method, TreeMethod)]
             run = run_batches(llm, ours, entries, params, run, out, batch, progress)
