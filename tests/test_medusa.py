@@ -16,7 +16,7 @@ from tests.tiny_models import FAMILIES, VOCAB, request, save_model, some_tokens,
 from tokentree import LLM, MedusaModel, build_tree_from_heads, medusa_decode
 from tokentree.acceptance import Typical, acceptance
 from tokentree.draft import Draft
-from tokentree.drafters.medusa import TOP, FastHeads, Medusa, _grow
+from tokentree.drafters.medusa import LEAST_PROB, TOP, FastHeads, Medusa, _grow
 from tokentree.drafters.merged import Merged
 from tokentree.drafters.ngram import NGram
 from tokentree.drafters.recycling import Recycling
@@ -122,7 +122,7 @@ def test_the_tree_is_the_most_probable_one() -> None:
             depths.append(depths[parent] + 1)
             paths.append((*paths[parent], token))
             assert token in tokens[depths[-1] - 1]
-        best = [value for value in every if value >= 0.005][:13]
+        best = [value for value in every if value >= LEAST_PROB][:13]
         assert np.allclose(joint[1:], best)
         assert len(set(paths)) == len(paths)
         assert max(_depths(_grow(tokens, chances, 13, 1)[1])) == 1
