@@ -7,7 +7,7 @@ SMOLLM := $(MODELS)/smollm2-135m.gguf
 .PHONY: demo test peers lint bench docs wheel format clean
 
 demo: .venv/ready $(SMOLLM)
-	$(BIN)/tokentree generate --model $(SMOLLM) --chat --compare --stats --max-tokens 160 \
+	$(BIN)/tokentree generate --model $(SMOLLM) --heads heads/smollm2-135m/eagle --chat --compare --stats --max-tokens 160 \
 	  "List the days of the week in English. Then list the days of the week in English again, in reverse order."
 
 test: .venv/ready
