@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,7 +28,8 @@ from tokentree.errors import OptionError
 if TYPE_CHECKING:
     from tokentree.bench.results import Run
     from tokentree.llm import LLM
-    from tokentree.tree_pictures import Step
+    from tokentree.sampling import SamplingParams
+    from tokentree.tree_pictures import Recorder, Step
 
 plot = typer.Typer(help="Draw trees, masks and runs.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -50,21 +51,15 @@ def step(
     dtype: DtypeOption = None, quantization: QuantizationOption = None, threads: ThreadsOption = None,
 ) -> None:  # fmt: skip
     from tokentree.plots import check_plot
-    from tokentree.tree_pictures import Recorder, draw_mask, draw_tree
+    from tokentree.tree_pictures import draw_mask, draw_tree
 
     check_plot(out)
     params = params_of(max_tokens=max_tokens)
-    _, errors = consoles()
-    llm = load(
-        errors, model, drafter, threads, draft_model=draft_model, heads=heads, shape=shape, dtype=dtype,
+    llm = _with_texts(
+        model, drafter, threads, draft_model=draft_model, heads=heads, shape=shape, dtype=dtype,
         quantization=quantization,
     )  # fmt: skip
-    if llm.tokenizer is None:
-        raise OptionError("a picture shows texts: the model needs its tokenizer")
-    recorder = llm.decoder.watch = Recorder(llm.decoder.drafter.names)
-    ids = encode(llm, prompt, chat)
-    with working(errors, "decoding"):
-        llm.generate([ids], params)
+    recorder = _recorded(llm, encode(llm, prompt, chat), params)
     if not recorder.steps:
         raise OptionError("the text took no step that could be drawn")
     number = step or recorder.busiest()
@@ -76,6 +71,24 @@ def step(
     draw = draw_mask if context.info_name == "mask" else draw_tree
     draw(shown, *_texts(llm, shown), out, title)
     _tell(out)
+
+
+def _with_texts(model: str, drafter: str | None, threads: int | None, **options: Any) -> LLM:
+    """A model whose steps can be drawn."""
+    llm = load(consoles()[1], model, drafter, threads, **options)
+    if llm.tokenizer is None:
+        raise OptionError("a picture shows texts: the model needs its tokenizer")
+    return llm
+
+
+def _recorded(llm: LLM, ids: list[int], params: SamplingParams) -> Recorder:
+    """The steps of a text."""
+    from tokentree.tree_pictures import Recorder
+
+    recorder = llm.decoder.watch = Recorder(llm.decoder.drafter.names)
+    with working(consoles()[1], "decoding"):
+        llm.generate([ids], params)
+    return recorder
 
 
 def _texts(llm: LLM, step: Step) -> tuple[list[str], str]:
@@ -101,17 +114,13 @@ def methods(
     """Draw draft models and heads side by side: the trees that each proposes after the same text."""
     from tokentree.heads.saved import is_eagle
     from tokentree.plots import check_plot
-    from tokentree.tree_pictures import Panel, Recorder, common_step, draw_methods
+    from tokentree.tree_pictures import Panel, common_step, draw_methods
 
     check_plot(out)
     params = params_of(max_tokens=max_tokens)
-    _, errors = consoles()
-    llm = load(
-        errors, model, None, threads, draft_model=draft_model, heads=heads, shape=shape, dtype=dtype,
-        quantization=quantization,
-    )  # fmt: skip
-    if llm.tokenizer is None:
-        raise OptionError("a picture shows texts: the model needs its tokenizer")
+    llm = _with_texts(
+        model, None, threads, draft_model=draft_model, heads=heads, shape=shape, dtype=dtype, quantization=quantization
+    )
     kind = "eagle" if is_eagle(heads) else "medusa"
     names = {
         "draft_model": f"SpecInfer: {' and '.join(Path(name).name for name in draft_model)} grows the tree,\n"
@@ -119,12 +128,8 @@ def methods(
         "medusa": "Medusa: heads on the target's last hidden state\nguess all levels at once",
         "eagle": "EAGLE: a layer on the target's hidden states grows the tree,\nlevel by level, from its own states",
     }
-    recorders, ids = dict[str, Recorder](), encode(llm, prompt, chat)
-    for name in ("draft_model", kind):
-        other = llm.using(name, shape)
-        recorders[name] = other.decoder.watch = Recorder(other.decoder.drafter.names)
-        with working(errors, f"decoding with {name}"):
-            other.generate([ids], params)
+    ids = encode(llm, prompt, chat)
+    recorders = {name: _recorded(llm.using(name, shape), ids, params) for name in ("draft_model", kind)}
     steps = common_step(list(recorders.values()))
     panels = [Panel(names[name], step, *_texts(llm, step)) for name, step in zip(recorders, steps, strict=True)]
     draw_methods(panels, out)

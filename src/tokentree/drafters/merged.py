@@ -101,6 +101,6 @@ class _Joined:
             where[node] = known
 
     def draft(self) -> Draft:
-        """All that was added so far."""
+        """All that was added so far: always the same draft, into which what comes later goes too."""
         self._draft.rescore()
         return self._draft

@@ -72,11 +72,11 @@ class Graph:
         """Compiles for all numbers of rows, with a progress bar, or records the widest; False, and a warning, where
         this machine can't, or not this model."""
         kv, console = layout.make(ROWS[-1]), Console(stderr=True)
-        sizes, failed = (ROWS, _dynamo_errors()) if self._compiles else (ROWS[-1:], (RuntimeError,))
+        sizes, silent = ROWS if self._compiles else ROWS[-1:], not (self._compiles and console.is_terminal)
         try:
-            for rows in track(sizes, "compiling", console=console, transient=True, disable=not console.is_terminal):
+            for rows in track(sizes, "compiling", console=console, transient=True, disable=silent):
                 self.forward(Segment(kv, TokenTree.chain(0, [0] * (rows - 1)), 0, 0))
-        except failed as error:
+        except RuntimeError as error:  # dynamo's are too
             reason = str(getattr(error, "inner_exception", error)).strip().splitlines()[0]
             told = "compile=True does nothing here, the forward can't be compiled"
             told = told if self._compiles else "the forward can't be recorded as a graph, and is slower without"
@@ -184,12 +184,6 @@ def _compiled(run: Callable[..., Said]) -> Callable[..., Said]:
     options |= {name: value for name, value in limits.items() if name in known}
     made: Callable[..., Said] = torch.compile(run, dynamic=False, backend=BACKEND, **options)
     return made
-
-
-def _dynamo_errors() -> tuple[type[Exception], ...]:
-    from torch._dynamo.exc import TorchDynamoException
-
-    return TorchDynamoException, RuntimeError
 
 
 class FixedKV(Cache):

@@ -6,6 +6,7 @@ with one new token a step: a loop of its own, whose steps are recorded on GPUs.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Collection, Iterator
 from collections.abc import Sequence as SequenceOf
@@ -38,6 +39,8 @@ class Writer:
         self._model, self._device, self.rows = model, model.device, rows
         self.capacity = -(-capacity // COLUMNS) * COLUMNS
         self._windows = layer_windows(model.config.get_text_config())
+        keeps = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+        self._last_only: dict[str, Any] = {"logits_to_keep": 1} if keeps else {}
         self._ids = torch.zeros(rows, 1, dtype=torch.int64, device=self._device)
         self._kv = RowsKV(rows, self.capacity, self._device)
         self._steps: dict[int, Recording[torch.Tensor]] = {}  # by the KV rows that they read
@@ -75,7 +78,7 @@ class Writer:
         """Puts the KV of each prompt there, and its last token where the next step finds it."""
         longest = max(map(len, prompts))
         padded = torch.zeros(self.rows, longest, dtype=torch.int64)
-        for row, ids in zip(padded, prompts, strict=False):
+        for row, ids in zip(padded[: len(prompts)], prompts, strict=True):
             row[: len(ids)] = torch.tensor(ids)
         places = torch.zeros(self.rows, dtype=torch.int64)
         places[: len(prompts)] = torch.tensor([len(ids) - 1 for ids in prompts])
@@ -112,7 +115,7 @@ class Writer:
     def _forward(self, ids: torch.Tensor, **options: Any) -> torch.Tensor:
         """Logits [rows, vocab] after the last token of each row."""
         out = self._model(
-            input_ids=ids, past_key_values=self._kv, use_cache=True, return_dict=True, logits_to_keep=1, **options
+            input_ids=ids, past_key_values=self._kv, use_cache=True, return_dict=True, **self._last_only, **options
         )
         logits: torch.Tensor = out.logits[:, -1]
         return logits
