@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,31 @@ def test_each_node_has_the_probability_that_computing_it_anew_gives(
 ) -> None:  # fmt: skip
     monkeypatch.setattr("tokentree.engines.eagle.PREFILL_ROWS", 4)
     model, head = tiny(family), some_head(version, known)
-    engine = TorchEngine(model)
+    check_what_it_drafts(TorchEngine(model), model, head, lengths)
+
+
+@pytest.mark.parametrize(("version", "known"), KINDS)
+@pytest.mark.parametrize(("family", "lengths"), [("llama", (11,)), ("gemma3", (1,)), ("gpt2", (11, 2))])
+def test_so_it_does_where_forwards_are_recorded(
+    version: int, known: int | None, family: str, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    class Played:
+        """What a recording does, without a GPU: run again on the same inputs."""
+
+        pool = None
+
+        def __init__(self, run: Any, pool: Any) -> None:
+            self.play = run
+
+    monkeypatch.setattr("tokentree.engines.recording.Recording", Played)
+    monkeypatch.setattr("tokentree.engines.kv.LEAST_FIXED", 16)  # so that storage grows
+    model, head, capture = tiny(family), some_head(version, known), TorchEngine.capture
+    monkeypatch.setattr(TorchEngine, "capture", lambda *args: dataclasses.replace(capture(*args), recorded=True))
+    drafter = check_what_it_drafts(TorchEngine(model, "sdpa"), model, head, lengths)
+    assert len(drafter._engine._recordings) > 0
+
+
+def check_what_it_drafts(engine: TorchEngine, model: PreTrainedModel, head: EagleHead, lengths: Any) -> Any:
     drafter = Kept(head, engine)
     prompts = [some_tokens(length, seed=length) for length in lengths]
     plain = decode(engine, [request(prompt, max_tokens=12) for prompt in prompts])
@@ -120,6 +145,7 @@ def test_each_node_has_the_probability_that_computing_it_anew_gives(
             grown += 1
     assert grown > 10
     assert max(step[1] for seq in seqs for step in seq.metrics.steps) > 1  # paths longer than the root were accepted
+    return drafter
 
 
 @pytest.mark.parametrize(("version", "known"), KINDS)

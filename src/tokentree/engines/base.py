@@ -101,6 +101,7 @@ class Features:
         linear: given weight [outputs, inputs] and bias [outputs] (or None), the linear layer for drafts that the engine
             runs fastest; on CPUs it is rounded to 8 bits.
         dtype, device: of hidden states.
+        recorded: whether the engine's forwards are recorded, and those of heads may be too.
     """
 
     hidden_size: int
@@ -111,6 +112,7 @@ class Features:
     linear: Callable[[torch.Tensor, torch.Tensor | None], Callable[[torch.Tensor], torch.Tensor]]
     dtype: torch.dtype
     device: torch.device
+    recorded: bool = False
 
 
 class DraftEngine(Protocol):

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from tokentree.engines.attention import ForwardKV, Segment, attend_rows, dense_mask
 from tokentree.engines.base import Engine, Features, TargetOutput
 from tokentree.engines.eagle_program import EagleProgram
-from tokentree.engines.kv import KVLayout, SequenceKV
+from tokentree.engines.kv import KVLayout, SequenceKV, Storages
+from tokentree.engines.recording import ROWS, Recordings, padded
 from tokentree.errors import PairingError
 from tokentree.heads.eagle import EagleHead
 from tokentree.sequence import Sequence
@@ -73,11 +74,13 @@ class EagleEngine:
         self._head, self._target, self._features = _fast(head, features), target, features
         own = self._head.embed_tokens
         self._embedding = features.embedding if own is None else own
-        self._blocked, converted = features.device.type == "cpu", _converted(head, features)
+        self._blocked, converted = features.device.type == "cpu" and not features.recorded, _converted(head, features)
         fits = self._blocked and EagleProgram.fits(converted)
         self._program = EagleProgram(converted) if fits else None
         shape, dtype = (sizes.num_kv_heads, sizes.head_dim, sizes.head_dim), features.dtype
-        self._layout = KVLayout((shape,), dtype, features.device, blocked=self._blocked)
+        self._recordings: Recordings[tuple[torch.Tensor, torch.Tensor]] = Recordings()
+        layout = KVLayout((shape,), dtype, features.device, blocked=self._blocked, fixed=features.recorded)
+        self._storages = Storages(layout)
         self._states: dict[int, _State] = {}
 
     def prefill(self, seq: Sequence) -> int:
@@ -104,7 +107,7 @@ class EagleEngine:
         segments, starts, known, rows = list[Segment](), list[int](), list[torch.Tensor](), 0
         for seq, tree, first in zip(seqs, trees, firsts, strict=True):
             state = self._state(seq)
-            state.kv.reserve(state.kv.length + len(tree))
+            state.kv.reserve(state.kv.length + len(tree) + (ROWS[-1] if self._features.recorded else 0))
             state.chain = min(len(tree), self._target.committed(seq) - state.kv.length)
             segments.append(Segment(state.kv, tree, first, rows))
             if first < state.chain:
@@ -113,8 +116,7 @@ class EagleEngine:
                 known.append(state.known[drafted])
             starts.append(rows)
             rows += len(tree) - first
-        ids = torch.from_numpy(np.concatenate([s.tree.tokens[s.first :] for s in segments])).to(self._features.device)
-        given, logits = self._forward(self._embedding(ids), torch.cat(known), segments)
+        given, logits = self._forward(torch.cat(known), segments)
         for seq, segment in zip(seqs, segments, strict=True):
             state, new = self._state(seq), given[segment.start : segment.start + segment.count]
             state.known = torch.cat([state.known[: segment.first], new])
@@ -127,14 +129,13 @@ class EagleEngine:
             state.kv.commit(path[: state.chain])
 
     def release(self, seqs: SequenceOf[Sequence]) -> None:
-        for seq in seqs:
-            self._states.pop(seq.id, None)
+        self._storages.give(self._states.pop(seq.id).kv for seq in seqs if seq.id in self._states)
 
     def _state(self, seq: Sequence) -> _State:
         if seq.id not in self._states:
             rows = min(len(seq.prompt_ids) + seq.params.max_tokens, self.context) + 64
             nothing = torch.empty(0, self._head.sizes.hidden_size, dtype=self._features.dtype)
-            self._states[seq.id] = _State(self._layout.make(rows), nothing.to(self._features.device))
+            self._states[seq.id] = _State(self._storages.take(rows), nothing.to(self._features.device))
         return self._states[seq.id]
 
     def _read(self, seq: Sequence, first: int, end: int) -> torch.Tensor:
@@ -142,16 +143,43 @@ class EagleEngine:
         states = [self._target.hidden(seq, tap)[first:end] for tap in self._head.sizes.taps]
         return self._head.fuse(torch.cat(states, -1))
 
-    def _forward(
-        self, embedded: torch.Tensor, known: torch.Tensor, segments: SequenceOf[Segment]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward(self, known: torch.Tensor, segments: SequenceOf[Segment]) -> tuple[torch.Tensor, torch.Tensor]:
         """What is known of the next positions [rows, hidden size], and logits [rows, tokens that the head knows]."""
+        if self._features.recorded and len(segments) == 1 and len(known) <= ROWS[-1]:
+            return self._replay(known, segments[0])
+        tokens = np.concatenate([segment.tree.tokens[segment.first :] for segment in segments])
         positions = torch.from_numpy(np.concatenate([segment.positions for segment in segments])).to(known.device)
+        embedded = self._embedding(torch.from_numpy(tokens).to(known.device))
         if self._program is not None:
             given, logits = self._program.forward(embedded, known, positions, segments)
         else:
             given, logits = self._head(embedded, known, lambda *heads: self._attend(segments, positions, *heads)), None
         return given, self._head.logits(given, self._features.output_layer) if logits is None else logits
+
+    def _replay(self, known: torch.Tensor, segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
+        """`_forward` over one sequence, recorded."""
+        (keys, values), count, start = segment.kv.layer(0), len(known), segment.prefix + segment.first
+        rows, capacity = padded(count), segment.kv.capacity
+        numbers = np.zeros((3, rows), np.int64)
+        numbers[0, :count], numbers[1, :count] = segment.tree.tokens[segment.first :], segment.positions
+        numbers[2] = np.arange(start, start + rows)
+        mask = dense_mask([segment], rows, None, known.dtype, torch.device("cpu"), capacity)
+
+        def run(kept: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+            (ids, positions, places), mask, known = kept
+
+            def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+                query, key = self._head.turn(query, positions), self._head.turn(key, positions)
+                keys.index_copy_(1, places, key.transpose(0, 1))
+                values.index_copy_(1, places, value.transpose(0, 1))
+                return _attend(query.transpose(0, 1), keys, values, mask)
+
+            given = self._head(self._embedding(ids), known, attend)
+            return given, self._head.logits(given, self._features.output_layer)
+
+        inputs = [torch.from_numpy(numbers), mask, pad(known, (0, 0, 0, rows - count))]
+        given, logits = self._recordings.play(segment.kv, rows, inputs, known.device, run)
+        return given[:count], logits[:count]
 
     def _attend(
         self, segments: SequenceOf[Segment], positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor,
@@ -166,8 +194,13 @@ class EagleEngine:
             return attend_rows(cache, 0, query.float(), len(key), value.shape[2], scale, None).flatten(1).to(key.dtype)
         keys, values = cache.update(key[None], value[None], 0)
         mask = dense_mask(segments, query.shape[1], None, query.dtype, query.device)
-        out = scaled_dot_product_attention(query[None], keys, values, mask, enable_gqa=True)
-        return out[0].transpose(0, 1).flatten(1)
+        return _attend(query, keys[0], values[0], mask)
+
+
+def _attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """[rows, heads x width], of queries [heads, rows, width] over keys and values [KV heads, columns, width]."""
+    out = scaled_dot_product_attention(query[None], keys[None], values[None], mask, enable_gqa=True)
+    return out[0].transpose(0, 1).flatten(1)
 
 
 def _fast(head: EagleHead, features: Features) -> EagleHead:

@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -26,17 +25,15 @@ from transformers import Cache, PreTrainedModel
 
 from tokentree.engines.attention import Segment, dense_mask
 from tokentree.engines.kv import KVLayout, SequenceKV
-from tokentree.engines.recording import Recording
+from tokentree.engines.recording import ROWS, Recordings, padded
 from tokentree.storage import cache_folder
 from tokentree.tree import TokenTree
 
-ROWS = (2, 4, 8, 16, 32, 64)  # a single row would be compiled for itself
 BACKEND = "inductor"
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 Layers = list[tuple[torch.Tensor, torch.Tensor]]
 Said = tuple[torch.Tensor, list[torch.Tensor]]
-_Player = tuple[Recording[Said], torch.Tensor, dict[str, torch.Tensor]]  # and its inputs: see `Graph._replay`
 
 
 class Graph:
@@ -51,6 +48,9 @@ class Graph:
         windows: the sliding window of each kind of attention layer, as `support.layer_windows` has them.
         noted: hidden states by place, which hooks in ``model`` put there; a compiled graph has the last one alone.
         compile: compile what is run, or recorded.
+
+    Attributes:
+        recordings: of forwards, on a GPU.
     """
 
     def __init__(
@@ -64,8 +64,7 @@ class Graph:
             if head is not None:
                 head.register_forward_pre_hook(self._note)
             self._run = _compiled(self._forward)
-        self._pool: Any = None  # of memory, which lives as long as a recording that has a part in it
-        self._recorded: WeakKeyDictionary[SequenceKV, dict[tuple[int, int], _Player]] = WeakKeyDictionary()
+        self.recordings: Recordings[Said] = Recordings()
 
     @torch.inference_mode()
     def works(self, layout: KVLayout) -> bool:
@@ -88,16 +87,12 @@ class Graph:
         """Whether one graph computes these: one sequence, and no more rows than the widest has."""
         return len(segments) == 1 and segments[0].count <= ROWS[-1]
 
-    def forget(self) -> None:
-        """Records anew, from the next forward on."""
-        self._recorded.clear()
-
     @torch.inference_mode()
     def forward(self, segment: Segment) -> Said:
         """Writes the KV of all rows, and returns logits [rows, vocab] and hidden states [rows, hidden size] of each
         place, which hold until the next forward."""
         count, kv = segment.count, segment.kv
-        rows = next(rows for rows in ROWS if rows >= count)
+        rows = padded(count)
         start = segment.prefix + segment.first
         kv.reserve(start + rows)
         layers = [kv.layer(layer) for layer in range(kv.num_layers)]
@@ -128,26 +123,12 @@ class Graph:
         return self._run(ids, positions, masks, layers, places)
 
     def _replay(self, kv: SequenceKV, numbers: torch.Tensor, masks: dict[str, torch.Tensor], layers: Layers) -> Said:
-        known, size = self._recorded.setdefault(kv, {}), layers[0][0].shape[1]
-        for stale in [key for key in known if key[1] != size]:  # of the storage before it grew
-            del known[stale]
-        key = numbers.shape[1], size
-        if key not in known:
-            kept = numbers.to(self._model.device)
-            kept_masks = {kind: mask.to(self._model.device) for kind, mask in masks.items()}
+        def run(kept: list[torch.Tensor]) -> Said:
+            ids, positions, places = kept[0]
+            return self._run(ids[None], positions[None], dict(zip(masks, kept[1:], strict=True)), layers, places)
 
-            def run() -> Said:
-                ids, positions, places = kept
-                return self._run(ids[None], positions[None], kept_masks, layers, places)
-
-            if not any(self._recorded.values()):
-                self._pool = torch.cuda.graph_pool_handle()
-            known[key] = Recording(run, self._pool), kept, kept_masks
-        recording, kept, kept_masks = known[key]
-        kept.copy_(numbers)
-        for kind, mask in masks.items():
-            kept_masks[kind].copy_(mask)
-        return recording.play()
+        inputs = [numbers, *masks.values()]
+        return self.recordings.play(kv, numbers.shape[1], inputs, self._model.device, run)
 
     def _forward(
         self, ids: torch.Tensor, positions: torch.Tensor, masks: dict[str, torch.Tensor], layers: Layers,

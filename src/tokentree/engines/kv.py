@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ import torch
 from tokentree.engines.kernels import BLOCK
 from tokentree.tree import Ints
 
+SPARE = 16  # storages kept for the next sequences
 LEAST_FIXED = 1024  # rows of the smallest storage of a compiled graph
 
 
@@ -147,6 +149,33 @@ class SequenceKV:
         index = torch.from_numpy(rows).to(self._layout.device)
         for stored in self._keys + self._values:
             stored[:, :, start : start + len(rows)] = stored.index_select(2, index)
+
+
+class Storages:
+    """Storage for sequences that come and go. Of a fixed layout, what one of them leaves is used again: recordings
+    belong to it.
+
+    Args:
+        layout: of all.
+    """
+
+    def __init__(self, layout: KVLayout) -> None:
+        self.layout = layout
+        self._spare: list[SequenceKV] = []
+
+    def take(self, rows: int) -> SequenceKV:
+        """Empty storage for a sequence of so many rows."""
+        for kv in self._spare:
+            if kv.capacity >= rows:
+                self._spare.remove(kv)
+                kv.length = 0
+                return kv
+        return self.layout.make(rows)
+
+    def give(self, unused: Iterable[SequenceKV]) -> None:
+        """Takes back what nobody uses."""
+        if self.layout.fixed:
+            self._spare = [*self._spare, *unused][-SPARE:]
 
 
 class BlockedKV(SequenceKV):

@@ -17,7 +17,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from tokentree.engines.attention import ForwardKV, Segment, Upto, dense_mask, tree_attention
 from tokentree.engines.base import KEPT, DraftEngine, Features, TargetOutput
 from tokentree.engines.kept import KeptPacking, Place
-from tokentree.engines.kv import KVLayout, SequenceKV
+from tokentree.engines.kv import KVLayout, SequenceKV, Storages
 from tokentree.engines.linear import PackedLinear, weights_of
 from tokentree.engines.packing import GgufPacking, Packing
 from tokentree.engines.prefix import PrefixCache
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 AttentionInterface.register("tokentree", tree_attention)
 
 PREFILL_ROWS = 256
-SPARE = 16  # storages kept for the next sequences
 
 
 class TorchEngine:
@@ -100,7 +99,7 @@ class TorchEngine:
         self._noted: dict[int, torch.Tensor] = {}  # of the last forward of `_model`, [rows, hidden size]
         self._compiles = compile and not whole
         self._graph = None if whole else self._graph_for(attention, shapes)
-        self._layout = self._layout_for(shapes)
+        self._storages = Storages(self._layout_for(shapes))
         self._program: Program | None = None
         if packing is not None and self._graph is None:
             self._program = pack(self._model, packing, owns_model, whole)
@@ -114,7 +113,6 @@ class TorchEngine:
         self._places: list[int] = []  # of the hidden states that are kept
         self._kv: dict[int, tuple[Sequence, SequenceKV]] = {}
         self._prefixes = PrefixCache(prefix_bytes)
-        self._spare: list[SequenceKV] = []  # storage that a graph is recorded for, and nobody uses
         self._hidden_size, self._num_layers = int(config.hidden_size), int(config.num_hidden_layers)
         sizes = (config.num_hidden_layers, config.hidden_size, config.vocab_size)
         self._model_size = f"{type(model).__name__} {'x'.join(map(str, sizes))}"
@@ -129,7 +127,7 @@ class TorchEngine:
             # nobody asked for our attention: let the model attend by itself
             self.attention, self._attends_itself = "sdpa", True
             self._model.config._attn_implementation = own_attention
-            self._layout = self._layout_for(shapes)
+            self._storages = Storages(self._layout_for(shapes))
             self._check_tree(expected)
 
     @property
@@ -189,9 +187,7 @@ class TorchEngine:
         for seq in seqs:
             if seq.id in self._kv:
                 _, kv = self._kv.pop(seq.id)
-                unused = self._prefixes.keep(_ids(seq, kv), kv)
-                if self._layout.fixed:
-                    self._spare = [*self._spare, *unused][-SPARE:]
+                self._storages.give(self._prefixes.keep(_ids(seq, kv), kv))
 
     def capture(self, places: SequenceOf[int] | None = None) -> Features:
         head = self._model.get_output_embeddings()
@@ -208,7 +204,8 @@ class TorchEngine:
             return weights_of(head, ids, size, self.dtype)
 
         embedding = self._model.get_input_embeddings()
-        return Features(size, num_layers, embedding, head, weights, draft_linear, self.dtype, self.device)
+        recorded = self._graph is not None and self.device.type == "cuda"
+        return Features(size, num_layers, embedding, head, weights, draft_linear, self.dtype, self.device, recorded)
 
     def hidden(self, seq: Sequence, place: int | None = None) -> torch.Tensor:
         kv = self._kv_of(seq)
@@ -223,7 +220,7 @@ class TorchEngine:
     def hidden_states(self, ids: SequenceOf[int], places: SequenceOf[int] | None = None) -> torch.Tensor:
         """[len(ids), places x hidden size]: the hidden states of a text, beside one another, once `capture` was called
         for them."""
-        kv = self._layout.make(len(ids))
+        kv = self._storages.layout.make(len(ids))
         self._read(kv, ids)
         picked = [self._places.index(place) for place in ([self._num_layers] if places is None else places)]
         return kv.states[picked, : kv.length].transpose(0, 1).flatten(1)
@@ -262,25 +259,16 @@ class TorchEngine:
     @property
     def bytes_per_token(self) -> int:
         """Of the KV, with all layers."""
-        sizes = [heads * (key_width + value_width) for heads, key_width, value_width in self._layout.shapes]
-        return sum(sizes) * self._layout.dtype.itemsize
+        sizes = [heads * (key_width + value_width) for heads, key_width, value_width in self._storages.layout.shapes]
+        return sum(sizes) * self._storages.layout.dtype.itemsize
 
     # -- one forward -----------------------------------------------------------------------------------------------
 
     def _kv_of(self, seq: Sequence) -> SequenceKV:
         if seq.id not in self._kv:
             rows = min(len(seq.prompt_ids) + seq.params.max_tokens, self.context)
-            self._kv[seq.id] = seq, self._storage(rows + 64)
+            self._kv[seq.id] = seq, self._storages.take(rows + 64)
         return self._kv[seq.id][1]
-
-    def _storage(self, rows: int) -> SequenceKV:
-        """Empty storage; one that was used before and is large enough, if there is any."""
-        for kv in self._spare:
-            if kv.capacity >= rows:
-                self._spare.remove(kv)
-                kv.length = 0
-                return kv
-        return self._layout.make(rows)
 
     def _read(self, kv: SequenceKV, ids: SequenceOf[int]) -> None:
         """Commits rows for ``ids``."""
@@ -346,7 +334,6 @@ class TorchEngine:
         if self._graph is not None and self._compiles and places != [self._num_layers]:
             raise PairingError("with compile=True, only the last hidden state is there: leave it out")
         self._prefixes.clear()
-        self._spare.clear()
         self._places = sorted([*self._places, *places])
         if self._program is not None:
             self._program.capture(self._places)
@@ -355,8 +342,11 @@ class TorchEngine:
             module = self._model.get_output_embeddings() if last else decoder_layers(self._model)[place]
             module.register_forward_pre_hook(functools.partial(self._note, place), with_kwargs=True)
         if self._graph is not None:
-            self._graph.forget()
-        self._layout = replace(self._layout, states=len(self._places), width=self._hidden_size, state_dtype=self.dtype)
+            self._graph.recordings.forget()
+        layout = replace(
+            self._storages.layout, states=len(self._places), width=self._hidden_size, state_dtype=self.dtype
+        )
+        self._storages = Storages(layout)
 
     def _note(self, place: int, module: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Keeps what a module is given."""
@@ -406,7 +396,9 @@ class TorchEngine:
     @torch.inference_mode()
     def _check_tree(self, expected: torch.Tensor) -> None:
         """Raises `ModelError` unless trees give ``expected``, what the model says by itself."""
-        got, windows = in_trees(self._model, lambda segment: self._forward([segment], "logits"), self._layout.make(64))
+        got, windows = in_trees(
+            self._model, lambda segment: self._forward([segment], "logits"), self._storages.layout.make(64)
+        )
         error, spread = float((got - expected).square().mean().sqrt()), float(expected.float().std())
         few_bits = 0.3 if self.quantization else 0.1
         if not error <= (0.001 if self.dtype in (torch.float32, torch.float64) else few_bits) * spread:
