@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tests.conftest import decode, make_sequence
+from tests.played import Played
 from tests.tiny_models import CONTEXT, VOCAB, full_logits, request, some_tokens, tiny
 from tokentree import LLM
 from tokentree.draft import Draft
@@ -108,14 +109,6 @@ def test_each_node_has_the_probability_that_computing_it_anew_gives(
 def test_so_it_does_where_forwards_are_recorded(
     version: int, known: int | None, family: str, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    class Played:
-        """What a recording does, without a GPU: run again on the same inputs."""
-
-        pool = None
-
-        def __init__(self, run: Any, pool: Any) -> None:
-            self.play = run
-
     monkeypatch.setattr("tokentree.engines.recording.Recording", Played)
     monkeypatch.setattr("tokentree.engines.kv.LEAST_FIXED", 16)  # so that storage grows
     model, head, capture = tiny(family), some_head(version, known), TorchEngine.capture

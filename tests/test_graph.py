@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.conftest import decode
+from tests.played import Played
 from tests.test_engine import assert_near, decoded_alone, of_transformers, verified
 from tests.tiny_models import request, some_tokens, some_tree, tiny
 from tokentree import LLM
@@ -133,3 +134,27 @@ def test_inductor_compiles_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) ->
     assert list((tmp_path / "compiled").rglob("*.cpp"))
     prompt = some_tokens(20)
     assert llm.generate([prompt])[0].token_ids == LLM(model).plain().generate([prompt])[0].token_ids
+
+
+def test_recordings_of_several_sequences_play_one_after_another(
+    graphs: Graphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tokentree.engines.recording.Recording", Played)
+    engine = compiled("gemma3")
+    assert engine._graph is not None
+    engine.capture()
+    engine._graph._on_cpu = False
+    seqs = [request([*some_tokens(length), ROOT]) for length in (4, 70, 9)]
+    for seq in seqs:
+        engine.prefill(seq)
+    trees = [some_tree(ROOT, nodes) for nodes in (4, 30, 1)]
+    together = engine.verify(seqs, trees)
+    assert len(engine._graph.recordings) >= 3
+    engine.commit(seqs, [[0]] * 3)
+    kept = [engine.hidden(seq).clone() for seq in seqs]
+    other = TorchEngine(tiny("gemma3"))
+    other.capture()
+    for place, (seq, tree) in enumerate(zip(seqs, trees, strict=True)):
+        assert_near(together.rows(place, range(len(tree))), verified(other, seq, tree))
+        other.commit([seq], [[0]])
+        assert_near(kept[place], other.hidden(seq))

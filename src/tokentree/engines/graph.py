@@ -15,6 +15,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from tokentree.engines.recording import ROWS, Recordings, padded
 from tokentree.storage import cache_folder
 from tokentree.tree import TokenTree
 
+TOGETHER = 7  # sequences whose recordings play one after another: on an H200, launching takes as long as 8 of them
 BACKEND = "inductor"
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
@@ -74,7 +76,7 @@ class Graph:
         sizes, silent = ROWS if self._compiles else ROWS[-1:], not (self._compiles and console.is_terminal)
         try:
             for rows in track(sizes, "compiling", console=console, transient=True, disable=silent):
-                self.forward(Segment(kv, TokenTree.chain(0, [0] * (rows - 1)), 0, 0))
+                self.forward([Segment(kv, TokenTree.chain(0, [0] * (rows - 1)), 0, 0)])
         except RuntimeError as error:  # dynamo's are too
             reason = str(getattr(error, "inner_exception", error)).strip().splitlines()[0]
             told = "compile=True does nothing here, the forward can't be compiled"
@@ -84,13 +86,25 @@ class Graph:
         return True
 
     def fits(self, segments: SequenceOf[Segment]) -> bool:
-        """Whether one graph computes these: one sequence, and no more rows than the widest has."""
-        return len(segments) == 1 and segments[0].count <= ROWS[-1]
+        """Whether it computes these: no more rows than the widest graph has, of one sequence. Of several it does where
+        one after another takes less time than launching the kernels for all, one by one."""
+        most = 1 if self._on_cpu else TOGETHER
+        return len(segments) <= most and all(segment.count <= ROWS[-1] for segment in segments)
 
-    @torch.inference_mode()
-    def forward(self, segment: Segment) -> Said:
+    def forward(self, segments: SequenceOf[Segment]) -> Said:
         """Writes the KV of all rows, and returns logits [rows, vocab] and hidden states [rows, hidden size] of each
         place, which hold until the next forward."""
+        if len(segments) == 1:
+            return self._forward_of(segments[0])
+        parts = list[list[torch.Tensor]]()
+        for segment in segments:
+            logits, states = self._forward_of(replace(segment, start=0))
+            parts.append([part.clone() for part in (logits, *states)])
+        logits, *states = map(torch.cat, zip(*parts, strict=True))
+        return logits, states
+
+    @torch.inference_mode()
+    def _forward_of(self, segment: Segment) -> Said:
         count, kv = segment.count, segment.kv
         rows = padded(count)
         start = segment.prefix + segment.first

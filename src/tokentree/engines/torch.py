@@ -291,7 +291,7 @@ class TorchEngine:
             self._keep(segments, self._program.states)
             return logits
         if self._graph is not None and upto != "kv" and self._graph.fits(segments):
-            logits, states = self._graph.forward(segments[0])
+            logits, states = self._graph.forward(segments)
             self._keep(segments, states if self._places else [])
             return logits
         cache = ForwardKV(segments, self._attends_itself)
