@@ -31,7 +31,7 @@ class Batch:
     Args:
         ids: int64[texts, length].
         states: float32[texts, length, width], the target's hidden states: those that the head reads, then the last one.
-        lengths: int64[texts].
+        lengths: int64[texts], in the CPU's memory.
     """
 
     ids: torch.Tensor
@@ -47,7 +47,7 @@ class Step:
         given: [texts, rows, hidden size], what it knows of the next positions.
         logits: [texts, rows, tokens that it is trained on].
         target: [texts, rows, tokens], the target's own logits there.
-        asked: bool[texts, rows], where the target has said anything.
+        asked: int64[n], where the target has said anything, of all rows behind one another.
     """
 
     given: torch.Tensor
@@ -86,7 +86,7 @@ class EagleWithLoss(nn.Module):
         if self.head.sizes.version == 1:
             (step,) = self.steps(batch, 1, seed)
             ahead = batch.states[:, 1 : 1 + step.given.shape[1]]
-            state_loss = smooth_l1_loss(step.given, ahead, reduction="none").mean(-1)[step.asked].mean()
+            state_loss = smooth_l1_loss(_asked(step.given, step), _asked(ahead, step))
             return state_loss + TOKEN_WEIGHT * _divergence(step)
         losses = [_divergence(step) * DECAY**number for number, step in enumerate(self.steps(batch, self.unroll))]
         return torch.stack(losses).sum() / sum(DECAY**number for number in range(self.unroll))
@@ -109,8 +109,8 @@ class EagleWithLoss(nn.Module):
             embedded = self.embedding[ids] if self.head.embed_tokens is None else self.head.embed_tokens(ids)
             known = self.head(embedded, known, attended)
             logits = self.head.logits(known, self._output)
-            asked = torch.arange(rows, device=ids.device) + 1 + number < batch.lengths[:, None]
-            found.append(Step(known, logits, _shifted(said, 1 + number, rows), asked))
+            asked = (torch.arange(rows) + 1 + number < batch.lengths[:, None]).flatten().nonzero()[:, 0]
+            found.append(Step(known, logits, _shifted(said, 1 + number, rows), asked.to(ids.device)))
         return found
 
     def _output(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -176,8 +176,8 @@ class EagleTask:
             loss += float(model(batch)) * len(batch.ids)
             for number, step in enumerate(model.steps(batch, self._depth)):
                 hits = step.logits.argmax(-1) == step.target.argmax(-1)
-                right[number] += int(hits[step.asked].sum())
-                asked[number] += int(step.asked.sum())
+                right[number] += int(_asked(hits, step).sum())
+                asked[number] += len(step.asked)
         rates = (right / asked.clamp(min=1)).tolist()
         return loss / len(spans), {f"depth {depth} top-1": rate for depth, rate in enumerate(rates, start=1)}
 
@@ -191,13 +191,19 @@ def batch_of(texts: HiddenTexts, spans: Sequence[tuple[int, int]], device: torch
     for row, (start, end) in enumerate(spans):
         ids[row, : end - start] = texts.ids[start:end]
         states[row, : end - start] = texts.hidden[start:end]
-    return Batch(ids.to(device), states.to(device), lengths.to(device))
+    return Batch(ids.to(device), states.to(device), lengths)
 
 
 def _divergence(step: Step) -> torch.Tensor:
     """The cross entropy of what the head says against what the target does, over the tokens that the head knows."""
-    probs = step.target[step.asked].softmax(-1)
-    return -(probs * step.logits[step.asked].log_softmax(-1)).sum(-1).mean()
+    probs = _asked(step.target, step).softmax(-1)
+    return -(probs * _asked(step.logits, step).log_softmax(-1)).sum(-1).mean()
+
+
+def _asked(x: torch.Tensor, step: Step) -> torch.Tensor:
+    """The rows of ``x`` [texts, rows, ...] that ``step`` is asked about. Picked by numbers: a mask would be counted,
+    for which the CPU would wait for a GPU."""
+    return x.flatten(0, 1)[step.asked]
 
 
 def _shifted(x: torch.Tensor, by: int, rows: int) -> torch.Tensor:

@@ -99,6 +99,13 @@ def train(
     steps = recipe.epochs * steps_each
     state = _State(folder / CHECKPOINT, {"recipe": recipe.model_dump(), "steps": steps} | (about or {}))
     state.load(accelerator.unwrap_model(model), optimizer)
+    lead, told = accelerator.is_main_process, list[tuple[int, torch.Tensor, Figures]]()
+
+    def tell() -> None:
+        for number, loss, figures in told if lead else ():
+            watch(number, steps, float(loss), figures)
+        told.clear()
+
     for step, places in _batches(task.size, recipe, state.step):
         if step >= steps or state.waited >= recipe.patience:
             break
@@ -111,17 +118,19 @@ def train(
         accelerator.clip_grad_norm_(model.parameters(), recipe.max_norm)
         optimizer.step()
         optimizer.zero_grad()
+        tell()  # of the step before: a loss is waited for once the next step is on its way
         figures = Figures()
         if (step + 1) % recipe.evaluate_every == 0 or step + 1 == steps:
             with rounded():
                 value, figures = task.evaluate(accelerator.unwrap_model(model))
             state.look(step + 1, value, figures, accelerator.unwrap_model(model))
-            if accelerator.is_main_process:
+            if lead:
                 state.save(accelerator.unwrap_model(model), optimizer)
-        if accelerator.is_main_process:
-            watch(step + 1, steps, float(loss.detach()), figures)
+        told.append((step + 1, loss.detach(), figures))
         if stop_after is not None and step + 1 >= stop_after:
+            tell()
             return state.figures
+    tell()
     if state.best is not None:
         _put(accelerator.unwrap_model(model), state.best)
     return state.figures

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import Cache, PreTrainedModel
+from transformers import AttentionInterface, Cache, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tokentree.engines.recording import Recording
 from tokentree.engines.support import layer_windows
@@ -24,6 +25,7 @@ PREFILL_TOKENS = 1 << 16  # read in one forward
 LOOK = 8  # steps between two looks whether all texts have ended
 MOST_ROWS = 2048
 SHARE = 0.4  # of an accelerator's memory that texts may take
+NAME = "tokentree rows"
 
 
 class Writer:
@@ -44,6 +46,16 @@ class Writer:
         self._ids = torch.zeros(rows, 1, dtype=torch.int64, device=self._device)
         self._kv = RowsKV(rows, self.capacity, self._device)
         self._steps: dict[int, Recording[torch.Tensor]] = {}  # by the KV rows that they read
+
+    @contextmanager
+    def _attending(self) -> Iterator[None]:
+        """The model attends by `attend_one` meanwhile, which needs masks: without one it knows of no sliding window."""
+        config, own = self._model.config, self._model.config._attn_implementation
+        config._attn_implementation = NAME if own == "sdpa" else own
+        try:
+            yield
+        finally:
+            config._attn_implementation = own
 
     @torch.inference_mode()
     def write(
@@ -110,7 +122,8 @@ class Writer:
                 self._model.dtype
             )
         mask = masks if len(masks) > 1 else next(iter(masks.values()))
-        return self._forward(self._ids, position_ids=places, attention_mask=mask)
+        with self._attending():
+            return self._forward(self._ids, position_ids=places, attention_mask=mask)
 
     def _forward(self, ids: torch.Tensor, **options: Any) -> torch.Tensor:
         """Logits [rows, vocab] after the last token of each row."""
@@ -176,6 +189,23 @@ class RowsKV(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return query_length, 0
+
+
+def attend_one(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: torch.Tensor | None, scaling: float | None = None, **kwargs: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """Attention for transformers' `AttentionInterface`, of one row a text: query heads that share keys and values are
+    one product, so that these are read once, where torch's own would copy them for each. Else torch's own."""
+    texts, heads, rows, width = query.shape
+    if rows > 1 or attention_mask is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    grouped = query.reshape(texts, key.shape[1], -1, width) * (width**-0.5 if scaling is None else scaling)
+    weights = (grouped @ key.transpose(2, 3) + attention_mask).softmax(-1, dtype=torch.float32).to(value.dtype)
+    return (weights @ value).reshape(texts, 1, heads, -1), None
+
+
+AttentionInterface.register(NAME, attend_one)
 
 
 def _draw(
