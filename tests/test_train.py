@@ -26,7 +26,7 @@ from tokentree.train.loop import CHECKPOINT, Recipe, _batches, train
 from tokentree.train.medusa import HeadsWithLoss, MedusaTask, frequent_tokens
 from tokentree.train.medusa2 import ModelWithHeads, TextTask
 from tokentree.train.run import Trained, train_medusa, train_medusa2
-from tokentree.train.texts import keep_texts, open_turn, read_texts, write_texts
+from tokentree.train.texts import TASKS, keep_texts, open_turn, read_texts, write_texts
 
 SMALL = {"batch_size": 32, "warmup_steps": 2, "evaluate_every": 5, "learning_rate": 3e-3}
 
@@ -96,6 +96,20 @@ def test_a_model_writes_turns_that_its_template_leaves_open() -> None:
     assert any(str(tokenizer.decode(ids)).count("<|user|>") == 2 for ids in batch)
     tokenizer.chat_template = None
     assert open_turn(tokenizer, [7]) == [7]
+
+
+def test_every_other_text_goes_on_with_a_task_about_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts_module, "AT_ONCE", 6)
+    tokenizer = tiny_tokenizer()
+    model = LLM(tiny("llama", vocab_size=300, max_position_embeddings=800), tokenizer=tokenizer, max_batch=4)
+    texts = [str(tokenizer.decode(ids)) for ids in next(write_texts(model, prompt_tokens=12, answer_tokens=9, turns=2))]
+    assert len(texts) == 6
+    turns = [[turn.partition("<|assistant|>") for turn in text.split("<|user|>")[1:]] for text in texts]
+    for place in (1, 3, 5):
+        task, _, passage = turns[place][1][0].removesuffix("<|end|>").partition("\n\n")
+        assert task == TASKS[place // 2]
+        assert passage == turns[(place + 1) % 6][0][2].removesuffix("<|end|>").strip()
+    assert not any(task in text for text in texts[::2] for task in TASKS)
 
 
 def test_a_model_that_attends_by_itself_writes_many_texts_at_once() -> None:

@@ -23,6 +23,18 @@ TURN = 1_000_000_007  # between the seeds of one turn and the next
 ROUND = 32  # tokens at most that a chat template puts around a turn of the user and one of the model
 TEMPERATURES = (0.0, 0.3, 0.5, 0.8)  # of the answers that a model writes
 SAID = {"temperature": 1.0, "top_k": 50}  # how it writes what a user says
+TASKS = (
+    "Summarize this text in a few sentences.",
+    "Rewrite this text so that a child understands it.",
+    "What are the main points of this text? Answer with a list.",
+    "Correct the spelling and the grammar of this text.",
+    "Answer three questions that a reader of this text might ask.",
+    "Continue this text.",
+    "Translate this text into French.",
+    "Which names, numbers and places are in this text? Answer as JSON.",
+    "Is there anything wrong in this text? Explain step by step.",
+    "Turn this text into a short email.",
+)  # that a user sets about a text
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 MARK = "tokentree-turn"  # stands for what a user says, while the template around it is looked at
 
@@ -128,7 +140,9 @@ def write_texts(
 ) -> Iterator[list[list[int]]]:
     """Texts that the model writes itself, without end, a batch at a time: first what a user might say, as its chat
     template leaves the user's turn open, drawn as `SAID` says; then an answer, at one of `TEMPERATURES`; then what the
-    user says to that, and so on. A model without a template just writes. A text ends before a turn that came out empty.
+    user says to that, and so on. In every other text the user's further turns are one of `TASKS` and what the model
+    answered in the next text, since much of what models are asked is about a text that is given to them. A model
+    without a template just writes. A text ends before a turn that came out empty.
 
     What comes in a batch follows from ``seed`` and its number, of which ``first`` is the first.
 
@@ -144,31 +158,39 @@ def write_texts(
         raise PromptError("a model without a tokenizer can't write its own training data: give a file")
     bos_ids = sorted(llm.eos_ids)[:1] or [0]
     turns = turns or (1 if llm.engine.device.type == "cpu" else 2)
-    longest = len(open_turn(tokenizer, bos_ids)) + turns * (prompt_tokens + answer_tokens + ROUND)
+    task = max(len(tokenizer(one).input_ids) for one in TASKS)
+    said = max(prompt_tokens, answer_tokens + task) if tokenizer.chat_template else prompt_tokens
+    each, again = answer_tokens + ROUND, max(turns - 1, 0)
+    longest = len(open_turn(tokenizer, bos_ids)) + prompt_tokens + each + again * (said + each)
     longest = min(longest, llm.engine.context)
     at_once, write = _by_engine(llm) if llm.engine.device.type == "cpu" else _by_writer(llm, longest)
     for number in count(first):
         talks = [_Talk(place) for place in range(number * at_once, (number + 1) * at_once)]
         for turn in range(turns):
             growing = [talk for talk in talks if talk.turns == turn]
+            tasks = _tasks(growing) if turn and tokenizer.chat_template else {}
+            speaking, room = list[_Talk](), longest - answer_tokens if turn else longest - 1
             for talk in growing:
-                talk.open(tokenizer, bos_ids)
-            room = longest - prompt_tokens - answer_tokens - ROUND
-            growing = [talk for talk in growing if not turn or len(talk.prompt) <= room]
-            seeds = [seed + 2 * talk.place + TURN * turn for talk in growing]
-            params = [SamplingParams(seed=one, max_tokens=prompt_tokens, **SAID) for one in seeds]
-            for talk, said in zip(growing, write([talk.prompt for talk in growing], params), strict=True):
-                talk.hear(tokenizer, said)
-            answered = [(talk, one + 1) for talk, one in zip(growing, seeds, strict=True) if talk.prompt]
+                if talk.place in tasks:
+                    talk.say(tokenizer, tasks[talk.place], room)
+                elif talk.open(tokenizer, bos_ids, longest - prompt_tokens - each if turn else longest):
+                    speaking.append(talk)
+            seeds = {talk.place: seed + 2 * talk.place + TURN * turn for talk in growing}
+            params = [SamplingParams(seed=seeds[talk.place], max_tokens=prompt_tokens, **SAID) for talk in speaking]
+            for talk, ids in zip(speaking, write([talk.prompt for talk in speaking], params), strict=True):
+                talk.hear(tokenizer, ids, room)
+            answering = [talk for talk in growing if talk.prompt]
             params = [
                 SamplingParams(
-                    temperature=TEMPERATURES[talk.place % len(TEMPERATURES)], seed=one, max_tokens=answer_tokens
+                    temperature=TEMPERATURES[talk.place // 2 % len(TEMPERATURES)],
+                    seed=seeds[talk.place] + 1,
+                    max_tokens=answer_tokens,
                 )
-                for talk, one in answered
+                for talk in answering
             ]
-            answers = write([talk.prompt for talk, _ in answered], params)
-            for (talk, _), answer in zip(answered, answers, strict=True):
-                talk.answer(tokenizer, answer)
+            answers = write([talk.prompt for talk in answering], params)
+            for talk, ids in zip(answering, answers, strict=True):
+                talk.answer(tokenizer, ids)
         yield [talk.ids for talk in talks if talk.ids]
 
 
@@ -190,22 +212,42 @@ class _Talk:
     messages: list[dict[str, str]] = field(default_factory=list)
     prompt: list[int] = field(default_factory=list)
 
-    def open(self, tokenizer: PreTrainedTokenizerBase, bos_ids: list[int]) -> None:
+    def open(self, tokenizer: PreTrainedTokenizerBase, bos_ids: list[int], room: int) -> bool:
+        """Opens the user's turn; False, and nothing comes next, where its prompt would have more than ``room``
+        tokens."""
         without = self.ids or bos_ids
-        self.prompt = open_turn(tokenizer, without, self.messages) if tokenizer.chat_template else without
+        self._go_on(open_turn(tokenizer, without, self.messages) if tokenizer.chat_template else without, room)
+        return bool(self.prompt)
 
-    def hear(self, tokenizer: PreTrainedTokenizerBase, said: list[int]) -> None:
+    def hear(self, tokenizer: PreTrainedTokenizerBase, said: list[int], room: int) -> None:
+        """What the user said, in the turn that was opened."""
         if not tokenizer.chat_template:
             self.prompt = [*self.prompt, *said]
             return
-        text = str(tokenizer.decode(said, skip_special_tokens=True)).strip()
+        self.say(tokenizer, str(tokenizer.decode(said, skip_special_tokens=True)).strip(), room)
+
+    def say(self, tokenizer: PreTrainedTokenizerBase, text: str, room: int) -> None:
+        """What the user says; nothing comes next if that is nothing, or too much."""
         self.messages.append({"role": "user", "content": text})
-        self.prompt = chat_ids(tokenizer, self.messages) if text else []
+        self._go_on(chat_ids(tokenizer, self.messages) if text else [], room)
+
+    def _go_on(self, prompt: list[int], room: int) -> None:
+        self.prompt = prompt if len(prompt) <= room else []
 
     def answer(self, tokenizer: PreTrainedTokenizerBase, answer: list[int]) -> None:
         text = str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
         self.messages.append({"role": "assistant", "content": text})
         self.ids, self.turns = [*self.prompt, *answer], self.turns + 1
+
+
+def _tasks(talks: Sequence[_Talk]) -> dict[int, str]:
+    """What the user says in every other one of ``talks``, by their places: a task about the last answer in the next."""
+    others = [*talks[1:], *talks[:1]]
+    return {
+        talk.place: f"{TASKS[talk.place // 2 % len(TASKS)]}\n\n{other.messages[-1]['content']}"
+        for talk, other in zip(talks, others, strict=True)
+        if talk.place % 2
+    }
 
 
 def keep_texts(
