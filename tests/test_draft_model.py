@@ -394,3 +394,10 @@ def test_drawn_children_come_from_the_draft_models_own_distribution() -> None:
             children = drafted.tree.children[node]
             assert len(children) in (0, 2, 3)
             assert all(probs[drafted.tokens[child]] > 0 for child in children)
+
+
+def test_a_level_that_was_disturbed_is_not_believed_for_long() -> None:
+    drafter = DraftModel(TorchEngine(tiny_pair()[1]), 128)
+    for seconds in (1.0, 0.002, 0.002, 0.9, 0.002):  # in the first one all is touched for the first time
+        drafter._learn_pace(seconds)
+    assert 0.002 <= drafter._level_seconds < 0.0023

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,19 @@ from tokentree.tree import TokenTree
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROOT = 5
 
+UNRECORDED = {"falcon", "falcon_old", "mixtral"}  # whose modules copy from the CPU's memory in the midst of a forward
+
 pytestmark = pytest.mark.gpu
 
 
 def on_gpu(family: str, dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
     moved: PreTrainedModel = tiny(family, dtype, **options).to(DEVICE)  # type: ignore[arg-type]
     return moved
+
+
+def told_that_it_is_not_recorded(family: str) -> AbstractContextManager[object]:
+    expected = DEVICE.type == "cuda" and family in UNRECORDED
+    return pytest.warns(UserWarning, match="can't be recorded") if expected else nullcontext()
 
 
 def assert_near(got: torch.Tensor, expected: torch.Tensor) -> None:
@@ -56,7 +64,8 @@ def assert_near(got: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("attention", [None, "sdpa"])
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_a_tree_has_the_logits_that_transformers_gives_each_path(family: str, attention: str | None) -> None:
-    engine = TorchEngine(on_gpu(family), attention)
+    with told_that_it_is_not_recorded(family if attention is None else ""):
+        engine = TorchEngine(on_gpu(family), attention)
     for prefix, nodes in ((0, 1), (5, 9), (62, 30), (3, 70)):
         before, tree = some_tokens(prefix), some_tree(ROOT, nodes)
         got = verified(engine, request([*before, ROOT]), tree)

@@ -112,8 +112,11 @@ class DraftModel(Drafter):
         return fits and depth < min(shape.max_depth, seq.room - 1)
 
     def _learn_pace(self, seconds: float) -> None:
-        """The time of a level; one that took far longer was disturbed."""
+        """The time of a level. One that took far longer was disturbed; and if one took far less, what is believed goes
+        back to such a one, often the first, in which all is touched for the first time."""
         known = self._level_seconds or seconds
+        if seconds < known / 3:
+            known = seconds
         self._level_seconds = known + 0.1 * (min(seconds, 2 * known) - known)
 
     def _add_children(
