@@ -12,12 +12,21 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from typer.testing import CliRunner
 
-from tests.tiny_models import save_model, some_tokens, tiny, tiny_pair, tiny_tokenizer
+from tests.conftest import make_sequence
+from tests.test_eagle import Kept, said_by, some_head
+from tests.test_medusa import random_heads
+from tests.tiny_models import CONTEXT, save_model, some_tokens, tiny, tiny_pair, tiny_tokenizer
 from tokentree import LLM, SamplingParams
-from tokentree.beam import BeamSearch
+from tokentree.beam import BeamDecoder, BeamSearch
 from tokentree.cli import app
+from tokentree.drafters.base import Drafter
+from tokentree.drafters.medusa import Medusa
+from tokentree.drafters.merged import Merged
+from tokentree.drafters.ngram import NGram
 from tokentree.engines.torch import TorchEngine
-from tokentree.errors import OptionError, PairingError
+from tokentree.errors import OptionError
+from tokentree.loading import eos_ids
+from tokentree.shapes import shape
 
 PROMPT = some_tokens(9)
 NEW = 14
@@ -161,10 +170,30 @@ def test_what_does_not_go_with_beams_is_refused() -> None:
         SamplingParams(num_return_sequences=2)
     with pytest.raises(OptionError, match="certain only at its end"):
         LLM(model_of("llama")).stream(PROMPT, SamplingParams(num_beams=2))
-    llm = LLM(model_of("llama"))
-    llm.decoder.drafter.reads_hidden = True
-    with pytest.raises(PairingError, match="heads can't draft for several beams"):
-        llm.generate([PROMPT], SamplingParams(num_beams=2))
+
+
+@pytest.mark.parametrize("form", ["3x2x1", "cost"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("kind", ["medusa", "eagle-1", "eagle-3", "all"])
+def test_heads_draft_for_each_beam_from_its_own_hidden_states(kind: str, family: str, form: str) -> None:
+    """The texts are transformers'; and what an EAGLE head proposes is what computing it anew gives."""
+    model, engine = model_of(family), TorchEngine(model_of(family))
+    head = some_head(1) if kind == "eagle-1" else some_head(3, 60)
+    eagle = Kept(head, engine)
+    drafter: Drafter = Medusa(random_heads(48), engine) if kind == "medusa" else eagle
+    if kind == "all":
+        drafter = Merged([eagle, Medusa(random_heads(48), engine), NGram()])
+    seq = make_sequence(PROMPT, context=CONTEXT, eos_ids=eos_ids(model, None), max_tokens=NEW, num_beams=4)
+    search = BeamDecoder(engine, drafter, shape(form)).run(seq)
+    assert_same([(found.tokens, found.score) for found in search.best(4)], expected(model, PROMPT, num_beams=4))
+    assert seq.metrics.drafted_tokens > 0 or form == "cost"
+    assert not engine._branches
+    seen = eagle.__dict__.get("seen", [])
+    assert len(seen) >= 20 or kind == "medusa"
+    for tokens, draft in seen[::3]:
+        for node in range(1, len(draft)):
+            said = said_by(head, model, tokens, draft.path_tokens(draft.parents[node]))
+            assert draft.log_probs[node] == pytest.approx(float(said[draft.tokens[node]]), abs=2e-3)
 
 
 def test_the_command_prints_the_best_texts(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ import torch
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter
 from tokentree.engines.base import Engine, TargetOutput
-from tokentree.errors import PairingError
 from tokentree.sampling import process_logits
 from tokentree.sequence import Accepted, FinishReason, Sequence
 from tokentree.shapes.base import Shape
@@ -186,14 +185,9 @@ class BeamDecoder:
         engine: the target model.
         drafter: who proposes the trees, one for each running text.
         shape: how they grow and are cut.
-
-    Raises:
-        PairingError: if the drafter reads the target's hidden states, which are kept for one text alone.
     """
 
     def __init__(self, engine: Engine, drafter: Drafter, shape: Shape) -> None:
-        if drafter.reads_hidden:
-            raise PairingError("heads can't draft for several beams: name another drafter, such as suffix, or none")
         self._engine, self._drafter, self._shape = engine, drafter, shape
 
     def run(self, seq: Sequence) -> BeamSearch:
@@ -203,7 +197,7 @@ class BeamDecoder:
         search = BeamSearch(params.num_beams, seq.room, ends, params.length_penalty, params.early_stopping)
         started = time.perf_counter()
         seq.metrics.reused_tokens += self._engine.prefill(seq)
-        beams = [_Beam(self._twin(seq, []))]
+        beams = [_Beam(self._twin(seq, [], []))]
         seq.metrics.prefill_seconds += time.perf_counter() - started
         tokens, parents = list[int](), list[int]()  # of the nodes that are in the KV, the root first
         try:
@@ -291,8 +285,12 @@ class BeamDecoder:
         made = list[_Beam]()
         for number, path in enumerate(paths):
             new, one = path.accepted(tree, leaves[path.place]).tokens, seqs[path.place]
-            same = heirs[path.place] == number
-            made.append(_Beam(one if same else self._twin(seq, [*one.output_ids, *new]), where[path.nodes[-1]]))
+            above = [where[node] for node in routes[number] if node in where]
+            if heirs[path.place] == number:
+                self._engine.branch(one, seq, above)
+            else:
+                one = self._twin(seq, [*one.output_ids, *new], above)
+            made.append(_Beam(one, where[path.nodes[-1]]))
         for k in going:
             seqs[k].extend(steps[k])
         self._release([beam for k, beam in enumerate(beams) if k not in heirs])
@@ -311,10 +309,11 @@ class BeamDecoder:
         metrics.new_tokens += gained
         metrics.steps.append((drafted + len(drafts), gained, now - clock[0]))
 
-    def _twin(self, seq: Sequence, output: list[int]) -> Sequence:
-        """A sequence that drafters know as a text of its own."""
+    def _twin(self, seq: Sequence, output: list[int], nodes: list[int]) -> Sequence:
+        """A sequence that drafters know as a text of its own, whose KV ends with these nodes of what is kept."""
         twin = Sequence(seq.prompt_ids, seq.params, seq.noise, seq.context, seq.eos_ids, references=seq.references)
         twin.tokens += output
+        self._engine.branch(twin, seq, nodes)
         self._drafter.prefill([twin])
         return twin
 
@@ -322,3 +321,4 @@ class BeamDecoder:
         seqs = [beam.seq for beam in beams]
         self._drafter.release(seqs)
         self._shape.release(seqs)
+        self._engine.release(seqs)

@@ -191,6 +191,11 @@ class Engine(Protocol):
         """[committed rows, hidden size]: the hidden state ``place`` of the committed rows, by default the last one."""
         ...
 
+    def branch(self, seq: Sequence, of: Sequence, nodes: SequenceOf[int]) -> None:
+        """What `committed` and `hidden` tell of ``seq``, which has no KV of its own, are from now on the committed rows
+        of ``of``, and behind them ``nodes`` of those that `keep` kept: until that is called again, or `release`."""
+        ...
+
     def head_engine(self, head: EagleHead) -> DraftEngine:
         """An engine that drafts with ``head``, on this one's hidden states.
 

@@ -38,6 +38,7 @@ class TableEngine:
         self._order = table.ndim - 1
         self._committed: dict[int, list[int]] = {}
         self._trees: dict[int, TokenTree] = {}
+        self._branches: dict[int, tuple[Sequence, int]] = {}
         self._kept: dict[int, list[int]] = {}  # tokens of the nodes that the next tree must begin with
 
     def logits_after(self, tokens: SequenceOf[int]) -> torch.Tensor:
@@ -81,10 +82,15 @@ class TableEngine:
         self._kept[seq.id] = tree.tokens[list(nodes[committed:])].tolist()
 
     def committed(self, seq: Sequence) -> int:
-        return len(self._committed.get(seq.id, ()))
+        of, nodes = self._branches.get(seq.id, (seq, 0))
+        return len(self._committed.get(of.id, ())) + nodes
+
+    def branch(self, seq: Sequence, of: Sequence, nodes: SequenceOf[int]) -> None:
+        self._branches[seq.id] = of, len(nodes)
 
     def release(self, seqs: SequenceOf[Sequence]) -> None:
         for seq in seqs:
+            self._branches.pop(seq.id, None)
             self._committed.pop(seq.id, None)
             self._trees.pop(seq.id, None)
             self._kept.pop(seq.id, None)

@@ -112,6 +112,7 @@ class TorchEngine:
                 steady_activations(self._model)
         self._places: list[int] = []  # of the hidden states that are kept
         self._kv: dict[int, tuple[Sequence, SequenceKV]] = {}
+        self._branches: dict[int, tuple[Sequence, list[int]]] = {}
         self._prefixes = PrefixCache(prefix_bytes)
         self._hidden_size, self._num_layers = int(config.hidden_size), int(config.num_hidden_layers)
         sizes = (config.num_hidden_layers, config.hidden_size, config.vocab_size)
@@ -181,10 +182,17 @@ class TorchEngine:
         self._kv_of(seq).keep(nodes, committed)
 
     def committed(self, seq: Sequence) -> int:
+        if seq.id in self._branches:
+            of, nodes = self._branches[seq.id]
+            return self._kv_of(of).length + len(nodes)
         return self._kv_of(seq).length
+
+    def branch(self, seq: Sequence, of: Sequence, nodes: SequenceOf[int]) -> None:
+        self._branches[seq.id] = of, list(nodes)
 
     def release(self, seqs: SequenceOf[Sequence]) -> None:
         for seq in seqs:
+            self._branches.pop(seq.id, None)
             if seq.id in self._kv:
                 _, kv = self._kv.pop(seq.id)
                 self._storages.give(self._prefixes.keep(_ids(seq, kv), kv))
@@ -208,8 +216,11 @@ class TorchEngine:
         return Features(size, num_layers, embedding, head, weights, draft_linear, self.dtype, self.device, recorded)
 
     def hidden(self, seq: Sequence, place: int | None = None) -> torch.Tensor:
-        kv = self._kv_of(seq)
-        return kv.states[self._places.index(self._num_layers if place is None else place), : kv.length]
+        number = self._places.index(self._num_layers if place is None else place)
+        of, nodes = self._branches.get(seq.id, (seq, []))
+        kv = self._kv_of(of)
+        states = kv.states[number, : kv.length]
+        return torch.cat([states, kv.states[number, [kv.length + node for node in nodes]]]) if nodes else states
 
     def head_engine(self, head: EagleHead) -> DraftEngine:
         from tokentree.engines.eagle import EagleEngine  # few need what it imports
