@@ -181,6 +181,29 @@ def test_it_keeps_rows_of_the_target_s_states_alone() -> None:
 
 
 @pytest.mark.parametrize("attention", ["tree", "sdpa"])
+def test_rows_of_a_live_text_that_begins_alike_are_copied(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = TorchEngine(tiny("llama"), attention)
+    eagle, text = EagleEngine(some_head(3), engine), some_tokens(40)
+    seqs = [request([*text, 7]), request([*text[:30], 9, 9, 9]), request([*text, 7]), request(some_tokens(20, 5))]
+    rows, verify = list[int](), EagleEngine.verify
+
+    def counted(self: EagleEngine, seqs: Any, trees: Any, firsts: Any = None) -> Any:
+        rows.append(sum(map(len, trees)))
+        return verify(self, seqs, trees, firsts)
+
+    monkeypatch.setattr(EagleEngine, "verify", counted)
+    kept = list[torch.Tensor]()
+    for seq in seqs:
+        engine.prefill(seq)
+        eagle.prefill(seq)
+        kept.append(eagle._state(seq).kv.layer(0)[1][:, :29])
+    # a row for each token that has one before it and was read: all of the first text, then what is new
+    assert rows == [39, 31 - 29, 18]
+    assert torch.equal(kept[0], kept[1])
+    assert torch.equal(kept[0], kept[2])
+
+
+@pytest.mark.parametrize("attention", ["tree", "sdpa"])
 def test_a_text_that_begins_alike_gives_the_same_drafts(attention: str) -> None:
     engine = TorchEngine(tiny("llama"), attention, prefix_bytes=10_000_000)
     drafter, text = Kept(some_head(3), engine), some_tokens(40)

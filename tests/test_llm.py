@@ -129,6 +129,8 @@ def test_more_prompts_than_the_batch_holds_are_all_decoded_in_order(world: World
 def test_a_progress_bar_changes_nothing(world: World) -> None:
     params = SamplingParams(max_tokens=6)
     same(world.llm.generate(PROMPTS[0], params, progress=True)[0], world.llm.generate(PROMPTS[0], params)[0])
+    params = SamplingParams(max_tokens=12, num_beams=3)
+    same(world.llm.generate(PROMPTS[0], params, progress=True)[0], world.llm.generate(PROMPTS[0], params)[0])
 
 
 def test_the_default_type_of_a_cpu_gives_plains_text_too(world: World) -> None:

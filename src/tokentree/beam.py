@@ -8,6 +8,7 @@ texts that are kept end at a node of the trees.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -190,8 +191,8 @@ class BeamDecoder:
     def __init__(self, engine: Engine, drafter: Drafter, shape: Shape) -> None:
         self._engine, self._drafter, self._shape = engine, drafter, shape
 
-    def run(self, seq: Sequence) -> BeamSearch:
-        """Searches to the end."""
+    def run(self, seq: Sequence, advance: Callable[[], None] = lambda: None) -> BeamSearch:
+        """Searches to the end; ``advance`` is called after each forward."""
         params = seq.params
         ends = frozenset() if params.ignore_eos else seq.eos_ids | {*params.stop_token_ids}
         search = BeamSearch(params.num_beams, seq.room, ends, params.length_penalty, params.early_stopping)
@@ -203,6 +204,7 @@ class BeamDecoder:
         try:
             while not search.done:
                 tokens, parents, beams = self._step(seq, search, tokens, parents, beams)
+                advance()
         finally:
             self._engine.release([seq])
             self._release(beams)

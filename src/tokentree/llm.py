@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -240,22 +241,21 @@ class LLM:
         """
         params = params or SamplingParams()
         texts = self._references(reference)
-        if params.num_beams > 1:
-            found = [self._search(self.sequence(prompt, params, 0, texts)) for prompt in _as_prompts(prompts)]
-            return [result for results in found for result in results]
         seqs = [
             self.sequence(prompt, params, sample, texts)
             for prompt in _as_prompts(prompts)
             for sample in range(params.n)
         ]
-        steps = self.decoder.run(seqs, self.max_batch)
-        for _ in _progress(steps, seqs) if progress else steps:
-            pass
+        with _progress(seqs, progress) as advance:
+            if params.num_beams > 1:
+                return [result for seq in seqs for result in self._search(seq, advance)]
+            for _ in self.decoder.run(seqs, self.max_batch):
+                advance()
         return [self.result(seq) for seq in seqs]
 
-    def _search(self, seq: Sequence) -> list[Result]:
+    def _search(self, seq: Sequence, advance: Callable[[], None]) -> list[Result]:
         """The texts that beam search finds."""
-        search = BeamDecoder(self.engine, self.decoder.drafter, self.decoder.shape).run(seq)
+        search = BeamDecoder(self.engine, self.decoder.drafter, self.decoder.shape).run(seq, advance)
         results = []
         for found in search.best(seq.params.num_return_sequences):
             text = None if seq.detokenizer is None else self.detokenizer()
@@ -452,12 +452,19 @@ def _configured(config: dict[str, Any]) -> str:
     return "x".join([str(width)] * depth)
 
 
-def _progress(steps: Iterable[list[Sequence]], seqs: list[Sequence]) -> Iterator[list[Sequence]]:
+@contextmanager
+def _progress(seqs: SequenceOf[Sequence], shown: bool) -> Iterator[Callable[[], None]]:
+    """A bar over the tokens of ``seqs``, if it is to be shown, and what to call after each step."""
+    if not shown:
+        yield lambda: None
+        return
     from rich.progress import Progress
 
     with Progress(transient=True) as bar:
         task = bar.add_task("decoding", total=sum(seq.params.max_tokens for seq in seqs))
-        for active in steps:
+
+        def advance() -> None:
             done = sum(seq.params.max_tokens if seq.finished else seq.metrics.new_tokens for seq in seqs)
             bar.update(task, completed=done)
-            yield active
+
+        yield advance

@@ -16,6 +16,7 @@ from tokentree.engines.attention import ForwardKV, Segment, attend_rows, dense_m
 from tokentree.engines.base import Engine, Features, TargetOutput
 from tokentree.engines.eagle_program import EagleProgram
 from tokentree.engines.kv import KVLayout, SequenceKV, Storages
+from tokentree.engines.prefix import shared_length
 from tokentree.engines.recording import ROWS, Recordings, padded
 from tokentree.errors import PairingError
 from tokentree.heads.eagle import EagleHead
@@ -30,11 +31,13 @@ class _State:
     """What is kept of one sequence.
 
     Args:
+        seq: the sequence.
         kv: row i is that of token i + 1; those are committed whose position the target has read.
         known: [nodes, hidden size], what the layer gave at the nodes of the current tree.
         chain: how many of these the target has read: they will be committed.
     """
 
+    seq: Sequence
     kv: SequenceKV
     known: torch.Tensor
     chain: int = field(default=0)
@@ -86,12 +89,24 @@ class EagleEngine:
     def prefill(self, seq: Sequence) -> int:
         """Commits rows as far as the target has read, but for the last one, with which the first tree begins."""
         state, ready = self._state(seq), self._target.committed(seq) - 1
+        if not state.kv.length:
+            self._take_over(state, ready)
         while state.kv.length < ready:
             first = state.kv.length
             ids = seq.tokens[first + 1 : min(first + PREFILL_ROWS, ready) + 1]
             self.verify([seq], [TokenTree.chain(ids[0], ids[1:])])
             state.kv.commit(range(len(ids)))
         return 0
+
+    def _take_over(self, state: _State, most: int) -> None:
+        """Copies rows of a live text that begins alike: the prompt of other samples, the beginning of other beams."""
+        best, rows = state, 0
+        for other in self._states.values():
+            alike = shared_length(np.array(state.seq.tokens), np.array(other.seq.tokens)) - 1
+            if other is not state and min(alike, other.kv.length, most) > rows:
+                best, rows = other, min(alike, other.kv.length, most)
+        if rows:
+            state.kv.copy_rows(best.kv, rows)
 
     def committed(self, seq: Sequence) -> int:
         return self._state(seq).kv.length + 1
@@ -129,13 +144,13 @@ class EagleEngine:
             state.kv.commit(path[: state.chain])
 
     def release(self, seqs: SequenceOf[Sequence]) -> None:
-        self._storages.give(self._states.pop(seq.id).kv for seq in seqs if seq.id in self._states)
+        self._storages.give([self._states.pop(seq.id).kv for seq in seqs if seq.id in self._states])
 
     def _state(self, seq: Sequence) -> _State:
         if seq.id not in self._states:
             rows = min(len(seq.prompt_ids) + seq.params.max_tokens, self.context) + 64
             nothing = torch.empty(0, self._head.sizes.hidden_size, dtype=self._features.dtype)
-            self._states[seq.id] = _State(self._storages.take(rows), nothing.to(self._features.device))
+            self._states[seq.id] = _State(seq, self._storages.take(rows), nothing.to(self._features.device))
         return self._states[seq.id]
 
     def _read(self, seq: Sequence, first: int, end: int) -> torch.Tensor:

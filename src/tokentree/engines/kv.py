@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -172,7 +171,7 @@ class Storages:
                 return kv
         return self.layout.make(rows)
 
-    def give(self, unused: Iterable[SequenceKV]) -> None:
+    def give(self, unused: list[SequenceKV]) -> None:
         """Takes back what nobody uses."""
         if self.layout.fixed:
             self._spare = [*self._spare, *unused][-SPARE:]
