@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from tokentree.bench.report import summarise
+from tokentree.bench.report import Row, summarise
 from tokentree.bench.results import Run, Sample
 from tokentree.errors import OptionError
 
@@ -103,7 +103,7 @@ def page(run: Run, pictures: Sequence[Path] = ()) -> str:
         by_group.setdefault(group_of(sample.category), []).append(sample)
     order = [name for name in GROUPS if name in by_group] + [name for name in by_group if name not in GROUPS]
     parts = [f"# {Path(str(run.settings.get('model'))).name}", _where(run)]
-    parts += ["## All prompts", _overall(run, methods, chain)]
+    parts += ["## All prompts", _overall(run, chain)]
     parts += [f"![{picture.stem}]({picture.name})" for picture in pictures]
     parts += ["## By task", "Times plain's speed, decoding, with 95% intervals:", _gains(by_group, order, methods)]
     parts += ["Tokens per forward:", _lengths(run, by_group, order, methods)]
@@ -117,18 +117,13 @@ def page(run: Run, pictures: Sequence[Path] = ()) -> str:
 
 def main_table(run: Run) -> str:
     """All prompts in one table, and what was measured where."""
-    methods, chain = methods_of(run), best_chain(run)
-    rows, lines = {row.method: row for row in summarise(run)}, list[list[str]]()
-    fastest = max(rows.values(), key=lambda row: row.tokens_per_second)
-    for name in methods:
-        row, first = rows[name], gain(run.samples, name, methods[0])
-        against = None if chain is None else gain(run.samples, name, chain)
-        lines.append([
-            f"**{short(name)}**" if row is fastest else short(name), f"{row.tokens_per_second:.1f}",
-            "" if first is None else f"{first.value:.2f}", "" if against is None else f"{against.value:.2f}",
-            f"{row.end_to_end / rows[methods[0]].end_to_end:.2f}" if rows[methods[0]].end_to_end else "",
-            _number(row.mean_accepted_length), f"{row.same}/{row.samples}",
-        ])  # fmt: skip
+    lines = [
+        [
+            one.name(short), f"{one.row.tokens_per_second:.1f}", _value(one.first), _value(one.chain), one.end_to_end,
+            _number(one.row.mean_accepted_length), f"{one.row.same}/{one.row.samples}",
+        ]
+        for one in _compared(run)
+    ]  # fmt: skip
     settings, machine = run.settings, run.machine
     numbers = settings.get("quantization") or str(settings.get("dtype", "")).removeprefix("torch.")
     turns = len({sample.place for sample in run.samples})
@@ -181,20 +176,51 @@ def _where(run: Run) -> str:
     return "\n".join([*lines, "", f"```\n{run.command}\n```"])
 
 
-def _overall(run: Run, methods: Sequence[str], chain: str | None) -> str:
-    rows = {row.method: row for row in summarise(run)}
+@dataclass(frozen=True)
+class _Compared:
+    """A method beside the others.
+
+    Args:
+        row: its figures.
+        first, chain: its gain over the first method, and over the best chain.
+        end_to_end: the same over the first method, prefill counted in, as text.
+        fastest: whether none decodes more tokens a second.
+    """
+
+    row: Row
+    first: Gain | None
+    chain: Gain | None
+    end_to_end: str
+    fastest: bool
+
+    def name(self, form: Callable[[str], str] = str) -> str:
+        name = form(self.row.method)
+        return f"**{name}**" if self.fastest else name
+
+
+def _compared(run: Run) -> list[_Compared]:
+    """All methods, in the order of the run."""
+    methods, chain, rows = methods_of(run), best_chain(run), {row.method: row for row in summarise(run)}
+    base, found = rows[methods[0]].end_to_end, list[_Compared]()
+    best = max(row.tokens_per_second for row in rows.values())
+    for name in methods:
+        row = rows[name]
+        against = None if chain is None else gain(run.samples, name, chain)
+        whole = f"{row.end_to_end / base:.2f}" if base else ""
+        found.append(_Compared(row, gain(run.samples, name, methods[0]), against, whole, row.tokens_per_second == best))
+    return found
+
+
+def _overall(run: Run, chain: str | None) -> str:
     heads = ["method", "tokens", "accepted", "tokens a forward", "tokens/s", "x first", "x best chain", "end to end",
              "same ids"]  # fmt: skip
-    lines, fastest = list[list[str]](), max(rows.values(), key=lambda row: row.tokens_per_second)
-    for name in methods:
-        row, mine = rows[name], [s for s in run.samples if s.method == name and s.error is None]
+    lines = list[list[str]]()
+    for one in _compared(run):
+        row, mine = one.row, [s for s in run.samples if s.method == one.row.method and s.error is None]
         mean = sum(len(s.token_ids) for s in mine) / max(1, len(mine))
-        against = None if chain is None else gain(run.samples, name, chain)
-        first = gain(run.samples, name, methods[0])
         lines.append([
-            f"**{name}**" if row is fastest else name, f"{mean:.0f}", _share(row.acceptance_rate),
-            _number(row.mean_accepted_length), f"{row.tokens_per_second:.1f}", _gain(first), _gain(against),
-            f"{row.end_to_end / rows[methods[0]].end_to_end:.2f}" if rows[methods[0]].end_to_end else "",
+            one.name(), f"{mean:.0f}", _share(row.acceptance_rate), _number(row.mean_accepted_length),
+            f"{row.tokens_per_second:.1f}", _gain(one.first), _gain(one.chain), one.end_to_end,
             f"{row.same}/{row.samples}" + (f", {row.failures} failed" if row.failures else ""),
         ])  # fmt: skip
     note = f"\n\nThe best chain is {chain}." if chain is not None else ""
@@ -237,6 +263,10 @@ def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def _gain(found: Gain | None) -> str:
     return "" if found is None or not math.isfinite(found.value) else str(found)
+
+
+def _value(found: Gain | None) -> str:
+    return "" if found is None else f"{found.value:.2f}"
 
 
 def _share(value: float | None) -> str:
