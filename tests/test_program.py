@@ -11,7 +11,7 @@ from tests.tiny_models import request, some_tokens, some_tree, tiny
 from tokentree import threads
 from tokentree.engines.linear import PackedLinear
 from tokentree.engines.packing import Packing
-from tokentree.engines.program import ATTEND, MULTIPLY, NORM, Program
+from tokentree.engines.program import ATTEND, BEST, MULTIPLY, NORM, Program
 from tokentree.engines.torch import TorchEngine
 from tokentree.tree import TokenTree
 
@@ -86,7 +86,7 @@ def test_a_prefill_ends_at_the_last_layer_s_kv() -> None:
     behind = program._steps[program._up_to_kv :, 0].tolist()
     assert behind[0] == ATTEND
     assert behind.count(ATTEND) == 1
-    assert behind[-2:] == [NORM, MULTIPLY]
+    assert behind[-3:] == [NORM, MULTIPLY, BEST]
 
 
 @pytest.mark.parametrize("part", ["model.layers.1.mlp", "model.norm", "lm_head"])

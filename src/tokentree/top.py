@@ -20,7 +20,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from tokentree.numbers import exponentials, widen
-from tokentree.threads import WORKER, address_of, claim, floats, halves, integers, run, words
+from tokentree.threads import WORKER, address_of, claim, floats, halves, integers, run
 from tokentree.tree import Ints
 
 DEPTH = 32  # values in a column
@@ -44,7 +44,7 @@ def top_logits(logits: torch.Tensor, k: int) -> tuple[NDArray[np.float32], Ints]
         return best.values[:, :k].float().cpu().numpy(), best.indices[:, :k].cpu().numpy()
     logits = logits.detach().contiguous()
     rows, vocab = logits.shape
-    if logits.dtype == torch.bfloat16 and rows > 1:
+    if logits.dtype == torch.bfloat16:
         values, ids = np.empty((rows, k), np.float32), np.empty((rows, k), np.int64)
         run(_worker(), [logits.data_ptr(), rows, vocab, k, values.ctypes.data, ids.ctypes.data])
         return values, ids
@@ -93,15 +93,21 @@ def _worker() -> Any:
         start = address_of(arguments)
         rows, vocab, k = integers(start + 8, 3)
         bits = halves(integers(start, 1)[0], (rows, vocab))
-        values, ids = words(integers(start + 32, 1)[0], (rows, k)), integers(integers(start + 40, 1)[0], (rows, k))
+        values, ids = floats(integers(start + 32, 1)[0], (rows, k)), integers(integers(start + 40, 1)[0], (rows, k))
         row = claim(start + 48)
         while row < rows:
-            ids[row] = _top(bits[row : row + 1], k)[0]
-            for rank in range(k):
-                values[row, rank] = np.int32(bits[row, ids[row, rank]]) << np.int32(16)
+            most_probable(bits[row], values[row], ids[row])
             row = claim(start + 48)
 
     return worker
+
+
+@njit
+def most_probable(bits, values, ids):
+    """Finds, of a row of bfloat16, as many of the most probable as there is room for: their values, float32, and which
+    they are, best first."""
+    ids[:] = _top(bits[None], len(ids))[0]
+    widen(bits[ids], values)
 
 
 @functools.cache

@@ -31,13 +31,14 @@ class TargetOutput:
         starts: per tree, its first row.
         firsts: per tree, the node that this row belongs to; earlier nodes were computed by an earlier forward.
         seconds: the time of the forward.
+        best_known: what `top` gives, where the engine has found it already.
     """
 
     all_logits: torch.Tensor
     starts: list[int]
     firsts: list[int]
     seconds: float
-    _top: tuple[NDArray[np.float32], Ints] | None = field(init=False, default=None, repr=False)
+    best_known: tuple[NDArray[np.float32], Ints] | None = field(default=None, repr=False)
 
     def logits(self, tree: int, node: int) -> torch.Tensor:
         """[vocab], the raw logits after ``node`` of tree number ``tree``."""
@@ -53,9 +54,10 @@ class TargetOutput:
     def top(self, k: int) -> tuple[NDArray[np.float32], Ints]:
         """The k most probable tokens after each row, best first: logits float32[rows, k] and ids int64[rows, k]. They
         are looked for once."""
-        if self._top is None or self._top[1].shape[1] < min(k, self.all_logits.shape[1]):
-            self._top = top_logits(self.all_logits, min(max(k, KEPT), self.all_logits.shape[1]))
-        return self._top[0][:, :k], self._top[1][:, :k]
+        if self.best_known is None or self.best_known[1].shape[1] < min(k, self.all_logits.shape[1]):
+            self.best_known = top_logits(self.all_logits, min(max(k, KEPT), self.all_logits.shape[1]))
+        values, ids = self.best_known
+        return values[:, :k], ids[:, :k]
 
     @cached_property
     def best(self) -> list[int]:

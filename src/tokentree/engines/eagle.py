@@ -163,12 +163,13 @@ class EagleEngine:
         if self._features.recorded and len(segments) == 1 and len(known) <= ROWS[-1]:
             return self._replay(known, segments[0])
         tokens = np.concatenate([segment.tree.tokens[segment.first :] for segment in segments])
-        positions = torch.from_numpy(np.concatenate([segment.positions for segment in segments])).to(known.device)
+        positions = np.concatenate([segment.positions for segment in segments])
         embedded = self._embedding(torch.from_numpy(tokens).to(known.device))
         if self._program is not None:
             given, logits = self._program.forward(embedded, known, positions, segments)
         else:
-            given, logits = self._head(embedded, known, lambda *heads: self._attend(segments, positions, *heads)), None
+            where = torch.from_numpy(positions).to(known.device)
+            given, logits = self._head(embedded, known, lambda *heads: self._attend(segments, where, *heads)), None
         return given, self._head.logits(given, self._features.output_layer) if logits is None else logits
 
     def _replay(self, known: torch.Tensor, segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,6 +15,7 @@ from tokentree.engines.packing import Packing
 from tokentree.engines.program import Behind, Steps, Turns
 from tokentree.engines.quantized import QuantizedLinear
 from tokentree.heads.eagle import EagleHead
+from tokentree.tree import Ints
 
 
 @dataclass
@@ -67,7 +68,7 @@ class EagleProgram(Steps):
         )
 
     def forward(
-        self, embedded: torch.Tensor, known: torch.Tensor, positions: torch.Tensor, segments: SequenceOf[Segment]
+        self, embedded: torch.Tensor, known: torch.Tensor, positions: Ints, segments: SequenceOf[Segment]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Writes the KV of all rows of ``segments``, and returns what is known of the next positions, bfloat16[rows,
         hidden size]; and, of EAGLE-3, logits bfloat16[rows, tokens].
@@ -82,13 +83,12 @@ class EagleProgram(Steps):
             self._embedded[:rows], self._residual[:rows] = embedded, known
         else:
             self._x[:rows, : self._width], self._x[:rows, self._width :] = embedded, known
-        cos, sin = self._turns.at(positions)
         logits = None
         if self._version == 3:
             logits = torch.empty(rows, len(self._lm_head.start), dtype=torch.bfloat16)
             self._steps[-1, 1 + self._lm_head.RESULT] = logits.data_ptr()
             logits = logits[:, : self._lm_head.num_outputs]
-        self.run(rows, len(self._steps), segments, cos, sin)
+        self.run(len(self._steps), segments, self._turns.at(positions))
         return self._residual[:rows].clone(), logits
 
     def build(self) -> list[list[int]]:

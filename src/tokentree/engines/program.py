@@ -23,9 +23,10 @@ from transformers import PreTrainedModel
 from tokentree.engines import rows as each
 from tokentree.engines.attend import CALL, SEGMENT, attend
 from tokentree.engines.attention import Segment, Upto
+from tokentree.engines.base import KEPT
 from tokentree.engines.fused import FusedAttention, FusedMLP, FusedNorm
 from tokentree.engines.kernels import BFLOAT16_WIDE, BLOCK
-from tokentree.engines.linear import BFLOAT16_CALL, PackedLinear, multiply_bfloat16
+from tokentree.engines.linear import BFLOAT16_CALL, PackedEmbedding, PackedLinear, multiply_bfloat16
 from tokentree.engines.packing import Packing
 from tokentree.engines.quantized import CALL as QUANTIZED_CALL
 from tokentree.engines.quantized import QuantizedLinear, multiply_int4, multiply_int8
@@ -43,12 +44,15 @@ from tokentree.threads import (
     integers,
     octets,
     run,
+    words,
 )
+from tokentree.top import most_probable
+from tokentree.tree import Ints
 
 MODELS = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"}  # of transformers, all alike
-NORM, PREPARE, MULTIPLY, MULTIPLY_INT8, MULTIPLY_INT4, TURN, ATTEND, COPY = range(8)
+NORM, PREPARE, MULTIPLY, MULTIPLY_INT8, MULTIPLY_INT4, TURN, ATTEND, COPY, EMBED, BEST = range(10)
 AS_IT_IS, WIDER, IN_8_BITS = range(3)  # how a product takes its inputs
-HEADER, STEP = 10, 16  # integers that describe a forward, and each step
+HEADER, STEP = 12, 16  # integers that describe a forward, and each step
 
 
 class Heads(Protocol):
@@ -96,14 +100,14 @@ class Turns:
         self._fixed = getattr(rotary, "rope_type", None) not in ("dynamic", "longrope")  # they differ by length
         self._cos = self._sin = torch.empty(0, 0)
 
-    def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines, bfloat16[rows, width], at ``positions`` int64[rows]."""
+    def at(self, positions: Ints) -> tuple[torch.Tensor, torch.Tensor, Ints]:
+        """Cosines and sines, bfloat16[n, width], and which of them are those of ``positions`` int64[rows]."""
         if not self._fixed:
-            return self._computed(positions)
+            return *self._computed(torch.from_numpy(positions)), np.arange(len(positions))
         end = int(positions.max()) + 1
         if end > len(self._cos):
             self._cos, self._sin = self._computed(torch.arange(max(1024, 1 << (end - 1).bit_length())))
-        return self._cos[positions], self._sin[positions]
+        return self._cos, self._sin, positions
 
     def _computed(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         cos, sin = self._rotary(torch.empty(0, dtype=torch.bfloat16), positions[None])
@@ -147,19 +151,33 @@ class Steps:
         self._memory.append(torch.empty(self._capacity, columns, dtype=dtype))
         return self._memory[-1]
 
-    def run(self, rows: int, count: int, segments: SequenceOf[Segment], cos: torch.Tensor, sin: torch.Tensor) -> None:
-        """Runs the first ``count`` steps on so many rows, with these rotary positions bfloat16[rows, width]."""
+    def run(
+        self, count: int, segments: SequenceOf[Segment], turns: tuple[torch.Tensor, torch.Tensor, Ints],
+        ids: Ints | None = None,
+    ) -> None:  # fmt: skip
+        """Runs the first ``count`` steps on rows with these rotary positions, see `Turns.at`.
+
+        Args:
+            ids: int64[rows], if a step reads the tokens.
+        """
+        cos, sin, places = turns
         for segment in segments:
             segment.windows |= self._windows
         table = np.array([segment.described(0) for segment in segments], np.int64)
         counters = np.zeros(count, np.int64)
         run(
             _worker(),
-            [rows, torch.get_num_threads(), barrier(), count, self._steps.ctypes.data, counters.ctypes.data,
-             table.ctypes.data, len(table), cos.data_ptr(), sin.data_ptr()],
+            [len(places), torch.get_num_threads(), barrier(), count, self._steps.ctypes.data, counters.ctypes.data,
+             table.ctypes.data, len(table), cos.data_ptr(), sin.data_ptr(), places.ctypes.data,
+             0 if ids is None else ids.ctypes.data],
         )  # fmt: skip
 
     # -- the kinds of steps ----------------------------------------------------------------------------------------
+
+    def embed(self, embedding: PackedEmbedding | nn.Embedding, result: torch.Tensor) -> list[list[int]]:
+        """Looks up the rows' tokens."""
+        packed = isinstance(embedding, PackedEmbedding)
+        return [[EMBED, embedding.weight.data_ptr(), result.shape[1], packed, result.data_ptr()]]
 
     def norm(
         self, norm: FusedNorm, x: torch.Tensor, result: torch.Tensor, before: nn.Module | None,
@@ -248,6 +266,8 @@ class Program(Steps):
     Attributes:
         states: bfloat16[places, rows or more, hidden size], the hidden states of the last forward that `capture` asked
             for; the last of them only if it went that far.
+        best: of the last forward that had logits, those of the most probable tokens after each row, best first,
+            float32[rows, `KEPT`], and these tokens, int64[rows, `KEPT`].
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -259,6 +279,8 @@ class Program(Steps):
         super().__init__(max(self._hidden_size, self._inner_size, sizes.heads * sizes.width))
         self._places: list[int] = []
         self.states = torch.empty(0, 0, 0)
+        self._kept = min(KEPT, self._head.num_outputs)
+        self.best = np.empty((0, self._kept), np.float32), np.empty((0, self._kept), np.int64)
 
     @staticmethod
     def fits(model: PreTrainedModel, packing: Packing) -> bool:
@@ -270,6 +292,7 @@ class Program(Steps):
             return False
         return (
             packing.fits(head)
+            and type(body.embed_tokens) is nn.Embedding
             and FusedNorm.fits(body.norm)
             and all(
                 FusedAttention.fits(layer.self_attn, packing)
@@ -285,34 +308,32 @@ class Program(Steps):
         """Keeps the hidden states ``places``, see `base.Engine.capture`, in `states`."""
         self._places, self._capacity = places, 0
 
-    def forward(
-        self, ids: torch.Tensor, positions: torch.Tensor, segments: SequenceOf[Segment], upto: Upto
-    ) -> torch.Tensor:
+    def forward(self, ids: Ints, positions: Ints, segments: SequenceOf[Segment], upto: Upto) -> torch.Tensor:
         """Writes the KV of all rows of ``segments``, and returns bfloat16[rows, vocab], or [0, vocab] if it ends before
         the logits.
 
         Args:
             ids, positions: int64[rows].
         """
-        rows = len(ids)
-        self.reserve(rows)
-        self._residual[:rows] = self._embed(ids)
-        cos, sin = self._turns.at(positions)
-        logits = torch.empty(rows if upto == "logits" else 0, len(self._head.start), dtype=torch.bfloat16)
-        count = {"kv": self._up_to_kv, "hidden": len(self._steps) - 1, "logits": len(self._steps)}[upto]
-        self._steps[-1, 1 + self._head.RESULT] = logits.data_ptr()
-        self.run(rows, count, segments, cos, sin)
-        return logits[:, : self._head.num_outputs].contiguous()
+        self.reserve(len(ids))
+        logits = torch.empty(len(ids) if upto == "logits" else 0, len(self._head.start), dtype=torch.bfloat16)
+        count = {"kv": self._up_to_kv, "hidden": len(self._steps) - 2, "logits": len(self._steps)}[upto]
+        if upto == "logits":
+            self.best = np.empty((len(ids), self._kept), np.float32), np.empty((len(ids), self._kept), np.int64)
+        self._steps[-2, 1 + self._head.RESULT] = self._steps[-1, 1] = logits.data_ptr()
+        self._steps[-1, 5:7] = [found.ctypes.data for found in self.best]
+        self.run(count, segments, self._turns.at(positions), ids)
+        return logits if logits.shape[1] == self._head.num_outputs else logits[:, : self._head.num_outputs].contiguous()
 
     def build(self) -> list[list[int]]:
         hidden, steps, update = self._hidden_size, list[list[int]](), None
         at = self.rows_of_a_layer(hidden, self._inner_size, self._layers[0].self_attn)
-        self._residual = at.residual
+        steps += self.embed(self._embed, at.residual)
         self.states = torch.empty(len(self._places), self._capacity, hidden, dtype=torch.bfloat16)
         for index, layer in enumerate(self._layers):
             attention, mlp = layer.self_attn, layer.mlp
             steps += self.norm(layer.input_layernorm, at.residual, at.normed, attention.qkv, update)
-            steps += self._kept(index, at.residual)
+            steps += self._keep(index, at.residual)
             steps += self.multiply(attention.qkv, at.normed, at.qkv)
             steps += self.turn(index, attention, at.qkv, at.queries)
             self._up_to_kv = len(steps)
@@ -320,10 +341,11 @@ class Program(Steps):
             steps += self.after_turning(index, attention, behind, at)
             update = at.added
         steps += self.norm(self._last, at.residual, at.normed, self._head, update)
-        steps += self._kept(len(self._layers), at.normed)
-        return steps + self.multiply(self._head, at.normed, None)
+        steps += self._keep(len(self._layers), at.normed)
+        steps += self.multiply(self._head, at.normed, None)
+        return [*steps, [BEST, 0, len(self._head.start), self._head.num_outputs, self._kept]]
 
-    def _kept(self, place: int, x: torch.Tensor) -> list[list[int]]:
+    def _keep(self, place: int, x: torch.Tensor) -> list[list[int]]:
         """Keeps ``x``, if it is one of the hidden states that are asked for."""
         return self.copy(x, self.states[self._places.index(place)]) if place in self._places else []
 
@@ -341,7 +363,7 @@ def _worker() -> Any:
     @numba.cfunc(WORKER, cache=True)
     def worker(arguments):
         header = integers(address_of(arguments), HEADER)
-        rows, threads, wait, count, steps, counters, segments, num_segments, cos, sin = header
+        rows, threads, wait, count, steps, counters, segments, num_segments, cos, sin, places, ids = header
         table, kv = integers(steps, (count, STEP)), integers(segments, (num_segments, SEGMENT))
         for i in range(count):
             kind, step, counter = table[i, 0], table[i, 1:], counters + 8 * i
@@ -358,7 +380,7 @@ def _worker() -> Any:
                     row = claim(counter)
                     if row >= rows:
                         break
-                    _one_row(kind, step, kv, cos, sin, row)
+                    _one_row(kind, step, kv, cos, sin, places, ids, row)
             if wait:
                 call(wait)
 
@@ -366,15 +388,37 @@ def _worker() -> Any:
 
 
 @numba.njit
-def _one_row(kind, step, kv, cos, sin, row):
+def _one_row(kind, step, kv, cos, sin, places, ids, row):
     if kind == NORM:
         _norm(step, row)
     elif kind == PREPARE:
         _prepare(step[0], step[1], step[2:8], row)
     elif kind == COPY:
         halves(step[1] + 2 * step[2] * row, step[2])[:] = halves(step[0] + 2 * step[2] * row, step[2])
+    elif kind == BEST:
+        logits, stride, vocab, kept, values, tokens = step[:6]
+        most_probable(
+            halves(logits + 2 * stride * row, vocab), floats(values + 4 * kept * row, kept),
+            integers(tokens + 8 * kept * row, kept),
+        )  # fmt: skip
+    elif kind == EMBED:
+        _embed(step, integers(ids + 8 * row, 1)[0], row)
     else:
-        _turn(step, kv, cos, sin, row)
+        place = 2 * step[3] * integers(places + 8 * row, 1)[0]
+        _turn(step, kv, cos + place, sin + place, row)
+
+
+@numba.njit
+def _embed(step, token, row):
+    """Looks up a row: of a table, or of blocks of pairs as `linear.PackedLinear` has them."""
+    table, width, packed, result = step[:4]
+    if not packed:
+        halves(result + 2 * width * row, width)[:] = halves(table + 2 * width * token, width)
+        return
+    pairs, into = width // 2, words(result + 2 * width * row, width // 2)
+    start = table + 4 * (token // BLOCK * pairs * BLOCK + token % BLOCK)
+    for pair in range(pairs):
+        into[pair] = words(start + 4 * pair * BLOCK, 1)[0]
 
 
 @numba.njit
@@ -404,7 +448,8 @@ def _prepare(x, width, how, row):
 
 @numba.njit
 def _turn(step, kv, cos, sin, row):
-    """Turns a row's queries and keys, and stores keys and values as `kv.BlockedKV` has them."""
+    """Turns a row's queries and keys, by the cosines and sines at these addresses, and stores keys and values as
+    `kv.BlockedKV` has them."""
     layer, heads, kv_heads, width, qkv, queries = step[:6]
     for segment in kv:
         if segment[5] <= row < segment[5] + segment[4]:
@@ -412,8 +457,8 @@ def _turn(step, kv, cos, sin, row):
     keys, values, capacity = segment[0] + layer * segment[10], segment[1] + layer * segment[11], segment[2]
     place, columns = segment[3] + segment[9] + row - segment[5], -(-width // BLOCK) * BLOCK
     c, s, x = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(width, np.float32)
-    widen(halves(cos + 2 * width * row, width), c)
-    widen(halves(sin + 2 * width * row, width), s)
+    widen(halves(cos, width), c)
+    widen(halves(sin, width), s)
     qkv += row * (heads + 2 * kv_heads) * width * 2
     for head in range(heads):
         each.turn(

@@ -170,7 +170,8 @@ class TorchEngine:
         logits = self._forward(segments, "logits")
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return TargetOutput(logits, starts, firsts, time.perf_counter() - started)
+        best = None if self._program is None else self._program.best
+        return TargetOutput(logits, starts, firsts, time.perf_counter() - started, best)
 
     @torch.inference_mode()
     def commit(self, seqs: SequenceOf[Sequence], paths: SequenceOf[list[int]]) -> None:
@@ -298,7 +299,7 @@ class TorchEngine:
         ids = np.concatenate([*(s.tree.tokens[s.first :] for s in segments), np.zeros(padding, np.int64)])
         positions = np.concatenate([*(s.positions for s in segments), np.zeros(padding, np.int64)])
         if self._program is not None:
-            logits = self._program.forward(torch.from_numpy(ids), torch.from_numpy(positions), segments, upto)
+            logits = self._program.forward(ids, positions, segments, upto)
             self._keep(segments, self._program.states)
             return logits
         if self._graph is not None and upto != "kv" and self._graph.fits(segments):
