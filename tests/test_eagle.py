@@ -141,27 +141,30 @@ def check_what_it_drafts(engine: TorchEngine, model: PreTrainedModel, head: Eagl
     return drafter
 
 
+@pytest.mark.parametrize("lengths", [(21, 6), (21,)])
 @pytest.mark.parametrize(("version", "known"), KINDS)
-def test_one_compiled_call_gives_what_the_modules_give(version: int, known: int | None) -> None:
+def test_one_compiled_call_gives_what_the_modules_give(
+    version: int, known: int | None, lengths: tuple[int, ...]
+) -> None:  # fmt: skip
     head = some_head(version, known, 64, intermediate_size=96)
     engines = [EagleEngine(head, TorchEngine(tiny("llama", torch.bfloat16, **WIDE))) for _ in range(2)]
     assert engines[0]._program is not None
     engines[1]._program = None
     found = []
     for engine in engines:
-        seqs = [request(some_tokens(21)), request(some_tokens(6))]
+        seqs = [request(some_tokens(length)) for length in lengths]
         for seq in seqs:
             engine._target.prefill(seq)
             engine.prefill(seq)
         levels = [[-1], [0] * 40, [1 + i % 40 for i in range(40)]]
         parents = np.array([parent for level in levels for parent in level])
         tokens = np.arange(81) % VOCAB
-        logits = [engine.verify(seqs, [TokenTree(tokens[:1], parents[:1])] * 2).all_logits]
+        logits = [engine.verify(seqs, [TokenTree(tokens[:1], parents[:1])] * len(seqs)).all_logits]
         for done, count in ((1, 41), (41, 81)):
-            trees = [TokenTree(tokens[:count], parents[:count])] * 2
-            logits.append(engine.verify(seqs, trees, [done] * 2).all_logits)
+            trees = [TokenTree(tokens[:count], parents[:count])] * len(seqs)
+            logits.append(engine.verify(seqs, trees, [done] * len(seqs)).all_logits)
         found.append(torch.cat(logits).float())
-    assert found[0].shape == (162, VOCAB if known is None else known)
+    assert found[0].shape == (81 * len(lengths), VOCAB if known is None else known)
     error = (found[0] - found[1]).std() / found[1].std()
     assert float(error) < 0.03  # both round to bfloat16 at each step
 

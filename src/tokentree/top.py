@@ -43,10 +43,8 @@ def top_logits(logits: torch.Tensor, k: int) -> tuple[NDArray[np.float32], Ints]
         )
         return best.values[:, :k].float().cpu().numpy(), best.indices[:, :k].cpu().numpy()
     logits = logits.detach().contiguous()
-    rows, vocab = logits.shape
     if logits.dtype == torch.bfloat16:
-        values, ids = np.empty((rows, k), np.float32), np.empty((rows, k), np.int64)
-        run(_worker(), [logits.data_ptr(), rows, vocab, k, values.ctypes.data, ids.ctypes.data])
+        values, ids, _ = _of_bfloat16(logits, k, None)
         return values, ids
     ids = _top(logits.view(INTEGERS[logits.dtype]).numpy(), k)
     return logits.gather(1, torch.from_numpy(ids)).float().numpy(), ids
@@ -61,18 +59,12 @@ def top_logprobs(
     Args:
         divisors: of all rows, or one of each.
     """
-    values, ids = top_logits(logits, k)
-    each = np.broadcast_to(np.asarray(divisors, np.float32), len(logits))
+    each = np.array(np.broadcast_to(np.asarray(divisors, np.float32), len(logits)))
     if logits.device.type == "cpu" and logits.dtype == torch.bfloat16 and k > 0:
-        logits, sums = logits.detach().contiguous(), np.empty(len(logits), np.float32)
-        each, highest = np.ascontiguousarray(each), np.ascontiguousarray(values[:, 0])
-        run(
-            _sums_worker(),
-            [logits.data_ptr(), *logits.shape, each.ctypes.data, highest.ctypes.data, sums.ctypes.data],
-        )
+        values, ids, sums = _of_bfloat16(logits.detach().contiguous(), k, each)
     else:
-        columns = torch.from_numpy(np.array(each)).to(logits.device)[:, None]
-        sums = (logits.float() / columns).logsumexp(-1).cpu().numpy()
+        values, ids = top_logits(logits, k)
+        sums = (logits.float() / torch.from_numpy(each).to(logits.device)[:, None]).logsumexp(-1).cpu().numpy()
     return values / each[:, None] - sums[:, None], ids
 
 
@@ -83,23 +75,54 @@ def greedy(logits: torch.Tensor) -> int:
     return int(_top(logits.detach().contiguous()[None].view(INTEGERS[logits.dtype]).numpy(), 1)[0, 0])
 
 
+def _of_bfloat16(
+    logits: torch.Tensor, k: int, divisors: NDArray[np.float32] | None
+) -> tuple[NDArray[np.float32], Ints, NDArray[np.float32]]:
+    """Values float32[n, k] and ids int64[n, k] of the most probable tokens, and, with ``divisors`` float32[n], the
+    logarithm of each row's sum of exp(logit / divisor), float32[n]."""
+    rows, vocab = logits.shape
+    values, ids, sums = np.empty((rows, k), np.float32), np.empty((rows, k), np.int64), np.empty(rows, np.float32)
+    places = [array.ctypes.data for array in (values, ids, sums)]
+    run(_worker(), [logits.data_ptr(), rows, vocab, k, *places, 0 if divisors is None else divisors.ctypes.data])
+    return values, ids, sums
+
+
 @functools.cache
 def _worker() -> Any:
     """What each thread runs on rows of bfloat16: one after another, of those that no other thread has taken. It is
-    told the address of the rows, how many they are and how long, k, and the addresses of the results."""
+    told the address of the rows, how many they are and how long, k, the addresses of the results, and that of the
+    divisors, or 0 where no sums are wanted."""
 
     @numba.cfunc(WORKER, cache=True)
     def worker(arguments):
         start = address_of(arguments)
-        rows, vocab, k = integers(start + 8, 3)
-        bits = halves(integers(start, 1)[0], (rows, vocab))
-        values, ids = floats(integers(start + 32, 1)[0], (rows, k)), integers(integers(start + 40, 1)[0], (rows, k))
-        row = claim(start + 48)
+        logits, rows, vocab, k, values, ids, sums, divisors = integers(start, 8)
+        x, powers = np.empty(STRETCH, np.float32), np.empty(STRETCH, np.int32)
+        row = claim(start + 64)
         while row < rows:
-            most_probable(bits[row], values[row], ids[row])
-            row = claim(start + 48)
+            bits, best = halves(logits + 2 * vocab * row, vocab), floats(values + 4 * k * row, k)
+            most_probable(bits, best, integers(ids + 8 * k * row, k))
+            if divisors:
+                total = _sum_of_powers(bits, best[0], floats(divisors + 4 * row, 1)[0], x, powers)
+                floats(sums + 4 * row, 1)[0] = total
+            row = claim(start + 64)
 
     return worker
+
+
+@njit
+def _sum_of_powers(bits, highest, divisor, x, powers):
+    """log(sum(exp(logit / divisor))), where ``highest`` is the largest of the logits; ``x`` and ``powers`` are scratch
+    of `STRETCH` numbers."""
+    factor, total = np.float32(1) / divisor, np.float64(0)
+    for first in range(0, len(bits), STRETCH):
+        part = x[: min(STRETCH, len(bits) - first)]
+        widen(bits[first : first + len(part)], part)
+        for i in range(len(part)):
+            part[i] = (part[i] - highest) * factor
+        exponentials(part, powers)
+        total += _sum(part)
+    return np.float32(np.log(total)) + highest * factor
 
 
 @njit
@@ -108,39 +131,6 @@ def most_probable(bits, values, ids):
     they are, best first."""
     ids[:] = _top(bits[None], len(ids))[0]
     widen(bits[ids], values)
-
-
-@functools.cache
-def _sums_worker() -> Any:
-    """What each thread runs to find the logarithm of each row's sum of exp(logit / divisor). It is told the address of
-    the rows, how many they are and how long, and the addresses of divisors, of the largest logits and of the results,
-    float32 each."""
-
-    @numba.cfunc(WORKER, cache=True)
-    def worker(arguments):
-        start = address_of(arguments)
-        rows, vocab = integers(start + 8, 2)
-        bits = halves(integers(start, 1)[0], (rows, vocab))
-        divisors, highest, sums = (
-            floats(integers(start + 24, 1)[0], rows),
-            floats(integers(start + 32, 1)[0], rows),
-            floats(integers(start + 40, 1)[0], rows),
-        )
-        x, powers = np.empty(STRETCH, np.float32), np.empty(STRETCH, np.int32)
-        row = claim(start + 48)
-        while row < rows:
-            factor, total = np.float32(1) / divisors[row], np.float64(0)
-            for first in range(0, vocab, STRETCH):
-                part = x[: min(STRETCH, vocab - first)]
-                widen(bits[row, first : first + len(part)], part)
-                for i in range(len(part)):
-                    part[i] = (part[i] - highest[row]) * factor
-                exponentials(part, powers)
-                total += _sum(part)
-            sums[row] = np.float32(np.log(total)) + highest[row] * factor
-            row = claim(start + 48)
-
-    return worker
 
 
 @njit

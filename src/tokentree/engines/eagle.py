@@ -25,6 +25,8 @@ from tokentree.tree import TokenTree
 
 PREFILL_ROWS = 256
 
+Known = torch.Tensor | list[torch.Tensor]  # [rows, hidden size]; or the target's hidden states, of each tap
+
 
 @dataclass(eq=False)
 class _State:
@@ -79,7 +81,7 @@ class EagleEngine:
         self._embedding = features.embedding if own is None else own
         self._blocked, converted = features.device.type == "cpu" and not features.recorded, _converted(head, features)
         fits = self._blocked and EagleProgram.fits(converted)
-        self._program = EagleProgram(converted) if fits else None
+        self._program = EagleProgram(converted, self._embedding) if fits else None
         shape, dtype = (sizes.num_kv_heads, sizes.head_dim, sizes.head_dim), features.dtype
         self._recordings: Recordings[tuple[torch.Tensor, torch.Tensor]] = Recordings()
         layout = KVLayout((shape,), dtype, features.device, blocked=self._blocked, fixed=features.recorded)
@@ -119,7 +121,7 @@ class EagleEngine:
         are those of the tokens that the head knows."""
         started = time.perf_counter()
         firsts = [0] * len(seqs) if firsts is None else list(firsts)
-        segments, starts, known, rows = list[Segment](), list[int](), list[torch.Tensor](), 0
+        segments, starts, known, rows = list[Segment](), list[int](), list[Known](), 0
         for seq, tree, first in zip(seqs, trees, firsts, strict=True):
             state = self._state(seq)
             state.kv.reserve(state.kv.length + len(tree) + (ROWS[-1] if self._features.recorded else 0))
@@ -131,7 +133,7 @@ class EagleEngine:
                 known.append(state.known[drafted])
             starts.append(rows)
             rows += len(tree) - first
-        given, logits = self._forward(torch.cat(known), segments)
+        given, logits = self._forward(self._joined(known), segments)
         for seq, segment in zip(seqs, segments, strict=True):
             state, new = self._state(seq), given[segment.start : segment.start + segment.count]
             state.known = torch.cat([state.known[: segment.first], new])
@@ -153,24 +155,30 @@ class EagleEngine:
             self._states[seq.id] = _State(seq, self._storages.take(rows), nothing.to(self._features.device))
         return self._states[seq.id]
 
-    def _read(self, seq: Sequence, first: int, end: int) -> torch.Tensor:
-        """What is known of positions ``first`` to ``end``, from the target's hidden states."""
-        states = [self._target.hidden(seq, tap)[first:end] for tap in self._head.sizes.taps]
-        return self._head.fuse(torch.cat(states, -1))
+    def _read(self, seq: Sequence, first: int, end: int) -> list[torch.Tensor]:
+        """The target's hidden states at positions ``first`` to ``end``, [n, its hidden size] for each tap."""
+        return [self._target.hidden(seq, tap)[first:end] for tap in self._head.sizes.taps]
 
-    def _forward(self, known: torch.Tensor, segments: SequenceOf[Segment]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _joined(self, parts: list[Known]) -> Known:
+        """``parts`` behind one another."""
+        if len(parts) == 1 and self._program is not None and self._program.fuses:
+            return parts[0]
+        return torch.cat([x if isinstance(x, torch.Tensor) else self._head.fuse(torch.cat(x, -1)) for x in parts])
+
+    def _forward(self, known: Known, segments: SequenceOf[Segment]) -> tuple[torch.Tensor, torch.Tensor]:
         """What is known of the next positions [rows, hidden size], and logits [rows, tokens that the head knows]."""
-        if self._features.recorded and len(segments) == 1 and len(known) <= ROWS[-1]:
-            return self._replay(known, segments[0])
         tokens = np.concatenate([segment.tree.tokens[segment.first :] for segment in segments])
         positions = np.concatenate([segment.positions for segment in segments])
-        embedded = self._embedding(torch.from_numpy(tokens).to(known.device))
         if self._program is not None:
-            given, logits = self._program.forward(embedded, known, positions, segments)
-        else:
-            where = torch.from_numpy(positions).to(known.device)
-            given, logits = self._head(embedded, known, lambda *heads: self._attend(segments, where, *heads)), None
-        return given, self._head.logits(given, self._features.output_layer) if logits is None else logits
+            given, said = self._program.forward(tokens, known, positions, segments)
+            return given, self._head.logits(given, self._features.output_layer) if said is None else said
+        assert isinstance(known, torch.Tensor)
+        if self._features.recorded and len(segments) == 1 and len(known) <= ROWS[-1]:
+            return self._replay(known, segments[0])
+        where = torch.from_numpy(positions).to(known.device)
+        embedded = self._embedding(torch.from_numpy(tokens).to(known.device))
+        given = self._head(embedded, known, lambda *heads: self._attend(segments, where, *heads))
+        return given, self._head.logits(given, self._features.output_layer)
 
     def _replay(self, known: torch.Tensor, segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
         """`_forward` over one sequence, recorded."""

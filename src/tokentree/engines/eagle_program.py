@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -33,9 +34,10 @@ class EagleProgram(Steps):
 
     Args:
         head: one that `fits`, in bfloat16; it stays as it is.
+        embedding: given token ids int64[rows], bfloat16[rows, hidden size].
     """
 
-    def __init__(self, head: EagleHead) -> None:
+    def __init__(self, head: EagleHead, embedding: Callable[[torch.Tensor], torch.Tensor]) -> None:
         sizes = head.sizes
         self._version, self._turns, self._width = sizes.version, Turns(head.rotary), sizes.hidden_size
         self._heads = _Heads(sizes.num_heads, sizes.num_kv_heads, sizes.head_dim, sizes.head_dim**-0.5)
@@ -47,12 +49,12 @@ class EagleProgram(Steps):
         self._qkv, norm = packing.pack(head.qkv), FusedNorm(head.post_attention_layernorm)
         gate_up, down_proj = packing.pack(*halves, gated=True), packing.pack(head.down_proj)
         self._behind = Behind(packing.pack(head.o_proj), norm, gate_up, down_proj)
+        self._fc, self._embedding, self._taps = packing.pack(head.fc), embedding, len(sizes.taps)
         if sizes.version == 3:
             self._norms = FusedNorm(head.input_layernorm), FusedNorm(head.hidden_norm)
             self._last, self._lm_head = FusedNorm(head.norm), packing.pack(head.lm_head)
-        else:
-            self._fc = packing.pack(head.fc)
-        super().__init__(max(2 * sizes.hidden_size, sizes.intermediate_size, sizes.num_heads * sizes.head_dim))
+        widest = max(2, self._taps) * sizes.hidden_size
+        super().__init__(max(widest, sizes.intermediate_size, sizes.num_heads * sizes.head_dim))
 
     @staticmethod
     def fits(head: EagleHead) -> bool:
@@ -67,28 +69,40 @@ class EagleProgram(Steps):
             and (sizes.target_hidden_size or sizes.hidden_size) == sizes.hidden_size
         )
 
+    @property
+    def fuses(self) -> bool:
+        """Whether `forward` can be given the target's hidden states as they are."""
+        return self._version == 3
+
     def forward(
-        self, embedded: torch.Tensor, known: torch.Tensor, positions: Ints, segments: SequenceOf[Segment]
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, ids: Ints, known: torch.Tensor | SequenceOf[torch.Tensor], positions: Ints,
+        segments: SequenceOf[Segment],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         """Writes the KV of all rows of ``segments``, and returns what is known of the next positions, bfloat16[rows,
         hidden size]; and, of EAGLE-3, logits bfloat16[rows, tokens].
 
         Args:
-            embedded, known: bfloat16[rows, hidden size].
-            positions: int64[rows].
+            ids, positions: int64[rows].
+            known: bfloat16[rows, hidden size]; or, if it `fuses`, the hidden states that this is made of, the same for
+                each tap.
         """
-        rows = len(embedded)
+        rows = len(ids)
         self.reserve(rows)
-        if self._version == 3:
-            self._embedded[:rows], self._residual[:rows] = embedded, known
+        if not isinstance(known, torch.Tensor):
+            torch.cat(list(known), -1, out=self._states[:rows])
+        elif self._version == 3:
+            self._residual[:rows] = known
         else:
-            self._x[:rows, : self._width], self._x[:rows, self._width :] = embedded, known
+            self._x[:rows, self._width :] = known
+        if not self.embeds(self._embedding):
+            self._embedded[:rows] = self._embedding(torch.from_numpy(ids))
         logits = None
         if self._version == 3:
             logits = torch.empty(rows, len(self._lm_head.start), dtype=torch.bfloat16)
             self._steps[-1, 1 + self._lm_head.RESULT] = logits.data_ptr()
             logits = logits[:, : self._lm_head.num_outputs]
-        self.run(len(self._steps), segments, self._turns.at(positions))
+        first = self._fusing if isinstance(known, torch.Tensor) else 0
+        self.run(len(self._steps), segments, self._turns.at(positions), ids, first)
         return self._residual[:rows].clone(), logits
 
     def build(self) -> list[list[int]]:
@@ -96,8 +110,16 @@ class EagleProgram(Steps):
         at = self.rows_of_a_layer(width, self._inner_size, sizes)
         # in the last step the sum of the residual and what is added is what is known of the next positions
         self._residual, self._x = at.residual, self.room(2 * width)
-        if self._version == 3:
-            self._embedded = self.room(width)
+        third = self._version == 3
+        self._embedded = self.room(width) if third else self._x[:, :width]
+        if third:
+            self._states = self.room(self._taps * width)
+            steps += self.prepare(self._fc, self._states)
+            steps += self.multiply(self._fc, self._states, at.residual)
+        self._fusing = len(steps)
+        if self.embeds(self._embedding):
+            steps += self.embed(self._embedding, self._embedded)
+        if third:
             steps += self.norm(self._norms[0], self._embedded, self._x[:, :width], None)
             steps += self.norm(self._norms[1], at.residual, self._x[:, width:], None)
             steps += self.prepare(self._qkv, self._x)
@@ -109,7 +131,7 @@ class EagleProgram(Steps):
             steps += self.multiply(self._qkv, at.residual, at.qkv)
         steps += self.turn(0, sizes, at.qkv, at.queries)
         steps += self.after_turning(0, sizes, self._behind, at)
-        if self._version == 3:
+        if third:
             steps += self.norm(self._last, at.residual, at.normed, self._lm_head, at.added)
             return steps + self.multiply(self._lm_head, at.normed, None)
         # the sum alone is wanted: what this norm makes of it is not looked at

@@ -153,9 +153,9 @@ class Steps:
 
     def run(
         self, count: int, segments: SequenceOf[Segment], turns: tuple[torch.Tensor, torch.Tensor, Ints],
-        ids: Ints | None = None,
+        ids: Ints | None = None, first: int = 0,
     ) -> None:  # fmt: skip
-        """Runs the first ``count`` steps on rows with these rotary positions, see `Turns.at`.
+        """Runs steps ``first`` to ``count`` on rows with these rotary positions, see `Turns.at`.
 
         Args:
             ids: int64[rows], if a step reads the tokens.
@@ -167,17 +167,26 @@ class Steps:
         counters = np.zeros(count, np.int64)
         run(
             _worker(),
-            [len(places), torch.get_num_threads(), barrier(), count, self._steps.ctypes.data, counters.ctypes.data,
+            [len(places), torch.get_num_threads(), barrier(), count - first,
+             self._steps.ctypes.data + first * self._steps.strides[0], counters.ctypes.data,
              table.ctypes.data, len(table), cos.data_ptr(), sin.data_ptr(), places.ctypes.data,
              0 if ids is None else ids.ctypes.data],
         )  # fmt: skip
 
     # -- the kinds of steps ----------------------------------------------------------------------------------------
 
-    def embed(self, embedding: PackedEmbedding | nn.Embedding, result: torch.Tensor) -> list[list[int]]:
+    @staticmethod
+    def embeds(embedding: Any) -> bool:
+        """Whether `embed` can look up the rows of ``embedding``."""
+        plain = type(embedding) is nn.Embedding and embedding.weight.dtype is torch.bfloat16
+        return plain or type(embedding) is PackedEmbedding
+
+    def embed(self, embedding: Any, result: torch.Tensor) -> list[list[int]]:
         """Looks up the rows' tokens."""
         packed = isinstance(embedding, PackedEmbedding)
-        return [[EMBED, embedding.weight.data_ptr(), result.shape[1], packed, result.data_ptr()]]
+        return [[
+            EMBED, embedding.weight.data_ptr(), result.shape[1], packed, result.data_ptr(), result.stride(0),
+        ]]  # fmt: skip
 
     def norm(
         self, norm: FusedNorm, x: torch.Tensor, result: torch.Tensor, before: nn.Module | None,
@@ -292,7 +301,7 @@ class Program(Steps):
             return False
         return (
             packing.fits(head)
-            and type(body.embed_tokens) is nn.Embedding
+            and Program.embeds(body.embed_tokens)
             and FusedNorm.fits(body.norm)
             and all(
                 FusedAttention.fits(layer.self_attn, packing)
@@ -411,11 +420,11 @@ def _one_row(kind, step, kv, cos, sin, places, ids, row):
 @numba.njit
 def _embed(step, token, row):
     """Looks up a row: of a table, or of blocks of pairs as `linear.PackedLinear` has them."""
-    table, width, packed, result = step[:4]
+    table, width, packed, result, stride = step[:5]
     if not packed:
-        halves(result + 2 * width * row, width)[:] = halves(table + 2 * width * token, width)
+        halves(result + 2 * stride * row, width)[:] = halves(table + 2 * width * token, width)
         return
-    pairs, into = width // 2, words(result + 2 * width * row, width // 2)
+    pairs, into = width // 2, words(result + 2 * stride * row, width // 2)
     start = table + 4 * (token // BLOCK * pairs * BLOCK + token % BLOCK)
     for pair in range(pairs):
         into[pair] = words(start + 4 * pair * BLOCK, 1)[0]
