@@ -1,7 +1,7 @@
 """Beam search, several steps per forward, against transformers' and against our own with a step a forward.
 
-    python benchmarks/beams.py MODEL PROMPTS.jsonl... [--draft-model D] [--num-beams 4] [--each 10] [--max-tokens 64]
-        [--categories translation summarization] [--shape SHAPE]... [--dtype bfloat16] [--threads 2]
+    python benchmarks/beams.py MODEL PROMPTS.jsonl... [--draft-model D] [--heads H] [--num-beams 4] [--each 10]
+        [--max-tokens 64] [--categories translation summarization] [--shape SHAPE]... [--dtype bfloat16] [--threads 2]
 
 All run interleaved, prompt by prompt. Texts are compared with those of our one-step search, which has the same bits,
 and with transformers'; where they differ, the scores tell how far.
@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("prompts", nargs="+")
     parser.add_argument("--draft-model")
+    parser.add_argument("--heads")
     parser.add_argument("--num-beams", type=int, default=4)
     parser.add_argument("--each", type=int, default=10)
     parser.add_argument("--max-tokens", type=int, default=64)
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
-    llm = LLM(asked.model, draft_model=asked.draft_model, dtype=asked.dtype, prefix_mb=0)
+    llm = LLM(asked.model, draft_model=asked.draft_model, heads=asked.heads, dtype=asked.dtype, prefix_mb=0)
     theirs = load_model(asked.model, asked.dtype, torch.device("cpu"))
     ways = {"one step": llm.using("none")} | {shape: llm.using(None, shape) for shape in asked.shape or ["cost"]}
     params = SamplingParams(
