@@ -10,11 +10,23 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from tokentree.errors import OptionError
+from tokentree.errors import OptionError, PromptError
 from tokentree.heads.saved import Fingerprint
 from tokentree.llm import LLM
 from tokentree.train.loop import Figures, Recipe, Watch
 from tokentree.train.texts import Texts, keep_texts, read_texts
+
+
+def check(llm: LLM, held_back: float, **numbers: int) -> None:
+    """Raises `OptionError` or `PromptError` unless ``numbers`` are at least 1, ``held_back`` is a share, and ``llm``
+    has a tokenizer."""
+    if not 0 < held_back < 1:
+        raise OptionError("held_back is a share of the texts, above 0 and below 1")
+    for name, number in numbers.items():
+        if number < 1:
+            raise OptionError(f"{name} must be at least 1")
+    if llm.tokenizer is None:
+        raise PromptError("training needs the model's tokenizer: pass tokenizer=")
 
 
 def work_folder(work: Path, llm: LLM, data: str | Path, recipe: Recipe) -> Path:

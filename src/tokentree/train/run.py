@@ -14,14 +14,14 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.progress import Progress
 
-from tokentree.errors import OptionError, PromptError
+from tokentree.errors import PromptError
 from tokentree.heads.medusa import MedusaHeads
 from tokentree.heads.saved import About, Fingerprint, read_heads, write_heads
 from tokentree.llm import LLM
 from tokentree.loading import load_model, pick_device
 from tokentree.shapes.optimal import find_choices
 from tokentree.train.features import keep_features
-from tokentree.train.job import bars_on, texts_for, watch_with, work_folder
+from tokentree.train.job import bars_on, check, texts_for, watch_with, work_folder
 from tokentree.train.loop import Figures, Recipe, train
 from tokentree.train.medusa import HeadsWithLoss, MedusaTask, frequent_tokens
 from tokentree.train.texts import Texts
@@ -72,12 +72,7 @@ def train_medusa(
             has no hidden states.
     """
     recipe, folder = recipe or Recipe(), Path(folder)
-    if not 0 < held_back < 1:
-        raise OptionError("held_back is a share of the texts, above 0 and below 1")
-    if known_tokens < 1 or tokens < 1:
-        raise OptionError("known_tokens and tokens must be at least 1")
-    if llm.tokenizer is None:
-        raise PromptError("training needs the model's tokenizer: pass tokenizer=")
+    check(llm, held_back, known_tokens=known_tokens, tokens=tokens)
     console = console or Console(stderr=True)
     own = folder / "work"
     shared = work_folder(Path(work or own), llm, data, recipe)

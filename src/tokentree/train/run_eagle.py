@@ -14,14 +14,14 @@ from rich.console import Console
 from torch import nn
 
 from tokentree.engines.base import Features
-from tokentree.errors import OptionError, PromptError
+from tokentree.errors import OptionError
 from tokentree.heads.eagle import EagleHead, EagleSizes
 from tokentree.heads.eagle_files import default_taps, write_eagle
 from tokentree.heads.saved import About, Fingerprint
 from tokentree.llm import LLM
 from tokentree.train.eagle import EagleTask, EagleWithLoss
 from tokentree.train.features import keep_features
-from tokentree.train.job import bars_on, texts_for, watch_with, work_folder
+from tokentree.train.job import bars_on, check, texts_for, watch_with, work_folder
 from tokentree.train.loop import Figures, Recipe, train
 from tokentree.train.medusa import frequent_tokens
 from tokentree.train.run import Trained
@@ -57,12 +57,7 @@ def train_eagle(
     recipe, folder, console = recipe or Recipe(), Path(folder), console or Console(stderr=True)
     if version not in (1, 3):
         raise OptionError("there are EAGLE versions 1 (which version 2 drafts with too) and 3")
-    if not 0 < held_back < 1:
-        raise OptionError("held_back is a share of the texts, above 0 and below 1")
-    if known_tokens < 1 or tokens < 1 or unroll < 1:
-        raise OptionError("known_tokens, tokens and unroll must be at least 1")
-    if llm.tokenizer is None:
-        raise PromptError("training needs the model's tokenizer: pass tokenizer=")
+    check(llm, held_back, known_tokens=known_tokens, tokens=tokens, unroll=unroll)
     last = llm.engine.capture([]).num_layers
     read = (last,) if version == 1 else tuple(taps or default_taps(last))
     places = read if version == 1 else (*read, last)
