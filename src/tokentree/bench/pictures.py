@@ -63,7 +63,7 @@ def draw_acceptance(run: Run, file: Path) -> bool:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(9, 4.2), layout="constrained", facecolor="white")
     axes, drawn = figure.subplots(), 0
     for place, name in enumerate(methods_of(run)[1:]):
         points = [(depth, share) for depth, share, steps in acceptance_by_depth(run.samples, name) if steps >= FEW]
@@ -80,6 +80,6 @@ def draw_acceptance(run: Run, file: Path) -> bool:
     )  # fmt: skip
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))  # beside the lines, none of which it hides
     figure.savefig(file, dpi=130)
     return True
