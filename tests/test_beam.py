@@ -23,6 +23,7 @@ from tokentree.drafters.base import Drafter
 from tokentree.drafters.medusa import Medusa
 from tokentree.drafters.merged import Merged
 from tokentree.drafters.ngram import NGram
+from tokentree.drafters.suffix import Suffix
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import OptionError
 from tokentree.loading import eos_ids
@@ -194,6 +195,19 @@ def test_heads_draft_for_each_beam_from_its_own_hidden_states(kind: str, family:
         for node in range(1, len(draft)):
             said = said_by(head, model, tokens, draft.path_tokens(draft.parents[node]))
             assert draft.log_probs[node] == pytest.approx(float(said[draft.tokens[node]]), abs=2e-3)
+
+
+def test_what_rests_now_and_then_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A drafter is told of beams only where it drafts for them, and forgets all in the end."""
+    model, engine = model_of("llama"), TorchEngine(model_of("llama"))
+    eagle, suffix = Kept(some_head(3, 60), engine), Suffix()
+    form, steps = shape("3x2"), iter(range(100))
+    monkeypatch.setattr(form, "rests", lambda seqs: next(steps) % 3 == 1)
+    seq = make_sequence(PROMPT, context=CONTEXT, eos_ids=eos_ids(model, None), max_tokens=NEW, num_beams=4)
+    search = BeamDecoder(engine, Merged([eagle, suffix]), form).run(seq)
+    assert_same([(found.tokens, found.score) for found in search.best(4)], expected(model, PROMPT, num_beams=4))
+    assert seq.metrics.drafted_tokens > 0
+    assert not eagle._engine._states  # type: ignore[attr-defined]
 
 
 def test_the_command_prints_the_best_texts(tmp_path: Path) -> None:

@@ -190,6 +190,7 @@ class BeamDecoder:
 
     def __init__(self, engine: Engine, drafter: Drafter, shape: Shape) -> None:
         self._engine, self._drafter, self._shape = engine, drafter, shape
+        self._known: set[int] = set()  # texts that the drafter was told of
 
     def run(self, seq: Sequence, advance: Callable[[], None] = lambda: None) -> BeamSearch:
         """Searches to the end; ``advance`` is called after each forward."""
@@ -198,6 +199,8 @@ class BeamDecoder:
         search = BeamSearch(params.num_beams, seq.room, ends, params.length_penalty, params.early_stopping)
         started = time.perf_counter()
         seq.metrics.reused_tokens += self._engine.prefill(seq)
+        # the drafter knows the prompt as long as the search goes on, whichever beams come and go
+        self._prompt = self._twin(seq, [], [])
         beams = [_Beam(self._twin(seq, [], []))]
         seq.metrics.prefill_seconds += time.perf_counter() - started
         tokens, parents = list[int](), list[int]()  # of the nodes that are in the KV, the root first
@@ -207,7 +210,7 @@ class BeamDecoder:
                 advance()
         finally:
             self._engine.release([seq])
-            self._release(beams)
+            self._release([self._prompt, *(beam.seq for beam in beams)])
         return search
 
     def _step(
@@ -217,7 +220,11 @@ class BeamDecoder:
         clock = [time.perf_counter()]
         seqs, done = [beam.seq for beam in beams], len(tokens)
         drafts = [Draft(one.tokens[-1]) for one in seqs]
-        if not self._shape.rests(seqs):
+        if self._shape.rests(seqs):
+            self._forget(seqs)  # keeping up with beams that come and go takes time too
+        else:
+            self._drafter.prefill([one for one in [self._prompt, *seqs] if one.id not in self._known])
+            self._known |= {self._prompt.id, *(one.id for one in seqs)}
             drafts = self._shape.cut(seqs, self._drafter.propose(seqs, self._shape, False))
         drafts = [draft.cut(one.room - 1) for one, draft in zip(seqs, drafts, strict=True)]
         leaves = list[int]()
@@ -281,7 +288,8 @@ class BeamDecoder:
         going = sorted(heirs)
         view = TargetOutput(out.all_logits, [out.row(0, leaves[k]) for k in going], [0] * len(going), out.seconds)
         seqs = [beam.seq for beam in beams]
-        self._drafter.observe([seqs[k] for k in going], [drafts[k] for k in going], view, [steps[k] for k in going])
+        if seqs[0].id in self._known:  # else this step went without drafts
+            self._drafter.observe([seqs[k] for k in going], [drafts[k] for k in going], view, [steps[k] for k in going])
         self._shape.observe(seqs, drafts, steps, clock[1] - clock[0], out.seconds)
 
         made = list[_Beam]()
@@ -291,11 +299,11 @@ class BeamDecoder:
             if heirs[path.place] == number:
                 self._engine.branch(one, seq, above)
             else:
-                one = self._twin(seq, [*one.output_ids, *new], above)
+                one = self._twin(seq, [*one.output_ids, *new], above, one)
             made.append(_Beam(one, where[path.nodes[-1]]))
         for k in going:
             seqs[k].extend(steps[k])
-        self._release([beam for k, beam in enumerate(beams) if k not in heirs])
+        self._release([beam.seq for k, beam in enumerate(beams) if k not in heirs])
         return tokens, parents, made
 
     @staticmethod
@@ -311,16 +319,23 @@ class BeamDecoder:
         metrics.new_tokens += gained
         metrics.steps.append((drafted + len(drafts), gained, now - clock[0]))
 
-    def _twin(self, seq: Sequence, output: list[int], nodes: list[int]) -> Sequence:
-        """A sequence that drafters know as a text of its own, whose KV ends with these nodes of what is kept."""
+    def _twin(self, seq: Sequence, output: list[int], nodes: list[int], parent: Sequence | None = None) -> Sequence:
+        """A sequence that drafters will know as a text of its own, whose KV ends with these nodes of what is kept; it
+        goes on from ``parent``."""
         twin = Sequence(seq.prompt_ids, seq.params, seq.noise, seq.context, seq.eos_ids, references=seq.references)
         twin.tokens += output
         self._engine.branch(twin, seq, nodes)
-        self._drafter.prefill([twin])
+        if parent is not None:
+            self._shape.branch(twin, parent)
         return twin
 
-    def _release(self, beams: list[_Beam]) -> None:
-        seqs = [beam.seq for beam in beams]
-        self._drafter.release(seqs)
+    def _forget(self, seqs: list[Sequence]) -> None:
+        """Lets the drafter forget those of ``seqs`` that it was told of."""
+        known = [one for one in seqs if one.id in self._known]
+        self._drafter.release(known)
+        self._known -= {one.id for one in known}
+
+    def _release(self, seqs: list[Sequence]) -> None:
+        self._forget(seqs)
         self._shape.release(seqs)
         self._engine.release(seqs)

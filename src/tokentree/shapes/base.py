@@ -56,5 +56,8 @@ class Shape(ABC):
     ) -> None:  # fmt: skip
         """Learns from a step of the batch: what was accepted of the cut drafts, and what it took."""
 
+    def branch(self, seq: Sequence, of: Sequence) -> None:
+        """``seq`` goes on from ``of``, a text in the batch: what holds for that one holds for it."""
+
     def release(self, seqs: list[Sequence]) -> None:
         """Forgets what it keeps for ``seqs``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
@@ -190,6 +191,10 @@ class Cost(Shape):
             if request is not None and request.draft is not None:
                 self._learn(request, request.draft, step)
                 request.draft = None
+
+    def branch(self, seq: Sequence, of: Sequence) -> None:
+        if of.id in self._requests:
+            self._requests[seq.id] = _Request(copy.deepcopy(self._requests[of.id].local))
 
     def release(self, seqs: list[Sequence]) -> None:
         for seq in seqs:
