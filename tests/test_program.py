@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tests.tiny_models import request, some_tokens, some_tree, tiny
+from tests.tiny_models import VOCAB, request, some_tokens, some_tree, tiny
 from tokentree import threads
 from tokentree.engines.linear import PackedLinear
 from tokentree.engines.packing import Packing
@@ -77,6 +77,17 @@ def test_room_grows_for_more_rows_than_there_were_without_a_change() -> None:
     assert program is not None
     assert program._capacity >= 151
     assert torch.equal(logits_of(engine), expected)
+
+
+@pytest.mark.parametrize("token", [-1, VOCAB, 10**12])
+def test_a_token_that_there_isn_t_is_refused_before_memory_is_read(token: int) -> None:
+    engine = TorchEngine(wide())
+    assert engine._program is not None
+    seq = request(some_tokens(3))
+    engine.prefill(seq)
+    with pytest.raises(IndexError, match="outside the embedding"):
+        engine.verify([seq], [TokenTree.chain(1, [token])])
+    assert len(engine.verify([seq], [TokenTree.chain(1, [VOCAB - 1])]).all_logits) == 2
 
 
 def test_a_prefill_ends_at_the_last_layer_s_kv() -> None:

@@ -128,6 +128,7 @@ class Steps:
         self._numbers: list[np.ndarray] = []
         self._memory: list[torch.Tensor] = []
         self._windows: set[int | None] = set()
+        self._tokens = 0  # that there are, where a step looks them up
 
     def build(self) -> list[list[int]]:
         """The steps, in memory from `room`."""
@@ -159,7 +160,12 @@ class Steps:
 
         Args:
             ids: int64[rows], if a step reads the tokens.
+
+        Raises:
+            IndexError: if one of them is none of the embedding's, since steps read memory by address.
         """
+        if ids is not None and self._tokens and not 0 <= int(ids.min()) <= int(ids.max()) < self._tokens:
+            raise IndexError(f"a token id is outside the embedding of {self._tokens}")
         cos, sin, places = turns
         for segment in segments:
             segment.windows |= self._windows
@@ -183,6 +189,7 @@ class Steps:
 
     def embed(self, embedding: Any, result: torch.Tensor) -> list[list[int]]:
         """Looks up the rows' tokens."""
+        self._tokens = int(embedding.num_embeddings)
         packed = isinstance(embedding, PackedEmbedding)
         return [[
             EMBED, embedding.weight.data_ptr(), result.shape[1], packed, result.data_ptr(), result.stride(0),
