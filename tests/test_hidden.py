@@ -85,7 +85,7 @@ def test_a_program_has_them_too(quantization: str | None) -> None:
 def test_those_of_a_text_are_those_of_reading_it_step_by_step(
     attention: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("tokentree.engines.torch.PREFILL_ROWS", 16)
+    monkeypatch.setattr("tokentree.engines.kv_engine.PREFILL_ROWS", 16)
     engine = TorchEngine(tiny("llama", dtype, **WIDE), attention)
     last = engine.capture([1]).num_layers
     engine.capture()

@@ -13,6 +13,7 @@ from tests.tiny_models import request, some_tokens, some_tree, tiny
 from tokentree.converted import packed_place
 from tokentree.engines import kept
 from tokentree.engines.kept import Place
+from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.linear import PackedLinear
 from tokentree.engines.packing import GgufPacking, Packing
 from tokentree.engines.torch import TorchEngine
@@ -43,7 +44,7 @@ def model(family: str = "qwen2") -> PreTrainedModel:
     return tiny(family, torch.bfloat16, hidden_size=64, intermediate_size=96)
 
 
-def logits_of(engine: TorchEngine) -> torch.Tensor:
+def logits_of(engine: KVEngine) -> torch.Tensor:
     seq = request(some_tokens(20))
     engine.prefill(seq)
     return engine.verify([seq], [some_tree(0, 9)]).all_logits

@@ -77,15 +77,15 @@ def test_a_dropped_stream_drops_its_kv_at_once(llm: LLM) -> None:
 
 
 def test_a_model_that_our_attention_does_not_fit_attends_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    checks, check = [], TorchEngine._check_tree
+    checks, check = [], TorchEngine._check_trees
 
-    def refuse_ours(self: TorchEngine, expected: torch.Tensor) -> None:
+    def refuse_ours(self: TorchEngine, own: dict[str, torch.Tensor]) -> None:
         checks.append(self.attention)
         if self.attention == "tree":
             raise ModelError("it does not fit")
-        check(self, expected)
+        check(self, own)
 
-    monkeypatch.setattr(TorchEngine, "_check_tree", refuse_ours)
+    monkeypatch.setattr(TorchEngine, "_check_trees", refuse_ours)
     model = tiny("llama")
     assert TorchEngine(model).attention == "sdpa"
     assert checks == ["tree", "sdpa"]

@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 from tests.tiny_models import VOCAB, request, some_tokens, some_tree, tiny
 from tokentree import threads
 from tokentree.engines.linear import PackedLinear
+from tokentree.engines.llama import Llama
 from tokentree.engines.packing import Packing
-from tokentree.engines.program import ATTEND, BEST, MULTIPLY, NORM, Program
+from tokentree.engines.steps import ATTEND, BEST, MULTIPLY, NORM
 from tokentree.engines.torch import TorchEngine
 from tokentree.tree import TokenTree
 
@@ -35,7 +36,7 @@ def test_it_says_what_the_modules_say(
     family: str, quantization: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     program = TorchEngine(wide(family), quantization=quantization)
-    monkeypatch.setattr(Program, "fits", staticmethod(lambda *_: False))
+    monkeypatch.setattr(Llama, "fits", staticmethod(lambda *_: False))
     modules = TorchEngine(wide(family), quantization=quantization)
     assert program._program is not None
     assert modules._program is None
@@ -103,15 +104,15 @@ def test_a_prefill_ends_at_the_last_layer_s_kv() -> None:
 @pytest.mark.parametrize("part", ["model.layers.1.mlp", "model.norm", "lm_head"])
 def test_a_model_that_someone_listens_to_or_changed_is_left_to_transformers(part: str) -> None:
     model = wide()
-    assert Program.fits(model, AS_IT_IS)
+    assert Llama.fits(model, AS_IT_IS)
     handle = model.get_submodule(part).register_forward_hook(lambda *_: None)
-    assert not Program.fits(model, AS_IT_IS)
+    assert not Llama.fits(model, AS_IT_IS)
     handle.remove()
     parent, _, name = part.rpartition(".")
     setattr(model.get_submodule(parent), name, nn.Identity())
-    assert not Program.fits(model, AS_IT_IS)
+    assert not Llama.fits(model, AS_IT_IS)
 
 
 def test_a_model_of_another_family_is_left_to_transformers() -> None:
-    assert not Program.fits(wide("gemma2"), AS_IT_IS)
-    assert not Program.fits(tiny("llama"), AS_IT_IS)
+    assert not Llama.fits(wide("gemma2"), AS_IT_IS)
+    assert not Llama.fits(tiny("llama"), AS_IT_IS)

@@ -9,10 +9,9 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
-
-import transformers
 
 from tokentree.engines.kept import Place
 from tokentree.errors import ModelError
@@ -45,7 +44,8 @@ def packed_place(named: str | Path, quantization: str | None) -> Place | None:
     path = Path(named).expanduser()
     if not path.exists():
         return None
-    sources = [path] if path.is_file() else sorted(path.glob("*.safetensors")) + sorted(path.glob("*.bin"))
+    parts = ("*.safetensors", "*.bin", "*.json")
+    sources = [path] if path.is_file() else [file for part in parts for file in sorted(path.glob(part))]
     about = {str(file.name): _source(file) for file in sources}
     return Place(_folder(path) / f"packed-{quantization or 'bfloat16'}.pt", json.dumps(about))
 
@@ -57,7 +57,7 @@ def _folder(file: Path) -> Path:
 
 def _source(file: Path) -> dict[str, Any]:
     found = file.stat()
-    return {"size": found.st_size, "changed": found.st_mtime_ns, "transformers": transformers.__version__}
+    return {"size": found.st_size, "changed": found.st_mtime_ns, "transformers": version("transformers")}
 
 
 def _source_of(folder: Path) -> object:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
-from tokentree.engines.torch import TorchEngine
+from tokentree.engines.kv_engine import KVEngine
 from tokentree.errors import OptionError
 from tokentree.sampling import SamplingParams, seeded_noise
 from tokentree.sequence import Sequence
@@ -32,7 +32,7 @@ class Measured(BaseModel):
 
 
 class CostFile(BaseModel):
-    """The cache file: curves by `TorchEngine.signature`."""
+    """The cache file: curves by `KVEngine.signature`."""
 
     curves: dict[str, Measured] = {}
 
@@ -45,7 +45,7 @@ class CostFile(BaseModel):
             return None
 
 
-def cost_curve(engine: TorchEngine, again: bool = False) -> CostCurve:
+def cost_curve(engine: KVEngine, again: bool = False) -> CostCurve:
     """T(n) of ``engine`` on this machine: from the cache file, or measured (some 60 forwards) and put there.
 
     Args:
@@ -64,7 +64,7 @@ def cost_curve(engine: TorchEngine, again: bool = False) -> CostCurve:
     return kept
 
 
-def measure(engine: TorchEngine) -> CostCurve:
+def measure(engine: KVEngine) -> CostCurve:
     """Times forwards over chains of `ROWS` nodes behind a prefix, and over four sequences at once, in rounds, so that a
     drift meets all of them, and keeps the fastest of each. A tree costs what a chain of as many nodes does."""
     most = max(4, engine.context // 2)

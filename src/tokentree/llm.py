@@ -8,23 +8,22 @@ from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tokentree.acceptance import acceptance
 from tokentree.beam import BeamDecoder
-from tokentree.converted import packed_place
 from tokentree.costs import cost_curve
 from tokentree.decoder import Decoder, Watcher
 from tokentree.drafters.base import Parts
+from tokentree.engines.facts import ends_of
+from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.support import check_quantization
-from tokentree.engines.torch import TorchEngine
 from tokentree.errors import ModelError, OptionError, PromptError
 from tokentree.heads.saved import Fingerprint, saved_choices
-from tokentree.loading import check_same_tokenizer, eos_ids, load_model, load_tokenizer, pick_device
+from tokentree.loading import check_same_tokenizer, load_engine, load_tokenizer, pick_device
 from tokentree.metrics import Metrics
 from tokentree.registry import Named, check_names, make_drafter
 from tokentree.sampling import SamplingParams, seeded_noise
@@ -33,8 +32,11 @@ from tokentree.shapes import Cost, CostCurve, Shape, Static
 from tokentree.shapes import shape as parse_shape
 from tokentree.text import Detokenizer
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
 Prompt = str | SequenceOf[int]
-Model = str | Path | PreTrainedModel
+Model = Union[str, Path, "PreTrainedModel"]
 DEFAULT_SHAPE = "cost"
 
 
@@ -129,7 +131,7 @@ class LLM:
             if shape is not None:
                 raise OptionError("speculative_config says what shape says: give one of them")
             shape = _configured(speculative_config)
-        if isinstance(model, PreTrainedModel) and not (dtype is None and device is None):
+        if not isinstance(model, str | Path) and not (dtype is None and device is None):
             raise OptionError("a loaded model keeps its dtype and device: leave dtype and device out")
         if memory is not None and Path(memory).exists() and not Path(memory).is_dir():
             raise OptionError(f"memory={str(memory)!r} is a file: name a folder")
@@ -141,23 +143,20 @@ class LLM:
         rule, form = acceptance(accept), shape_of(shape, drafter, heads)
         drafts: list[Model] = [] if draft_model is None else _as_list(draft_model)
         for named in (model, *drafts):
-            check_quantization(quantization, file=_file_of(named))
+            check_quantization(quantization, file=named if isinstance(named, str | Path) else None)
         check_names(drafter)
-        place = model.device if isinstance(model, PreTrainedModel) else pick_device(device)
-        loaded = model if isinstance(model, PreTrainedModel) else load_model(model, dtype, place)
-        self.tokenizer = tokenizer or _tokenizer_of(model)
+        place = pick_device(device) if isinstance(model, str | Path) else model.device
         options: dict[str, Any] = {"attention": attention, "quantization": quantization, "compile": compile}
         options["prefix_bytes"] = prefix_mb * 1_000_000
-        self.engine = _engine(loaded, model, **options)
-        self.config, self.max_batch = loaded.config, max_batch
-        self.eos_ids = eos_ids(loaded, self.tokenizer)
-        draft_engines = list[tuple[str, TorchEngine]]()
+        self.engine, self.max_batch = load_engine(model, dtype, place, **options), max_batch
+        self.tokenizer = tokenizer or _tokenizer_of(model)
+        self.eos_ids = frozenset({*self.engine.facts.ends, *ends_of(self.tokenizer)})
+        draft_engines = list[tuple[str, KVEngine]]()
         for draft in drafts:
-            name = draft.config._name_or_path if isinstance(draft, PreTrainedModel) else str(draft)
+            name = str(draft) if isinstance(draft, str | Path) else draft.config._name_or_path
             if self.tokenizer is not None:
                 check_same_tokenizer(self.tokenizer, _tokenizer_of(draft), name)
-            smaller = draft if isinstance(draft, PreTrainedModel) else load_model(draft, dtype, place)
-            engine = _engine(smaller, draft, **options)
+            engine = load_engine(draft, dtype, place, **options)
             draft_engines.append((_short(name, [known for known, _ in draft_engines]), engine))
         fingerprint = None if heads is None else Fingerprint.of(self.config, self.tokenizer)
         self._parts = Parts(self.engine, tuple(draft_engines), None if heads is None else Path(heads), fingerprint)
@@ -165,6 +164,11 @@ class LLM:
         self.decoder = Decoder(self.engine, make_drafter(drafter, self._parts), self._priced(form), rule, watch)
         if memory is not None and Path(memory).is_dir():
             self.decoder.drafter.load(Path(memory))
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The target's configuration."""
+        return self.engine.config
 
     # -- other ways to decode with the same model -----------------------------------------------------------------
 
@@ -388,25 +392,12 @@ def _pieces(llm: LLM, seq: Sequence) -> Generator[Piece]:
 
 def _tokenizer_of(model: Model) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a named model; of a loaded one, if the place it was loaded from still has it."""
-    if not isinstance(model, PreTrainedModel):
+    if isinstance(model, str | Path):
         return load_tokenizer(model)
     try:
         return load_tokenizer(model.config._name_or_path, local_only=True) if model.config._name_or_path else None
     except ModelError:  # weights alone, or a place that is gone
         return None
-
-
-def _engine(loaded: PreTrainedModel, named: Model, **options: Any) -> TorchEngine:
-    """An engine for what was ``loaded`` by that name, or is the user's own."""
-    if isinstance(named, PreTrainedModel):
-        return TorchEngine(loaded, **options)
-    kept = packed_place(named, options["quantization"])
-    return TorchEngine(loaded, owns_model=True, file=_file_of(named), kept=kept, **options)
-
-
-def _file_of(named: Model) -> Path | None:
-    """The GGUF file that a model is named by, if it is."""
-    return None if isinstance(named, PreTrainedModel) or Path(named).suffix != ".gguf" else Path(named).expanduser()
 
 
 def _short(name: str, taken: SequenceOf[str]) -> str:
@@ -424,7 +415,7 @@ def shape_of(shape: str | Shape | None, drafter: Named, heads: str | Path | None
 
 
 def _as_list(models: Model | SequenceOf[Model]) -> list[Model]:
-    return [models] if isinstance(models, str | Path | PreTrainedModel) else list(models)
+    return list(models) if isinstance(models, list | tuple) else [models]  # type: ignore[list-item]
 
 
 def _is_token(item: Any) -> bool:

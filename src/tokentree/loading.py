@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from tokentree.converted import converted
+from tokentree.converted import converted, packed_place
+from tokentree.engines.facts import ends_of
+from tokentree.engines.kv_engine import KVEngine
+from tokentree.engines.ready import ready_engine
 from tokentree.errors import ModelError, OptionError, PairingError
+
+if TYPE_CHECKING:  # its model classes take seconds to import, and aren't needed where a model was packed before
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -46,12 +51,38 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.d
     return torch.bfloat16 if device.type == "cpu" else None
 
 
+def load_engine(
+    model: str | Path | PreTrainedModel, dtype: str | torch.dtype | None, device: torch.device,
+    quantization: str | None = None, prefix_bytes: int = 0, attention: str | None = None, compile: bool = False,
+) -> KVEngine:  # fmt: skip
+    """An engine for a model by its name, or for a loaded one: see `TorchEngine`. Where the weights of a named one are
+    kept with all that a forward needs, they are mapped into memory, and nothing else is read.
+
+    Raises:
+        ModelError: if the model can't be loaded, or not be decoded with a tree, with the reason.
+    """
+    file = place = None
+    if isinstance(model, str | Path):
+        file = Path(model).expanduser() if Path(model).suffix == ".gguf" else None
+        place = packed_place(model, quantization)
+        plain = attention in (None, "tree") and device.type == "cpu" and pick_dtype(dtype, device) is torch.bfloat16
+        if place and plain and (ready := ready_engine(place, quantization, prefix_bytes)):
+            return ready
+    from tokentree.engines.torch import TorchEngine
+
+    named = isinstance(model, str | Path)
+    loaded = load_model(model, dtype, device) if isinstance(model, str | Path) else model
+    return TorchEngine(loaded, attention, named, quantization, prefix_bytes, file, place, compile)
+
+
 def load_model(name: str | Path, dtype: str | torch.dtype | None, device: torch.device) -> PreTrainedModel:
     """The causal language model ``name``: a hub name, a folder of safetensors, or a GGUF file.
 
     Raises:
         ModelError: if it can't be loaded, with the reason.
     """
+    from transformers import GgufConfig
+
     where, options = _where(name)
     wanted = pick_dtype(dtype, device) or "auto"
     if options:
@@ -73,6 +104,8 @@ def load_model(name: str | Path, dtype: str | torch.dtype | None, device: torch.
 
 
 def _load_model(name: str | Path, where: str, dtype: torch.dtype | str, options: dict[str, Any]) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM, PreTrainedModel
+
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
@@ -109,6 +142,8 @@ def load_tokenizer(name: str | Path, local_only: bool = False) -> PreTrainedToke
 
 
 def _load_tokenizer(name: str | Path, where: str, local_only: bool, options: dict[str, Any]) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=local_only, **options)
     except (OSError, ValueError, KeyError, ImportError, NotImplementedError) as error:
@@ -140,11 +175,7 @@ def _reason(error: Exception) -> str:
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
     """Every token that ends a text, by the generation config and by the tokenizer."""
-    found: set[int] = set()
-    for source in (model.generation_config, model.config, tokenizer):
-        ids = getattr(source, "eos_token_id", None)
-        found.update([ids] if isinstance(ids, int) else ids or ())
-    return frozenset(found)
+    return frozenset(ends_of(model.generation_config) | ends_of(model.config) | ends_of(tokenizer))
 
 
 def check_same_tokenizer(

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from tokentree.engines.attention import ForwardKV, Segment, attend_rows, dense_mask
+from tokentree.engines.attention import ForwardKV, attend_rows, dense_mask
 from tokentree.engines.base import Engine, Features, TargetOutput
 from tokentree.engines.eagle_program import EagleProgram
 from tokentree.engines.kv import KVLayout, SequenceKV, Storages
 from tokentree.engines.prefix import shared_length
 from tokentree.engines.recording import ROWS, Recordings, padded
+from tokentree.engines.segment import Segment, inputs_of
 from tokentree.errors import PairingError
 from tokentree.heads.eagle import EagleHead
 from tokentree.sequence import Sequence
@@ -167,14 +168,14 @@ class EagleEngine:
 
     def _forward(self, known: Known, segments: SequenceOf[Segment]) -> tuple[torch.Tensor, torch.Tensor]:
         """What is known of the next positions [rows, hidden size], and logits [rows, tokens that the head knows]."""
-        tokens = np.concatenate([segment.tree.tokens[segment.first :] for segment in segments])
-        positions = np.concatenate([segment.positions for segment in segments])
+        recorded = self._features.recorded and len(segments) == 1
+        if recorded and isinstance(known, torch.Tensor) and len(known) <= ROWS[-1]:
+            return self._replay(known, segments[0])
+        tokens, positions = inputs_of(segments)
         if self._program is not None:
             given, said = self._program.forward(tokens, known, positions, segments)
             return given, self._head.logits(given, self._features.output_layer) if said is None else said
         assert isinstance(known, torch.Tensor)
-        if self._features.recorded and len(segments) == 1 and len(known) <= ROWS[-1]:
-            return self._replay(known, segments[0])
         where = torch.from_numpy(positions).to(known.device)
         embedded = self._embedding(torch.from_numpy(tokens).to(known.device))
         given = self._head(embedded, known, lambda *heads: self._attend(segments, where, *heads))

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from tokentree.engines.attention import Segment
 from tokentree.engines.fused import FusedNorm
 from tokentree.engines.kernels import BLOCK
 from tokentree.engines.packing import Packing
-from tokentree.engines.program import Behind, Steps, Turns
 from tokentree.engines.quantized import QuantizedLinear
+from tokentree.engines.segment import Segment
+from tokentree.engines.steps import Behind, Steps, Turns
 from tokentree.heads.eagle import EagleHead
 from tokentree.tree import Ints
 

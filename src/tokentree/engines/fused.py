@@ -15,10 +15,10 @@ import numba
 import numpy as np
 import torch
 from torch import nn
-from transformers.activations import SiLUActivation
 
 from tokentree.engines import rows
 from tokentree.engines.kernels import BLOCK
+from tokentree.engines.linear import restored
 from tokentree.engines.packing import Packing
 
 ROTARY = {"LlamaAttention", "MistralAttention", "Qwen2Attention"}  # of transformers, all alike
@@ -36,6 +36,8 @@ class FusedMLP(nn.Module):
     @staticmethod
     def fits(own: Any, packing: Packing) -> bool:
         """Whether ``own`` is such a module, with sizes that suit ``packing``."""
+        from transformers.activations import SiLUActivation  # takes seconds
+
         if set(own._modules) != GATED or not isinstance(own.act_fn, nn.SiLU | SiLUActivation):
             return False
         gate, up = own.gate_proj, own.up_proj
@@ -95,6 +97,11 @@ class FusedNorm(nn.Module):
             and isinstance(getattr(own, "variance_epsilon", None), float)
             and set(own._parameters) == {"weight"}
         )
+
+    @classmethod
+    def of_state(cls, state: dict[str, Any]) -> FusedNorm:
+        """One that is kept: its weight, and epsilon."""
+        return restored(cls, {"weight": state["weight"], "eps": np.float32(state["eps"])})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()

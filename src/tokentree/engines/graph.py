@@ -24,9 +24,10 @@ from rich.console import Console
 from rich.progress import track
 from transformers import Cache, PreTrainedModel
 
-from tokentree.engines.attention import Segment, dense_mask
+from tokentree.engines.attention import dense_mask
 from tokentree.engines.kv import KVLayout, SequenceKV
 from tokentree.engines.recording import ROWS, Recordings, padded
+from tokentree.engines.segment import Segment
 from tokentree.storage import cache_folder
 from tokentree.tree import TokenTree
 

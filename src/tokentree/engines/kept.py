@@ -8,11 +8,11 @@ import pickle
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
 from tokentree.engines.kernels import BFLOAT16_WIDE, LANES
@@ -21,7 +21,7 @@ from tokentree.engines.packing import Packing
 from tokentree.engines.quantized import QuantizedLinear
 from tokentree.engines.quants import WIDE
 
-VERSION = 2  # of the layouts of packed layers
+VERSION = 3  # of the layouts of packed layers
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,7 @@ class KeptPacking(Packing):
         self._make, self._place = make, place
         self._own: Packing | None = None
         self._names = {id(module): name for name, module in model.named_modules()}
-        numbers = str(next(model.parameters()).dtype)
-        self._about = [VERSION, LANES, BFLOAT16_WIDE, WIDE, transformers.__version__, numbers, place.source]
+        self._about = _about(place, next(model.parameters()).dtype)
         self._known, self._complete = _read(place.file, self._about), True
 
     def pack(self, *layers: nn.Linear, gated: bool = False) -> PackedLinear | QuantizedLinear:
@@ -74,6 +73,10 @@ class KeptPacking(Packing):
             self._known[name], self._complete = make(), False
         return self._known[name]
 
+    def remember(self, name: str, make: Callable[[], dict[str, Any] | None]) -> None:
+        if (made := make()) is not None:
+            self._known[name], self._complete = made, False
+
     def keep(self) -> None:
         if self._complete:
             return
@@ -88,8 +91,17 @@ class KeptPacking(Packing):
                 part.unlink()
 
 
+def kept(place: Place, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+    """What is kept there of a model whose weights came in this type, by name: nothing if the file isn't there, is
+    spoilt, or is about something else."""
+    return _read(place.file, _about(place, dtype))
+
+
+def _about(place: Place, dtype: torch.dtype) -> list[Any]:
+    return [VERSION, LANES, BFLOAT16_WIDE, WIDE, version("transformers"), str(dtype), place.source]
+
+
 def _read(file: Path, about: list[Any]) -> dict[str, dict[str, Any]]:
-    """The layers in ``file``, none if it isn't there, is spoilt, or is about something else."""
     try:
         found = torch.load(file, mmap=True, weights_only=True)
         layers: dict[str, dict[str, Any]] = found["layers"] if found["about"] == about else {}

@@ -36,6 +36,9 @@ class Packing:
         """What ``make`` gives, or gave when weights that are kept were packed."""
         return make()
 
+    def remember(self, name: str, make: Callable[[], dict[str, Any] | None]) -> None:
+        """Keeps what ``make`` gives, where weights are kept, instead of what is there under that name."""
+
     def keep(self) -> None:
         """All layers are packed now: see `kept`."""
 

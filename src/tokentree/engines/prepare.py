@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tokentree.engines.fused import FusedAttention, FusedMLP, FusedNorm
 from tokentree.engines.linear import OneDNNLinear, PackedEmbedding, PackedLinear
+from tokentree.engines.llama import Llama
 from tokentree.engines.packing import Packing
 from tokentree.engines.program import Program
 
@@ -91,7 +92,7 @@ def pack(model: PreTrainedModel, packing: Packing, release: bool, whole: bool) -
                 continue
             setattr(parent, name, packed)
             drop(layer, packed=packed)
-    return Program(model) if whole else None
+    return Program(Llama.of(model)) if whole else None
 
 
 def _plain(layer: nn.Linear | Conv1D) -> nn.Linear:

@@ -1,283 +1,24 @@
-# numba gives every scalar a type of its own, which annotations can't follow:
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined,call-arg,operator"
-"""A whole forward in one compiled call.
-
-A program is a list of steps: a norm, a product, turning queries and keys, attention, and so on, for each layer. Every
-thread runs the list; in each step the threads take shares of the work as they become free, and wait for one another
-behind it. Steps find weights and the rows' intermediate results by address, so that no Python runs between them.
-"""
+"""The forward of a model whose layers are Llama's, in one compiled call."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
-from typing import Any, Protocol
 
-import numba
 import numpy as np
 import torch
-from torch import nn
-from transformers import PreTrainedModel
 
-from tokentree.engines import rows as each
-from tokentree.engines.attend import CALL, SEGMENT, attend
-from tokentree.engines.attention import Segment, Upto
 from tokentree.engines.base import KEPT
-from tokentree.engines.fused import FusedAttention, FusedMLP, FusedNorm
-from tokentree.engines.kernels import BFLOAT16_WIDE, BLOCK
-from tokentree.engines.linear import BFLOAT16_CALL, PackedEmbedding, PackedLinear, multiply_bfloat16
-from tokentree.engines.packing import Packing
-from tokentree.engines.quantized import CALL as QUANTIZED_CALL
-from tokentree.engines.quantized import QuantizedLinear, multiply_int4, multiply_int8
-from tokentree.engines.quants import WIDE
-from tokentree.numbers import widen
-from tokentree.threads import (
-    WORKER,
-    address_of,
-    barrier,
-    call,
-    claim,
-    doubles,
-    floats,
-    halves,
-    integers,
-    octets,
-    run,
-    words,
-)
-from tokentree.top import most_probable
+from tokentree.engines.llama import Llama
+from tokentree.engines.segment import Segment, Upto
+from tokentree.engines.steps import BEST, Behind, Steps, Turns
 from tokentree.tree import Ints
-
-MODELS = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"}  # of transformers, all alike
-NORM, PREPARE, MULTIPLY, MULTIPLY_INT8, MULTIPLY_INT4, TURN, ATTEND, COPY, EMBED, BEST = range(10)
-AS_IT_IS, WIDER, IN_8_BITS = range(3)  # how a product takes its inputs
-HEADER, STEP = 12, 16  # integers that describe a forward, and each step
-
-
-class Heads(Protocol):
-    """The sizes of an attention; `window` counts positions."""
-
-    heads: int
-    kv_heads: int
-    width: int
-    scale: float
-    window: int | None
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Where a layer's intermediate results are, [rows, columns] each."""
-
-    residual: torch.Tensor
-    normed: torch.Tensor
-    added: torch.Tensor
-    inner: torch.Tensor
-    qkv: torch.Tensor
-    queries: torch.Tensor
-    attended: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Behind:
-    """What a layer has behind its attention: its output, the norm in front of its gated MLP, and that."""
-
-    o_proj: Any
-    norm: FusedNorm
-    gate_up: Any
-    down_proj: Any
-
-
-class Turns:
-    """Rotary positions, computed once for each position.
-
-    Args:
-        rotary: a transformers model's own module, or one like it.
-    """
-
-    def __init__(self, rotary: nn.Module) -> None:
-        self._rotary: Any = rotary
-        self._fixed = getattr(rotary, "rope_type", None) not in ("dynamic", "longrope")  # they differ by length
-        self._cos = self._sin = torch.empty(0, 0)
-
-    def at(self, positions: Ints) -> tuple[torch.Tensor, torch.Tensor, Ints]:
-        """Cosines and sines, bfloat16[n, width], and which of them are those of ``positions`` int64[rows]."""
-        if not self._fixed:
-            return *self._computed(torch.from_numpy(positions)), np.arange(len(positions))
-        end = int(positions.max()) + 1
-        if end > len(self._cos):
-            self._cos, self._sin = self._computed(torch.arange(max(1024, 1 << (end - 1).bit_length())))
-        return self._cos, self._sin, positions
-
-    def _computed(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        cos, sin = self._rotary(torch.empty(0, dtype=torch.bfloat16), positions[None])
-        return cos[0].contiguous(), sin[0].contiguous()
-
-
-class Steps:
-    """A forward as a list of steps, and the memory that they share: the rows' intermediate results.
-
-    A subclass says which steps there are, in `build`, whenever there must be room for more rows.
-
-    Args:
-        widest: numbers that the widest product takes of a row.
-    """
-
-    def __init__(self, widest: int) -> None:
-        self._widest, self._capacity = -(-widest // 128) * 128, 0
-        self._numbers: list[np.ndarray] = []
-        self._memory: list[torch.Tensor] = []
-        self._windows: set[int | None] = set()
-        self._tokens = 0  # that there are, where a step looks them up
-
-    def build(self) -> list[list[int]]:
-        """The steps, in memory from `room`."""
-        raise NotImplementedError
-
-    def reserve(self, rows: int) -> None:
-        """Makes room for so many rows."""
-        if rows <= self._capacity:
-            return
-        self._capacity = max(64, 1 << (rows - 1).bit_length())
-        self._numbers, self._memory, self._windows = [], [], set()
-        self._prepared = self.room(self._widest, torch.float32)
-        self._scales, self._totals = (self.room(self._widest // 32, torch.float32) for _ in range(2))
-        steps = self.build()
-        self._steps = np.zeros((len(steps), STEP), np.int64)
-        for row, step in zip(self._steps, steps, strict=True):
-            row[: len(step)] = step
-
-    def room(self, columns: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        """[rows, columns], kept as long as the steps are."""
-        self._memory.append(torch.empty(self._capacity, columns, dtype=dtype))
-        return self._memory[-1]
-
-    def run(
-        self, count: int, segments: SequenceOf[Segment], turns: tuple[torch.Tensor, torch.Tensor, Ints],
-        ids: Ints | None = None, first: int = 0,
-    ) -> None:  # fmt: skip
-        """Runs steps ``first`` to ``count`` on rows with these rotary positions, see `Turns.at`.
-
-        Args:
-            ids: int64[rows], if a step reads the tokens.
-
-        Raises:
-            IndexError: if one of them is none of the embedding's, since steps read memory by address.
-        """
-        if ids is not None and self._tokens and not 0 <= int(ids.min()) <= int(ids.max()) < self._tokens:
-            raise IndexError(f"a token id is outside the embedding of {self._tokens}")
-        cos, sin, places = turns
-        for segment in segments:
-            segment.windows |= self._windows
-        table = np.array([segment.described(0) for segment in segments], np.int64)
-        counters = np.zeros(count, np.int64)
-        run(
-            _worker(),
-            [len(places), torch.get_num_threads(), barrier(), count - first,
-             self._steps.ctypes.data + first * self._steps.strides[0], counters.ctypes.data,
-             table.ctypes.data, len(table), cos.data_ptr(), sin.data_ptr(), places.ctypes.data,
-             0 if ids is None else ids.ctypes.data],
-        )  # fmt: skip
-
-    # -- the kinds of steps ----------------------------------------------------------------------------------------
-
-    @staticmethod
-    def embeds(embedding: Any) -> bool:
-        """Whether `embed` can look up the rows of ``embedding``."""
-        plain = type(embedding) is nn.Embedding and embedding.weight.dtype is torch.bfloat16
-        return plain or type(embedding) is PackedEmbedding
-
-    def embed(self, embedding: Any, result: torch.Tensor) -> list[list[int]]:
-        """Looks up the rows' tokens."""
-        self._tokens = int(embedding.num_embeddings)
-        packed = isinstance(embedding, PackedEmbedding)
-        return [[
-            EMBED, embedding.weight.data_ptr(), result.shape[1], packed, result.data_ptr(), result.stride(0),
-        ]]  # fmt: skip
-
-    def norm(
-        self, norm: FusedNorm, x: torch.Tensor, result: torch.Tensor, before: nn.Module | None,
-        update: torch.Tensor | None = None,
-    ) -> list[list[int]]:  # fmt: skip
-        """Adds ``update`` to ``x``, norms it, and makes what the layer ``before`` which the norm comes takes."""
-        form = [AS_IT_IS, 0] if before is None else self._form(before)
-        return [[
-            NORM, x.data_ptr(), 0 if update is None else update.data_ptr(), x.shape[1], norm.weight.data_ptr(),
-            self._number(float(norm.eps)), result.data_ptr(), result.stride(0), *form,
-        ]]  # fmt: skip
-
-    def prepare(self, before: nn.Module, x: torch.Tensor) -> list[list[int]]:
-        """Makes of ``x`` what the layer ``before`` which that comes takes."""
-        form = self._form(before)
-        return [[PREPARE, x.data_ptr(), x.shape[1], *form]] if form[0] != AS_IT_IS else []
-
-    def multiply(
-        self, layer: PackedLinear | QuantizedLinear, x: torch.Tensor, y: torch.Tensor | None
-    ) -> list[list[int]]:
-        """``layer`` of ``x``, which was prepared, into ``y``, or where it will be said."""
-        result, prepared = 0 if y is None else y.data_ptr(), self._prepared.data_ptr()
-        if isinstance(layer, QuantizedLinear):
-            call = layer.call(prepared, self._scales.data_ptr(), self._totals.data_ptr(), result)
-            return [[MULTIPLY_INT8 if layer.bits == 8 else MULTIPLY_INT4, *call]]
-        source, word = (prepared, 4) if BFLOAT16_WIDE else (x.data_ptr(), 2)
-        return [[MULTIPLY, *layer.call(source, word * x.shape[1], result)]]
-
-    def turn(self, index: int, sizes: Heads, qkv: torch.Tensor, queries: torch.Tensor) -> list[list[int]]:
-        """Turns queries and keys, and stores keys and values as layer ``index``."""
-        return [[TURN, index, sizes.heads, sizes.kv_heads, sizes.width, qkv.data_ptr(), queries.data_ptr()]]
-
-    def attend(self, index: int, sizes: Heads, queries: torch.Tensor, result: torch.Tensor) -> list[list[int]]:
-        """Attention over what layer ``index`` has stored."""
-        width, heads = sizes.width, sizes.heads
-        self._windows.add(sizes.window)
-        return [[
-            ATTEND, index, self._number(sizes.scale, 0.0), queries.data_ptr(), 4 * width, 4 * heads * width,
-            result.data_ptr(), 2 * width, 2 * heads * width, width, width, heads // sizes.kv_heads, sizes.window or 0,
-            heads, 0, 1,
-        ]]  # fmt: skip
-
-    def rows_of_a_layer(self, hidden: int, inner: int, sizes: Heads) -> Rows:
-        """Room for a layer's intermediate results."""
-        wide = sizes.heads * sizes.width
-        return Rows(
-            residual=self.room(hidden), normed=self.room(hidden), added=self.room(hidden), inner=self.room(inner),
-            qkv=self.room(wide + 2 * sizes.kv_heads * sizes.width), queries=self.room(wide, torch.float32),
-            attended=self.room(wide),
-        )  # fmt: skip
-
-    def after_turning(self, index: int, sizes: Heads, layer: Behind, at: Rows) -> list[list[int]]:
-        """A layer from its attention on; what its gated MLP gives is left in ``at.added``, for the next norm to add."""
-        steps = self.attend(index, sizes, at.queries, at.attended)
-        steps += self.prepare(layer.o_proj, at.attended)
-        steps += self.multiply(layer.o_proj, at.attended, at.added)
-        steps += self.norm(layer.norm, at.residual, at.normed, layer.gate_up, at.added)
-        steps += self.multiply(layer.gate_up, at.normed, at.inner)
-        steps += self.prepare(layer.down_proj, at.inner)
-        return steps + self.multiply(layer.down_proj, at.inner, at.added)
-
-    def copy(self, x: torch.Tensor, result: torch.Tensor) -> list[list[int]]:
-        """Keeps ``x``."""
-        return [[COPY, x.data_ptr(), result.data_ptr(), x.shape[1]]]
-
-    def _number(self, *numbers: float) -> int:
-        """The address of these numbers, as float64."""
-        self._numbers.append(np.array(numbers))
-        address: int = self._numbers[-1].ctypes.data
-        return address
-
-    def _form(self, layer: nn.Module) -> list[int]:
-        """How ``layer`` takes its inputs, and where."""
-        if isinstance(layer, QuantizedLinear):
-            places = [self._scales.data_ptr(), self._totals.data_ptr()]
-            return [IN_8_BITS, self._prepared.data_ptr(), layer.groups, layer.group, *places]
-        return [WIDER if BFLOAT16_WIDE else AS_IT_IS, self._prepared.data_ptr()]
 
 
 class Program(Steps):
     """The forward of a model whose layers are Llama's, in bfloat16 or 8 bits on a CPU.
 
     Args:
-        model: one that `fits`, whose modules are exchanged for packed ones.
+        llama: its weights.
 
     Attributes:
         states: bfloat16[places, rows or more, hidden size], the hidden states of the last forward that `capture` asked
@@ -286,39 +27,16 @@ class Program(Steps):
             float32[rows, `KEPT`], and these tokens, int64[rows, `KEPT`].
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        body: Any = model.model
-        self._embed, self._turns, self._head = body.embed_tokens, Turns(body.rotary_emb), model.lm_head
-        self._layers, self._last = list(body.layers), body.norm
-        sizes, self._hidden_size = self._layers[0].self_attn, len(self._last.weight)
-        self._inner_size = self._layers[0].mlp.gate_up.num_outputs
+    def __init__(self, llama: Llama) -> None:
+        self.llama, self._turns, self._head = llama, Turns(llama.rotary), llama.head
+        first = llama.layers[0]
+        self._hidden_size = first.attention.o_proj.num_outputs
+        self._inner_size, sizes = first.mlp.gate_up.num_outputs, first.attention
         super().__init__(max(self._hidden_size, self._inner_size, sizes.heads * sizes.width))
         self._places: list[int] = []
         self.states = torch.empty(0, 0, 0)
         self._kept = min(KEPT, self._head.num_outputs)
         self.best = np.empty((0, self._kept), np.float32), np.empty((0, self._kept), np.int64)
-
-    @staticmethod
-    def fits(model: PreTrainedModel, packing: Packing) -> bool:
-        """Whether ``model``, as it came, can be computed by a program with layers packed so."""
-        if type(model).__name__ not in MODELS or not type(model).__module__.startswith("transformers."):
-            return False
-        body, head = model.model, model.lm_head
-        if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
-            return False
-        return (
-            packing.fits(head)
-            and Program.embeds(body.embed_tokens)
-            and FusedNorm.fits(body.norm)
-            and all(
-                FusedAttention.fits(layer.self_attn, packing)
-                and FusedMLP.fits(layer.mlp, packing)
-                and FusedNorm.fits(layer.input_layernorm)
-                and FusedNorm.fits(layer.post_attention_layernorm)
-                and not any(part.out_features % BLOCK for part in _products(layer))
-                for layer in body.layers
-            )
-        )
 
     def capture(self, places: list[int]) -> None:
         """Keeps the hidden states ``places``, see `base.Engine.capture`, in `states`."""
@@ -342,148 +60,25 @@ class Program(Steps):
         return logits if logits.shape[1] == self._head.num_outputs else logits[:, : self._head.num_outputs].contiguous()
 
     def build(self) -> list[list[int]]:
-        hidden, steps, update = self._hidden_size, list[list[int]](), None
-        at = self.rows_of_a_layer(hidden, self._inner_size, self._layers[0].self_attn)
-        steps += self.embed(self._embed, at.residual)
+        llama, hidden, steps, update = self.llama, self._hidden_size, list[list[int]](), None
+        at = self.rows_of_a_layer(hidden, self._inner_size, llama.layers[0].attention)
+        steps += self.embed(llama.embedding, at.residual)
         self.states = torch.empty(len(self._places), self._capacity, hidden, dtype=torch.bfloat16)
-        for index, layer in enumerate(self._layers):
-            attention, mlp = layer.self_attn, layer.mlp
-            steps += self.norm(layer.input_layernorm, at.residual, at.normed, attention.qkv, update)
+        for index, layer in enumerate(llama.layers):
+            attention, mlp = layer.attention, layer.mlp
+            steps += self.norm(layer.before, at.residual, at.normed, attention.qkv, update)
             steps += self._keep(index, at.residual)
             steps += self.multiply(attention.qkv, at.normed, at.qkv)
             steps += self.turn(index, attention, at.qkv, at.queries)
             self._up_to_kv = len(steps)
-            behind = Behind(attention.o_proj, layer.post_attention_layernorm, mlp.gate_up, mlp.down_proj)
+            behind = Behind(attention.o_proj, layer.after, mlp.gate_up, mlp.down_proj)
             steps += self.after_turning(index, attention, behind, at)
             update = at.added
-        steps += self.norm(self._last, at.residual, at.normed, self._head, update)
-        steps += self._keep(len(self._layers), at.normed)
+        steps += self.norm(llama.norm, at.residual, at.normed, self._head, update)
+        steps += self._keep(len(llama.layers), at.normed)
         steps += self.multiply(self._head, at.normed, None)
         return [*steps, [BEST, 0, len(self._head.start), self._head.num_outputs, self._kept]]
 
     def _keep(self, place: int, x: torch.Tensor) -> list[list[int]]:
         """Keeps ``x``, if it is one of the hidden states that are asked for."""
         return self.copy(x, self.states[self._places.index(place)]) if place in self._places else []
-
-
-def _products(layer: Any) -> list[nn.Linear]:
-    attention, mlp = layer.self_attn, layer.mlp
-    return [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.up_proj, mlp.down_proj]
-
-
-# -- the steps ---------------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _worker() -> Any:
-    @numba.cfunc(WORKER, cache=True)
-    def worker(arguments):
-        header = integers(address_of(arguments), HEADER)
-        rows, threads, wait, count, steps, counters, segments, num_segments, cos, sin, places, ids = header
-        table, kv = integers(steps, (count, STEP)), integers(segments, (num_segments, SEGMENT))
-        for i in range(count):
-            kind, step, counter = table[i, 0], table[i, 1:], counters + 8 * i
-            if kind == MULTIPLY:
-                multiply_bfloat16(step[:BFLOAT16_CALL], rows, threads, counter)
-            elif kind == MULTIPLY_INT8:
-                multiply_int8(step[:QUANTIZED_CALL], rows, threads, counter)
-            elif kind == MULTIPLY_INT4:
-                multiply_int4(step[:QUANTIZED_CALL], rows, threads, counter)
-            elif kind == ATTEND:
-                attend(step[2 : 2 + CALL], kv, step[0], doubles(step[1], 2), threads, counter)
-            else:
-                while True:
-                    row = claim(counter)
-                    if row >= rows:
-                        break
-                    _one_row(kind, step, kv, cos, sin, places, ids, row)
-            if wait:
-                call(wait)
-
-    return worker
-
-
-@numba.njit
-def _one_row(kind, step, kv, cos, sin, places, ids, row):
-    if kind == NORM:
-        _norm(step, row)
-    elif kind == PREPARE:
-        _prepare(step[0], step[1], step[2:8], row)
-    elif kind == COPY:
-        halves(step[1] + 2 * step[2] * row, step[2])[:] = halves(step[0] + 2 * step[2] * row, step[2])
-    elif kind == BEST:
-        logits, stride, vocab, kept, values, tokens = step[:6]
-        most_probable(
-            halves(logits + 2 * stride * row, vocab), floats(values + 4 * kept * row, kept),
-            integers(tokens + 8 * kept * row, kept),
-        )  # fmt: skip
-    elif kind == EMBED:
-        _embed(step, integers(ids + 8 * row, 1)[0], row)
-    else:
-        place = 2 * step[3] * integers(places + 8 * row, 1)[0]
-        _turn(step, kv, cos + place, sin + place, row)
-
-
-@numba.njit
-def _embed(step, token, row):
-    """Looks up a row: of a table, or of blocks of pairs as `linear.PackedLinear` has them."""
-    table, width, packed, result, stride = step[:5]
-    if not packed:
-        halves(result + 2 * stride * row, width)[:] = halves(table + 2 * width * token, width)
-        return
-    pairs, into = width // 2, words(result + 2 * stride * row, width // 2)
-    start = table + 4 * (token // BLOCK * pairs * BLOCK + token % BLOCK)
-    for pair in range(pairs):
-        into[pair] = words(start + 4 * pair * BLOCK, 1)[0]
-
-
-@numba.njit
-def _norm(step, row):
-    residual, update, width, weight, eps, normed, stride = step[:7]
-    bits, result = halves(residual + 2 * width * row, width), halves(normed + 2 * stride * row, width)
-    if update:
-        each.add(bits, halves(update + 2 * width * row, width))
-    each.normalize(bits, floats(weight, width), np.float32(doubles(eps, 1)[0]), result)
-    _prepare(normed, width, step[7:13], row)
-
-
-@numba.njit
-def _prepare(x, width, how, row):
-    form, prepared, groups, group, scales, totals = how[:6]
-    bits = halves(x + 2 * width * row, width)
-    if form == WIDER:
-        widen(bits, floats(prepared + 4 * width * row, width))
-    elif form == IN_8_BITS:
-        place, size = 4 * groups * row, groups * group
-        into = floats(scales + place, groups), floats(totals + place, groups)
-        if WIDE:
-            each.quantize(bits, group, halves(prepared + 2 * size * row, size), *into)
-        else:
-            each.quantize(bits, group, octets(prepared + size * row, size), *into)
-
-
-@numba.njit
-def _turn(step, kv, cos, sin, row):
-    """Turns a row's queries and keys, by the cosines and sines at these addresses, and stores keys and values as
-    `kv.BlockedKV` has them."""
-    layer, heads, kv_heads, width, qkv, queries = step[:6]
-    for segment in kv:
-        if segment[5] <= row < segment[5] + segment[4]:
-            break
-    keys, values, capacity = segment[0] + layer * segment[10], segment[1] + layer * segment[11], segment[2]
-    place, columns = segment[3] + segment[9] + row - segment[5], -(-width // BLOCK) * BLOCK
-    c, s, x = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(width, np.float32)
-    widen(halves(cos, width), c)
-    widen(halves(sin, width), s)
-    qkv += row * (heads + 2 * kv_heads) * width * 2
-    for head in range(heads):
-        each.turn(
-            halves(qkv + 2 * width * head, width), c, s, floats(queries + 4 * width * (row * heads + head), width)
-        )
-    for head in range(kv_heads):
-        each.turn(halves(qkv + 2 * width * (heads + head), width), c, s, x)
-        block = floats(keys + 4 * width * (head * capacity + place // BLOCK * BLOCK), (width, BLOCK))
-        for column in range(width):
-            block[column, place % BLOCK] = x[column]
-        bits = halves(qkv + 2 * width * (heads + kv_heads + head), width)
-        widen(bits, floats(values + 4 * columns * (head * capacity + place), width))

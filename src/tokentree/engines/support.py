@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
 
 from tokentree.errors import ModelError, OptionError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 QUANTIZATIONS = ("int8", "gguf")
 ALIBI = {"bloom", "mpt"}
@@ -52,7 +55,7 @@ def check_quantization(
         raise ModelError(f"quantization={quantization!r} is for models on a CPU with dtype='bfloat16'")
 
 
-def context_length(config: PretrainedConfig) -> int:
+def context_length(config: PreTrainedConfig) -> int:
     """The most positions that the model can take.
 
     LongRoPE turns all rows of a forward otherwise as soon as one of them lies beyond the length it was first trained
@@ -64,7 +67,7 @@ def context_length(config: PretrainedConfig) -> int:
     return int(config.max_position_embeddings)
 
 
-def layer_windows(config: PretrainedConfig) -> dict[str, int | None]:
+def layer_windows(config: PreTrainedConfig) -> dict[str, int | None]:
     """The kinds of layer, each with its sliding window in positions, None where everything is seen."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
@@ -86,5 +89,5 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     raise ModelError(f"{type(model).__name__} has no list of its {count} layers")
 
 
-def has_softcap(config: PretrainedConfig) -> bool:
+def has_softcap(config: PreTrainedConfig) -> bool:
     return getattr(config, "attn_logit_softcapping", None) is not None

@@ -7,14 +7,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from tokentree.errors import ModelError, OptionError, PairingError
 from tokentree.heads.checkpoints import read_config, read_medusa, write_medusa
 from tokentree.heads.medusa import MedusaHeads
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 SIZES = (
     "model_type",
@@ -37,7 +39,7 @@ class Fingerprint(BaseModel):
     tokenizer: str | None = None
 
     @classmethod
-    def of(cls, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> Fingerprint:
+    def of(cls, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> Fingerprint:
         own = config.get_text_config()
         sizes = {name: getattr(own, name, None) for name in SIZES}
         vocab = None if tokenizer is None else _hash(sorted(tokenizer.get_vocab().items()))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -57,13 +59,26 @@ def texts_for(llm: LLM, data: str | Path, work: Path, tokens: int, seed: int, ba
     return keep_texts(llm, work / "texts.jsonl", tokens, seed, lambda count: bars.advance(bar, count))
 
 
+@contextmanager
+def leading() -> Iterator[bool]:
+    """Whether this process is the first of those that train together, which alone writes what came of it; the others
+    wait."""
+    state = PartialState()
+    yield bool(state.is_main_process)
+    state.wait_for_everyone()
+
+
 def bars_on(console: Console) -> Progress:
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    return Progress(
+        *columns, console=console, transient=True, disable=not (console.is_terminal and PartialState().is_main_process)
+    )
 
 
 def watch_with(console: Console, bars: Progress, work: Path) -> Watch:
     """Shows how training goes, and writes its events."""
+    if not PartialState().is_main_process:
+        return lambda step, steps, loss, figures: None
     bar, events = bars.add_task("training", total=None), _events(work)
 
     def watch(step: int, steps: int, loss: float, figures: Figures) -> None:

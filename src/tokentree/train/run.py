@@ -21,7 +21,7 @@ from tokentree.llm import LLM
 from tokentree.loading import load_model, pick_device
 from tokentree.shapes.optimal import find_choices
 from tokentree.train.features import keep_features
-from tokentree.train.job import bars_on, check, texts_for, watch_with, work_folder
+from tokentree.train.job import bars_on, check, leading, texts_for, watch_with, work_folder
 from tokentree.train.loop import Figures, Recipe, train
 from tokentree.train.medusa import HeadsWithLoss, MedusaTask, frequent_tokens
 from tokentree.train.texts import Texts
@@ -75,10 +75,10 @@ def train_medusa(
     check(llm, held_back, known_tokens=known_tokens, tokens=tokens)
     console = console or Console(stderr=True)
     own = folder / "work"
-    shared = work_folder(Path(work or own), llm, data, recipe)
     heads = MedusaHeads(num_heads, num_layers, llm.engine.capture().hidden_size)
     with bars_on(console) as bars:
         with PartialState().main_process_first():  # the others then find it all
+            shared = work_folder(Path(work or own), llm, data, recipe)
             texts = texts_for(llm, data, shared, tokens, recipe.seed, bars)
             heads.token_map = frequent_tokens(texts.ids, known_tokens, llm.engine.vocab_size)
             model, task = _prepared(llm, heads, texts, shared / "hidden", held_back, bars)
@@ -86,7 +86,9 @@ def train_medusa(
         groups = [{"params": list(heads.parameters())}]
         figures = train(model, groups, task, recipe, own, watch, _identity(heads, texts), stop_after)
     told = recipe.model_dump() | {"data": str(data), "texts": len(texts.ids), "tokens": texts.tokens}
-    _write(llm, model, task, folder, base_model, told, command)
+    with leading() as lead:
+        if lead:
+            _write(llm, model, task, folder, base_model, told, command)
     return Trained(folder, figures, texts)
 
 
@@ -122,23 +124,26 @@ def train_medusa2(
         if start is not None:
             heads = read_heads(start, Fingerprint.of(llm.config, llm.tokenizer)).heads.float()
         heads.token_map = None
-        work, tokenizer = work_folder(folder / "work", llm, data, recipe), llm.tokenizer
+        tokenizer = llm.tokenizer
         with PartialState().main_process_first():
+            work = work_folder(folder / "work", llm, data, recipe)
             texts = texts_for(llm, data, work, tokens, recipe.seed, bars)
         del llm
         model = ModelWithHeads(load_model(base_model, dtype or "float32", pick_device(device)), heads, way)
         task = TextTask([ids[:max_tokens] for ids in texts.ids], held_back)
         identity = _identity(heads, texts) | {"way": way}
         figures = train(model, model.groups(), task, recipe, work, watch_with(console, bars, work), identity)
-        merged = model.merged()
-        merged.save_pretrained(folder / "model")
-        tokenizer.save_pretrained(folder / "model")
-        changed = LLM(folder / "model", dtype=dtype, device=device)
-        heads.token_map = frequent_tokens(texts.ids, known_tokens, changed.engine.vocab_size)
-        some = Texts(texts.ids[-max(2, len(texts.ids) // 20) :])
-        looked, seen = _prepared(changed, heads, some, work / "changed", 0.9, bars)
-    told = recipe.model_dump() | {"way": way, "data": str(data), "texts": len(texts.ids), "tokens": texts.tokens}
-    _write(changed, looked, seen, folder / "heads", f"{base_model}, trained with these heads", told, command)
+        told = recipe.model_dump() | {"way": way, "data": str(data), "texts": len(texts.ids), "tokens": texts.tokens}
+        with leading() as lead:
+            if lead:
+                model.merged().save_pretrained(folder / "model")
+                tokenizer.save_pretrained(folder / "model")
+                changed = LLM(folder / "model", dtype=dtype, device=device)
+                heads.token_map = frequent_tokens(texts.ids, known_tokens, changed.engine.vocab_size)
+                some = Texts(texts.ids[-max(2, len(texts.ids) // 20) :])
+                seen = _prepared(changed, heads, some, work / "changed", 0.9, bars)
+                name = f"{base_model}, trained with these heads"
+                _write(changed, *seen, folder / "heads", name, told, command)
     return Trained(folder, figures, texts)
 
 

@@ -21,7 +21,7 @@ from tokentree.heads.saved import About, Fingerprint
 from tokentree.llm import LLM
 from tokentree.train.eagle import EagleTask, EagleWithLoss
 from tokentree.train.features import keep_features
-from tokentree.train.job import bars_on, check, texts_for, watch_with, work_folder
+from tokentree.train.job import bars_on, check, leading, texts_for, watch_with, work_folder
 from tokentree.train.loop import Figures, Recipe, train
 from tokentree.train.medusa import frequent_tokens
 from tokentree.train.run import Trained
@@ -62,9 +62,9 @@ def train_eagle(
     read = (last,) if version == 1 else tuple(taps or default_taps(last))
     places = read if version == 1 else (*read, last)
     features, own = llm.engine.capture(places), folder / "work"
-    shared = work_folder(Path(work or own), llm, data, recipe)
     with bars_on(console) as bars:
         with PartialState().main_process_first():  # the others then find it all
+            shared = work_folder(Path(work or own), llm, data, recipe)
             texts = texts_for(llm, data, shared, tokens, recipe.seed, bars)
             bar = bars.add_task("reading them", total=texts.tokens)
             hidden = keep_features(
@@ -85,8 +85,10 @@ def train_eagle(
     }  # fmt: skip
     fingerprint = Fingerprint.of(llm.config, llm.tokenizer)
     kept = About(fingerprint=fingerprint, recipe=told, taps=list(read) if version == 3 else None)
-    write_eagle(head.cpu(), folder, base_model, about=kept)
-    (folder / "README.md").write_text(_card(base_model, kept, figures, head, command), encoding="utf-8")
+    with leading() as lead:
+        if lead:
+            write_eagle(head.cpu(), folder, base_model, about=kept)
+            (folder / "README.md").write_text(_card(base_model, kept, figures, head, command), encoding="utf-8")
     return Trained(folder, figures, texts)
 
 

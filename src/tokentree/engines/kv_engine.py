@@ -1,0 +1,289 @@
+"""What engines share that keep the KV of each sequence in storage of their own: all but the forward."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from tokentree.engines.base import KEPT, DraftEngine, Features, TargetOutput
+from tokentree.engines.facts import Facts
+from tokentree.engines.kv import KVLayout, SequenceKV, Storages
+from tokentree.engines.linear import weights_of
+from tokentree.engines.prefix import PrefixCache
+from tokentree.engines.program import Program
+from tokentree.engines.proof import in_trees
+from tokentree.engines.quantized import draft_linear
+from tokentree.engines.segment import Segment, Upto, inputs_of
+from tokentree.errors import ModelError, PairingError
+from tokentree.sequence import Sequence
+from tokentree.top import top_logits
+from tokentree.tree import Ints, TokenTree
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from tokentree.heads.eagle import EagleHead
+
+PREFILL_ROWS = 256
+
+
+class KVEngine(ABC):
+    """Verifies trees; a subclass has the forward.
+
+    The rows of all sequences go through the model as one batch row, without padding; only attention tells them apart.
+
+    Args:
+        facts: of the model.
+        vocab_size: width of its logits.
+        layout: of its KV.
+        program: its forward, where that is one compiled call.
+        quantization: see `TorchEngine`.
+        prefix_bytes: KV of finished sequences that is kept for texts that begin alike, in bytes.
+    """
+
+    attention: str  # "tree", or "sdpa" where the model attends by itself
+
+    def __init__(
+        self, facts: Facts, vocab_size: int, layout: KVLayout, program: Program | None, dtype: torch.dtype,
+        quantization: str | None, prefix_bytes: int,
+    ) -> None:  # fmt: skip
+        self.facts, self.vocab_size, self.context = facts, vocab_size, facts.context
+        self.device, self.dtype, self.quantization = layout.device, dtype, quantization
+        self._program, self._storages = program, Storages(layout)
+        self._places: list[int] = []  # of the hidden states that are kept
+        self._kv: dict[int, tuple[Sequence, SequenceKV]] = {}
+        self._branches: dict[int, tuple[Sequence, list[int]]] = {}
+        self._prefixes = PrefixCache(prefix_bytes)
+        for rows in (1, 2):  # compiled before any request waits for it
+            top_logits(torch.zeros(rows, vocab_size, dtype=dtype, device=self.device), min(KEPT, vocab_size))
+
+    # -- what a subclass has ---------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _forward(self, segments: SequenceOf[Segment], upto: Upto) -> torch.Tensor:
+        """Logits [rows, vocab], of the last row or none if they aren't asked for. Writes KV and hidden states."""
+
+    @abstractmethod
+    def _capture(self, places: list[int]) -> None:
+        """Keeps the hidden states ``places`` too, from now on.
+
+        Raises:
+            PairingError: if it can't.
+        """
+
+    @abstractmethod
+    def _outer_layers(self) -> tuple[Any, Any]:
+        """The embedding and the output layer, None where there is none."""
+
+    @property
+    @abstractmethod
+    def config(self) -> PreTrainedConfig:
+        """The model's configuration."""
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """What it runs, where that is a transformers model that attends by itself.
+
+        Raises:
+            ModelError: where it isn't: by default on CPUs.
+        """
+        raise ModelError("here the model doesn't attend by itself: use attention='sdpa'")
+
+    @property
+    def form(self) -> str:
+        """How the forward runs, for `signature`."""
+        return "one call" if self._program else f"{self.attention} attention"
+
+    @property
+    def recorded(self) -> bool:
+        """Whether forwards are recordings on a GPU."""
+        return False
+
+    # -- the protocol ----------------------------------------------------------------------------------------------
+
+    @property
+    def signature(self) -> str:
+        """What the cost of a forward depends on: model, engine, dtype, device and threads."""
+        on_cpu = self.device.type == "cpu"
+        device = f"cpu {torch.get_num_threads()} threads" if on_cpu else torch.cuda.get_device_name(self.device)
+        numbers = self.quantization or str(self.dtype).removeprefix("torch.")
+        return f"{self.facts.size}, {self.form}, {numbers}, {device}"
+
+    @torch.inference_mode()
+    def prefill(self, seq: Sequence) -> int:
+        reused = 0
+        kv = self._kv_of(seq)
+        if not kv.length:
+            live = [(_ids(other, known), known) for other, known in self._kv.values() if known is not kv]
+            reused = self._prefixes.fill(kv, np.array(seq.tokens[:-1]), live)
+        self._read(kv, seq.tokens[kv.length : -1])
+        return reused
+
+    @torch.inference_mode()
+    def verify(
+        self, seqs: SequenceOf[Sequence], trees: SequenceOf[TokenTree], firsts: SequenceOf[int] | None = None
+    ) -> TargetOutput:
+        started = time.perf_counter()
+        firsts = [0] * len(seqs) if firsts is None else list(firsts)
+        segments, starts, start = [], [], 0
+        for seq, tree, first in zip(seqs, trees, firsts, strict=True):
+            kv = self._kv_of(seq)
+            kv.reserve(kv.length + len(tree))
+            starts.append(start)
+            if first < len(tree):
+                segments.append(Segment(kv, tree, first, start))
+            start += len(tree) - first
+        logits = self._forward(segments, "logits")
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        best = None if self._program is None else self._program.best
+        return TargetOutput(logits, starts, firsts, time.perf_counter() - started, best)
+
+    @torch.inference_mode()
+    def commit(self, seqs: SequenceOf[Sequence], paths: SequenceOf[list[int]]) -> None:
+        for seq, path in zip(seqs, paths, strict=True):
+            self._kv_of(seq).commit(path)
+
+    @torch.inference_mode()
+    def keep(self, seq: Sequence, nodes: SequenceOf[int], committed: int) -> None:
+        self._kv_of(seq).keep(nodes, committed)
+
+    def committed(self, seq: Sequence) -> int:
+        if seq.id in self._branches:
+            of, nodes = self._branches[seq.id]
+            return self._kv_of(of).length + len(nodes)
+        return self._kv_of(seq).length
+
+    def branch(self, seq: Sequence, of: Sequence, nodes: SequenceOf[int]) -> None:
+        self._branches[seq.id] = of, list(nodes)
+
+    def release(self, seqs: SequenceOf[Sequence]) -> None:
+        for seq in seqs:
+            self._branches.pop(seq.id, None)
+            if seq.id in self._kv:
+                _, kv = self._kv.pop(seq.id)
+                self._storages.give(self._prefixes.keep(_ids(seq, kv), kv))
+
+    def capture(self, places: SequenceOf[int] | None = None) -> Features:
+        embedding, head = self._outer_layers()
+        if head is None:
+            raise PairingError(f"{self.facts.name} has no output layer, whose inputs heads read")
+        size, num_layers = self.facts.hidden_size, self.facts.num_layers
+        asked = [num_layers] if places is None else list(places)
+        if not all(0 <= place <= num_layers for place in asked):
+            raise PairingError(f"{self.facts.name} has hidden states 0 to {num_layers}, not {asked}")
+        if new := sorted({*asked} - {*self._places}):
+            if self._kv:
+                raise PairingError("hidden states can't be asked for while texts are being decoded")
+            self._capture(new)
+            self._prefixes.clear()
+            self._places = sorted([*self._places, *new])
+            if self._program is not None:
+                self._program.capture(self._places)
+            layout = replace(self._storages.layout, states=len(self._places), width=size, state_dtype=self.dtype)
+            self._storages = Storages(layout)
+
+        def weights(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+            return weights_of(head, ids, size, self.dtype)
+
+        return Features(
+            size, num_layers, embedding, head, weights, draft_linear, self.dtype, self.device, self.recorded
+        )  # fmt: skip
+
+    def hidden(self, seq: Sequence, place: int | None = None) -> torch.Tensor:
+        number = self._places.index(self.facts.num_layers if place is None else place)
+        of, nodes = self._branches.get(seq.id, (seq, []))
+        kv = self._kv_of(of)
+        states = kv.states[number, : kv.length]
+        return torch.cat([states, kv.states[number, [kv.length + node for node in nodes]]]) if nodes else states
+
+    def head_engine(self, head: EagleHead) -> DraftEngine:
+        from tokentree.engines.eagle import EagleEngine  # few need what it imports
+
+        return EagleEngine(head, self)
+
+    @torch.inference_mode()
+    def hidden_states(self, ids: SequenceOf[int], places: SequenceOf[int] | None = None) -> torch.Tensor:
+        """[len(ids), places x hidden size]: the hidden states of a text, beside one another, once `capture` was called
+        for them."""
+        kv = self._storages.layout.make(len(ids))
+        self._read(kv, ids)
+        picked = [self._places.index(place) for place in ([self.facts.num_layers] if places is None else places)]
+        return kv.states[picked, : kv.length].transpose(0, 1).flatten(1)
+
+    def hidden_states_of(
+        self, texts: SequenceOf[SequenceOf[int]], places: SequenceOf[int] | None = None
+    ) -> list[torch.Tensor]:
+        """`hidden_states` of several texts."""
+        return [self.hidden_states(ids, places) for ids in texts]
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of the KV, with all layers."""
+        sizes = [heads * (key_width + value_width) for heads, key_width, value_width in self._storages.layout.shapes]
+        return sum(sizes) * self._storages.layout.dtype.itemsize
+
+    # -- what a forward needs --------------------------------------------------------------------------------------
+
+    def _kv_of(self, seq: Sequence) -> SequenceKV:
+        if seq.id not in self._kv:
+            rows = min(len(seq.prompt_ids) + seq.params.max_tokens, self.context)
+            self._kv[seq.id] = seq, self._storages.take(rows + 64)
+        return self._kv[seq.id][1]
+
+    def _read(self, kv: SequenceKV, ids: SequenceOf[int]) -> None:
+        """Commits rows for ``ids``."""
+        for begin in range(0, len(ids), PREFILL_ROWS):
+            chunk = ids[begin : begin + PREFILL_ROWS]
+            kv.reserve(kv.length + len(chunk))
+            last = self.facts.num_layers in self._places
+            self._forward([Segment(kv, TokenTree.chain(chunk[0], chunk[1:]), 0, 0)], "hidden" if last else "kv")
+            kv.commit(range(len(chunk)))
+
+    def _by_program(self, program: Program, segments: SequenceOf[Segment], upto: Upto) -> torch.Tensor:
+        """`_forward`, in one compiled call."""
+        ids, positions = inputs_of(segments)
+        logits = program.forward(ids, positions, segments, upto)
+        self._keep(segments, program.states)
+        return logits
+
+    def _keep(self, segments: SequenceOf[Segment], states: torch.Tensor | SequenceOf[torch.Tensor]) -> None:
+        """Puts hidden states [rows, hidden size] of each place beside the KV of their rows."""
+        for segment in segments if len(states) else ():
+            first = segment.prefix + segment.first
+            for kept, rows in zip(segment.kv.states, states, strict=True):
+                kept[first : first + segment.count] = rows[segment.start : segment.start + segment.count]
+
+    @torch.inference_mode()
+    def _check_trees(self, own: Mapping[str, torch.Tensor]) -> None:
+        """Raises `ModelError` unless trees give what the model says by itself, see `proof.own_forward`."""
+        got, windows = in_trees(
+            own["tokens"], lambda segment: self._forward([segment], "logits"), self._storages.layout.make(64)
+        )
+        expected = own["logits"]
+        error, spread = float((got - expected).square().mean().sqrt()), float(expected.float().std())
+        few_bits = 0.3 if self.quantization else 0.1
+        itself = self.attention == "sdpa"
+        if not error <= (0.001 if self.dtype in (torch.float32, torch.float64) else few_bits) * spread:
+            way_out = "trees can't be verified with it" if itself else "use attention='sdpa'"
+            raise ModelError(
+                f"{self.facts.name} does not give the same logits under a tree attention mask "
+                f"(off by {error:.3g} where logits spread by {spread:.3g}): {way_out}"
+            )
+        if not itself and windows != set(self.facts.windows.values()):
+            raise ModelError(
+                f"{self.facts.name} does not tell its attention of the sliding window that its configuration has: "
+                "use attention='sdpa'"
+            )
+
+
+def _ids(seq: Sequence, kv: SequenceKV) -> Ints:
+    """The tokens of the committed rows."""
+    return np.array(seq.tokens[: kv.length], np.int64)

@@ -1,0 +1,175 @@
+"""A model whose layers are Llama's, in packed weights: what its `program` computes with, and how that is kept."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from tokentree.engines.fused import FusedAttention, FusedMLP, FusedNorm
+from tokentree.engines.kernels import BLOCK
+from tokentree.engines.linear import PackedEmbedding, PackedLinear, restored
+from tokentree.engines.packing import Packing
+from tokentree.engines.quantized import QuantizedLinear
+from tokentree.engines.steps import Heads, Steps, Turns
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MODELS = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"}  # of transformers, all alike
+
+Kind = type[PackedLinear] | type[QuantizedLinear]
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One layer: the norm before its attention, that, the norm behind it, and a gated MLP."""
+
+    before: FusedNorm
+    attention: FusedAttention
+    after: FusedNorm
+    mlp: FusedMLP
+
+
+@dataclass(frozen=True, eq=False)
+class Llama:
+    """All that a model computes with.
+
+    Args:
+        embedding: of tokens.
+        rotary: makes cosines and sines of positions, see `steps.Turns`.
+        layers: in order.
+        norm: behind them.
+        head: makes logits.
+    """
+
+    embedding: nn.Embedding | PackedEmbedding
+    rotary: nn.Module
+    layers: list[Layer]
+    norm: FusedNorm
+    head: PackedLinear | QuantizedLinear
+
+    @staticmethod
+    def fits(model: PreTrainedModel, packing: Packing) -> bool:
+        """Whether ``model``, as it came, is one, with layers that can be packed so."""
+        if type(model).__name__ not in MODELS or not type(model).__module__.startswith("transformers."):
+            return False
+        body, head = model.model, model.lm_head
+        if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+            return False
+        return (
+            packing.fits(head)
+            and Steps.embeds(body.embed_tokens)
+            and FusedNorm.fits(body.norm)
+            and all(
+                FusedAttention.fits(layer.self_attn, packing)
+                and FusedMLP.fits(layer.mlp, packing)
+                and FusedNorm.fits(layer.input_layernorm)
+                and FusedNorm.fits(layer.post_attention_layernorm)
+                and not any(part.out_features % BLOCK for part in _products(layer))
+                for layer in body.layers
+            )
+        )
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Llama:
+        """Of one that `fits`, whose modules were exchanged for packed ones."""
+        body: Any = model.model
+        layers = [
+            Layer(layer.input_layernorm, layer.self_attn, layer.post_attention_layernorm, layer.mlp)
+            for layer in body.layers
+        ]
+        return cls(body.embed_tokens, body.rotary_emb, layers, body.norm, model.lm_head)
+
+    def state(self) -> dict[str, Any] | None:
+        """What `of_state` makes a model of: tensors, numbers and their names. None if its positions depend on the
+        length of a text, which only the model's own module knows how to compute."""
+        if not Turns.fixed(self.rotary):
+            return None
+        packed, turns = isinstance(self.embedding, PackedEmbedding), asdict(Rotation.of(self.rotary))
+        embedding = {
+            "packed": packed, "weight": self.embedding.weight.detach(), "count": self.embedding.num_embeddings
+        }  # fmt: skip
+        layers = [
+            {
+                "before": _norm(layer.before), "after": _norm(layer.after),
+                "attention": {name: getattr(layer.attention, name) for name in Heads.__annotations__},
+                "qkv": layer.attention.qkv.state(), "o_proj": layer.attention.o_proj.state(),
+                "gate_up": layer.mlp.gate_up.state(), "down_proj": layer.mlp.down_proj.state(),
+            }
+            for layer in self.layers
+        ]  # fmt: skip
+        return {
+            "embedding": embedding, "rotary": turns, "layers": layers, "norm": _norm(self.norm),
+            "head": self.head.state(),
+        }  # fmt: skip
+
+    @classmethod
+    def of_state(cls, state: dict[str, Any], kind: Kind) -> Llama:
+        """A model that is kept, whose linear layers are of this kind.
+
+        Raises:
+            KeyError: if something is missing.
+        """
+        table, layers = state["embedding"], list[Layer]()
+        if table["packed"]:
+            embedding: Any = restored(PackedEmbedding, {"weight": table["weight"], "num_embeddings": table["count"]})
+        else:
+            embedding = nn.Embedding.from_pretrained(table["weight"])
+        for part in state["layers"]:
+            linear = {name: kind.of_state(part[name]) for name in ("qkv", "o_proj", "gate_up", "down_proj")}
+            attention = {"qkv": linear["qkv"], "o_proj": linear["o_proj"], **part["attention"]}
+            mlp = {"gate_up": linear["gate_up"], "down_proj": linear["down_proj"]}
+            layers.append(
+                Layer(
+                    FusedNorm.of_state(part["before"]), restored(FusedAttention, attention),
+                    FusedNorm.of_state(part["after"]), restored(FusedMLP, mlp),
+                )
+            )  # fmt: skip
+        rotary, norm = Rotary(Rotation(**state["rotary"])), FusedNorm.of_state(state["norm"])
+        return cls(embedding, rotary, layers, norm, kind.of_state(state["head"]))
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """How positions turn pairs of numbers (Su et al. 2021, arXiv:2104.09864).
+
+    Args:
+        frequencies: float32[width / 2], radians for a position.
+        scale: of cosines and sines.
+    """
+
+    frequencies: torch.Tensor
+    scale: float
+
+    @classmethod
+    def of(cls, rotary: nn.Module) -> Rotation:
+        """Of a transformers model's module whose positions are `Turns.fixed`."""
+        own: Any = rotary
+        return cls(own.inv_freq.detach().float(), float(own.attention_scaling))
+
+
+class Rotary(nn.Module):
+    """Does as a transformers model's own module."""
+
+    def __init__(self, rotation: Rotation) -> None:
+        super().__init__()
+        self._rotation = rotation
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines [texts, n, width] of ``positions`` int64[texts, n], in the type of ``x``."""
+        turns = positions[..., None].float() * self._rotation.frequencies
+        turns = torch.cat([turns, turns], -1)
+        scale = self._rotation.scale
+        return (turns.cos() * scale).to(x.dtype), (turns.sin() * scale).to(x.dtype)
+
+
+def _norm(norm: FusedNorm) -> dict[str, Any]:
+    return {"weight": norm.weight, "eps": float(norm.eps)}
+
+
+def _products(layer: Any) -> list[nn.Linear]:
+    attention, mlp = layer.self_attn, layer.mlp
+    return [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.up_proj, mlp.down_proj]

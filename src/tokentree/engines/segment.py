@@ -1,0 +1,85 @@
+"""The rows of one sequence in a forward: the nodes of a tree behind committed KV."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from tokentree.engines.kv import SequenceKV
+from tokentree.tree import Ints, TokenTree
+
+Upto = Literal["kv", "hidden", "logits"]  # how far a forward goes
+
+
+@dataclass(eq=False)
+class Segment:
+    """The rows of one sequence in a forward.
+
+    Args:
+        kv: its KV; the rows of the tree's nodes follow the committed ones, node j at row ``kv.length + j``.
+        tree: all nodes.
+        first: the first node to compute; nodes before it have their KV already.
+        start: its row in the forward's input.
+    """
+
+    kv: SequenceKV
+    tree: TokenTree
+    first: int
+    start: int
+    windows: set[int | None] = field(default_factory=set, init=False)  # those that layers asked for
+    _paths: Ints | None = field(default=None, init=False, repr=False)
+
+    @property
+    def count(self) -> int:
+        return len(self.tree) - self.first
+
+    @property
+    def prefix(self) -> int:
+        return self.kv.length
+
+    @property
+    def positions(self) -> np.ndarray:
+        """int64[count]: absolute positions of the computed nodes, prefix + depth."""
+        return self.prefix + self.tree.depths[self.first :]
+
+    def visible(self, window: int | None) -> np.ndarray:
+        """bool[count, prefix + nodes]: which KV rows each computed node sees; ``window`` counts positions."""
+        ancestors = self.tree.mask[self.first :]
+        seen = np.concatenate([np.ones((self.count, self.prefix), np.bool_), ancestors], axis=1)
+        if window is not None:
+            row_positions = np.concatenate([np.arange(self.prefix), self.prefix + self.tree.depths])
+            seen &= self.positions[:, None] - row_positions < window
+        return seen
+
+    @property
+    def paths(self) -> Ints:
+        """int64[count, 1 + longest]: how many nodes the path to each computed node has, then their KV rows; these are
+        left out for a chain, whose rows lie where they will lie once committed."""
+        if self._paths is None:
+            depths = self.tree.depths[self.first :]
+            if self.tree.is_chain:
+                self._paths = depths[:, None] + 1
+            else:
+                self._paths = np.zeros((self.count, 2 + int(depths.max())), np.int64)
+                self._paths[:, 0] = depths + 1
+                node, ancestor = np.nonzero(self.tree.mask[self.first :])
+                self._paths[node, 1 + self.tree.depths[ancestor]] = self.prefix + ancestor
+        return self._paths
+
+    def described(self, layer: int) -> list[int]:
+        """What `attend` is told of a segment, at ``layer``."""
+        (keys, values), paths = self.kv.layer(layer), self.paths
+        return [
+            keys.data_ptr(), values.data_ptr(), values.shape[1], self.prefix, self.count, self.start,
+            paths.ctypes.data, paths.shape[1] - 1, self.tree.is_chain, self.first, *self.kv.layer_bytes(layer),
+        ]  # fmt: skip
+
+
+def inputs_of(segments: SequenceOf[Segment], padding: int = 0) -> tuple[Ints, Ints]:
+    """The tokens and positions of all rows of a forward, int64[rows], and so many zeros behind them."""
+    nothing = np.zeros(padding, np.int64)
+    ids = np.concatenate([*(segment.tree.tokens[segment.first :] for segment in segments), nothing])
+    return ids, np.concatenate([*(segment.positions for segment in segments), nothing])
