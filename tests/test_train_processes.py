@@ -29,7 +29,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_train_what_one_does(kind: str, tmp_path: Path) -> None:
-    model = save_model(tmp_path / "model", tiny("llama", vocab_size=300), tiny_tokenizer())
+    model = save_model(tmp_path / "model", tiny("llama", vocab_size=300, num_hidden_layers=8), tiny_tokenizer())
     data = tmp_path / "data.jsonl"
     texts = [
         " ".join(f"{word} {place}" for word in ("a tree", "an owl", "rain") * (2 + place % 3)) for place in range(80)
