@@ -34,7 +34,7 @@ def _teach(rates: Rates, draft: Draft, hits: list[bool], times: int = 1, request
     """``hits`` says of each node below the root whether it was right."""
     request = request or rates.new_request()
     for _ in range(times):
-        rates.learn(rates.cells(draft), list(range(1, len(draft))), hits, request)
+        rates.learn(rates.cells(draft), np.arange(1, len(draft)), np.array(hits), request)
 
 
 @given(probs)

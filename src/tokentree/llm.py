@@ -311,7 +311,7 @@ class LLM:
         if params.stop and self.tokenizer is None:
             raise PromptError("stop strings need a tokenizer: pass tokenizer=, or use stop_token_ids")
         seed = params.seed if params.seed is not None else secrets.randbits(63)
-        detokenizer = self.detokenizer() if self.tokenizer is not None else None
+        detokenizer = self.detokenizer() if params.stop else None
         noise = seeded_noise(seed, sample)
         context = self.engine.context
         return Sequence(ids, params, noise, context, self.eos_ids, detokenizer, references=references)
@@ -340,8 +340,12 @@ class LLM:
     def result(self, seq: Sequence) -> Result:
         """What ``seq`` came to so far."""
         text = ""
-        if seq.detokenizer is not None:
-            whole = seq.detokenizer.copy()
+        if self.tokenizer is not None:
+            if seq.detokenizer is None:  # no stop string made it read along
+                whole = self.detokenizer()
+                whole.push(seq.output_ids)
+            else:
+                whole = seq.detokenizer.copy()
             whole.finish()
             text = whole.text[: seq.text_end]
         logprobs = seq.logprobs if seq.params.logprobs is not None else None

@@ -1,3 +1,5 @@
+# numba gives every scalar a type of its own, which annotations can't follow:
+# mypy: disable-error-code="index,assignment"
 """The token tree: candidate continuations of one text, as numpy arrays.
 
 Node 0 is the *root*, the last token of the text so far. Every other node is a candidate token that follows its
@@ -7,10 +9,11 @@ parent. A path from the root is one candidate continuation; a chain is a tree wi
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 from tokentree.errors import TreeError
@@ -34,22 +37,20 @@ class TokenTree:
 
     tokens: Ints
     parents: Ints
-    _places: dict[tuple[int, int], int] = field(init=False, repr=False)  # (parent, token) -> node
 
     def __post_init__(self) -> None:
         tokens = np.array(self.tokens, dtype=np.int64)
         parents = np.array(self.parents, dtype=np.int64)
         if tokens.ndim != 1 or tokens.shape != parents.shape or tokens.size == 0:
             raise TreeError("a token tree needs as many parents as tokens, and at least a root")
-        if parents[0] != -1 or (parents[1:] < 0).any() or (parents[1:] >= np.arange(1, tokens.size)).any():
+        fault = _fault(tokens, parents)
+        if fault == DISORDER:
             raise TreeError("parents must come before their children, and only node 0 is without one")
-        places = {place: node for node, place in enumerate(zip(parents.tolist(), tokens.tolist(), strict=True))}
-        if len(places) < tokens.size:
+        if fault == TWINS:
             raise TreeError("siblings must carry different tokens")
         tokens.flags.writeable = parents.flags.writeable = False
         object.__setattr__(self, "tokens", tokens)
         object.__setattr__(self, "parents", parents)
-        object.__setattr__(self, "_places", places)
 
     # -- ways to make one ---------------------------------------------------------------------------------------
 
@@ -146,10 +147,7 @@ class TokenTree:
     @cached_property
     def depths(self) -> Ints:
         """int64[n]: the root has depth 0."""
-        depths = np.zeros(len(self), dtype=np.int64)
-        for node in range(1, len(self)):
-            depths[node] = depths[self.parents[node]] + 1
-        return depths
+        return _depths(self.parents)
 
     @cached_property
     def mask(self) -> Bools:
@@ -169,11 +167,16 @@ class TokenTree:
 
     def child(self, node: int, token: int) -> int | None:
         """The child of ``node`` that carries ``token``, if there is one."""
-        return self._places.get((node, token))
+        found = _child(self.tokens, self.parents, node, token)
+        return None if found < 0 else found
 
     def is_leaf(self, node: int) -> bool:
         """Whether ``node`` has no children."""
-        return not (self.parents == node).any()
+        return node not in self._inner
+
+    @cached_property
+    def _inner(self) -> frozenset[int]:
+        return frozenset(self.parents.tolist())
 
     @cached_property
     def leaves(self) -> Ints:
@@ -226,3 +229,44 @@ class TokenTree:
         if (parents[1:] < 0).any():
             raise TreeError("a part of a tree holds the parent of each of its nodes")
         return TokenTree(self.tokens[nodes], parents)
+
+
+# -- the loops, compiled by numba --------------------------------------------------------------------------------------
+
+SOUND, DISORDER, TWINS = range(3)
+
+
+@njit(cache=True)
+def _fault(tokens: Ints, parents: Ints) -> int:
+    """What is wrong with these arrays."""
+    if parents[0] != -1:
+        return DISORDER
+    latest, before = np.zeros(len(tokens), np.int64), np.zeros(len(tokens), np.int64)  # children: one, and those before
+    for node in range(1, len(tokens)):
+        parent = parents[node]
+        if not 0 <= parent < node:
+            return DISORDER
+        sibling = latest[parent]
+        while sibling:
+            if tokens[sibling] == tokens[node]:
+                return TWINS
+            sibling = before[sibling]
+        latest[parent], before[node] = node, latest[parent]
+    return SOUND
+
+
+@njit(cache=True)
+def _depths(parents: Ints) -> Ints:
+    depths = np.zeros(len(parents), np.int64)
+    for node in range(1, len(parents)):
+        depths[node] = depths[parents[node]] + 1
+    return depths
+
+
+@njit(cache=True)
+def _child(tokens: Ints, parents: Ints, node: int, token: int) -> int:
+    """The child of ``node`` with that token, or -1."""
+    for child in range(node + 1, len(tokens)):
+        if parents[child] == node and tokens[child] == token:
+            return child
+    return -1

@@ -59,7 +59,6 @@ class ReadyEngine(KVEngine):
     def config(self) -> PreTrainedConfig:
         return config_of(self._settings)
 
-    @torch.inference_mode()
     def _forward(self, segments: SequenceOf[Segment], upto: Upto) -> torch.Tensor:
         return self._by_program(self._run, segments, upto)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+from numba import njit
 
 from tokentree.engines.kv import SequenceKV
 from tokentree.tree import Ints, TokenTree
@@ -59,14 +60,10 @@ class Segment:
         """int64[count, 1 + longest]: how many nodes the path to each computed node has, then their KV rows; these are
         left out for a chain, whose rows lie where they will lie once committed."""
         if self._paths is None:
-            depths = self.tree.depths[self.first :]
             if self.tree.is_chain:
-                self._paths = depths[:, None] + 1
+                self._paths = self.tree.depths[self.first :, None] + 1
             else:
-                self._paths = np.zeros((self.count, 2 + int(depths.max())), np.int64)
-                self._paths[:, 0] = depths + 1
-                node, ancestor = np.nonzero(self.tree.mask[self.first :])
-                self._paths[node, 1 + self.tree.depths[ancestor]] = self.prefix + ancestor
+                self._paths = _paths(self.tree.parents, self.tree.depths, self.first, self.prefix)
         return self._paths
 
     def described(self, layer: int) -> list[int]:
@@ -83,3 +80,15 @@ def inputs_of(segments: SequenceOf[Segment], padding: int = 0) -> tuple[Ints, In
     nothing = np.zeros(padding, np.int64)
     ids = np.concatenate([*(segment.tree.tokens[segment.first :] for segment in segments), nothing])
     return ids, np.concatenate([*(segment.positions for segment in segments), nothing])
+
+
+@njit(cache=True)
+def _paths(parents: Ints, depths: Ints, first: int, prefix: int) -> Ints:
+    paths = np.zeros((len(parents) - first, 2 + depths[first:].max()), np.int64)
+    for node in range(first, len(parents)):
+        own, ancestor = paths[node - first], node
+        own[0] = depths[node] + 1
+        while ancestor >= 0:
+            own[1 + depths[ancestor]] = prefix + ancestor
+            ancestor = parents[ancestor]
+    return paths

@@ -150,7 +150,6 @@ class TorchEngine(KVEngine):
 
     # -- one forward -----------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def _forward(self, segments: SequenceOf[Segment], upto: Upto) -> torch.Tensor:
         if self._program is not None:
             return self._by_program(self._program, segments, upto)

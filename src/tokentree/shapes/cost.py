@@ -1,12 +1,16 @@
+# numba gives every scalar a type of its own, which annotations can't follow:
+# mypy: disable-error-code="index,assignment"
 """Trees sized by what they cost and what they bring on this machine, for this text."""
 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 from tokentree.draft import Draft
@@ -15,7 +19,7 @@ from tokentree.sequence import Accepted, Sequence
 from tokentree.shapes.base import Shape
 from tokentree.shapes.curve import CostCurve
 from tokentree.shapes.pause import Pause
-from tokentree.shapes.rates import Ahead, Cells, Rates
+from tokentree.shapes.rates import Ahead, Cells, Rates, tried
 from tokentree.tree import Floats, Ints
 
 PACE = 0.1
@@ -68,6 +72,7 @@ class Cost(Shape):
         self._worth = HOPE  # lately: tokens per second with drafts, relative to what they would be without
         self._levels, self._drafts = Pause(*LEVELS_PAUSE), Pause(*DRAFTS_PAUSE)
         self._resting = False
+        _compile()
 
     def use_curve(self, curve: CostCurve) -> None:
         """Replaces the guess by a measured curve."""
@@ -147,28 +152,21 @@ class Cost(Shape):
         drawn = [draft.sampled is not None for draft in drafts]
         rows = sum(len(draft) if whole else 1 for draft, whole in zip(drafts, drawn, strict=True))
         tokens = sum(float(joint.sum()) if whole else 1.0 for joint, whole in zip(joints, drawn, strict=True))
-        offers = [joint[1:] if not whole else joint[:0] for joint, whole in zip(joints, drawn, strict=True)]
-        offered = np.concatenate(offers)
+        offers = [joint[:0] if whole else joint[1:] for joint, whole in zip(joints, drawn, strict=True)]
+        offered, ends = np.concatenate(offers), np.cumsum([len(offer) for offer in offers])
         spent = self._overhead + _level_seconds(drafts)
-        times = spent + self.curve.upto(rows + len(offered), len(seqs))[rows:]
-        order = np.argsort(-offered, kind="stable")  # parents stay before their children
-        gains = np.concatenate([[0.0], np.cumsum(offered[order])])
-        expected = tokens + self._trust * gains
-        taken = int(np.argmax(expected / times[: len(order) + 1]))
-        plain = len(seqs) / self.curve.seconds(len(seqs), len(seqs))
-        self._worth += PACE * (float(expected[taken] / times[taken]) / plain - self._worth)
-        self._promised = float(gains[taken])
+        times = self.curve.upto(rows + len(offered), len(seqs))
+        keep, taken, pace, self._promised = _best(
+            offered, ends, self._nodes - 1, rows, tokens, self._trust, spent, times
+        )
+        self._worth += PACE * (pace * float(times[len(seqs)]) / len(seqs) - self._worth)
         used = (rows + taken) / len(seqs)
         self._typical += (PACE if used < self._typical else 0.5) * (used - self._typical)
         self.max_nodes = min(self._nodes, max(LEAST_OFFER, int(2 * self._typical)))
-        keep = np.zeros(len(offered), np.bool_)
-        keep[order[:taken]] = True
         cut, start = [], 0
-        for draft, offer, whole in zip(drafts, offers, drawn, strict=True):
-            nodes = np.flatnonzero(keep[start : start + len(offer)])
-            best = np.sort(nodes[np.argsort(-offer[nodes], kind="stable")[: self._nodes - 1]]) + 1
-            cut.append(draft if whole else draft.take([0, *best.tolist()]))
-            start += len(offer)
+        for draft, whole, end in zip(drafts, drawn, ends.tolist(), strict=True):
+            cut.append(draft if whole else draft.take([0, *(np.flatnonzero(keep[start:end]) + 1).tolist()]))
+            start = end
         return cut
 
     def observe(
@@ -202,25 +200,17 @@ class Cost(Shape):
 
     def _learn(self, request: _Request, draft: Draft, step: Accepted) -> None:
         """From every candidate whose parent was right, taken or not."""
-        node, nodes, hits = 0, list[int](), list[bool]()
-        for token in step.tokens:
-            children = [child for child, parent in enumerate(draft.parents) if parent == node]
-            if not children:
-                break
-            right = [draft.tokens[child] == token for child in children]
-            nodes += children
-            hits += right
-            if not any(right):
-                break
-            node = children[right.index(True)]
-        if nodes:
-            depths, ranks = np.array(draft.depths)[nodes], np.array(draft.ranks)[nodes]
-            if draft.sampled is None:
-                paid = (np.array(draft.sources)[nodes] & draft.paid) > 0
-                self._picked.learn(depths[paid], ranks[paid], np.array(hits)[paid])
-                self.rates.learn(request.cells, nodes, hits, request.local)
-            else:
-                self._drawn.learn(0 * depths, ranks, np.array(hits))
+        nodes, hits = tried(draft, step.tokens)
+        if not len(nodes):
+            return
+        if draft.sampled is not None:
+            self._drawn.learn(0 * nodes, np.array(draft.ranks)[nodes], hits)
+            return
+        self.rates.learn(request.cells, nodes, hits, request.local)
+        if draft.paid:
+            depths, ranks, sources = np.array([draft.depths, draft.ranks, draft.sources])[:, nodes]
+            paid = (sources & draft.paid) > 0
+            self._picked.learn(depths[paid], ranks[paid], hits[paid])
 
     # -- what it believes ------------------------------------------------------------------------------------------
 
@@ -269,6 +259,46 @@ class Cost(Shape):
 def _level_seconds(drafts: list[Draft]) -> float:
     """What the levels of a batch's drafts took; each draft knows its share of a level."""
     return sum(draft.level_seconds * draft.levels for draft in drafts)
+
+
+@functools.cache
+def _compile() -> None:
+    """Before any request waits for it."""
+    rates, draft = Rates(), Draft.grown(0, np.array([1]), np.array([0]), np.array([0.5]))
+    cells, request = rates.cells(draft), rates.new_request()
+    rates.estimate(draft, cells, request)
+    rates.learn(cells, *tried(draft, [1]), request)
+    draft.tree.child(0, 1)
+    _best(np.array([0.5]), np.array([1]), 1, 1, 1.0, 1.0, 0.0, np.ones(3))
+
+
+@njit(cache=True)
+def _best(
+    offered: Floats, ends: Ints, most: int, rows: int, tokens: float, trust: float, spent: float, times: Floats
+) -> tuple[NDArray[np.bool_], int, float, float]:  # fmt: skip
+    """Which candidates to take: whether each is, how many, tokens per second then, and the tokens that they promise.
+
+    Args:
+        offered: how probable each of the candidates is, those of a draft behind one another, up to ``ends``.
+        most: that one draft may keep.
+        rows, tokens: of the forward without any of them.
+        trust: what candidates bring, relative to what they promise.
+        spent: seconds beside the forward.
+        times: of forwards, by their rows.
+    """
+    order = np.argsort(-offered, kind="mergesort")  # parents stay before their children
+    taken, promised, total, pace = 0, 0.0, 0.0, tokens / (spent + times[rows])
+    for count in range(1, len(order) + 1):
+        total += offered[order[count - 1]]
+        now = (tokens + trust * total) / (spent + times[rows + count])
+        if now > pace:
+            taken, promised, pace = count, total, now
+    keep, kept = np.zeros(len(offered), np.bool_), np.zeros(len(ends), np.int64)
+    for candidate in order[:taken]:
+        draft = np.searchsorted(ends, candidate, side="right")
+        keep[candidate] = kept[draft] < most
+        kept[draft] += 1
+    return keep, taken, pace, promised
 
 
 @dataclass(frozen=True, eq=False)
