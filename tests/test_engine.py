@@ -38,7 +38,7 @@ from transformers import (
 from transformers.activations import GELUTanh, SiLUActivation
 
 from tests.tiny_models import FAMILIES, VOCAB, full_logits, randomised, request, some_tokens, some_tree, tiny
-from tokentree.engines import torch as engine_module
+from tokentree.engines import kv_engine
 from tokentree.engines.kernels import BLOCK
 from tokentree.engines.prepare import SteadyActivation
 from tokentree.engines.torch import TorchEngine
@@ -362,7 +362,7 @@ def test_prefill_in_chunks_equals_prefill_at_once(family: str, attention: str, m
     tree = some_tree(tokens[-1], 6)
     at_once = verified(engine, request(tokens), tree)
     for rows in (1, 7, 64):
-        monkeypatch.setattr(engine_module, "PREFILL_ROWS", rows)
+        monkeypatch.setattr(kv_engine, "PREFILL_ROWS", rows)
         assert_same(verified(engine, request(tokens), tree), at_once, family, attention)
 
 

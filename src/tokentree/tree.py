@@ -167,8 +167,11 @@ class TokenTree:
 
     def child(self, node: int, token: int) -> int | None:
         """The child of ``node`` that carries ``token``, if there is one."""
-        found = _child(self.tokens, self.parents, node, token)
-        return None if found < 0 else found
+        return self._places.get((node, token))
+
+    @cached_property
+    def _places(self) -> dict[tuple[int, int], int]:
+        return {place: node for node, place in enumerate(zip(self.parents.tolist(), self.tokens.tolist(), strict=True))}
 
     def is_leaf(self, node: int) -> bool:
         """Whether ``node`` has no children."""
@@ -261,12 +264,3 @@ def _depths(parents: Ints) -> Ints:
     for node in range(1, len(parents)):
         depths[node] = depths[parents[node]] + 1
     return depths
-
-
-@njit(cache=True)
-def _child(tokens: Ints, parents: Ints, node: int, token: int) -> int:
-    """The child of ``node`` with that token, or -1."""
-    for child in range(node + 1, len(tokens)):
-        if parents[child] == node and tokens[child] == token:
-            return child
-    return -1

@@ -13,7 +13,7 @@ from tokentree.engines.fused import FusedNorm
 from tokentree.engines.kernels import BLOCK
 from tokentree.engines.packing import Packing
 from tokentree.engines.quantized import QuantizedLinear
-from tokentree.engines.segment import Segment
+from tokentree.engines.segment import Segment, end_of
 from tokentree.engines.steps import Behind, Steps, Turns
 from tokentree.heads.eagle import EagleHead
 from tokentree.tree import Ints
@@ -102,7 +102,7 @@ class EagleProgram(Steps):
             self._steps[-1, 1 + self._lm_head.RESULT] = logits.data_ptr()
             logits = logits[:, : self._lm_head.num_outputs]
         first = self._fusing if isinstance(known, torch.Tensor) else 0
-        self.run(len(self._steps), segments, self._turns.at(positions), ids, first)
+        self.run(len(self._steps), segments, self._turns.at(positions, end_of(segments)), ids, first)
         return self._residual[:rows].clone(), logits
 
     def build(self) -> list[list[int]]:

@@ -54,6 +54,7 @@ class SequenceKV:
 
     def __init__(self, layout: KVLayout, capacity: int) -> None:
         self.length = 0
+        self._addresses: dict[int, tuple[int, ...]] = {}
         self._layout = layout
         self._capacity = 0
         kinds = [(shape, layer if layout.fixed else 0) for layer, shape in enumerate(layout.shapes)]
@@ -83,6 +84,7 @@ class SequenceKV:
         states = self.states.new_empty(len(self.states), capacity, self.states.shape[2])
         states[:, : self.states.shape[1]] = self.states
         self._keys, self._values, self.states, self._capacity = keys, values, states, capacity
+        self._addresses = {}
 
     def _empty_keys(self, layers: int, heads: int, capacity: int, width: int) -> torch.Tensor:
         return torch.zeros(layers, heads, capacity, width, dtype=self._layout.dtype, device=self._layout.device)
@@ -100,11 +102,15 @@ class SequenceKV:
         group, index = self._where[layer]
         return self._keys[group][index], self._values[group][index]
 
-    def layer_bytes(self, layer: int) -> tuple[int, int]:
-        """How far the keys and the values of one layer lie from those of the next that has the same shape, in bytes."""
-        group, _ = self._where[layer]
-        keys, values = self._keys[group], self._values[group]
-        return keys.stride(0) * keys.element_size(), values.stride(0) * values.element_size()
+    def addresses(self, layer: int) -> tuple[int, ...]:
+        """Where the keys and the values of ``layer`` lie, and how far from those of the next one that has the same
+        shape, in bytes."""
+        if layer not in self._addresses:
+            group, _ = self._where[layer]
+            own, all_layers = self.layer(layer), (self._keys[group], self._values[group])
+            steps = [stored.stride(0) * stored.element_size() for stored in all_layers]
+            self._addresses[layer] = *(stored.data_ptr() for stored in own), *steps
+        return self._addresses[layer]
 
     @property
     def num_layers(self) -> int:

@@ -57,6 +57,7 @@ class KVEngine(ABC):
         self.facts, self.vocab_size, self.context = facts, vocab_size, facts.context
         self.device, self.dtype, self.quantization = layout.device, dtype, quantization
         self._program, self._storages = program, Storages(layout)
+        self._on_gpu = layout.device.type == "cuda"
         self._places: list[int] = []  # of the hidden states that are kept
         self._kv: dict[int, tuple[Sequence, SequenceKV]] = {}
         self._branches: dict[int, tuple[Sequence, list[int]]] = {}
@@ -141,7 +142,7 @@ class KVEngine(ABC):
                 segments.append(Segment(kv, tree, first, start))
             start += len(tree) - first
         logits = self._forward(segments, "logits")
-        if self.device.type == "cuda":
+        if self._on_gpu:
             torch.cuda.synchronize(self.device)
         best = None if self._program is None else self._program.best
         return TargetOutput(logits, starts, firsts, time.perf_counter() - started, best)
@@ -256,7 +257,7 @@ class KVEngine(ABC):
 
     def _keep(self, segments: SequenceOf[Segment], states: torch.Tensor | SequenceOf[torch.Tensor]) -> None:
         """Puts hidden states [rows, hidden size] of each place beside the KV of their rows."""
-        for segment in segments if len(states) else ():
+        for segment in segments if self._places else ():
             first = segment.prefix + segment.first
             for kept, rows in zip(segment.kv.states, states, strict=True):
                 kept[first : first + segment.count] = rows[segment.start : segment.start + segment.count]

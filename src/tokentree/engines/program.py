@@ -9,7 +9,7 @@ import torch
 
 from tokentree.engines.base import KEPT
 from tokentree.engines.llama import Llama
-from tokentree.engines.segment import Segment, Upto
+from tokentree.engines.segment import Segment, Upto, end_of
 from tokentree.engines.steps import BEST, Behind, Steps, Turns
 from tokentree.tree import Ints
 
@@ -53,10 +53,11 @@ class Program(Steps):
         logits = torch.empty(len(ids) if upto == "logits" else 0, len(self._head.start), dtype=torch.bfloat16)
         count = {"kv": self._up_to_kv, "hidden": len(self._steps) - 2, "logits": len(self._steps)}[upto]
         if upto == "logits":
-            self.best = np.empty((len(ids), self._kept), np.float32), np.empty((len(ids), self._kept), np.int64)
-        self._steps[-2, 1 + self._head.RESULT] = self._steps[-1, 1] = logits.data_ptr()
-        self._steps[-1, 5:7] = [found.ctypes.data for found in self.best]
-        self.run(count, segments, self._turns.at(positions), ids)
+            values, tokens = (torch.empty(len(ids), self._kept, dtype=kind) for kind in (torch.float32, torch.int64))
+            self._steps[-2, 1 + self._head.RESULT] = self._steps[-1, 1] = logits.data_ptr()
+            self._steps[-1, 5:7] = values.data_ptr(), tokens.data_ptr()
+            self.best = values.numpy(), tokens.numpy()
+        self.run(count, segments, self._turns.at(positions, end_of(segments)), ids)
         return logits if logits.shape[1] == self._head.num_outputs else logits[:, : self._head.num_outputs].contiguous()
 
     def build(self) -> list[list[int]]:

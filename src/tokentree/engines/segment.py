@@ -68,18 +68,25 @@ class Segment:
 
     def described(self, layer: int) -> list[int]:
         """What `attend` is told of a segment, at ``layer``."""
-        (keys, values), paths = self.kv.layer(layer), self.paths
+        (keys, values, keys_step, values_step), paths = self.kv.addresses(layer), self.paths
         return [
-            keys.data_ptr(), values.data_ptr(), values.shape[1], self.prefix, self.count, self.start,
-            paths.ctypes.data, paths.shape[1] - 1, self.tree.is_chain, self.first, *self.kv.layer_bytes(layer),
+            keys, values, self.kv.capacity, self.prefix, self.count, self.start,
+            paths.ctypes.data, paths.shape[1] - 1, self.tree.is_chain, self.first, keys_step, values_step,
         ]  # fmt: skip
 
 
 def inputs_of(segments: SequenceOf[Segment], padding: int = 0) -> tuple[Ints, Ints]:
     """The tokens and positions of all rows of a forward, int64[rows], and so many zeros behind them."""
+    if len(segments) == 1 and not padding:
+        return segments[0].tree.tokens[segments[0].first :].copy(), segments[0].positions
     nothing = np.zeros(padding, np.int64)
     ids = np.concatenate([*(segment.tree.tokens[segment.first :] for segment in segments), nothing])
     return ids, np.concatenate([*(segment.positions for segment in segments), nothing])
+
+
+def end_of(segments: SequenceOf[Segment]) -> int:
+    """A position behind those of all rows."""
+    return max(segment.prefix + len(segment.tree) for segment in segments)
 
 
 @njit(cache=True)

@@ -100,11 +100,11 @@ class Turns:
         """Whether they are the same for texts of any length."""
         return getattr(rotary, "rope_type", None) not in ("dynamic", "longrope")
 
-    def at(self, positions: Ints) -> tuple[torch.Tensor, torch.Tensor, Ints]:
-        """Cosines and sines, bfloat16[n, width], and which of them are those of ``positions`` int64[rows]."""
+    def at(self, positions: Ints, end: int) -> tuple[torch.Tensor, torch.Tensor, Ints]:
+        """Cosines and sines, bfloat16[n, width], and which of them are those of ``positions`` int64[rows], all below
+        ``end``."""
         if not self.fixed(self._rotary):
             return *self._computed(torch.from_numpy(positions)), np.arange(len(positions))
-        end = int(positions.max()) + 1
         if end > len(self._cos):
             self._cos, self._sin = self._computed(torch.arange(max(1024, 1 << (end - 1).bit_length())))
         return self._cos, self._sin, positions

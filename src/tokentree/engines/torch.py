@@ -155,7 +155,7 @@ class TorchEngine(KVEngine):
             return self._by_program(self._program, segments, upto)
         if self._graph is not None and upto != "kv" and self._graph.fits(segments):
             logits, states = self._graph.forward(segments)
-            self._keep(segments, states if self._places else [])
+            self._keep(segments, states)
             return logits
         rows = sum(segment.count for segment in segments)
         padding = max(0, self._min_rows - rows)

@@ -268,7 +268,6 @@ def _compile() -> None:
     cells, request = rates.cells(draft), rates.new_request()
     rates.estimate(draft, cells, request)
     rates.learn(cells, *tried(draft, [1]), request)
-    draft.tree.child(0, 1)
     _best(np.array([0.5]), np.array([1]), 1, 1, 1.0, 1.0, 0.0, np.ones(3))
 
 
