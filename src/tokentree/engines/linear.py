@@ -185,7 +185,7 @@ def multiply_bfloat16(call, rows, threads, counter):
     """
     weights, x, x_stride, start, y, y_stride, steps, blocks, gated = call[:BFLOAT16_CALL]
     sums = np.empty((1 + gated, rows, BLOCK), np.float32)
-    share = -(-blocks // (CHUNKS * threads))
+    share = max(1, blocks // (CHUNKS * threads))
     while True:
         first = claim(counter) * share
         if first >= blocks:

@@ -189,7 +189,7 @@ def _multiply(tile):
         weights, x, x_stride, y, y_stride, groups, steps, blocks, gated, scales, totals, start = call[:CALL]
         strip = steps * 4 * BLOCK + 4 * BLOCK
         sums = np.empty((1 + gated, rows, BLOCK), np.float32)
-        share = -(-blocks // (CHUNKS * threads))
+        share = max(1, blocks // (CHUNKS * threads))
         while True:
             first = claim(counter) * share
             if first >= blocks:

@@ -46,11 +46,10 @@ def add(bits, more):
 
 
 @numba.njit
-def turn(bits, cos, sin, result):
+def turn(bits, cos, sin, result, scratch, rounded):
     """Rotary positions: float32 x * cos + rotate_half(x) * sin, each product and the sum rounded. ``cos`` and ``sin``
-    are float32."""
-    width, half = len(bits), len(bits) // 2
-    x, y, rounded = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(width, np.int16)
+    are float32; ``scratch`` float32[2, width] and ``rounded`` int16[width] are lost."""
+    width, half, x, y = len(bits), len(bits) // 2, scratch[0], scratch[1]
     widen(bits, x)
     for i in range(half):
         y[i], y[half + i] = -x[half + i] * sin[i], x[i] * sin[half + i]
@@ -85,13 +84,16 @@ def gate(g, u, scratch, powers, result):
 def quantize(bits, group, result, scales, totals):
     """bfloat16 to round(x / scale) with scale = max(abs(x)) / 127 for each ``group`` of it; ``result``, which may be
     longer, gets zeros at its end. ``totals`` are the sums of groups, of what their numbers stand for."""
-    x = np.zeros(len(result), np.float32)
+    x, peak = np.zeros(len(result), np.float32), np.zeros(1, np.int32)
     widen(bits, x[: len(bits)])
     for g in range(len(scales)):
         part, into = x[g * group : (g + 1) * group], result[g * group : (g + 1) * group]
-        top = np.float32(0)
+        # magnitudes order as the integers with their bits, whose maximum compiles to vector instructions
+        magnitudes, most = part.view(np.int32), np.int32(0)
         for i in range(group):
-            top = max(top, abs(part[i]))
+            most = max(most, magnitudes[i] & np.int32(0x7FFFFFFF))
+        peak[0] = most
+        top = peak.view(np.float32)[0]
         scales[g] = top / np.float32(127)
         factor, total = np.float32(127) / top if top > 0 else np.float32(0), np.int32(0)
         for i in range(group):

@@ -374,16 +374,16 @@ def _turn(step, kv, cos, sin, row):
             break
     keys, values, capacity = segment[0] + layer * segment[10], segment[1] + layer * segment[11], segment[2]
     place, columns = segment[3] + segment[9] + row - segment[5], -(-width // BLOCK) * BLOCK
-    c, s, x = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(width, np.float32)
+    scratch, rounded = np.empty((5, width), np.float32), np.empty(width, np.int16)
+    c, s, x = scratch[2], scratch[3], scratch[4]
     widen(halves(cos, width), c)
     widen(halves(sin, width), s)
     qkv += row * (heads + 2 * kv_heads) * width * 2
     for head in range(heads):
-        each.turn(
-            halves(qkv + 2 * width * head, width), c, s, floats(queries + 4 * width * (row * heads + head), width)
-        )
+        result = floats(queries + 4 * width * (row * heads + head), width)
+        each.turn(halves(qkv + 2 * width * head, width), c, s, result, scratch, rounded)
     for head in range(kv_heads):
-        each.turn(halves(qkv + 2 * width * (heads + head), width), c, s, x)
+        each.turn(halves(qkv + 2 * width * (heads + head), width), c, s, x, scratch, rounded)
         block = floats(keys + 4 * width * (head * capacity + place // BLOCK * BLOCK), (width, BLOCK))
         for column in range(width):
             block[column, place % BLOCK] = x[column]
