@@ -21,6 +21,7 @@ from tokentree.drafters.eagle import Eagle
 from tokentree.drafters.merged import Merged
 from tokentree.drafters.ngram import NGram
 from tokentree.engines.eagle import EagleEngine
+from tokentree.engines.segment import Segment
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import PairingError
 from tokentree.heads.eagle import EagleHead, EagleSizes
@@ -188,13 +189,13 @@ def test_rows_of_a_live_text_that_begins_alike_are_copied(attention: str, monkey
     engine = TorchEngine(tiny("llama"), attention)
     eagle, text = EagleEngine(some_head(3), engine), some_tokens(40)
     seqs = [request([*text, 7]), request([*text[:30], 9, 9, 9]), request([*text, 7]), request(some_tokens(20, 5))]
-    rows, verify = list[int](), EagleEngine.verify
+    rows, store = list[int](), EagleEngine._store
 
-    def counted(self: EagleEngine, seqs: Any, trees: Any, firsts: Any = None) -> Any:
-        rows.append(sum(map(len, trees)))
-        return verify(self, seqs, trees, firsts)
+    def counted(self: EagleEngine, known: Any, segment: Segment) -> None:
+        rows.append(segment.count)
+        store(self, known, segment)
 
-    monkeypatch.setattr(EagleEngine, "verify", counted)
+    monkeypatch.setattr(EagleEngine, "_store", counted)
     kept = list[torch.Tensor]()
     for seq in seqs:
         engine.prefill(seq)

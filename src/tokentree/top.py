@@ -103,7 +103,7 @@ def _worker() -> Any:
             bits, best = halves(logits + 2 * vocab * row, vocab), floats(values + 4 * k * row, k)
             most_probable(bits, best, integers(ids + 8 * k * row, k))
             if divisors:
-                total = _sum_of_powers(bits, best[0], floats(divisors + 4 * row, 1)[0], x, powers)
+                total = sum_of_powers(bits, best[0], floats(divisors + 4 * row, 1)[0], x, powers)
                 floats(sums + 4 * row, 1)[0] = total
             row = claim(start + 64)
 
@@ -111,7 +111,7 @@ def _worker() -> Any:
 
 
 @njit
-def _sum_of_powers(bits, highest, divisor, x, powers):
+def sum_of_powers(bits, highest, divisor, x, powers):
     """log(sum(exp(logit / divisor))), where ``highest`` is the largest of the logits; ``x`` and ``powers`` are scratch
     of `STRETCH` numbers."""
     factor, total = np.float32(1) / divisor, np.float64(0)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn.functional import pad
 
 from tokentree.draft import Draft
@@ -86,7 +87,7 @@ class DraftModel(Drafter):
                 done[i] = len(trees[place])
                 drafts[i].levels += 1
                 nodes = [rows[i].of_node[node] for node in frontiers[i]]
-                level = self._add_children(seqs[i], drafts[i], frontiers[i], out.rows(place, nodes), shape)
+                level = self._add_children(seqs[i], drafts[i], frontiers[i], out, place, nodes, shape)
                 if level and self._may_grow(seqs[i], drafts[i], drafts[i].depths[level[0]], shape):
                     frontiers[i] = shape.select(seqs[i], drafts[i], level)
                 else:
@@ -120,12 +121,20 @@ class DraftModel(Drafter):
         self._level_seconds = known + 0.1 * (min(seconds, 2 * known) - known)
 
     def _add_children(
-        self, seq: Sequence, draft: Draft, frontier: list[int], logits: torch.Tensor, shape: Shape
-    ) -> list[int]:
-        """Adds the children of ``frontier``, whose draft logits are ``logits`` [len(frontier), vocab]."""
-        known = min(logits.shape[1], self._vocab_size)
-        counts, logits = [min(count, known) for count in shape.counts(seq, draft, frontier)], logits[:, :known]
+        self, seq: Sequence, draft: Draft, frontier: list[int], out: TargetOutput, tree: int, nodes: list[int],
+        shape: Shape,
+    ) -> list[int]:  # fmt: skip
+        """Adds the children of ``frontier``, whose draft logits are those of ``out`` after ``nodes`` of its tree number
+        ``tree``."""
+        width = out.all_logits.shape[1]
+        known = min(width, self._vocab_size)
+        counts = [min(count, known) for count in shape.counts(seq, draft, frontier)]
         level: list[int] = []
+        if draft.sampled is None and known == width and seq.takes_best:
+            found = out.top_logprobs(tree, nodes, max(counts, default=0))
+            if found is not None:
+                return self._add_best(draft, frontier, counts, *found, self._token_map)
+        logits = out.rows(tree, nodes)[:, :known]
         if draft.sampled is not None:
             for node, count, row in zip(frontier, counts, self._whole(logits), strict=True):
                 level += self._draw(seq, draft, node, count, row)
@@ -136,8 +145,18 @@ class DraftModel(Drafter):
             logits = torch.stack([seq.processed(row, draft.path_tokens(node)) for node, row in rows])
             token_map = None
         divisor = 1.0 if seq.params.is_greedy else seq.params.temperature
-        logprobs, ids = top_logprobs(logits, max(counts, default=0), divisor)
+        return self._add_best(
+            draft, frontier, counts, *top_logprobs(logits, max(counts, default=0), divisor), token_map
+        )
+
+    @staticmethod
+    def _add_best(
+        draft: Draft, frontier: list[int], counts: list[int], logprobs: NDArray[np.float32], ids: Ints,
+        token_map: Ints | None,
+    ) -> list[int]:  # fmt: skip
+        """Adds, under each node of ``frontier``, as many of its most probable tokens as ``counts`` says."""
         scores, tokens = logprobs.tolist(), (ids if token_map is None else token_map[ids]).tolist()
+        level: list[int] = []
         for i, (node, count) in enumerate(zip(frontier, counts, strict=True)):
             for rank, token in enumerate(tokens[i][:count]):
                 if scores[i][rank] > -math.inf:  # else a rule forbids the token

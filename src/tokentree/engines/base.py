@@ -32,6 +32,7 @@ class TargetOutput:
         firsts: per tree, the node that this row belongs to; earlier nodes were computed by an earlier forward.
         seconds: the time of the forward.
         best_known: what `top` gives, where the engine has found it already.
+        log_sums: float32[rows], the logarithms of the sums of all exponentials of a row, where it has those too.
     """
 
     all_logits: torch.Tensor
@@ -39,6 +40,7 @@ class TargetOutput:
     firsts: list[int]
     seconds: float
     best_known: tuple[NDArray[np.float32], Ints] | None = field(default=None, repr=False)
+    log_sums: NDArray[np.float32] | None = field(default=None, repr=False)
 
     def logits(self, tree: int, node: int) -> torch.Tensor:
         """[vocab], the raw logits after ``node`` of tree number ``tree``."""
@@ -58,6 +60,14 @@ class TargetOutput:
             self.best_known = top_logits(self.all_logits, min(max(k, KEPT), self.all_logits.shape[1]))
         values, ids = self.best_known
         return values[:, :k], ids[:, :k]
+
+    def top_logprobs(self, tree: int, nodes: SequenceOf[int], k: int) -> tuple[NDArray[np.float32], Ints] | None:
+        """The k most probable tokens after each of ``nodes``, best first, if the engine has found them:
+        log-probabilities float32[nodes, k] and ids int64[nodes, k]."""
+        if self.best_known is None or self.log_sums is None or self.best_known[1].shape[1] < k:
+            return None
+        rows, (values, ids) = [self.row(tree, node) for node in nodes], self.best_known
+        return values[rows, :k] - self.log_sums[rows, None], ids[rows, :k]
 
     @cached_property
     def best(self) -> list[int]:

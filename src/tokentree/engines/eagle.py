@@ -87,6 +87,7 @@ class EagleEngine:
         self._recordings: Recordings[tuple[torch.Tensor, torch.Tensor]] = Recordings()
         layout = KVLayout((shape,), dtype, features.device, blocked=self._blocked, fixed=features.recorded)
         self._storages = Storages(layout)
+        self._spare_rows = ROWS[-1] if features.recorded else 0  # a recording may write so many more than there are
         self._states: dict[int, _State] = {}
 
     def prefill(self, seq: Sequence) -> int:
@@ -97,7 +98,9 @@ class EagleEngine:
         while state.kv.length < ready:
             first = state.kv.length
             ids = seq.tokens[first + 1 : min(first + PREFILL_ROWS, ready) + 1]
-            self.verify([seq], [TokenTree.chain(ids[0], ids[1:])])
+            state.kv.reserve(first + len(ids) + self._spare_rows)
+            segment = Segment(state.kv, TokenTree.chain(ids[0], ids[1:]), 0, 0)
+            self._store(self._joined([self._read(seq, first, first + len(ids))]), segment)
             state.kv.commit(range(len(ids)))
         return 0
 
@@ -125,7 +128,7 @@ class EagleEngine:
         segments, starts, known, rows = list[Segment](), list[int](), list[Known](), 0
         for seq, tree, first in zip(seqs, trees, firsts, strict=True):
             state = self._state(seq)
-            state.kv.reserve(state.kv.length + len(tree) + (ROWS[-1] if self._features.recorded else 0))
+            state.kv.reserve(state.kv.length + len(tree) + self._spare_rows)
             state.chain = min(len(tree), self._target.committed(seq) - state.kv.length)
             segments.append(Segment(state.kv, tree, first, rows))
             if first < state.chain:
@@ -138,7 +141,9 @@ class EagleEngine:
         for seq, segment in zip(seqs, segments, strict=True):
             state, new = self._state(seq), given[segment.start : segment.start + segment.count]
             state.known = torch.cat([state.known[: segment.first], new])
-        return TargetOutput(logits, starts, firsts, time.perf_counter() - started)
+        program = self._program
+        best, sums = (None, None) if program is None else (program.best, program.log_sums)
+        return TargetOutput(logits, starts, firsts, time.perf_counter() - started, best, sums)
 
     def commit(self, seqs: SequenceOf[Sequence], paths: SequenceOf[list[int]]) -> None:
         """Keeps, of ``paths``, what was computed from the target's hidden states."""
@@ -180,6 +185,15 @@ class EagleEngine:
         embedded = self._embedding(torch.from_numpy(tokens).to(known.device))
         given = self._head(embedded, known, lambda *heads: self._attend(segments, where, *heads))
         return given, self._head.logits(given, self._features.output_layer)
+
+    @torch.inference_mode()
+    def _store(self, known: Known, segment: Segment) -> None:
+        """Writes the KV of rows of which nothing else is wanted."""
+        if self._program is None:
+            self._forward(known, [segment])
+        else:
+            tokens, positions = inputs_of([segment])
+            self._program.store(tokens, known, positions, [segment])
 
     def _replay(self, known: torch.Tensor, segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
         """`_forward` over one sequence, recorded."""

@@ -6,15 +6,18 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
+from tokentree.engines.base import KEPT
 from tokentree.engines.fused import FusedNorm
 from tokentree.engines.kernels import BLOCK
 from tokentree.engines.packing import Packing
 from tokentree.engines.quantized import QuantizedLinear
 from tokentree.engines.segment import Segment, end_of
-from tokentree.engines.steps import Behind, Steps, Turns
+from tokentree.engines.steps import BEST, Behind, Steps, Turns
 from tokentree.heads.eagle import EagleHead
 from tokentree.tree import Ints
 
@@ -35,6 +38,9 @@ class EagleProgram(Steps):
     Args:
         head: one that `fits`, in bfloat16; it stays as it is.
         embedding: given token ids int64[rows], bfloat16[rows, hidden size].
+
+    Attributes:
+        best, log_sums: of the last `forward` of an EAGLE-3 head, see `base.TargetOutput`; None of others.
     """
 
     def __init__(self, head: EagleHead, embedding: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -53,6 +59,9 @@ class EagleProgram(Steps):
         if sizes.version == 3:
             self._norms = FusedNorm(head.input_layernorm), FusedNorm(head.hidden_norm)
             self._last, self._lm_head = FusedNorm(head.norm), packing.pack(head.lm_head)
+            self._kept = min(KEPT, self._lm_head.num_outputs)
+        self.best: tuple[NDArray[np.float32], Ints] | None = None
+        self.log_sums: NDArray[np.float32] | None = None
         widest = max(2, self._taps) * sizes.hidden_size
         super().__init__(max(widest, sizes.intermediate_size, sizes.num_heads * sizes.head_dim))
 
@@ -79,13 +88,37 @@ class EagleProgram(Steps):
         segments: SequenceOf[Segment],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         """Writes the KV of all rows of ``segments``, and returns what is known of the next positions, bfloat16[rows,
-        hidden size]; and, of EAGLE-3, logits bfloat16[rows, tokens].
+        hidden size]; and, of EAGLE-3, logits bfloat16[rows, tokens], of which `best` and `log_sums` then are.
 
         Args:
             ids, positions: int64[rows].
             known: bfloat16[rows, hidden size]; or, if it `fuses`, the hidden states that this is made of, the same for
                 each tap.
         """
+        rows = len(ids)
+        first = self._take_in(ids, known)
+        logits = None
+        if self._version == 3:
+            logits = torch.empty(rows, len(self._lm_head.start), dtype=torch.bfloat16)
+            values, tokens = (torch.empty(rows, self._kept, dtype=kind) for kind in (torch.float32, torch.int64))
+            sums = torch.empty(rows)
+            self._steps[-2, 1 + self._lm_head.RESULT] = self._steps[-1, 1] = logits.data_ptr()
+            self._steps[-1, 5:8] = values.data_ptr(), tokens.data_ptr(), sums.data_ptr()
+            logits = logits[:, : self._lm_head.num_outputs]
+            self.best, self.log_sums = (values.numpy(), tokens.numpy()), sums.numpy()
+        self.run(len(self._steps), segments, self._turns.at(positions, end_of(segments)), ids, first)
+        return self._residual[:rows].clone(), logits
+
+    def store(
+        self, ids: Ints, known: torch.Tensor | SequenceOf[torch.Tensor], positions: Ints,
+        segments: SequenceOf[Segment],
+    ) -> None:  # fmt: skip
+        """As `forward`, but nothing is wanted of these rows except their KV."""
+        first = self._take_in(ids, known)
+        self.run(self._up_to_kv, segments, self._turns.at(positions, end_of(segments)), ids, first)
+
+    def _take_in(self, ids: Ints, known: torch.Tensor | SequenceOf[torch.Tensor]) -> int:
+        """Puts what is given where the steps read it; returns the first step to run."""
         rows = len(ids)
         self.reserve(rows)
         if not isinstance(known, torch.Tensor):
@@ -96,14 +129,7 @@ class EagleProgram(Steps):
             self._x[:rows, self._width :] = known
         if not self.embeds(self._embedding):
             self._embedded[:rows] = self._embedding(torch.from_numpy(ids))
-        logits = None
-        if self._version == 3:
-            logits = torch.empty(rows, len(self._lm_head.start), dtype=torch.bfloat16)
-            self._steps[-1, 1 + self._lm_head.RESULT] = logits.data_ptr()
-            logits = logits[:, : self._lm_head.num_outputs]
-        first = self._fusing if isinstance(known, torch.Tensor) else 0
-        self.run(len(self._steps), segments, self._turns.at(positions, end_of(segments)), ids, first)
-        return self._residual[:rows].clone(), logits
+        return self._fusing if isinstance(known, torch.Tensor) else 0
 
     def build(self) -> list[list[int]]:
         width, sizes, steps = self._width, self._heads, list[list[int]]()
@@ -130,9 +156,11 @@ class EagleProgram(Steps):
             steps += self.prepare(self._qkv, at.residual)
             steps += self.multiply(self._qkv, at.residual, at.qkv)
         steps += self.turn(0, sizes, at.qkv, at.queries)
+        self._up_to_kv = len(steps)
         steps += self.after_turning(0, sizes, self._behind, at)
         if third:
             steps += self.norm(self._last, at.residual, at.normed, self._lm_head, at.added)
-            return steps + self.multiply(self._lm_head, at.normed, None)
+            steps += self.multiply(self._lm_head, at.normed, None)
+            return [*steps, [BEST, 0, len(self._lm_head.start), self._lm_head.num_outputs, self._kept, 0, 0, 0]]
         # the sum alone is wanted: what this norm makes of it is not looked at
         return steps + self.norm(self._behind.norm, at.residual, at.normed, None, at.added)

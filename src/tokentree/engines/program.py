@@ -78,7 +78,7 @@ class Program(Steps):
         steps += self.norm(llama.norm, at.residual, at.normed, self._head, update)
         steps += self._keep(len(llama.layers), at.normed)
         steps += self.multiply(self._head, at.normed, None)
-        return [*steps, [BEST, 0, len(self._head.start), self._head.num_outputs, self._kept]]
+        return [*steps, [BEST, 0, len(self._head.start), self._head.num_outputs, self._kept, 0, 0, 0]]
 
     def _keep(self, place: int, x: torch.Tensor) -> list[list[int]]:
         """Keeps ``x``, if it is one of the hidden states that are asked for."""

@@ -43,7 +43,7 @@ from tokentree.threads import (
     run,
     words,
 )
-from tokentree.top import most_probable
+from tokentree.top import STRETCH, most_probable, sum_of_powers
 from tokentree.tree import Ints
 
 NORM, PREPARE, MULTIPLY, MULTIPLY_INT8, MULTIPLY_INT4, TURN, ATTEND, COPY, EMBED, BEST = range(10)
@@ -314,16 +314,24 @@ def _one_row(kind, step, kv, cos, sin, places, ids, row):
     elif kind == COPY:
         halves(step[1] + 2 * step[2] * row, step[2])[:] = halves(step[0] + 2 * step[2] * row, step[2])
     elif kind == BEST:
-        logits, stride, vocab, kept, values, tokens = step[:6]
-        most_probable(
-            halves(logits + 2 * stride * row, vocab), floats(values + 4 * kept * row, kept),
-            integers(tokens + 8 * kept * row, kept),
-        )  # fmt: skip
+        _best(step, row)
     elif kind == EMBED:
         _embed(step, integers(ids + 8 * row, 1)[0], row)
     else:
         place = 2 * step[3] * integers(places + 8 * row, 1)[0]
         _turn(step, kv, cos + place, sin + place, row)
+
+
+@numba.njit
+def _best(step, row):
+    """Finds a row's most probable tokens, and, where there is an address for that, the logarithm of the sum of its
+    exponentials."""
+    logits, stride, vocab, kept, values, tokens, sums = step[:7]
+    bits, found = halves(logits + 2 * stride * row, vocab), floats(values + 4 * kept * row, kept)
+    most_probable(bits, found, integers(tokens + 8 * kept * row, kept))
+    if sums:
+        x, powers = np.empty(STRETCH, np.float32), np.empty(STRETCH, np.int32)
+        floats(sums + 4 * row, 1)[0] = sum_of_powers(bits, found[0], np.float32(1), x, powers)
 
 
 @numba.njit
