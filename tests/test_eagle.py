@@ -29,6 +29,7 @@ from tokentree.heads.eagle_files import write_eagle
 from tokentree.heads.saved import About
 from tokentree.sequence import Accepted, Sequence
 from tokentree.shapes import shape
+from tokentree.top import top_logprobs
 from tokentree.tree import TokenTree
 
 SHAPES = ["cost", "3x2x1", "chain:4", "dynamic:nodes=12", "paths:[[0],[1],[0,0],[4],[1,2],[1,2,0]]"]
@@ -168,6 +169,27 @@ def test_one_compiled_call_gives_what_the_modules_give(
     assert found[0].shape == (81 * len(lengths), VOCAB if known is None else known)
     error = (found[0] - found[1]).std() / found[1].std()
     assert float(error) < 0.03  # both round to bfloat16 at each step
+
+
+@pytest.mark.parametrize("known", [None, 60])
+def test_the_compiled_call_finds_the_best_tokens_too(known: int | None) -> None:
+    head = some_head(3, known, 64, intermediate_size=96)
+    engine = EagleEngine(head, TorchEngine(tiny("llama", torch.bfloat16, **WIDE)))
+    seqs = [request(some_tokens(length)) for length in (21, 6)]
+    tree = TokenTree(np.arange(9), np.array([-1, *[0] * 8]))
+    for seq in seqs:
+        engine._target.prefill(seq)
+        engine.prefill(seq)
+    engine.verify(seqs, [TokenTree.root(0)] * 2)
+    out = engine.verify(seqs, [tree] * 2, [1, 1])
+    for number in range(2):
+        for nodes in ([3], [1, 2, 8]):
+            found = out.top_logprobs(number, nodes, 5)
+            assert found is not None
+            logprobs, ids = top_logprobs(out.rows(number, nodes), 5)
+            assert (found[1] == ids).all()
+            assert found[0] == pytest.approx(logprobs, abs=1e-5)
+    assert out.top_logprobs(0, [3], 9) is None  # it has looked for fewer
 
 
 def test_it_keeps_rows_of_the_target_s_states_alone() -> None:

@@ -121,7 +121,7 @@ def test_models_that_have_them_get_them(family: str) -> None:
 def test_exponentials_are_those_of_the_mathematics() -> None:
     x = torch.cat([torch.linspace(-90, 80, 5000), torch.tensor([-torch.inf, 0.0, -87.5, -1e30, 1e30])])
     got = x.clone()
-    exponentials(got.numpy(), torch.empty(len(x), dtype=torch.int32).numpy())
+    exponentials(got.numpy())
     exact = x.double().exp()
     inside = (x > -87) & (x < 88)
     assert ((got - exact).abs() / exact)[inside].max() < 1e-5

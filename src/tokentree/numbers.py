@@ -1,5 +1,5 @@
 # numba gives every scalar a type of its own:
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined,call-arg"
 """bfloat16, which neither numpy nor numba has, and exponentials, over rows of numbers."""
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ import math
 
 import numba
 import numpy as np
+from llvmlite import ir
+from numba.extending import intrinsic
 
 LOG2_E, LEAST, MOST = np.float32(math.log2(math.e)), np.float32(-126), np.float32(127)
 # 2 ** x = 1 + x * (C1 + x * (C2 + ...)): the coefficients of Cephes' exp2f
@@ -34,10 +36,19 @@ def narrow(x, out):
         out[i] = np.int16((bits[i] + np.int32(0x7FFF) + ((bits[i] >> np.int32(16)) & np.int32(1))) >> np.int32(16))
 
 
+@intrinsic
+def _as_float(typingctx, bits):
+    """The float32 that has these bits, an int32."""
+
+    def generate(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return numba.float32(numba.int32), generate
+
+
 @numba.njit
-def exponentials(x, powers):
-    """Turns float32 x into exp(x), in place: 0 below 2 ** -126, and never above 2 ** 127; ``powers`` is int32 scratch
-    of the same length.
+def exponentials(x):
+    """Turns float32 x into exp(x), in place: 0 below 2 ** -126, and never above 2 ** 127.
 
     exp(x) = 2 ** whole * 2 ** part, the latter by a polynomial on [-0.5, 0.5] with a relative error below 1e-7.
     """
@@ -46,9 +57,6 @@ def exponentials(x, powers):
         power = power if power > LEAST else LEAST
         whole = np.floor(power + np.float32(0.5))
         part = power - whole
-        powers[i] = (np.int32(whole) + np.int32(127)) << np.int32(23)
+        factor: np.float32 = _as_float(np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)))
         root = part * (C1 + part * (C2 + part * (C3 + part * (C4 + part * (C5 + part * C6)))))
-        x[i] = root + np.float32(1) if power > LEAST else np.float32(0)
-    factors = powers.view(np.float32)
-    for i in range(len(x)):
-        x[i] *= factors[i]
+        x[i] = (root + np.float32(1)) * factor if power > LEAST else np.float32(0)

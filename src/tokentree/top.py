@@ -97,13 +97,13 @@ def _worker() -> Any:
     def worker(arguments):
         start = address_of(arguments)
         logits, rows, vocab, k, values, ids, sums, divisors = integers(start, 8)
-        x, powers = np.empty(STRETCH, np.float32), np.empty(STRETCH, np.int32)
+        x = np.empty(STRETCH, np.float32)
         row = claim(start + 64)
         while row < rows:
             bits, best = halves(logits + 2 * vocab * row, vocab), floats(values + 4 * k * row, k)
             most_probable(bits, best, integers(ids + 8 * k * row, k))
             if divisors:
-                total = sum_of_powers(bits, best[0], floats(divisors + 4 * row, 1)[0], x, powers)
+                total = sum_of_powers(bits, best[0], floats(divisors + 4 * row, 1)[0], x)
                 floats(sums + 4 * row, 1)[0] = total
             row = claim(start + 64)
 
@@ -111,16 +111,16 @@ def _worker() -> Any:
 
 
 @njit
-def sum_of_powers(bits, highest, divisor, x, powers):
-    """log(sum(exp(logit / divisor))), where ``highest`` is the largest of the logits; ``x`` and ``powers`` are scratch
-    of `STRETCH` numbers."""
+def sum_of_powers(bits, highest, divisor, x):
+    """log(sum(exp(logit / divisor))), where ``highest`` is the largest of the logits; ``x`` is scratch of `STRETCH`
+    numbers."""
     factor, total = np.float32(1) / divisor, np.float64(0)
     for first in range(0, len(bits), STRETCH):
         part = x[: min(STRETCH, len(bits) - first)]
         widen(bits[first : first + len(part)], part)
         for i in range(len(part)):
             part[i] = (part[i] - highest) * factor
-        exponentials(part, powers)
+        exponentials(part)
         total += _sum(part)
     return np.float32(np.log(total)) + highest * factor
 

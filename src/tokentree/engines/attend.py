@@ -26,7 +26,7 @@ CALL, SEGMENT = 13, 12  # integers that describe a call, and each segment in it
 
 
 @numba.njit
-def _soften(scores, powers, scale, softcap):
+def _soften(scores, scale, softcap):
     """Turns scores into weights relative to the largest, in place, and returns their sum; hidden ones get 0."""
     lanes = np.full(LANES, HIDDEN, np.float32)
     for start in range(0, len(scores), LANES):
@@ -41,7 +41,7 @@ def _soften(scores, powers, scale, softcap):
         top = max(top, lanes[lane])
     for i in range(len(scores)):
         scores[i] -= top
-    exponentials(scores, powers)
+    exponentials(scores)
     lanes[:] = 0
     for start in range(0, len(scores), LANES):
         for lane in range(LANES):
@@ -80,7 +80,7 @@ def _attend(call, numbers, segment, layer, head, together, first, count):
 
     zeros, rows = np.zeros(BLOCK, np.float32), count * together
     queries = np.empty((rows, width), np.float32)
-    scores, powers = np.empty((rows, used - begin), np.float32), np.empty(used - begin, np.int32)
+    scores = np.empty((rows, used - begin), np.float32)
     sums, totals = np.zeros((rows, columns), np.float32), np.empty(rows, np.float32)
     at_scores, at_sums, at_zeros = scores.ctypes.data, sums.ctypes.data, zeros.ctypes.data
     stride, wide = 4 * (used - begin), 4 * columns
@@ -102,7 +102,7 @@ def _attend(call, numbers, segment, layer, head, together, first, count):
         own[end - begin :] = HIDDEN
         if window:
             own[: max(0, end - window - begin)] = HIDDEN
-        totals[i] = _soften(own, powers, scale, softcap)
+        totals[i] = _soften(own, scale, softcap)
 
     for column in range(0, columns, BLOCK):
         if shared > begin:

@@ -218,7 +218,7 @@ def pass_of(rows):
 def store_rows(sums, y, y_stride):
     """Writes ``sums`` float32[1, rows, BLOCK], rounded to bfloat16; or, of float32[2, rows, BLOCK], silu(g) * u, each
     step rounded."""
-    scratch, powers, rounded = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.int32), np.empty(BLOCK, np.int16)
+    scratch, rounded = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.int16)
     for row in range(sums.shape[1]):
         result = halves(y + row * y_stride, BLOCK)
         if len(sums) == 1:
@@ -227,4 +227,4 @@ def store_rows(sums, y, y_stride):
         for part in range(2):
             narrow(sums[part, row], rounded)
             widen(rounded, sums[part, row])
-        each.gate(sums[0, row], sums[1, row], scratch, powers, result)
+        each.gate(sums[0, row], sums[1, row], scratch, result)

@@ -66,11 +66,11 @@ def turn(bits, cos, sin, result, scratch, rounded):
 
 
 @numba.njit
-def gate(g, u, scratch, powers, result):
+def gate(g, u, scratch, result):
     """silu(g) * u, each step rounded; ``g`` and ``u`` are float32 and already rounded, and lost."""
     for i in range(len(g)):
         scratch[i] = -g[i]
-    exponentials(scratch, powers)
+    exponentials(scratch)
     for i in range(len(g)):
         g[i] = g[i] / (np.float32(1) + scratch[i])
     narrow(g, result)

@@ -330,8 +330,8 @@ def _best(step, row):
     bits, found = halves(logits + 2 * stride * row, vocab), floats(values + 4 * kept * row, kept)
     most_probable(bits, found, integers(tokens + 8 * kept * row, kept))
     if sums:
-        x, powers = np.empty(STRETCH, np.float32), np.empty(STRETCH, np.int32)
-        floats(sums + 4 * row, 1)[0] = sum_of_powers(bits, found[0], np.float32(1), x, powers)
+        scratch = np.empty(STRETCH, np.float32)
+        floats(sums + 4 * row, 1)[0] = sum_of_powers(bits, found[0], np.float32(1), scratch)
 
 
 @numba.njit
