@@ -61,18 +61,17 @@ def load_engine(
     Raises:
         ModelError: if the model can't be loaded, or not be decoded with a tree, with the reason.
     """
-    file = place = None
+    file, place, named = None, None, isinstance(model, str | Path)
     if isinstance(model, str | Path):
         file = Path(model).expanduser() if Path(model).suffix == ".gguf" else None
         place = packed_place(model, quantization)
         plain = attention in (None, "tree") and device.type == "cpu" and pick_dtype(dtype, device) is torch.bfloat16
         if place and plain and (ready := ready_engine(place, quantization, prefix_bytes)):
             return ready
-    from tokentree.engines.torch import TorchEngine
+        model = load_model(model, dtype, device)
+    from tokentree.engines.torch import TorchEngine  # and with it transformers' model classes
 
-    named = isinstance(model, str | Path)
-    loaded = load_model(model, dtype, device) if isinstance(model, str | Path) else model
-    return TorchEngine(loaded, attention, named, quantization, prefix_bytes, file, place, compile)
+    return TorchEngine(model, attention, named, quantization, prefix_bytes, file, place, compile)
 
 
 def load_model(name: str | Path, dtype: str | torch.dtype | None, device: torch.device) -> PreTrainedModel:
