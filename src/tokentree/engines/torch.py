@@ -74,7 +74,7 @@ class TorchEngine(KVEngine):
 
         softcap = has_softcap(model.config.get_text_config())
         own_attention = "sdpa" if getattr(type(model), "_supports_sdpa", False) and not softcap else "eager"
-        self._model = private_copy(model, own_attention)
+        self._model, self._config = private_copy(model, own_attention), model.config
         self._keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         packing = _packing(self._model, quantization, file, kept) if device.type == "cpu" else None
         own = own_forward(self._model) if packing is None else packing.recall(OWN, lambda: own_forward(self._model))
@@ -112,7 +112,7 @@ class TorchEngine(KVEngine):
 
     @property
     def config(self) -> PreTrainedConfig:
-        return self._model.config
+        return self._config
 
     @property
     def model(self) -> PreTrainedModel:
