@@ -44,6 +44,7 @@ def test_two_processes_train_what_one_does(kind: str, tmp_path: Path) -> None:
             env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.count("heads are in") == 1
         said[name] = done
     looks = {name: re.findall(r"step (\d+)/\d+: loss ([\d.]+)", done.stderr) for name, done in said.items()}
     assert len(looks["one"]) >= 3

@@ -161,6 +161,11 @@ def _command() -> str:
 
 
 def _tell(errors: Console, bad: list[str], model: str, heads: str) -> None:
+    """Says where the heads are, once, however many processes trained them."""
+    from accelerate import PartialState
+
+    if not PartialState().is_main_process:
+        return
     if bad:
         shown = "; ".join(bad[:3]) + ("; …" if len(bad) > 3 else "")
         errors.print(f"{len(bad)} lines left out: {shown}", markup=False, highlight=False)
