@@ -26,7 +26,6 @@ from tokentree.drafters.ngram import NGram
 from tokentree.drafters.suffix import Suffix
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import OptionError
-from tokentree.loading import eos_ids
 from tokentree.shapes import shape
 
 PROMPT = some_tokens(9)
@@ -184,7 +183,7 @@ def test_heads_draft_for_each_beam_from_its_own_hidden_states(kind: str, family:
     drafter: Drafter = Medusa(random_heads(48), engine) if kind == "medusa" else eagle
     if kind == "all":
         drafter = Merged([eagle, Medusa(random_heads(48), engine), NGram()])
-    seq = make_sequence(PROMPT, context=CONTEXT, eos_ids=eos_ids(model, None), max_tokens=NEW, num_beams=4)
+    seq = make_sequence(PROMPT, context=CONTEXT, eos_ids=frozenset(engine.facts.ends), max_tokens=NEW, num_beams=4)
     search = BeamDecoder(engine, drafter, shape(form)).run(seq)
     assert_same([(found.tokens, found.score) for found in search.best(4)], expected(model, PROMPT, num_beams=4))
     assert seq.metrics.drafted_tokens > 0 or form == "cost"
@@ -203,7 +202,7 @@ def test_what_rests_now_and_then_finds_the_same(monkeypatch: pytest.MonkeyPatch)
     eagle, suffix = Kept(some_head(3, 60), engine), Suffix()
     form, steps = shape("3x2"), iter(range(100))
     monkeypatch.setattr(form, "rests", lambda seqs: next(steps) % 3 == 1)
-    seq = make_sequence(PROMPT, context=CONTEXT, eos_ids=eos_ids(model, None), max_tokens=NEW, num_beams=4)
+    seq = make_sequence(PROMPT, context=CONTEXT, eos_ids=frozenset(engine.facts.ends), max_tokens=NEW, num_beams=4)
     search = BeamDecoder(engine, Merged([eagle, suffix]), form).run(seq)
     assert_same([(found.tokens, found.score) for found in search.best(4)], expected(model, PROMPT, num_beams=4))
     assert seq.metrics.drafted_tokens > 0

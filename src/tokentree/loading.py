@@ -9,7 +9,6 @@ import torch
 from safetensors import SafetensorError
 
 from tokentree.converted import converted, packed_place
-from tokentree.engines.facts import ends_of
 from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.ready import ready_engine
 from tokentree.errors import ModelError, OptionError, PairingError
@@ -170,11 +169,6 @@ def _reason(error: Exception) -> str:
     """The first sentence of an error that was written for a longer page."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
-
-
-def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
-    """Every token that ends a text, by the generation config and by the tokenizer."""
-    return frozenset(ends_of(model.generation_config) | ends_of(model.config) | ends_of(tokenizer))
 
 
 def check_same_tokenizer(

@@ -24,7 +24,6 @@ from tokentree.decoder import Decoder
 from tokentree.drafters.draft_model import DraftModel
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import OptionError, PromptError, TreeError
-from tokentree.loading import eos_ids
 from tokentree.sampling import SamplingParams, seeded_noise
 from tokentree.sequence import Sequence
 from tokentree.shapes import Static
@@ -138,7 +137,7 @@ def tree_speculative_decode(
     if len(ids) >= max_tokens:
         return ids
     target, draft = TorchEngine(target_model), TorchEngine(draft_model)
-    seq = _sequence(ids, target, max_tokens - len(ids), eos_ids(target_model, None))
+    seq = _sequence(ids, target, max_tokens - len(ids), frozenset(target.facts.ends))
     for _ in Decoder(target, DraftModel(draft, target.vocab_size), shape, rule).run([seq]):
         pass
     return seq.tokens

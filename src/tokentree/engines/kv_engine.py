@@ -57,7 +57,6 @@ class KVEngine(ABC):
         self.facts, self.vocab_size, self.context = facts, vocab_size, facts.context
         self.device, self.dtype, self.quantization = layout.device, dtype, quantization
         self._program, self._storages = program, Storages(layout)
-        self._on_gpu = layout.device.type == "cuda"
         self._places: list[int] = []  # of the hidden states that are kept
         self._kv: dict[int, tuple[Sequence, SequenceKV]] = {}
         self._branches: dict[int, tuple[Sequence, list[int]]] = {}
@@ -142,7 +141,7 @@ class KVEngine(ABC):
                 segments.append(Segment(kv, tree, first, start))
             start += len(tree) - first
         logits = self._forward(segments, "logits")
-        if self._on_gpu:
+        if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         best = None if self._program is None else self._program.best
         return TargetOutput(logits, starts, firsts, time.perf_counter() - started, best)
