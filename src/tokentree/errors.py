@@ -23,3 +23,7 @@ class ModelError(TokenTreeError):
 
 class PairingError(TokenTreeError):
     """Parts that don't fit each other: two tokenizers, a rule and a shape, a drafter and an engine."""
+
+
+class ForkError(TokenTreeError):
+    """A process that was forked from one that had used a model."""

@@ -6,6 +6,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
+import platform
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,28 +16,71 @@ from typing import Any
 import numba
 import torch
 from llvmlite import ir
+from numba.core import cgutils
 from numba.extending import intrinsic
 
+from tokentree.errors import ForkError, OptionError
+
 I64 = ir.IntType(64)
+SPINS = 1000  # looks at what a thread waits for before it leaves its core to others: some 50 microseconds
+
+_one_at_a_time = threading.Lock()
+_owner: int | None = None  # the process whose threads have run
+
+
+def check_fork() -> None:
+    """Raises `ForkError` in a process that was forked from one whose threads had run compiled loops: they don't exist
+    here, and whoever waited for them would wait for ever."""
+    if _owner not in (None, os.getpid()):
+        raise ForkError(
+            "this process was forked from one that had used a model already, whose threads it doesn't have: start it "
+            "with multiprocessing's 'spawn' method, or fork before the first model is made"
+        )
+
+
+def check_threads(count: int) -> None:
+    """Raises `OptionError` unless so many threads can work at once."""
+    if not 1 <= count <= most_threads():
+        cores = os.cpu_count() or 1
+        raise OptionError(f"threads={count}: choose from 1 to {most_threads()}; this machine has {cores} cores")
+
+
+def most_threads() -> int:
+    """More than so many are no use to anyone: eight for each core, since a process may not see all of them."""
+    return 8 * (os.cpu_count() or 1)
+
+
+def num_threads() -> int:
+    """How many threads `run` uses: as many as torch does, and at most `most_threads`."""
+    return min(torch.get_num_threads(), most_threads())
 
 
 def run(worker: Any, arguments: Sequence[int]) -> None:
-    """Calls ``worker``, a C function of one address, in each of torch's threads at once, or in this one alone where
-    torch's pool is unknown: with the address of ``arguments`` and, behind them, a counter that starts at 0."""
+    """Calls ``worker``, a C function of one address, in `num_threads` threads at once, or in this one alone where
+    torch's pool is unknown: with the address of ``arguments`` and, behind them, a counter that starts at 0.
+
+    Several Python threads may call it: they take turns, as each call has all the cores that there are.
+
+    Raises:
+        ForkError: see `check_fork`.
+    """
+    global _owner
+    check_fork()
     packed = (ctypes.c_int64 * (len(arguments) + 1))(*arguments, 0)
     pool = _pool()
-    if pool is None:
-        worker.ctypes(packed)
-    else:
-        pool(worker.address, ctypes.addressof(packed), torch.get_num_threads(), 0)
+    with _one_at_a_time:
+        _owner = os.getpid()
+        if pool is None:
+            worker.ctypes(packed)
+        else:
+            pool(worker.address, ctypes.addressof(packed), num_threads(), 0)
 
 
 @functools.cache
-def barrier() -> int:
-    """The address of a function that waits until all threads of `run` have come to call it, or 0 where there is one
-    thread. What a thread wrote before, all see behind it."""
-    library = _openmp()
-    return 0 if library is None else ctypes.cast(library.GOMP_barrier, ctypes.c_void_p).value or 0
+def rest() -> int:
+    """The address of a function by which a thread leaves its core to others for a while, or 0."""
+    function = getattr(ctypes.CDLL(None), "sched_yield", None) if os.name == "posix" else None
+    return 0 if function is None else ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 @functools.cache
@@ -59,26 +105,75 @@ def _openmp() -> Any:
 WORKER = numba.void(numba.types.CPointer(numba.int64))  # the type of what threads run
 
 
+def _added(amount):
+    """A function that adds so much to the integer at an address, and returns what it was before, alone among all
+    threads. What a thread wrote before its call, those see whose calls come later."""
+
+    @intrinsic
+    def add(typingctx, address):
+        def generate(context, builder, signature, args):
+            place = builder.inttoptr(args[0], I64.as_pointer())
+            return builder.atomic_rmw("add", place, ir.Constant(I64, amount), "acq_rel")
+
+        return numba.int64(numba.int64), generate
+
+    return add
+
+
+claim = enter = _added(1)
+leave = _added(-1)
+
+
 @intrinsic
-def claim(typingctx, counter):
-    """Adds one to the integer at that address, and returns what it was before, alone among all threads."""
+def _look(typingctx, address):
+    """The integer at an address, which other threads may change."""
 
     def generate(context, builder, signature, args):
-        return builder.atomic_rmw("add", builder.inttoptr(args[0], I64.as_pointer()), ir.Constant(I64, 1), "monotonic")
+        return builder.load_atomic(builder.inttoptr(args[0], I64.as_pointer()), "acquire", 8)
 
     return numba.int64(numba.int64), generate
 
 
+PAUSES = {"x86_64": "llvm.x86.sse2.pause", "AMD64": "llvm.x86.sse2.pause"}  # by architecture
+
+
 @intrinsic
-def call(typingctx, function):
+def _pause(typingctx):
+    """Tells the core that this thread is waiting, where it has a word for that."""
+
+    def generate(context, builder, signature, args):
+        if name := PAUSES.get(platform.machine()):
+            kind = ir.FunctionType(ir.VoidType(), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [])
+        return context.get_dummy_value()
+
+    return numba.void(), generate
+
+
+@intrinsic
+def _call(typingctx, function):
     """Calls the C function without arguments at that address."""
 
     def generate(context, builder, signature, args):
-        kind = ir.FunctionType(ir.VoidType(), [])
+        kind = ir.FunctionType(ir.IntType(32), [])
         builder.call(builder.inttoptr(args[0], kind.as_pointer()), [])
         return context.get_dummy_value()
 
     return numba.void(numba.int64), generate
+
+
+@numba.njit
+def wait(inside, rest):
+    """Returns when all threads that called `enter` at the address ``inside`` have called `leave`; what they wrote, this
+    one then sees. For a moment it looks on, since the others are about to finish; after that it calls the function at
+    ``rest``, if that isn't 0, between two looks: a thread that is late has lost its core, and may need this one."""
+    looks = 0
+    while _look(inside):
+        looks += 1
+        if looks > SPINS and rest:
+            _call(rest)
+        else:
+            _pause()
 
 
 @intrinsic

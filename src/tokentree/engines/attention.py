@@ -16,7 +16,7 @@ from transformers import Cache
 from tokentree.engines.attend import attend_worker
 from tokentree.engines.segment import Segment
 from tokentree.errors import ModelError
-from tokentree.threads import run
+from tokentree.threads import num_threads, run
 
 
 class ForwardKV(Cache):
@@ -122,7 +122,7 @@ def attend_rows(
     numbers = np.array([scale, softcap or 0.0])
     run(
         attend_worker(),
-        [torch.get_num_threads(), query.data_ptr(), 4 * query.stride(0), 4 * query.stride(1), out.data_ptr(),
+        [num_threads(), query.data_ptr(), 4 * query.stride(0), 4 * query.stride(1), out.data_ptr(),
          4 * out.stride(1), 4 * out.stride(0), width, value_width, heads // kv_heads, window or 0, heads,
          len(forward_kv.segments), 0, *table, numbers.ctypes.data],
     )  # fmt: skip

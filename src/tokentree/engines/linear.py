@@ -15,7 +15,7 @@ from torch import nn
 from tokentree.engines import rows as each
 from tokentree.engines.kernels import BFLOAT16_WIDE, BLOCK, CHUNKS, TILE_ROWS, tile_bfloat16
 from tokentree.numbers import narrow, widen
-from tokentree.threads import WORKER, address_of, claim, floats, halves, integers, run
+from tokentree.threads import WORKER, address_of, claim, floats, halves, integers, num_threads, run
 
 BFLOAT16_CALL = 9  # integers that describe a product
 STRETCH = 512  # words of a weight that all rows meet before the next ones, so that these stay in the cache
@@ -56,7 +56,7 @@ class PackedLinear(nn.Module):
         rows = rows.float() if BFLOAT16_WIDE else rows
         y = torch.empty(len(rows), len(self.start) >> self.gated, dtype=torch.bfloat16)
         call = self.call(rows.data_ptr(), rows.stride(0) * rows.element_size(), y.data_ptr())
-        run(_bfloat16_worker(), [len(rows), torch.get_num_threads(), *call])
+        run(_bfloat16_worker(), [len(rows), num_threads(), *call])
         return y[:, : self.num_outputs].reshape(*x.shape[:-1], -1)
 
     def state(self) -> dict[str, Any]:

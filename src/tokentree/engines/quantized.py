@@ -17,7 +17,7 @@ from tokentree.engines import rows as each
 from tokentree.engines.kernels import BLOCK, CHUNKS
 from tokentree.engines.linear import linear_of, pass_of, restored, rows_of, store_rows, whole
 from tokentree.engines.quants import WIDE, tile_int4, tile_int8
-from tokentree.threads import WORKER, address_of, claim, floats, integers, run
+from tokentree.threads import WORKER, address_of, claim, floats, integers, num_threads, run
 
 ORDER = [0, 2, 1, 3] if WIDE else [0, 1, 2, 3]  # in which `quants` wants the bytes of a word
 INPUTS = torch.int16 if WIDE else torch.int8  # what it takes of x
@@ -126,7 +126,7 @@ class QuantizedLinear(nn.Module):
         y = torch.empty(len(rows), len(self.start) >> self.gated, dtype=torch.bfloat16)
         call = self.call(inputs.data_ptr(), scales.data_ptr(), totals.data_ptr(), y.data_ptr())
         worker = _int8_worker() if self.bits == 8 else _int4_worker()
-        run(worker, [len(rows), torch.get_num_threads(), *call])
+        run(worker, [len(rows), num_threads(), *call])
         return y[:, : self.num_outputs].reshape(*x.shape[:-1], -1)
 
     def state(self) -> dict[str, Any]:

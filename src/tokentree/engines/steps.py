@@ -3,8 +3,8 @@
 """A whole forward in one compiled call.
 
 A program is a list of steps: a norm, a product, turning queries and keys, attention, and so on, for each layer. Every
-thread runs the list; in each step the threads take shares of the work as they become free, and wait for one another
-behind it. Steps find weights and the rows' intermediate results by address, so that no Python runs between them.
+thread runs the list; in each step the threads take shares of the work as they become free, and go on when all shares
+that were taken are done. A thread that comes late to a step finds nothing left, and nobody waits for it. Steps find weights and the rows' intermediate results by address, so that no Python runs between them.
 """
 
 from __future__ import annotations
@@ -32,15 +32,18 @@ from tokentree.numbers import widen
 from tokentree.threads import (
     WORKER,
     address_of,
-    barrier,
-    call,
     claim,
     doubles,
+    enter,
     floats,
     halves,
     integers,
+    leave,
+    num_threads,
     octets,
+    rest,
     run,
+    wait,
     words,
 )
 from tokentree.top import STRETCH, most_probable, sum_of_powers
@@ -49,6 +52,7 @@ from tokentree.tree import Ints
 NORM, PREPARE, MULTIPLY, MULTIPLY_INT8, MULTIPLY_INT4, TURN, ATTEND, COPY, EMBED, BEST = range(10)
 AS_IT_IS, WIDER, IN_8_BITS = range(3)  # how a product takes its inputs
 HEADER, STEP = 12, 16  # integers that describe a forward, and each step
+COUNTERS = 8  # integers of a step that threads count in, a whole line of the cache: shares taken, threads at work
 
 
 class Heads(Protocol):
@@ -170,10 +174,10 @@ class Steps:
         for segment in segments:
             segment.windows |= self._windows
         table = np.array([segment.described(0) for segment in segments], np.int64)
-        counters = np.zeros(count, np.int64)
+        counters = np.zeros((count, COUNTERS), np.int64)
         run(
             _worker(),
-            [len(places), torch.get_num_threads(), barrier(), count - first,
+            [len(places), num_threads(), rest(), count - first,
              self._steps.ctypes.data + first * self._steps.strides[0], counters.ctypes.data,
              table.ctypes.data, len(table), cos.data_ptr(), sin.data_ptr(), places.ctypes.data,
              0 if ids is None else ids.ctypes.data],
@@ -281,10 +285,11 @@ def _worker() -> Any:
     @numba.cfunc(WORKER, cache=True)
     def worker(arguments):
         header = integers(address_of(arguments), HEADER)
-        rows, threads, wait, count, steps, counters, segments, num_segments, cos, sin, places, ids = header
+        rows, threads, yields, count, steps, counters, segments, num_segments, cos, sin, places, ids = header
         table, kv = integers(steps, (count, STEP)), integers(segments, (num_segments, SEGMENT))
         for i in range(count):
-            kind, step, counter = table[i, 0], table[i, 1:], counters + 8 * i
+            kind, step, counter = table[i, 0], table[i, 1:], counters + 8 * COUNTERS * i
+            enter(counter + 8)
             if kind == MULTIPLY:
                 multiply_bfloat16(step[:BFLOAT16_CALL], rows, threads, counter)
             elif kind == MULTIPLY_INT8:
@@ -299,8 +304,8 @@ def _worker() -> Any:
                     if row >= rows:
                         break
                     _one_row(kind, step, kv, cos, sin, places, ids, row)
-            if wait:
-                call(wait)
+            leave(counter + 8)
+            wait(counter + 8, yields)
 
     return worker
 
