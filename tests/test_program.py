@@ -60,11 +60,9 @@ def test_without_torch_s_pool_one_thread_does_it_all(missing: str, monkeypatch: 
     engine = TorchEngine(wide())
     expected = logits_of(engine)
     monkeypatch.setattr(threads, missing, lambda: None)
-    threads.barrier.cache_clear()
     threads._pool.cache_clear() if missing == "_openmp" else None
     assert torch.equal(logits_of(engine), expected)
     monkeypatch.undo()
-    threads.barrier.cache_clear()
     threads._pool.cache_clear()
 
 

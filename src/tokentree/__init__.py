@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tokentree.decoder import Decoder
     from tokentree.draft import Draft
-    from tokentree.errors import ModelError, OptionError, PairingError, PromptError, TokenTreeError, TreeError
+    from tokentree.errors import (
+        ForkError,
+        ModelError,
+        OptionError,
+        PairingError,
+        PromptError,
+        TokenTreeError,
+        TreeError,
+    )
     from tokentree.hf import TreeGenerator, generator
     from tokentree.llm import LLM, Piece, Result, Stream
     from tokentree.medusa import MedusaModel, build_tree_from_heads, medusa_decode, train_medusa_heads
@@ -28,6 +36,7 @@ __all__ = [
     "LLM",
     "Decoder",
     "Draft",
+    "ForkError",
     "MedusaModel",
     "Metrics",
     "ModelError",
@@ -58,7 +67,7 @@ __all__ = [
 _HOMES = {
     "decoder": ["Decoder"],
     "draft": ["Draft"],
-    "errors": ["ModelError", "OptionError", "PairingError", "PromptError", "TokenTreeError", "TreeError"],
+    "errors": ["ForkError", "ModelError", "OptionError", "PairingError", "PromptError", "TokenTreeError", "TreeError"],
     "hf": ["TreeGenerator", "generator"],
     "llm": ["LLM", "Piece", "Result", "Stream"],
     "medusa": ["MedusaModel", "build_tree_from_heads", "medusa_decode", "train_medusa_heads"],

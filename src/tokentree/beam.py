@@ -17,6 +17,7 @@ import torch
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter
 from tokentree.engines.base import Engine, TargetOutput
+from tokentree.exclusive import Exclusive, exclusive
 from tokentree.sampling import process_logits
 from tokentree.sequence import Accepted, FinishReason, Sequence
 from tokentree.shapes.base import Shape
@@ -192,27 +193,40 @@ class BeamDecoder:
         self._engine, self._drafter, self._shape = engine, drafter, shape
         self._known: set[int] = set()  # texts that the drafter was told of
 
+    @property
+    def lock(self) -> Exclusive:
+        """The engine's, held for a step at a time."""
+        return self._engine.lock
+
     def run(self, seq: Sequence, advance: Callable[[], None] = lambda: None) -> BeamSearch:
         """Searches to the end; ``advance`` is called after each forward."""
         params = seq.params
         ends = frozenset() if params.ignore_eos else seq.eos_ids | {*params.stop_token_ids}
         search = BeamSearch(params.num_beams, seq.room, ends, params.length_penalty, params.early_stopping)
-        started = time.perf_counter()
-        seq.metrics.reused_tokens += self._engine.prefill(seq)
-        # the drafter knows the prompt as long as the search goes on, whichever beams come and go
-        self._prompt = self._twin(seq, [], [])
-        beams = [_Beam(self._twin(seq, [], []))]
-        seq.metrics.prefill_seconds += time.perf_counter() - started
+        beams = self._begin(seq)
         tokens, parents = list[int](), list[int]()  # of the nodes that are in the KV, the root first
         try:
             while not search.done:
                 tokens, parents, beams = self._step(seq, search, tokens, parents, beams)
                 advance()
         finally:
-            self._engine.release([seq])
-            self._release([self._prompt, *(beam.seq for beam in beams)])
+            with self.lock:
+                self._engine.release([seq])
+                self._release([self._prompt, *(beam.seq for beam in beams)])
         return search
 
+    @exclusive
+    def _begin(self, seq: Sequence) -> list[_Beam]:
+        """Reads the prompt."""
+        started = time.perf_counter()
+        seq.metrics.reused_tokens += self._engine.prefill(seq)
+        # the drafter knows the prompt as long as the search goes on, whichever beams come and go
+        self._prompt = self._twin(seq, [], [])
+        beams = [_Beam(self._twin(seq, [], []))]
+        seq.metrics.prefill_seconds += time.perf_counter() - started
+        return beams
+
+    @exclusive
     def _step(
         self, seq: Sequence, search: BeamSearch, tokens: list[int], parents: list[int], beams: list[_Beam]
     ) -> tuple[list[int], list[int], list[_Beam]]:

@@ -105,15 +105,12 @@ def load(
     """An `LLM` with these ``options``."""
     # a forward that is compiled shows its own progress
     with nullcontext() if compile else working(console, f"loading {Path(model).name}"):
-        import torch
         import transformers
 
         from tokentree.llm import LLM
 
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        if threads is not None:
-            torch.set_num_threads(threads)
         names = drafter.split("+") if drafter and "+" in drafter else drafter
         # no prefixes are kept, as what is compared reads the same prompts
-        return LLM(model, names, list(draft_model or []), compile=compile, prefix_mb=0, **options)
+        return LLM(model, names, list(draft_model or []), compile=compile, threads=threads, prefix_mb=0, **options)

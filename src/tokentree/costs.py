@@ -83,16 +83,17 @@ def measure(engine: KVEngine) -> CostCurve:
         engine.commit(seqs[:count], [[]] * count)
         return took
 
-    try:
-        for seq in seqs:
-            engine.prefill(seq)
-        alone, together = dict.fromkeys(rows, math.inf), math.inf
-        for _ in range(ROUNDS):
-            for nodes in rows:
-                alone[nodes] = min(alone[nodes], time_of(1, nodes))
-            together = min(together, time_of(4, 4))
-    finally:
-        engine.release(seqs)
+    with engine.lock:  # nothing else is to compute meanwhile
+        try:
+            for seq in seqs:
+                engine.prefill(seq)
+            alone, together = dict.fromkeys(rows, math.inf), math.inf
+            for _ in range(ROUNDS):
+                for nodes in rows:
+                    alone[nodes] = min(alone[nodes], time_of(1, nodes))
+                together = min(together, time_of(4, 4))
+        finally:
+            engine.release(seqs)
     curve = CostCurve(rows, [alone[nodes] for nodes in rows])
     return CostCurve(rows, curve.points, max(0.0, (together - curve.seconds(16)) / 3))
 

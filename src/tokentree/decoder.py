@@ -12,6 +12,7 @@ from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter
 from tokentree.engines.base import Engine, TargetOutput
 from tokentree.errors import PairingError
+from tokentree.exclusive import Exclusive, exclusive
 from tokentree.sequence import Accepted, Sequence, TokenLogprobs
 from tokentree.shapes.base import Shape
 
@@ -42,6 +43,12 @@ class Decoder:
             )
         self.engine, self.drafter, self.shape, self.accept, self.watch = engine, drafter, shape, accept, watch
 
+    @property
+    def lock(self) -> Exclusive:
+        """The engine's. Several threads may decode at once, with this decoder and others of the same engine: their
+        steps take turns."""
+        return self.engine.lock
+
     def run(self, seqs: Iterable[Sequence], max_batch: int = 8) -> Iterator[list[Sequence]]:
         """Decodes all ``seqs``, at most ``max_batch`` at a time; yields those that grew after each step.
 
@@ -63,6 +70,7 @@ class Decoder:
         finally:
             self.release(active)
 
+    @exclusive
     def prefill(self, seq: Sequence) -> None:
         """Puts all of a new sequence but its last token into the KV of target and drafter."""
         started = time.perf_counter()
@@ -71,6 +79,7 @@ class Decoder:
         seq.metrics.prefill_seconds += time.perf_counter() - started
         seq.metrics.lossy = self.accept.lossy
 
+    @exclusive
     def step(self, seqs: list[Sequence]) -> None:
         """One target forward for the whole batch."""
         clock = [time.perf_counter()]
@@ -87,6 +96,7 @@ class Decoder:
         for i, (seq, draft, step) in enumerate(zip(seqs, drafts, accepted, strict=True)):
             self._record(i, seq, draft, step, out, clock)
 
+    @exclusive
     def release(self, seqs: list[Sequence]) -> None:
         self.engine.release(seqs)
         self.drafter.release(seqs)

@@ -22,6 +22,7 @@ from tokentree.engines.facts import ends_of
 from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.support import check_quantization
 from tokentree.errors import ModelError, OptionError, PromptError
+from tokentree.exclusive import neutral
 from tokentree.heads.saved import Fingerprint, saved_choices
 from tokentree.loading import check_same_tokenizer, load_engine, load_tokenizer, pick_device
 from tokentree.metrics import Metrics
@@ -31,6 +32,7 @@ from tokentree.sequence import Accepted, FinishReason, Sequence, TokenLogprobs
 from tokentree.shapes import Cost, CostCurve, Shape, Static
 from tokentree.shapes import shape as parse_shape
 from tokentree.text import Detokenizer
+from tokentree.threads import check_fork, set_threads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -76,6 +78,9 @@ class Piece:
 class LLM:
     """A target model, a drafter and the loop.
 
+    Any number of threads may use one at once, with its twins (`using`, `plain`) and streams: their steps take turns,
+    and each text is the one that is written alone. A process that is forked after a model was used can't use any.
+
     Args:
         model: a hub name, a folder of safetensors, a GGUF file, or a loaded transformers model (which stays as it is).
         drafter: a name from the registry, a list of names to be merged, or a `Drafter`. Without one, ``draft_model`` if
@@ -90,6 +95,8 @@ class LLM:
         attention, quantization, compile: see `TorchEngine`; they hold for draft models too.
         tokenizer: by default the one that comes with the model.
         max_batch: most sequences decoded together.
+        threads: CPU threads; the same as ``torch.set_num_threads``, which sets them for all that torch computes. No
+            text depends on how many there are.
         prefix_mb: megabytes of KV of finished texts that each engine keeps, so that a text that begins alike (the next
             turn of a chat, the same instructions) need not be read again.
         memory: a folder with what drafters learnt earlier, see `save_memory`; one that isn't there is no mistake.
@@ -101,6 +108,7 @@ class LLM:
         OptionError, ModelError, PairingError: all `ValueError`, each with one sentence that says what is wrong.
     """
 
+    @neutral()
     def __init__(
         self,
         model: Model,
@@ -117,6 +125,7 @@ class LLM:
         compile: bool = False,
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_batch: int = 8,
+        threads: int | None = None,
         prefix_mb: int = 256,
         memory: str | Path | None = None,
         speculative_model: Model | None = None,
@@ -139,6 +148,8 @@ class LLM:
             raise OptionError("max_batch must be at least 1")
         if prefix_mb < 0:
             raise OptionError("prefix_mb must be at least 0")
+        check_fork()
+        set_threads(threads)
         # what is cheap to tell is told before anything is loaded
         rule, form = acceptance(accept), shape_of(shape, drafter, heads)
         drafts: list[Model] = [] if draft_model is None else _as_list(draft_model)
@@ -191,8 +202,9 @@ class LLM:
         if heads is not None:
             fingerprint = Fingerprint.of(self.config, self.tokenizer)
             twin._parts = replace(self._parts, heads=Path(heads), fingerprint=fingerprint)
-        form = self._priced(shape_of(shape, drafter, twin._parts.heads))
-        twin.decoder = Decoder(self.engine, make_drafter(drafter, twin._parts), form, acceptance(accept), watch)
+        with self.engine.lock:
+            form = self._priced(shape_of(shape, drafter, twin._parts.heads))
+            twin.decoder = Decoder(self.engine, make_drafter(drafter, twin._parts), form, acceptance(accept), watch)
         return twin
 
     def plain(self) -> LLM:
@@ -207,7 +219,8 @@ class LLM:
         """
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            self.decoder.drafter.save(Path(folder))
+            with self.engine.lock:
+                self.decoder.drafter.save(Path(folder))
         except OSError as error:
             raise OptionError(f"can't write to the folder {str(folder)!r}: {error.strerror}") from None
 

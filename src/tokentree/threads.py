@@ -19,19 +19,19 @@ from llvmlite import ir
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from tokentree.errors import ForkError, OptionError
+from tokentree.errors import ForkError, ModelError, OptionError
 
 I64 = ir.IntType(64)
 SPINS = 1000  # looks at what a thread waits for before it leaves its core to others: some 50 microseconds
 
 _one_at_a_time = threading.Lock()
-_owner: int | None = None  # the process whose threads have run
+_used_in = set[int]()  # processes whose threads have run
 
 
 def check_fork() -> None:
     """Raises `ForkError` in a process that was forked from one whose threads had run compiled loops: they don't exist
     here, and whoever waited for them would wait for ever."""
-    if _owner not in (None, os.getpid()):
+    if _used_in and os.getpid() not in _used_in:
         raise ForkError(
             "this process was forked from one that had used a model already, whose threads it doesn't have: start it "
             "with multiprocessing's 'spawn' method, or fork before the first model is made"
@@ -40,9 +40,20 @@ def check_fork() -> None:
 
 def check_threads(count: int) -> None:
     """Raises `OptionError` unless so many threads can work at once."""
-    if not 1 <= count <= most_threads():
+    if type(count) is not int or not 1 <= count <= most_threads():
         cores = os.cpu_count() or 1
-        raise OptionError(f"threads={count}: choose from 1 to {most_threads()}; this machine has {cores} cores")
+        raise OptionError(f"threads={count!r}: choose from 1 to {most_threads()}; this machine has {cores} cores")
+
+
+def set_threads(count: int | None) -> None:
+    """``torch.set_num_threads``, for numbers that make sense; None leaves it as it is.
+
+    Raises:
+        OptionError: for others.
+    """
+    if count is not None:
+        check_threads(count)
+        torch.set_num_threads(count)
 
 
 def most_threads() -> int:
@@ -64,16 +75,29 @@ def run(worker: Any, arguments: Sequence[int]) -> None:
     Raises:
         ForkError: see `check_fork`.
     """
-    global _owner
     check_fork()
     packed = (ctypes.c_int64 * (len(arguments) + 1))(*arguments, 0)
     pool = _pool()
     with _one_at_a_time:
-        _owner = os.getpid()
+        _used_in.add(os.getpid())
         if pool is None:
             worker.ctypes(packed)
         else:
             pool(worker.address, ctypes.addressof(packed), num_threads(), 0)
+
+
+def address(tensor: torch.Tensor, dtype: torch.dtype, *sizes: int) -> int:
+    """Where the numbers of ``tensor`` lie, for a compiled loop that reads or writes so many of them by address. Whoever
+    asks keeps the tensor as long as the loop may run.
+
+    Raises:
+        ModelError: unless they are of this type and these sizes, on the CPU, and behind one another.
+    """
+    fits = tensor.dtype is dtype and tuple(tensor.shape) == sizes
+    if not (fits and tensor.device.type == "cpu" and tensor.is_contiguous()):
+        found = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+        raise ModelError(f"a compiled loop needs {dtype} {list(sizes)} on the CPU, and there is {found}")
+    return tensor.data_ptr()
 
 
 @functools.cache

@@ -118,7 +118,7 @@ def attend_rows(
     for segment in forward_kv.segments:
         segment.windows.add(window)
         table += segment.described(layer)
-    out = torch.zeros(rows, heads, value_width)  # rows that only fill up get zeros
+    out = torch.zeros(rows, heads, value_width, dtype=torch.float32)  # rows that only fill up get zeros
     numbers = np.array([scale, softcap or 0.0])
     run(
         attend_worker(),

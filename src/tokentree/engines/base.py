@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tokentree.exclusive import Exclusive
 from tokentree.sequence import Sequence
 from tokentree.top import top_logits
 from tokentree.tree import Ints, TokenTree
@@ -152,10 +153,12 @@ class Engine(Protocol):
     Attributes:
         vocab_size: width of the logits.
         context: the most positions that the model can take.
+        lock: whoever decodes holds it for a whole step, since drafters are no use to two threads at once either.
     """
 
     vocab_size: int
     context: int
+    lock: Exclusive
 
     def prefill(self, seq: Sequence) -> int:
         """Commits KV for all tokens of ``seq`` but the last, as far as it isn't there; returns how many rows of it

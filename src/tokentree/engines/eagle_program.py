@@ -101,7 +101,7 @@ class EagleProgram(Steps):
         if self._version == 3:
             logits = torch.empty(rows, len(self._lm_head.start), dtype=torch.bfloat16)
             values, tokens = (torch.empty(rows, self._kept, dtype=kind) for kind in (torch.float32, torch.int64))
-            sums = torch.empty(rows)
+            sums = torch.empty(rows, dtype=torch.float32)
             self._steps[-2, 1 + self._lm_head.RESULT] = self._steps[-1, 1] = logits.data_ptr()
             self._steps[-1, 5:8] = values.data_ptr(), tokens.data_ptr(), sums.data_ptr()
             logits = logits[:, : self._lm_head.num_outputs]

@@ -80,6 +80,8 @@ class FusedAttention(nn.Module):
 class FusedNorm(nn.Module):
     """RMS norm as Llama has it: x * rsqrt(mean(x ** 2) + eps) in float32, rounded, times the weight."""
 
+    weight: torch.Tensor
+
     def __init__(self, own: Any) -> None:
         super().__init__()
         self.register_buffer("weight", own.weight.detach().float())
@@ -104,6 +106,8 @@ class FusedNorm(nn.Module):
         return restored(cls, {"weight": state["weight"], "eps": np.float32(state["eps"])})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-1] != len(self.weight) or x.dtype is not torch.bfloat16:
+            raise ValueError(f"a norm for bfloat16 rows of {len(self.weight)} numbers got {x.dtype} {tuple(x.shape)}")
         x = x.contiguous()
         out = torch.empty_like(x)
         bits, results = (part.view(torch.int16).view(-1, part.shape[-1]).numpy() for part in (x, out))

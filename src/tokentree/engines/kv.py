@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from tokentree.engines.kernels import BLOCK
+from tokentree.errors import ModelError
 from tokentree.tree import Ints
 
 SPARE = 16  # storages kept for the next sequences
@@ -37,6 +38,13 @@ class KVLayout:
     width: int = 0
     state_dtype: torch.dtype = torch.float32
 
+    def check(self, layer: int, heads: int, width: int) -> None:
+        """Raises `ModelError` unless ``layer`` has so many KV heads, with keys and values of this width, as `BlockedKV`
+        keeps them."""
+        has = self.shapes[layer] if layer < len(self.shapes) else None
+        if has != (heads, width, width) or not self.blocked:
+            raise ModelError(f"layer {layer} stores KV of {heads} heads x {width}, and its storage is for {has}")
+
     def make(self, rows: int) -> SequenceKV:
         """Storage for a sequence of so many rows; it grows when there are more."""
         return (BlockedKV if self.blocked else SequenceKV)(self, rows)
@@ -48,6 +56,7 @@ class SequenceKV:
     Layers of equal shape share one tensor, so that moving rows takes a few calls, not a few per layer.
 
     Attributes:
+        layout: how they are stored.
         length: committed rows.
         states: [states, capacity, width], hidden states of the rows, for drafters that read them.
     """
@@ -55,7 +64,7 @@ class SequenceKV:
     def __init__(self, layout: KVLayout, capacity: int) -> None:
         self.length = 0
         self._addresses: dict[int, tuple[int, ...]] = {}
-        self._layout = layout
+        self.layout = layout
         self._capacity = 0
         kinds = [(shape, layer if layout.fixed else 0) for layer, shape in enumerate(layout.shapes)]
         groups = sorted(set(kinds))
@@ -70,7 +79,7 @@ class SequenceKV:
         """Makes room for ``rows`` rows, committed and provisional."""
         if rows <= self._capacity:
             return
-        if self._layout.fixed:
+        if self.layout.fixed:
             capacity = max(LEAST_FIXED, 1 << (rows - 1).bit_length())
         else:
             capacity = -(-max(rows, self._capacity * 3 // 2) // BLOCK) * BLOCK
@@ -87,7 +96,7 @@ class SequenceKV:
         self._addresses = {}
 
     def _empty_keys(self, layers: int, heads: int, capacity: int, width: int) -> torch.Tensor:
-        return torch.zeros(layers, heads, capacity, width, dtype=self._layout.dtype, device=self._layout.device)
+        return torch.zeros(layers, heads, capacity, width, dtype=self.layout.dtype, device=self.layout.device)
 
     _empty_values = _empty_keys
 
@@ -151,7 +160,7 @@ class SequenceKV:
 
     def _move(self, rows: Ints, start: int) -> None:
         """Copies ``rows``, ascending, to where rows ``start`` and on are, which lie before them."""
-        index = torch.from_numpy(rows).to(self._layout.device)
+        index = torch.from_numpy(rows).to(self.layout.device)
         for stored in self._keys + self._values:
             stored[:, :, start : start + len(rows)] = stored.index_select(2, index)
 
@@ -192,16 +201,25 @@ class BlockedKV(SequenceKV):
     """
 
     def _empty_keys(self, layers: int, heads: int, capacity: int, width: int) -> torch.Tensor:
-        return torch.zeros(layers, heads, capacity // BLOCK, width, BLOCK)
+        return torch.zeros(layers, heads, capacity // BLOCK, width, BLOCK, dtype=torch.float32, device="cpu")
 
     def _empty_values(self, layers: int, heads: int, capacity: int, width: int) -> torch.Tensor:
-        return torch.zeros(layers, heads, capacity, -(-width // BLOCK) * BLOCK)
+        return torch.zeros(layers, heads, capacity, -(-width // BLOCK) * BLOCK, dtype=torch.float32, device="cpu")
 
     def write(self, layer: int, row: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         stored_keys, stored_values = self.layer(layer)
+        heads, count, width = keys.shape
+        sizes = (heads, width, values.shape[2])
+        if sizes != self.layout.shapes[layer] or values.shape[:2] != keys.shape[:2] or row + count > self.capacity:
+            raise ModelError(
+                f"layer {layer} stores KV of {sizes} from row {row} to {row + count}, and its storage is for "
+                f"{self.layout.shapes[layer]} in {self.capacity} rows"
+            )
         _write(stored_keys.numpy(), stored_values.numpy(), row, keys.float().numpy(), values.float().numpy())
 
     def _move(self, rows: Ints, start: int) -> None:
+        if not 0 <= start <= int(rows.min()) <= int(rows.max()) < self.capacity:
+            raise IndexError(f"rows {rows.tolist()} can't be moved to {start} and on, of {self.capacity}")
         for keys, values in zip(self._keys, self._values, strict=True):
             _move(keys.numpy(), values.numpy(), rows, start)
 

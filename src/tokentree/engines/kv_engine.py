@@ -22,7 +22,9 @@ from tokentree.engines.proof import in_trees
 from tokentree.engines.quantized import draft_linear
 from tokentree.engines.segment import Segment, Upto, inputs_of
 from tokentree.errors import ModelError, PairingError
+from tokentree.exclusive import Exclusive, exclusive
 from tokentree.sequence import Sequence
+from tokentree.threads import num_threads
 from tokentree.top import top_logits
 from tokentree.tree import Ints, TokenTree
 
@@ -54,6 +56,7 @@ class KVEngine(ABC):
         self, facts: Facts, vocab_size: int, layout: KVLayout, program: Program | None, dtype: torch.dtype,
         quantization: str | None, prefix_bytes: int,
     ) -> None:  # fmt: skip
+        self.lock = Exclusive()
         self.facts, self.vocab_size, self.context = facts, vocab_size, facts.context
         self.device, self.dtype, self.quantization = layout.device, dtype, quantization
         self._program, self._storages = program, Storages(layout)
@@ -112,21 +115,21 @@ class KVEngine(ABC):
     def signature(self) -> str:
         """What the cost of a forward depends on: model, engine, dtype, device and threads."""
         on_cpu = self.device.type == "cpu"
-        device = f"cpu {torch.get_num_threads()} threads" if on_cpu else torch.cuda.get_device_name(self.device)
+        device = f"cpu {num_threads()} threads" if on_cpu else torch.cuda.get_device_name(self.device)
         numbers = self.quantization or str(self.dtype).removeprefix("torch.")
         return f"{self.facts.size}, {self.form}, {numbers}, {device}"
 
-    @torch.inference_mode()
+    @exclusive
     def prefill(self, seq: Sequence) -> int:
         reused = 0
         kv = self._kv_of(seq)
         if not kv.length:
-            live = [(_ids(other, known), known) for other, known in self._kv.values() if known is not kv]
+            live = [(_ids(other, known), known) for other, known in list(self._kv.values()) if known is not kv]
             reused = self._prefixes.fill(kv, np.array(seq.tokens[:-1]), live)
         self._read(kv, seq.tokens[kv.length : -1])
         return reused
 
-    @torch.inference_mode()
+    @exclusive
     def verify(
         self, seqs: SequenceOf[Sequence], trees: SequenceOf[TokenTree], firsts: SequenceOf[int] | None = None
     ) -> TargetOutput:
@@ -146,12 +149,12 @@ class KVEngine(ABC):
         best = None if self._program is None else self._program.best
         return TargetOutput(logits, starts, firsts, time.perf_counter() - started, best)
 
-    @torch.inference_mode()
+    @exclusive
     def commit(self, seqs: SequenceOf[Sequence], paths: SequenceOf[list[int]]) -> None:
         for seq, path in zip(seqs, paths, strict=True):
             self._kv_of(seq).commit(path)
 
-    @torch.inference_mode()
+    @exclusive
     def keep(self, seq: Sequence, nodes: SequenceOf[int], committed: int) -> None:
         self._kv_of(seq).keep(nodes, committed)
 
@@ -164,6 +167,7 @@ class KVEngine(ABC):
     def branch(self, seq: Sequence, of: Sequence, nodes: SequenceOf[int]) -> None:
         self._branches[seq.id] = of, list(nodes)
 
+    @exclusive
     def release(self, seqs: SequenceOf[Sequence]) -> None:
         for seq in seqs:
             self._branches.pop(seq.id, None)
@@ -171,6 +175,7 @@ class KVEngine(ABC):
                 _, kv = self._kv.pop(seq.id)
                 self._storages.give(self._prefixes.keep(_ids(seq, kv), kv))
 
+    @exclusive
     def capture(self, places: SequenceOf[int] | None = None) -> Features:
         embedding, head = self._outer_layers()
         if head is None:
@@ -209,7 +214,7 @@ class KVEngine(ABC):
 
         return EagleEngine(head, self)
 
-    @torch.inference_mode()
+    @exclusive
     def hidden_states(self, ids: SequenceOf[int], places: SequenceOf[int] | None = None) -> torch.Tensor:
         """[len(ids), places x hidden size]: the hidden states of a text, beside one another, once `capture` was called
         for them."""
@@ -261,7 +266,7 @@ class KVEngine(ABC):
             for kept, rows in zip(segment.kv.states, states, strict=True):
                 kept[first : first + segment.count] = rows[segment.start : segment.start + segment.count]
 
-    @torch.inference_mode()
+    @exclusive
     def _check_trees(self, own: Mapping[str, torch.Tensor]) -> None:
         """Raises `ModelError` unless trees give what the model says by itself, see `proof.own_forward`."""
         got, windows = in_trees(

@@ -15,7 +15,7 @@ from torch import nn
 from tokentree.engines import rows as each
 from tokentree.engines.kernels import BFLOAT16_WIDE, BLOCK, CHUNKS, TILE_ROWS, tile_bfloat16
 from tokentree.numbers import narrow, widen
-from tokentree.threads import WORKER, address_of, claim, floats, halves, integers, num_threads, run
+from tokentree.threads import WORKER, address, address_of, claim, floats, halves, integers, num_threads, run
 
 BFLOAT16_CALL = 9  # integers that describe a product
 STRETCH = 512  # words of a weight that all rows meet before the next ones, so that these stay in the cache
@@ -35,11 +35,26 @@ class PackedLinear(nn.Module):
 
     RESULT = 4  # where the results' address is in `call`
 
+    @property
+    def num_inputs(self) -> int:
+        """Width of its inputs."""
+        return 2 * self.weight.shape[1]
+
+    @property
+    def width(self) -> int:
+        """Of its inputs, with what fills them up."""
+        return self.num_inputs
+
+    @property
+    def num_results(self) -> int:
+        """How many numbers of a row it writes: its outputs, and what fills up a block."""
+        return len(self.start) >> self.gated
+
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, gated: bool = False) -> None:
         super().__init__()
         self.gated, self.num_outputs = gated, len(weight) >> gated
         self.weight = _blocks(whole(weight.detach()).view(torch.int32))
-        self.start = whole(torch.zeros(len(weight)) if bias is None else bias.detach().float())
+        self.start = whole(torch.zeros(len(weight), dtype=torch.float32) if bias is None else bias.detach().float())
 
     @staticmethod
     def fits(weight: torch.Tensor) -> bool:
@@ -52,7 +67,7 @@ class PackedLinear(nn.Module):
         Raises:
             ValueError: if ``x`` is not bfloat16, or of another width.
         """
-        rows = rows_of(x, 2 * self.weight.shape[1])
+        rows = rows_of(x, self.num_inputs)
         rows = rows.float() if BFLOAT16_WIDE else rows
         y = torch.empty(len(rows), len(self.start) >> self.gated, dtype=torch.bfloat16)
         call = self.call(rows.data_ptr(), rows.stride(0) * rows.element_size(), y.data_ptr())
@@ -70,11 +85,10 @@ class PackedLinear(nn.Module):
 
     def call(self, inputs: int, stride: int, result: int) -> list[int]:
         """What `multiply_bfloat16` is told, with inputs at this address, so many bytes a row, and such results."""
-        outputs = len(self.start) >> self.gated
-        return [
-            self.weight.data_ptr(), inputs, stride, self.start.data_ptr(), result, 2 * outputs, self.weight.shape[1],
-            outputs // BLOCK, self.gated,
-        ]  # fmt: skip
+        outputs, steps = len(self.start) >> self.gated, self.weight.shape[1]
+        weight = address(self.weight, torch.int32, len(self.start) // BLOCK, steps, BLOCK)
+        start = address(self.start, torch.float32, (outputs << self.gated) // BLOCK * BLOCK)
+        return [weight, inputs, stride, start, result, 2 * outputs, steps, outputs // BLOCK, self.gated]
 
 
 class PackedEmbedding(nn.Module):

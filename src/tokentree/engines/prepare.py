@@ -119,9 +119,9 @@ def _children(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
 class SteadyActivation(nn.Module):
     """An activation, on a CPU, that gives a value the same bits beside any other values.
 
-    torch splits a tensor among threads and computes what is left at the end of each share, less than a vector, by other
-    instructions, which round differently. Where rows are wide enough that nothing is ever left, its own function runs;
-    elsewhere one made of operations that round the same either way.
+    torch splits a large tensor among threads, and computes what is left at the end of each share, less than a vector,
+    by other instructions, which round differently. Where rows are whole vectors, its own function runs, on few enough
+    rows at a time that torch doesn't split them; elsewhere one made of operations that round the same either way.
     """
 
     def __init__(self, own: nn.Module) -> None:
@@ -130,12 +130,14 @@ class SteadyActivation(nn.Module):
         self._steady = steady_silu if isinstance(own, nn.SiLU | SiLUActivation) else steady_gelu_tanh
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        shares = math.lcm(*range(1, torch.get_num_threads() + 1))
-        if x.shape[-1] % (VECTOR * shares) == 0:
-            return self.own(x.contiguous())  # type: ignore[no-any-return]
+        width = x.shape[-1]
+        if width % VECTOR == 0 and width < SPLIT:
+            parts = x.contiguous().view(-1, width).split((SPLIT - 1) // width)
+            return torch.cat([self.own(part) for part in parts]).view(x.shape)
         return self._steady(x.float()).to(x.dtype)
 
 
+SPLIT = 32768  # values of a tensor from which on torch splits it (ATen's GRAIN_SIZE)
 VECTOR = 64  # the most values that one step of a loop computes: two vectors of bfloat16
 
 

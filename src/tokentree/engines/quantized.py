@@ -17,7 +17,7 @@ from tokentree.engines import rows as each
 from tokentree.engines.kernels import BLOCK, CHUNKS
 from tokentree.engines.linear import linear_of, pass_of, restored, rows_of, store_rows, whole
 from tokentree.engines.quants import WIDE, tile_int4, tile_int8
-from tokentree.threads import WORKER, address_of, claim, floats, integers, num_threads, run
+from tokentree.threads import WORKER, address, address_of, claim, floats, integers, num_threads, run
 
 ORDER = [0, 2, 1, 3] if WIDE else [0, 1, 2, 3]  # in which `quants` wants the bytes of a word
 INPUTS = torch.int16 if WIDE else torch.int8  # what it takes of x
@@ -98,7 +98,17 @@ class QuantizedLinear(nn.Module):
         self.num_inputs = self.groups * self.group if num_inputs is None else num_inputs
         parts = zip(*(whole(tensor).split(AT_ONCE) for tensor in weight.tensors), strict=True)
         self.weight = torch.cat([self._packed(*part) for part in parts])
-        self.start = whole(torch.zeros(outputs) if bias is None else bias.detach().float())
+        self.start = whole(torch.zeros(outputs, dtype=torch.float32) if bias is None else bias.detach().float())
+
+    @property
+    def width(self) -> int:
+        """Of its inputs, with what fills up a group."""
+        return self.groups * self.group
+
+    @property
+    def num_results(self) -> int:
+        """How many numbers of a row it writes: its outputs, and what fills up a block."""
+        return len(self.start) >> self.gated
 
     @staticmethod
     def fits(weight: torch.Tensor) -> bool:
@@ -121,7 +131,7 @@ class QuantizedLinear(nn.Module):
         """
         rows = rows_of(x, self.num_inputs)
         inputs = torch.empty(len(rows), self.groups * self.group, dtype=INPUTS)
-        scales, totals = torch.empty(len(rows), self.groups), torch.empty(len(rows), self.groups)
+        scales, totals = (torch.empty(len(rows), self.groups, dtype=torch.float32) for _ in range(2))
         _prepare(rows.view(torch.int16).numpy(), self.group, inputs.numpy(), scales.numpy(), totals.numpy())
         y = torch.empty(len(rows), len(self.start) >> self.gated, dtype=torch.bfloat16)
         call = self.call(inputs.data_ptr(), scales.data_ptr(), totals.data_ptr(), y.data_ptr())
@@ -142,9 +152,12 @@ class QuantizedLinear(nn.Module):
     def call(self, inputs: int, scales: int, totals: int, result: int) -> list[int]:
         """What a product is told, with these addresses."""
         outputs, words = len(self.start) >> self.gated, self.group * self.bits // 32
+        size = 4 * (words + 1) * BLOCK  # of a strip: its words, then scales and least weights
+        weight = address(self.weight, torch.uint8, len(self.start) // BLOCK, self.groups, size)
+        start = address(self.start, torch.float32, (outputs << self.gated) // BLOCK * BLOCK)
         return [
-            self.weight.data_ptr(), inputs, self.groups * self.group * INPUTS.itemsize, result, 2 * outputs,
-            self.groups, words, outputs // BLOCK, self.gated, scales, totals, self.start.data_ptr(),
+            weight, inputs, self.groups * self.group * INPUTS.itemsize, result, 2 * outputs,
+            self.groups, words, outputs // BLOCK, self.gated, scales, totals, start,
         ]  # fmt: skip
 
 

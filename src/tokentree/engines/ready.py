@@ -19,6 +19,7 @@ from tokentree.engines.proof import OWN
 from tokentree.engines.quantized import QuantizedLinear
 from tokentree.engines.segment import Segment, Upto
 from tokentree.errors import ModelError
+from tokentree.exclusive import neutral
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -41,6 +42,7 @@ class ReadyEngine(KVEngine):
 
     attention = "tree"
 
+    @neutral()
     def __init__(self, found: dict[str, dict[str, Any]], quantization: str | None, prefix_bytes: int) -> None:
         ready, own = found[READY], found[OWN]
         kind: Kind = QuantizedLinear if quantization else PackedLinear

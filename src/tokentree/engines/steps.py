@@ -4,7 +4,8 @@
 
 A program is a list of steps: a norm, a product, turning queries and keys, attention, and so on, for each layer. Every
 thread runs the list; in each step the threads take shares of the work as they become free, and go on when all shares
-that were taken are done. A thread that comes late to a step finds nothing left, and nobody waits for it. Steps find weights and the rows' intermediate results by address, so that no Python runs between them.
+that were taken are done. A thread that comes late to a step finds nothing left, and nobody waits for it. Steps find
+weights and the rows' intermediate results by address, so that no Python runs between them.
 """
 
 from __future__ import annotations
@@ -23,14 +24,17 @@ from tokentree.engines import rows as each
 from tokentree.engines.attend import CALL, SEGMENT, attend
 from tokentree.engines.fused import FusedNorm
 from tokentree.engines.kernels import BFLOAT16_WIDE, BLOCK
+from tokentree.engines.kv import KVLayout
 from tokentree.engines.linear import BFLOAT16_CALL, PackedEmbedding, PackedLinear, multiply_bfloat16
 from tokentree.engines.quantized import CALL as QUANTIZED_CALL
 from tokentree.engines.quantized import QuantizedLinear, multiply_int4, multiply_int8
 from tokentree.engines.quants import WIDE
 from tokentree.engines.segment import Segment
+from tokentree.errors import ModelError
 from tokentree.numbers import widen
 from tokentree.threads import (
     WORKER,
+    address,
     address_of,
     claim,
     doubles,
@@ -121,7 +125,9 @@ class Turns:
 class Steps:
     """A forward as a list of steps, and the memory that they share: the rows' intermediate results.
 
-    A subclass says which steps there are, in `build`, whenever there must be room for more rows.
+    A subclass says which steps there are, in `build`, whenever there must be room for more rows. Steps read memory by
+    address. So the sizes of all that they read are checked when they are built, and those of KV and rows at each run;
+    and tensors that they read are kept, whatever their owner does with them.
 
     Args:
         widest: numbers that the widest product takes of a row.
@@ -133,6 +139,8 @@ class Steps:
         self._memory: list[torch.Tensor] = []
         self._windows: set[int | None] = set()
         self._tokens = 0  # that there are, where a step looks them up
+        self._stored: dict[int, tuple[int, int]] = {}  # by layer that a step stores or reads: KV heads, their width
+        self._fitting: KVLayout | None = None  # one that has been checked against that
 
     def build(self) -> list[list[int]]:
         """The steps, in memory from `room`."""
@@ -143,7 +151,7 @@ class Steps:
         if rows <= self._capacity:
             return
         self._capacity = max(64, 1 << (rows - 1).bit_length())
-        self._numbers, self._memory, self._windows = [], [], set()
+        self._numbers, self._memory, self._windows, self._fitting = [], [], set(), None
         self._prepared = self.room(self._widest, torch.float32)
         self._scales, self._totals = (self.room(self._widest // 32, torch.float32) for _ in range(2))
         steps = self.build()
@@ -166,22 +174,43 @@ class Steps:
             ids: int64[rows], if a step reads the tokens.
 
         Raises:
-            IndexError: if one of them is none of the embedding's, since steps read memory by address.
+            IndexError: if one of them is none of the embedding's, or a row or a position is none of those that there
+                is room for.
+            ModelError: if the KV of a segment has other sizes than the steps.
         """
+        cos, sin, places = turns
+        rows = len(places)
+        if rows > self._capacity or not 0 <= int(places.min()) <= int(places.max()) < len(cos):
+            raise IndexError(f"there is room for {self._capacity} rows, and positions up to {len(cos)}")
+        self._check(segments, rows)
         if ids is not None and self._tokens and not 0 <= int(ids.min()) <= int(ids.max()) < self._tokens:
             raise IndexError(f"a token id is outside the embedding of {self._tokens}")
-        cos, sin, places = turns
         for segment in segments:
             segment.windows |= self._windows
         table = np.array([segment.described(0) for segment in segments], np.int64)
         counters = np.zeros((count, COUNTERS), np.int64)
         run(
             _worker(),
-            [len(places), num_threads(), rest(), count - first,
+            [rows, num_threads(), rest(), count - first,
              self._steps.ctypes.data + first * self._steps.strides[0], counters.ctypes.data,
              table.ctypes.data, len(table), cos.data_ptr(), sin.data_ptr(), places.ctypes.data,
              0 if ids is None else ids.ctypes.data],
         )  # fmt: skip
+
+    def _check(self, segments: SequenceOf[Segment], rows: int) -> None:
+        """See `run`."""
+        for segment in segments:
+            if segment.start + segment.count > rows:
+                raise IndexError(f"a segment ends at row {segment.start + segment.count} of {rows}")
+            if segment.kv.layout is not self._fitting:
+                for layer, sizes in self._stored.items():
+                    segment.kv.layout.check(layer, *sizes)
+                self._fitting = segment.kv.layout
+
+    def _at(self, tensor: torch.Tensor, dtype: torch.dtype, *sizes: int) -> int:
+        """The address of a tensor of these sizes, which is kept as long as the steps are."""
+        self._memory.append(tensor.detach())  # of a parameter, not the parameter, which its owner may give other memory
+        return address(tensor, dtype, *sizes)
 
     # -- the kinds of steps ----------------------------------------------------------------------------------------
 
@@ -193,24 +222,28 @@ class Steps:
 
     def embed(self, embedding: Any, result: torch.Tensor) -> list[list[int]]:
         """Looks up the rows' tokens."""
-        self._tokens = int(embedding.num_embeddings)
+        self._tokens, width = int(embedding.num_embeddings), result.shape[1]
         packed = isinstance(embedding, PackedEmbedding)
-        return [[
-            EMBED, embedding.weight.data_ptr(), result.shape[1], packed, result.data_ptr(), result.stride(0),
-        ]]  # fmt: skip
+        if packed:
+            table = self._at(embedding.weight, torch.int32, -(-self._tokens // BLOCK), width // 2, BLOCK)
+        else:
+            table = self._at(embedding.weight, torch.bfloat16, self._tokens, width)
+        return [[EMBED, table, width, packed, result.data_ptr(), result.stride(0)]]
 
     def norm(
-        self, norm: FusedNorm, x: torch.Tensor, result: torch.Tensor, before: nn.Module | None,
+        self, norm: FusedNorm, x: torch.Tensor, result: torch.Tensor, before: PackedLinear | QuantizedLinear | None,
         update: torch.Tensor | None = None,
     ) -> list[list[int]]:  # fmt: skip
         """Adds ``update`` to ``x``, norms it, and makes what the layer ``before`` which the norm comes takes."""
-        form = [AS_IT_IS, 0] if before is None else self._form(before)
+        form, width = [AS_IT_IS, 0] if before is None else self._form(before), x.shape[1]
+        _same(width, result.shape[1], width if update is None else update.shape[1])
+        weight = self._at(norm.weight, torch.float32, width)
         return [[
-            NORM, x.data_ptr(), 0 if update is None else update.data_ptr(), x.shape[1], norm.weight.data_ptr(),
+            NORM, x.data_ptr(), 0 if update is None else update.data_ptr(), width, weight,
             self._number(float(norm.eps)), result.data_ptr(), result.stride(0), *form,
         ]]  # fmt: skip
 
-    def prepare(self, before: nn.Module, x: torch.Tensor) -> list[list[int]]:
+    def prepare(self, before: PackedLinear | QuantizedLinear, x: torch.Tensor) -> list[list[int]]:
         """Makes of ``x`` what the layer ``before`` which that comes takes."""
         form = self._form(before)
         return [[PREPARE, x.data_ptr(), x.shape[1], *form]] if form[0] != AS_IT_IS else []
@@ -220,6 +253,9 @@ class Steps:
     ) -> list[list[int]]:
         """``layer`` of ``x``, which was prepared, into ``y``, or where it will be said."""
         result, prepared = 0 if y is None else y.data_ptr(), self._prepared.data_ptr()
+        _same(layer.num_inputs, x.shape[1])
+        _same(layer.num_results, layer.num_results if y is None else y.shape[1])
+        self._memory += [layer.weight, layer.start]
         if isinstance(layer, QuantizedLinear):
             call = layer.call(prepared, self._scales.data_ptr(), self._totals.data_ptr(), result)
             return [[MULTIPLY_INT8 if layer.bits == 8 else MULTIPLY_INT4, *call]]
@@ -228,12 +264,18 @@ class Steps:
 
     def turn(self, index: int, sizes: Heads, qkv: torch.Tensor, queries: torch.Tensor) -> list[list[int]]:
         """Turns queries and keys, and stores keys and values as layer ``index``."""
+        _same((sizes.heads + 2 * sizes.kv_heads) * sizes.width, qkv.shape[1])
+        _same(sizes.heads * sizes.width, queries.shape[1])
+        self._stored[index] = sizes.kv_heads, sizes.width
         return [[TURN, index, sizes.heads, sizes.kv_heads, sizes.width, qkv.data_ptr(), queries.data_ptr()]]
 
     def attend(self, index: int, sizes: Heads, queries: torch.Tensor, result: torch.Tensor) -> list[list[int]]:
         """Attention over what layer ``index`` has stored."""
         width, heads = sizes.width, sizes.heads
+        _same(heads * width, queries.shape[1], result.shape[1])
+        _same(heads % sizes.kv_heads, 0)
         self._windows.add(sizes.window)
+        self._stored[index] = sizes.kv_heads, width
         return [[
             ATTEND, index, self._number(sizes.scale, 0.0), queries.data_ptr(), 4 * width, 4 * heads * width,
             result.data_ptr(), 2 * width, 2 * heads * width, width, width, heads // sizes.kv_heads, sizes.window or 0,
@@ -261,6 +303,7 @@ class Steps:
 
     def copy(self, x: torch.Tensor, result: torch.Tensor) -> list[list[int]]:
         """Keeps ``x``."""
+        _same(x.shape[1], result.shape[1])
         return [[COPY, x.data_ptr(), result.data_ptr(), x.shape[1]]]
 
     def _number(self, *numbers: float) -> int:
@@ -269,12 +312,19 @@ class Steps:
         address: int = self._numbers[-1].ctypes.data
         return address
 
-    def _form(self, layer: nn.Module) -> list[int]:
+    def _form(self, layer: PackedLinear | QuantizedLinear) -> list[int]:
         """How ``layer`` takes its inputs, and where."""
+        _same(max(self._widest, layer.width), self._widest)
         if isinstance(layer, QuantizedLinear):
+            _same(max(self._scales.shape[1], layer.groups), self._scales.shape[1])
             places = [self._scales.data_ptr(), self._totals.data_ptr()]
             return [IN_8_BITS, self._prepared.data_ptr(), layer.groups, layer.group, *places]
         return [WIDER if BFLOAT16_WIDE else AS_IT_IS, self._prepared.data_ptr()]
+
+
+def _same(*sizes: int) -> None:
+    if len({*sizes}) > 1:
+        raise ModelError(f"the sizes of this model's layers don't fit each other: {', '.join(map(str, sizes))}")
 
 
 # -- the steps ---------------------------------------------------------------------------------------------------------

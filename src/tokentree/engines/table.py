@@ -9,6 +9,7 @@ import torch
 
 from tokentree.engines.base import DraftEngine, Features, TargetOutput
 from tokentree.errors import OptionError, PairingError
+from tokentree.exclusive import Exclusive
 from tokentree.sequence import Sequence
 from tokentree.tree import TokenTree
 
@@ -34,7 +35,7 @@ class TableEngine:
         if table.ndim < 2 or len(set(table.shape)) != 1:
             raise OptionError("a table needs at least two axes, all as long as the vocabulary")
         self.table, self.context, self.vocab_size = table, context, table.shape[-1]
-        self.forwards = 0
+        self.lock, self.forwards = Exclusive(), 0
         self._order = table.ndim - 1
         self._committed: dict[int, list[int]] = {}
         self._trees: dict[int, TokenTree] = {}

@@ -28,6 +28,7 @@ from tokentree.engines.ready import READY
 from tokentree.engines.segment import Segment, Upto, inputs_of
 from tokentree.engines.support import check_quantization, check_supported, decoder_layers, has_softcap
 from tokentree.errors import ModelError, PairingError
+from tokentree.exclusive import exclusive, neutral
 
 if TYPE_CHECKING:
     from tokentree.engines.graph import Graph
@@ -58,6 +59,7 @@ class TorchEngine(KVEngine):
         ModelError: if the model can't be decoded with a tree, with the reason.
     """
 
+    @neutral()
     def __init__(
         self, model: PreTrainedModel, attention: str | None = None, owns_model: bool = False,
         quantization: str | None = None, prefix_bytes: int = 0, file: Path | None = None, kept: Place | None = None,
@@ -128,7 +130,7 @@ class TorchEngine(KVEngine):
     def recorded(self) -> bool:
         return self._graph is not None and self.device.type == "cuda"
 
-    @torch.inference_mode()
+    @exclusive
     def hidden_states_of(
         self, texts: SequenceOf[SequenceOf[int]], places: SequenceOf[int] | None = None
     ) -> list[torch.Tensor]:
