@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from tests.tiny_models import request, some_tokens, some_tree, tiny
 from tokentree import LLM, ModelError, OptionError, SamplingParams, threads
+from tokentree.drafters.medusa import Medusa
 from tokentree.engines.kv import KVLayout
 from tokentree.engines.linear import PackedLinear
 from tokentree.engines.segment import Segment
@@ -225,6 +226,13 @@ def num_threads(count: int) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@contextmanager
+def precision(name: str) -> Iterator[None]:
+    torch.set_float32_matmul_precision(name)
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
 STATES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "float64": lambda: default_dtype(torch.float64),
     "bfloat16": lambda: default_dtype(torch.bfloat16),
@@ -234,6 +242,7 @@ STATES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "gradients": torch.enable_grad,
     "no inference mode": lambda: torch.inference_mode(False),
     "inference mode": torch.inference_mode,
+    "products in bfloat16": lambda: precision("medium"),
     "2 threads": lambda: num_threads(2),
     "3 threads": lambda: num_threads(3),
     "5 threads": lambda: num_threads(5),
@@ -253,7 +262,7 @@ FAMILIES = [
 def test_torch_s_global_state_changes_no_text(family: str, dtype: torch.dtype, whole: bool) -> None:
     """Set after the model was made, and before."""
     model = one_call(family) if whole else tiny(family, dtype)
-    llm, prompt = LLM(model, "suffix", "2x2x1"), some_tokens(40)
+    llm, prompt = LLM(model, "suffix", shape="2x2x1"), some_tokens(40)
     params = [SamplingParams(max_tokens=10), SamplingParams(max_tokens=10, temperature=0.8, top_p=0.9, seed=1)]
 
     def texts(llm: LLM) -> list[list[int]]:
@@ -263,7 +272,7 @@ def test_torch_s_global_state_changes_no_text(family: str, dtype: torch.dtype, w
     assert texts(llm.plain()) == expected
     for name, state in STATES.items():
         with state():
-            got, anew = texts(llm), texts(LLM(model, "recycling", "2x2"))
+            got, anew = texts(llm), texts(LLM(model, "recycling", shape="2x2"))
         assert got == expected, name
         assert anew == expected, name
     assert torch.get_default_dtype() is torch.float32
@@ -273,13 +282,11 @@ def test_heads_are_shielded_too() -> None:
     model = one_call()
     llm = LLM(model, "none")
     generator = torch.Generator().manual_seed(0)
-    heads = MedusaHeads(2, 64, 1, bias=True)
+    heads = MedusaHeads(2, 1, 64)
     with torch.no_grad():
         heads.weight.copy_(torch.randn(heads.weight.shape, generator=generator))
     expected = llm.generate([some_tokens(12)], SamplingParams(max_tokens=8))[0].token_ids
-    from tokentree.drafters.medusa import Medusa
-
-    drafting = llm.using(Medusa(heads, llm.engine), "2x2")
+    drafting = llm.using(Medusa(heads, llm.engine), shape="2x2")
     for name, state in STATES.items():
         with state():
             got = drafting.generate([some_tokens(12)], SamplingParams(max_tokens=8))[0].token_ids
@@ -322,7 +329,7 @@ def test_a_model_that_its_owner_converts_or_drops_is_decoded_as_it_was_or_refuse
         if change == "convert":
             model.float()
         elif change == "meta":
-            model.to("meta")  # type: ignore[call-overload]
+            cast(Any, model).to("meta")
         else:
             del model
         rubbish = [torch.full((120, 64), 7.0, dtype=torch.bfloat16) for _ in range(64)]  # takes memory that is free

@@ -18,6 +18,7 @@ LAYERS = {
         (
             "tree",
             "threads",
+            "exclusive",
             "top",
             "numbers",
             "compiled",

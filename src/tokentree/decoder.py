@@ -65,8 +65,9 @@ class Decoder:
                     return
                 self.step(active)
                 yield list(active)
-                self.release([seq for seq in active if seq.finished])
-                active = [seq for seq in active if not seq.finished]
+                if done := [seq for seq in active if seq.finished]:
+                    self.release(done)
+                    active = [seq for seq in active if not seq.finished]
         finally:
             self.release(active)
 

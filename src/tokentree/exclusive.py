@@ -16,6 +16,7 @@ from tokentree.threads import check_fork
 
 P = ParamSpec("P")
 R = TypeVar("R")
+EXACT = ("none", "ieee")  # what torch calls products of float32 that are none of fewer bits
 
 
 class Exclusive:
@@ -109,37 +110,47 @@ def exclusive(method: Callable[Concatenate[L, P], R]) -> Callable[Concatenate[L,
 
 @contextmanager
 def neutral() -> Iterator[None]:
-    """No autocast, the CPU as default device, float32 as default type, whatever the caller has set. The
-    default type is one for all threads: the caller's comes back when no thread is in here any more."""
+    """No autocast, the CPU as default device, float32 as default type, and products of float32 in float32 on CPUs,
+    whatever the caller has set. What is one for all threads is the caller's again when no thread is in here any more.
+    """
     with ExitStack() as stack:
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
-        stack.enter_context(_default_type)
+        stack.enter_context(_shared)
         yield
 
 
-class _DefaultType:
-    """float32 as torch's default type, as long as any thread is inside."""
+class _Shared:
+    """What torch has one of for all threads: neutral as long as any thread is inside."""
 
     def __init__(self) -> None:
-        self._mutex, self._inside, self._before = threading.Lock(), 0, torch.float32
+        self._mutex, self._inside = threading.Lock(), 0
+        self._dtype, self._precision = torch.float32, "none"
 
     def __enter__(self) -> None:
+        products: Any = torch.backends.mkldnn.matmul
         with self._mutex:
             if not self._inside:
-                self._before = torch.get_default_dtype()
+                self._dtype, self._precision = torch.get_default_dtype(), products.fp32_precision
             self._inside += 1
             if torch.get_default_dtype() != torch.float32:
                 torch.set_default_dtype(torch.float32)
+            if products.fp32_precision not in EXACT:
+                products.fp32_precision = "ieee"
 
     def __exit__(self, *error: Any) -> None:
+        products: Any = torch.backends.mkldnn.matmul
         with self._mutex:
             self._inside -= 1
-            if not self._inside and self._before != torch.float32 and torch.get_default_dtype() == torch.float32:
-                torch.set_default_dtype(self._before)
+            if self._inside:
+                return
+            if self._dtype != torch.float32 and torch.get_default_dtype() == torch.float32:
+                torch.set_default_dtype(self._dtype)
+            if self._precision not in EXACT and products.fp32_precision == "ieee":
+                products.fp32_precision = self._precision
 
 
-_default_type = _DefaultType()
+_shared = _Shared()

@@ -137,7 +137,7 @@ class SteadyActivation(nn.Module):
         return self._steady(x.float()).to(x.dtype)
 
 
-SPLIT = 32768  # values of a tensor from which on torch splits it (ATen's GRAIN_SIZE)
+SPLIT = 16384  # values of a tensor from which on torch may split it (its GELU's least, 0x4000; others' is larger)
 VECTOR = 64  # the most values that one step of a loop computes: two vectors of bfloat16
 
 
