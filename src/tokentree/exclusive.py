@@ -131,7 +131,8 @@ class _Shared:
         self._dtype, self._precision = torch.float32, "none"
 
     def __enter__(self) -> None:
-        products: Any = torch.backends.mkldnn.matmul
+        backend: Any = torch.backends.mkldnn
+        products = backend.matmul
         with self._mutex:
             if not self._inside:
                 self._dtype, self._precision = torch.get_default_dtype(), products.fp32_precision
@@ -142,7 +143,8 @@ class _Shared:
                 products.fp32_precision = "ieee"
 
     def __exit__(self, *error: Any) -> None:
-        products: Any = torch.backends.mkldnn.matmul
+        backend: Any = torch.backends.mkldnn
+        products = backend.matmul
         with self._mutex:
             self._inside -= 1
             if self._inside:
