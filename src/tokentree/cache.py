@@ -1,38 +1,56 @@
-"""Where files are kept between runs, and how they are written: whole or not at all, by one process at a time."""
+"""Where files are kept between runs, and how they are written: whole or not at all, by one process at a time, for this
+user alone. What is kept can be made again: where nothing can be written, or what is there is damaged, that happens, and
+one line tells so."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 from platformdirs import user_cache_path
+
+DIGEST = hashlib.sha256().digest_size  # bytes
 
 
 def cache_folder() -> Path:
     """The folder of everything that can be made again: ``$TOKENTREE_CACHE``, or the platform's cache folder."""
     own = os.environ.get("TOKENTREE_CACHE")
-    return Path(own) if own else user_cache_path("tokentree", appauthor=False)
+    folder = Path(own) if own else user_cache_path("tokentree", appauthor=False)
+    # a user without a home has none either, and gets no folder called "~"
+    return Path(os.devnull) / "tokentree" if folder.parts[:1] == ("~",) else folder
 
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
     """Yields an unused path beside ``target`` to write a file or a folder to. When the block ends, what was written
-    takes the place of ``target`` in one step; when it raises, ``target`` stays as it was.
+    takes the place of ``target`` in one step; when it raises, ``target`` stays as it was. A file is on the disk by
+    then. Of a folder, `locked` keeps others away meanwhile.
 
     Raises:
         OSError: if it can't be written.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", ignore_cleanup_errors=True) as room:
-        part = Path(room) / target.name
+        part, old = Path(room) / target.name, Path(room) / "old"
         yield part
-        if part.is_dir() and target.is_dir():  # a folder that isn't empty can't be replaced by a rename
-            target.rename(Path(room) / "old")
-        part.replace(target)
+        if part.is_file():
+            with part.open("rb+") as written:
+                os.fsync(written.fileno())
+        elif target.is_dir():  # a folder that isn't empty can't be replaced by a rename
+            target.rename(old)
+        try:
+            part.replace(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
 
 
 @contextmanager
@@ -45,3 +63,80 @@ def locked(target: Path) -> Iterator[None]:
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_name(f".{target.name}.lock")):
         yield
+
+
+# -- files of this user alone ------------------------------------------------------------------------------------------
+
+
+def private(folder: Path) -> Path:
+    """``folder``, which is made if it isn't there, for nobody else to read.
+
+    Raises:
+        OSError: if it can't be made, or belongs to somebody else.
+    """
+    for parent in (*reversed(folder.parents), folder):
+        if not parent.exists():
+            parent.mkdir(mode=0o700, exist_ok=True)
+    if not ours(folder):
+        raise PermissionError(f"{str(folder)!r} belongs to another user")
+    return folder
+
+
+def ours(path: Path) -> bool:
+    """Whether ``path`` is there and belongs to this user, who alone may say what is trusted."""
+    try:
+        return not hasattr(os, "getuid") or path.stat().st_uid == os.getuid()
+    except OSError:
+        return False
+
+
+def write_checked(file: Path, content: bytes) -> None:
+    """Writes ``content`` behind its digest, whole or not at all.
+
+    Raises:
+        OSError: if it can't be written.
+    """
+    private(file.parent)
+    with replacing(file) as part:
+        part.write_bytes(hashlib.sha256(content).digest() + content)
+
+
+def read_checked(file: Path) -> bytes | None:
+    """What `write_checked` wrote, or None where it isn't there, isn't this user's, or has changed since."""
+    if not (ours(file) and ours(file.parent)):
+        return None
+    try:
+        found = file.read_bytes()
+    except OSError:
+        return None
+    content = found[DIGEST:]
+    if hashlib.sha256(content).digest() != found[:DIGEST]:
+        damaged(file)
+        return None
+    return content
+
+
+# -- what is told ------------------------------------------------------------------------------------------------------
+
+
+def damaged(path: Path) -> None:
+    """Tells that what is kept there can't be used."""
+    tell(f"what is kept in {str(path)!r} is damaged: it is made again")
+
+
+def unkept(what: str, folder: Path, error: OSError | RuntimeError) -> None:
+    """Tells that ``what`` can't be kept in ``folder``; of folders that one cause keeps from being made, once."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if (reason := (there, getattr(error, "errno", None))) not in _told:
+        _told.add(reason)
+        said = getattr(error, "strerror", None) or error
+        tell(f"{what} kept in {str(folder)!r}, but made again at each start: {said}")
+
+
+def tell(line: str) -> None:
+    """Warns, once and in one line: what is told is of no place in a program."""
+    warnings.warn_explicit(line, UserWarning, "tokentree", 1, registry=_shown)
+
+
+_told = set[tuple[Path, int | None]]()
+_shown = dict[Any, Any]()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import nn
@@ -20,6 +19,7 @@ from tokentree.engines import rows
 from tokentree.engines.kernels import BLOCK
 from tokentree.engines.linear import restored
 from tokentree.engines.packing import Packing
+from tokentree.jit import njit
 
 ROTARY = {"LlamaAttention", "MistralAttention", "Qwen2Attention"}  # of transformers, all alike
 GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}  # the parts of a gated MLP, as transformers calls them
@@ -111,7 +111,7 @@ class FusedNorm(nn.Module):
         return out
 
 
-@numba.njit(cache=True)
+@njit(cache=True)
 def _norm(bits, weight, eps, results):
     for row in range(len(bits)):
         rows.normalize(bits[row], weight, eps, results[row])

@@ -14,6 +14,7 @@ from torch import nn
 
 from tokentree.engines import rows as each
 from tokentree.engines.kernels import BFLOAT16_WIDE, BLOCK, CHUNKS, TILE_ROWS, tile_bfloat16
+from tokentree.jit import cfunc
 from tokentree.numbers import narrow, widen
 from tokentree.threads import WORKER, address_of, claim, floats, halves, integers, run
 
@@ -168,7 +169,7 @@ def rows_of(x: torch.Tensor, inputs: int) -> torch.Tensor:
 
 @functools.cache
 def _bfloat16_worker() -> Any:
-    @numba.cfunc(WORKER, cache=True)
+    @cfunc(WORKER, cache=True)
     def worker(arguments):
         call = integers(address_of(arguments), 2 + BFLOAT16_CALL)
         multiply_bfloat16(call[2:], call[0], call[1], address_of(arguments) + 8 * len(call))

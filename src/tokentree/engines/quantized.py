@@ -17,6 +17,7 @@ from tokentree.engines import rows as each
 from tokentree.engines.kernels import BLOCK, CHUNKS
 from tokentree.engines.linear import linear_of, pass_of, restored, rows_of, store_rows, whole
 from tokentree.engines.quants import WIDE, tile_int4, tile_int8
+from tokentree.jit import cfunc, njit
 from tokentree.threads import WORKER, address_of, claim, floats, integers, run
 
 ORDER = [0, 2, 1, 3] if WIDE else [0, 1, 2, 3]  # in which `quants` wants the bytes of a word
@@ -159,7 +160,7 @@ def draft_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
 
 @functools.cache
 def _int8_worker() -> Any:
-    @numba.cfunc(WORKER, cache=True)
+    @cfunc(WORKER, cache=True)
     def worker(arguments):
         call = integers(address_of(arguments), 2 + CALL)
         multiply_int8(call[2:], call[0], call[1], address_of(arguments) + 8 * len(call))
@@ -169,7 +170,7 @@ def _int8_worker() -> Any:
 
 @functools.cache
 def _int4_worker() -> Any:
-    @numba.cfunc(WORKER, cache=True)
+    @cfunc(WORKER, cache=True)
     def worker(arguments):
         call = integers(address_of(arguments), 2 + CALL)
         multiply_int4(call[2:], call[0], call[1], address_of(arguments) + 8 * len(call))
@@ -217,7 +218,7 @@ def _multiply(tile):
 multiply_int8, multiply_int4 = _multiply(tile_int8), _multiply(tile_int4)
 
 
-@numba.njit(cache=True)
+@njit(cache=True)
 def _prepare(bits, group, inputs, scales, totals):
     for row in range(len(bits)):
         each.quantize(bits[row], group, inputs[row], scales[row], totals[row])

@@ -28,6 +28,7 @@ from tokentree.engines.quantized import CALL as QUANTIZED_CALL
 from tokentree.engines.quantized import QuantizedLinear, multiply_int4, multiply_int8
 from tokentree.engines.quants import WIDE
 from tokentree.engines.segment import Segment
+from tokentree.jit import cfunc
 from tokentree.numbers import widen
 from tokentree.threads import (
     WORKER,
@@ -278,7 +279,7 @@ class Steps:
 
 @functools.cache
 def _worker() -> Any:
-    @numba.cfunc(WORKER, cache=True)
+    @cfunc(WORKER, cache=True)
     def worker(arguments):
         header = integers(address_of(arguments), HEADER)
         rows, threads, wait, count, steps, counters, segments, num_segments, cos, sin, places, ids = header
