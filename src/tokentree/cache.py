@@ -8,7 +8,9 @@ import hashlib
 import os
 import tempfile
 import warnings
+import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from filelock import FileLock
 from platformdirs import user_cache_path
 
 DIGEST = hashlib.sha256().digest_size  # bytes
+PART = 1 << 24  # bytes of a file that one thread takes
 
 
 def cache_folder() -> Path:
@@ -90,30 +93,51 @@ def ours(path: Path) -> bool:
         return False
 
 
-def write_checked(file: Path, content: bytes) -> None:
-    """Writes ``content`` behind its digest, whole or not at all.
+def seal(file: Path) -> None:
+    """Puts the digest of what is in ``file`` at its end."""
+    digest = digest_of(file)
+    with file.open("ab") as sealed:
+        sealed.write(digest)
+
+
+def intact(file: Path) -> bool:
+    """Whether ``file`` is there, is this user's, and is as it was when it was sealed; that it has changed is told."""
+    if not (ours(file) and ours(file.parent)):
+        return False
+    try:
+        size = file.stat().st_size - DIGEST
+        with file.open("rb") as sealed:
+            sealed.seek(max(0, size))
+            digest = sealed.read()
+        whole = size >= 0 and digest_of(file, size) == digest
+    except OSError:
+        return False
+    if not whole:
+        damaged(file)
+    return whole
+
+
+def digest_of(file: Path, size: int | None = None) -> bytes:
+    """A digest of the first ``size`` bytes of ``file``, or of all. It notices any byte that changes, in less time than
+    it takes to read them from a disk (2 to 5 GB/s): it is one of checksums of parts, made in several threads.
 
     Raises:
-        OSError: if it can't be written.
+        OSError: if it can't be read.
     """
-    private(file.parent)
-    with replacing(file) as part:
-        part.write_bytes(hashlib.sha256(content).digest() + content)
+    size = file.stat().st_size if size is None else size
 
+    def checksum(start: int) -> int:
+        with file.open("rb", buffering=0) as part:
+            part.seek(start)
+            return zlib.crc32(part.read(min(PART, size - start)))
 
-def read_checked(file: Path) -> bytes | None:
-    """What `write_checked` wrote, or None where it isn't there, isn't this user's, or has changed since."""
-    if not (ours(file) and ours(file.parent)):
-        return None
-    try:
-        found = file.read_bytes()
-    except OSError:
-        return None
-    content = found[DIGEST:]
-    if hashlib.sha256(content).digest() != found[:DIGEST]:
-        damaged(file)
-        return None
-    return content
+    starts = range(0, size, PART)
+    if len(starts) < 2:
+        sums = [checksum(start) for start in starts]
+    else:
+        with ThreadPoolExecutor(max_workers=min(8, len(starts))) as threads:
+            sums = list(threads.map(checksum, starts))
+    return hashlib.sha256(repr((size, sums)).encode()).digest()
 
 
 # -- what is told ------------------------------------------------------------------------------------------------------
@@ -124,7 +148,7 @@ def damaged(path: Path) -> None:
     tell(f"what is kept in {str(path)!r} is damaged: it is made again")
 
 
-def unkept(what: str, folder: Path, error: OSError | RuntimeError) -> None:
+def unkept(what: str, folder: Path, error: Exception) -> None:
     """Tells that ``what`` can't be kept in ``folder``; of folders that one cause keeps from being made, once."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if (reason := (there, getattr(error, "errno", None))) not in _told:

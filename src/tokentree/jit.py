@@ -32,7 +32,7 @@ from numba.core.ccallback import CFunc
 from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
 
-from tokentree.cache import cache_folder, private, read_checked, tell, unkept, write_checked
+from tokentree.cache import cache_folder, intact, private, replacing, seal, tell, unkept
 
 F = TypeVar("F", bound=Callable[..., Any])
 PACKAGE = Path(__file__).parent
@@ -93,10 +93,10 @@ class KeptCode(NullCache):
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         target_context.refresh()
-        if self._folder is None or (content := read_checked(self._file(sig, target_context.codegen()))) is None:
+        if self._folder is None or not intact(file := self._file(sig, target_context.codegen())):
             return None
-        _used(compiled_folder() / self._folder)
-        return CompileResult._rebuild(target_context, *pickle.loads(content))
+        _used(file.parent)
+        return CompileResult._rebuild(target_context, *pickle.loads(file.read_bytes()))
 
     def save_overload(self, sig: Any, data: Any) -> None:
         if self._folder is None:
@@ -105,8 +105,12 @@ class KeptCode(NullCache):
             tell(f"{self._function.__qualname__} holds addresses, and is compiled at each start")
             return
         try:
-            write_checked(self._file(sig, data.codegen), dumps(data._reduce()))
-            _used(compiled_folder() / self._folder)
+            file = self._file(sig, data.codegen)
+            private(file.parent)
+            with replacing(file) as part:
+                part.write_bytes(dumps(data._reduce()))
+                seal(part)
+            _used(file.parent)
         except OSError as error:
             unkept("compiled code isn't", compiled_folder(), error)
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from tokentree.engines import rows
+from tokentree.engines.checked import expect, is_number, is_tensor
 from tokentree.engines.kernels import BLOCK
 from tokentree.engines.linear import restored
 from tokentree.engines.packing import Packing
@@ -80,6 +81,8 @@ class FusedAttention(nn.Module):
 class FusedNorm(nn.Module):
     """RMS norm as Llama has it: x * rsqrt(mean(x ** 2) + eps) in float32, rounded, times the weight."""
 
+    weight: torch.Tensor
+
     def __init__(self, own: Any) -> None:
         super().__init__()
         self.register_buffer("weight", own.weight.detach().float())
@@ -100,7 +103,12 @@ class FusedNorm(nn.Module):
 
     @classmethod
     def of_state(cls, state: dict[str, Any]) -> FusedNorm:
-        """One that is kept: its weight, and epsilon."""
+        """One that is kept: its weight, and epsilon.
+
+        Raises:
+            ModelError: if they are none.
+        """
+        expect("a norm", is_tensor(state["weight"], torch.float32, None), is_number(state["eps"]))
         return restored(cls, {"weight": state["weight"], "eps": np.float32(state["eps"])})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from tokentree.engines.kernels import BLOCK
+from tokentree.errors import ModelError
 from tokentree.jit import njit
 from tokentree.tree import Ints
 
@@ -201,6 +202,10 @@ class BlockedKV(SequenceKV):
 
     def write(self, layer: int, row: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         stored_keys, stored_values = self.layer(layer)
+        heads, count, width = keys.shape
+        fits = (heads, width) == (stored_keys.shape[0], stored_keys.shape[2]) and values.shape[:2] == keys.shape[:2]
+        if not fits or values.shape[2] > stored_values.shape[2] or row + count > self._capacity:
+            raise ModelError(f"a layer gives {heads} heads of {width} numbers, not those that there is room for")
         _write(stored_keys.numpy(), stored_values.numpy(), row, keys.float().numpy(), values.float().numpy())
 
     def _move(self, rows: Ints, start: int) -> None:
