@@ -15,13 +15,16 @@ from tokentree.decoder import Decoder
 from tokentree.drafters.base import Drafter
 from tokentree.drafters.none import NoDrafter
 from tokentree.engines.base import Engine
+from tokentree.jit import compiled_folder
 from tokentree.sampling import Noise, SamplingParams, seeded_noise
 from tokentree.sequence import Sequence
 from tokentree.shapes import Shape, shape
 from tokentree.text import Detokenizer
 
 torch.set_num_threads(1)
-# what a forward costs is measured once for all tests, and the user's own measurements stay as they are
+# what a forward costs is measured once for all tests, and the user's own measurements stay as they are; compiled code
+# alone is the user's own, as it belongs to its sources
+os.environ["TOKENTREE_COMPILED"] = str(compiled_folder())
 os.environ["TOKENTREE_CACHE"] = tempfile.mkdtemp(prefix="tokentree-")
 settings.register_profile("tokentree", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("tokentree")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -63,17 +64,39 @@ def test_a_file_that_changed_is_converted_again_and_takes_the_old_one_s_place(ca
     assert len(list(cache.rglob("text"))) == 1
 
 
-@pytest.mark.parametrize("spoil", ["text", "source.json"])
-def test_what_is_spoilt_is_converted_again(cache: Path, file: Path, spoil: str) -> None:
+@pytest.mark.parametrize("harm", [b"", b"mad", None])
+def test_what_is_spoilt_is_converted_again_and_told(cache: Path, file: Path, harm: bytes | None) -> None:
     _get(file)
-    next(cache.rglob(spoil)).unlink()
+    text = next(cache.rglob("text"))
+    text.unlink() if harm is None else text.write_bytes(harm)
+    with pytest.warns(UserWarning, match=r"^what is kept in .* is damaged: it is made again$"):
+        assert _get(file, text="new") == "new"
+    assert _get(file, text="other") == "new, loaded"
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", "3", '{"source": 1}'])
+def test_what_doesn_t_say_where_it_is_from_is_converted_again(cache: Path, file: Path, content: str | None) -> None:
+    _get(file)
+    source = next(cache.rglob("source.json"))
+    source.unlink() if content is None else source.write_text(content)
     assert [_get(file, text="new") for _ in range(2)] == ["new", "new, loaded"]
+
+
+def test_what_belongs_to_another_user_is_not_read(
+    cache: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    _get(file)
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    with pytest.warns(UserWarning, match="the converted model isn't kept.*another user"):
+        assert _get(file, text="own") == "own"
 
 
 def test_another_version_of_transformers_converts_anew(cache: Path, file: Path) -> None:
     _get(file)
     source = next(cache.rglob("source.json"))
-    source.write_text(json.dumps(json.loads(source.read_text()) | {"transformers": "0.1"}))
+    known = json.loads(source.read_text())
+    known["source"]["transformers"] = "0.1"
+    source.write_text(json.dumps(known))
     assert _get(file) == "made"
 
 

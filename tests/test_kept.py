@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import warnings
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 from tests.gguf_files import write_gguf
 from tests.tiny_models import request, some_tokens, some_tree, tiny
+from tokentree.cache import DIGEST, intact, seal
 from tokentree.converted import packed_place
 from tokentree.engines import kept
 from tokentree.engines.kept import Place
@@ -42,6 +50,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def model(family: str = "qwen2") -> PreTrainedModel:
     return tiny(family, torch.bfloat16, hidden_size=64, intermediate_size=96)
+
+
+def rewrite(file: Path, content: object) -> None:
+    """Writes what another program might, with a digest that is right."""
+    torch.save(content, file)
+    seal(file)
 
 
 def logits_of(engine: KVEngine) -> torch.Tensor:
@@ -85,7 +99,7 @@ def test_kept_weights_that_say_something_else_are_refused(place: Place) -> None:
     TorchEngine(model(), kept=place)
     content = torch.load(place.file, weights_only=True)
     content["layers"]["own forward"]["logits"] += torch.randn(7, 120, generator=torch.Generator().manual_seed(0))
-    torch.save(content, place.file)
+    rewrite(place.file, content)
     with pytest.raises(ModelError, match="does not give the same logits"):
         TorchEngine(model(), kept=place)
 
@@ -111,10 +125,99 @@ def test_another_source_another_version_or_a_spoilt_file_is_packed_again(
     assert packs(place)
     monkeypatch.setattr(kept, "VERSION", kept.VERSION + 1)
     assert [packs(place), packs(place)] == [True, False]
-    place.file.write_bytes(place.file.read_bytes()[:-900])
-    assert [packs(place), packs(place)] == [True, False]
-    place.file.write_bytes(b"noise")
-    assert [packs(place), packs(place)] == [True, False]
+    for content in (place.file.read_bytes()[:-900], b"noise", b""):
+        place.file.write_bytes(content)
+        with pytest.warns(UserWarning, match=r"^what is kept in .* is damaged: it is made again$"):
+            assert packs(place)
+        assert not packs(place)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_any_flipped_byte_is_noticed(quantization: str | None, place: Place) -> None:
+    own = model()
+    expected = logits_of(TorchEngine(own, quantization=quantization, kept=place))
+    whole = place.file.read_bytes()
+    for at in np.random.default_rng(0).integers(0, len(whole), 40).tolist():
+        flipped = bytearray(whole)
+        flipped[at] ^= 1 << at % 8
+        place.file.write_bytes(flipped)
+        assert not _intact(place.file), at
+    with pytest.warns(UserWarning, match="is damaged: it is made again"):
+        engine = TorchEngine(own, quantization=quantization, kept=place)
+    assert torch.equal(logits_of(engine), expected)
+    assert _intact(place.file)
+
+
+def _intact(file: Path) -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return intact(file)
+
+
+def test_an_archive_with_a_digest_is_one_to_others_too(place: Place) -> None:
+    TorchEngine(model(), kept=place)
+    with zipfile.ZipFile(place.file) as archive:
+        assert archive.testzip() is None
+        assert len(archive.comment) == DIGEST
+
+
+def test_it_belongs_to_this_user_alone(place: Place, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    TorchEngine(model(), kept=place)
+    assert not place.file.parent.stat().st_mode & 0o77
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    calls.clear()
+    with pytest.warns(UserWarning, match="packed weights aren't kept.*another user"):
+        TorchEngine(model(), kept=place)
+    assert calls
+
+
+SPOILT: list[Callable[[dict[str, Any]], Any]] = [
+    lambda layer: layer.update(num_outputs=1 << 30),
+    lambda layer: layer.update(num_outputs=-1),
+    lambda layer: layer.update(gated=7),
+    lambda layer: layer.update(weight=layer["weight"][:, :-1].contiguous()),
+    lambda layer: layer.update(weight=layer["weight"].float()),
+    lambda layer: layer.update(weight=layer["weight"].transpose(0, 1)),
+    lambda layer: layer.update(start=layer["start"][:-1]),
+    lambda layer: layer.update(start=None),
+    lambda layer: layer.update(more=1),
+    lambda layer: layer.pop("start"),
+    lambda layer: layer.update(groups=1 << 20) if "groups" in layer else layer.clear(),
+    lambda layer: layer.update(group=3) if "group" in layer else layer.clear(),
+    lambda layer: layer.update(bits=4) if "bits" in layer else layer.clear(),
+    lambda layer: layer.update(num_inputs=1 << 20) if "num_inputs" in layer else layer.clear(),
+]
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_sizes_that_make_no_sense_are_not_computed_with(quantization: str | None, place: Place) -> None:
+    own = model("gemma2")
+    expected = logits_of(TorchEngine(own, quantization=quantization, kept=place))
+    whole = torch.load(place.file, weights_only=True)
+    for spoil in SPOILT:
+        content = copy.deepcopy(whole)
+        name = next(name for name, part in content["layers"].items() if "weight" in part)
+        spoil(content["layers"][name])
+        rewrite(place.file, content)
+        with pytest.warns(UserWarning, match="is damaged: it is made again"):
+            engine = TorchEngine(own, quantization=quantization, kept=place)
+        assert torch.equal(logits_of(engine), expected)
+
+
+def test_what_a_model_is_said_to_have_said_is_checked(place: Place) -> None:
+    own = model()
+    expected = logits_of(TorchEngine(own, kept=place))
+    whole = torch.load(place.file, weights_only=True)
+    for change in (
+        {"tokens": torch.full((7,), 10**9)}, {"tokens": torch.zeros(6, dtype=torch.int64)}, {"shapes": torch.zeros(0)},
+        {"shapes": torch.full((2, 3), -1)}, {"logits": 3},
+    ):  # fmt: skip
+        content = copy.deepcopy(whole)
+        content["layers"]["own forward"].update(change)
+        rewrite(place.file, content)
+        with pytest.warns(UserWarning, match="is damaged: it is made again"):
+            engine = TorchEngine(own, kept=place)
+        assert torch.equal(logits_of(engine), expected)
 
 
 def test_a_cache_that_can_t_be_written_is_a_warning(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ LAYERS = {
     "errors": 0,
     **dict.fromkeys(
         (
+            "cache",
+            "jit",
             "tree",
             "threads",
             "exclusive",

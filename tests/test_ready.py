@@ -6,14 +6,16 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from tests.gguf_files import write_gguf
-from tests.test_kept import logits_of
+from tests.test_kept import logits_of, rewrite
 from tests.tiny_models import request, some_tokens, tiny, tiny_tokenizer
 from tokentree import LLM, SamplingParams
 from tokentree.engines.kv_engine import KVEngine
@@ -34,6 +36,22 @@ SCALED = {
         "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 80,
     },
 }  # fmt: skip
+
+
+SIZES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "heads": lambda ready: ready["llama"]["layers"][1]["attention"].update(heads=400),
+    "no kv heads": lambda ready: ready["llama"]["layers"][1]["attention"].update(kv_heads=0),
+    "width": lambda ready: ready["llama"]["layers"][0]["attention"].update(width=1 << 20),
+    "scale": lambda ready: ready["llama"]["layers"][0]["attention"].update(scale=float("nan")),
+    "window": lambda ready: ready["llama"]["layers"][0]["attention"].update(window=-3),
+    "norm": lambda ready: ready["llama"]["norm"].update(weight=torch.ones(8)),
+    "embedding": lambda ready: ready["llama"]["embedding"].update(count=10**6),
+    "frequencies": lambda ready: ready["llama"]["rotary"].update(frequencies=torch.ones(1)),
+    "product": lambda ready: ready["llama"]["layers"][0].update(o_proj=ready["llama"]["layers"][0]["qkv"]),
+    "no layers": lambda ready: ready["llama"].update(layers=[]),
+    "context": lambda ready: ready["facts"].update(context="long"),
+    "number of layers": lambda ready: ready["facts"].update(num_layers=7),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -163,7 +181,7 @@ def test_a_folder_that_changed_is_read_again(tmp_path: Path) -> None:
     twice(folder)
 
 
-@pytest.mark.parametrize("spoilt", ["llama", "settings", "facts", "weight"])
+@pytest.mark.parametrize("spoilt", ["llama", "settings", "facts", "weight", *SIZES])
 def test_what_is_spoilt_is_made_again(spoilt: str, tmp_path: Path) -> None:
     folder = saved(tmp_path / "model", tiny("llama", torch.bfloat16, vocab_size=300, **WIDE))
     expected = logits_of(twice(folder)[1])
@@ -172,8 +190,12 @@ def test_what_is_spoilt_is_made_again(spoilt: str, tmp_path: Path) -> None:
     ready = content["layers"][READY]
     if spoilt == "weight":
         ready["llama"]["layers"][0]["before"]["weight"] *= 3
+    elif spoilt in SIZES:
+        SIZES[spoilt](ready)
     else:
         del ready[spoilt]
-    torch.save(content, file)
-    for engine in twice(folder):
+    rewrite(file, content)
+    with pytest.warns(UserWarning, match="is damaged: it is made again"):
+        engines = twice(folder)
+    for engine in engines:
         assert torch.equal(logits_of(engine), expected)

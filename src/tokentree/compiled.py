@@ -5,9 +5,9 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from tokentree.jit import njit
 from tokentree.tree import Floats, Ints
 
 COUNTED_LINKS = 64  # shorter suffixes of a text that repeats itself are not counted further: appending stays constant

@@ -5,17 +5,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import warnings
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
+from safetensors import SafetensorError
+
+from tokentree.cache import cache_folder, damaged, digest_of, locked, ours, private, replacing, unkept
 from tokentree.engines.kept import Place
 from tokentree.errors import ModelError
-from tokentree.storage import cache_folder
 
 T = TypeVar("T")
 SOURCE = "source.json"  # what a folder was made from
@@ -29,11 +28,14 @@ def converted(file: Path, part: str, convert: Callable[[], T], load: Callable[[P
         ModelError: from ``convert``.
     """
     folder = _folder(file) / part
-    if _source_of(folder) == _source(file):
-        try:
-            return load(folder)
-        except ModelError:
-            pass  # spoilt: made again below
+    known = _known(folder)
+    if known.get("source") == _source(file):
+        if _whole(folder, known):
+            try:
+                return load(folder)
+            except ModelError:
+                pass
+        damaged(folder)
     made = convert()
     _write(folder, made, _source(file))
     return made
@@ -60,23 +62,36 @@ def _source(file: Path) -> dict[str, Any]:
     return {"size": found.st_size, "changed": found.st_mtime_ns, "transformers": version("transformers")}
 
 
-def _source_of(folder: Path) -> object:
+def _known(folder: Path) -> dict[str, Any]:
+    """What a folder of this user says of itself: what it was made from, and the digests of its files."""
     try:
-        return json.loads((folder / SOURCE).read_text(encoding="utf-8"))
+        found = json.loads((folder / SOURCE).read_text(encoding="utf-8")) if ours(folder) else {}
     except (OSError, ValueError):
-        return None
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _whole(folder: Path, known: dict[str, Any]) -> bool:
+    """Whether its files are as they were."""
+    try:
+        return _digests(folder) == known.get("digests")
+    except OSError:
+        return False
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != SOURCE]
+    return {file.relative_to(folder).as_posix(): digest_of(file).hex() for file in files}
 
 
 def _write(folder: Path, made: Any, source: dict[str, Any]) -> None:
     """Puts ``made`` into ``folder``, whole or not at all. A cache that can't be written is no error."""
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     try:
-        part.mkdir(parents=True)
-        made.save_pretrained(part)
-        (part / SOURCE).write_text(json.dumps(source), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
-    except OSError as error:
-        warnings.warn(f"the converted model isn't kept: {error}", stacklevel=2)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        private(folder.parent)
+        with locked(folder), replacing(folder) as part:
+            part.mkdir()
+            made.save_pretrained(part)
+            about = {"source": source, "digests": _digests(part)}
+            (part / SOURCE).write_text(json.dumps(about), encoding="utf-8")
+    except (OSError, SafetensorError) as error:  # that of a disk that is full is safetensors' own
+        unkept("the converted model isn't", folder, error)

@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
+from tokentree.cache import cache_folder, damaged, locked, ours, private, replacing
 from tokentree.engines.kv_engine import KVEngine
 from tokentree.errors import OptionError
 from tokentree.sampling import SamplingParams, seeded_noise
 from tokentree.sequence import Sequence
 from tokentree.shapes.curve import CostCurve
-from tokentree.storage import cache_folder
 from tokentree.tree import TokenTree
 
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 32, 48, 64)
 PREFIX = 256  # tokens before the tree
 ROUNDS = 3
+MOST_ROWS, MOST_SECONDS = 1 << 16, 1e5  # that make sense in a file
 
 
 class Measured(BaseModel):
     """One engine's curve in the cache file."""
 
-    rows: list[int]
-    seconds: list[float]
-    per_sequence: float
+    rows: Annotated[list[Annotated[int, Field(ge=1, le=MOST_ROWS)]], Field(min_length=2)]
+    seconds: Annotated[list[Annotated[float, Field(gt=0, le=MOST_SECONDS)]], Field(min_length=2)]
+    per_sequence: Annotated[float, Field(ge=0, le=MOST_SECONDS)]
 
 
 class CostFile(BaseModel):
@@ -57,9 +58,7 @@ def cost_curve(engine: KVEngine, again: bool = False) -> CostCurve:
     if kept is None:
         curve = measure(engine)
         found = Measured(rows=curve.rows, seconds=curve.points, per_sequence=curve.per_sequence)
-        known = _read(file)  # another process may have added its own meanwhile
-        known.curves[engine.signature] = found
-        _write(file, known)
+        _add(file, engine.signature, found)
         return curve
     return kept
 
@@ -99,17 +98,23 @@ def measure(engine: KVEngine) -> CostCurve:
 
 
 def _read(file: Path) -> CostFile:
+    """What the file has; nothing, where it can't be read, or isn't this user's."""
     try:
-        return CostFile.model_validate_json(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValidationError):  # a cache that can't be read is measured anew
+        return CostFile.model_validate_json(file.read_text(encoding="utf-8")) if ours(file) else CostFile()
+    except (OSError, UnicodeDecodeError, ValidationError):
+        if file.is_file():
+            damaged(file)
         return CostFile()
 
 
-def _write(file: Path, content: CostFile) -> None:
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+def _add(file: Path, signature: str, found: Measured) -> None:
+    """Puts a curve into the file, whatever other processes put there meanwhile."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(content.model_dump_json(indent=1), encoding="utf-8")
-        part.replace(file)
-    except OSError:  # a read-only home: it is measured again next time
+        private(file.parent)
+        with locked(file):
+            known = _read(file)
+            known.curves[signature] = found
+            with replacing(file) as part:
+                part.write_text(known.model_dump_json(indent=1), encoding="utf-8")
+    except OSError:  # it is measured again next time; that nothing can be written was told of larger things
         return

@@ -1,33 +1,29 @@
-"""The cache folder; arrays in files: what drafters learnt, in safetensors."""
+"""Arrays in files: what drafters learnt, in safetensors."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
+from tokentree.cache import replacing
 from tokentree.errors import OptionError
 
 Array = NDArray[np.generic]
 
 
-def cache_folder() -> Path:
-    """What was measured or converted is kept here: ``$TOKENTREE_CACHE``, or ``tokentree`` in the user's cache."""
-    if own := os.environ.get("TOKENTREE_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokentree"
-
-
 def write_arrays(file: Path, arrays: Mapping[str, Array]) -> None:
-    """Writes ``arrays`` into ``file``, whole or not at all."""
-    part = file.with_suffix(".part")
-    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, part)
-    part.replace(file)
+    """Writes ``arrays`` into ``file``, whole or not at all.
+
+    Raises:
+        OSError: if it can't be written.
+    """
+    with replacing(file) as part:
+        part.write_bytes(save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
 
 
 def read_arrays(file: Path, dtypes: Mapping[str, np.dtype[np.generic]]) -> dict[str, Array] | None:

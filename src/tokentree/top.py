@@ -13,12 +13,11 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import numba
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import NDArray
 
+from tokentree.jit import cfunc, njit
 from tokentree.numbers import exponentials, widen
 from tokentree.threads import WORKER, address_of, claim, floats, halves, integers, run
 from tokentree.tree import Ints
@@ -93,7 +92,7 @@ def _worker() -> Any:
     told the address of the rows, how many they are and how long, k, the addresses of the results, and that of the
     divisors, or 0 where no sums are wanted."""
 
-    @numba.cfunc(WORKER, cache=True)
+    @cfunc(WORKER, cache=True)
     def worker(arguments):
         start = address_of(arguments)
         logits, rows, vocab, k, values, ids, sums, divisors = integers(start, 8)

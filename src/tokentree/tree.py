@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from tokentree.errors import TreeError
+from tokentree.jit import njit
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

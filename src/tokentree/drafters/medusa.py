@@ -6,7 +6,6 @@ from collections.abc import Sequence as SequenceOf
 
 import numpy as np
 import torch
-from numba import njit
 from torch.nn.functional import silu
 
 from tokentree.compiled import most_probable
@@ -16,6 +15,7 @@ from tokentree.engines.base import Engine, Features
 from tokentree.errors import PairingError
 from tokentree.heads.medusa import Layer, MedusaHeads
 from tokentree.heads.saved import read_heads
+from tokentree.jit import njit
 from tokentree.sequence import Sequence
 from tokentree.shapes.base import Shape
 from tokentree.top import top_logprobs

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from tokentree.compiled import most_probable
@@ -13,6 +12,7 @@ from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter, Parts
 from tokentree.engines.base import TargetOutput
 from tokentree.errors import OptionError
+from tokentree.jit import njit
 from tokentree.sequence import Accepted, Sequence
 from tokentree.shapes.base import Shape
 from tokentree.storage import Array, read_arrays, write_arrays

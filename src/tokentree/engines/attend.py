@@ -17,6 +17,7 @@ import numba
 import numpy as np
 
 from tokentree.engines.kernels import BLOCK, LANES, TILE_ROWS, tile_float32
+from tokentree.jit import cfunc
 from tokentree.numbers import exponentials, narrow
 from tokentree.threads import WORKER, address_of, claim, doubles, floats, halves, integers
 
@@ -147,7 +148,7 @@ def attend_worker() -> Any:
     - the address of float64[2]: scale, and softcap or 0.
     """
 
-    @numba.cfunc(WORKER, cache=True)
+    @cfunc(WORKER, cache=True)
     def worker(arguments):
         threads, start = integers(address_of(arguments), 1)[0], address_of(arguments) + 8
         call = integers(start, CALL)

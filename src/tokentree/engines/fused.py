@@ -11,15 +11,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import nn
 
 from tokentree.engines import rows
+from tokentree.engines.checked import expect, is_number, is_tensor
 from tokentree.engines.kernels import BLOCK
 from tokentree.engines.linear import restored
 from tokentree.engines.packing import Packing
+from tokentree.jit import njit
 
 ROTARY = {"LlamaAttention", "MistralAttention", "Qwen2Attention"}  # of transformers, all alike
 GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}  # the parts of a gated MLP, as transformers calls them
@@ -102,7 +103,12 @@ class FusedNorm(nn.Module):
 
     @classmethod
     def of_state(cls, state: dict[str, Any]) -> FusedNorm:
-        """One that is kept: its weight, and epsilon."""
+        """One that is kept: its weight, and epsilon.
+
+        Raises:
+            ModelError: if they are none.
+        """
+        expect("a norm", is_tensor(state["weight"], torch.float32, None), is_number(state["eps"]))
         return restored(cls, {"weight": state["weight"], "eps": np.float32(state["eps"])})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -115,7 +121,7 @@ class FusedNorm(nn.Module):
         return out
 
 
-@numba.njit(cache=True)
+@njit(cache=True)
 def _norm(bits, weight, eps, results):
     for row in range(len(bits)):
         rows.normalize(bits[row], weight, eps, results[row])

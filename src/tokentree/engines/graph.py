@@ -24,11 +24,11 @@ from rich.console import Console
 from rich.progress import track
 from transformers import Cache, PreTrainedModel
 
+from tokentree.cache import cache_folder
 from tokentree.engines.attention import dense_mask
 from tokentree.engines.kv import KVLayout, SequenceKV
 from tokentree.engines.recording import ROWS, Recordings, padded
 from tokentree.engines.segment import Segment
-from tokentree.storage import cache_folder
 from tokentree.tree import TokenTree
 
 TOGETHER = 7  # sequences whose recordings play one after another: on an H200, launching takes as long as 8 of them

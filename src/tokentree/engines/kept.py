@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pickle
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,13 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from tokentree.cache import DIGEST, damaged, intact, private, replacing, seal, unkept
+from tokentree.engines.checked import expect
 from tokentree.engines.kernels import BFLOAT16_WIDE, LANES
 from tokentree.engines.linear import PackedLinear
 from tokentree.engines.packing import Packing
+from tokentree.engines.proof import OWN, said_before
 from tokentree.engines.quantized import QuantizedLinear
 from tokentree.engines.quants import WIDE
+from tokentree.errors import ModelError
 
-VERSION = 3  # of the layouts of packed layers
+VERSION = 4  # of the layouts of packed layers
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,26 @@ class KeptPacking(Packing):
 
     def pack(self, *layers: nn.Linear, gated: bool = False) -> PackedLinear | QuantizedLinear:
         name = ", ".join(self._names.get(id(layer), "") for layer in layers)
-        if name in self._known:
-            return self._kind.of_state(self._known[name])
+        if name in self._known and (found := self._found(name, layers, gated)) is not None:
+            return found
         self._own = self._own or self._make()
         packed = self._own.pack(*layers, gated=gated)
         if all(id(layer) in self._names for layer in layers):
             self._known[name], self._complete = packed.state(), False
         return packed
+
+    def _found(
+        self, name: str, layers: tuple[nn.Linear, ...], gated: bool
+    ) -> PackedLinear | QuantizedLinear | None:  # fmt: skip
+        """What is kept under that name, if it is made of these layers."""
+        sizes = layers[0].in_features, sum(layer.out_features for layer in layers) >> gated, gated
+        try:
+            found = self._kind.of_state(self._known[name])
+            expect("a linear layer", (found.num_inputs, found.num_outputs, found.gated) == sizes)
+        except ModelError:
+            damaged(self._place.file)
+            return None
+        return found
 
     def recall(self, name: str, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         if name not in self._known:
@@ -80,15 +95,16 @@ class KeptPacking(Packing):
     def keep(self) -> None:
         if self._complete:
             return
-        part = self._place.file.with_suffix(f".{os.getpid()}.part")
         try:
-            part.parent.mkdir(parents=True, exist_ok=True)
-            torch.save({"about": self._about, "layers": self._known}, part)
-            part.replace(self._place.file)
+            private(self._place.file.parent)
+            with replacing(self._place.file) as part:
+                torch.save({"about": self._about, "layers": self._known}, part)
+                with part.open("rb+") as archive:  # its digest is the comment of an archive, whose length it ends with
+                    archive.seek(-2, os.SEEK_END)
+                    archive.write(DIGEST.to_bytes(2, "little"))
+                seal(part)
         except (OSError, RuntimeError) as error:  # torch's, where a disk is full
-            warnings.warn(f"packed weights aren't kept: {error}", stacklevel=2)
-            with contextlib.suppress(OSError):
-                part.unlink()
+            unkept("packed weights aren't", self._place.file.parent, error)
 
 
 def kept(place: Place, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
@@ -102,9 +118,14 @@ def _about(place: Place, dtype: torch.dtype) -> list[Any]:
 
 
 def _read(file: Path, about: list[Any]) -> dict[str, dict[str, Any]]:
+    if not intact(file):
+        return {}
     try:
         found = torch.load(file, mmap=True, weights_only=True)
         layers: dict[str, dict[str, Any]] = found["layers"] if found["about"] == about else {}
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError):
+        known = isinstance(layers, dict) and (OWN not in layers or said_before(layers[OWN]))
+        expect("a model", known, all(type(name) is str for name in layers))
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, EOFError, pickle.UnpicklingError):
+        damaged(file)  # ModelError is a ValueError
         return {}
     return layers

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tokentree.engines.kernels import BLOCK
 from tokentree.errors import ModelError
+from tokentree.jit import njit
 from tokentree.tree import Ints
 
+Floats32 = NDArray[np.float32]
 SPARE = 16  # storages kept for the next sequences
 LEAST_FIXED = 1024  # rows of the smallest storage of a compiled graph
 
@@ -224,8 +226,8 @@ class BlockedKV(SequenceKV):
             _move(keys.numpy(), values.numpy(), rows, start)
 
 
-@numba.njit(cache=True)
-def _write(keys, values, row, new_keys, new_values):  # type: ignore[no-untyped-def]
+@njit(cache=True)
+def _write(keys: Floats32, values: Floats32, row: int, new_keys: Floats32, new_values: Floats32) -> None:
     heads, count, width = new_keys.shape
     for head in range(heads):
         for i in range(count):
@@ -236,8 +238,8 @@ def _write(keys, values, row, new_keys, new_values):  # type: ignore[no-untyped-
                 values[head, row + i, column] = new_values[head, i, column]
 
 
-@numba.njit(cache=True)
-def _move(keys, values, rows, start):  # type: ignore[no-untyped-def]
+@njit(cache=True)
+def _move(keys: Floats32, values: Floats32, rows: Ints, start: int) -> None:
     layers, heads = keys.shape[:2]
     for layer in range(layers):
         for head in range(heads):

@@ -13,13 +13,18 @@ import torch
 from torch import nn
 
 from tokentree.engines import rows as each
+from tokentree.engines.checked import expect, is_count, is_tensor
 from tokentree.engines.kernels import BFLOAT16_WIDE, BLOCK, CHUNKS, TILE_ROWS, tile_bfloat16
+from tokentree.jit import cfunc
 from tokentree.numbers import narrow, widen
 from tokentree.threads import WORKER, address, address_of, claim, floats, halves, integers, num_threads, run
 
 BFLOAT16_CALL = 9  # integers that describe a product
 STRETCH = 512  # words of a weight that all rows meet before the next ones, so that these stay in the cache
 X_WORD = 8 if BFLOAT16_WIDE else 4  # bytes of a row's inputs for a word of the weight
+
+
+STATE = ("weight", "start", "gated", "num_outputs")  # what is kept of a layer
 
 
 class PackedLinear(nn.Module):
@@ -76,12 +81,19 @@ class PackedLinear(nn.Module):
 
     def state(self) -> dict[str, Any]:
         """What `of_state` makes a layer of."""
-        return {name: getattr(self, name) for name in ("weight", "start", "gated", "num_outputs")}
+        return {name: getattr(self, name) for name in STATE}
 
     @classmethod
     def of_state(cls, state: dict[str, Any]) -> PackedLinear:
-        """A layer that is kept."""
-        return restored(cls, state)
+        """A layer that is kept.
+
+        Raises:
+            ModelError: if its parts don't belong together.
+        """
+        layer, (weight, start, gated, outputs) = restored(cls, state), parts_of(state, STATE)
+        expect("a linear layer", is_tensor(weight, torch.int32, None, None, BLOCK), type(gated) is bool)
+        expect("a linear layer", weight.shape[1] > 0, holds(start, len(weight), gated, outputs))
+        return layer
 
     def call(self, inputs: int, stride: int, result: int) -> list[int]:
         """What `multiply_bfloat16` is told, with inputs at this address, so many bytes a row, and such results."""
@@ -160,6 +172,24 @@ def restored(kind: type[L], state: dict[str, Any]) -> L:
     return layer
 
 
+def parts_of(state: dict[str, Any], names: tuple[str, ...]) -> list[Any]:
+    """What is kept under these names, and under no others."""
+    expect("a linear layer", isinstance(state, dict), set(state) == set(names))
+    return [state[name] for name in names]
+
+
+def holds(start: Any, blocks: int, gated: bool, outputs: Any) -> bool:
+    """Whether so many blocks hold so many outputs of a layer, whose sums start at ``start``."""
+    results = blocks // 2 if gated else blocks
+    return (
+        is_tensor(start, torch.float32, blocks * BLOCK)
+        and blocks == results << gated
+        and is_count(outputs)
+        and (results - 1) * BLOCK < outputs <= results * BLOCK
+        and (not gated or outputs == results * BLOCK)
+    )
+
+
 def whole(values: torch.Tensor) -> torch.Tensor:
     """``values``, with zeros behind them that fill up a block of outputs."""
     missing = -len(values) % BLOCK
@@ -182,7 +212,7 @@ def rows_of(x: torch.Tensor, inputs: int) -> torch.Tensor:
 
 @functools.cache
 def _bfloat16_worker() -> Any:
-    @numba.cfunc(WORKER, cache=True)
+    @cfunc(WORKER, cache=True)
     def worker(arguments):
         call = integers(address_of(arguments), 2 + BFLOAT16_CALL)
         multiply_bfloat16(call[2:], call[0], call[1], address_of(arguments) + 8 * len(call))

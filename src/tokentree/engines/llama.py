@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from tokentree.engines.checked import expect, is_count, is_number, is_tensor
 from tokentree.engines.fused import FusedAttention, FusedMLP, FusedNorm
 from tokentree.engines.kernels import BLOCK
 from tokentree.engines.linear import PackedEmbedding, PackedLinear, restored
@@ -112,6 +113,7 @@ class Llama:
 
         Raises:
             KeyError: if something is missing.
+            ModelError: if something doesn't belong to the rest.
         """
         table, layers = state["embedding"], list[Layer]()
         if table["packed"]:
@@ -128,8 +130,38 @@ class Llama:
                     FusedNorm.of_state(part["after"]), restored(FusedMLP, mlp),
                 )
             )  # fmt: skip
-        rotary, norm = Rotary(Rotation(**state["rotary"])), FusedNorm.of_state(state["norm"])
-        return cls(embedding, rotary, layers, norm, kind.of_state(state["head"]))
+        rotation, norm = Rotation(**state["rotary"]), FusedNorm.of_state(state["norm"])
+        made = cls(embedding, Rotary(rotation), layers, norm, kind.of_state(state["head"]))
+        made._check(table, rotation)
+        return made
+
+    def _check(self, table: dict[str, Any], rotation: Rotation) -> None:
+        """Raises `ModelError` unless the sizes of all parts fit one another: addresses are computed from them."""
+        hidden, head, count = len(self.norm.weight), self.head, table["count"]
+        expect("an output layer", not head.gated, head.num_inputs == hidden)
+        expect("an embedding", is_count(count), type(table["packed"]) is bool, len(self.layers) > 0)
+        if table["packed"]:
+            blocks = is_tensor(table["weight"], torch.int32, None, hidden // 2, BLOCK)
+            expect("an embedding", blocks, count <= len(table["weight"]) * BLOCK)
+        else:
+            expect("an embedding", is_tensor(table["weight"], torch.bfloat16, count, hidden))
+        for layer in self.layers:
+            sizes: Any = layer.attention
+            counts = map(is_count, (sizes.heads, sizes.kv_heads, sizes.width))
+            expect("attention", *counts, is_number(sizes.scale), sizes.window is None or is_count(sizes.window))
+            expect("attention", not sizes.heads % sizes.kv_heads, not sizes.width % 2)
+            expect("attention", is_tensor(rotation.frequencies, torch.float32, sizes.width // 2))
+            wide, rows = sizes.heads * sizes.width, (sizes.heads + 2 * sizes.kv_heads) * sizes.width
+            inner = layer.mlp.gate_up.num_outputs
+            products = {sizes.qkv: (hidden, rows), sizes.o_proj: (wide, hidden), layer.mlp.down_proj: (inner, hidden)}
+            for product, inputs_outputs in {**products, layer.mlp.gate_up: (hidden, inner)}.items():
+                expect("a product", (product.num_inputs, product.num_outputs) == inputs_outputs)
+                expect("a product", product.gated is (product is layer.mlp.gate_up), not product.num_outputs % BLOCK)
+            expect("a norm", len(layer.before.weight) == hidden, len(layer.after.weight) == hidden)
+        expect("positions", is_number(rotation.scale), bool(rotation.frequencies.isfinite().all()))
+        alike = {(layer.mlp.gate_up.num_outputs, layer.attention.heads, layer.attention.kv_heads, layer.attention.width)
+                 for layer in self.layers}  # fmt: skip
+        expect("layers", len(alike) == 1)  # they share one room for what is between them
 
 
 @dataclass(frozen=True, eq=False)

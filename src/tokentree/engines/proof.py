@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from tokentree.engines.checked import is_tensor
 from tokentree.engines.kv import SequenceKV
 from tokentree.engines.segment import Segment
 from tokentree.errors import ModelError
@@ -36,6 +37,19 @@ def own_forward(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         raise ModelError(f"{type(model).__name__} keeps more than keys and values, which a tree can't roll back")
     shapes = [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in layers]
     return {"tokens": tokens, "logits": out.logits[0], "shapes": torch.tensor(shapes)}
+
+
+def said_before(found: object) -> bool:
+    """Whether ``found`` is what `own_forward` gives of some model."""
+    if not isinstance(found, dict) or set(found) != {"tokens", "logits", "shapes"}:
+        return False
+    tokens, logits, shapes = found["tokens"], found["logits"], found["shapes"]
+    if not is_tensor(tokens, torch.int64, len(PROBE)) or not is_tensor(shapes, torch.int64, None, 3):
+        return False
+    if not isinstance(logits, torch.Tensor) or not is_tensor(logits, logits.dtype, len(PROBE), None) or not len(shapes):
+        return False
+    known = 0 <= int(tokens.min()) <= int(tokens.max()) < logits.shape[1]
+    return known and 0 < int(shapes.min()) <= int(shapes.max()) < 1 << 20 and logits.is_floating_point()
 
 
 @torch.inference_mode()

@@ -14,9 +14,20 @@ import torch
 from torch import nn
 
 from tokentree.engines import rows as each
+from tokentree.engines.checked import expect, is_count, is_tensor
 from tokentree.engines.kernels import BLOCK, CHUNKS
-from tokentree.engines.linear import linear_of, pass_of, restored, rows_of, store_rows, whole
+from tokentree.engines.linear import (
+    holds,
+    linear_of,
+    parts_of,
+    pass_of,
+    restored,
+    rows_of,
+    store_rows,
+    whole,
+)
 from tokentree.engines.quants import WIDE, tile_int4, tile_int8
+from tokentree.jit import cfunc, njit
 from tokentree.threads import WORKER, address, address_of, claim, floats, integers, num_threads, run
 
 ORDER = [0, 2, 1, 3] if WIDE else [0, 1, 2, 3]  # in which `quants` wants the bytes of a word
@@ -70,6 +81,9 @@ def _up(values: torch.Tensor) -> torch.Tensor:
     """float16, not below ``values``."""
     near = values.half()
     return torch.where(near.float() < values, torch.nextafter(near, near.new_tensor(torch.inf)), near)
+
+
+STATE = ("weight", "start", "gated", "num_outputs", "num_inputs", "groups", "group", "bits")  # what is kept of a layer
 
 
 class QuantizedLinear(nn.Module):
@@ -141,12 +155,21 @@ class QuantizedLinear(nn.Module):
 
     def state(self) -> dict[str, Any]:
         """What `of_state` makes a layer of."""
-        names = ("weight", "start", "gated", "num_outputs", "num_inputs", "groups", "group", "bits")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in STATE}
 
     @classmethod
     def of_state(cls, state: dict[str, Any]) -> QuantizedLinear:
-        """A layer that is kept."""
+        """A layer that is kept.
+
+        Raises:
+            ModelError: if its parts don't belong together.
+        """
+        weight, start, gated, outputs, inputs, groups, group, bits = parts_of(state, STATE)
+        expect("a linear layer", type(gated) is bool, *map(is_count, (inputs, groups, group)), bits in (4, 8))
+        expect("a linear layer", group in (32, 64, 96, 128), (groups - 1) * group < inputs <= groups * group)
+        strip = group * bits // 8 * BLOCK + 4 * BLOCK  # the numbers of a group, scales and least values
+        expect("a linear layer", is_tensor(weight, torch.uint8, None, groups, strip))
+        expect("a linear layer", holds(start, len(weight), gated, outputs))
         return restored(cls, state)
 
     def call(self, inputs: int, scales: int, totals: int, result: int) -> list[int]:
@@ -172,7 +195,7 @@ def draft_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
 
 @functools.cache
 def _int8_worker() -> Any:
-    @numba.cfunc(WORKER, cache=True)
+    @cfunc(WORKER, cache=True)
     def worker(arguments):
         call = integers(address_of(arguments), 2 + CALL)
         multiply_int8(call[2:], call[0], call[1], address_of(arguments) + 8 * len(call))
@@ -182,7 +205,7 @@ def _int8_worker() -> Any:
 
 @functools.cache
 def _int4_worker() -> Any:
-    @numba.cfunc(WORKER, cache=True)
+    @cfunc(WORKER, cache=True)
     def worker(arguments):
         call = integers(address_of(arguments), 2 + CALL)
         multiply_int4(call[2:], call[0], call[1], address_of(arguments) + 8 * len(call))
@@ -230,7 +253,7 @@ def _multiply(tile):
 multiply_int8, multiply_int4 = _multiply(tile_int8), _multiply(tile_int4)
 
 
-@numba.njit(cache=True)
+@njit(cache=True)
 def _prepare(bits, group, inputs, scales, totals):
     for row in range(len(bits)):
         each.quantize(bits[row], group, inputs[row], scales[row], totals[row])

@@ -7,7 +7,10 @@ from collections.abc import Sequence as SequenceOf
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
+from tokentree.cache import damaged
+from tokentree.engines.checked import expect
 from tokentree.engines.facts import Facts, config_of
 from tokentree.engines.kept import Place, kept
 from tokentree.engines.kv import KVLayout
@@ -49,10 +52,16 @@ class ReadyEngine(KVEngine):
         program = Program(Llama.of_state(ready["llama"], kind))
         self._settings = ready["settings"]
         shapes = tuple((heads, keys, values) for heads, keys, values in own["shapes"].tolist())
+        facts, llama = _facts(ready["facts"]), program.llama
+        sizes = tuple(
+            (layer.attention.kv_heads, layer.attention.width, layer.attention.width) for layer in llama.layers
+        )
+        expect("a model", shapes == sizes, own["logits"].shape[1] == llama.head.num_outputs)
+        expect("a model", (facts.num_layers, facts.hidden_size) == (len(sizes), len(llama.norm.weight)))
         layout = KVLayout(shapes, torch.float32, torch.device("cpu"), blocked=True)
         vocab_size = own["logits"].shape[1]
         super().__init__(
-            Facts(**ready["facts"]), vocab_size, layout, program, torch.bfloat16, quantization, prefix_bytes
+            facts, vocab_size, layout, program, torch.bfloat16, quantization, prefix_bytes
         )  # fmt: skip
         self._run = program
         self._check_trees(own)
@@ -71,10 +80,18 @@ class ReadyEngine(KVEngine):
         return self._run.llama.embedding, self._run.llama.head
 
 
+def _facts(found: Any) -> Facts:
+    try:
+        return TypeAdapter(Facts).validate_python(found)
+    except ValidationError as error:
+        raise ModelError(f"what is kept of a model makes no sense: {error.errors()[0]['msg']}") from None
+
+
 def ready_engine(place: Place, quantization: str | None, prefix_bytes: int) -> ReadyEngine | None:
     """The engine that is kept there, if one is that can be trusted."""
     found = kept(place, torch.bfloat16)
     try:
         return ReadyEngine(found, quantization, prefix_bytes) if READY in found else None
-    except (KeyError, TypeError, ModelError):  # spoilt: it is made again from the model
+    except (KeyError, TypeError, AttributeError, ModelError):  # it is made again from the model
+        damaged(place.file)
         return None

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from numba import njit
 
 from tokentree.engines.kv import SequenceKV
+from tokentree.jit import njit
 from tokentree.tree import Ints, TokenTree
 
 Upto = Literal["kv", "hidden", "logits"]  # how far a forward goes

@@ -31,6 +31,7 @@ from tokentree.engines.quantized import QuantizedLinear, multiply_int4, multiply
 from tokentree.engines.quants import WIDE
 from tokentree.engines.segment import Segment
 from tokentree.errors import ModelError
+from tokentree.jit import cfunc
 from tokentree.numbers import widen
 from tokentree.threads import (
     WORKER,
@@ -332,7 +333,7 @@ def _same(*sizes: int) -> None:
 
 @functools.cache
 def _worker() -> Any:
-    @numba.cfunc(WORKER, cache=True)
+    @cfunc(WORKER, cache=True)
     def worker(arguments):
         header = integers(address_of(arguments), HEADER)
         rows, threads, yields, count, steps, counters, segments, num_segments, cos, sin, places, ids = header

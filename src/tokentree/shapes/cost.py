@@ -10,11 +10,11 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from tokentree.draft import Draft
 from tokentree.errors import OptionError
+from tokentree.jit import njit
 from tokentree.sequence import Accepted, Sequence
 from tokentree.shapes.base import Shape
 from tokentree.shapes.curve import CostCurve

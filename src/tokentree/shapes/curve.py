@@ -8,9 +8,9 @@ import math
 from collections.abc import Sequence as SequenceOf
 
 import numpy as np
-from numba import njit
 
 from tokentree.errors import OptionError
+from tokentree.jit import njit
 from tokentree.tree import Floats, Ints
 
 PACE = 0.1  # how fast one observation moves what is believed

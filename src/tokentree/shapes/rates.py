@@ -8,10 +8,10 @@ import math
 from collections.abc import Sequence as SequenceOf
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from tokentree.draft import Draft
+from tokentree.jit import njit
 from tokentree.tree import Floats, Ints
 
 CONFIDENCE = np.log([0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.96])  # edges of the buckets
