@@ -151,7 +151,7 @@ def _figure(blocks: Sequence[_Block], title: str, ink: str) -> Figure:
     beside = wide + 2 * MARGIN <= PAGE
     wide = wide if beside else max(block.width for block in blocks)
     wide = max(wide, legend, min(width(title, HEAD), PAGE - 2 * MARGIN)) + 2 * MARGIN
-    told = wrapped(title, wide - 2 * MARGIN, HEAD)
+    told = wrapped(readable(title, 200), wide - 2 * MARGIN, HEAD)
     above = LINE * (1 + told.count("\n")) + MARGIN if title else 0.0
     heights = [block.height + 2 * MARGIN for block in blocks]
     high = above + (max(heights) if beside else sum(heights)) + LINE + 2 * MARGIN
@@ -184,23 +184,18 @@ def _legend(axes: Axes, ink: str) -> None:
 def _places(tree: TokenTree, last: int) -> tuple[list[float], float]:
     """Per node, its height, and that of the bonus token, which goes on from node ``last``: leaves lie one below
     another, and what has something below it in the middle of that."""
-    heights, bonus, taken = [0.0] * len(tree), 0.0, 0
-
-    def place(node: int) -> None:
-        nonlocal bonus, taken
-        below = []
-        if node == last:
-            bonus, taken = float(taken), taken + 1
-            below.append(bonus)
-        for child in tree.children[node]:
-            place(child)
-            below.append(heights[child])
-        if not below:
-            below, taken = [float(taken)], taken + 1
-        heights[node] = (below[0] + below[-1]) / 2
-
-    place(0)
-    return heights, bonus
+    bonus = len(tree)
+    below = {node: [bonus] * (node == last) + list(tree.children[node]) for node in range(bonus)} | {bonus: []}
+    heights, rows, waiting = [0.0] * (bonus + 1), 0, [0]
+    while waiting:
+        node = waiting.pop()
+        if not below[node]:
+            heights[node], rows = float(rows), rows + 1
+        waiting += reversed(below[node])
+    for node in reversed(range(bonus)):  # children come after their parents
+        if below[node]:
+            heights[node] = (heights[below[node][0]] + heights[below[node][-1]]) / 2
+    return heights[:bonus], heights[bonus]
 
 
 @dataclass(frozen=True)
@@ -239,7 +234,7 @@ def _tree_block(step: Step, texts: Sequence[str], bonus: str, ink: str, head: st
     ]
     lefts = [0.02 + sum(columns[:depth]) + GAP * depth for depth in range(len(columns))]
     wide = lefts[-1] + columns[-1] + 0.02
-    told = wrapped(head, max(wide, PAGE / 2 - 3 * MARGIN), HEAD) if head else ""
+    told = wrapped(readable(head, 200), max(wide, PAGE / 2 - 3 * MARGIN), HEAD) if head else ""
     above = LINE * (1 + told.count("\n")) + MARGIN if head else 0.0
     high = PITCH * (1 + max(chip.height for chip in chips))
     parents = [*step.tree.parents.tolist(), step.path[-1]]
