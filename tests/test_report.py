@@ -11,8 +11,11 @@ import pytest
 from rich.console import Console
 
 from tokentree import cli
+from tokentree.bench.figures import acceptance_by_depth, best_chain, gain, group_of, short_names
 from tokentree.bench.live import watched
-from tokentree.bench.page import acceptance_by_depth, best_chain, gain, group_of, insert, main_table, page
+from tokentree.bench.markdown import block, code, plain
+from tokentree.bench.page import insert, main_table, page
+from tokentree.bench.report import summarise, table
 from tokentree.bench.results import Run, Sample, new_run, peak_memory
 from tokentree.errors import OptionError
 

@@ -109,15 +109,23 @@ def width(text: str, size: float = SMALL) -> float:
 
 
 def wrapped(text: str, inches: float, size: float = SMALL, most: int = 3) -> str:
-    """``text`` on up to ``most`` lines that fit into ``inches`` (the last one may not), broken behind spaces and marks
-    where possible."""
-    lines, rest = list[str](), text
-    while rest and width(rest, size) > inches and len(lines) < most - 1:
-        fits = next((n for n in range(len(rest) - 1, 0, -1) if width(rest[:n], size) <= inches), 1)
-        place = max((n for n in range(1, fits + 1) if rest[n - 1] in " :,+/-_"), default=fits)
-        lines.append(rest[:place].rstrip())
-        rest = rest[place:]
-    return "\n".join([*lines, rest])
+    """``text`` on up to ``most`` lines that fit into ``inches``, broken behind spaces and marks where possible; what is
+    too much is left out in the middle."""
+    lines, length = _lines(text, inches, size), len(text)
+    while len(lines) > most and length > 1:
+        length = int(0.9 * length)
+        lines = _lines(text[: length // 2] + "…" + text[len(text) - length // 2 :], inches, size)
+    return "\n".join(lines)
+
+
+def _lines(text: str, inches: float, size: float) -> list[str]:
+    lines = list[str]()
+    while text and width(text, size) > inches:
+        fits = next((n for n in range(len(text) - 1, 0, -1) if width(text[:n], size) <= inches), 1)
+        place = max((n for n in range(1, fits + 1) if text[n - 1] in " :,+/-_"), default=fits)
+        lines.append(text[:place].rstrip())
+        text = text[place:]
+    return [*lines, text]
 
 
 @lru_cache
@@ -140,7 +148,7 @@ def _drawable(char: str) -> bool:
 def _renderer() -> Any:
     from matplotlib.backends.backend_agg import RendererAgg
 
-    return RendererAgg(1, 1, 720)
+    return RendererAgg(1, 1, 720)  # type: ignore[no-untyped-call]
 
 
 def _follow_the_page(file: Path, ink: str) -> None:

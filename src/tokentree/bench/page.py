@@ -47,7 +47,7 @@ def main_table(run: Run) -> str:
     shown = _compared(run, best_chain(run))
     lines = [
         [
-            one.name, one.rate, number(one.first and one.first.value), number(one.chain and one.chain.value),
+            one.name, one.rate, _value(one.first), _value(one.chain),
             number(one.row.end_to_end), number(one.row.mean_accepted_length), one.row.ids,
         ]
         for one in shown
@@ -99,13 +99,14 @@ def _where(run: Run) -> str:
     machine, settings, sampling = run.machine, run.settings, run.settings.get("sampling")
     sampling = sampling if isinstance(sampling, dict) else {}
     numbers = ", ".join(f"{name} {version}" for name, version in run.versions.items())
-    few = f", {settings['quantization']}" if settings.get("quantization") else ""
+    kind = str(settings.get("dtype", "unknown numbers")).removeprefix("torch.")
+    kind += f", {settings['quantization']}" if settings.get("quantization") else ""
+    most, temperature = (sampling.get(name, "unknown") for name in ("max_tokens", "temperature"))
     lines = [
         f"{run.started[:10]}, commit {run.commit or 'unknown'}",
         f"{machine.get('processor')}, {machine.get('cores')} cores, {machine.get('threads')} threads, "
         f"{machine.get('device')}; {numbers}",
-        f"{str(settings.get('dtype')).removeprefix('torch.')}{few}, at most {sampling.get('max_tokens')} tokens, "
-        f"temperature {sampling.get('temperature')}",
+        f"{kind}, at most {most} tokens, temperature {temperature}",
         f"{_extent(run)}, methods interleaved on each",
     ]
     if run.memory_mb:
@@ -161,8 +162,12 @@ def _overall(run: Run, chain: str | None) -> str:
             one.rate, _gain(one.first), _gain(one.chain), number(row.end_to_end), ids,
         ])  # fmt: skip
     prompts = prompts_of(run.samples)
+    failed = len({sample.place for sample in run.samples if sample.error is not None})
     notes = ["1 prompt, no interval." if prompts == 1 else f"In brackets: 95% intervals over {prompts} prompts."]
     notes += [explained(first)]
+    if failed:
+        told = f"Turns that a method failed on ({failed}) count for none, but x {first} counts all that a method and"
+        notes.append(f"{told} {first} both finished.")
     notes += [] if chain is None else [f"The best chain is {code(names[chain])}."]
     return "\n\n".join([table(heads, lines), *notes])
 
@@ -207,8 +212,8 @@ def _depths(run: Run) -> str:
     ]
     note = (
         "Of the steps whose tree was so deep, the share in which a node at that depth was accepted. So a row falls "
-        "even where each guess is as good as the one before: 'accepted' above is the share of single guesses, and counts a "
-        f"step that ends at a leaf as no refusal. Depths with fewer than {FEW} steps are left out."
+        "even where each guess is as good as the one before: 'accepted' above is the share of single guesses, and "
+        f"counts a step that ends at a leaf as no refusal. Depths with fewer than {FEW} steps are left out."
     )
     heads = ["method", *(f"depth {depth}" for depth in range(1, deepest + 1))]
     return "\n\n".join(["## Acceptance by depth", table(heads, lines), note])
@@ -233,6 +238,10 @@ def _shares(run: Run, methods: Sequence[str]) -> str:
 
 def _gain(found: Gain | None) -> str:
     return "" if found is None else str(found)
+
+
+def _value(found: Gain | None) -> str:
+    return number(None if found is None else found.value)
 
 
 def _share(value: float | None) -> str:

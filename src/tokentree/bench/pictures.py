@@ -24,7 +24,7 @@ PANEL = 1.25  # inches of a small picture's height
 
 def draw_speed(run: Run, file: Path) -> None:
     """How many times as fast as the first method each other one decodes, the fastest first: over all prompts with its
-    95% interval as bars, and by task in figures. Methods without a turn to compare stand below, without a bar.
+    95% interval as bars, and by task in figures. Methods without a turn to compare stand below, without one.
 
     Raises:
         OptionError: if the file can't be written.
@@ -36,6 +36,7 @@ def draw_speed(run: Run, file: Path) -> None:
     parts = {"all": run.samples} | (tasks if 1 < len(tasks) <= MOST_TASKS else {})
     cells = {name: [gain(samples, name, base) for samples in parts.values()] for name in order}
     heads = [f"{readable(name, 24)} ({prompts_of(samples)})" for name, samples in parts.items()]
+    heads = heads if len(heads) > 1 else [""]
     draw(file, lambda ink: _speed(run, order, found, cells, heads, ink))
 
 
@@ -95,7 +96,6 @@ def _told(run: Run, base: str, tasks: bool) -> str:
 def _bar(axes: Axes, value: Gain | None, y: float, colour: str, ink: str) -> None:
     """What lies on the bar is white, what lies beside it has the page's ink."""
     if value is None:
-        axes.text(0, y, " no turn to compare", va="center")
         return
     axes.barh(y, value.value, height=BAR, color=colour)
     if value.value > 1:
@@ -134,24 +134,25 @@ def draw_acceptance(run: Run, file: Path) -> bool:
     if found:
         order = sorted(found, key=lambda name: -found[name][0][1])
         shorter = short_names(methods_of(run))
-        draw(file, lambda ink: _acceptance({readable(shorter[name], 110): found[name] for name in order}, ink))
+        names = [readable(shorter[name], 110) for name in order]
+        draw(file, lambda ink: _acceptance(names, [found[name] for name in order], ink))
     return bool(found)
 
 
-def _acceptance(found: dict[str, list[tuple[int, float]]], ink: str) -> Figure:
+def _acceptance(names: Sequence[str], found: Sequence[list[tuple[int, float]]], ink: str) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     columns = min(3, len(found))
     rows = -(-len(found) // columns)
     wide = PAGE if columns == 3 else 1.2 + 2.4 * columns
-    names = [wrapped(name, (wide - 0.5) / columns - 0.25) for name in found]
+    names = [wrapped(name, (wide - 0.5) / columns - 0.25) for name in names]
     lines = 1 + max(name.count("\n") for name in names)
     figure = Figure(figsize=(wide, 0.5 + rows * (PANEL + MORE * lines)), layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
-    deepest = max(depth for points in found.values() for depth, _ in points)
-    for axes, name, points in zip(panels, names, found.values()):
-        for other in found.values():
+    deepest = max(depth for points in found for depth, _ in points)
+    for axes, name, points in zip(panels, names, found):
+        for other in found:
             axes.plot(*zip(*other, strict=True), color=ink, alpha=0.25, linewidth=0.7)
         axes.plot(*zip(*points, strict=True), "o-", color=BLUE, markersize=3.5, linewidth=1.5)
         axes.set_title(name, fontsize=SMALL, loc="left")
@@ -163,5 +164,5 @@ def _acceptance(found: dict[str, list[tuple[int, float]]], ink: str) -> Figure:
     for axes in panels[len(found) :]:
         axes.remove()
     figure.supxlabel("depth of a node, in tokens after the text", fontsize=SMALL)
-    figure.supylabel("accepted, % of the steps whose tree was so deep", fontsize=SMALL)
+    figure.supylabel("accepted,\n% of steps so deep", fontsize=SMALL)
     return figure
