@@ -32,11 +32,11 @@ def plot_calibration(found: Calibration, file: Path) -> None:
 
         bars = max(1, min(MOST, len(_first_level(found))))
         figure = Figure(figsize=(PAGE, 4.0 + 0.2 * bars), layout="constrained")
-        above, below = np.ravel(figure.subfigures(2, 1, height_ratios=(3.2, 0.8 + 0.2 * bars)))
-        cost, gains = above.subplots(1, 2)
+        grid = figure.add_gridspec(2, 1, height_ratios=(3.2, 0.8 + 0.2 * bars))
+        cost, gains = figure.add_subfigure(grid[0]).subplots(1, 2)
         _cost(cost, found.rows, found.seconds, ink)
         _gains(gains, found, ink)
-        _rates(below.add_subplot(), found)
+        _rates(figure.add_subfigure(grid[1]).add_subplot(), found)
         figure.suptitle(_engine(found.engine), fontsize=HEAD)
         return figure
 
