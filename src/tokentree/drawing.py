@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tokentree.cache import replacing
 from tokentree.errors import OptionError
@@ -100,12 +100,7 @@ def _first(units: list[str], most: int) -> list[str]:
 
 def width(text: str, size: float = SMALL) -> float:
     """Inches of the longest line of ``text`` at ``size`` points."""
-    from matplotlib.font_manager import FontProperties
-
-    font = FontProperties(family=_fonts(), size=size)
-    return (
-        max(float(_renderer().get_text_width_height_descent(line, font, False)[0]) for line in text.split("\n")) / 720
-    )
+    return max(sum(map(_advance, line)) for line in text.split("\n")) * size / 72
 
 
 def wrapped(text: str, inches: float, size: float = SMALL, most: int = 3) -> str:
@@ -137,18 +132,30 @@ def _fonts() -> list[str]:
 
 
 @lru_cache(4096)
-def _drawable(char: str) -> bool:
+def _font_of(char: str) -> str | None:
+    """The file of the first font that has ``char``."""
     from matplotlib import font_manager
 
-    found = (font_manager.get_font(font_manager.findfont(name)).get_char_index(ord(char)) for name in _fonts())
-    return char.isprintable() and any(found)
+    files = map(font_manager.findfont, _fonts())
+    return next((file for file in files if font_manager.get_font(file).get_char_index(ord(char))), None)
 
 
-@lru_cache
-def _renderer() -> Any:
-    from matplotlib.backends.backend_agg import RendererAgg
+def _drawable(char: str) -> bool:
+    return char.isprintable() and _font_of(char) is not None
 
-    return RendererAgg(1, 1, 720)  # type: ignore[no-untyped-call]
+
+@lru_cache(4096)
+def _advance(char: str) -> float:
+    """How wide ``char`` is, in sizes of its font."""
+    from matplotlib import font_manager, ft2font
+
+    file = _font_of(char)
+    if file is None:
+        return 0.6
+    font = font_manager.get_font(file)
+    font.set_size(1000, 72)
+    advance = font.load_char(ord(char), flags=ft2font.LoadFlags.NO_HINTING).linearHoriAdvance
+    return float(advance) / 65536 / 1000
 
 
 def _follow_the_page(file: Path, ink: str) -> None:

@@ -146,12 +146,12 @@ def _figure(blocks: Sequence[_Block], title: str, ink: str) -> Figure:
     """All blocks beside each other where a page is wide enough, and otherwise below each other."""
     from matplotlib.figure import Figure
 
-    legend = sum(0.35 + width(name) for name, _ in LEGEND)
+    title, legend = readable(title, 200), sum(0.35 + width(name) for name, _ in LEGEND)
     wide = sum(block.width for block in blocks) + 2 * MARGIN * (len(blocks) - 1)
     beside = wide + 2 * MARGIN <= PAGE
     wide = wide if beside else max(block.width for block in blocks)
     wide = max(wide, legend, min(width(title, HEAD), PAGE - 2 * MARGIN)) + 2 * MARGIN
-    told = wrapped(readable(title, 200), wide - 2 * MARGIN, HEAD)
+    told = wrapped(title, wide - 2 * MARGIN, HEAD)
     above = LINE * (1 + told.count("\n")) + MARGIN if title else 0.0
     heights = [block.height + 2 * MARGIN for block in blocks]
     high = above + (max(heights) if beside else sum(heights)) + LINE + 2 * MARGIN

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # inches: of a row's first line and of each further one, of a task's column, around all, of the longest name, of bars
-ROW, MORE, COLUMN, MARGIN, NAME, BARS = 0.25, 0.14, 0.4, 0.08, 1.9, 1.2
+ROW, MORE, COLUMN, MARGIN, NAME, BARS = 0.25, 0.14, 0.4, 0.08, 1.9, 1.0
 BAR, SLANT = 0.16, 0.71  # inches of a bar; how far a slanted text reaches, to the right and up
 MOST_TASKS = 8  # columns that a page has room for
 PANEL = 1.25  # inches of a small picture's height
@@ -54,11 +54,12 @@ def _speed(
     middles = [sum(rows[:row]) + rows[row] / 2 for row in range(len(rows))]
     peers = [name.partition(":")[0] in Peers.kinds for name in order]
     left = MARGIN + max(map(width, names)) + 0.1
-    bars = max(BARS, PAGE - left - COLUMN * len(heads) - 2 * MARGIN)
-    ends = [left + bars + COLUMN * (column + 0.5) for column in range(len(heads))]
     slants = [width(head) * SLANT + 0.1 for head in heads]  # the heads' widths and heights
+    beside = max(COLUMN * (column + 0.5) + max(COLUMN / 2, slant) for column, slant in enumerate(slants))
+    bars = max(BARS, PAGE - left - beside - MARGIN)
+    ends = [left + bars + COLUMN * (column + 0.5) for column in range(len(heads))]
     top, below = MARGIN + 0.25 + max(slants), 0.62
-    wide = max(left + bars + COLUMN * len(heads), *map(sum, zip(ends, slants, strict=True))) + MARGIN
+    wide = left + bars + beside + MARGIN
     high = top + sum(rows) + below
     figure = Figure(figsize=(wide, high))
     axes = figure.add_axes((left / wide, below / high, bars / wide, sum(rows) / high))
