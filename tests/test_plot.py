@@ -331,15 +331,16 @@ def test_a_text_on_one_line_is_as_it_is_or_escaped() -> None:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Takes the figures that would be written, laid out, with the texts that are drawn in ``shown``."""
     from matplotlib import style
-    from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
 
-    found, own = list[Any](), RendererAgg.draw_text
+    found, own = list[Any](), Text.draw
 
-    def draw_text(*args: Any, mtext: Any = None, **options: Any) -> None:
-        found[-1].shown[id(mtext)] = mtext
-        own(*args, mtext=mtext, **options)
+    def draw_text(text: Text, *args: Any) -> None:
+        found[-1].shown[id(text)] = text
+        own(text, *args)
 
-    monkeypatch.setattr(RendererAgg, "draw_text", draw_text)
+    monkeypatch.setattr(Text, "draw", draw_text)
 
     def draw(_: Path, make: Callable[[str], Any]) -> None:
         with style.context(["default", STYLE]):
@@ -353,7 +354,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def texts_of(figure: Any) -> list[Any]:
-    return [text for text in figure.shown.values() if text.get_text().strip()]
+    return [text for text in figure.shown.values() if text.get_text().strip() and text.get_visible()]
 
 
 def check_texts(figure: Any) -> None:

@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
 plot = typer.Typer(help="Draw trees, masks and runs.", no_args_is_help=True, rich_markup_mode=None)
 
-FileOption = Annotated[Path, typer.Option("--out", help="The picture: a .png, .svg or .pdf file.")]
+FileOption = Annotated[
+    Path, typer.Option("--out", help="The picture: .png and .svg for pages, light or dark; .pdf for papers.")
+]
 PromptArgument = Annotated[str, typer.Argument(help="The prompt whose decoding is drawn.")]
 StepOption = Annotated[
     int | None, typer.Option(min=1, help="Which step; by default the one that accepted the most tokens.")

@@ -22,7 +22,9 @@ def report(
             "where NAME is the folder's name."
         ),
     ] = None,
-    form: Annotated[str, typer.Option("--format", help="Of the pictures: png or svg.")] = "png",
+    form: Annotated[
+        str, typer.Option("--format", help="Of the pictures: png, or svg, which follows the page's theme.")
+    ] = "png",
 ) -> None:
     """Make a page with tables and pictures of a run of 'bench'."""
     if form not in ("png", "svg"):

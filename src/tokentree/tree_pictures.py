@@ -234,14 +234,16 @@ def _tree_block(step: Step, texts: Sequence[str], bonus: str, ink: str, head: st
     ]
     lefts = [0.02 + sum(columns[:depth]) + GAP * depth for depth in range(len(columns))]
     wide = lefts[-1] + columns[-1] + 0.02
-    told = wrapped(readable(head, 200), max(wide, PAGE / 2 - 3 * MARGIN), HEAD) if head else ""
+    half = max(wide, PAGE / 2 - 2 * MARGIN)  # of a page, as there are two trees or more where there is a head
+    told, noted = wrapped(readable(head, 200), half, HEAD), wrapped(note, half)
     above = LINE * (1 + told.count("\n")) + MARGIN if head else 0.0
+    under = LINE * (1 + noted.count("\n")) + MARGIN if note else 0.0
     high = PITCH * (1 + max(chip.height for chip in chips))
     parents = [*step.tree.parents.tolist(), step.path[-1]]
 
     def fill(axes: Axes) -> None:
         axes.text(0, 0, told, va="top", fontsize=HEAD)
-        axes.text(0, above + high + MARGIN, note, va="top")
+        axes.text(0, above + high + MARGIN, noted, va="top")
         for number, chip in enumerate(chips):
             left, y = lefts[chip.depth], above + PITCH * (chip.height + 0.5)
             if number:
@@ -255,8 +257,7 @@ def _tree_block(step: Step, texts: Sequence[str], bonus: str, ink: str, head: st
             axes.text(middle, y - up, chip.text, ha="center", va="center_baseline", fontsize=TEXT, color=colour)
             axes.text(middle, y + 0.095, chip.note, ha="center", va="center_baseline", fontsize=SMALL, color=colour)
 
-    width_ = max(wide, max((width(line, HEAD) for line in told.split("\n")), default=0), width(note) if note else 0)
-    return _Block(width_, above + high + (LINE + MARGIN if note else 0), fill)
+    return _Block(max(wide, width(told, HEAD), width(noted)), above + high + under, fill)
 
 
 def _mask_block(step: Step, texts: Sequence[str], ink: str) -> _Block:

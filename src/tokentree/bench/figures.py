@@ -22,6 +22,7 @@ GROUPS = {
     "other": ("reasoning", "extraction", "stem", "humanities"),
 }
 DRAWS = 2000  # of a bootstrap
+PEERS = ("transformers", "llama.cpp", "openvino")  # what other libraries' methods begin with
 CHAIN = ":chain:"  # what tells a chain's name
 FEW = 20  # steps below which nothing is told of a depth
 

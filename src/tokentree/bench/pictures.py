@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokentree.bench.figures import Gain, acceptance, by_task, gain, methods_of, prompts_of, short_names
-from tokentree.bench.peers import Peers
+from tokentree.bench.figures import PEERS, Gain, acceptance, by_task, gain, methods_of, prompts_of, short_names
 from tokentree.bench.results import Run
 from tokentree.drawing import BLUE, GREY, HEAD, PAGE, SMALL, draw, readable, width, wrapped
 
@@ -52,7 +51,7 @@ def _speed(
     names = [wrapped(readable(shorter[name], 110), NAME) for name in order]
     rows = [ROW + MORE * name.count("\n") for name in names]
     middles = [sum(rows[:row]) + rows[row] / 2 for row in range(len(rows))]
-    peers = [name.partition(":")[0] in Peers.kinds for name in order]
+    peers = [name.partition(":")[0] in PEERS for name in order]
     left = MARGIN + max(map(width, names)) + 0.1
     slants = [width(head) * SLANT + 0.1 for head in heads]  # the heads' widths and heights
     beside = max(COLUMN * (column + 0.5) + max(COLUMN / 2, slant) for column, slant in enumerate(slants))
