@@ -2,20 +2,47 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import json
+import re
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch, PathPatch
+from PIL import Image
 
 from tests.test_medusa import random_heads
-from tests.test_report import some_run
+from tests.test_report import sample, some_run
 from tests.tiny_models import save_model, tiny, tiny_pair, tiny_tokenizer
 from tokentree import cli
+from tokentree.bench.pictures import draw_acceptance, draw_speed
+from tokentree.bench.results import Run
+from tokentree.drawing import BLUE, GREEN, GREY, INKS, ON_DARK, PAGE, SLATE, STYLE, readable, width, wrapped
+from tokentree.errors import OptionError
 from tokentree.heads.saved import About, write_heads
+from tokentree.plots import plot_cost
+from tokentree.shapes import CostCurve
 from tokentree.tree import TokenTree
-from tokentree.tree_pictures import Recorder, Step, _places, common_step, draw_mask, draw_tree
+from tokentree.tree_pictures import (
+    Panel,
+    Recorder,
+    Step,
+    _places,
+    common_step,
+    draw_mask,
+    draw_methods,
+    draw_tree,
+)
 
 Command = Callable[..., tuple[int | str | None, str]]
 
@@ -65,6 +92,10 @@ def test_the_command_draws_a_real_step(tmp_path: Path, run: Command) -> None:
     for options, message in (
         (["--step", 900], "there is no step 900"),
         (["--out", tmp_path / "tree.gif"], "is no picture's name"),
+        (["--out", tmp_path], "is no picture's name"),
+        (["--out", tmp_path / "none" / "tree.png"], "there is no folder"),
+        (["--out", "/proc/tree.png"], "can't write the picture"),
+        (["--max-tokens", 0], "max_tokens"),
     ):
         code, told = run("tree", *args, "--out", tmp_path / "tree.png", *options)
         assert code == 2
@@ -98,6 +129,42 @@ def test_draft_models_and_heads_are_drawn_side_by_side(tmp_path: Path, run: Comm
     assert drawn.count("<path") > 20
 
 
+def test_any_two_drafters_are_drawn_side_by_side(tmp_path: Path, run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, draft = tiny_pair(target_vocab=300, draft_vocab=300)
+    folder = save_model(tmp_path / "model", target, tiny_tokenizer())
+    smaller = save_model(tmp_path / "draft", draft, tiny_tokenizer())
+    for name in ("a", "b"):
+        write_heads(tmp_path / name / "medusa", random_heads(48), "tiny", 300, About())
+    one, two = (["--heads", tmp_path / name / "medusa"] for name in ("a", "b"))
+    drawn = list[list[Panel]]()
+    monkeypatch.setattr("tokentree.tree_pictures.draw_methods", lambda panels, _: drawn.append(panels))
+    out = tmp_path / "methods.svg"
+    args = ["methods", "one two three", "-m", folder, "--no-chat", "--max-tokens", 9, "--out", out]
+    for options, titles in (
+        ([*one, *two], ["a/medusa: ", "b/medusa: "]),
+        (["-d", smaller, "-d", folder], ["draft: ", "model: "]),
+        (["--drafter", "ngram", "--drafter", "suffix+recycling"], ["ngram: ", "suffix+recycling: "]),
+        (["-d", smaller, *one, "--drafter", "ngram"], ["draft: ", "a/medusa: ", "ngram: "]),
+        (["--drafter", "draft_model", "-d", smaller, *one], ["draft: ", "a/medusa: "]),
+    ):
+        assert run(*args, *options)[0] == 0
+        panels = drawn.pop()
+        assert len(panels) == len(titles)
+        assert all(panel.title.startswith(title) for panel, title in zip(panels, titles, strict=True))
+        if options[0] == "-d" and "-d" in options[1:]:  # each draft model by itself: the larger one is the target
+            assert len(panels[1].step.path) >= len(panels[0].step.path)
+    for options, message in (
+        ([], "nothing to compare"),
+        ([*one], "nothing to compare"),
+        ([*one, "--heads", tmp_path / "none"], "there is no folder"),
+        (["--drafter", "ngram", "--drafter", "medusa"], "needs heads"),
+        (["--drafter", "ngram", "--drafter", "nothing"], "unknown drafter"),
+    ):
+        code, told = run(*args, *options)
+        assert (code, told.count("\n")) == (2, 1)
+        assert message in told
+
+
 def test_the_cost_of_a_forward_is_drawn(tmp_path: Path, run: Command) -> None:
     folder = save_model(tmp_path / "model", tiny("llama", vocab_size=300), tiny_tokenizer())
     assert run("cost", "-m", folder, "--out", tmp_path / "cost.png")[0] == 0
@@ -116,3 +183,286 @@ def test_runs_are_drawn(tmp_path: Path, run: Command) -> None:
         code, told = run(name, tmp_path / "few", "--out", tmp_path / "few.png")
         assert code == 2
         assert message in told
+
+
+def test_what_is_no_run_is_told_in_one_sentence_and_nothing_is_lost(tmp_path: Path, run: Command) -> None:
+    whole = json.loads(some_run().save(tmp_path).read_text())
+    out, file = tmp_path / "kept.png", tmp_path / "results.json"
+    out.write_text("mine")
+    broken = json.loads(json.dumps(whole))
+    broken["samples"][2]["metrics"]["draft_seconds"] = float("nan")
+    for content, message in (
+        (None, "No such file"),
+        (b"", "no whole JSON file"),
+        (json.dumps(whole)[:-900].encode(), "no whole JSON file"),
+        (b"\xff\xfe", "not UTF-8"),
+        (b"[]", "there is no run in"),
+        (json.dumps({"model": "llama"}).encode(), "command: "),
+        (json.dumps(broken).encode(), "samples.2.metrics.draft_seconds"),
+        (json.dumps(whole | {"samples": []}).encode(), "no samples yet"),
+    ):
+        file.unlink(missing_ok=True)
+        if content is not None:
+            file.write_bytes(content)
+        for name in ("speedup", "acceptance"):
+            code, told = run(name, tmp_path, "--out", out)
+            assert (code, told.count("\n")) == (2, 1), told
+            assert message in told
+    assert run("speedup", file, "--out", out)[0] == 2  # the file itself is no folder
+    assert out.read_text() == "mine"
+
+
+def test_where_the_disk_is_full_what_was_there_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(figure: Figure, file: Path, **_: object) -> None:
+        file.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    file = tmp_path / "tree.png"
+    file.write_text("mine")
+    with pytest.raises(OptionError, match=r"can't write the picture .*: No space left on device"):
+        draw_tree(some_step(), list("abcdef"), "end", file, "a title")
+    assert [(other.name, other.read_text()) for other in tmp_path.iterdir()] == [("tree.png", "mine")]
+
+
+def test_without_matplotlib_the_extra_is_named(tmp_path: Path, run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    some_run().save(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, told = run("speedup", tmp_path, "--out", tmp_path / "speed.png")
+    assert (code, told) == (2, "tokentree: drawing needs matplotlib: pip install 'tokentree[plot]'\n")
+
+
+# -- pictures for any page -------------------------------------------------------------------------------------------
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_ink_and_tones_can_be_read_on_light_and_dark_pages() -> None:
+    for page in ("#ffffff", "#0d1117"):
+        assert contrast(INKS[".png"], page) > 4
+        assert min(contrast(tone, page) for tone in (BLUE, GREEN, GREY)) > 3
+    assert min(contrast(tone, "#ffffff") for tone in (BLUE, GREEN, SLATE)) > 4.5  # white text on them
+    assert contrast(INKS[".pdf"], "#ffffff") > 12
+    assert contrast(ON_DARK, "#0d1117") > 12
+
+
+ENDINGS = ("png", "svg", "pdf")
+
+
+def pictures(folder: Path, ending: str) -> list[Path]:
+    texts = ["root", " one", "$two_", "three", "four", "three"]
+    tree, mask, speed, rates, cost = (
+        folder / f"{name}.{ending}" for name in ("tree", "mask", "speed", "rates", "cost")
+    )
+    draw_tree(some_step(), texts, "end", tree, "a title")
+    draw_mask(some_step(), texts, "end", mask, "a title")
+    draw_speed(some_run(), speed)
+    draw_acceptance(some_run(), rates)
+    plot_cost(CostCurve([1, 8, 64], [0.01, 0.011, 0.05]), "an engine", cost)
+    return [tree, mask, speed, rates, cost]
+
+
+def test_pictures_have_no_background_and_the_same_bytes_each_time(tmp_path: Path) -> None:
+    for ending in ENDINGS:
+        first = [file.read_bytes() for file in pictures(tmp_path, ending)]
+        assert [file.read_bytes() for file in pictures(tmp_path, ending)] == first
+        for content in first:
+            if ending == "png":
+                pixels = np.asarray(Image.open(io.BytesIO(content)))
+                assert pixels.shape[2] == 4
+                assert {int(pixels[y, x, 3]) for y in (0, -1) for x in (0, -1)} == {0}
+                assert (pixels[..., 3] == 0).mean() > 0.5
+            elif ending == "svg":
+                assert b"prefers-color-scheme: dark" in content
+                assert set(re.findall(rb"(?:fill|stroke): (#[0-9a-f]{6})", content)) >= {INKS[".svg"].encode()}
+                assert b"#ffffff" not in content.partition(b"figure_1")[2].split(b"axes_1")[0]
+            else:
+                assert b"/FontFile2" in content or b"/FontDescriptor" in content
+                assert b"/Type3" not in content
+
+
+def test_endings_count_in_either_case(tmp_path: Path) -> None:
+    draw_tree(some_step(), list("abcdef"), "end", tmp_path / "TREE.PNG", "a title")
+    assert (tmp_path / "TREE.PNG").read_bytes().startswith(b"\x89PNG")
+
+
+STRANGE = ["$x_a$", "$", r"\frac{a}{b}", "日本語", "\U0001f680", "a\u2028b", "\ud83d", "\x00", "a\nb\tc", "|`<b>&",
+           "%s {0}", "العربية", "e\u0301", "x" * 300, ""]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", STRANGE)
+def test_any_text_can_be_drawn(tmp_path: Path, text: str) -> None:
+    """Where a font lacks a sign matplotlib warns, and a warning is an error here."""
+    for ending in ("png", "svg", "pdf"):
+        draw_methods([Panel(text, some_step(), [text] * 6, text)], tmp_path / f"methods.{ending}")
+    draw_mask(some_step(), [text] * 6, text, tmp_path / "mask.png", text)
+    run = some_run()
+    for one in run.samples:
+        one.method, one.category = one.method.replace("merged:cost", text or "x"), text
+    draw_speed(run, tmp_path / "speed.png")
+    assert draw_acceptance(run, tmp_path / "acceptance.png")
+    plot_cost(CostCurve([1, 8, 64], [0.01, 0.011, 0.05]), text, tmp_path / "cost.png")
+
+
+def test_a_text_on_one_line_is_as_it_is_or_escaped() -> None:
+    assert readable("a$b\n\u2028\x00") == r"a$b\n\u2028\x00"
+    assert readable("x" * 99, 9) == "xxxx…xxxx"
+    assert readable("\u2028" * 9, 16) == r"\u2028…\u2028"  # no escape is cut
+    for text in ("recycling+suffix+ngram+medusa:cost", "x" * 200, "a b c", ""):
+        told = wrapped(text, 1.0)
+        assert len(told.split("\n")) <= 3
+        assert all(width(line) <= 1.0 for line in told.split("\n"))
+    assert wrapped("recycling+suffix+ngram:cost", 1.2).replace("\n", "") == "recycling+suffix+ngram:cost"
+
+
+# -- what lies where -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Takes the figures that would be written, laid out, with the texts that are drawn in ``shown``."""
+    from matplotlib import style
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
+
+    found, own = list[Any](), Text.draw
+
+    def draw_text(text: Text, *args: Any) -> None:
+        found[-1].shown[id(text)] = text
+        own(text, *args)
+
+    monkeypatch.setattr(Text, "draw", draw_text)
+
+    def draw(_: Path, make: Callable[[str], Any]) -> None:
+        with style.context(["default", STYLE]):
+            found.append(make("#7f7f7f"))
+            found[-1].shown = {}
+            FigureCanvasAgg(found[-1]).draw()
+
+    for module in ("tree_pictures", "bench.pictures", "plots"):
+        monkeypatch.setattr(f"tokentree.{module}.draw", draw)
+    return found
+
+
+def texts_of(figure: Any) -> list[Any]:
+    return [text for text in figure.shown.values() if text.get_text().strip() and text.get_visible()]
+
+
+def check_texts(figure: Any) -> None:
+    """All texts lie within the picture, none on another; none is smaller than 8 points."""
+    texts = texts_of(figure)
+    assert min(text.get_fontsize() for text in texts) >= 8
+    boxes = [(text.get_text(), text.get_window_extent()) for text in texts if text.get_rotation() in (0, 90)]
+    for number, (text, box) in enumerate(boxes):
+        assert box.x0 >= -1, text
+        assert box.y0 >= -1, text
+        assert box.x1 <= figure.bbox.x1 + 1, text
+        assert box.y1 <= figure.bbox.y1 + 1, text
+        for other, beside in boxes[:number]:
+            across = min(box.x1, beside.x1) - max(box.x0, beside.x0)
+            down = min(box.y1, beside.y1) - max(box.y0, beside.y0)
+            assert across <= 1.5 or down <= 1.5, (text, other)
+
+
+def many_methods(count: int) -> Run:
+    run = some_run()
+    names = ["plain", *(f"recycling+suffix+ngram+medusa:dynamic:nodes={n},depth=3" for n in range(count // 2))]
+    names += [f"llama.cpp:some/folder/qwen2.5-coder-1.5b-q8.gguf:lookup:{n}" for n in range(count - count // 2)]
+    kinds = ("qa", "summarization", "coding", "writing", "translation", "math", "stem")
+    run.samples = [
+        sample(name, place, 100, 10 / (1 + (7 * n % 11) / 5 + place / 50), kinds[place % 7], offered_by_depth=[90, 30],
+               accepted_by_depth=[40 + n, 9])
+        for place in range(14) for n, name in enumerate(names)
+    ]  # fmt: skip
+    return run
+
+
+@pytest.mark.parametrize("count", [1, 2, 17])
+def test_a_run_of_any_size_fits_a_page(tmp_path: Path, drawn: list[Any], count: int) -> None:
+    run = many_methods(count)
+    draw_speed(run, tmp_path)
+    draw_acceptance(run, tmp_path)
+    for figure in drawn:
+        assert figure.get_figwidth() <= PAGE + 0.01
+        check_texts(figure)
+        assert all(axes.get_xlabel() or figure.get_supxlabel() for axes in figure.axes)
+    bars = [(patch.get_y(), patch.get_width(), to_hex(patch.get_facecolor())) for patch in drawn[0].axes[0].patches]
+    lengths = [length for _, length, _ in sorted(bars)]
+    assert lengths == sorted(lengths, reverse=True)
+    assert len(bars) == count
+    assert {colour for _, _, colour in bars} == {tone.lower() for tone in (BLUE, GREY)[(count < 2) :]}
+    assert len(drawn[1].axes) == count + 1  # plain has depths here too
+
+
+def test_one_prompt_has_bars_without_intervals(tmp_path: Path, drawn: list[Any]) -> None:
+    run = some_run()
+    draw_speed(run, tmp_path)
+    run.samples = [one for one in run.samples if one.prompt == "0"]
+    draw_speed(run, tmp_path)
+    several, one = ([text.get_text() for text in texts_of(figure)] for figure in drawn)
+    assert "95% interval" in several
+    assert "95% interval" not in one
+    assert any("1 prompt, no interval" in text for text in one)
+
+
+def test_methods_that_failed_stand_below_without_a_bar(tmp_path: Path, drawn: list[Any]) -> None:
+    run = some_run()
+    for one in run.samples:
+        if one.method == "merged:cost":
+            one.error, one.decoded_tokens, one.decode_seconds = "bad", 0, 0.0
+    draw_speed(run, tmp_path)
+    axes = drawn[0].axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["merged:chain:3", "merged:cost"]
+    assert len(axes.patches) == 1
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> Step:
+    parents = [-1, *(draw(st.integers(0, node)) for node in range(draw(st.integers(0, 14))))]
+    tokens = [draw(st.integers(0, 9)) + 10 * node for node in range(len(parents))]
+    tree, path = TokenTree(np.array(tokens), np.array(parents)), [0]
+    while tree.children[path[-1]] and draw(st.booleans()):
+        path.append(int(draw(st.sampled_from(list(tree.children[path[-1]])))))
+    return Step(tree, [0.5] * len(parents), ["ngram"] * len(parents), path, 4)
+
+
+@given(steps(), st.lists(st.text("abc ", min_size=1, max_size=20), min_size=15, max_size=15))
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_node_covers_an_edge_or_another_node(tmp_path: Path, drawn: list[Any], step: Step, texts: list[str]) -> None:
+    drawn.clear()
+    draw_tree(step, texts[: len(step.tree)], "end", tmp_path, "a title")
+    axes = drawn[0].axes[0]
+    boxes = [patch.get_window_extent() for patch in axes.patches if isinstance(patch, FancyBboxPatch)]
+    edges = [patch for patch in axes.patches if isinstance(patch, PathPatch)]
+    assert (len(boxes), len(edges)) == (len(step.tree) + 1, len(step.tree))
+    for number, box in enumerate(boxes):
+        for other in boxes[:number]:
+            assert not (box.x0 < other.x1 and other.x0 < box.x1 and box.y0 < other.y1 and other.y0 < box.y1)
+    for edge in edges:
+        (line,) = edge.get_transform().transform_path(edge.get_path()).to_polygons(closed_only=False)
+        inner = np.concatenate([np.linspace(a, b, 20) for a, b in pairwise(line)])
+        for box in boxes:
+            inside = (inner > [box.x0 + 1, box.y0 + 1]) & (inner < [box.x1 - 1, box.y1 - 1])
+            assert not inside.all(1).any()
+    check_texts(drawn[0])
+
+
+def test_a_large_mask_is_drawn(tmp_path: Path, drawn: list[Any]) -> None:
+    tree = TokenTree(np.arange(48), np.array([-1, *(node // 4 for node in range(47))]))
+    draw_mask(Step(tree, [0.5] * 48, [""] * 48, [0, 1], 4), ["token"] * 48, "end", tmp_path, "a title")
+    assert drawn[0].get_figwidth() <= PAGE + 2
+    check_texts(drawn[0])
+
+
+def test_a_tree_may_be_as_deep_as_it_likes() -> None:
+    heights, bonus = _places(TokenTree.chain(1, list(range(2, 3000))), 5)
+    assert (heights[0], heights[-1], bonus) == (0.5, 1.0, 0.0)

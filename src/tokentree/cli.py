@@ -359,7 +359,7 @@ def calibrate(
 
     entries = read_prompts(prompts) if prompts is not None else None
     if plot is not None:
-        from tokentree.plots import check_plot
+        from tokentree.drawing import check_plot
 
         check_plot(plot)
     console, errors = consoles()

@@ -33,15 +33,38 @@ if TYPE_CHECKING:
 
 plot = typer.Typer(help="Draw trees, masks and runs.", no_args_is_help=True, rich_markup_mode=None)
 
-FileOption = Annotated[Path, typer.Option("--out", help="The picture: a .png, .svg or .pdf file.")]
+FileOption = Annotated[
+    Path, typer.Option("--out", help="The picture: .png and .svg for pages, light or dark; .pdf for papers.")
+]
 PromptArgument = Annotated[str, typer.Argument(help="The prompt whose decoding is drawn.")]
 StepOption = Annotated[
     int | None, typer.Option(min=1, help="Which step; by default the one that accepted the most tokens.")
 ]
 ChatOption = Annotated[bool | None, typer.Option(help="Use the chat template; default: if the model has one.")]
-DraftsOption = Annotated[list[str], typer.Option("--draft-model", "-d", help="A smaller model of the same family.")]
-HeadsFolderOption = Annotated[Path, typer.Option("--heads", help="A folder with heads for this model.")]
+DraftsOption = Annotated[
+    list[str] | None,
+    typer.Option("--draft-model", "-d", help="A smaller model of the same family; may be repeated, each is drawn."),
+]
+HeadFoldersOption = Annotated[
+    list[Path] | None,
+    typer.Option("--heads", help="A folder with Medusa or EAGLE heads; may be repeated, each is drawn."),
+]
+LookupsOption = Annotated[
+    list[str] | None,
+    typer.Option("--drafter", help="ngram, suffix, recycling, or several joined by '+'; may be repeated."),
+]
 RunArgument = Annotated[Path, typer.Argument(help="The folder of a run of 'bench'.")]
+
+
+TOLD = {
+    "draft_model": "a draft model grows the tree (SpecInfer), level by level, with a forward for each",
+    "medusa": "Medusa heads on the target's last hidden state guess all levels at once",
+    "eagle": "an EAGLE head on the target's hidden states grows the tree, level by level, from its own states",
+    "ngram": "what followed the same tokens before",
+    "suffix": "what followed the longest match before, with how often",
+    "recycling": "the most probable tokens of the target's last scores",
+    "none": "plain decoding",
+}
 
 
 def step(
@@ -50,7 +73,7 @@ def step(
     shape: ShapeOption = None, step: StepOption = None, max_tokens: int = 64, chat: ChatOption = None,
     dtype: DtypeOption = None, quantization: QuantizationOption = None, threads: ThreadsOption = None,
 ) -> None:  # fmt: skip
-    from tokentree.plots import check_plot
+    from tokentree.drawing import check_plot
     from tokentree.tree_pictures import draw_mask, draw_tree
 
     check_plot(out)
@@ -94,8 +117,9 @@ def _recorded(llm: LLM, ids: list[int], params: SamplingParams) -> Recorder:
 def _texts(llm: LLM, step: Step) -> tuple[list[str], str]:
     """Of the nodes of a step, and of its bonus token."""
     assert llm.tokenizer is not None
-    texts = [repr(llm.tokenizer.decode([token]))[1:-1] for token in [*step.tree.tokens.tolist(), step.bonus]]
-    texts = [text if text.strip() else text.replace(" ", "\N{OPEN BOX}") for text in texts]  # else an empty box
+    ids = [*step.tree.tokens.tolist(), step.bonus]
+    texts = [str(llm.tokenizer.decode([token])) or f"<{token}>" for token in ids]
+    texts = [text if text.strip(" ") else text.replace(" ", "\N{OPEN BOX}") for text in texts]  # else an empty box
     return texts[:-1], texts[-1]
 
 
@@ -107,31 +131,56 @@ plot.command("mask", help="Draw the tree of a real step beside the mask that one
 
 @plot.command()
 def methods(
-    prompt: PromptArgument, model: ModelOption, draft_model: DraftsOption, heads: HeadsFolderOption, out: FileOption,
+    prompt: PromptArgument, model: ModelOption, out: FileOption, draft_model: DraftsOption = None,
+    heads: HeadFoldersOption = None, drafter: LookupsOption = None,
     shape: str = "dynamic:nodes=10,depth=4,min_prob=0,min_reach=0", max_tokens: int = 64, chat: ChatOption = None,
     dtype: DtypeOption = None, quantization: QuantizationOption = None, threads: ThreadsOption = None,
 ) -> None:  # fmt: skip
-    """Draw draft models and heads side by side: the trees that each proposes after the same text."""
+    """Draw two drafters or more side by side: the trees that each proposes after the same text."""
+    from tokentree.drafters.merged import Merged
+    from tokentree.drawing import check_plot
     from tokentree.heads.saved import is_eagle
-    from tokentree.plots import check_plot
     from tokentree.tree_pictures import Panel, common_step, draw_methods
 
+    drafts, folders = draft_model or [], heads or []
+    given = {"draft_model"} if drafts else set[str]()
+    given |= {"medusa", "eagle"} if folders else set()  # each draft model and folder is drawn by itself
+    lookups = [name for name in drafter or () if name not in given]
+    if len(drafts) + len(folders) + len(lookups) < 2:
+        raise OptionError(
+            "there is nothing to compare: name two drafters or more, by --draft-model, --heads and --drafter, each of "
+            "which may be repeated"
+        )
     check_plot(out)
     params = params_of(max_tokens=max_tokens)
+    for folder in folders:
+        if not folder.is_dir():
+            raise OptionError(f"there is no folder {str(folder)!r} with heads")
+    kinds = ["eagle" if is_eagle(folder) else "medusa" for folder in folders]
     llm = _with_texts(
-        model, None, threads, draft_model=draft_model, heads=heads, shape=shape, dtype=dtype, quantization=quantization
-    )
-    kind = "eagle" if is_eagle(heads) else "medusa"
-    names = {
-        "draft_model": f"SpecInfer: {' and '.join(Path(name).name for name in draft_model)} grows the tree,\n"
-        "level by level, with a forward for each",
-        "medusa": "Medusa: heads on the target's last hidden state\nguess all levels at once",
-        "eagle": "EAGLE: a layer on the target's hidden states grows the tree,\nlevel by level, from its own states",
-    }
+        model, "draft_model" if drafts else "none", threads, draft_model=drafts, shape=shape, dtype=dtype,
+        quantization=quantization,
+    )  # fmt: skip
+    own = llm.decoder.drafter
+    ways = [
+        (f"{Path(name).name}: {TOLD['draft_model']}", llm.using(each, shape))
+        for name, each in zip(drafts, own.drafters if isinstance(own, Merged) else [own])
+    ]
+    ways += [
+        (f"{'/'.join(folder.resolve().parts[-2:])}: {TOLD[kind]}", llm.using(kind, shape, heads=folder))
+        for folder, kind in zip(folders, kinds, strict=True)
+    ]
+    ways += [
+        (f"{name}: {TOLD.get(name, 'one tree of several drafters')}", llm.using(names if "+" in name else name, shape))
+        for name in lookups
+        for names in [name.split("+")]
+    ]
     ids = encode(llm, prompt, chat)
-    recorders = {name: _recorded(llm.using(name, shape), ids, params) for name in ("draft_model", kind)}
-    steps = common_step(list(recorders.values()))
-    panels = [Panel(names[name], step, *_texts(llm, step)) for name, step in zip(recorders, steps, strict=True)]
+    recorders = [_recorded(way, ids, params) for _, way in ways]
+    if not all(recorder.steps for recorder in recorders):
+        raise OptionError("the text took no step that could be drawn")
+    steps = common_step(recorders)
+    panels = [Panel(title, step, *_texts(llm, step)) for (title, _), step in zip(ways, steps, strict=True)]
     draw_methods(panels, out)
     _tell(out)
 
@@ -143,7 +192,8 @@ def cost(
 ) -> None:  # fmt: skip
     """Draw what a forward of a model costs here by its rows; measured, if it wasn't before."""
     from tokentree.costs import cost_curve
-    from tokentree.plots import check_plot, plot_cost
+    from tokentree.drawing import check_plot
+    from tokentree.plots import plot_cost
 
     check_plot(out)
     _, errors = consoles()
@@ -178,12 +228,15 @@ def acceptance(run: RunArgument, out: FileOption) -> None:
 
 def _run(folder: Path, out: Path) -> Run:
     from tokentree.bench.results import Run
-    from tokentree.plots import check_plot
+    from tokentree.drawing import check_plot
 
     check_plot(out)
-    return Run.load(folder)
+    found = Run.load(folder)
+    if not found.samples:
+        raise OptionError(f"the run in {str(folder)!r} has no samples yet")
+    return found
 
 
 def _tell(out: Path) -> None:
     console, _ = consoles()
-    console.print(f"the picture is {out}", highlight=False, markup=False)
+    console.print(f"the picture is {out}", highlight=False, markup=False, emoji=False, soft_wrap=True)

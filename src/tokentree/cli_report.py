@@ -22,13 +22,16 @@ def report(
             "where NAME is the folder's name."
         ),
     ] = None,
-    form: Annotated[str, typer.Option("--format", help="Of the pictures: png or svg.")] = "png",
+    form: Annotated[
+        str, typer.Option("--format", help="Of the pictures: png, or svg, which follows the page's theme.")
+    ] = "png",
 ) -> None:
     """Make a page with tables and pictures of a run of 'bench'."""
     if form not in ("png", "svg"):
         raise OptionError(f"--format is png or svg, not {form!r}")
     from tokentree.bench.page import insert, main_table, page
     from tokentree.bench.results import Run
+    from tokentree.cache import replacing
 
     run, out = Run.load(folder), out or folder
     if not run.samples:
@@ -37,8 +40,6 @@ def report(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OptionError(f"can't write to the folder {str(out)!r}: {error.strerror}") from None
-    if into is not None:
-        insert(main_table(run), folder.resolve().name, into)
     pictures, (console, errors) = list[Path](), consoles()
     if importlib.util.find_spec("matplotlib") is None:
         errors.print("no pictures: they need matplotlib, pip install 'tokentree[plot]'", markup=False)
@@ -51,5 +52,11 @@ def report(
                 draw_speed(run, pictures[-1])
             if draw_acceptance(run, out / f"acceptance.{form}"):
                 pictures.append(out / f"acceptance.{form}")
-    (out / "report.md").write_text(page(run, pictures), encoding="utf-8")
-    console.print(f"the report is in {out / 'report.md'}", highlight=False, markup=False)
+    try:
+        with replacing(out / "report.md") as part:
+            part.write_text(page(run, pictures), encoding="utf-8")
+    except OSError as error:
+        raise OptionError(f"can't write {str(out / 'report.md')!r}: {error.strerror or error}") from None
+    console.print(f"the report is in {out / 'report.md'}", highlight=False, markup=False, emoji=False, soft_wrap=True)
+    if into is not None:
+        insert(main_table(run), folder.resolve().name, into)

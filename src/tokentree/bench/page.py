@@ -1,179 +1,117 @@
-"""A run as a page, `report.md`, and what its pictures show."""
+"""A run as a page, `report.md`."""
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from tokentree.bench.report import Row, summarise
+from tokentree.bench.figures import (
+    FEW,
+    Gain,
+    acceptance,
+    best_chain,
+    by_category,
+    by_task,
+    gain,
+    methods_of,
+    prompts_of,
+    short_names,
+)
+from tokentree.bench.markdown import block, code, plain, table
+from tokentree.bench.report import Row, explained, number, summarise
 from tokentree.bench.results import Run, Sample
+from tokentree.cache import replacing
 from tokentree.errors import OptionError
-
-# Spec-Bench's kinds (Xia et al. 2024, arXiv:2401.07851) and HumanEval, as tasks
-GROUPS = {
-    "Q&A": ("qa", "rag"),
-    "summarisation": ("summarization",),
-    "code": ("coding", "humaneval"),
-    "creative writing": ("writing", "roleplay"),
-    "translation": ("translation",),
-    "maths": ("math", "math_reasoning"),
-    "other": ("reasoning", "extraction", "stem", "humanities"),
-}
-DRAWS = 2000  # of a bootstrap
-CHAIN = ":chain:"  # what tells a chain's name
-
-
-@dataclass(frozen=True)
-class Gain:
-    """A speed-up, and the interval that holds it in 95% of the bootstrap's draws."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
-
-
-def group_of(category: str) -> str:
-    """The task that a category belongs to; an unknown one is a task by itself."""
-    for name, members in GROUPS.items():
-        if any(category.lower().startswith(member) for member in members):
-            return name
-    return category
-
-
-def methods_of(run: Run) -> list[str]:
-    return list(dict.fromkeys(sample.method for sample in run.samples))
-
-
-def best_chain(run: Run) -> str | None:
-    """The fastest of the methods that draft chains, over all prompts."""
-    chains = [row for row in summarise(run) if CHAIN in row.method]
-    return max(chains, key=lambda row: row.tokens_per_second).method if chains else None
-
-
-def gain(samples: Sequence[Sample], method: str, base: str, seed: int = 0) -> Gain | None:
-    """How many times as fast as ``base`` a method decoded: rates pooled over the turns that both finished, and a
-    bootstrap over these turns (Efron 1979), seeded. None if there are none."""
-    times = {
-        name: {
-            s.place: (s.decoded_tokens, s.decode_seconds)
-            for s in samples
-            if s.method == name and s.error is None and s.decode_seconds
-        }
-        for name in (method, base)
-    }
-    places = [place for place in times[method] if place in times[base]]
-    if not places:
-        return None
-    mine, theirs = (np.array([times[name][place] for place in places]) for name in (method, base))
-    drawn = np.random.default_rng(seed).integers(0, len(places), (DRAWS, len(places)))
-    ratios = _ratio(mine[drawn].sum(1), theirs[drawn].sum(1))
-    low, high = np.quantile(ratios, [0.025, 0.975])
-    return Gain(float(_ratio(mine.sum(0), theirs.sum(0))), float(low), float(high))
-
-
-def _ratio(mine: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    """Of rates; [..., 2] holds tokens and seconds."""
-    rates: np.ndarray = (mine[..., 0] / mine[..., 1]) / (theirs[..., 0] / theirs[..., 1])
-    return rates
-
-
-def acceptance_by_depth(samples: Sequence[Sample], method: str) -> list[tuple[int, float, int]]:
-    """Depth, the share of steps whose tree went so deep in which a node there was accepted, and how many these were."""
-    accepted, offered = Counter[int](), Counter[int]()
-    for sample in samples:
-        if sample.method == method:
-            accepted.update(dict(enumerate(sample.metrics.get("accepted_by_depth", []), start=1)))
-            offered.update(dict(enumerate(sample.metrics.get("offered_by_depth", []), start=1)))
-    return [(depth, accepted[depth] / steps, steps) for depth, steps in sorted(offered.items()) if steps]
 
 
 def page(run: Run, pictures: Sequence[Path] = ()) -> str:
     """The page, as Markdown; ``pictures`` are named beside it."""
-    methods, chain = methods_of(run), best_chain(run)
-    by_group: dict[str, list[Sample]] = {}
-    for sample in run.samples:
-        by_group.setdefault(group_of(sample.category), []).append(sample)
-    order = [name for name in GROUPS if name in by_group] + [name for name in by_group if name not in GROUPS]
-    parts = [f"# {Path(str(run.settings.get('model'))).name}", _where(run)]
+    methods, chain, tasks, categories = methods_of(run), best_chain(run), by_task(run), by_category(run)
+    parts = [f"# {plain(Path(str(run.settings.get('model'))).name)}", _where(run)]
     parts += ["## All prompts", _overall(run, chain)]
     parts += [f"![{picture.stem}]({picture.name})" for picture in pictures]
-    parts += ["## By task", "Times plain's speed, decoding, with 95% intervals:", _gains(by_group, order, methods)]
-    parts += ["Tokens per forward:", _lengths(run, by_group, order, methods)]
-    categories = list(dict.fromkeys(sample.category for sample in run.samples))
-    if categories != order:
-        by_category = {name: [s for s in run.samples if s.category == name] for name in categories}
-        parts += ["## By category", _gains(by_category, categories, methods)]
-    parts += ["## Where the time goes", _shares(run, methods)]
+    if len(methods) > 1:
+        told = f"Times the speed of {plain(methods[0])}, decoding, with 95% intervals:"
+        parts += ["## By task", told, _gains(tasks, methods), _lengths(tasks, methods)]
+        if len(categories) > len(tasks):  # else they are the same under other names
+            parts += ["## By category", told, _gains(categories, methods)]
+    parts += [_depths(run), _shares(run, methods)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def main_table(run: Run) -> str:
     """All prompts in one table, and what was measured where."""
+    first = plain(methods_of(run)[0])
+    shown = _compared(run, best_chain(run))
     lines = [
         [
-            one.name(short), f"{one.row.tokens_per_second:.1f}", _value(one.first), _value(one.chain), one.end_to_end,
-            _number(one.row.mean_accepted_length), f"{one.row.same}/{one.row.samples}",
+            one.name, one.rate, _value(one.first), _value(one.chain),
+            number(one.row.end_to_end), number(one.row.mean_accepted_length), one.row.ids,
         ]
-        for one in _compared(run)
+        for one in shown
     ]  # fmt: skip
     settings, machine = run.settings, run.machine
     numbers = settings.get("quantization") or str(settings.get("dtype", "")).removeprefix("torch.")
-    turns = len({sample.place for sample in run.samples})
-    model, place = (
-        Path(str(settings.get("model"))).stem,
-        f"{machine.get('threads')} threads of {machine.get('processor')}",
-    )
+    place = f"{machine.get('threads')} threads of {machine.get('processor')}"
     place += "" if machine.get("device") == "cpu" else f" and {machine.get('device')}"
-    told = f"{model}, {numbers}, {place}, {turns} turns, {run.started[:10]}, commit {run.commit or 'unknown'}:"
-    heads = ["method", "tokens/s", "x plain", "x best chain", "end to end", "tokens a forward", "ids as plain"]
-    return f"{told}\n\n{_table(heads, lines)}"
+    facts = Path(str(settings.get("model"))).stem, numbers, place, _extent(run), run.started[:10]
+    told = ", ".join(plain(str(fact)) for fact in (*facts, f"commit {run.commit or 'unknown'}")) + ":"
+    heads = ["method", "tokens/s", f"x {first}", "x best chain", f"end to end, x {first}", "tokens a forward",
+             f"ids as {first}"]  # fmt: skip
+    return f"{told}\n\n{table(heads, lines)}"
 
 
 def insert(text: str, name: str, file: Path) -> None:
-    """Puts ``text`` into a Markdown file, in place of what stands between ``<!-- name -->`` and ``<!-- /name -->``.
+    """Puts ``text`` into a Markdown file, in place of what stands between ``<!-- name -->`` and ``<!-- /name -->``. All
+    else, and the file where it can't be done, stays as it is.
 
     Raises:
         OptionError: if the file has no such place, or can't be read or written.
     """
     first, last = f"<!-- {name} -->", f"<!-- /{name} -->"
     try:
-        before, found, rest = file.read_text(encoding="utf-8").partition(first)
+        target = file.resolve(strict=True)
+        if not target.is_file():
+            raise OptionError(f"can't put a table into {str(file)!r}: it is no file")
+        content = target.read_bytes().decode("utf-8")
+        before, found, rest = content.partition(first)
         _, ends, after = rest.partition(last)
         if not (found and ends):
             raise OptionError(f"{str(file)!r} has no {first} with {last} behind it")
-        file.write_text(f"{before}{first}\n\n{text}\n\n{last}{after}", encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        end = "\r\n" if "\r\n" in content else "\n"
+        new = f"{before}{first}{end}{end}{end.join(text.splitlines())}{end}{end}{last}{after}"
+        with replacing(target) as part:
+            part.write_bytes(new.encode("utf-8"))
+            shutil.copymode(target, part)
+    except (OSError, UnicodeDecodeError, RuntimeError):  # the last where links go in a circle
         raise OptionError(f"can't put a table into {str(file)!r}: it can't be read or written") from None
 
 
-def short(method: str) -> str:
-    """A method's name without the folders of files in it."""
-    return ":".join(part.rsplit("/", 1)[-1] for part in method.split(":"))
+def _extent(run: Run) -> str:
+    """How many turns of how many prompts it has."""
+    turns, prompts = len({sample.place for sample in run.samples}), prompts_of(run.samples)
+    return f"{turns} {'turn' if turns == 1 else 'turns'} of {prompts} {'prompt' if prompts == 1 else 'prompts'}"
 
 
 def _where(run: Run) -> str:
-    machine, versions = run.machine, run.versions
-    sampling = run.settings.get("sampling", {})
+    machine, settings, sampling = run.machine, run.settings, run.settings.get("sampling")
+    sampling = sampling if isinstance(sampling, dict) else {}
+    numbers = ", ".join(f"{name} {version}" for name, version in run.versions.items())
+    kind = str(settings.get("dtype", "unknown numbers")).removeprefix("torch.")
+    kind += f", {settings['quantization']}" if settings.get("quantization") else ""
+    most, temperature = (sampling.get(name, "unknown") for name in ("max_tokens", "temperature"))
     lines = [
-        f"- {run.started[:10]}, commit {run.commit or 'unknown'}",
-        f"- {machine.get('processor')}, {machine.get('cores')} cores, {machine.get('threads')} threads, "
-        f"{machine.get('device')}; " + ", ".join(f"{name} {number}" for name, number in versions.items()),
-        f"- {run.settings.get('dtype', '').removeprefix('torch.')}"
-        + (f", {run.settings['quantization']}" if run.settings.get("quantization") else "")
-        + f", at most {sampling.get('max_tokens')} tokens, temperature {sampling.get('temperature')}",
-        f"- {len({s.place for s in run.samples})} turns, methods interleaved on each",
+        f"{run.started[:10]}, commit {run.commit or 'unknown'}",
+        f"{machine.get('processor')}, {machine.get('cores')} cores, {machine.get('threads')} threads, "
+        f"{machine.get('device')}; {numbers}",
+        f"{kind}, at most {most} tokens, temperature {temperature}",
+        f"{_extent(run)}, methods interleaved on each",
     ]
     if run.memory_mb:
-        lines.append(f"- at most {run.memory_mb:.0f} MB resident, all methods in one process")
-    return "\n".join([*lines, "", f"```\n{run.command}\n```"])
+        lines.append(f"at most {run.memory_mb:.0f} MB resident, all methods in one process")
+    return "\n".join([*(f"- {plain(line)}" for line in lines), "", block(run.command)])
 
 
 @dataclass(frozen=True)
@@ -182,96 +120,129 @@ class _Compared:
 
     Args:
         row: its figures.
+        name: as the table has it; that of the fastest is bold.
         first, chain: its gain over the first method, and over the best chain.
-        end_to_end: the same over the first method, prefill counted in, as text.
-        fastest: whether none decodes more tokens a second.
     """
 
     row: Row
+    name: str
     first: Gain | None
     chain: Gain | None
-    end_to_end: str
-    fastest: bool
 
-    def name(self, form: Callable[[str], str] = str) -> str:
-        name = form(self.row.method)
-        return f"**{name}**" if self.fastest else name
+    @property
+    def rate(self) -> str:
+        return number(self.row.tokens_per_second if self.row.samples else None, 1)
 
 
-def _compared(run: Run) -> list[_Compared]:
+def _compared(run: Run, chain: str | None) -> list[_Compared]:
     """All methods, in the order of the run."""
-    methods, chain, rows = methods_of(run), best_chain(run), {row.method: row for row in summarise(run)}
-    base, found = rows[methods[0]].end_to_end, list[_Compared]()
-    best = max(row.tokens_per_second for row in rows.values())
-    for name in methods:
-        row = rows[name]
-        against = None if chain is None else gain(run.samples, name, chain)
-        whole = f"{row.end_to_end / base:.2f}" if base else ""
-        found.append(_Compared(row, gain(run.samples, name, methods[0]), against, whole, row.tokens_per_second == best))
+    rows, names = summarise(run), short_names(methods_of(run))
+    best = max(row.tokens_per_second for row in rows)
+    found = list[_Compared]()
+    for row in rows:
+        name = code(names[row.method])
+        name = f"**{name}**" if row.tokens_per_second == best > 0 else name
+        against = None if chain is None else gain(run.samples, row.method, chain)
+        found.append(_Compared(row, name, gain(run.samples, row.method, rows[0].method), against))
     return found
 
 
 def _overall(run: Run, chain: str | None) -> str:
-    heads = ["method", "tokens", "accepted", "tokens a forward", "tokens/s", "x first", "x best chain", "end to end",
-             "same ids"]  # fmt: skip
+    names = short_names(methods_of(run))
+    first = plain(names[methods_of(run)[0]])
+    heads = ["method", "tokens", "accepted", "tokens a forward", "tokens/s", f"x {first}", "x best chain",
+             f"end to end, x {first}", f"ids as {first}"]  # fmt: skip
     lines = list[list[str]]()
-    for one in _compared(run):
+    for one in _compared(run, chain):
         row, mine = one.row, [s for s in run.samples if s.method == one.row.method and s.error is None]
-        mean = sum(len(s.token_ids) for s in mine) / max(1, len(mine))
+        mean = sum(len(s.token_ids) for s in mine) / len(mine) if mine else None
+        ids = ", ".join(part for part in (row.ids, f"{row.failures} failed" if row.failures else "") if part)
         lines.append([
-            one.name(), f"{mean:.0f}", _share(row.acceptance_rate), _number(row.mean_accepted_length),
-            f"{row.tokens_per_second:.1f}", _gain(one.first), _gain(one.chain), one.end_to_end,
-            f"{row.same}/{row.samples}" + (f", {row.failures} failed" if row.failures else ""),
+            one.name, number(mean, 0), _share(row.acceptance_rate), number(row.mean_accepted_length),
+            one.rate, _gain(one.first), _gain(one.chain), number(row.end_to_end), ids,
         ])  # fmt: skip
-    note = f"\n\nThe best chain is {chain}." if chain is not None else ""
-    return _table(heads, lines) + note
+    prompts = prompts_of(run.samples)
+    failed = len({sample.place for sample in run.samples if sample.error is not None})
+    notes = ["1 prompt, no interval." if prompts == 1 else f"In brackets: 95% intervals over {prompts} prompts."]
+    notes += [explained(first)]
+    if failed:
+        told = f"Turns that a method failed on ({failed}) count for none, but x {first} counts all that a method and"
+        notes.append(f"{told} {first} both finished.")
+    notes += [] if chain is None else [f"The best chain is {code(names[chain])}."]
+    return "\n\n".join([table(heads, lines), *notes])
 
 
-def _gains(groups: dict[str, list[Sample]], order: Sequence[str], methods: Sequence[str]) -> str:
-    lines = [[name, *(_gain(gain(groups[group], name, methods[0])) for group in order)] for name in methods[1:]]
-    return _table(["method", *order], lines)
+def _heads(groups: dict[str, list[Sample]]) -> list[str]:
+    return ["method", *(f"{plain(name)} ({prompts_of(samples)})" for name, samples in groups.items())]
 
 
-def _lengths(run: Run, groups: dict[str, list[Sample]], order: Sequence[str], methods: Sequence[str]) -> str:
-    lines = []
+def _gains(groups: dict[str, list[Sample]], methods: Sequence[str]) -> str:
+    names = short_names(methods)
+    lines = [
+        [code(names[name]), *(_gain(gain(samples, name, methods[0])) for samples in groups.values())]
+        for name in methods[1:]
+    ]
+    alone = any(prompts_of(samples) == 1 for samples in groups.values())
+    note = "In brackets beside a name: how many prompts." + (" Of 1 prompt there is no interval." if alone else "")
+    return f"{table(_heads(groups), lines)}\n\n{note}" if lines else ""
+
+
+def _lengths(groups: dict[str, list[Sample]], methods: Sequence[str]) -> str:
+    lines, names = list[list[str]](), short_names(methods)
     for name in methods:
         cells = []
-        for group in order:
-            mine = [s.metrics for s in groups[group] if s.method == name and s.error is None]
+        for samples in groups.values():
+            mine = [s.metrics for s in samples if s.method == name and s.error is None and "new_tokens" in s.metrics]
             forwards = sum(m.get("target_forwards", 0) for m in mine)
             cells.append(f"{sum(m['new_tokens'] for m in mine) / forwards:.2f}" if forwards else "")
-        lines.append([name, *cells])
-    return _table(["method", *order], lines)
+        if any(cells):
+            lines.append([code(names[name]), *cells])
+    return f"Tokens per forward:\n\n{table(_heads(groups), lines)}" if lines else ""
+
+
+def _depths(run: Run) -> str:
+    """How often candidates were accepted, by depth."""
+    found, names = acceptance(run), short_names(methods_of(run))
+    if not found:
+        return ""
+    deepest = max(depth for points in found.values() for depth, _ in points)
+    lines = [
+        [code(names[name]), *(_share(dict(points).get(depth)) for depth in range(1, deepest + 1))]
+        for name, points in found.items()
+    ]
+    note = (
+        "Of the steps whose tree was so deep, the share in which a node at that depth was accepted. So a row falls "
+        "even where each guess is as good as the one before: 'accepted' above is the share of single guesses, and "
+        f"counts a step that ends at a leaf as no refusal. Depths with fewer than {FEW} steps are left out."
+    )
+    heads = ["method", *(f"depth {depth}" for depth in range(1, deepest + 1))]
+    return "\n\n".join(["## Acceptance by depth", table(heads, lines), note])
 
 
 def _shares(run: Run, methods: Sequence[str]) -> str:
-    lines = []
+    lines, names = list[list[str]](), short_names(methods)
+    parts = ("draft_seconds", "verify_seconds", "accept_seconds")
     for name in methods:
-        mine = [s.metrics for s in run.samples if s.method == name and "verify_seconds" in s.metrics]
-        spent = [sum(m[part] for m in mine) for part in ("draft_seconds", "verify_seconds", "accept_seconds")]
+        known = {*parts, "target_forwards"}
+        mine = [s.metrics for s in run.samples if s.method == name and known <= set(s.metrics)]
+        spent = [sum(m[part] for m in mine) for part in parts]
         forwards = sum(m["target_forwards"] for m in mine)
-        if forwards:
+        if forwards and sum(spent):
             each = [f"{1e3 * seconds / forwards:.2f} ({seconds / sum(spent):.0%})" for seconds in spent]
-            lines.append([name, *each])
-    return _table(["method", "draft, ms a step", "verify", "accept"], lines) if lines else ""
-
-
-def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *["---:"] * (len(heads) - 1)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (heads, rule, *lines))
+            lines.append([code(names[name]), *each])
+    if not lines:
+        return ""
+    heads = ["method", "draft, ms a forward", "verify, ms a forward", "accept, ms a forward"]
+    return f"## Where the time goes\n\n{table(heads, lines)}"
 
 
 def _gain(found: Gain | None) -> str:
-    return "" if found is None or not math.isfinite(found.value) else str(found)
+    return "" if found is None else str(found)
 
 
 def _value(found: Gain | None) -> str:
-    return "" if found is None else f"{found.value:.2f}"
+    return number(None if found is None else found.value)
 
 
 def _share(value: float | None) -> str:
     return "" if value is None else f"{value:.0%}"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"

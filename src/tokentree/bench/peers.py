@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from tokentree.bench.figures import PEERS
 from tokentree.errors import OptionError
 from tokentree.llm import LLM
 from tokentree.sampling import SamplingParams
@@ -176,7 +177,7 @@ def _check_greedy(params: SamplingParams) -> None:
 class Peers:
     """Other libraries' methods, and the models that they share, loaded when the first one is asked for."""
 
-    kinds = ("transformers", "llama.cpp", "openvino")
+    kinds = PEERS
 
     def __init__(self, model: str, draft_model: str | None, dtype: str | None, device: str | None, llm: LLM) -> None:
         self._names, self._options, self._llm = (model, draft_model), (dtype, device), llm

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tokentree.bench.results import Run, Sample
 from tokentree.errors import OptionError
 from tokentree.shapes.curve import CostCurve
+
+TIMED = ("draft_seconds", "verify_seconds", "accept_seconds")
 
 
 @dataclass(frozen=True)
@@ -36,14 +39,14 @@ def replay(run: Run, cost: CostCurve, drafting: float = 1.0) -> list[Replayed]:
     would grow others. Record fixed ones of several sizes, and see which is best.
 
     Raises:
-        OptionError: if ``drafting`` is negative, or no method of the run has steps recorded.
+        OptionError: if ``drafting`` is negative, no method of the run has steps, or its first one decoded nothing.
     """
-    if drafting < 0:
+    if not 0 <= drafting < math.inf:
         raise OptionError("drafting is a factor of at least 0")
     first = run.samples[0].method if run.samples else ""
-    found = []
+    base, found = _rate(run.samples, first), list[Replayed]()
     for method in dict.fromkeys(sample.method for sample in run.samples):
-        mine = [s for s in run.samples if s.method == method and s.error is None and s.metrics.get("verify_seconds")]
+        mine = [s for s in run.samples if s.method == method and s.error is None and set(TIMED) <= set(s.metrics)]
         steps = [step for sample in mine for step in sample.metrics.get("steps", ())]
         if not steps:
             continue
@@ -51,8 +54,11 @@ def replay(run: Run, cost: CostCurve, drafting: float = 1.0) -> list[Replayed]:
         spent = sum(cost.seconds(step[0]) for step in steps)
         spent += drafting * sum(s.metrics["draft_seconds"] + s.metrics["accept_seconds"] for s in mine)
         rows = sum(step[0] for step in steps) / len(steps)
-        measured = _rate(run.samples, method) / _rate(run.samples, first)
-        found.append(Replayed(method, tokens / len(steps), rows, measured, tokens * plain / spent))
+        if not base:
+            raise OptionError(f"the first method, {first!r}, decoded nothing: there is no speed to compare with")
+        found.append(
+            Replayed(method, tokens / len(steps), rows, _rate(run.samples, method) / base, tokens * plain / spent)
+        )
     if not found:
         raise OptionError("this run has no steps of this library's methods to replay")
     return found

@@ -5,17 +5,44 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, with_config
+from typing_extensions import TypedDict  # pydantic's, for Python 3.11
 
+from tokentree.cache import replacing
 from tokentree.errors import OptionError
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Rows = Annotated[int, Field(ge=0, le=1_000_000)]
+Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+
+
+@with_config(ConfigDict(extra="allow"))
+class Counts(TypedDict, total=False):
+    """What is read of a sample's metrics. Other fields are kept as they are."""
+
+    new_tokens: Count
+    target_forwards: Count
+    drafted_tokens: Count
+    accepted_tokens: Count
+    refused_steps: Count
+    accepted_by_depth: list[Count]
+    offered_by_depth: list[Count]
+    steps: list[tuple[Rows, Annotated[int, Field(ge=1, le=2**53)], Seconds]]
+    draft_seconds: Seconds
+    verify_seconds: Seconds
+    accept_seconds: Seconds
+
+
+_COUNTS = TypeAdapter(Counts)
 
 
 class Sample(BaseModel):
@@ -23,18 +50,27 @@ class Sample(BaseModel):
 
     prompt: str
     category: str
-    turn: int
+    turn: Count
     method: str
-    order: int = Field(description="place among the methods on this turn; it rotates")
+    order: Count = Field(description="place among the methods on this turn; it rotates")
     error: str | None = None
-    prompt_tokens: int = 0
-    token_ids: list[int] = []
+    prompt_tokens: Count = 0
+    token_ids: list[Count] = []
     text: str = ""
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    decoded_tokens: int = Field(0, description="tokens emitted within decode_seconds")
+    prefill_seconds: Seconds = 0.0
+    decode_seconds: Seconds = 0.0
+    decoded_tokens: Count = Field(0, description="tokens emitted within decode_seconds")
     same_as_plain: bool | None = None
     metrics: dict[str, Any] = {}
+
+    @field_validator("metrics")
+    @classmethod
+    def _check(cls, metrics: dict[str, Any]) -> dict[str, Any]:
+        checked: dict[str, Any] = dict(_COUNTS.validate_python(metrics))
+        accepted, offered = (checked.get(f"{what}_by_depth", []) for what in ("accepted", "offered"))
+        if len(accepted) != len(offered) or any(a > o for a, o in zip(accepted, offered, strict=True)):
+            raise ValueError("accepted_by_depth doesn't fit offered_by_depth")
+        return checked
 
     @property
     def place(self) -> tuple[str, str, int]:
@@ -51,7 +87,9 @@ class Run(BaseModel):
     versions: dict[str, str]
     machine: dict[str, Any]
     settings: dict[str, Any]
-    memory_mb: float = Field(0.0, description="the most that the process had resident, all methods together")
+    memory_mb: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="the most that the process had resident, all methods together"
+    )
     samples: list[Sample] = []
 
     @classmethod
@@ -59,20 +97,33 @@ class Run(BaseModel):
         """What `save` wrote.
 
         Raises:
-            OptionError: if there is none in ``folder``, or it can't be read.
+            OptionError: if there is none in ``folder``, or it can't be read, or what it says makes no sense.
         """
         file = folder / "results.json"
         try:
             return cls.model_validate_json(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, ValidationError):
-            raise OptionError(f"there is no run in {str(file)!r}") from None
+        except OSError as error:
+            reason = f"{error.strerror}; name the folder that 'bench' wrote"
+        except UnicodeDecodeError:
+            reason = "it is not UTF-8 text"
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            reason = f"{where}: {first['msg']}" if where else f"it is no whole JSON file ({first['msg']})"
+        raise OptionError(f"there is no run in {str(file)!r}: {reason}")
 
     def save(self, folder: Path) -> Path:
-        """Writes ``folder/results.json``, whole or not at all."""
-        folder.mkdir(parents=True, exist_ok=True)
-        part, file = folder / "results.json.part", folder / "results.json"
-        part.write_text(json.dumps(self.model_dump(), indent=1), encoding="utf-8")
-        part.replace(file)
+        """Writes ``folder/results.json``, whole or not at all.
+
+        Raises:
+            OptionError: if it can't be written; what was there stays.
+        """
+        file = folder / "results.json"
+        try:
+            with replacing(file) as part:
+                part.write_text(json.dumps(self.model_dump(), indent=1), encoding="utf-8")
+        except OSError as error:
+            raise OptionError(f"can't write {str(file)!r}: {error.strerror or error}") from None
         return file
 
 
@@ -88,12 +139,12 @@ def new_run(settings: dict[str, Any]) -> Run:
     }
     names = ("tokentree", "torch", "transformers", "numpy")
     return Run(
-        command=" ".join(["tokentree", *sys.argv[1:]]),
+        command=_valid(shlex.join(["tokentree", *sys.argv[1:]])),
         started=datetime.now().astimezone().isoformat(timespec="seconds"),
         commit=_commit(),
         versions={"python": platform.python_version()} | {name: _version(name) for name in names},
         machine=machine,
-        settings=settings,
+        settings=_valid(settings),
     )
 
 
@@ -105,6 +156,15 @@ def peak_memory() -> float:
         return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1e6 if sys.platform == "darwin" else 1024)
+
+
+def _valid(value: Any) -> Any:
+    """``value`` with bytes in its texts that are no UTF-8, as a path may have them, escaped: JSON can't hold them."""
+    if isinstance(value, dict):
+        return {_valid(key): _valid(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_valid(inner) for inner in value]
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
 def _version(name: str) -> str:

@@ -35,6 +35,11 @@ class Merged(Drafter):
         self.reads_hidden = any(drafter.reads_hidden for drafter in self._drafters)
 
     @property
+    def drafters(self) -> list[Drafter]:
+        """In the order of a node's source bits."""
+        return list(self._drafters)
+
+    @property
     def names(self) -> list[str]:
         return [drafter.name for drafter in self._drafters]
 
