@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import warnings
@@ -18,6 +19,7 @@ from tokentree.errors import ModelError
 from tokentree.storage import cache_folder
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 SOURCE = "source.json"  # what a folder was made from
 
 
@@ -34,6 +36,7 @@ def converted(file: Path, part: str, convert: Callable[[], T], load: Callable[[P
             return load(folder)
         except ModelError:
             pass  # spoilt: made again below
+    logger.info("converting %s, %s (once)", file.name, part)
     made = convert()
     _write(folder, made, _source(file))
     return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -21,6 +22,7 @@ from tokentree.tree import TokenTree
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 32, 48, 64)
 PREFIX = 256  # tokens before the tree
 ROUNDS = 3
+logger = logging.getLogger(__name__)
 
 
 class Measured(BaseModel):
@@ -55,6 +57,7 @@ def cost_curve(engine: KVEngine, again: bool = False) -> CostCurve:
     known = _read(file)
     kept = None if again else known.curve(engine.signature)
     if kept is None:
+        logger.info("measuring what a forward costs here (once)")
         curve = measure(engine)
         found = Measured(rows=curve.rows, seconds=curve.points, per_sequence=curve.per_sequence)
         known = _read(file)  # another process may have added its own meanwhile

@@ -10,10 +10,17 @@ from rich.table import Table
 from tokentree.bench.loops import first_loop
 from tokentree.bench.results import Run, Sample
 
+LEGEND = (
+    "tokens/s: of decoding; x: times the first method's, of decoding, and end to end, with the prompt read; "
+    "MAL: tokens a forward; accepted: candidates / (those + steps that ended above a leaf); rows: of a forward"
+)
+
 
 @dataclass(frozen=True)
 class Row:
-    """One method, pooled over samples: rates are total tokens over total seconds, not means of rates."""
+    """One method, pooled over samples: rates are total tokens over total seconds, not means of rates.
+    ``tokens_per_second`` and ``speed_up`` (over the first method) are of decoding alone; ``end_to_end`` is in tokens/s
+    too, with the time of reading the prompt."""
 
     method: str
     tokens_per_second: float
@@ -97,17 +104,19 @@ def summarise(run: Run, category: str | None = None, cut_loops: bool = False) ->
 
 
 def table(run: Run, category: str | None = None, cut_loops: bool = False) -> Table:
-    """The rows of `summarise` for a terminal."""
+    """The rows of `summarise` for a terminal: see `LEGEND`."""
+    rows = summarise(run, category, cut_loops)
+    first = f"x {rows[0].method}" if rows else "x"
     shown = Table(title=(category or "all categories") + (", up to the first loop" if cut_loops else ""))
-    shown.add_column("method")
-    for name in ("tokens/s", "x first", "end to end", "MAL", "accepted", "rows", "same ids", "failed"):
+    shown.add_column("method", overflow="fold")
+    for name in ("tokens/s", first, f"{first}, end to end", "MAL", "accepted", "rows", "same ids", "failed"):
         shown.add_column(name, justify="right")
-    for row in summarise(run, category, cut_loops):
+    for row in rows:
         shown.add_row(
             row.method,
             f"{row.tokens_per_second:.1f}",
             f"{row.speed_up:.2f}",
-            f"{row.end_to_end:.1f}",
+            f"{row.end_to_end / rows[0].end_to_end:.2f}" if rows[0].end_to_end else "",
             "" if row.mean_accepted_length is None else f"{row.mean_accepted_length:.2f}",
             "" if row.acceptance_rate is None else f"{row.acceptance_rate:.0%}",
             "" if row.rows is None else f"{row.rows:.1f}",

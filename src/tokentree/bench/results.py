@@ -1,10 +1,11 @@
-"""What a run leaves behind, `results.json`."""
+"""What a run leaves behind, `RESULTS`."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from datetime import datetime
@@ -15,7 +16,10 @@ from typing import Any
 import torch
 from pydantic import BaseModel, Field, ValidationError
 
+from tokentree.cache import replacing
 from tokentree.errors import OptionError
+
+RESULTS = "results.json"
 
 
 class Sample(BaseModel):
@@ -61,18 +65,21 @@ class Run(BaseModel):
         Raises:
             OptionError: if there is none in ``folder``, or it can't be read.
         """
-        file = folder / "results.json"
+        file = folder / RESULTS
         try:
             return cls.model_validate_json(file.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, ValidationError):
             raise OptionError(f"there is no run in {str(file)!r}") from None
 
     def save(self, folder: Path) -> Path:
-        """Writes ``folder/results.json``, whole or not at all."""
-        folder.mkdir(parents=True, exist_ok=True)
-        part, file = folder / "results.json.part", folder / "results.json"
-        part.write_text(json.dumps(self.model_dump(), indent=1), encoding="utf-8")
-        part.replace(file)
+        """Writes ``folder/results.json``, whole or not at all.
+
+        Raises:
+            OSError: if it can't be written.
+        """
+        file = folder / RESULTS
+        with replacing(file) as part:
+            part.write_text(json.dumps(self.model_dump(), indent=1), encoding="utf-8")
         return file
 
 
@@ -88,7 +95,7 @@ def new_run(settings: dict[str, Any]) -> Run:
     }
     names = ("tokentree", "torch", "transformers", "numpy")
     return Run(
-        command=" ".join(["tokentree", *sys.argv[1:]]),
+        command=shlex.join(["tokentree", *sys.argv[1:]]),
         started=datetime.now().astimezone().isoformat(timespec="seconds"),
         commit=_commit(),
         versions={"python": platform.python_version()} | {name: _version(name) for name in names},

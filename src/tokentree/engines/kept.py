@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import pickle
 import warnings
@@ -21,6 +22,7 @@ from tokentree.engines.packing import Packing
 from tokentree.engines.quantized import QuantizedLinear
 from tokentree.engines.quants import WIDE
 
+logger = logging.getLogger(__name__)
 VERSION = 3  # of the layouts of packed layers
 
 
@@ -62,7 +64,9 @@ class KeptPacking(Packing):
         name = ", ".join(self._names.get(id(layer), "") for layer in layers)
         if name in self._known:
             return self._kind.of_state(self._known[name])
-        self._own = self._own or self._make()
+        if self._own is None:
+            logger.info("packing weights (once)")
+            self._own = self._make()
         packed = self._own.pack(*layers, gated=gated)
         if all(id(layer) in self._names for layer in layers):
             self._known[name], self._complete = packed.state(), False
