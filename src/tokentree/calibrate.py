@@ -154,13 +154,13 @@ def _name(paths: list[tuple[int, ...]]) -> str:
 
 def tables(found: Calibration) -> list[Table]:
     """The curve, the rates and the picks, for a terminal."""
-    curve = Table(title=f"T(n): one forward, {found.engine}", title_justify="left")
+    curve = Table(title=f"T(n): one forward, {found.engine}")
     for name in ("rows", "ms", "x one row"):
         curve.add_column(name, justify="right")
     for rows, seconds in zip(found.rows, found.seconds, strict=True):
         curve.add_row(str(rows), f"{1e3 * seconds:.1f}", f"{seconds / found.seconds[0]:.2f}")
     curve.caption = f"a further sequence costs {1e3 * found.per_sequence:.1f} ms beside its rows"
-    rates = Table(title="acceptance, where the parent was right", title_justify="left")
+    rates = Table(title="acceptance, where the parent was right")
     for name in ("drafters", "depth", "rank", "accepted", "of"):
         rates.add_column(name, justify="left" if name == "drafters" else "right")
     for rate in found.rates:
@@ -168,7 +168,6 @@ def tables(found: Calibration) -> list[Table]:
     picks = Table(
         title=f"the best fixed trees (the cost shape itself: {found.measured_speed_up:.2f}x plain on these prompts, "
         f"{found.mean_accepted_length:.2f} tokens per forward)",
-        title_justify="left",
     )
     for name in ("batch", "rows each", "expected tokens", "expected speed-up", "shape"):
         picks.add_column(name, justify="left" if name == "shape" else "right", overflow="fold")

@@ -31,6 +31,7 @@ from tokentree.cli_options import (
     ThreadsOption,
     encode,
     load,
+    make_folder,
     params_of,
 )
 from tokentree.cli_plot import plot
@@ -168,6 +169,8 @@ def bench(
 
     if resume and force:
         raise OptionError("--resume goes on with the run in --out, and --force begins anew: give one of them")
+    if twice := [spec for spec in dict.fromkeys(method) if method.count(spec) > 1]:
+        raise OptionError(f"--method {twice[0]} is given twice: a method is measured once")
     entries = distinct([entry for file in prompts for entry in read_prompts(file, per_category, turns)])
     earlier = [entry for file in warm or () for entry in read_prompts(file, None, 1)]
     if (out / RESULTS).exists() and not (resume or force):
@@ -180,7 +183,9 @@ def bench(
     if len(entries) < batch:
         raise OptionError(f"there are {len(entries)} prompts: they fill no batch of {batch}")
     params = params_of(max_tokens=max_tokens, temperature=temperature, seed=seed, ignore_eos=ignore_eos)
-    out.mkdir(parents=True, exist_ok=True)  # what can't be written to is told before anything is loaded
+    if missing := [str(folder) for folder in heads or () if not folder.is_dir()]:
+        raise OptionError(f"there is no folder {missing[0]!r} with heads")
+    make_folder(out)
     console, errors = consoles()
     llm = load(
         errors, model, "none", threads, draft_model=draft_model, heads=heads[0] if heads else None, dtype=dtype,
@@ -307,6 +312,10 @@ def _run() -> tuple[int, str | None]:
     """The exit status, and what there is to say of it."""
     try:
         open_streams()
+    except OptionError as error:
+        return MISTAKE, str(error)
+    streams = sys.stdout, sys.stderr
+    try:
         return app(prog_name="tokentree", standalone_mode=False) or 0, None
     except TokenTreeError as error:
         return MISTAKE, str(error)
@@ -318,23 +327,26 @@ def _run() -> tuple[int, str | None]:
             say(error.message)
             return MISTAKE, None
         return MISTAKE, f"{_sentence(error)} ({context.command_path} -h)"
-    except SystemExit as end:  # of shell completion
-        return end.code if isinstance(end.code, int) else 0, None
+    except SystemExit as end:  # typer's, where a pipe is closed, and of shell completion
+        closed = isinstance(end.__context__, BrokenPipeError)
+        return BROKEN_PIPE if closed else end.code if isinstance(end.code, int) else 0, None
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED, None
     except BrokenPipeError:
         return BROKEN_PIPE, None
     except OSError as error:
         names = [repr(os.fsdecode(name)) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
-        return MISTAKE, f"can't read or write {' or '.join(names) or 'a file'}: {_reason(error)}"
+        return MISTAKE, f"can't {'read or write ' + ' or '.join(names) if names else 'write'}: {_reason(error)}"
     except UnicodeError as error:
         return MISTAKE, f"what was given is not UTF-8 text: {error}"
     except MemoryError:
         return MISTAKE, "out of memory"
+    finally:
+        sys.stdout, sys.stderr = streams  # typer wraps those of a closed pipe
 
 
 def _sentence(error: typer.TyperException) -> str:
-    said = error.format_message().rstrip(".")
+    said = error.format_message().rstrip(".").replace("Value error, ", "")
     return said[:1].lower() + said[1:]
 
 

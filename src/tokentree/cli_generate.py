@@ -26,6 +26,7 @@ from tokentree.cli_options import (
     ThreadsOption,
     encode,
     load,
+    make_folder,
     params_of,
     prompt_text,
 )
@@ -97,7 +98,7 @@ def generate(
     threads: ThreadsOption = None,
 ) -> None:
     """Continue a prompt, or answer it."""
-    form = _shape(shape, depth, branching)
+    text, form = prompt_text(prompt), _shape(shape, depth, branching)
     params = params_of(
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,
         seed=seed, max_tokens=max_tokens, stop=tuple(checked_text(text, "--stop") for text in stop or ()),
@@ -106,8 +107,9 @@ def generate(
     )  # fmt: skip
     if params.num_beams > 1 and show_tree:
         raise OptionError("--show-tree prints one text's trees: leave it out with --num-beams")
-    text = prompt_text(prompt)
     references = [read_text(file, "the reference") for file in reference or ()]
+    if memory is not None:
+        make_folder(memory)
     _, errors = consoles()
     llm = load(
         errors, model, drafter, threads, draft_model=draft_model, heads=heads, shape=form, accept=accept, dtype=dtype,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tokentree.drafters.names import DRAFTERS, LOOKUPS
-from tokentree.errors import PromptError
+from tokentree.errors import OptionError, PromptError
 from tokentree.prompts import checked_text
 from tokentree.terminal import consoles, working
 
@@ -118,6 +118,20 @@ def params_of(**options: Any) -> SamplingParams:
     return SamplingParams(**options)
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder that is written to in the end, so that what can't be is told before anything is loaded.
+
+    Raises:
+        OptionError: if there can be none.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OptionError(f"{str(folder)!r} is a file: name a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(f"can't write to the folder {str(folder)!r}: {error.strerror}") from None
+
+
 def prompt_text(prompt: str) -> str:
     """The prompt that an argument is, or with '-' what stands on standard input, without the newline at its end: `echo`
     gives what the argument does.
@@ -128,7 +142,7 @@ def prompt_text(prompt: str) -> str:
     if prompt != "-":
         return _filled(checked_text(prompt, "the prompt"))
     if sys.stdin is None:
-        raise PromptError("standard input is closed: give the prompt as an argument")
+        raise PromptError("can't read standard input: it is closed")
     if sys.stdin.isatty():
         raise PromptError(
             "'-' reads a pipe or a file, and standard input is a terminal: give the prompt as an argument"
@@ -151,7 +165,7 @@ def _filled(text: str) -> str:
 
 def encode(llm: LLM, text: str, chat: bool | None) -> list[int]:
     """The ids of a prompt, through the chat template if asked to or, by default, if there is one."""
-    text = _filled(text)
+    text = _filled(checked_text(text, "the prompt"))
     has_template = llm.tokenizer is not None and bool(llm.tokenizer.chat_template)
     if chat or (chat is None and has_template):
         return llm.chat_prompt([{"role": "user", "content": text}])

@@ -41,7 +41,6 @@ def figures(results: dict[str, Result]) -> Table:
     shown = Table(
         caption="Acceptance rate: candidates accepted / (those + steps that ended above a leaf). "
         "By depth: of the steps whose tree was so deep on any branch, those whose accepted path was.",
-        caption_justify="left",
     )
     shown.add_column("")
     for name in results:

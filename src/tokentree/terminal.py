@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 from tokentree.errors import OptionError
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import Console
+    from rich.table import Table
 
 GREEN, CYAN, BOLD, DIM = "32", "36", "1", "2"
 ESCAPES = re.compile(r"[\x1b\x80-\x9f]")  # may begin what a terminal obeys: colours inside would change it
@@ -38,13 +39,15 @@ def open_streams() -> None:
 
 
 def close_streams() -> None:
-    """Writes out what is left, and lets nothing more fail when the process ends.
+    """Writes out what is left, and lets nothing more fail when the process ends. Nothing is done where standard output
+    was closed from the start.
 
     Raises:
         OSError: if it can't be written.
     """
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except (OSError, ValueError):  # of a stream that is closed
         _to_nowhere(sys.stdout)
         raise
@@ -69,8 +72,9 @@ def write(text: str) -> None:
 
 
 def say(text: str) -> None:
-    """Writes a line to standard error."""
-    print(text, file=sys.stderr, flush=True)
+    """Writes a line to standard error. What can't be told there is not told."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def write_json(value: Any) -> None:
@@ -120,9 +124,12 @@ def consoles() -> tuple[Console, Console]:
     return Console(width=width[0], **plain), Console(width=width[1], stderr=True, **plain)
 
 
-def show(console: Console, table: RenderableType) -> None:
-    """Prints a table, fitted to the width of a terminal."""
-    console.print(table, soft_wrap=False)
+def show(console: Console, table: Table) -> None:
+    """Prints a table, fitted to the width of a terminal, between its title and its caption, which may be wider."""
+    title, caption, table.title, table.caption = table.title, table.caption, None, None
+    for part in (title, table, caption):
+        if part is not None:
+            console.print(part, soft_wrap=part is not table)
 
 
 @contextmanager

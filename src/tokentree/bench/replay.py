@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,7 +39,7 @@ def replay(run: Run, cost: CostCurve, drafting: float = 1.0) -> list[Replayed]:
     Raises:
         OptionError: if ``drafting`` is negative, or no method of the run has steps recorded.
     """
-    if drafting < 0:
+    if not 0 <= drafting < math.inf:
         raise OptionError("drafting is a factor of at least 0")
     first = run.samples[0].method if run.samples else ""
     found = []

@@ -63,13 +63,15 @@ class Run(BaseModel):
         """What `save` wrote.
 
         Raises:
-            OptionError: if there is none in ``folder``, or it can't be read.
+            OptionError: if there is none in ``folder``, or it can't be read, or is none.
         """
         file = folder / RESULTS
         try:
-            return cls.model_validate_json(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, ValidationError):
-            raise OptionError(f"there is no run in {str(file)!r}") from None
+            return cls.model_validate_json(file.read_bytes())
+        except OSError as error:
+            raise OptionError(f"there is no run in {str(folder)!r}: {error.strerror}") from None
+        except ValidationError:
+            raise OptionError(f"{str(file)!r} is not what 'tokentree bench' wrote") from None
 
     def save(self, folder: Path) -> Path:
         """Writes ``folder/results.json``, whole or not at all.
