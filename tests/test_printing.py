@@ -275,7 +275,7 @@ def test_a_stream_that_is_closed_or_full_is_one_sentence_or_none(line: str, code
 def test_no_speed_is_claimed_where_no_forward_was_saved(run: Command, odd: Path) -> None:  # noqa: F811
     words = ["generate", "one two", "-m", odd, "--max-tokens", 30, "--compare"]
     err = run(*words, "--drafter", "none")[2]
-    assert "identical: all 30 token ids are those of plain decoding; no forwards were saved" in err
+    assert "identical: all 30 token ids are those of plain decoding; 30 forwards instead of 30, too few saved" in err
     assert "the speed of plain" not in err
 
 
@@ -288,7 +288,8 @@ def test_a_speed_says_how_it_was_timed() -> None:
 
     told = comparison(result(15, 1.0), result(30, 2.0))
     assert "15 forwards instead of 30; 2.00x the speed of plain (decoding alone, each timed once" in told
-    assert "no forwards were saved" in comparison(result(30, 1.0), result(30, 2.0))
+    for forwards in (28, 30):
+        assert "too few saved for a speed that one run could tell" in comparison(result(forwards, 1.0), result(30, 2.0))
 
 
 def test_memory_is_written_after_beams_too(run: Command, odd: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -415,7 +415,7 @@ def shape_of(shape: str | Shape | None, drafter: Named, heads: str | Path | None
     """The shape of that name; without one the default, for plain decoding one that sizes nothing."""
     if shape == "choices":
         return Static(paths=saved_choices(heads))
-    return parse_shape(("chain:1" if drafter == "none" else DEFAULT_SHAPE) if shape is None else shape)
+    return parse_shape(shape or ("chain:1" if drafter == "none" else DEFAULT_SHAPE))
 
 
 def _as_list(models: Model | SequenceOf[Model]) -> list[Model]:

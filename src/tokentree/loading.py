@@ -28,7 +28,7 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.zeros(1, device=device).item()  # which the device "meta" can't
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise OptionError(f"device {str(device)!r} can't be used: {str(error).splitlines()[0]}") from None
     return torch.device(device)

@@ -71,7 +71,7 @@ class Run(BaseModel):
         except OSError as error:
             raise OptionError(f"there is no run in {str(folder)!r}: {error.strerror}") from None
         except ValidationError:
-            raise OptionError(f"{str(file)!r} is not what 'tokentree bench' wrote") from None
+            raise OptionError(f"there is no run in {str(folder)!r}: {RESULTS} isn't what `bench` writes") from None
 
     def save(self, folder: Path) -> Path:
         """Writes ``folder/results.json``, whole or not at all.

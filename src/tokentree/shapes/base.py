@@ -15,7 +15,7 @@ MOST_NODES = 4096
 def check_size(*counts: int) -> None:
     """Raises `OptionError` if one of ``counts``, of nodes or levels, is more than any tree has."""
     if max(counts) > MOST_NODES:
-        raise OptionError(f"trees have at most {MOST_NODES} nodes, and this shape asks for more")
+        raise OptionError(f"a tree of more than {MOST_NODES} nodes is too large to verify")
 
 
 class Shape(ABC):
