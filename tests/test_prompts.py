@@ -81,7 +81,6 @@ def test_lines_end_at_newlines_alone(tmp_path: Path, start: str, end: str, ascii
         (rb'{"prompt": "a", "category": "\ud800"}', "the id or category on line 1"),
         (b'{"prompt": "a\x00"}', "NUL bytes"),
         (b'{"prompt": "a", "id": [1]}', "has a id that is neither"),
-        (b'{"prompt": "a", "category": null}', "has a category that is neither"),
         (b'{"prompt": "a", "category": true}', "has a category that is neither"),
         (b'{"turns": "a"}', "not a text"),
         (b'{"turns": null}', "not a text"),
@@ -103,6 +102,11 @@ def test_what_is_no_prompt_is_one_sentence(tmp_path: Path, content: bytes, says:
     with pytest.raises(PromptError, match=says) as raised:
         read_prompts(file)
     assert "\n" not in str(raised.value)
+
+
+def test_null_is_nothing(tmp_path: Path) -> None:
+    (entry,) = read_prompts(_file(tmp_path, '{"prompt": "a", "id": null, "task_id": "t", "category": null}'))
+    assert (entry.name, entry.category) == ("t", "tasks")
 
 
 def test_a_huge_line_is_read_and_a_folder_is_not(tmp_path: Path) -> None:

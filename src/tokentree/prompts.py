@@ -112,8 +112,9 @@ def _entry(line: str, where: str, default_category: str, number: int) -> Convers
     turns = entry.get("turns", [entry.get("prompt")])
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
         raise PromptError(f"{where} has an empty turn, or one that is not a text")
-    name = next((entry[key] for key in ("id", "question_id", "task_id") if key in entry), number)
-    category = entry.get("category", default_category)
+    known = {key: value for key, value in entry.items() if value is not None}
+    name = next((known[key] for key in ("id", "question_id", "task_id") if key in known), number)
+    category = known.get("category", default_category)
     for key, value in (("id", name), ("category", category)):
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise PromptError(f"{where} has a {key} that is neither a text nor a number")
