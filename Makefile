@@ -8,7 +8,7 @@ SMOLLM := $(MODELS)/smollm2-135m.gguf
 
 demo: .venv/ready $(SMOLLM)
 	$(BIN)/tokentree generate --model $(SMOLLM) --heads heads/smollm2-135m/eagle --chat --compare --stats --max-tokens 160 \
-	  "List the days of the week in English. Then list the days of the week in English again, in reverse order."
+	  "Write a Python function that checks whether a number is even."
 
 test: .venv/ready
 	$(BIN)/pytest

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.tiny_models import some_tokens, tiny, tiny_pair
-from tokentree.calibrate import BATCHES, SIZES, Calibration, Pick, Rate, calibrate, tables
+from tokentree import busy
+from tokentree.calibrate import BATCHES, SIZES, Calibration, Pick, Rate, calibrate, certainty, tables
 from tokentree.llm import LLM
 from tokentree.plots import plot_calibration
 from tokentree.shapes import CostCurve, Static, shape
@@ -77,3 +78,43 @@ def test_a_picture_has_three_parts(tmp_path: Path, suffix: str) -> None:
     assert content.startswith({"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[suffix])
     if suffix == "svg":
         assert content.count(b"axes_") >= 3
+
+
+def _seconds(tmp_path: Path, **waiting: float) -> None:
+    for thread, seconds in waiting.items():
+        (tmp_path / thread).mkdir(exist_ok=True)
+        (tmp_path / thread / "schedstat").write_text(f"123456789 {round(seconds * 1e9)} 17\n")
+
+
+def test_what_threads_waited_for_a_cpu_is_what_the_system_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(busy, "TASKS", tmp_path)
+    assert busy.waited() is None  # another system
+    _seconds(tmp_path, a=1.5, b=0.25)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "schedstat").write_text("")  # a thread that ended
+    assert busy.waited() == 1.75
+
+
+def test_a_busy_machine_is_told(monkeypatch: pytest.MonkeyPatch, llm: LLM) -> None:
+    curve, clock = CostCurve([1, 64], [0.01, 0.1]), iter([10.0, 10.0, 20.0, 80.0])
+    monkeypatch.setattr("tokentree.calibrate.waited", lambda: next(clock))
+    idle, full = _calibrated(monkeypatch, llm, curve), _calibrated(monkeypatch, llm, curve)
+    assert (idle.waiting, idle.busy, full.busy) == (0.0, False, True)
+    assert full.waiting is not None
+    assert full.waiting > 1
+    assert len(idle.one_row) == 3
+    assert idle.one_row == sorted(idle.one_row)
+    assert "busy" not in certainty(idle)
+    assert certainty(full).startswith(f"the machine is busy (threads waited for a CPU {full.waiting:.0%} of the time)")
+    assert "where T(1) is 10.0" in certainty(full)
+
+
+def test_without_the_system_s_word_steps_tell_that_a_machine_is_busy(monkeypatch: pytest.MonkeyPatch, llm: LLM) -> None:
+    monkeypatch.setattr("tokentree.calibrate.waited", lambda: None)
+    found = _calibrated(monkeypatch, llm, CostCurve([1, 64], [0.01, 0.1]))
+    assert found.waiting is None
+    for steps, is_busy in (([0.0131, 0.0138, 0.0142], False), ([0.013, 0.02, 0.03], True), ([], False)):
+        one = found.model_copy(update={"one_row": steps})
+        assert one.busy is is_busy
+        assert certainty(one).startswith("the machine is busy: 8 of 10 plain steps took 13.0 to 30.0 ms") is is_busy
+    assert Calibration.model_validate_json(found.model_dump_json()) == found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import itertools
 import json
 import re
 import shlex
@@ -38,6 +39,7 @@ def commands(page: Path) -> list[list[str]]:
     for text in blocks(page, "", "sh"):
         for line in text.replace("\\\n", " ").splitlines():
             words = re.sub(r"^\$ ", "", line.strip()).partition(" # ")[0]
+            words = re.sub(r"^echo .*? \| ", "", words)
             if words.startswith("tokentree ") and page.name != "log.md":
                 found.append(shlex.split(re.sub(r"\s[<>] \S+|&&.*", "", words))[1:])
     return found
@@ -99,6 +101,21 @@ def test_commands_are_such_as_the_command_takes(page: Path) -> None:
             assert left[0] in command.commands, left[0]
             command = command.commands[left.pop(0)]
         command.make_context(command.name, left).close()  # raises where it takes no such words
+
+
+def test_the_readme_s_commands_run_where_they_stand() -> None:
+    """After `make demo`: what they read is in the checkout, or has a hub's form."""
+    made = re.findall(r"^SMOLLM := \$\(MODELS\)/(\S+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    found = [words for words in commands(ROOT / "README.md") if words[0] != "report"]
+    assert len(found) > 5
+    for words in found:
+        given = dict(itertools.pairwise(words))
+        for option in ("--model", "-m", "--draft-model", "-d"):
+            assert given.get(option, f".models/{made[0]}") == f".models/{made[0]}" or re.fullmatch(
+                r"[\w.-]+/[\w.-]+", given[option]
+            )
+        for option in ("--prompts", "--reference", "--heads"):
+            assert option not in given or (ROOT / given[option]).exists(), given[option]
 
 
 def test_the_pages_have_both() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 
+import numpy as np
+import torch
 from pydantic import BaseModel, Field
 from rich.table import Table
 
+from tokentree.busy import waited
 from tokentree.costs import cost_curve
 from tokentree.llm import LLM
 from tokentree.sampling import SamplingParams
@@ -16,6 +20,7 @@ from tokentree.shapes import Cost, optimal_paths
 BATCHES = (1, 2, 4, 8)
 SIZES = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
 DEPTH = 12
+BUSY_WAITING, BUSY_SPREAD = 0.1, 1.3  # above these, other programs took part in what was measured
 PROMPTS = (
     "Write a Python function that returns the n-th Fibonacci number, with a docstring.",
     "A farmer has 12 cows and buys 7 more, then sells 5. How many cows are left? Explain step by step.",
@@ -59,6 +64,18 @@ class Calibration(BaseModel):
     picks: list[Pick]
     measured_speed_up: float = Field(description="of the cost shape over plain on these prompts")
     mean_accepted_length: float
+    one_row: list[float] = Field([], description="seconds of plain steps: the 10th, 50th and 90th of 100")
+    waiting: float | None = Field(None, description="share of the time that a thread waited for a CPU, where known")
+
+    @property
+    def spread(self) -> float:
+        """How many times as long as a fast plain step a slow one took."""
+        return self.one_row[2] / self.one_row[0] if self.one_row and self.one_row[0] else 1.0
+
+    @property
+    def busy(self) -> bool:
+        """Whether other programs took CPUs meanwhile, so that seconds are those of a busy machine."""
+        return self.spread > BUSY_SPREAD if self.waiting is None else self.waiting > BUSY_WAITING
 
 
 def calibrate(
@@ -69,21 +86,25 @@ def calibrate(
     The acceptance by rank that these trees rest on is an average over steps. The cost shape knows each step's own
     candidates, so it does better than they.
     """
+    began, before = time.perf_counter(), waited()
     curve = cost_curve(llm.engine, again=True)
     step()
     form = Cost(curve=curve)
     tree, plain, params = llm.using(llm.decoder.drafter, form), llm.plain(), SamplingParams(max_tokens=max_tokens)
     spent = dict.fromkeys(("tree", "plain"), 0.0)
-    drafting, forwards, tokens = 0.0, 0, 0
+    drafting, forwards, tokens, singles = 0.0, 0, 0, list[float]()
     for ids in prompts:
         slow, fast = plain.generate([ids], params)[0].metrics, tree.generate([ids], params)[0].metrics
         spent["plain"] += slow.decode_seconds
         spent["tree"] += fast.decode_seconds
+        singles += [seconds for _, _, seconds in slow.steps]
         drafting += fast.draft_seconds + fast.accept_seconds
         forwards += fast.target_forwards
         tokens += fast.new_tokens
         step()
     drafting /= max(1, forwards)
+    after, took = waited(), time.perf_counter() - began
+    waiting = None if before is None or after is None else (after - before) / took / torch.get_num_threads()
     by_rank = form.rates.by_rank()
     rates = [
         Rate(drafters="+".join(who), depth=depth, rank=rank, hits=hits, trials=trials)
@@ -108,7 +129,20 @@ def calibrate(
         drafting_seconds=drafting, rates=rates, by_rank=by_rank, picks=picks,
         measured_speed_up=spent["plain"] / spent["tree"] if spent["tree"] else 1.0,
         mean_accepted_length=tokens / max(1, forwards),
+        one_row=np.quantile(singles, (0.1, 0.5, 0.9)).tolist() if singles else [], waiting=waiting,
     )  # fmt: skip
+
+
+def certainty(found: Calibration) -> str:
+    """How sure the seconds are, and whether the machine was busy, as one line."""
+    told = "the steps of plain decoding were too few to tell how sure this is"
+    if found.one_row:
+        low, _, high = (1e3 * seconds for seconds in found.one_row)
+        told = f"8 of 10 plain steps took {low:.1f} to {high:.1f} ms, where T(1) is {1e3 * found.seconds[0]:.1f}"
+    if not found.busy:
+        return told
+    waiting = "" if found.waiting is None else f" (threads waited for a CPU {found.waiting:.0%} of the time)"
+    return f"the machine is busy{waiting}: {told}; measure again when it is idle"
 
 
 def _name(paths: list[tuple[int, ...]]) -> str:
@@ -120,13 +154,13 @@ def _name(paths: list[tuple[int, ...]]) -> str:
 
 def tables(found: Calibration) -> list[Table]:
     """The curve, the rates and the picks, for a terminal."""
-    curve = Table(title=f"T(n): one forward, {found.engine}", title_justify="left")
+    curve = Table(title=f"T(n): one forward, {found.engine}")
     for name in ("rows", "ms", "x one row"):
         curve.add_column(name, justify="right")
     for rows, seconds in zip(found.rows, found.seconds, strict=True):
         curve.add_row(str(rows), f"{1e3 * seconds:.1f}", f"{seconds / found.seconds[0]:.2f}")
     curve.caption = f"a further sequence costs {1e3 * found.per_sequence:.1f} ms beside its rows"
-    rates = Table(title="acceptance, where the parent was right", title_justify="left")
+    rates = Table(title="acceptance, where the parent was right")
     for name in ("drafters", "depth", "rank", "accepted", "of"):
         rates.add_column(name, justify="left" if name == "drafters" else "right")
     for rate in found.rates:
@@ -134,7 +168,6 @@ def tables(found: Calibration) -> list[Table]:
     picks = Table(
         title=f"the best fixed trees (the cost shape itself: {found.measured_speed_up:.2f}x plain on these prompts, "
         f"{found.mean_accepted_length:.2f} tokens per forward)",
-        title_justify="left",
     )
     for name in ("batch", "rows each", "expected tokens", "expected speed-up", "shape"):
         picks.add_column(name, justify="left" if name == "shape" else "right", overflow="fold")

@@ -5,187 +5,77 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from tokentree.cli_generate import generate
+from tokentree.cli_help import Command, Group
 from tokentree.cli_options import (
     AcceptOption,
-    BranchingOption,
     CompileOption,
-    DepthOption,
     DeviceOption,
     DrafterOption,
     DraftOption,
     DtypeOption,
     HeadsOption,
-    MemoryOption,
+    JsonOption,
+    MaxTokensOption,
     ModelOption,
+    PerCategoryOption,
     QuantizationOption,
     ShapeOption,
     ThreadsOption,
-    consoles,
     encode,
     load,
+    make_folder,
     params_of,
-    working,
 )
 from tokentree.cli_plot import plot
 from tokentree.cli_report import report
 from tokentree.cli_theory import simulate, theory
 from tokentree.cli_train import train
-from tokentree.errors import OptionError, PromptError, TokenTreeError
+from tokentree.errors import OptionError, TokenTreeError
+from tokentree.terminal import close_streams, consoles, open_streams, say, show, working, write, write_json
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from tokentree.llm import LLM, Result
-    from tokentree.sampling import SamplingParams
+BROKEN_PIPE, INTERRUPTED, MISTAKE = 141, 130, 2  # exit statuses; the first two are what shells show for the signals
 
 app = typer.Typer(
+    cls=Group,
     help="Decode several tokens per forward pass of a language model, with the text that plain decoding gives.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-app.add_typer(train, name="train")
-app.add_typer(plot, name="plot")
-app.command()(theory)
-app.command()(simulate)
-app.command()(report)
+app.add_typer(train, name="train", cls=Group)
+app.add_typer(plot, name="plot", cls=Group)
+for command in (generate, report, theory, simulate):
+    app.command(cls=Command)(command)
 
 
-@app.command()
-def generate(
-    prompt: Annotated[str, typer.Argument(help="The prompt; '-' reads it from standard input.")],
-    model: ModelOption,
-    draft_model: DraftOption = None,
-    heads: HeadsOption = None,
-    drafter: DrafterOption = None,
-    shape: ShapeOption = None,
-    depth: DepthOption = None,
-    branching: BranchingOption = None,
-    accept: AcceptOption = "match",
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
-    max_tokens: int = 256,
-    num_beams: Annotated[int, typer.Option(help="Above 1: beam search.")] = 1,
-    num_return_sequences: Annotated[int, typer.Option(help="How many of the beams to print.")] = 1,
-    length_penalty: Annotated[float, typer.Option(help="Of beam search: above 0, longer texts gain.")] = 1.0,
-    early_stopping: Annotated[str, typer.Option(help="Of beam search: false, true or never.")] = "false",
-    stop: Annotated[list[str] | None, typer.Option(help="End the text at this string; may be repeated.")] = None,
-    reference: Annotated[
-        list[Path] | None, typer.Option(help="A text file that the answer may copy from; may be repeated.")
-    ] = None,
-    memory: MemoryOption = None,
-    chat: Annotated[bool | None, typer.Option(help="Use the chat template; default: if the model has one.")] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Decode plainly too, and compare token ids.")] = False,
-    stats: Annotated[bool, typer.Option("--stats", help="Print what it cost.")] = False,
-    show_tree: Annotated[bool, typer.Option("--show-tree", help="Print the tree of each step.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
-    dtype: DtypeOption = None,
-    quantization: QuantizationOption = None,
-    compile: CompileOption = False,
-    device: DeviceOption = None,
-    threads: ThreadsOption = None,
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        write(f"tokentree {version('tokentree')}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _tokentree(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
-    """Continue a prompt, or answer it."""
-    form = _shape(shape, depth, branching)
-    params = params_of(
-        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,
-        seed=seed, max_tokens=max_tokens, stop=tuple(stop or ()), num_beams=num_beams,
-        num_return_sequences=num_return_sequences, length_penalty=length_penalty, early_stopping=early_stopping,
-    )  # fmt: skip
-    _check_beams(params, show_tree)
-    text = _prompt_text(prompt)
-    references = [_file_text(file) for file in reference or ()]
-    console, errors = consoles()
-    llm = load(
-        errors, model, drafter, threads, draft_model=draft_model, heads=heads, shape=form, accept=accept, dtype=dtype,
-        quantization=quantization, compile=compile, device=device, memory=memory,
-    )  # fmt: skip
-    ids = encode(llm, text, chat)
-
-    from tokentree.show import comparison, figures, print_stream, tree_printer
-
-    if num_beams > 1:
-        ways = {"tree": llm} | ({"plain": llm.plain()} if compare else {})
-        found = {name: _found(errors, way, ids, params, references) for name, way in ways.items()}
-        _show_beams(console, found, stats or compare, as_json)
-        return
-    if show_tree:
-        llm.decoder.watch = tree_printer(errors if as_json else console, llm)
-    stream = llm.stream(ids, params, reference=references)
-    if as_json or show_tree:
-        _drain(stream)
-    else:
-        print_stream(console, stream)
-    result = stream.result
-    if show_tree and not as_json:
-        console.print(result.text, markup=False, highlight=False)
-    if memory is not None:
-        llm.save_memory(memory)
-    results = {"tree": result}
-    if compare:
-        llm.decoder.watch = None
-        with working(errors, "decoding plainly"):
-            results["plain"] = llm.plain().generate([ids], params)[0]
-    if as_json:
-        print(json.dumps(_as_json(results), ensure_ascii=False))
-        return
-    if stats or compare:
-        console.print(figures(results))
-    if compare:
-        console.print(comparison(results["tree"], results["plain"]), highlight=False, soft_wrap=True)
-    if result.metrics.lossy:
-        console.print(f"accept={accept!r} is lossy: this is not what plain decoding writes", highlight=False)
-    if result.finish_reason == "interrupted":
-        console.print("interrupted", style="yellow")
+    """Decode several tokens per forward pass of a language model, with the text that plain decoding gives."""
 
 
-def _check_beams(params: SamplingParams, show_tree: bool) -> None:
-    if params.num_beams > 1 and show_tree:
-        raise OptionError("--show-tree prints one text's trees: leave it out with --num-beams")
-
-
-def _found(errors: Console, llm: LLM, ids: list[int], params: SamplingParams, references: list[str]) -> list[Result]:
-    with working(errors, f"searching with {params.num_beams} beams"):
-        return llm.generate([ids], params, reference=references)
-
-
-def _show_beams(console: Console, found: dict[str, list[Result]], stats: bool, as_json: bool) -> None:
-    """Prints what beam search found, and with ``plain`` among it, whether one step per forward finds the same."""
-    from tokentree.show import figures
-
-    texts = {name: [result.token_ids for result in results] for name, results in found.items()}
-    same = len({json.dumps(ids) for ids in texts.values()}) == 1
-    if as_json:
-        shown = {
-            name: {
-                "beams": [{"text": r.text, "token_ids": r.token_ids, "score": r.score} for r in results],
-                "metrics": results[0].metrics.to_dict(),
-            }
-            for name, results in found.items()
-        }
-        print(json.dumps(shown | ({"identical": same} if "plain" in found else {}), ensure_ascii=False))
-        return
-    for result in found["tree"]:
-        score = f"{result.score:.4f}  " if len(found["tree"]) > 1 else ""
-        console.print(score + result.text, markup=False, highlight=False)
-    if stats:
-        console.print(figures({name: results[0] for name, results in found.items()}))
-    if "plain" in found:
-        console.print("the same texts" if same else "other texts than one step at a time", highlight=False)
-
-
-@app.command()
+@app.command(cls=Command)
 def check(
     model: ModelOption,
     prompts: Annotated[Path, typer.Option(help="JSON lines with 'prompt' or 'turns'.")],
@@ -194,9 +84,9 @@ def check(
     drafter: DrafterOption = None,
     shape: ShapeOption = None,
     accept: AcceptOption = "match",
-    max_tokens: int = 128,
-    per_category: Annotated[int | None, typer.Option(min=1, help="At most so many prompts of each category.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    max_tokens: MaxTokensOption = 128,
+    per_category: PerCategoryOption = None,
+    as_json: JsonOption = False,
     dtype: DtypeOption = None,
     quantization: QuantizationOption = None,
     compile: CompileOption = False,
@@ -207,13 +97,11 @@ def check(
     from tokentree.prompts import read_prompts
 
     entries = read_prompts(prompts, per_category)
-    console, errors = consoles()
+    _, errors = consoles()
     llm = load(
         errors, model, drafter, threads, draft_model=draft_model, heads=heads, shape=shape, accept=accept, dtype=dtype,
         quantization=quantization, compile=compile, device=device,
     )  # fmt: skip
-    from dataclasses import asdict
-
     from rich.progress import Progress
 
     from tokentree.check import check as run_check
@@ -225,24 +113,21 @@ def check(
     counts = {status: sum(v.status == status for v in verdicts) for status in ("identical", "tie", "WRONG")}
     if as_json:
         cases = [{"prompt": e.name, "category": e.category} | asdict(v) for e, v in zip(entries, verdicts, strict=True)]
-        print(json.dumps(counts | {"prompts": cases}))
+        write_json(counts | {"prompts": cases})
     else:
         for entry, verdict in zip(entries, verdicts, strict=True):
             if verdict.status != "identical":
                 gaps = ", ".join(f"{gap:.3g}" for gap in verdict.gaps) or "none"
-                console.print(
+                write(
                     f"{verdict.status}: prompt {entry.name} from token {verdict.first_difference} on; "
-                    f"gaps {gaps}; noise {verdict.noise:.3g}",
-                    highlight=False,
+                    f"gaps {gaps}; noise {verdict.noise:.3g}\n"
                 )
-        console.print(
-            f"{counts['identical']} identical, {counts['tie']} ties, {counts['WRONG']} WRONG", highlight=False
-        )
+        write(f"{counts['identical']} identical, {counts['tie']} ties, {counts['WRONG']} WRONG\n")
     if counts["WRONG"]:
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(cls=Command)
 def bench(
     model: ModelOption,
     prompts: Annotated[list[Path], typer.Option(help="JSON lines with 'prompt' or 'turns'; may be repeated.")],
@@ -258,11 +143,11 @@ def bench(
         list[Path] | None,
         typer.Option(help="Folder with heads for this model; may be repeated, and 'default' takes the first."),
     ] = None,
-    max_tokens: int = 128,
-    temperature: float = 0.0,
-    seed: int | None = None,
+    max_tokens: MaxTokensOption = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same texts.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Always decode --max-tokens tokens.")] = False,
-    per_category: Annotated[int | None, typer.Option(min=1, help="At most so many prompts of each category.")] = None,
+    per_category: PerCategoryOption = None,
     turns: Annotated[int | None, typer.Option(min=1, help="At most so many turns of each prompt.")] = None,
     warm: Annotated[
         list[Path] | None, typer.Option(help="Prompts that methods may learn from before; they are not measured.")
@@ -271,6 +156,7 @@ def bench(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out; drafters start without their memories again.")
     ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Begin anew where --out has a run, which is lost.")] = False,
     dtype: DtypeOption = None,
     quantization: QuantizationOption = None,
     compile: CompileOption = False,
@@ -278,17 +164,28 @@ def bench(
     threads: ThreadsOption = None,
 ) -> None:
     """Measure methods on the same prompts, interleaved; the first method is what the others are compared with."""
-    from tokentree.bench.results import Run, new_run
-    from tokentree.prompts import read_prompts
+    from tokentree.bench.results import RESULTS, Run, new_run
+    from tokentree.prompts import distinct, read_prompts
 
-    entries = [entry for file in prompts for entry in read_prompts(file, per_category, turns)]
+    if resume and force:
+        raise OptionError("--resume goes on with the run in --out, and --force begins anew: give one of them")
+    if twice := [spec for spec in dict.fromkeys(method) if method.count(spec) > 1]:
+        raise OptionError(f"--method {twice[0]} is given twice: a method is measured once")
+    entries = distinct([entry for file in prompts for entry in read_prompts(file, per_category, turns)])
     earlier = [entry for file in warm or () for entry in read_prompts(file, None, 1)]
+    if (out / RESULTS).exists() and not (resume or force):
+        raise OptionError(
+            f"there is a run in {str(out)!r}: go on with it (--resume), lose it (--force), or name another folder"
+        )
     before = Run.load(out) if resume else None
     if batch > 1 and (resume or earlier or any(spec.startswith("transformers") for spec in method)):
         raise OptionError("--batch measures this library's methods, without --warm and --resume")
     if len(entries) < batch:
         raise OptionError(f"there are {len(entries)} prompts: they fill no batch of {batch}")
     params = params_of(max_tokens=max_tokens, temperature=temperature, seed=seed, ignore_eos=ignore_eos)
+    if missing := [str(folder) for folder in heads or () if not folder.is_dir()]:
+        raise OptionError(f"there is no folder {missing[0]!r} with heads")
+    make_folder(out)
     console, errors = consoles()
     llm = load(
         errors, model, "none", threads, draft_model=draft_model, heads=heads[0] if heads else None, dtype=dtype,
@@ -331,23 +228,23 @@ def bench(
         else:
             run = run_bench(llm, methods, entries, params, run, out, progress, earlier)
     for category in dict.fromkeys(sample.category for sample in run.samples):
-        console.print(table(run, category))
-    console.print(table(run))
+        show(console, table(run, category))
+    show(console, table(run))
     if batch == 1:
-        console.print(table(run, cut_loops=True))
-    console.print(f"every sample is in {out / 'results.json'}", highlight=False)
+        show(console, table(run, cut_loops=True))
+    write(f"every sample is in {out / RESULTS}\n")
 
 
-@app.command()
+@app.command(cls=Command)
 def calibrate(
     model: ModelOption,
     draft_model: DraftOption = None,
     heads: HeadsOption = None,
     drafter: DrafterOption = None,
     prompts: Annotated[Path | None, typer.Option(help="JSON lines with 'prompt' or 'turns'; default: a few.")] = None,
-    max_tokens: int = 64,
+    max_tokens: MaxTokensOption = 64,
     plot: Annotated[Path | None, typer.Option(help="Draw it into this file (.png, .svg or .pdf).")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    as_json: JsonOption = False,
     dtype: DtypeOption = None,
     quantization: QuantizationOption = None,
     compile: CompileOption = False,
@@ -370,7 +267,7 @@ def calibrate(
 
     from rich.progress import Progress
 
-    from tokentree.calibrate import PROMPTS, calibrate, tables
+    from tokentree.calibrate import PROMPTS, calibrate, certainty, tables
 
     texts = [encode(llm, entry.turns[0], None if entry.chat else False) for entry in entries or ()]
     texts = texts or [encode(llm, text, None) for text in PROMPTS]
@@ -378,76 +275,85 @@ def calibrate(
         task = bar.add_task("calibrating", total=len(texts) + 1)
         found = calibrate(llm, texts, max_tokens, lambda: bar.advance(task))
     if as_json:
-        print(found.model_dump_json())
+        write_json(found.model_dump())
     else:
         for shown in tables(found):
-            console.print(shown)
+            show(console, shown)
+    say(certainty(found))
     if plot is not None:
         from tokentree.plots import plot_calibration
 
         plot_calibration(found, plot)
-        errors.print(f"drawn into {plot}", highlight=False)
+        say(f"drawn into {plot}")
 
 
-# -- parts of them ------------------------------------------------------------------------------------------------
-
-
-def _drain(stream: Any) -> None:
-    try:
-        for _ in stream:
-            pass
-    except KeyboardInterrupt:
-        stream.close()
-
-
-def _as_json(results: dict[str, Any]) -> dict[str, Any]:
-    tree = results["tree"]
-    shown = {
-        "text": tree.text,
-        "token_ids": tree.token_ids,
-        "finish_reason": tree.finish_reason,
-        "metrics": tree.metrics.to_dict(),
-    }
-    if "plain" in results:
-        plain = results["plain"]
-        shown["plain"] = {"token_ids": plain.token_ids, "metrics": plain.metrics.to_dict()}
-        shown["identical"] = plain.token_ids == tree.token_ids
-    return shown
-
-
-def _file_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise PromptError(f"can't read the reference {str(file)!r}: {reason}") from None
-
-
-def _prompt_text(prompt: str) -> str:
-    if prompt != "-":
-        return prompt
-    try:
-        return sys.stdin.read()
-    except UnicodeDecodeError:
-        raise PromptError("standard input is not UTF-8 text") from None
-
-
-def _shape(shape: str | None, depth: int | None, branching: int | None) -> str | None:
-    if depth is None and branching is None:
-        return shape
-    if shape is not None:
-        raise OptionError("--shape says what --depth and --branching say: give one of them")
-    depth, branching = 3 if depth is None else depth, 2 if branching is None else branching
-    if depth < 1 or branching < 1:
-        raise OptionError("--depth and --branching must be at least 1")
-    return "x".join([str(branching)] * depth)
+# -- what every command ends with ---------------------------------------------------------------------------------
 
 
 def main() -> None:
-    """The entry point: a user's mistake is one sentence and exit status 2."""
+    """The entry point. A user's mistake, and what a machine refuses (a file, a disk that is full), is one sentence on
+    standard error and exit status 2."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # loading has one progress display, ours
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        status, told = _run()
     try:
-        app()
+        close_streams()
+    except BrokenPipeError:
+        status, told = BROKEN_PIPE, None
+    except (OSError, ValueError) as error:
+        status, told = MISTAKE, f"can't write to standard output: {_reason(error)}"
+    if told is not None:
+        say("tokentree: " + " ".join(told.split()))
+    sys.exit(status)
+
+
+def _run() -> tuple[int, str | None]:
+    """The exit status, and what there is to say of it."""
+    try:
+        open_streams()
+    except OptionError as error:
+        return MISTAKE, str(error)
+    streams = sys.stdout, sys.stderr
+    try:
+        return app(prog_name="tokentree", standalone_mode=False) or 0, None
     except TokenTreeError as error:
-        print(f"tokentree: {error}", file=sys.stderr)
-        sys.exit(2)
+        return MISTAKE, str(error)
+    except typer.TyperException as error:  # a mistake in the words of the command
+        context = getattr(error, "ctx", None)
+        if context is None:
+            return MISTAKE, _sentence(error)
+        if error.message == context.get_help():  # no words at all
+            say(error.message)
+            return MISTAKE, None
+        return MISTAKE, f"{_sentence(error)} ({context.command_path} -h)"
+    except SystemExit as end:  # typer's, where a pipe is closed, and of shell completion
+        closed = isinstance(end.__context__, BrokenPipeError)
+        return BROKEN_PIPE if closed else end.code if isinstance(end.code, int) else 0, None
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED, None
+    except BrokenPipeError:
+        return BROKEN_PIPE, None
+    except OSError as error:
+        names = [repr(os.fsdecode(name)) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+        return MISTAKE, f"can't {'read or write ' + ' or '.join(names) if names else 'write'}: {_reason(error)}"
+    except UnicodeError as error:
+        return MISTAKE, f"what was given is not UTF-8 text: {error}"
+    except MemoryError:
+        return MISTAKE, "out of memory"
+    finally:
+        sys.stdout, sys.stderr = streams  # typer wraps those of a closed pipe
+
+
+def _sentence(error: typer.TyperException) -> str:
+    said = error.format_message().rstrip(".").replace("Value error, ", "")
+    return said[:1].lower() + said[1:]
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def _warn(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    """One line, and nothing of where it comes from."""
+    say("tokentree: " + " ".join(str(message).split()))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tokentree.cli_options import consoles
-from tokentree.errors import OptionError, PromptError
+from tokentree.cli_options import JsonOption
+from tokentree.errors import OptionError
+from tokentree.prompts import read_text
+from tokentree.terminal import consoles, show, working, write, write_json
 
 
 def theory(
@@ -23,8 +24,8 @@ def theory(
     curve: Annotated[Path | None, typer.Option(help="What 'calibrate --json' printed: the cost of a forward.")] = None,
     draft_cost: Annotated[float, typer.Option(help="Of a level of drafting, in plain steps.")] = 0.0,
     trials: Annotated[int, typer.Option(help="Of the simulation that checks it.")] = 100_000,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the simulation.")] = 0,
+    as_json: JsonOption = False,
 ) -> None:
     """What to expect of a chain and of a tree, and what is taught about them."""
     import numpy as np
@@ -33,13 +34,13 @@ def theory(
     from tokentree.theory import expected, full_tree, rates_of, read_curve, simulated_tokens, taught_success
 
     rates = rates_of(alpha, max(branching, 1)) if ranks is None else _numbers(ranks)
-    cost = None if curve is None else read_curve(_text(curve))
+    cost = None if curve is None else read_curve(read_text(curve, "the cost curve"))
     console, errors = consoles()
     found = {
         f"chain of {depth}": (1, expected(rates[:1], 1, depth, cost, draft_cost)),
         f"tree, {branching} children, depth {depth}": (branching, expected(rates, branching, depth, cost, draft_cost)),
     }
-    with errors.status("simulating"):
+    with working(errors, "simulating"):
         generator = np.random.default_rng(seed)
         checked = {
             name: simulated_tokens(rates, full_tree(width, depth), trials, generator)
@@ -51,7 +52,7 @@ def theory(
             name: asdict(what) | {"speed_up": what.speed_up, "simulated": list(checked[name])}
             for name, (_, what) in found.items()
         }
-        print(json.dumps({"rates": rates, "taught_success": taught, "expected": shown}))
+        write_json({"rates": rates, "taught_success": taught, "expected": shown})
         return
     table = Table(title="acceptance by rank: " + ", ".join(f"{rate:.3g}" for rate in rates))
     for column in ("", "candidates", "a whole path", "tokens a forward", "simulated", "step, x plain", "speed-up"):
@@ -62,15 +63,14 @@ def theory(
             name, str(what.nodes), f"{what.whole:.1%}", f"{what.tokens:.3f}", f"{mean:.3f} ± {2 * error:.3f}",
             f"{what.cost:.2f}", f"{what.speed_up:.2f}",
         )  # fmt: skip
-    console.print(table)
-    console.print(
+    show(console, table)
+    write(
         f"1 - (1 - {rates[0]:.3g}^{depth})^({branching}^{depth}) = {taught:.1%} is often taught for the tree. It is no "
         "bound either way: paths that share a prefix fail together, and siblings exclude each other, so that their "
-        "chances add up.",
-        highlight=False,
+        "chances add up.\n"
     )
     if cost is None:
-        console.print("A forward is taken to cost the same with any number of rows: see --curve.", highlight=False)
+        write("A forward is taken to cost the same with any number of rows: see --curve.\n")
 
 
 def simulate(
@@ -82,7 +82,7 @@ def simulate(
         ),
     ],
     drafting: Annotated[float, typer.Option(help="Times what drafting and accepting took in the run.")] = 1.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """What the steps of a run would take where a forward costs otherwise: on another machine, or for a larger model."""
     from rich.table import Table
@@ -91,9 +91,9 @@ def simulate(
     from tokentree.bench.results import Run
     from tokentree.theory import read_curve
 
-    found = replay(Run.load(folder), read_curve(_text(curve)), drafting)
+    found = replay(Run.load(folder), read_curve(read_text(curve, "the cost curve")), drafting)
     if as_json:
-        print(json.dumps([asdict(one) for one in found]))
+        write_json([asdict(one) for one in found])
         return
     table = Table(title="times plain's speed")
     table.add_column("method")
@@ -102,8 +102,7 @@ def simulate(
     for one in found:
         shown = one.tokens_per_forward, one.rows, one.measured, one.predicted
         table.add_row(one.method, *(f"{value:.2f}" for value in shown))
-    console, _ = consoles()
-    console.print(table)
+    show(consoles()[0], table)
 
 
 def _numbers(text: str) -> list[float]:
@@ -111,10 +110,3 @@ def _numbers(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise OptionError(f"--ranks takes numbers with commas between them, and got {text!r}") from None
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        raise PromptError(f"can't read the cost curve {str(file)!r}") from None

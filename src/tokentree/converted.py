@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +18,7 @@ from tokentree.engines.kept import Place
 from tokentree.errors import ModelError
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 SOURCE = "source.json"  # what a folder was made from
 
 
@@ -36,6 +38,7 @@ def converted(file: Path, part: str, convert: Callable[[], T], load: Callable[[P
             except ModelError:
                 pass
         damaged(folder)
+    logger.info("converting %s, %s (once)", file.name, part)
     made = convert()
     _write(folder, made, _source(file))
     return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 32, 48, 64)
 PREFIX = 256  # tokens before the tree
 ROUNDS = 3
 MOST_ROWS, MOST_SECONDS = 1 << 16, 1e5  # that make sense in a file
+logger = logging.getLogger(__name__)
 
 
 class Measured(BaseModel):
@@ -56,6 +58,7 @@ def cost_curve(engine: KVEngine, again: bool = False) -> CostCurve:
     known = _read(file)
     kept = None if again else known.curve(engine.signature)
     if kept is None:
+        logger.info("measuring what a forward costs here (once)")
         curve = measure(engine)
         found = Measured(rows=curve.rows, seconds=curve.points, per_sequence=curve.per_sequence)
         _add(file, engine.signature, found)

@@ -28,9 +28,40 @@ class Conversation:
     chat: bool
 
 
+def read_text(path: str | Path, what: str) -> str:
+    """The text of a file in UTF-8, its line ends as they are, a byte-order mark left out.
+
+    Raises:
+        PromptError: if it can't be read, or is no text; it calls the file ``what``.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise PromptError(f"can't read {what} {str(path)!r}: {reason}") from None
+    if "\0" in text:
+        raise PromptError(f"can't read {what} {str(path)!r}: it has NUL bytes, so it is not text")
+    return text
+
+
+def checked_text(text: str, what: str) -> str:
+    """``text``, if it can be written in UTF-8: no bytes that were none, no half of a pair of surrogates.
+
+    Raises:
+        PromptError: if it can't; it calls the text ``what``.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        odd = text[error.start]
+        raise PromptError(f"{what} is not UTF-8 text: it has {odd!r} at character {error.start}") from None
+    return text
+
+
 def read_prompts(path: str | Path, per_category: int | None = None, turns: int | None = None) -> list[Conversation]:
     """The entries of a JSON-lines file: objects with ``turns`` (a list of texts) or ``prompt`` (one text), and
-    optionally ``category`` and an id (``id``, ``question_id`` or ``task_id``).
+    optionally ``category`` and an id (``id``, ``question_id`` or ``task_id``). Lines end at a newline alone; a
+    byte-order mark and carriage returns before newlines are taken as well.
 
     Args:
         per_category: at most so many of each category, the first ones; the categories then take turns, so that a run
@@ -40,18 +71,14 @@ def read_prompts(path: str | Path, per_category: int | None = None, turns: int |
     Raises:
         PromptError: if the file can't be read, is empty, or a line is none of this; it names the line.
     """
-    file = Path(path)
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise PromptError(f"can't read the prompt file {str(path)!r}: {reason}") from None
+    default_category = Path(path).stem
     found: list[tuple[int, Conversation]] = []
     seen = Counter[str]()
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_text(path, "the prompt file").split("\n"), start=1):
         if not line.strip():
             continue
-        entry = _entry(line, f"line {number} of {str(path)!r}", file.stem, number)
+        where = f"line {number} of {str(path)!r}"
+        entry = _entry(line, where, default_category, number)
         seen[entry.category] += 1
         if per_category is None or seen[entry.category] <= per_category:
             found.append((seen[entry.category], replace(entry, turns=entry.turns[:turns])))
@@ -59,18 +86,38 @@ def read_prompts(path: str | Path, per_category: int | None = None, turns: int |
         raise PromptError(f"the prompt file {str(path)!r} has no prompts")
     if per_category is not None:
         found.sort(key=lambda item: item[0])
-    return [entry for _, entry in found]
+    return distinct([entry for _, entry in found])
+
+
+def distinct(entries: list[Conversation]) -> list[Conversation]:
+    """``entries``, if no two have the same category and name.
+
+    Raises:
+        PromptError: if two have.
+    """
+    counted = Counter((entry.category, entry.name) for entry in entries)
+    for (category, name), times in counted.items():
+        if times > 1:
+            raise PromptError(f"{times} prompts of the category {category!r} have the id {name!r}")
+    return entries
 
 
 def _entry(line: str, where: str, default_category: str, number: int) -> Conversation:
     try:
         entry: Any = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # ValueError of numbers with too many digits, too
         raise PromptError(f"{where} is not JSON") from None
     if not isinstance(entry, dict) or not ({"turns", "prompt"} & set(entry)):
         raise PromptError(f'{where} has neither "turns" nor "prompt"')
     turns = entry.get("turns", [entry.get("prompt")])
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn for turn in turns):
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
         raise PromptError(f"{where} has an empty turn, or one that is not a text")
-    name = next((entry[key] for key in ("id", "question_id", "task_id") if key in entry), number)
-    return Conversation(str(name), str(entry.get("category", default_category)), tuple(turns), "turns" in entry)
+    known = {key: value for key, value in entry.items() if value is not None}
+    name = next((known[key] for key in ("id", "question_id", "task_id") if key in known), number)
+    category = known.get("category", default_category)
+    for key, value in (("id", name), ("category", category)):
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise PromptError(f"{where} has a {key} that is neither a text nor a number")
+    texts = [checked_text(turn, f"a turn on {where}") for turn in turns]
+    name, category = (checked_text(str(value), f"the id or category on {where}") for value in (name, category))
+    return Conversation(name, category, tuple(texts), "turns" in entry)

@@ -1,4 +1,4 @@
-"""Drafters by name, imported when asked for."""
+"""Drafters by name (`drafters.names`), imported when asked for."""
 
 from __future__ import annotations
 
@@ -7,20 +7,9 @@ from importlib import import_module
 
 from tokentree.drafters.base import Drafter, Parts
 from tokentree.drafters.merged import Merged
+from tokentree.drafters.names import DRAFTERS, LOOKUPS
 from tokentree.errors import OptionError
 from tokentree.heads.saved import is_eagle
-
-DRAFTERS = {
-    "none": ("tokentree.drafters.none", "NoDrafter"),
-    "draft_model": ("tokentree.drafters.draft_model", "DraftModel"),
-    "ngram": ("tokentree.drafters.ngram", "NGram"),
-    "suffix": ("tokentree.drafters.suffix", "Suffix"),
-    "recycling": ("tokentree.drafters.recycling", "Recycling"),
-    "eagle": ("tokentree.drafters.eagle", "Eagle"),
-    "medusa": ("tokentree.drafters.medusa", "Medusa"),
-    "merged": ("tokentree.drafters.merged", "Merged"),
-}
-LOOKUPS = ("recycling", "suffix", "ngram")  # they need nothing but the text; first come, first shown
 
 Named = str | SequenceOf[str] | Drafter | None
 

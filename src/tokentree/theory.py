@@ -24,7 +24,7 @@ Path = tuple[int, ...]
 
 def check_rates(rates: Sequence[float]) -> None:
     """Raises `OptionError` unless these can be acceptance rates by rank."""
-    if not rates or min(rates) < 0 or sum(rates) > 1 + 1e-9:
+    if not rates or not all(0 <= rate <= 1 for rate in rates) or sum(rates) > 1 + 1e-9:
         raise OptionError("acceptance rates by rank are probabilities that add up to 1 at most")
 
 
@@ -160,7 +160,7 @@ def expected(
     Raises:
         OptionError: if a number makes no sense.
     """
-    if branching < 1 or depth < 1 or draft_cost < 0:
+    if branching < 1 or depth < 1 or not 0 <= draft_cost < math.inf:
         raise OptionError("branching and depth are at least 1, and a draft's cost at least 0")
     if branching**depth > 1_000_000:
         raise OptionError("a full tree of that branching and depth has over a million leaves")

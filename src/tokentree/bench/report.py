@@ -140,7 +140,7 @@ def table(run: Run, category: str | None = None, cut_loops: bool = False) -> Tab
     shown = Table(title=Text((category or "all categories") + (", up to the first loop" if cut_loops else "")))
     if category is None and not cut_loops:
         shown.caption, shown.caption_justify = Text(explained(first)), "left"
-    shown.add_column("method")
+    shown.add_column("method", overflow="fold")
     for name in ("tokens/s", f"x {first}", "end to end", "tokens a forward", "accepted", "rows", f"ids as {first}",
                  "failed"):  # fmt: skip
         shown.add_column(Text(name), justify="right")

@@ -1,4 +1,4 @@
-"""What a run leaves behind, `results.json`."""
+"""What a run leaves behind, `RESULTS`."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ class Counts(TypedDict, total=False):
 
 
 _COUNTS = TypeAdapter(Counts)
+RESULTS = "results.json"
 
 
 class Sample(BaseModel):
@@ -99,7 +100,7 @@ class Run(BaseModel):
         Raises:
             OptionError: if there is none in ``folder``, or it can't be read, or what it says makes no sense.
         """
-        file = folder / "results.json"
+        file = folder / RESULTS
         try:
             return cls.model_validate_json(file.read_text(encoding="utf-8"))
         except OSError as error:
@@ -118,7 +119,7 @@ class Run(BaseModel):
         Raises:
             OptionError: if it can't be written; what was there stays.
         """
-        file = folder / "results.json"
+        file = folder / RESULTS
         try:
             with replacing(file) as part:
                 part.write_text(json.dumps(self.model_dump(), indent=1), encoding="utf-8")

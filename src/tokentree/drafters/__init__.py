@@ -1,1 +1,1 @@
-"""Drafters: whatever proposes candidates. Each is one file and one line in `tokentree.registry`."""
+"""Drafters: whatever proposes candidates. Each is one file and one line in `tokentree.drafters.names`."""

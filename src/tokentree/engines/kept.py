@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from tokentree.engines.quantized import QuantizedLinear
 from tokentree.engines.quants import WIDE
 from tokentree.errors import ModelError
 
+logger = logging.getLogger(__name__)
 VERSION = 4  # of the layouts of packed layers
 
 
@@ -64,7 +66,9 @@ class KeptPacking(Packing):
         name = ", ".join(self._names.get(id(layer), "") for layer in layers)
         if name in self._known and (found := self._found(name, layers, gated)) is not None:
             return found
-        self._own = self._own or self._make()
+        if self._own is None:
+            logger.info("packing weights (once)")
+            self._own = self._make()
         packed = self._own.pack(*layers, gated=gated)
         if all(id(layer) in self._names for layer in layers):
             self._known[name], self._complete = packed.state(), False

@@ -6,7 +6,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence as SequenceOf
 
 from tokentree.draft import Draft
+from tokentree.errors import OptionError
 from tokentree.sequence import Accepted, Sequence
+
+MOST_NODES = 4096
+
+
+def check_size(*counts: int) -> None:
+    """Raises `OptionError` if one of ``counts``, of nodes or levels, is more than any tree has."""
+    if max(counts) > MOST_NODES:
+        raise OptionError(f"a tree of more than {MOST_NODES} nodes is too large to verify")
 
 
 class Shape(ABC):

@@ -10,7 +10,7 @@ from typing import Any
 
 from tokentree.errors import OptionError
 from tokentree.shapes.adaptive import Adaptive
-from tokentree.shapes.base import Shape
+from tokentree.shapes.base import Shape, check_size
 from tokentree.shapes.cost import Cost
 from tokentree.shapes.dynamic import Dynamic
 from tokentree.shapes.optimal import TYPICAL_RATES, optimal_paths
@@ -19,6 +19,8 @@ from tokentree.shapes.static import Static
 
 def _optimal(nodes: int = 16, depth: int = 6) -> Static:
     """The best static tree for a typical draft model."""
+    if nodes > 512 or depth > 32:
+        raise OptionError("an optimal shape is worked out for at most 512 nodes and a depth of at most 32")
     return Static(paths=optimal_paths(TYPICAL_RATES, nodes, depth)[1])
 
 
@@ -44,11 +46,12 @@ def shape(text: str | Shape) -> Shape:
     if isinstance(text, Shape):
         return text
     name, _, rest = text.strip().partition(":")
-    if re.fullmatch(r"\d+(x\d+)*", text.strip()):
+    if re.fullmatch(r"\d{1,9}(x\d{1,9})*", text.strip()):
         return Static([int(width) for width in text.split("x")])
-    if name == "chain" and rest.isdecimal():
+    if name == "chain" and re.fullmatch(r"\d{1,9}", rest):
         if int(rest) < 1:
             raise OptionError("a chain needs a length of at least 1")
+        check_size(int(rest))
         return Static([1] * int(rest))
     if name == "paths":
         return Static(paths=_rank_paths(rest))
@@ -60,7 +63,7 @@ def shape(text: str | Shape) -> Shape:
 def _rank_paths(text: str) -> list[list[int]]:
     try:
         paths = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # ValueError of numbers with too many digits, too
         paths = None
     if not isinstance(paths, list) or not all(isinstance(p, list) and all(type(r) is int for r in p) for p in paths):
         raise OptionError(f"{text!r} is not a list of rank paths: write paths:[[0],[0,0],[1]]")
@@ -80,4 +83,6 @@ def _numbers(text: str, kind: Callable[..., object]) -> dict[str, Any]:
             raise OptionError(
                 f"{part!r} is not an option of this shape: it takes {', '.join(known)}, as numbers"
             ) from None
+        if isinstance(numbers[key], int):
+            check_size(numbers[key])
     return numbers

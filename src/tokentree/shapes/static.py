@@ -10,7 +10,7 @@ from itertools import product
 from tokentree.draft import Draft
 from tokentree.errors import OptionError
 from tokentree.sequence import Sequence
-from tokentree.shapes.base import Shape
+from tokentree.shapes.base import Shape, check_size
 
 
 class Static(Shape):
@@ -34,6 +34,7 @@ class Static(Shape):
             raise OptionError("a branching factor must be at least 1")
         if any(rank < 0 for path in choices for rank in path):
             raise OptionError("ranks count from 0")
+        check_size(len(choices), len(branching), *branching)
         self.branching = tuple(branching)
         self.choices = frozenset(choices)
         self._ranks: dict[tuple[int, ...], list[int]] = {}  # the ranks below a rank path, where paths are explicit
@@ -42,6 +43,7 @@ class Static(Shape):
         if branching:
             self.max_depth = len(branching)
             self.max_nodes = sum(math.prod(branching[:depth]) for depth in range(len(branching) + 1))
+            check_size(self.max_nodes)
             ranks = [range(width) for width in branching]
             self.paths = tuple(path for depth in range(1, len(ranks) + 1) for path in product(*ranks[:depth]))
         else:

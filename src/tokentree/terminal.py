@@ -1,0 +1,150 @@
+"""What the command prints, and where: what was asked for on standard output, all that is told about it on standard
+error. Text of a model, a file or a user goes out as it is: no markup, no wrapping, nothing stripped."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, TextIO
+
+from tokentree.errors import OptionError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+GREEN, CYAN, BOLD, DIM = "32", "36", "1", "2"
+ESCAPES = re.compile(r"[\x1b\x80-\x9f]")  # may begin what a terminal obeys: colours inside would change it
+
+
+def open_streams() -> None:
+    """Makes the standard streams fit for any text: what their encoding lacks is written as an escape.
+
+    Raises:
+        OptionError: if standard output is closed.
+    """
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  open as long as the process
+    if sys.stdout is None:
+        raise OptionError("standard output is closed: there is nowhere to print to")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace", newline="\n")
+
+
+def close_streams() -> None:
+    """Writes out what is left, and lets nothing more fail when the process ends. Nothing is done where standard output
+    was closed from the start.
+
+    Raises:
+        OSError: if it can't be written.
+    """
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (OSError, ValueError):  # of a stream that is closed
+        _to_nowhere(sys.stdout)
+        raise
+    finally:
+        try:
+            sys.stderr.flush()
+        except (OSError, ValueError):
+            _to_nowhere(sys.stderr)
+
+
+def _to_nowhere(stream: TextIO) -> None:
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def write(text: str) -> None:
+    """Writes ``text`` to standard output, as it is, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def say(text: str) -> None:
+    """Writes a line to standard error. What can't be told there is not told."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def write_json(value: Any) -> None:
+    """Writes one line of JSON to standard output, in ASCII where its encoding lacks a character. What is no number is
+    null."""
+    finite = _finite(value)
+    line = json.dumps(finite, ensure_ascii=False, allow_nan=False)
+    try:
+        line.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        line = json.dumps(finite, allow_nan=False)
+    write(line + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def coloured(stream: TextIO) -> bool:
+    """Whether ``stream`` is a terminal on which colours are wanted (https://no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") not in ("dumb", "unknown")
+
+
+def paint(text: str, colour: str, stream: TextIO) -> str:
+    """``text`` in a colour, where ``stream`` takes one."""
+    return f"\x1b[{colour}m{text}\x1b[0m" if text and coloured(stream) else text
+
+
+def branches(stream: TextIO) -> tuple[str, str, str]:
+    """What a tree is drawn with: before a child, before the last child, and below a child that isn't the last."""
+    wide = (stream.encoding or "utf-8").lower().replace("-", "").startswith("utf")
+    return ("├── ", "└── ", "│   ") if wide else ("|-- ", "`-- ", "|   ")
+
+
+def consoles() -> tuple[Console, Console]:
+    """For tables and progress, on standard output and standard error. Text is taken as it stands, and a line is as long
+    as it is; only tables are fitted to a terminal's width."""
+    from rich.console import Console
+
+    plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}
+    # a file or a pipe has no width
+    width = [None if stream.isatty() else 100_000 for stream in (sys.stdout, sys.stderr)]
+    return Console(width=width[0], **plain), Console(width=width[1], stderr=True, **plain)
+
+
+def show(console: Console, table: Table) -> None:
+    """Prints a table, fitted to the width of a terminal, between its title and its caption, which may be wider."""
+    title, caption, table.title, table.caption = table.title, table.caption, None, None
+    for part in (title, table, caption):
+        if part is not None:
+            console.print(part, soft_wrap=part is not table)
+
+
+@contextmanager
+def working(console: Console, what: str) -> Iterator[None]:
+    """Shows ``what`` is being done, on a terminal. What the library tells meanwhile (`tokentree.progress`) is shown
+    instead of it, from then on."""
+    if not console.is_terminal:
+        yield
+        return
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from tokentree.progress import told
+
+    columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        with told(lambda phase: bar.update(task, description=phase)):
+            yield
