@@ -164,7 +164,9 @@ def texts_for(llm: LLM, data: str | Path, work: Path, tokens: int, seed: int, ph
         phases.say(f"{kept.spoilt} damaged lines of {str(work / 'texts.jsonl')!r} are left out, and written again")
     begun = min(tokens, kept.tokens + sum(one.tokens for one in kept.begun))
     with phases.phase("writing texts", tokens, begun=begun) as show:
-        return write_texts(llm, kept, tokens, seed, show)
+        return write_texts(
+            llm, kept, tokens, seed, lambda done: show(done, "" if done < tokens else "ending what is begun")
+        )
 
 
 def check_space(work: Path, llm: LLM, tokens: int, places: int) -> None:

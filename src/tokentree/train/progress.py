@@ -93,7 +93,7 @@ class _Phase:
         passed = time.monotonic() - self.started
         if self.total is None:
             return ""
-        if done <= self.begun or passed < 1.0:
+        if done <= self.begun or done >= self.total or passed < 1.0:
             return self.amount(done)
         rate = (done - self.begun) / passed
         rest = duration(max(0, self.total - done) / rate)
