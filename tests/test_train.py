@@ -457,7 +457,7 @@ def test_the_work_of_another_run_is_not_gone_on_with(tmp_path: Path) -> None:
     options: dict[str, Any] = {"num_heads": 2, "tokens": 2050}
     with pytest.raises(OptionError, match="a training with other settings: num_heads 2, not 3"):
         train_medusa(llm(), "tiny", "self", tmp_path, RECIPE, **options | {"num_heads": 3})
-    with pytest.raises(OptionError, match="a training with other settings: learning_rate 0.003, not 0.1"):
+    with pytest.raises(OptionError, match=r"with other settings: learning_rate 0\.003, not 0\.1"):
         train_medusa(llm(), "tiny", "self", tmp_path, RECIPE.model_copy(update={"learning_rate": 0.1}), **options)
     work = tmp_path / "work"
     with pytest.raises(OptionError, match="the work of another run"):

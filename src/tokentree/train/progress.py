@@ -97,7 +97,8 @@ class _Phase:
             return self.amount(done)
         rate = (done - self.begun) / passed
         rest = duration(max(0, self.total - done) / rate)
-        return f"{self.amount(done)}, {rate:,.{0 if rate >= 10 else 1}f} a second, about {rest} to go"
+        pace = f"{rate:,.{0 if rate >= 10 else 1}f} a second" if rate >= 1 else f"{duration(1 / rate)} for each"
+        return f"{self.amount(done)}, {pace}, about {rest} to go"
 
 
 def duration(seconds: float) -> str:
