@@ -7,6 +7,7 @@ texts that are kept end at a node of the trees.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ import torch
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter
 from tokentree.engines.base import Engine, TargetOutput
+from tokentree.errors import DeadEnd
 from tokentree.sampling import process_logits
 from tokentree.sequence import Accepted, FinishReason, Sequence
 from tokentree.shapes.base import Shape
@@ -193,7 +195,11 @@ class BeamDecoder:
         self._known: set[int] = set()  # texts that the drafter was told of
 
     def run(self, seq: Sequence, advance: Callable[[], None] = lambda: None) -> BeamSearch:
-        """Searches to the end; ``advance`` is called after each forward."""
+        """Searches to the end; ``advance`` is called after each forward.
+
+        Raises:
+            RequestError: if the request's rules fail, or leave no text a token to go on with.
+        """
         params = seq.params
         ends = frozenset() if params.ignore_eos else seq.eos_ids | {*params.stop_token_ids}
         search = BeamSearch(params.num_beams, seq.room, ends, params.length_penalty, params.early_stopping)
@@ -253,6 +259,8 @@ class BeamDecoder:
             rows = {beam: self._log_probs(seq, search.running[beam], out.logits(0, at[beam].nodes[-1])) for beam in at}
             filler = next(iter(rows.values()))
             moves = search.advance(torch.stack([rows.get(beam, filler) for beam in range(search.num_beams)]))
+            if not search.done and not search.live:
+                raise DeadEnd("the request's rules leave no beam a token to choose")
             new = {beam: at[moves[beam].parent].with_token(moves[beam].token) for beam in search.live}
             children = {beam: tree.child(path.nodes[-1], path.token) for beam, path in new.items()}
             if search.done or None in children.values():
@@ -264,7 +272,10 @@ class BeamDecoder:
         """float32[vocab]: raw log-probabilities, to which rules are applied as transformers' beam search does."""
         log_probs, params = logits.float().log_softmax(-1), seq.params
         banned = sorted(seq.eos_ids | {*params.stop_token_ids}) if len(output) < params.min_tokens else []
-        return process_logits(log_probs, params, seq.prompt_ids, output, banned)
+        try:
+            return process_logits(log_probs, params, seq.prompt_ids, output, banned)
+        except DeadEnd:  # this beam ends here, and others may go on
+            return torch.full_like(log_probs, -math.inf)
 
     def _go_on(
         self, seq: Sequence, beams: list[_Beam], drafts: list[Draft], tree: TokenTree, out: TargetOutput,
