@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tokentree.decoder import Decoder
     from tokentree.draft import Draft
-    from tokentree.errors import ModelError, OptionError, PairingError, PromptError, TokenTreeError, TreeError
+    from tokentree.errors import (
+        ModelError,
+        OptionError,
+        PairingError,
+        PromptError,
+        RequestError,
+        TokenTreeError,
+        TreeError,
+    )
     from tokentree.hf import TreeGenerator, generator
     from tokentree.llm import LLM, Piece, Result, Stream
     from tokentree.medusa import MedusaModel, build_tree_from_heads, medusa_decode, train_medusa_heads
@@ -35,6 +43,7 @@ __all__ = [
     "PairingError",
     "Piece",
     "PromptError",
+    "RequestError",
     "Result",
     "SamplingParams",
     "Stream",
@@ -58,7 +67,15 @@ __all__ = [
 _HOMES = {
     "decoder": ["Decoder"],
     "draft": ["Draft"],
-    "errors": ["ModelError", "OptionError", "PairingError", "PromptError", "TokenTreeError", "TreeError"],
+    "errors": [
+        "ModelError",
+        "OptionError",
+        "PairingError",
+        "PromptError",
+        "RequestError",
+        "TokenTreeError",
+        "TreeError",
+    ],
     "hf": ["TreeGenerator", "generator"],
     "llm": ["LLM", "Piece", "Result", "Stream"],
     "medusa": ["MedusaModel", "build_tree_from_heads", "medusa_decode", "train_medusa_heads"],

@@ -114,10 +114,11 @@ class BeamSearch:
         return [moves[i] for i in order.tolist()]
 
     def best(self, count: int) -> list[Hypothesis]:
-        """The best finished texts, the best one first."""
+        """The best finished texts, the best one first; fewer, if rules left so few."""
         return [
             Hypothesis(tokens, score)
             for tokens, score in zip(self._finished[:count], self._finished_scores.tolist()[:count], strict=True)
+            if score > WORST / 2
         ]
 
     def reason(self, tokens: list[int]) -> FinishReason:
@@ -217,6 +218,8 @@ class BeamDecoder:
         finally:
             self._engine.release([seq])
             self._release([self._prompt, *(beam.seq for beam in beams)])
+        if not search.best(1):
+            raise DeadEnd("the request's rules leave no beam a token to choose")
         return search
 
     def _step(
@@ -259,8 +262,6 @@ class BeamDecoder:
             rows = {beam: self._log_probs(seq, search.running[beam], out.logits(0, at[beam].nodes[-1])) for beam in at}
             filler = next(iter(rows.values()))
             moves = search.advance(torch.stack([rows.get(beam, filler) for beam in range(search.num_beams)]))
-            if not search.done and not search.live:
-                raise DeadEnd("the request's rules leave no beam a token to choose")
             new = {beam: at[moves[beam].parent].with_token(moves[beam].token) for beam in search.live}
             children = {beam: tree.child(path.nodes[-1], path.token) for beam, path in new.items()}
             if search.done or None in children.values():

@@ -192,6 +192,9 @@ class TreeGenerator:
             self._streamer.put(input_ids.cpu())
         shown = 0
         for _ in llm.decoder.run(seqs, max_batch=len(seqs)):
+            for seq in seqs:
+                if seq.error is not None:
+                    raise seq.error
             for processor in processors:
                 processor.check()
             if self._streamer is not None:

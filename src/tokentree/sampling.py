@@ -22,8 +22,8 @@ LARGEST = 1e9  # penalty, and
 LARGEST_BIAS = 1e30  # so that float32 holds what comes of them
 MOST = 65_536  # samples of one prompt
 NOT_NUMBERS = (
-    "the model's logits are not finite numbers: it overflows (in float16, bfloat16 or float32 may help), or its weights "
-    "are damaged"
+    "the model's logits are not finite numbers: it overflows (where it computes in float16, another type may help), or "
+    "its weights are damaged"
 )
 
 
@@ -114,7 +114,7 @@ class SamplingParams(BaseModel):
     stop: Annotated[tuple[str, ...], BeforeValidator(_one_or_several)] = ()
     stop_token_ids: Annotated[tuple[Int, ...], BeforeValidator(_one_or_several)] = ()
     num_beams: Int = Field(1, ge=1, le=1024)
-    length_penalty: Float = Field(1.0, allow_inf_nan=False)
+    length_penalty: Float = Field(1.0, ge=-16, le=16, allow_inf_nan=False)
     early_stopping: Annotated[bool | Literal["never"], BeforeValidator(_truth_or_never)] = False
     num_return_sequences: Int = Field(1, ge=1)
     logprobs: Int | None = Field(None, ge=0)

@@ -178,10 +178,11 @@ class DraftModel(Drafter):
 
     def _draw(self, seq: Sequence, draft: Draft, node: int, count: int, logits: torch.Tensor) -> list[int]:
         """Draws ``count`` children without replacement, fewer where the distribution has fewer tokens."""
-        path, scores = draft.path_tokens(node), _ruled(seq, draft, node, logits)
-        if scores is None:
+        path = draft.path_tokens(node)
+        try:
+            probs = to_probs(seq.processed(logits, path), seq.params)
+        except RequestError:  # as in `_ruled`
             return []
-        probs = to_probs(scores, seq.params)
         assert draft.sampled is not None
         draft.sampled[node] = probs
         noise, left, level = seq.noise_after(path, DRAFT), probs.clone(), list[int]()
