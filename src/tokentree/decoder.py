@@ -56,16 +56,21 @@ class Decoder:
         and its `error` set.
 
         Raises:
-            OptionError: if ``max_batch`` is below 1.
+            OptionError: if ``max_batch`` is below 1, or something else than sequences is given.
         """
-        if not max_batch >= 1:
+        if not isinstance(max_batch, int) or max_batch < 1:
             raise OptionError(f"max_batch={max_batch!r} must be at least 1")
         waiting, active = iter(seqs), list[Sequence]()
         try:
             while True:
                 while len(active) < max_batch and (seq := next(waiting, None)) is not None:
-                    active.append(seq)
-                    self.prefill(seq)
+                    if not isinstance(seq, Sequence):
+                        raise OptionError(f"the loop decodes sequences, and {seq!r} is none")
+                    if any(seq is other for other in active):
+                        raise OptionError("one and the same sequence can't be decoded twice at a time")
+                    if not seq.finished:
+                        active.append(seq)
+                        self.prefill(seq)
                 if not active:
                     return
                 self.step(active)

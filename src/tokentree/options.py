@@ -52,8 +52,8 @@ def shape_in(config: Any) -> str:
     width = config.get("branching_factor", 2 if mode == "tree" else 1)
     if not isinstance(mode, str) or mode not in ("tree", "chain") or (mode == "chain" and width != 1):
         raise OptionError('speculative_config takes mode "tree", or mode "chain" with one branch')
-    depth = whole_number(depth, "depth of speculative_config", 1)
-    width = whole_number(width, "branching_factor of speculative_config", 1)
+    if type(depth) is not int or type(width) is not int or min(depth, width) < 1:
+        raise OptionError("depth and branching_factor of speculative_config are whole numbers of at least 1")
     return "x".join([str(width)] * depth)
 
 
@@ -114,7 +114,7 @@ def whole_number(value: Any, name: str, least: int) -> int:
         OptionError: unless it is a whole number of at least ``least``.
     """
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer) or value < least:
-        raise OptionError(f"{name} must be at least {least}, and a whole number, and not {_shown(value)}")
+        raise OptionError(f"{name} must be at least {least}: a whole number, and not {_shown(value)}")
     return int(value)
 
 
@@ -126,7 +126,7 @@ def megabytes(value: Any, name: str) -> int:
     """
     number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
     if not number or not 0 <= value < math.inf:
-        raise OptionError(f"{name} must be at least 0, a number of megabytes, and not {_shown(value)}")
+        raise OptionError(f"{name} must be at least 0: a number of megabytes, and not {_shown(value)}")
     return int(value * 1_000_000)
 
 

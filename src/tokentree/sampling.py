@@ -57,7 +57,7 @@ def _truth(value: Any) -> Any:
 
 
 def _truth_or_never(value: Any) -> Any:
-    return value if isinstance(value, str) and value == "never" else _truth(value)
+    return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else _truth(value)
 
 
 Float = Annotated[float, BeforeValidator(_plain)]
