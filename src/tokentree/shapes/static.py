@@ -14,7 +14,6 @@ from tokentree.errors import OptionError
 from tokentree.sequence import Sequence
 from tokentree.shapes.base import Shape
 
-
 LARGEST = 1 << 21  # static tree: the depths of all nodes, added up
 DEEPEST = 2000
 
