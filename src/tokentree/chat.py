@@ -87,7 +87,7 @@ def _applied(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tokeni
 
     try:
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=tokenize, return_dict=False)
-    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise PromptError(f"the model's chat template refuses these messages: {said}") from None
 

@@ -403,11 +403,11 @@ class LLM:
 
     def _ids(self, prompt: Prompt | Read, what: str) -> list[int]:
         read = prompt if isinstance(prompt, Chat) else read_prompt(prompt, what)
+        if not read:
+            raise PromptError(f"the {what} is empty: give at least one token")
         if isinstance(read, Chat):
             ids = chat_ids(self.tokenizer, read.messages)
         elif isinstance(read, str):
-            if not read:
-                raise PromptError(f"the {what} is empty: give at least one token")
             if self.tokenizer is None:
                 raise PromptError("this model came without a tokenizer: give token ids, or pass tokenizer=")
             ids = self.tokenizer(read).input_ids
