@@ -30,10 +30,10 @@ from tokentree.loading import check_same_tokenizer, load_engine, load_tokenizer,
 from tokentree.metrics import Metrics
 from tokentree.options import (
     Model,
+    check_attention,
     check_callable,
     check_model,
     check_placed,
-    check_text,
     folder_in,
     heads_in,
     megabytes,
@@ -165,7 +165,7 @@ class LLM:
             models_in(draft_model), whole_number(max_batch, "max_batch", 1), megabytes(prefix_mb, "prefix_mb"),
         )  # fmt: skip
         check_placed(model, dtype, device)
-        check_text(attention, "attention")
+        check_attention(attention)
         check_callable(watch, "watch")
         if not isinstance(compile, bool):
             raise OptionError(f"compile={compile!r} is neither True nor False")

@@ -15,6 +15,7 @@ from tokentree.loading import load_tokenizer
 from tokentree.registry import Named
 from tokentree.shapes import Shape, Static
 from tokentree.shapes import shape as parse_shape
+from tokentree.shapes.static import DEEPEST
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,6 +55,8 @@ def shape_in(config: Any) -> str:
         raise OptionError('speculative_config takes mode "tree", or mode "chain" with one branch')
     if type(depth) is not int or type(width) is not int or min(depth, width) < 1:
         raise OptionError("depth and branching_factor of speculative_config are whole numbers of at least 1")
+    if depth > DEEPEST:
+        raise OptionError(f"depth of speculative_config is at most {DEEPEST}")
     return "x".join([str(width)] * depth)
 
 
@@ -168,10 +171,10 @@ def check_callable(value: Any, name: str) -> None:
         raise OptionError(f"{name}={_shown(value)} is not a function")
 
 
-def check_text(value: Any, name: str) -> None:
-    """Raises `OptionError` unless ``value`` is None or a text."""
-    if value is not None and not isinstance(value, str):
-        raise OptionError(f"{name}={_shown(value)} is not a text")
+def check_attention(value: Any) -> None:
+    """Raises `OptionError` unless ``value`` is None or names a way to attend."""
+    if value is not None and value not in ("tree", "sdpa"):
+        raise OptionError(f"attention={_shown(value)} can't be used: there are 'tree' and 'sdpa'")
 
 
 def check_placed(model: Any, dtype: Any, device: Any) -> None:
