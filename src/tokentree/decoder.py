@@ -60,10 +60,10 @@ class Decoder:
         """
         if not isinstance(max_batch, int) or max_batch < 1:
             raise OptionError(f"max_batch={max_batch!r} must be at least 1")
-        waiting, active = iter(seqs), list[Sequence]()
+        waiting, active, over = iter(seqs), list[Sequence](), object()
         try:
             while True:
-                while len(active) < max_batch and (seq := next(waiting, None)) is not None:
+                while len(active) < max_batch and (seq := next(waiting, over)) is not over:
                     if not isinstance(seq, Sequence):
                         raise OptionError(f"the loop decodes sequences, and {seq!r} is none")
                     if any(seq is other for other in active):

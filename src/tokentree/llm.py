@@ -433,8 +433,18 @@ class LLM:
         )
         return {token: written for token in hidden if (written := str(tokenizer.decode([token])))}
 
-    def detokenizer(self) -> Detokenizer:
+    @cached_property
+    def _raw(self) -> frozenset[int]:
+        """The tokens that stand for a byte each, in tokenizers that have such beside pieces of text."""
+        names = [f"<0x{byte:02X}>" for byte in range(256)]
+        known = self.tokenizer.get_vocab() if self.tokenizer is not None else {}
+        return frozenset(known[name] for name in names if name in known)
+
+    def detokenizer(self, exact: bool = False) -> Detokenizer:
         """What makes text of tokens as they come.
+
+        Args:
+            exact: give nothing out that later tokens may change, see `Detokenizer`. Stop strings don't wait for that.
 
         Raises:
             PromptError: without a tokenizer.
@@ -442,7 +452,8 @@ class LLM:
         tokenizer = self.tokenizer
         if tokenizer is None:
             raise PromptError("this model came without a tokenizer: pass tokenizer=")
-        return Detokenizer(lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)), self._special)
+        raw = self._raw if exact else frozenset()
+        return Detokenizer(lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)), self._special, raw)
 
     def result(self, seq: Sequence) -> Result:
         """What ``seq`` came to so far."""
@@ -481,7 +492,7 @@ class Stream:
 def _pieces(llm: LLM, seq: Sequence) -> Generator[Piece]:
     """Decodes ``seq`` step by step. No method of `Stream`, so that a dropped stream drops its KV at once."""
     held = list[Piece]()
-    detokenizer = llm.detokenizer() if llm.tokenizer is not None else None
+    detokenizer = llm.detokenizer(exact=True) if llm.tokenizer is not None else None
     hold = 0 if detokenizer is None else detokenizer.held_back(seq.params.stop)
     shown = known = 0
     for _ in llm.decoder.run([seq], 1):

@@ -16,14 +16,18 @@ class Detokenizer:
     Args:
         decode: the text of token ids, without special tokens.
         special: the tokens that ``decode`` leaves out, and how they are written.
+        raw: tokens that stand for a byte each. Where a row of them makes no text, all of it becomes replacement
+            characters; so with these, text is given out once the row is over. Without, as soon as it makes sense.
 
     Attributes:
         text: what is certain so far, without special tokens.
         marked: the same with them.
     """
 
-    def __init__(self, decode: Decode, special: Mapping[int, str] | None = None) -> None:
-        self._decode, self._special = decode, special or {}
+    def __init__(
+        self, decode: Decode, special: Mapping[int, str] | None = None, raw: frozenset[int] = frozenset()
+    ) -> None:
+        self._decode, self._special, self._raw = decode, special or {}, raw
         self._ids: list[int] = []  # the window that is decoded: a few tokens that were given out, and those held back
         self._shown = 0  # of them, those whose text was given out
         self._marks: tuple[tuple[int, int], ...] = ()  # of each special token: where in `marked`, and how long
@@ -31,7 +35,7 @@ class Detokenizer:
         self.text = self.marked = ""
 
     def copy(self) -> Detokenizer:
-        twin = Detokenizer(self._decode, self._special)
+        twin = Detokenizer(self._decode, self._special, self._raw)
         twin._ids, twin._shown, twin._marks, twin._names = self._ids.copy(), self._shown, self._marks, self._names
         twin.text, twin.marked = self.text, self.marked
         return twin
@@ -82,6 +86,8 @@ class Detokenizer:
 
     def _push(self, ids: Sequence[int]) -> str:
         self._ids.extend(ids)
+        if self._ids and self._ids[-1] in self._raw:
+            return ""
         known, whole = self._decode(self._ids[: self._shown]), self._decode(self._ids)
         return "" if len(whole) <= len(known) or whole.endswith("\ufffd") else self._give(whole[len(known) :])
 
