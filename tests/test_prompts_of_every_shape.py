@@ -114,8 +114,9 @@ def test_several_prompts_may_come_in_any_of_these_forms(llm: LLM, name: str) -> 
 
 
 def test_no_prompts_have_no_results(llm: LLM) -> None:
-    for none in ([], (), iter(()), np.zeros((0, 3), np.int64)):
-        assert llm.generate(none) == []  # type: ignore[arg-type]
+    nothing: list[Any] = [[], (), iter(()), np.zeros((0, 3), np.int64)]
+    for none in nothing:
+        assert llm.generate(none) == []
 
 
 @pytest.mark.parametrize(
@@ -210,7 +211,7 @@ def test_without_a_tokenizer_ids_alone_are_prompts() -> None:
     assert len(bare.generate(torch.tensor([[5, 6, 7]]), FEW)) == 1
     for given in (TEXT, [TURN], {"prompt": TEXT}):
         with pytest.raises(PromptError):
-            bare.generate(given, FEW)  # type: ignore[arg-type]
+            bare.generate(given, FEW)
 
 
 def test_prompts_are_read_once_and_stay_as_they_are() -> None:
@@ -250,7 +251,8 @@ def test_messages_may_come_in_any_of_these_forms(llm: LLM, name: str) -> None:
 
 def test_several_conversations_are_several_prompts(llm: LLM) -> None:
     later = [TURN, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "A tree"}]
-    results = llm.generate([[TURN], later, {"messages": [TURN]}, "A tree"], FEW)
+    several: list[Any] = [[TURN], later, {"messages": [TURN]}, "A tree"]
+    results = llm.generate(several, FEW)
     assert [result.prompt_token_ids for result in results] == [
         SAID, llm.chat_prompt(later), SAID, TOKENIZER("A tree").input_ids,
     ]  # fmt: skip

@@ -38,7 +38,7 @@ def _sentencepiece(kind: str) -> Tokenizer:
 
 
 TOKENIZERS = {kind: _sentencepiece(kind) for kind in ("llama", "gemma", "metaspace")}
-TOKENIZERS["bytes"] = tiny_tokenizer()._tokenizer
+TOKENIZERS["bytes"] = tiny_tokenizer().backend_tokenizer
 
 
 def _specials(tokenizer: Tokenizer) -> dict[int, str]:

@@ -21,6 +21,7 @@ from tokentree.acceptance import acceptance
 from tokentree.decoder import Decoder
 from tokentree.drafters.ngram import NGram
 from tokentree.drafters.none import NoDrafter
+from tokentree.sequence import Sequence
 from tokentree.shapes import Static
 
 IDS = [5, 9, 7, 5, 9]
@@ -43,10 +44,12 @@ class World:
         (folder / "broken" / "config.json").write_text("{")
         self.broken = str(folder / "broken")
         self.nowhere = str(folder / "nowhere")
-        small = {"d_model": 8, "d_ff": 8, "num_layers": 1, "num_heads": 2, "d_kv": 4, "vocab_size": 20}
+        small: dict[str, Any] = {"d_model": 8, "d_ff": 8, "num_layers": 1, "num_heads": 2, "d_kv": 4, "vocab_size": 20}
         self.encoder: PreTrainedModel = T5ForConditionalGeneration(T5Config(**small))
-        self.seq = lambda: self.llm.sequence(IDS, SamplingParams(max_tokens=3))
         self.medusa = tokentree.MedusaModel(self.llm, folder)
+
+    def seq(self) -> Sequence:
+        return self.llm.sequence(IDS, SamplingParams(max_tokens=3))
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +60,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def run(decoder: Decoder, seqs: Any, *more: Any) -> None:
     for _ in decoder.run(seqs, *more):
         pass
+
+
+def built(world: World, *parts: Any) -> Decoder:
+    return Decoder(world.llm.engine, *parts)
 
 
 def each(name: str, values: list[Any], call: Callable[[World, Any], Any]) -> list[Any]:
@@ -175,9 +182,9 @@ CALLS: list[Any] = [
     *each("Decoder", [("ngram", Static([2]), acceptance("match")), (NGram(), "2x2", acceptance("match")),
                       (NGram(), Static([2]), "match"), (None, None, None),
                       (NGram(), Static([2]), acceptance("rejection")),
-                      (NGram, Static([2]), acceptance("match"))], lambda w, v: Decoder(w.llm.engine, *v)),
+                      (NGram, Static([2]), acceptance("match"))], lambda w, v: built(w, *v)),
     *each("Decoder.run", [0, -1, 1.5, "3", None, 1j],
-          lambda w, v: run(Decoder(w.llm.engine, NoDrafter(), Static([1]), acceptance("match")), [w.seq()], v)),
+          lambda w, v: run(built(w, NoDrafter(), Static([1]), acceptance("match")), [w.seq()], v)),
     *each("Decoder.run of", [[3], ["text"], [None]], lambda w, v: run(w.llm.decoder, v)),
     *each("Decoder.run twice", [2], lambda w, v: run(w.llm.decoder, [w.seq()] * v)),
     *each("Static", [[], [0], [-1], [1.5], ["2"], [2] * 64, [10**9] * 2, [None]], lambda w, v: Static(v)),
@@ -240,11 +247,12 @@ def test_the_sweep_is_wide() -> None:
 
 
 def test_a_wrong_signature_is_a_type_error() -> None:
-    for call in (
-        LLM,
+    calls: list[Callable[[], Any]] = [
+        lambda: LLM(**{}),
         lambda: LLM("model", quantum=True),  # type: ignore[call-arg]
-        lambda: SamplingParams(0.5),  # type: ignore[call-arg,misc]
+        lambda: SamplingParams(0.5),  # type: ignore[call-arg]
         lambda: tokentree.build_tree(IDS),  # type: ignore[call-arg]
-    ):
+    ]
+    for call in calls:
         with pytest.raises(TypeError):
             call()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import secrets
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -279,10 +279,10 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | SequenceOf[Prompt],
+        prompts: Prompt | Iterable[Prompt],
         params: SamplingParams | SequenceOf[SamplingParams] | None = None,
         *,
-        reference: Prompt | SequenceOf[Prompt] | None = None,
+        reference: Prompt | Iterable[Prompt] | None = None,
         progress: bool = False,
     ) -> list[Result]:
         """Decodes every prompt, `max_batch` at a time.
@@ -342,7 +342,7 @@ class LLM:
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *,
-        reference: Prompt | SequenceOf[Prompt] | None = None,
+        reference: Prompt | Iterable[Prompt] | None = None,
     ) -> Stream:  # fmt: skip
         """Decodes one prompt and gives out each token as it comes: iterate over it, then read its `result`. If the
         request's rules fail, iterating raises the `RequestError` behind the last token.
@@ -363,7 +363,7 @@ class LLM:
         messages: SequenceOf[Mapping[str, Any]],
         params: SamplingParams | None = None,
         *,
-        reference: Prompt | SequenceOf[Prompt] | None = None,
+        reference: Prompt | Iterable[Prompt] | None = None,
     ) -> Result:
         """The model's answer to ``[{"role": "user", "content": "…"}, …]``.
 
