@@ -27,6 +27,8 @@ LAYERS = {
             "automaton",
             "storage",
             "text",
+            "chat",
+            "inputs",
             "metrics",
             "sampling",
             "draft",
@@ -37,7 +39,7 @@ LAYERS = {
     **dict.fromkeys(("acceptance", "shapes"), 2),
     **dict.fromkeys(("engines", "drafters", "heads"), 3),
     **dict.fromkeys(("registry", "decoder", "beam"), 4),
-    **dict.fromkeys(("converted", "loading", "costs", "llm"), 5),
+    **dict.fromkeys(("converted", "loading", "costs", "options", "llm"), 5),
 }
 TOP = 6  # everything else: ways to use the library
 

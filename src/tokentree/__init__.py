@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         OptionError,
         PairingError,
         PromptError,
+        RequestError,
         TokenTreeError,
         TreeError,
     )
@@ -44,6 +45,7 @@ __all__ = [
     "PairingError",
     "Piece",
     "PromptError",
+    "RequestError",
     "Result",
     "SamplingParams",
     "Stream",
@@ -67,7 +69,16 @@ __all__ = [
 _HOMES = {
     "decoder": ["Decoder"],
     "draft": ["Draft"],
-    "errors": ["ForkError", "ModelError", "OptionError", "PairingError", "PromptError", "TokenTreeError", "TreeError"],
+    "errors": [
+        "ForkError",
+        "ModelError",
+        "OptionError",
+        "PairingError",
+        "PromptError",
+        "RequestError",
+        "TokenTreeError",
+        "TreeError",
+    ],
     "hf": ["TreeGenerator", "generator"],
     "llm": ["LLM", "Piece", "Result", "Stream"],
     "medusa": ["MedusaModel", "build_tree_from_heads", "medusa_decode", "train_medusa_heads"],

@@ -12,7 +12,7 @@ from typing import ClassVar, Protocol
 import torch
 
 from tokentree.draft import Draft
-from tokentree.errors import OptionError, PairingError
+from tokentree.errors import OptionError, PairingError, RequestError
 from tokentree.sampling import to_probs
 from tokentree.sequence import ACCEPT, Accepted, Sequence
 
@@ -30,7 +30,11 @@ class NodeLogits(Protocol):
 
 
 class Acceptance(Protocol):
-    """A rule: ``rule(seq, draft, logits)`` walks the tree and reads the target's ``logits`` at the nodes it visits."""
+    """A rule: ``rule(seq, draft, logits)`` walks the tree and reads the target's ``logits`` at the nodes it visits.
+
+    Where a request fails at a node, a lossless rule gives the tokens before it, as plain decoding would have, and the
+    error; a lossy one may raise it.
+    """
 
     lossy: ClassVar[bool]
     draws_children: ClassVar[bool]
@@ -53,7 +57,10 @@ class Match:
         tree, node, takes_best = draft.tree, 0, seq.takes_best
         path, tokens = [0], list[int]()
         while True:
-            tokens.append(logits.best(node) if takes_best else seq.draw(logits(node), tokens))
+            try:
+                tokens.append(logits.best(node) if takes_best else seq.draw(logits(node), tokens))
+            except RequestError as error:
+                return Accepted(path[: len(tokens)], tokens, error=error)
             child = tree.child(node, tokens[-1])
             if child is None:
                 return Accepted(path, tokens, refused=not tree.is_leaf(node))
@@ -89,7 +96,10 @@ class Rejection:
         path, tokens = [0], list[int]()
         while True:
             noise = seq.noise_after(tokens, ACCEPT)
-            target_probs = to_probs(seq.processed(logits(node), tokens), seq.params)
+            try:
+                target_probs = to_probs(seq.processed(logits(node), tokens), seq.params)
+            except RequestError as error:
+                return Accepted(path[: len(tokens)], tokens, error=error)
             children = tree.children[node]
             draft_probs = _fit(draft.sampled[node], target_probs) if draft.sampled and children else target_probs
             for child in children:
@@ -121,7 +131,10 @@ class BestPath:
         tree = draft.tree
         log_probs = [0.0] * len(tree)
         for node, children in enumerate(tree.children):
-            if children:
+            if children and log_probs[node] == -math.inf:  # a path that the rules forbid: nothing is asked behind it
+                for child in children:
+                    log_probs[child] = -math.inf
+            elif children:
                 scores = seq.processed(logits(node), draft.path_tokens(node)).log_softmax(-1)
                 for child in children:
                     log_probs[child] = log_probs[node] + float(scores[int(tree.tokens[child])])
@@ -186,6 +199,8 @@ def acceptance(name: str) -> Acceptance:
     Raises:
         OptionError: if there is none, or its numbers make no sense.
     """
+    if not isinstance(name, str):
+        raise OptionError(f"accept={name!r} is not the name of a rule: choose one of {', '.join(RULES)}")
     rule, _, rest = name.partition(":")
     if rule not in RULES:
         raise OptionError(f"unknown acceptance rule {rule!r}: choose one of {', '.join(RULES)}")

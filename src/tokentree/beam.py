@@ -7,6 +7,7 @@ texts that are kept end at a node of the trees.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ import torch
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter
 from tokentree.engines.base import Engine, TargetOutput
+from tokentree.errors import DeadEnd
 from tokentree.exclusive import Exclusive, exclusive
 from tokentree.sampling import process_logits
 from tokentree.sequence import Accepted, FinishReason, Sequence
@@ -113,10 +115,11 @@ class BeamSearch:
         return [moves[i] for i in order.tolist()]
 
     def best(self, count: int) -> list[Hypothesis]:
-        """The best finished texts, the best one first."""
+        """The best finished texts, the best one first; fewer, if rules left so few."""
         return [
             Hypothesis(tokens, score)
             for tokens, score in zip(self._finished[:count], self._finished_scores.tolist()[:count], strict=True)
+            if score > WORST / 2
         ]
 
     def reason(self, tokens: list[int]) -> FinishReason:
@@ -199,7 +202,11 @@ class BeamDecoder:
         return self._engine.lock
 
     def run(self, seq: Sequence, advance: Callable[[], None] = lambda: None) -> BeamSearch:
-        """Searches to the end; ``advance`` is called after each forward."""
+        """Searches to the end; ``advance`` is called after each forward.
+
+        Raises:
+            RequestError: if the request's rules fail, or leave no text a token to go on with.
+        """
         params = seq.params
         ends = frozenset() if params.ignore_eos else seq.eos_ids | {*params.stop_token_ids}
         search = BeamSearch(params.num_beams, seq.room, ends, params.length_penalty, params.early_stopping)
@@ -213,6 +220,8 @@ class BeamDecoder:
             with self.lock:
                 self._engine.release([seq])
                 self._release([self._prompt, *(beam.seq for beam in beams)])
+        if not search.best(1):
+            raise DeadEnd("the request's rules leave no beam a token to choose")
         return search
 
     @exclusive
@@ -278,7 +287,10 @@ class BeamDecoder:
         """float32[vocab]: raw log-probabilities, to which rules are applied as transformers' beam search does."""
         log_probs, params = logits.float().log_softmax(-1), seq.params
         banned = sorted(seq.eos_ids | {*params.stop_token_ids}) if len(output) < params.min_tokens else []
-        return process_logits(log_probs, params, seq.prompt_ids, output, banned)
+        try:
+            return process_logits(log_probs, params, seq.prompt_ids, output, banned)
+        except DeadEnd:  # this beam ends here, and others may go on
+            return torch.full_like(log_probs, -math.inf)
 
     def _go_on(
         self, seq: Sequence, beams: list[_Beam], drafts: list[Draft], tree: TokenTree, out: TargetOutput,

@@ -11,7 +11,7 @@ from tokentree.acceptance import Acceptance
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter
 from tokentree.engines.base import Engine, TargetOutput
-from tokentree.errors import PairingError
+from tokentree.errors import OptionError, PairingError, RequestError
 from tokentree.exclusive import Exclusive, exclusive
 from tokentree.sequence import Accepted, Sequence, TokenLogprobs
 from tokentree.shapes.base import Shape
@@ -31,11 +31,17 @@ class Decoder:
 
     Raises:
         PairingError: if the rule needs drawn children and the drafter can't draw any.
+        OptionError: if drafter or shape is none.
     """
 
     def __init__(
         self, engine: Engine, drafter: Drafter, shape: Shape, accept: Acceptance, watch: Watcher | None = None
     ) -> None:
+        for given, kind in ((drafter, Drafter), (shape, Shape)):
+            if not isinstance(given, kind):
+                raise OptionError(f"{given!r} is not a {kind.__name__}: names are for LLM")
+        if isinstance(accept, str) or not callable(accept):
+            raise OptionError(f"{accept!r} is not a rule: names are for LLM and for acceptance()")
         if accept.draws_children and not drafter.draws_children:
             raise PairingError(
                 f"accept='rejection' needs children drawn from a distribution, and the drafter {drafter.name!r} picks "
@@ -53,14 +59,25 @@ class Decoder:
         """Decodes all ``seqs``, at most ``max_batch`` at a time; yields those that grew after each step.
 
         A finished sequence leaves and a waiting one joins between steps. What is kept for a sequence is forgotten when
-        it finishes, or when the caller stops iterating.
+        it finishes, or when the caller stops iterating. One whose rules fail ends alone, with the finish reason "error"
+        and its `error` set.
+
+        Raises:
+            OptionError: if ``max_batch`` is below 1, or something else than sequences is given.
         """
-        waiting, active = iter(seqs), list[Sequence]()
+        if not isinstance(max_batch, int) or max_batch < 1:
+            raise OptionError(f"max_batch={max_batch!r} must be at least 1")
+        waiting, active, over = iter(seqs), list[Sequence](), object()
         try:
             while True:
-                while len(active) < max_batch and (seq := next(waiting, None)) is not None:
-                    active.append(seq)
-                    self.prefill(seq)
+                while len(active) < max_batch and (seq := next(waiting, over)) is not over:
+                    if not isinstance(seq, Sequence):
+                        raise OptionError(f"the loop decodes sequences, and {seq!r} is none")
+                    if any(seq is other for other in active):
+                        raise OptionError("one and the same sequence can't be decoded twice at a time")
+                    if not seq.finished:
+                        active.append(seq)
+                        self.prefill(seq)
                 if not active:
                     return
                 self.step(active)
@@ -91,8 +108,11 @@ class Decoder:
         accepted = [self._accept(i, seq, draft, out) for i, (seq, draft) in enumerate(zip(seqs, drafts, strict=True))]
         self.engine.commit(seqs, [step.path for step in accepted])
         clock.append(time.perf_counter())
-        self.drafter.observe(seqs, drafts, out, accepted)
-        self.shape.observe(seqs, drafts, accepted, clock[1] - clock[0], out.seconds)
+        going = [i for i, step in enumerate(accepted) if step.error is None]
+        part = [seqs[i] for i in going], [drafts[i] for i in going], [accepted[i] for i in going]
+        if going:
+            self.drafter.observe(*part[:2], out.of(going), part[2])
+            self.shape.observe(*part, clock[1] - clock[0], out.seconds)
         clock.append(time.perf_counter())
         for i, (seq, draft, step) in enumerate(zip(seqs, drafts, accepted, strict=True)):
             self._record(i, seq, draft, step, out, clock)
@@ -110,13 +130,17 @@ class Decoder:
 
     def _accept(self, i: int, seq: Sequence, draft: Draft, out: TargetOutput) -> Accepted:
         """Stops and limits cut before anything is permanent."""
-        return seq.truncate(self.accept(seq, draft, out.after(i)))
+        try:
+            step = self.accept(seq, draft, out.after(i))
+        except RequestError as error:
+            step = Accepted([], [], error=error)
+        return seq.truncate(step)
 
     def _record(
         self, i: int, seq: Sequence, draft: Draft, step: Accepted, out: TargetOutput, clock: list[float]
     ) -> None:
         metrics = seq.metrics
-        metrics.count_step(max(draft.depths), len(draft) - 1, len(step.path) - 1, step.refused)
+        metrics.count_step(max(draft.depths), len(draft) - 1, max(0, len(step.path) - 1), step.refused)
         metrics.draft_seconds += clock[1] - clock[0] + clock[4] - clock[3]
         metrics.verify_seconds += clock[2] - clock[1]
         metrics.accept_seconds += clock[3] - clock[2]
@@ -130,7 +154,7 @@ class Decoder:
             for node, token in zip(step.path, step.tokens, strict=True):
                 seq.logprobs.append(_logprobs(out.logits(i, node), token, seq.params.logprobs))
         seq.extend(step)
-        if self.watch is not None:
+        if self.watch is not None and step.tokens:
             self.watch(seq, draft, step)
 
 

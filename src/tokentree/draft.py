@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from tokentree.errors import PairingError
+from tokentree.errors import PairingError, TreeError
 from tokentree.tree import Floats, Ints, TokenTree
 
 
@@ -54,7 +54,13 @@ class Draft:
         return len(self.tokens)
 
     def add(self, parent: int, token: int, log_prob: float, rank: int, source: int = 1) -> int:
-        """Adds a child of ``parent`` to which the drafter gives conditional log-probability ``log_prob``."""
+        """Adds a child of ``parent`` to which the drafter gives conditional log-probability ``log_prob``.
+
+        Raises:
+            TreeError: if there is no such parent.
+        """
+        if not 0 <= parent < len(self.tokens):
+            raise TreeError(f"the draft has no node {parent}: it has {len(self.tokens)}")
         self.tokens.append(token)
         self.parents.append(parent)
         self.depths.append(self.depths[parent] + 1)

@@ -17,6 +17,15 @@ class PromptError(TokenTreeError):
     """A prompt that can't be decoded: empty, too long, unreadable."""
 
 
+class RequestError(TokenTreeError):
+    """A request that can't go on: what its processors give can't be chosen from, or they raise. It ends that request
+    alone."""
+
+
+class DeadEnd(RequestError):
+    """The rules of a request leave no token to choose."""
+
+
 class ModelError(TokenTreeError):
     """A model that can't be loaded, or that this library can't decode with a tree."""
 

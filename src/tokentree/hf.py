@@ -25,6 +25,7 @@ from tokentree.engines.support import check_supported
 from tokentree.errors import OptionError, PromptError
 from tokentree.llm import LLM, Model, shape_of
 from tokentree.metrics import Metrics
+from tokentree.options import heads_in, models_in
 from tokentree.registry import Named, check_names
 from tokentree.sampling import SamplingParams, seeded_noise
 from tokentree.sequence import Sequence
@@ -141,10 +142,11 @@ class TreeGenerator:
     ) -> None:
         acceptance(accept)  # unknown names are told now
         check_names(drafter)
-        if seed is not None and not 0 <= seed < 2**63:
-            raise OptionError(f"seed={seed} is not a whole number from 0 to 2**63 - 1")
+        models_in(draft_model)
+        if seed is not None and not (isinstance(seed, int) and 0 <= seed < 2**63):
+            raise OptionError(f"seed={seed!r} is not a whole number from 0 to 2**63 - 1")
         self.metrics: list[Metrics] = []
-        shape_of(shape, drafter, heads)  # a mistake is told here; each model gets a shape of its own
+        shape_of(shape, drafter, heads_in(heads))  # a mistake is told here; each model gets a shape of its own
         self._options: dict[str, Any] = {"draft_model": draft_model, "drafter": drafter, "accept": accept}
         self._options |= {"shape": shape, "heads": heads}
         self._streamer, self._seed = streamer, seed
@@ -192,6 +194,9 @@ class TreeGenerator:
             self._streamer.put(input_ids.cpu())
         shown = 0
         for _ in llm.decoder.run(seqs, max_batch=len(seqs)):
+            for seq in seqs:
+                if seq.error is not None:
+                    raise seq.error
             for processor in processors:
                 processor.check()
             if self._streamer is not None:

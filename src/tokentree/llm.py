@@ -2,44 +2,60 @@
 
 from __future__ import annotations
 
+import copy
 import secrets
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
+from safetensors import SafetensorError
 
 from tokentree.acceptance import acceptance
 from tokentree.beam import BeamDecoder
+from tokentree.chat import chat_ids, read_messages
 from tokentree.costs import cost_curve
 from tokentree.decoder import Decoder, Watcher
 from tokentree.drafters.base import Parts
 from tokentree.engines.facts import ends_of
 from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.support import check_quantization
-from tokentree.errors import ModelError, OptionError, PromptError
+from tokentree.errors import DeadEnd, ModelError, OptionError, PromptError, RequestError
 from tokentree.exclusive import neutral
-from tokentree.heads.saved import Fingerprint, saved_choices
+from tokentree.heads.saved import Fingerprint
+from tokentree.inputs import Chat, Prompt, Read, read_prompt, read_prompts
 from tokentree.loading import check_same_tokenizer, load_engine, load_tokenizer, pick_device
 from tokentree.metrics import Metrics
+from tokentree.options import (
+    Model,
+    check_attention,
+    check_callable,
+    check_model,
+    check_placed,
+    folder_in,
+    heads_in,
+    megabytes,
+    models_in,
+    shape_in,
+    shape_of,
+    tokenizer_in,
+    whole_number,
+)
 from tokentree.registry import Named, check_names, make_drafter
-from tokentree.sampling import SamplingParams, seeded_noise
+from tokentree.sampling import SamplingParams, check_vocabulary, seeded_noise
 from tokentree.sequence import Accepted, FinishReason, Sequence, TokenLogprobs
-from tokentree.shapes import Cost, CostCurve, Shape, Static
-from tokentree.shapes import shape as parse_shape
+from tokentree.shapes import Cost, CostCurve, Shape
 from tokentree.text import Detokenizer
 from tokentree.threads import check_fork, set_threads
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-Prompt = str | SequenceOf[int]
-Model = Union[str, Path, "PreTrainedModel"]
-DEFAULT_SHAPE = "cost"
+__all__ = ["LLM", "Model", "Piece", "Prompt", "Result", "Stream", "shape_of"]
 
 
 @dataclass(frozen=True)
@@ -49,11 +65,12 @@ class Result:
     Args:
         text: the output, without special tokens and without what a stop string cut off.
         token_ids: the output's tokens, all of them.
-        finish_reason: "stop" (a stop rule), "length" (a limit) or "interrupted" (the caller stopped).
+        finish_reason: "stop" (a stop rule), "length" (a limit), "interrupted" (the caller stopped) or "error".
         logprobs: per token, if they were asked for.
         metrics: what it cost.
         prompt_token_ids: the prompt.
         score: with beam search, the text's log-probability, divided by its length to the power of the length penalty.
+        error: what ended it, with the finish reason "error": its rules failed behind the tokens that are there.
     """
 
     text: str
@@ -63,6 +80,7 @@ class Result:
     metrics: Metrics
     prompt_token_ids: list[int]
     score: float | None = None
+    error: RequestError | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +93,16 @@ class Piece:
     drafted: bool
 
 
+@dataclass(frozen=True)
+class _Way:
+    """How an `LLM` was asked to decode; None is the default."""
+
+    drafter: Named = None
+    shape: str | Shape | None = None
+    accept: str = "match"
+    watch: Watcher | None = None
+
+
 class LLM:
     """A target model, a drafter and the loop.
 
@@ -84,7 +112,7 @@ class LLM:
     Args:
         model: a hub name, a folder of safetensors, a GGUF file, or a loaded transformers model (which stays as it is).
         drafter: a name from the registry, a list of names to be merged, or a `Drafter`. Without one, ``draft_model`` if
-            draft models are given, and if not, heads that are given and all lookups, merged.
+            draft models are given and no heads; otherwise all that is given and all lookups, merged.
         draft_model: one draft model or several (merged into one tree).
         heads: a folder with Medusa heads for this model.
         shape: how trees grow: see `tokentree.shapes.shape`; or ``choices``, the static tree that is kept beside heads.
@@ -93,7 +121,7 @@ class LLM:
             in it.
         device: by default the first GPU, if there is one.
         attention, quantization, compile: see `TorchEngine`; they hold for draft models too.
-        tokenizer: by default the one that comes with the model.
+        tokenizer: by default the one that comes with the model. A name will do, and a processor that has one.
         max_batch: most sequences decoded together.
         threads: CPU threads; the same as ``torch.set_num_threads``, which sets them for all that torch computes. No
             text depends on how many there are.
@@ -139,29 +167,35 @@ class LLM:
         if speculative_config is not None:
             if shape is not None:
                 raise OptionError("speculative_config says what shape says: give one of them")
-            shape = _configured(speculative_config)
-        if not isinstance(model, str | Path) and not (dtype is None and device is None):
-            raise OptionError("a loaded model keeps its dtype and device: leave dtype and device out")
-        if memory is not None and Path(memory).exists() and not Path(memory).is_dir():
-            raise OptionError(f"memory={str(memory)!r} is a file: name a folder")
-        if max_batch < 1:
-            raise OptionError("max_batch must be at least 1")
-        if prefix_mb < 0:
-            raise OptionError("prefix_mb must be at least 0")
+            shape = shape_in(speculative_config)
         check_fork()
         set_threads(threads)
         # what is cheap to tell is told before anything is loaded
-        rule, form = acceptance(accept), shape_of(shape, drafter, heads)
-        drafts: list[Model] = [] if draft_model is None else _as_list(draft_model)
+        check_model(model)
+        drafts, batch, prefix_bytes = (
+            models_in(draft_model), whole_number(max_batch, "max_batch", 1), megabytes(prefix_mb, "prefix_mb"),
+        )  # fmt: skip
+        check_placed(model, dtype, device)
+        check_attention(attention)
+        check_callable(watch, "watch")
+        if not isinstance(compile, bool):
+            raise OptionError(f"compile={compile!r} is neither True nor False")
+        known, heads = folder_in(memory, "memory"), heads_in(heads)
+        acceptance(accept)
+        shape_of(shape, drafter, heads)
+        check_names(drafter)
         for named in (model, *drafts):
             check_quantization(quantization, file=named if isinstance(named, str | Path) else None)
-        check_names(drafter)
         place = pick_device(device) if isinstance(model, str | Path) else model.device
         options: dict[str, Any] = {"attention": attention, "quantization": quantization, "compile": compile}
-        options["prefix_bytes"] = prefix_mb * 1_000_000
-        self.engine, self.max_batch = load_engine(model, dtype, place, **options), max_batch
-        self.tokenizer = tokenizer or _tokenizer_of(model)
-        self.eos_ids = frozenset({*self.engine.facts.ends, *ends_of(self.tokenizer)})
+        options["prefix_bytes"] = prefix_bytes
+        own_tokenizer = tokenizer_in(tokenizer)
+        self.engine, self.max_batch = load_engine(model, dtype, place, **options), batch
+        self.tokenizer = _tokenizer_of(model) if own_tokenizer is None else own_tokenizer
+        ends = {*self.engine.facts.ends, *ends_of(self.tokenizer)}
+        self.eos_ids = frozenset(
+            token for token in ends if 0 <= token < self.engine.vocab_size
+        )  # some write -1 for none
         draft_engines = list[tuple[str, KVEngine]]()
         for draft in drafts:
             name = str(draft) if isinstance(draft, str | Path) else draft.config._name_or_path
@@ -170,11 +204,12 @@ class LLM:
             engine = load_engine(draft, dtype, place, **options)
             draft_engines.append((_short(name, [known for known, _ in draft_engines]), engine))
         fingerprint = None if heads is None else Fingerprint.of(self.config, self.tokenizer)
-        self._parts = Parts(self.engine, tuple(draft_engines), None if heads is None else Path(heads), fingerprint)
+        self._parts = Parts(self.engine, tuple(draft_engines), heads, fingerprint)
         self._curve: CostCurve | None = None
-        self.decoder = Decoder(self.engine, make_drafter(drafter, self._parts), self._priced(form), rule, watch)
-        if memory is not None and Path(memory).is_dir():
-            self.decoder.drafter.load(Path(memory))
+        self._way = _Way(drafter, shape, accept, watch)
+        self.decoder = self._decoder()
+        if known is not None and known.is_dir():
+            self.decoder.drafter.load(known)
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -187,29 +222,47 @@ class LLM:
         self,
         drafter: Named = None,
         shape: str | Shape | None = None,
-        accept: str = "match",
+        accept: str | None = None,
         watch: Watcher | None = None,
         heads: str | Path | None = None,
     ) -> LLM:
-        """The same target and draft models with another drafter, shape or rule, or other heads; nothing learnt is
-        shared.
+        """The same target and draft models with another drafter, shape or rule, other heads or another watcher; what
+        isn't named stays as it is. Nothing learnt is shared, except by a `Drafter` that was given as such.
 
         Raises:
             OptionError, PairingError, ModelError: as for the constructor.
         """
-        twin = object.__new__(LLM)
-        twin.__dict__.update(self.__dict__)
-        if heads is not None:
-            fingerprint = Fingerprint.of(self.config, self.tokenizer)
-            twin._parts = replace(self._parts, heads=Path(heads), fingerprint=fingerprint)
-        with self.engine.lock:
-            form = self._priced(shape_of(shape, drafter, twin._parts.heads))
-            twin.decoder = Decoder(self.engine, make_drafter(drafter, twin._parts), form, acceptance(accept), watch)
-        return twin
+        check_names(drafter)
+        check_callable(watch, "watch")
+        now = self._way
+        with self.engine.lock:  # while nobody's steps change it
+            kept = copy.deepcopy(now.shape) if shape is None else shape
+        way = _Way(
+            now.drafter if drafter is None else drafter, kept, now.accept if accept is None else accept,
+            now.watch if watch is None else watch,
+        )  # fmt: skip
+        parts, folder = self._parts, heads_in(heads)
+        if folder is not None:
+            parts = replace(parts, heads=folder, fingerprint=Fingerprint.of(self.config, self.tokenizer))
+        return self._twin(way, parts)
 
     def plain(self) -> LLM:
-        """The same model without speculation: one token per forward."""
-        return self.using("none")
+        """The same model without speculation: one token per forward, by the rule ``match``, and nobody watches."""
+        return self._twin(_Way("none"), self._parts)
+
+    def _twin(self, way: _Way, parts: Parts) -> LLM:
+        twin = object.__new__(LLM)
+        twin.__dict__.update(self.__dict__)
+        twin._way, twin._parts = way, parts
+        with self.engine.lock:  # hidden states are asked for, or costs measured, while nobody decodes
+            twin.decoder = twin._decoder()
+        return twin
+
+    def _decoder(self) -> Decoder:
+        """The loop, as it was asked for."""
+        way, parts = self._way, self._parts
+        rule, form = acceptance(way.accept), shape_of(way.shape, way.drafter, parts.heads)
+        return Decoder(self.engine, make_drafter(way.drafter, parts), self._priced(form), rule, way.watch)
 
     def save_memory(self, folder: str | Path) -> None:
         """Writes what the drafters learnt from all requests so far into ``folder``, for ``LLM(..., memory=folder)``.
@@ -217,12 +270,16 @@ class LLM:
         Raises:
             OptionError: if it can't be written.
         """
+        path = folder_in(folder, "folder")
+        if path is None:
+            raise OptionError("folder=None is not a folder: name one")
         try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
+            path.mkdir(parents=True, exist_ok=True)
             with self.engine.lock:
-                self.decoder.drafter.save(Path(folder))
-        except OSError as error:
-            raise OptionError(f"can't write to the folder {str(folder)!r}: {error.strerror}") from None
+                self.decoder.drafter.save(path)
+        except (OSError, SafetensorError) as error:
+            said = getattr(error, "strerror", None) or str(error)
+            raise OptionError(f"can't write to the folder {str(folder)!r}: {said}") from None
 
     def _priced(self, form: Shape) -> Shape:
         """A `Cost` shape is given what a forward costs here, measured when one needs it for the first time."""
@@ -236,137 +293,199 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | SequenceOf[Prompt],
-        params: SamplingParams | None = None,
+        prompts: Prompt | Iterable[Prompt],
+        params: SamplingParams | SequenceOf[SamplingParams] | None = None,
         *,
-        reference: Prompt | SequenceOf[Prompt] = (),
+        reference: Prompt | Iterable[Prompt] | None = None,
         progress: bool = False,
     ) -> list[Result]:
-        """Decodes every prompt (a text or a list of token ids), `max_batch` at a time.
+        """Decodes every prompt, `max_batch` at a time.
 
         Args:
+            prompts: one or several. A prompt is a text, a list or an array of token ids, a list of messages, or what a
+                tokenizer returned; see `inputs.read_prompts`.
+            params: how all are decoded, or one for each prompt.
             reference: texts that outputs may copy from, such as retrieved documents or a file that is edited. They
                 are searched by lookups and never shown to the model.
             progress: show a progress bar.
 
         Returns:
             The results in the order of the prompts; with ``params.n`` samples or ``params.num_return_sequences`` beams
-            each, so many results per prompt in a row.
+            each, so many results per prompt in a row. A request whose rules fail while it is decoded ends alone: its
+            result has the finish reason "error" and an `error`, and the others go on.
 
         Raises:
-            PromptError: if a prompt is empty or leaves no room in the context.
+            PromptError, OptionError: before anything is decoded, if a prompt is empty, leaves no room in the context or
+                is none, or a request names tokens that the model doesn't have.
+            RequestError: if every request failed (which one does that is alone), the first one's error.
         """
-        params = params or SamplingParams()
-        texts = self._references(reference)
+        texts, given = self._references(reference), read_prompts(prompts)
         seqs = [
-            self.sequence(prompt, params, sample, texts)
-            for prompt in _as_prompts(prompts)
-            for sample in range(params.n)
+            self.sequence(prompt, one, sample, texts)
+            for prompt, one in zip(given, _params_of(params, len(given)), strict=True)
+            for sample in range(one.n)
         ]
         with _progress(seqs, progress) as advance:
-            if params.num_beams > 1:
-                return [result for seq in seqs for result in self._search(seq, advance)]
-            for _ in self.decoder.run(seqs, self.max_batch):
+            for _ in self.decoder.run([seq for seq in seqs if seq.params.num_beams == 1], self.max_batch):
                 advance()
-        return [self.result(seq) for seq in seqs]
+            results = [one for seq in seqs for one in self._results(seq, advance)]
+        if results and all(one.error is not None for one in results):
+            raise results[0].error  # type: ignore[misc]
+        return results
 
-    def _search(self, seq: Sequence, advance: Callable[[], None]) -> list[Result]:
-        """The texts that beam search finds."""
-        search = BeamDecoder(self.engine, self.decoder.drafter, self.decoder.shape).run(seq, advance)
+    def _results(self, seq: Sequence, advance: Callable[[], None]) -> list[Result]:
+        """What ``seq`` came to; with beam search, the texts that are found now."""
+        if seq.params.num_beams == 1:
+            return [self.result(seq)]
+        count = seq.params.num_return_sequences
+        try:
+            search = BeamDecoder(self.engine, self.decoder.drafter, self.decoder.shape).run(seq, advance)
+        except RequestError as error:
+            seq.finish_reason, seq.error = "error", error
+            return [self.result(seq)] * count
         results = []
-        for found in search.best(seq.params.num_return_sequences):
+        for found in search.best(count):
             text = None if seq.detokenizer is None else self.detokenizer()
             one = replace(seq, detokenizer=text, metrics=Metrics())
             one.extend(Accepted([], found.tokens, finish_reason=search.reason(found.tokens)))
             results.append(replace(self.result(one), score=found.score, metrics=seq.metrics))
-        return results
+        if len(results) < count:
+            none = DeadEnd(f"the request's rules leave {len(results)} texts, and {count} were asked for")
+            seq.finish_reason, seq.error = "error", none
+        return results + [self.result(seq)] * (count - len(results))
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, reference: Prompt | SequenceOf[Prompt] = ()
-    ) -> Stream:
-        """Decodes one prompt and gives out each token as it comes: iterate over it, then read its `result`.
+        self, prompt: Prompt, params: SamplingParams | None = None, *,
+        reference: Prompt | Iterable[Prompt] | None = None,
+    ) -> Stream:  # fmt: skip
+        """Decodes one prompt and gives out each token as it comes: iterate over it, then read its `result`. If the
+        request's rules fail, iterating raises the `RequestError` behind the last token.
 
         Raises:
-            OptionError: with beam search, whose text is certain only at its end.
+            OptionError: with beam search, whose text is certain only at its end, or several samples.
+            PromptError: as `generate`.
         """
-        if params is not None and params.num_beams > 1:
+        one = _params_of(params, 1)[0]
+        if one.num_beams > 1:
             raise OptionError("with num_beams the text is certain only at its end: use generate")
-        return Stream(self, self.sequence(prompt, params or SamplingParams(), 0, self._references(reference)))
+        if one.n > 1:
+            raise OptionError(f"a stream is one text, and n={one.n} asks for several: use generate")
+        return Stream(self, self.sequence(prompt, one, 0, self._references(reference)))
 
     def chat(
         self,
-        messages: SequenceOf[dict[str, str]],
+        messages: SequenceOf[Mapping[str, Any]],
         params: SamplingParams | None = None,
         *,
-        reference: Prompt | SequenceOf[Prompt] = (),
+        reference: Prompt | Iterable[Prompt] | None = None,
     ) -> Result:
-        """The model's answer to ``[{"role": "user", "content": "…"}, …]``."""
-        return self.generate([self.chat_prompt(messages)], params, reference=reference)[0]
-
-    def chat_prompt(self, messages: SequenceOf[dict[str, str]]) -> list[int]:
-        """The token ids of ``messages`` in the tokenizer's chat template, open for the model's answer.
+        """The model's answer to ``[{"role": "user", "content": "…"}, …]``.
 
         Raises:
-            PromptError: if the tokenizer has no chat template.
+            PromptError: if these are no messages, or the chat template is missing or refuses them.
+            RequestError: as `generate`.
         """
-        if self.tokenizer is None or not self.tokenizer.chat_template:
-            raise PromptError("this model's tokenizer has no chat template: give a plain prompt instead")
-        ids = self.tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
-        )
-        return [int(token) for token in ids]  # type: ignore[arg-type]
+        return self.generate([self.chat_prompt(messages)], params, reference=reference)[0]
+
+    def chat_prompt(self, messages: SequenceOf[Mapping[str, Any]]) -> list[int]:
+        """The token ids of ``messages`` in the tokenizer's chat template, open for the model's answer. Contents are
+        texts, or lists of parts that are texts.
+
+        Raises:
+            PromptError: if these are no messages, or the chat template is missing or refuses them.
+        """
+        return chat_ids(self.tokenizer, read_messages(messages))
 
     def sequence(
-        self, prompt: Prompt, params: SamplingParams, sample: int = 0, references: SequenceOf[list[int]] = ()
-    ) -> Sequence:
-        """A request ready for the decoder."""
+        self, prompt: Prompt | Read, params: SamplingParams, sample: int = 0,
+        references: SequenceOf[list[int]] = (),
+    ) -> Sequence:  # fmt: skip
+        """A request ready for the decoder: all that can be wrong with one is told here.
+
+        Raises:
+            PromptError, OptionError: as `generate`.
+        """
         ids = self._ids(prompt, "prompt")
         if params.stop and self.tokenizer is None:
             raise PromptError("stop strings need a tokenizer: pass tokenizer=, or use stop_token_ids")
+        check_vocabulary(params, self.engine.vocab_size)
         seed = params.seed if params.seed is not None else secrets.randbits(63)
         detokenizer = self.detokenizer() if params.stop else None
         noise = seeded_noise(seed, sample)
         context = self.engine.context
         return Sequence(ids, params, noise, context, self.eos_ids, detokenizer, references=references)
 
-    def _ids(self, text: Prompt, what: str) -> list[int]:
-        if isinstance(text, str):
-            if not text:
-                raise PromptError(f"the {what} is empty: give at least one token")
+    def _ids(self, prompt: Prompt | Read, what: str) -> list[int]:
+        read = prompt if isinstance(prompt, Chat) else read_prompt(prompt, what)
+        if not read:
+            raise PromptError(f"the {what} is empty: give at least one token")
+        if isinstance(read, Chat):
+            ids = chat_ids(self.tokenizer, read.messages)
+        elif isinstance(read, str):
             if self.tokenizer is None:
                 raise PromptError("this model came without a tokenizer: give token ids, or pass tokenizer=")
-            ids: list[int] = self.tokenizer(text).input_ids
+            ids = self.tokenizer(read).input_ids
         else:
-            ids = [int(token) for token in text]
+            ids = read
         if any(not 0 <= token < self.engine.vocab_size for token in ids):
             raise PromptError(f"a token id of the {what} is outside the vocabulary of {self.engine.vocab_size}")
         return ids
 
-    def _references(self, reference: Prompt | SequenceOf[Prompt]) -> list[list[int]]:
-        return [self._ids(text, "reference") for text in _as_prompts(reference)]
+    def _references(self, reference: Any) -> list[list[int]]:
+        return (
+            [] if reference is None else [self._ids(text, "reference") for text in read_prompts(reference, "reference")]
+        )
 
-    def detokenizer(self) -> Detokenizer:
+    @cached_property
+    def _special(self) -> dict[int, str]:
+        """The tokens that a text is shown without, and how they are written."""
         tokenizer = self.tokenizer
         assert tokenizer is not None
-        return Detokenizer(lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)))
+        added = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
+        hidden = (
+            t for t in {*added, *tokenizer.all_special_ids} if not tokenizer.decode([t], skip_special_tokens=True)
+        )
+        return {token: written for token in hidden if (written := str(tokenizer.decode([token])))}
+
+    @cached_property
+    def _raw(self) -> frozenset[int]:
+        """The tokens that stand for a byte each, in tokenizers that have such beside pieces of text."""
+        names = [f"<0x{byte:02X}>" for byte in range(256)]
+        known = self.tokenizer.get_vocab() if self.tokenizer is not None else {}
+        return frozenset(known[name] for name in names if name in known)
+
+    def detokenizer(self, exact: bool = False) -> Detokenizer:
+        """What makes text of tokens as they come.
+
+        Args:
+            exact: give nothing out that later tokens may change, see `Detokenizer`. Stop strings don't wait for that.
+
+        Raises:
+            PromptError: without a tokenizer.
+        """
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            raise PromptError("this model came without a tokenizer: pass tokenizer=")
+        raw = self._raw if exact else frozenset()
+        return Detokenizer(lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)), self._special, raw)
 
     def result(self, seq: Sequence) -> Result:
         """What ``seq`` came to so far."""
         text = ""
-        if self.tokenizer is not None:
-            if seq.detokenizer is None:  # no stop string made it read along
-                whole = self.detokenizer()
-                whole.push(seq.output_ids)
-            else:
-                whole = seq.detokenizer.copy()
+        if seq.text_end is not None and seq.detokenizer is not None:
+            whole = seq.detokenizer.copy()
             whole.finish()
             text = whole.text[: seq.text_end]
+        elif self.tokenizer is not None:
+            text = str(self.tokenizer.decode(seq.output_ids, skip_special_tokens=True))
         logprobs = seq.logprobs if seq.params.logprobs is not None else None
-        return Result(text, seq.output_ids, seq.finish_reason or "interrupted", logprobs, seq.metrics, seq.prompt_ids)
+        reason = seq.finish_reason or "interrupted"
+        return Result(text, seq.output_ids, reason, logprobs, seq.metrics, seq.prompt_ids, error=seq.error)
 
 
 class Stream:
-    """The tokens of one request as they come. `result` is what there is so far, also after an interruption."""
+    """The tokens of one request as they come. `result` is what there is so far, also after an interruption or an
+    error."""
 
     def __init__(self, llm: LLM, seq: Sequence) -> None:
         self._llm, self._seq = llm, seq
@@ -387,8 +506,8 @@ class Stream:
 def _pieces(llm: LLM, seq: Sequence) -> Generator[Piece]:
     """Decodes ``seq`` step by step. No method of `Stream`, so that a dropped stream drops its KV at once."""
     held = list[Piece]()
-    detokenizer = llm.detokenizer() if llm.tokenizer is not None else None
-    hold = max((len(stop) - 1 for stop in seq.params.stop), default=0)  # may be the start of a stop string
+    detokenizer = llm.detokenizer(exact=True) if llm.tokenizer is not None else None
+    hold = 0 if detokenizer is None else detokenizer.held_back(seq.params.stop)
     shown = known = 0
     for _ in llm.decoder.run([seq], 1):
         new = seq.output_ids[known:]
@@ -405,6 +524,8 @@ def _pieces(llm: LLM, seq: Sequence) -> Generator[Piece]:
             text = piece.text[: max(0, limit - shown)]
             shown += len(piece.text)
             yield Piece(text, piece.token_id, piece.drafted)
+    if seq.error is not None:
+        raise seq.error
 
 
 def _tokenizer_of(model: Model) -> PreTrainedTokenizerBase | None:
@@ -424,40 +545,19 @@ def _short(name: str, taken: SequenceOf[str]) -> str:
     return f"{short} #{alike + 1}" if alike else short
 
 
-def shape_of(shape: str | Shape | None, drafter: Named, heads: str | Path | None) -> Shape:
-    """The shape of that name; without one the default, for plain decoding one that sizes nothing."""
-    if shape == "choices":
-        return Static(paths=saved_choices(heads))
-    return parse_shape(shape or ("chain:1" if drafter == "none" else DEFAULT_SHAPE))
+def _params_of(params: Any, count: int) -> list[SamplingParams]:
+    """The options of so many requests.
 
-
-def _as_list(models: Model | SequenceOf[Model]) -> list[Model]:
-    return list(models) if isinstance(models, list | tuple) else [models]  # type: ignore[list-item]
-
-
-def _is_token(item: Any) -> bool:
-    return isinstance(item, int | np.integer) or (isinstance(item, torch.Tensor) and item.ndim == 0)
-
-
-def _as_prompts(prompts: Prompt | SequenceOf[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str) or (len(prompts) and _is_token(prompts[0])):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
-
-
-def _configured(config: dict[str, Any]) -> str:
-    """The shape that a ``speculative_config`` asks for."""
-    known = {"mode", "depth", "branching_factor", "num_speculative_tokens"}
-    if unknown := sorted(set(config) - known):
-        raise OptionError(f"unknown speculative_config key {unknown[0]!r}: it takes {', '.join(sorted(known))}")
-    mode = config.get("mode", "tree" if "depth" in config else "chain")
-    depth = config.get("depth", config.get("num_speculative_tokens", 3))
-    width = config.get("branching_factor", 2 if mode == "tree" else 1)
-    if mode not in ("tree", "chain") or (mode == "chain" and width != 1):
-        raise OptionError('speculative_config takes mode "tree", or mode "chain" with one branch')
-    if not all(type(number) is int and number >= 1 for number in (depth, width)):
-        raise OptionError("depth and branching_factor of speculative_config are whole numbers of at least 1")
-    return "x".join([str(width)] * depth)
+    Raises:
+        OptionError: if these are none, or of another number.
+    """
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if not isinstance(params, list | tuple) or not all(isinstance(one, SamplingParams) for one in params):
+        raise OptionError(f"params must be SamplingParams(…), or a list of them, and not {type(params).__name__}")
+    if len(params) != count:
+        raise OptionError(f"there are {len(params)} params for {count} prompts: give one, or one for each")
+    return list(params)
 
 
 @contextmanager

@@ -29,9 +29,12 @@ def pick_device(device: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        found = torch.device(device)
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise OptionError(f"device {str(device)!r} can't be used: {str(error).splitlines()[0]}") from None
-    return torch.device(device)
+    if found.type == "meta":
+        raise OptionError("device 'meta' can't be used: there is nothing to compute with")
+    return found
 
 
 def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | None:

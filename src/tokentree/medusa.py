@@ -11,7 +11,7 @@ import torch
 from tokentree.acceptance import acceptance
 from tokentree.draft import Draft
 from tokentree.drafters.medusa import FastHeads
-from tokentree.errors import OptionError, TreeError
+from tokentree.errors import OptionError, PromptError, TreeError
 from tokentree.heads.saved import read_heads
 from tokentree.llm import LLM, Model
 from tokentree.sampling import SamplingParams
@@ -85,8 +85,8 @@ class MedusaModel:
         """``base_logits`` [n, vocab], what the model says after each of ``tokens``, and ``head_1_logits``,
         ``head_2_logits``, … [n, vocab], what each head says of the token that comes one, two, … places later; -inf for
         tokens that the heads don't know."""
-        ids = _token_ids(tokens)
-        engine = self.llm.engine
+        engine, ids = self.llm.engine, _token_ids(tokens)
+        _check_tokens(ids, engine.vocab_size)
         features = engine.capture()
         seq = self.llm.sequence(ids[:1], SamplingParams(max_tokens=len(ids)))
         out = engine.verify([seq], [TokenTree.chain(ids[0], ids[1:])])
@@ -114,6 +114,7 @@ class MedusaModel:
         ids, whole = _token_ids(tokens), _as_tree(tree)
         if isinstance(tree, TokenTree) and int(tree.tokens[0]) != ids[-1]:
             raise TreeError("the root of the tree is not the last token of the context")
+        _check_tokens(whole.tokens[1:].tolist(), self.llm.engine.vocab_size)
         draft = Draft(ids[-1])
         for token, parent in zip(whole.tokens[1:].tolist(), whole.parents[1:].tolist(), strict=True):
             draft.add(parent, token, 0.0, 0)
@@ -138,10 +139,13 @@ def build_tree_from_heads(logits_list: SequenceOf[torch.Tensor], branching: int 
     Raises:
         OptionError: if branching is below 1, or there are no logits.
     """
-    if branching < 1 or not logits_list:
+    known = isinstance(branching, int) and isinstance(logits_list, list | tuple | torch.Tensor)
+    if not known or branching < 1 or not len(logits_list):
         raise OptionError("a tree from heads needs branching of at least 1, and the logits of at least one head")
     pairs, level = list[tuple[int, int]](), [-1]
     for logits in logits_list:
+        if not isinstance(logits, torch.Tensor) or logits.ndim != 1 or not logits.numel():
+            raise OptionError("the logits of a head are a tensor [vocab]")
         best = logits.topk(min(branching, logits.numel())).indices.tolist()
         pairs += [(token, parent) for parent in level for token in best]
         level = list(range(len(pairs) - len(level) * len(best), len(pairs)))
@@ -151,4 +155,11 @@ def build_tree_from_heads(logits_list: SequenceOf[torch.Tensor], branching: int 
 def medusa_decode(context: Context, medusa_model: MedusaModel, max_tokens: int = 100) -> list[int]:
     """Greedy decoding with the heads: the ids of the context, and at most ``max_tokens`` new ones."""
     ids = _token_ids(context)
+    if not isinstance(medusa_model, MedusaModel):
+        raise OptionError(f"medusa_model must be a MedusaModel, and not of the type {type(medusa_model).__name__}")
     return [*ids, *medusa_model.llm.generate(ids, SamplingParams(max_tokens=max_tokens))[0].token_ids]
+
+
+def _check_tokens(ids: SequenceOf[int], vocab_size: int) -> None:
+    if any(not 0 <= token < vocab_size for token in ids):
+        raise PromptError(f"a token id is outside the vocabulary of {vocab_size}")

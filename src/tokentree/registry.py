@@ -11,7 +11,7 @@ from tokentree.drafters.names import DRAFTERS, LOOKUPS
 from tokentree.errors import OptionError
 from tokentree.heads.saved import is_eagle
 
-Named = str | SequenceOf[str] | Drafter | None
+Named = str | SequenceOf[str | Drafter] | Drafter | None
 
 
 def drafter_class(name: str) -> type[Drafter]:
@@ -20,7 +20,7 @@ def drafter_class(name: str) -> type[Drafter]:
     Raises:
         OptionError: if there is none.
     """
-    if name not in DRAFTERS:
+    if not isinstance(name, str) or name not in DRAFTERS:
         raise OptionError(f"unknown drafter {name!r}: choose one of {', '.join(sorted(DRAFTERS))}")
     module, cls = DRAFTERS[name]
     found: type[Drafter] = getattr(import_module(module), cls)
@@ -28,15 +28,29 @@ def drafter_class(name: str) -> type[Drafter]:
 
 
 def check_names(drafter: Named) -> None:
-    """Raises `OptionError` if ``drafter`` names one that there isn't."""
-    if drafter is not None and not isinstance(drafter, Drafter):
-        for name in [drafter] if isinstance(drafter, str) else drafter:
-            drafter_class(name)
+    """Raises `OptionError` unless ``drafter`` is None, a drafter, the name of one, or a list of these in which none
+    comes twice."""
+    if drafter is None or isinstance(drafter, Drafter):
+        return
+    if isinstance(drafter, str):
+        drafter_class(drafter)
+        return
+    if not isinstance(drafter, list | tuple):
+        raise OptionError(f"drafter={drafter!r} is neither a name, a list of names nor a Drafter")
+    if not drafter:
+        raise OptionError("drafter=[] names none: give at least one drafter")
+    for place, one in enumerate(drafter):
+        if not isinstance(one, Drafter):
+            drafter_class(one)
+            if one in drafter[:place]:
+                raise OptionError(f"the drafter {one!r} is named twice")
+            if one == "none" and len(drafter) > 1:
+                raise OptionError("the drafter 'none' proposes nothing: leave it out beside others")
 
 
 def make_drafter(drafter: Named, parts: Parts) -> Drafter:
-    """A drafter by its name; several names are merged. Without a name the draft models draft, and if there are none,
-    heads (if there are any) and all of `LOOKUPS`. ``merged`` stands for everything that ``parts`` allow.
+    """A drafter by its name; several names are merged. Without a name the draft models draft, if there are any and no
+    heads; otherwise it is ``merged``, which stands for everything that ``parts`` allow: draft models, heads, `LOOKUPS`.
 
     Raises:
         OptionError: if there is none of that name.
@@ -45,7 +59,7 @@ def make_drafter(drafter: Named, parts: Parts) -> Drafter:
     if isinstance(drafter, Drafter):
         return drafter
     if drafter is None:
-        drafter = "draft_model" if parts.draft_engines else "merged"
+        drafter = "draft_model" if parts.draft_engines and parts.heads is None else "merged"
     if drafter == "merged":
         models = ("draft_model",) if parts.draft_engines else ()
         heads = () if parts.heads is None else ("eagle",) if is_eagle(parts.heads) else ("medusa",)

@@ -5,18 +5,63 @@ The order is that of transformers: penalties and bias, the user's processors, te
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from tokentree.errors import OptionError
+from tokentree.errors import DeadEnd, OptionError, RequestError
 
 LogitsProcessor = Callable[[list[int], torch.Tensor], torch.Tensor]
+LARGEST = 1e9  # penalty, and
+LARGEST_BIAS = 1e30  # so that float32 holds what comes of them
+MOST = 65_536  # samples of one prompt
+NOT_NUMBERS = (
+    "the model's logits are not finite numbers: it overflows (where it computes in float16, another type may help), or "
+    "its weights are damaged"
+)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of numpy and torch as Python's own; texts and truth values are no numbers."""
+    if isinstance(value, np.generic) or (isinstance(value, np.ndarray | torch.Tensor) and value.ndim == 0):
+        value = value.item()
+    if isinstance(value, bool | str | bytes):
+        raise ValueError("input should be a number")
+    return value
+
+
+def _one_or_several(value: Any) -> Any:
+    """A tuple of what may come as None, alone, or in any kind of list."""
+    if value is None:
+        return ()
+    if isinstance(value, np.ndarray | torch.Tensor):
+        value = value.tolist()
+    if isinstance(value, str) or (callable(value) and not isinstance(value, list)):
+        return (value,)
+    if not isinstance(value, list | tuple | set | frozenset | range):
+        raise ValueError("input should be a list")
+    return tuple(value)
+
+
+def _truth(value: Any) -> Any:
+    """True and False, numpy's too, and nothing that merely counts as one of them."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError("input should be True or False")
+    return bool(value)
+
+
+def _truth_or_never(value: Any) -> Any:
+    return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else _truth(value)
+
+
+Float = Annotated[float, BeforeValidator(_plain)]
+Int = Annotated[int, BeforeValidator(_plain)]
 
 
 class SamplingParams(BaseModel):
@@ -46,53 +91,70 @@ class SamplingParams(BaseModel):
             temperature, penalties and truncation).
 
     Raises:
-        OptionError: on an unknown name or a value out of range.
+        OptionError: on an unknown name or a value out of range. Numbers of numpy and torch are numbers; texts and truth
+            values are not.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
-    temperature: float = Field(0.0, ge=0, allow_inf_nan=False)
-    top_k: int = Field(0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0, allow_inf_nan=False)
-    presence_penalty: float = Field(0.0, allow_inf_nan=False)
-    frequency_penalty: float = Field(0.0, allow_inf_nan=False)
-    logit_bias: dict[int, float] = Field(default_factory=dict)
-    logits_processors: tuple[LogitsProcessor, ...] = ()
-    seed: int | None = Field(None, ge=0, lt=2**63)
-    n: int = Field(1, ge=1)
-    max_tokens: int = Field(256, ge=1)
-    min_tokens: int = Field(0, ge=0)
-    ignore_eos: bool = False
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    num_beams: int = Field(1, ge=1)
-    length_penalty: float = Field(1.0, allow_inf_nan=False)
-    early_stopping: bool | Literal["never"] = False
-    num_return_sequences: int = Field(1, ge=1)
-    logprobs: int | None = Field(None, ge=0)
+    temperature: Float = Field(0.0, ge=0, allow_inf_nan=False)
+    top_k: Int = Field(0, ge=0)
+    top_p: Float = Field(1.0, gt=0, le=1)
+    min_p: Float = Field(0.0, ge=0, le=1)
+    repetition_penalty: Float = Field(1.0, gt=1 / LARGEST, le=LARGEST)
+    presence_penalty: Float = Field(0.0, ge=-LARGEST, le=LARGEST)
+    frequency_penalty: Float = Field(0.0, ge=-LARGEST, le=LARGEST)
+    logit_bias: dict[Int, Float] = Field(default_factory=dict)
+    logits_processors: Annotated[tuple[LogitsProcessor, ...], BeforeValidator(_one_or_several)] = ()
+    seed: Int | None = Field(None, ge=0, lt=2**63)
+    n: Int = Field(1, ge=1, le=MOST)
+    max_tokens: Int = Field(256, ge=1)
+    min_tokens: Int = Field(0, ge=0)
+    ignore_eos: Annotated[bool, BeforeValidator(_truth)] = False
+    stop: Annotated[tuple[str, ...], BeforeValidator(_one_or_several)] = ()
+    stop_token_ids: Annotated[tuple[Int, ...], BeforeValidator(_one_or_several)] = ()
+    num_beams: Int = Field(1, ge=1, le=1024)
+    length_penalty: Float = Field(1.0, ge=-16, le=16, allow_inf_nan=False)
+    early_stopping: Annotated[bool | Literal["never"], BeforeValidator(_truth_or_never)] = False
+    num_return_sequences: Int = Field(1, ge=1)
+    logprobs: Int | None = Field(None, ge=0)
 
     def __init__(self, **options: Any) -> None:
         try:
             super().__init__(**options)
         except ValidationError as error:
             first = error.errors()[0]
-            said = first["msg"].removeprefix("Value error, ").lower()
+            said = first["msg"].removeprefix("Value error, ")
+            said = said[:1].lower() + said[1:]
             name = ".".join(map(str, first["loc"]))
-            raise OptionError(f"sampling option {name}={first['input']!r}: {said}" if name else said) from None
+            if near := difflib.get_close_matches(name, type(self).model_fields, 1) if name in options else []:
+                said += f"; did you mean {near[0]}?" if near[0] != name else ""
+            shown = _shown(first["input"])
+            raise OptionError(f"sampling option {name}={shown}: {said}" if name else said) from None
 
-    @field_validator("stop", mode="before")
-    @classmethod
-    def _one_stop_string(cls, stop: Any) -> Any:
-        return (stop,) if isinstance(stop, str) else stop
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise OptionError(f"sampling options are frozen: make new ones with another {name}")
 
     @field_validator("stop")
     @classmethod
-    def _no_empty_stop_string(cls, stop: tuple[str, ...]) -> tuple[str, ...]:
+    def _stop_strings_can_be_found(cls, stop: tuple[str, ...]) -> tuple[str, ...]:
         if "" in stop:
             raise ValueError("a stop string can't be empty")
+        if any("\ud800" <= char <= "\udfff" for text in stop for char in text):
+            raise ValueError("a stop string can't hold half of a character")
         return stop
+
+    @field_validator("stop_token_ids")
+    @classmethod
+    def _tokens_count_from_0(cls, ids: tuple[int, ...]) -> tuple[int, ...]:
+        if any(token < 0 for token in ids):
+            raise ValueError("token ids count from 0")
+        return ids
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _no_bias(cls, logit_bias: Any) -> Any:
+        return {} if logit_bias is None else logit_bias
 
     @model_validator(mode="after")
     def _bounds_in_order(self) -> SamplingParams:
@@ -109,6 +171,10 @@ class SamplingParams(BaseModel):
     def _bias_is_a_number_or_a_ban(cls, logit_bias: dict[int, float]) -> dict[int, float]:
         if any(math.isnan(bias) or bias == math.inf for bias in logit_bias.values()):
             raise ValueError("a bias must be a number, or -inf")
+        if any(bias > LARGEST_BIAS for bias in logit_bias.values()):
+            raise ValueError(f"a bias is at most {LARGEST_BIAS:g}")
+        if any(token < 0 for token in logit_bias):
+            raise ValueError("token ids count from 0")
         return logit_bias
 
     @property
@@ -127,6 +193,14 @@ class SamplingParams(BaseModel):
         )
 
 
+def check_vocabulary(params: SamplingParams, vocab_size: int) -> None:
+    """Raises `OptionError` if ``params`` names a token that a vocabulary of so many doesn't have."""
+    for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+        for token in ids:
+            if not 0 <= token < vocab_size:
+                raise OptionError(f"{name} names token {token}, but the vocabulary has {vocab_size}")
+
+
 def process_logits(
     logits: torch.Tensor, params: SamplingParams, prompt_ids: Sequence[int], output_ids: Sequence[int],
     banned: Sequence[int] = (),
@@ -137,10 +211,16 @@ def process_logits(
         logits: [vocab], raw, of any float type.
         prompt_ids, output_ids: what precedes the token to be drawn; the output includes the node's own path.
         banned: ids that may not be drawn here (end-of-sequence tokens before ``min_tokens``).
+
+    Raises:
+        DeadEnd: if no token is left.
+        RequestError: if a processor raises, or what it gives can't be chosen from.
+        OptionError: if a token is named that is not there.
     """
     logits = logits.float()
     if not params.changes_logits and not banned:
         return logits
+    check_vocabulary(params, logits.numel())
     logits = logits.clone()
     if params.repetition_penalty != 1:
         seen = torch.tensor(sorted({*prompt_ids, *output_ids}), device=logits.device)
@@ -153,18 +233,56 @@ def process_logits(
         times = torch.tensor(list(counts.values()), device=logits.device, dtype=logits.dtype)
         logits[seen] -= params.presence_penalty + params.frequency_penalty * times
     for token, bias in params.logit_bias.items():
-        if not 0 <= token < logits.numel():
-            raise OptionError(f"logit_bias names token {token}, but the vocabulary has {logits.numel()}")
         logits[token] += bias
     for processor in params.logits_processors:
-        logits = processor([*prompt_ids, *output_ids], logits)
+        logits = _changed(processor, [*prompt_ids, *output_ids], logits)
     if banned:
         logits[list(banned)] = -math.inf
+    best = float(logits.max())  # NaN if there is one
+    if best == -math.inf:
+        raise DeadEnd(f"after {len(output_ids)} new tokens the request's rules leave no token to choose")
+    if not math.isfinite(best):
+        raise RequestError(
+            f"after {len(output_ids)} new tokens the logits that the request's rules give hold {best}: they must be "
+            "finite, or -inf for what is banned"
+        )
     return logits
 
 
+def _changed(processor: LogitsProcessor, path_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+    """What a user's ``processor`` makes of ``logits``, float32[vocab] again."""
+    name = getattr(processor, "__qualname__", type(processor).__qualname__)
+    try:
+        changed = processor(path_ids, logits)
+    except RequestError:
+        raise
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise RequestError(f"the logits processor {name} raised {said}") from error
+    if not isinstance(changed, torch.Tensor):
+        kind = type(changed).__name__
+        raise RequestError(f"the logits processor {name} returned {kind}: it must return a tensor float32[vocab]")
+    wanted = tuple(logits.shape), logits.device
+    if (tuple(changed.shape), changed.device) != wanted or not changed.is_floating_point():
+        raise RequestError(
+            f"the logits processor {name} returned {str(changed.dtype).removeprefix('torch.')}{list(changed.shape)} on "
+            f"{changed.device}: it must return float32{list(logits.shape)} on {logits.device}"
+        )
+    return changed.float()
+
+
+def _shown(value: Any) -> str:
+    """A value as it stands in a message: one line, not long."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def to_probs(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """float64[vocab]: the distribution that a token is drawn from. Greedy decoding puts everything on one token."""
+    """float64[vocab]: the distribution that a token is drawn from. Greedy decoding puts everything on one token.
+
+    Raises:
+        RequestError: if ``logits`` hold NaN or infinity, or nothing but -inf.
+    """
     logits = logits.float()
     if params.is_greedy:
         return torch.nn.functional.one_hot(logits.argmax(), logits.numel()).double()
@@ -178,7 +296,10 @@ def to_probs(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
         probs = probs.index_fill(0, order[before >= params.top_p], 0.0)
     if params.min_p > 0:
         probs = probs.masked_fill(probs < params.min_p * probs.max(), 0.0)
-    return probs / probs.sum()
+    total = probs.sum()
+    if not float(total) > 0:
+        raise RequestError(NOT_NUMBERS)
+    return probs / total
 
 
 class Noise(Protocol):

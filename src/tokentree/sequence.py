@@ -5,18 +5,18 @@ from __future__ import annotations
 import itertools
 from collections import abc
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 
-from tokentree.errors import PromptError
+from tokentree.errors import PromptError, RequestError
 from tokentree.metrics import Metrics
 from tokentree.sampling import Noise, SamplingParams, process_logits, to_probs
 from tokentree.text import Detokenizer
 from tokentree.top import greedy
 
-FinishReason = Literal["stop", "length", "interrupted"]
+FinishReason = Literal["stop", "length", "interrupted", "error"]
 
 ACCEPT, DRAFT = 0, 1  # what the random numbers of a position are for
 
@@ -31,6 +31,7 @@ class Accepted:
         refused: whether the walk ended at a node whose children were all refused, rather than at a leaf.
         finish_reason: set where the text ends with these tokens.
         text_end: set where a stop string ends it: how many characters of the output's text come before.
+        error: why it can't go on behind these tokens. There may be none of them then, and no path.
     """
 
     path: list[int]
@@ -38,6 +39,7 @@ class Accepted:
     refused: bool = False
     finish_reason: FinishReason | None = None
     text_end: int | None = None
+    error: RequestError | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,10 @@ class Sequence:
 
     Raises:
         PromptError: if the prompt is empty or leaves no room in the context.
+
+    Attributes:
+        finish_reason: why it ended, None as long as it goes on.
+        error: with the finish reason "error", what ended it.
     """
 
     prompt_ids: list[int]
@@ -80,6 +86,7 @@ class Sequence:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     text_end: int | None = None
+    error: RequestError | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
@@ -109,7 +116,11 @@ class Sequence:
     # -- what the target says at a node ---------------------------------------------------------------------------
 
     def processed(self, logits: torch.Tensor, path: abc.Sequence[int]) -> torch.Tensor:
-        """float32[vocab]: ``logits`` at the node reached by the tokens ``path`` below the root, all rules applied."""
+        """float32[vocab]: ``logits`` at the node reached by the tokens ``path`` below the root, all rules applied.
+
+        Raises:
+            RequestError: if the rules fail, see `process_logits`.
+        """
         if not self._has_rules:
             return logits.float()
         output = [*self.output_ids, *path]
@@ -129,7 +140,11 @@ class Sequence:
 
     def draw(self, logits: torch.Tensor, path: abc.Sequence[int]) -> int:
         """The token that plain decoding emits after ``path``, given raw ``logits`` [vocab] there: drawn with the
-        noise of that absolute position, so that it depends on nothing else."""
+        noise of that absolute position, so that it depends on nothing else.
+
+        Raises:
+            RequestError: if there is none to draw.
+        """
         if self.params.is_greedy:
             return greedy(self.processed(logits, path) if self._has_rules else logits)
         scores = self.processed(logits, path)
@@ -142,7 +157,8 @@ class Sequence:
     # -- growing ---------------------------------------------------------------------------------------------------
 
     def truncate(self, accepted: Accepted) -> Accepted:
-        """Cuts what a step adds where a limit or a stop rule ends the text."""
+        """Cuts what a step adds where a limit or a stop rule ends the text. What failed behind that is of no account:
+        plain decoding would not have come there."""
         detokenizer = self.detokenizer.copy() if self.detokenizer and self.params.stop else None
         for count in range(1, len(accepted.tokens) + 1):
             new = accepted.tokens[:count]
@@ -150,16 +166,15 @@ class Sequence:
             if stopped or count == self.room:
                 refused = accepted.refused and count == len(accepted.tokens)
                 return Accepted(accepted.path[:count], new, refused, "stop" if stopped else "length", text_end)
-        return accepted
+        return accepted if accepted.error is None else replace(accepted, finish_reason="error")
 
     def _stops(self, new: list[int], detokenizer: Detokenizer | None) -> tuple[bool, int | None]:
         """Whether the text ends with the last of the tokens ``new``, and where a stop string cuts it."""
         token, params, text_end = new[-1], self.params, None
         if detokenizer is not None:
-            before = len(detokenizer.text)
+            before = detokenizer.place
             detokenizer.push([token])
-            places = [detokenizer.text.find(stop, max(0, before - len(stop) + 1)) for stop in params.stop]
-            text_end = min((place for place in places if place >= 0), default=None)
+            text_end = detokenizer.first_stop(params.stop, before)
         if len(self.tokens) + len(new) - len(self.prompt_ids) < params.min_tokens:
             return False, None
         ends = (token in self.eos_ids and not params.ignore_eos) or token in params.stop_token_ids
@@ -170,6 +185,6 @@ class Sequence:
         """Makes the tokens of a truncated step part of the text."""
         self.tokens += accepted.tokens
         self.metrics.new_tokens += len(accepted.tokens)
-        self.finish_reason, self.text_end = accepted.finish_reason, accepted.text_end
+        self.finish_reason, self.text_end, self.error = accepted.finish_reason, accepted.text_end, accepted.error
         if self.detokenizer is not None:
             self.detokenizer.push(accepted.tokens)

@@ -39,8 +39,7 @@ class TokenTree:
     parents: Ints
 
     def __post_init__(self) -> None:
-        tokens = np.array(self.tokens, dtype=np.int64)
-        parents = np.array(self.parents, dtype=np.int64)
+        tokens, parents = _numbers(self.tokens), _numbers(self.parents)
         if tokens.ndim != 1 or tokens.shape != parents.shape or tokens.size == 0:
             raise TreeError("a token tree needs as many parents as tokens, and at least a root")
         fault = _fault(tokens, parents)
@@ -232,6 +231,17 @@ class TokenTree:
         if (parents[1:] < 0).any():
             raise TreeError("a part of a tree holds the parent of each of its nodes")
         return TokenTree(self.tokens[nodes], parents)
+
+
+def _numbers(values: object) -> Ints:
+    """A copy of ``values``, which must be whole numbers."""
+    try:
+        array = np.asarray(values)
+        if array.dtype.kind not in "iu" and array.size:
+            raise TypeError
+        return np.array(array, dtype=np.int64)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise TreeError("tokens and parents of a token tree are whole numbers") from None
 
 
 # -- the loops, compiled by numba --------------------------------------------------------------------------------------

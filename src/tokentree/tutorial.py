@@ -14,8 +14,10 @@ Each call prepares its models anew; to decode often, make an `LLM`, or a `genera
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence as SequenceOf
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -23,7 +25,8 @@ from tokentree.acceptance import acceptance
 from tokentree.decoder import Decoder
 from tokentree.drafters.draft_model import DraftModel
 from tokentree.engines.torch import TorchEngine
-from tokentree.errors import OptionError, PromptError, TreeError
+from tokentree.errors import ModelError, OptionError, PromptError, TreeError
+from tokentree.inputs import read_prompt
 from tokentree.sampling import SamplingParams, seeded_noise
 from tokentree.sequence import Sequence
 from tokentree.shapes import Static
@@ -49,7 +52,8 @@ def build_tree(context: Context, model: PreTrainedModel, depth: int, branching: 
         OptionError: if depth or branching is below 1.
         PromptError: if the context is empty, or the model has no room for it and the tree.
     """
-    shape, ids, engine = _static(depth, branching), _token_ids(context), TorchEngine(model)
+    shape, ids = _static(depth, branching), _token_ids(context)
+    engine = _engine(model, "model")
     seq = _sequence(ids, engine, depth + 1)
     if seq.room <= depth:
         raise PromptError(f"the model holds {engine.context} tokens: no room for a tree of depth {depth}")
@@ -87,9 +91,14 @@ def path_probability(path: SequenceOf[int], probs: SequenceOf[float] | torch.Ten
     Raises:
         TreeError: if the path names a node that has no probability.
     """
-    if any(not 0 <= node < len(probs) for node in path):
-        raise TreeError(f"the path {list(path)} names a node without a probability: there are {len(probs)}")
-    return math.prod(float(probs[node]) for node in path)
+    try:
+        given = [float(prob) for prob in probs]
+        nodes = [operator.index(node) for node in path]
+    except (TypeError, ValueError, RuntimeError):
+        raise TreeError("a path is a list of nodes, and probabilities are a list of numbers, one for each") from None
+    if any(not 0 <= node < len(given) for node in nodes):
+        raise TreeError(f"the path {list(path)} names a node without a probability: there are {len(given)}")
+    return math.prod(given[node] for node in nodes)
 
 
 def find_best_path(tree: Pairs | TokenTree, probs: SequenceOf[float] | torch.Tensor) -> list[int]:
@@ -134,9 +143,11 @@ def tree_speculative_decode(
     """
     shape, rule = _static(depth, branching), acceptance(accept)
     ids = _token_ids(context)
+    if not isinstance(max_tokens, int | np.integer) or isinstance(max_tokens, bool):
+        raise OptionError(f"max_tokens={max_tokens!r} is not a whole number")
     if len(ids) >= max_tokens:
         return ids
-    target, draft = TorchEngine(target_model), TorchEngine(draft_model)
+    target, draft = _engine(target_model, "target model"), _engine(draft_model, "draft model")
     seq = _sequence(ids, target, max_tokens - len(ids), frozenset(target.facts.ends))
     for _ in Decoder(target, DraftModel(draft, target.vocab_size), shape, rule).run([seq]):
         pass
@@ -144,18 +155,25 @@ def tree_speculative_decode(
 
 
 def _static(depth: int, branching: int) -> Static:
-    if depth < 1 or branching < 1:
-        raise OptionError(f"depth={depth} and branching={branching} must both be at least 1")
+    numbers = isinstance(depth, int) and isinstance(branching, int) and not isinstance(depth, bool)
+    if not numbers or depth < 1 or branching < 1:
+        raise OptionError(f"depth={depth!r} and branching={branching!r} must both be at least 1")
     return Static([branching] * depth)
 
 
+def _engine(model: PreTrainedModel, what: str) -> TorchEngine:
+    """An engine for a loaded model."""
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(f"the {what} must be a loaded transformers model, and not of the type {type(model).__name__}")
+    return TorchEngine(model)
+
+
 def _token_ids(context: Context) -> list[int]:
-    if isinstance(context, torch.Tensor):
-        if context.ndim == 2 and len(context) == 1:
-            context = context[0]
-        if context.ndim != 1:
-            raise PromptError(f"the context is one text, [n] or [1, n], and not {list(context.shape)}")
-    ids = [int(token) for token in context]
+    if isinstance(context, torch.Tensor | np.ndarray) and (context.ndim, len(context)) != (2, 1) and context.ndim != 1:
+        raise PromptError(f"the context is one text, [n] or [1, n], and not {list(context.shape)}")
+    ids = read_prompt(context, "context")
+    if not isinstance(ids, list):
+        raise PromptError("the context must be token ids: let a tokenizer make them of a text")
     if not ids:
         raise PromptError("the context is empty: give at least one token")
     return ids
@@ -177,8 +195,11 @@ def _as_tree(tree: Pairs | TokenTree) -> TokenTree:
     """Pairs as a `TokenTree`, under a root that stands for the context."""
     if isinstance(tree, TokenTree):
         return tree
+    if not isinstance(tree, SequenceOf) or isinstance(tree, str | bytes):
+        raise TreeError(f"a tree is a list of pairs or a TokenTree, and not of the type {type(tree).__name__}")
     for i, pair in enumerate(tree):
-        if len(pair) != 2 or not -1 <= pair[1] < i:
+        whole = isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(n, int | np.integer) for n in pair)
+        if not whole or not -1 <= pair[1] < i:
             raise TreeError(f"{pair!r} at index {i} is not a token with an earlier pair, or -1, as its parent")
     tokens, parents = [token for token, _ in tree], [parent + 1 for _, parent in tree]
     return TokenTree([-1, *tokens], [-1, *parents])  # type: ignore[arg-type]

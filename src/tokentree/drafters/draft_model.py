@@ -15,7 +15,7 @@ from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter, Parts
 from tokentree.drafters.merged import Merged
 from tokentree.engines.base import DraftEngine, TargetOutput
-from tokentree.errors import PairingError
+from tokentree.errors import PairingError, RequestError
 from tokentree.sampling import to_probs
 from tokentree.sequence import DRAFT, Accepted, Sequence
 from tokentree.shapes.base import Shape
@@ -141,9 +141,15 @@ class DraftModel(Drafter):
             return level
         token_map = self._token_map
         if seq.params.changes_logits:  # rules name tokens by the target's ids
-            rows = zip(frontier, self._whole(logits), strict=True)
-            logits = torch.stack([seq.processed(row, draft.path_tokens(node)) for node, row in rows])
-            token_map = None
+            ruled = [
+                (i, row)
+                for i, (node, logit) in enumerate(zip(frontier, self._whole(logits), strict=True))
+                if (row := _ruled(seq, draft, node, logit)) is not None
+            ]
+            if not ruled:
+                return []
+            frontier, counts = [frontier[i] for i, _ in ruled], [counts[i] for i, _ in ruled]
+            logits, token_map = torch.stack([row for _, row in ruled]), None
         divisor = 1.0 if seq.params.is_greedy else seq.params.temperature
         return self._add_best(
             draft, frontier, counts, *top_logprobs(logits, max(counts, default=0), divisor), token_map
@@ -173,7 +179,10 @@ class DraftModel(Drafter):
     def _draw(self, seq: Sequence, draft: Draft, node: int, count: int, logits: torch.Tensor) -> list[int]:
         """Draws ``count`` children without replacement, fewer where the distribution has fewer tokens."""
         path = draft.path_tokens(node)
-        probs = to_probs(seq.processed(logits, path), seq.params)
+        try:
+            probs = to_probs(seq.processed(logits, path), seq.params)
+        except RequestError:  # as in `_ruled`
+            return []
         assert draft.sampled is not None
         draft.sampled[node] = probs
         noise, left, level = seq.noise_after(path, DRAFT), probs.clone(), list[int]()
@@ -182,6 +191,15 @@ class DraftModel(Drafter):
             level.append(draft.add(node, token, float(probs[token].log()), rank))
             left[token] = 0
         return level
+
+
+def _ruled(seq: Sequence, draft: Draft, node: int, logits: torch.Tensor) -> torch.Tensor | None:
+    """float32[vocab]: ``logits`` after ``node`` with the request's rules applied; None where they fail, and there is
+    nothing to propose. Whether they fail in the text too is found when the target comes there."""
+    try:
+        return seq.processed(logits, draft.path_tokens(node))
+    except RequestError:
+        return None
 
 
 @dataclass

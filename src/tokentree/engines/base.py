@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
@@ -12,7 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tokentree.errors import RequestError
 from tokentree.exclusive import Exclusive
+from tokentree.sampling import NOT_NUMBERS
 from tokentree.sequence import Sequence
 from tokentree.top import top_logits
 from tokentree.tree import Ints, TokenTree
@@ -76,6 +79,17 @@ class TargetOutput:
         tokens: list[int] = self.top(1)[1][:, 0].tolist()
         return tokens
 
+    @cached_property
+    def _best_values(self) -> list[float]:
+        values: list[float] = self.top(1)[0][:, 0].tolist()
+        return values
+
+    def of(self, trees: SequenceOf[int]) -> TargetOutput:
+        """The part that speaks of these ``trees``, numbered anew."""
+        if len(trees) == len(self.starts):
+            return self
+        return replace(self, starts=[self.starts[tree] for tree in trees], firsts=[self.firsts[tree] for tree in trees])
+
     def after(self, tree: int) -> _TreeLogits:
         """What `acceptance` reads of tree number ``tree``."""
         return _TreeLogits(self, tree)
@@ -98,7 +112,10 @@ class _TreeLogits:
         return self.out.logits(self.tree, node)
 
     def best(self, node: int) -> int:
-        return self.out.best[self.out.row(self.tree, node)]
+        row = self.out.row(self.tree, node)
+        if math.isnan(self.out._best_values[row]):
+            raise RequestError(NOT_NUMBERS)
+        return self.out.best[row]
 
 
 @dataclass(frozen=True, eq=False)

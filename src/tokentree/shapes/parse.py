@@ -45,6 +45,8 @@ def shape(text: str | Shape) -> Shape:
     """
     if isinstance(text, Shape):
         return text
+    if not isinstance(text, str):
+        raise OptionError(f"{text!r} is not a shape: write {FORMS}")
     name, _, rest = text.strip().partition(":")
     if re.fullmatch(r"\d{1,9}(x\d{1,9})*", text.strip()):
         return Static([int(width) for width in text.split("x")])

@@ -7,10 +7,15 @@ from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from itertools import product
 
+import numpy as np
+
 from tokentree.draft import Draft
 from tokentree.errors import OptionError
 from tokentree.sequence import Sequence
 from tokentree.shapes.base import Shape, check_size
+
+LARGEST = 1 << 21  # static tree: the depths of all nodes, added up
+DEEPEST = 2000
 
 
 class Static(Shape):
@@ -25,6 +30,12 @@ class Static(Shape):
     """
 
     def __init__(self, branching: SequenceOf[int] = (), paths: Iterable[SequenceOf[int]] = ()) -> None:
+        if not all(isinstance(width, int | np.integer) for width in branching):
+            raise OptionError(f"branching factors are whole numbers, and {list(branching)} are not")
+        widths = [int(width) for width in branching]
+        size = sum(depth * math.prod(widths[:depth]) for depth in range(1, len(widths[:DEEPEST]) + 1))
+        if len(widths) > DEEPEST or size > LARGEST:
+            raise OptionError(f"a tree of {'x'.join(map(str, widths[:8]))}… is too large to verify")
         choices = {tuple(path[: end + 1]) for path in paths for end in range(len(path))}
         if bool(branching) == bool(choices):
             raise OptionError(
