@@ -170,6 +170,12 @@ class LLM:
         """The target's configuration."""
         return self.engine.config
 
+    @property
+    def engines(self) -> list[KVEngine]:
+        """Those of the target and of the draft models."""
+        parts = [self.engine, *(engine for _, engine in self._parts.draft_engines)]
+        return [engine for engine in parts if isinstance(engine, KVEngine)]
+
     # -- other ways to decode with the same model -----------------------------------------------------------------
 
     def using(

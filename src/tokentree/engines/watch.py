@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tokentree.engines.foreign import global_hooks, hooks_of, names_in
+from tokentree.engines.foreign import global_hooks, hooks_of, is_own, names_in
 
 PLACES, TOGETHER = 16, 8  # at which values of each tensor are looked at, so many side by side
 ASIDE = {  # settings that don't change what a forward computes
@@ -92,7 +92,8 @@ def _storage(tensor: torch.Tensor) -> int:
 
 def _look(model: nn.Module) -> tuple[list[Any], list[bytes]]:
     """What tells a model from one that was changed: facts, those of modules first, in order; and values of tensors."""
-    facts, tensors, kinds, seen = list[Any](), list[torch.Tensor](), dict[Any, frozenset[str]](), set[int]()
+    facts, tensors, seen = list[Any](), list[torch.Tensor](), set[int]()
+    kinds: dict[type, tuple[bool, frozenset[str]]] = {}
     stack = [model]
     while stack:
         module = stack.pop()
@@ -100,20 +101,25 @@ def _look(model: nn.Module) -> tuple[list[Any], list[bytes]]:
             continue
         seen.add(id(module))
         own, kind = module.__dict__, type(module)
-        if (named := kinds.get(kind)) is None:
-            named = kinds[kind] = _names(kind, kind.forward)  # type: ignore[arg-type]
+        if kind not in kinds:
+            kinds[kind] = _names(kind, kind.forward)  # type: ignore[arg-type]
+        as_it_came, named = kinds[kind]
         fact: list[Any] = [weakref.ref(module), kind]
         if own["_forward_pre_hooks"] or own["_forward_hooks"]:
             fact += [number for number, _ in hooks_of(module)]
         if "forward" in own:
+            as_it_came = False
             named = named | _spoken_of(own["forward"]) | {"forward"}
         found = list(own["_parameters"].values())
-        if own.get("rope_type") not in ("dynamic", "longrope"):  # whose buffers follow the length of a text
+        if own.get("rope_type") in ("dynamic", "longrope"):  # what they keep follows the length of a text
+            named = frozenset[str]()
+        else:
             found += own["_buffers"].values()
         for name in sorted(own.keys() & named):
             value = own[name]
             fact += name, value if type(value) in SCALARS else _known(value)
-            found.append(value)
+            if not as_it_came:  # transformers' own modules leave there what they computed
+                found.append(value)
         for value in found:
             if isinstance(value, torch.Tensor):
                 fact += _tensor(value)
@@ -180,15 +186,16 @@ def _known(value: Any) -> Any:
 
 
 @functools.cache
-def _names(kind: Any, forward: Any) -> frozenset[str]:
-    """The attributes that a class's own methods speak of: others are a user's, and may count the calls of a hook."""
+def _names(kind: Any, forward: Any) -> tuple[bool, frozenset[str]]:
+    """Whether a class is as it came with transformers or torch, and the attributes that its own methods speak of:
+    others are a user's, and may count the calls of a hook."""
     found = set[str]()
     for base in kind.__mro__:
         if base in (nn.Module, PreTrainedModel) or base.__module__.startswith("transformers.generation"):
             break
         for member in vars(base).values():
             found |= _spoken_of(member)
-    return frozenset((found | _spoken_of(forward)) - TORCH_S - UNREAD)
+    return is_own(kind), frozenset((found | _spoken_of(forward)) - TORCH_S - UNREAD)
 
 
 def _spoken_of(member: Any) -> set[str]:
