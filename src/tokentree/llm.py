@@ -23,7 +23,7 @@ from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.support import check_quantization
 from tokentree.errors import ModelError, OptionError, PromptError
 from tokentree.heads.saved import Fingerprint, saved_choices
-from tokentree.loading import check_same_tokenizer, load_engine, load_tokenizer, pick_device
+from tokentree.loading import check_same_tokenizer, load_engine, load_tokenizer, pick_device, taken_out
 from tokentree.metrics import Metrics
 from tokentree.registry import Named, check_names, make_drafter
 from tokentree.sampling import SamplingParams, seeded_noise
@@ -77,7 +77,9 @@ class LLM:
     """A target model, a drafter and the loop.
 
     Args:
-        model: a hub name, a folder of safetensors, a GGUF file, or a loaded transformers model (which stays as it is).
+        model: a hub name, a folder of safetensors, a GGUF file, or a loaded transformers model (which stays as it is,
+            also in peft's wrapping). What was put into a loaded one is run: adapters, hooks, replaced forwards. If it
+            changes later, the next request is refused: make a new `LLM` of it.
         drafter: a name from the registry, a list of names to be merged, or a `Drafter`. Without one, ``draft_model`` if
             draft models are given, and if not, heads that are given and all lookups, merged.
         draft_model: one draft model or several (merged into one tree).
@@ -131,6 +133,7 @@ class LLM:
             if shape is not None:
                 raise OptionError("speculative_config says what shape says: give one of them")
             shape = _configured(speculative_config)
+        model = taken_out(model)
         if not isinstance(model, str | Path) and not (dtype is None and device is None):
             raise OptionError("a loaded model keeps its dtype and device: leave dtype and device out")
         if memory is not None and Path(memory).exists() and not Path(memory).is_dir():
@@ -141,7 +144,7 @@ class LLM:
             raise OptionError("prefix_mb must be at least 0")
         # what is cheap to tell is told before anything is loaded
         rule, form = acceptance(accept), shape_of(shape, drafter, heads)
-        drafts: list[Model] = [] if draft_model is None else _as_list(draft_model)
+        drafts: list[Model] = [] if draft_model is None else [taken_out(draft) for draft in _as_list(draft_model)]
         for named in (model, *drafts):
             check_quantization(quantization, file=named if isinstance(named, str | Path) else None)
         check_names(drafter)

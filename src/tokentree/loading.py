@@ -73,6 +73,19 @@ def load_engine(
     return TorchEngine(model, attention, named, quantization, prefix_bytes, file, place, compile)
 
 
+def taken_out(model: Any) -> Any:
+    """The name of a model as it is; of a loaded one, the transformers model in what a library put around it.
+
+    Raises:
+        ModelError: if there is none in it.
+    """
+    if isinstance(model, str | Path):
+        return model
+    from tokentree.engines.foreign import inner_model  # and with it transformers' model classes
+
+    return inner_model(model)
+
+
 def load_model(name: str | Path, dtype: str | torch.dtype | None, device: torch.device) -> PreTrainedModel:
     """The causal language model ``name``: a hub name, a folder of safetensors, or a GGUF file.
 

@@ -24,7 +24,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from tokentree.errors import ModelError
 
 HOMES = tuple(str(Path(str(package.__file__)).parent) for package in (torch, transformers))
-OBSERVERS = {"transformers.utils.output_capturing"}  # whose hooks give out what passes by, and change nothing
+# whose hooks give out what passes by, or let gradients through, and change nothing
+OBSERVERS = {"transformers.utils.output_capturing", "transformers.modeling_utils"}
 
 
 @dataclass(frozen=True)

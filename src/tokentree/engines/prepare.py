@@ -92,12 +92,14 @@ def _is_a_user_s(hook: Any) -> bool:
 
 
 def _twin_of(tensor: torch.Tensor | None, twins: dict[int, torch.Tensor]) -> torch.Tensor | None:
-    """Another tensor in the same memory; the same one for each that is shared among modules."""
+    """Another tensor in the same memory; the same one for all modules that share it."""
     if tensor is None or type(tensor) not in (torch.Tensor, nn.Parameter) or type(tensor.data) is not torch.Tensor:
         return tensor
     if id(tensor) not in twins:
-        values = tensor.detach()
-        twins[id(tensor)] = nn.Parameter(values, False) if isinstance(tensor, nn.Parameter) else values
+        values, parameter = tensor.detach(), isinstance(tensor, nn.Parameter)
+        if not parameter and values.ndim == 1:  # such as frequencies, which forwards of the model's own may change
+            values = values.clone()
+        twins[id(tensor)] = nn.Parameter(values, False) if parameter else values
     return twins[id(tensor)]
 
 

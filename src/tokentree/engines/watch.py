@@ -191,8 +191,8 @@ def _names(kind: Any, forward: Any) -> tuple[bool, frozenset[str]]:
     others are a user's, and may count the calls of a hook."""
     found = set[str]()
     for base in kind.__mro__:
-        if base in (nn.Module, PreTrainedModel) or base.__module__.startswith("transformers.generation"):
-            break
+        if base in PreTrainedModel.__mro__ or base.__module__.startswith("transformers.generation"):
+            continue
         for member in vars(base).values():
             found |= _spoken_of(member)
     return is_own(kind), frozenset((found | _spoken_of(forward)) - TORCH_S - UNREAD)
