@@ -6,8 +6,10 @@ sequences, lets the `Decoder` run, and answers in transformers' own form.
 
 from __future__ import annotations
 
+import inspect
 import math
 import secrets
+import threading
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
@@ -23,6 +25,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from tokentree.acceptance import acceptance
 from tokentree.engines.support import check_supported
 from tokentree.errors import OptionError, PromptError
+from tokentree.hf_options import OWN_DRAFTS, check_config, check_kwargs, check_prepares
 from tokentree.llm import LLM, Model, shape_of
 from tokentree.metrics import Metrics
 from tokentree.options import heads_in, models_in
@@ -30,24 +33,6 @@ from tokentree.registry import Named, check_names
 from tokentree.sampling import SamplingParams, seeded_noise
 from tokentree.sequence import Sequence
 from tokentree.shapes import Shape
-
-# What a generation config may ask for and this library has no way to do.
-_NO_BEAMS = "it decodes one text per sequence and keeps no beams"
-_OWN_DRAFTS = 'drafts are asked of generator(): pass it draft_model= or drafter="ngram"'
-_NO_SCORES = "it computes scores only where they decide something"
-_NO_STATES = "attention weights and hidden states are not kept"
-REFUSED = {
-    **dict.fromkeys(("num_beams", "num_beam_groups", "diversity_penalty", "constraints", "force_words_ids"), _NO_BEAMS),
-    **dict.fromkeys(("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"), _OWN_DRAFTS),
-    **dict.fromkeys(("output_scores", "output_logits"), _NO_SCORES),
-    **dict.fromkeys(("output_attentions", "output_hidden_states", "penalty_alpha", "dola_layers"), _NO_STATES),
-    "token_healing": "the last token of the prompt would have to be taken back",
-    "cache_implementation": "it keeps KV in storage of its own",
-}
-HARMLESS = {"num_beams": 1, "num_beam_groups": 1, "cache_implementation": "dynamic"}
-
-# What `generate` hands over besides, and why it is not needed.
-PREPARED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
 
 # The last processors of a list, in transformers' order, that SamplingParams says as well.
 WARPERS = (
@@ -88,28 +73,28 @@ def generator(
     tied but for rounding, as happens in bfloat16, the engine may round the other way than transformers' own loop; with
     ``drafter="none"`` the same engine decodes plainly, for comparison.
 
-    Keep it and pass it to every call: it holds, per model, the weights in the engine's layout, made at the first call
-    and again when the model's own have changed (torch counts that; writing through ``.data`` it does not see).
+    Keep it and pass it to every call, from any thread: it holds, per model, the weights in the engine's layout, made at
+    the first call and again when the model has changed: its weights, modules, adapters, hooks or settings, see
+    `engines.watch`. Hooks and replaced forwards are run as they are; they see the rows of trees, several continuations
+    of several texts in one batch row and in no order, so they must do to each row what they do to it alone.
 
-    What belongs to a generation mode is passed here and not to ``generate``. With a callable, transformers (5.23,
-    `GenerationMixin._extract_generation_mode_kwargs`) throws away the mode's arguments and collects anew, out of
-    ``**kwargs`` alone, those parameters of the callable that `GenerationMixin._sample` does not have.
-    ``assistant_model``, ``streamer`` and ``synced_gpus`` are named parameters of ``generate``, so they are never among
-    ``**kwargs``: they are dropped without a word (a streamer gets the prompt and nothing more). ``tokenizer`` is taken
-    out of ``**kwargs`` before and dropped too, so that ``stop_strings=`` raises in transformers: pass
-    ``stopping_criteria=[StopStringCriteria(tokenizer, [...])]``.
+    With a callable, transformers (5.23, `GenerationMixin._extract_generation_mode_kwargs`) throws away what belongs to
+    a generation mode: ``tokenizer``, ``streamer``, ``assistant_model`` and ``synced_gpus``. They are taken from where
+    it does so (see `_Signature`), so that the first two work as ever, and the others are refused with the reason.
 
     Args:
         draft_model: a smaller model with the same tokenizer, loaded or by name; or several.
         drafter, shape, accept, heads: as in `LLM`.
-        streamer: gets ``put(prompt ids [1, n])``, ``put(token [1])`` for each token, and ``end()``.
+        streamer: gets ``put(prompt ids [1, n])``, ``put(token [1])`` for each token, and ``end()``. Or give it to
+            ``generate``.
         seed: the same seed gives the same text at every call; None draws a new one per call. torch's global random
             state is neither read nor moved.
 
     Honoured, as transformers resolves them: do_sample, temperature, top_k, top_p, min_p, penalties, biases, bans and
-    length bounds, the user's ``logits_processor``, ``prefix_allowed_tokens_fn``, eos_token_id, pad_token_id, max_time,
-    ``stopping_criteria``, num_return_sequences, left-padded batches, return_dict_in_generate. use_cache and
-    prefill_chunk_size say how, not what, and change nothing.
+    length bounds, ``stop_strings`` (with ``tokenizer=``), the user's ``logits_processor``,
+    ``prefix_allowed_tokens_fn``, eos_token_id, pad_token_id, max_time, ``stopping_criteria``, num_return_sequences,
+    left-padded batches, return_dict_in_generate. use_cache and prefill_chunk_size say how, not what, and change
+    nothing. What can't be honoured is refused by name.
 
     A logits processor is called with ``input_ids`` [1, n], the path of one node behind its row of the batch (padding
     included, as in transformers), and ``scores`` [1, vocab]; it must be a function of these, because several
@@ -123,12 +108,36 @@ def generator(
     return TreeGenerator(draft_model, drafter, shape, accept, heads, streamer, seed)
 
 
+class _Signature:
+    """The signature of a `TreeGenerator`, which transformers asks for in the midst of
+    `GenerationMixin._extract_generation_mode_kwargs`: when it has taken ``tokenizer`` out of the call's keywords and
+    before it throws that away. There it is put back, and what else would be lost beside it, as ``given``. In a version
+    that does otherwise nothing is found, and nothing is given.
+    """
+
+    def __get__(self, made: TreeGenerator | None, owner: type[TreeGenerator]) -> inspect.Signature | None:
+        if made is None:
+            return None
+        frame = inspect.currentframe()
+        while frame is not None and frame.f_code.co_name != "_extract_generation_mode_kwargs":
+            frame = frame.f_back
+        values = {} if frame is None else frame.f_locals
+        kept, given = values.get("kwargs"), values.get("generation_mode_kwargs")
+        if isinstance(kept, dict) and isinstance(given, dict):
+            kept |= {"given": {**given, "synced_gpus": values.get("synced_gpus")}}
+            if "tokenizer" in given:
+                kept["tokenizer"] = given["tokenizer"]
+        return inspect.signature(made.__call__)
+
+
 class TreeGenerator:
     """What `generator` returns.
 
     Attributes:
-        metrics: what the last call cost, per row of the batch.
+        metrics: what the last call cost, per row of the batch: of this thread, or, where it has called none, of any.
     """
+
+    __signature__ = _Signature()
 
     def __init__(
         self,
@@ -145,12 +154,19 @@ class TreeGenerator:
         models_in(draft_model)
         if seed is not None and not (isinstance(seed, int) and 0 <= seed < 2**63):
             raise OptionError(f"seed={seed!r} is not a whole number from 0 to 2**63 - 1")
-        self.metrics: list[Metrics] = []
         shape_of(shape, drafter, heads_in(heads))  # a mistake is told here; each model gets a shape of its own
         self._options: dict[str, Any] = {"draft_model": draft_model, "drafter": drafter, "accept": accept}
         self._options |= {"shape": shape, "heads": heads}
         self._streamer, self._seed = streamer, seed
-        self._llms: WeakKeyDictionary[PreTrainedModel, tuple[Any, LLM]] = WeakKeyDictionary()
+        self._llms: WeakKeyDictionary[PreTrainedModel, LLM] = WeakKeyDictionary()
+        self._making = threading.Lock()
+        self._last: list[Metrics] = []
+        self._of_thread = threading.local()
+
+    @property
+    def metrics(self) -> list[Metrics]:
+        last: list[Metrics] = getattr(self._of_thread, "last", self._last)
+        return last
 
     def __call__(
         self,
@@ -159,14 +175,24 @@ class TreeGenerator:
         logits_processor: LogitsProcessorList,
         stopping_criteria: SequenceOf[StoppingCriteria],
         generation_config: GenerationConfig,
+        *,
+        tokenizer: Any = None,
+        given: dict[str, Any] | None = None,
         **model_kwargs: Any,
     ) -> torch.Tensor | GenerateDecoderOnlyOutput:
-        """What `GenerationMixin._sample` does: [rows, n] prompts to [rows, n + longest output] texts."""
+        """What `GenerationMixin._sample` does: [rows, n] prompts to [rows, n + longest output] texts.
+
+        Args:
+            tokenizer: transformers makes criteria of it and of ``stop_strings``.
+            given: what ``generate`` was given for a generation mode, by name.
+        """
         check_supported(model)
-        _check_config(generation_config)
-        _check_kwargs(model_kwargs)
+        check_prepares(model)
+        check_config(generation_config)
+        check_kwargs(model, model_kwargs)
+        streamer = self._streamer_of(given or {})
         rows = len(input_ids)
-        if self._streamer is not None and rows > 1:
+        if streamer is not None and rows > 1:
             raise OptionError(f"a streamer takes one sequence, and this batch has {rows}")
         paddings = _paddings(input_ids, model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"))
         limits = _Limits(stopping_criteria, generation_config, input_ids)
@@ -184,14 +210,14 @@ class TreeGenerator:
             noise = seeded_noise(seed, row)
             rules = limits.rules(left)
             seqs.append(Sequence(prompt, params, noise, llm.engine.context, limits.eos_ids, None, rules))
-        self._run(llm, seqs, processors, input_ids)
+        if streamer is not None and streamer is self._streamer:
+            streamer.put(input_ids.cpu())  # transformers gives it to one of its own
+        self._run(llm, seqs, processors, streamer)
         sequences = _joined(input_ids, [seq.output_ids for seq in seqs], limits.pad_id)
         return GenerateDecoderOnlyOutput(sequences) if generation_config.return_dict_in_generate else sequences  # type: ignore[arg-type]
 
-    def _run(self, llm: LLM, seqs: list[Sequence], processors: list[_PathProcessor], input_ids: torch.Tensor) -> None:
-        self.metrics = [seq.metrics for seq in seqs]
-        if self._streamer is not None:
-            self._streamer.put(input_ids.cpu())
+    def _run(self, llm: LLM, seqs: list[Sequence], processors: list[_PathProcessor], streamer: Streamer | None) -> None:
+        self._last = self._of_thread.last = [seq.metrics for seq in seqs]
         shown = 0
         for _ in llm.decoder.run(seqs, max_batch=len(seqs)):
             for seq in seqs:
@@ -199,21 +225,37 @@ class TreeGenerator:
                     raise seq.error
             for processor in processors:
                 processor.check()
-            if self._streamer is not None:
+            if streamer is not None:
                 for token in seqs[0].output_ids[shown:]:
-                    self._streamer.put(torch.tensor([token]))
+                    streamer.put(torch.tensor([token]))
                     shown += 1
-        if self._streamer is not None:
-            self._streamer.end()
+        if streamer is not None:
+            streamer.end()
+
+    def _streamer_of(self, given: dict[str, Any]) -> Streamer | None:
+        """The one that gets the tokens, of what ``generate`` was given.
+
+        Raises:
+            OptionError: if there are two, or something was given that can't be honoured.
+        """
+        for name in ("assistant_model", "assistant_tokenizer"):
+            if given.get(name) is not None:
+                raise OptionError(f"tokentree can't honour {name}: {OWN_DRAFTS}")
+        if given.get("synced_gpus"):
+            raise OptionError("tokentree can't honour synced_gpus: it decodes in one process")
+        streamer: Streamer | None = given.get("streamer")
+        if streamer is not None and self._streamer is not None:
+            raise OptionError("generator() and generate() were each given a streamer: give one of them")
+        return self._streamer if streamer is None else streamer
 
     def _llm(self, model: PreTrainedModel) -> LLM:
-        """The engine and decoder of ``model``, made anew if its weights are no longer those that were packed."""
-        weights = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()]
-        found = self._llms.get(model)
-        if found is None or found[0] != weights:
-            found = weights, LLM(model, **self._options)
-            self._llms[model] = found
-        return found[1]
+        """The engine and decoder of ``model``, made anew if it, or a draft model, is no longer what they were made
+        of."""
+        with self._making:
+            llm = self._llms.get(model)
+            if llm is None or any(engine.changed() for engine in llm.engines):
+                self._llms[model] = llm = LLM(model, **self._options)
+            return llm
 
 
 class _Limits:
@@ -317,21 +359,6 @@ def _of_row(processor: LogitsProcessor, row: int) -> LogitsProcessor:
         allowed = processor._prefix_allowed_tokens_fn
         return known.PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), 1)
     return processor
-
-
-def _check_config(config: GenerationConfig) -> None:
-    for name, why in REFUSED.items():
-        value = getattr(config, name, None)
-        if value and value != HARMLESS.get(name):
-            raise OptionError(f"tokentree can't honour {name}={value!r}: {why}")
-
-
-def _check_kwargs(model_kwargs: dict[str, Any]) -> None:
-    if getattr(model_kwargs.get("past_key_values"), "_is_user_defined", False):
-        raise OptionError("tokentree can't honour past_key_values: it keeps KV in storage of its own")
-    for name, value in model_kwargs.items():
-        if name not in PREPARED and value is not None and value is not False:
-            raise OptionError(f"tokentree can't honour {name}: it decodes from token ids and an attention mask alone")
 
 
 def _paddings(

@@ -33,11 +33,11 @@ from tokentree.options import (
     Model,
     check_attention,
     check_callable,
-    check_model,
     check_placed,
     folder_in,
     heads_in,
     megabytes,
+    model_in,
     models_in,
     shape_in,
     shape_of,
@@ -110,7 +110,9 @@ class LLM:
     and each text is the one that is written alone. A process that is forked after a model was used can't use any.
 
     Args:
-        model: a hub name, a folder of safetensors, a GGUF file, or a loaded transformers model (which stays as it is).
+        model: a hub name, a folder of safetensors, a GGUF file, or a loaded transformers model (which stays as it is,
+            also in peft's wrapping). What was put into a loaded one is run: adapters, hooks, replaced forwards. If it
+            changes later, the next request is refused: make a new `LLM` of it.
         drafter: a name from the registry, a list of names to be merged, or a `Drafter`. Without one, ``draft_model`` if
             draft models are given and no heads; otherwise all that is given and all lookups, merged.
         draft_model: one draft model or several (merged into one tree).
@@ -171,7 +173,7 @@ class LLM:
         check_fork()
         set_threads(threads)
         # what is cheap to tell is told before anything is loaded
-        check_model(model)
+        model = model_in(model)
         drafts, batch, prefix_bytes = (
             models_in(draft_model), whole_number(max_batch, "max_batch", 1), megabytes(prefix_mb, "prefix_mb"),
         )  # fmt: skip
@@ -215,6 +217,12 @@ class LLM:
     def config(self) -> PreTrainedConfig:
         """The target's configuration."""
         return self.engine.config
+
+    @property
+    def engines(self) -> list[KVEngine]:
+        """Those of the target and of the draft models."""
+        parts = [self.engine, *(engine for _, engine in self._parts.draft_engines)]
+        return [engine for engine in parts if isinstance(engine, KVEngine)]
 
     # -- other ways to decode with the same model -----------------------------------------------------------------
 

@@ -61,7 +61,7 @@ def shape_in(config: Any) -> str:
 
 
 def models_in(models: Any) -> list[Model]:
-    """The draft models that are named, each of which is one.
+    """The draft models that are given, each as `model_in` has it.
 
     Raises:
         OptionError, ModelError: if one isn't.
@@ -69,22 +69,27 @@ def models_in(models: Any) -> list[Model]:
     if models is None:
         return []
     listed = list(models) if isinstance(models, list | tuple) else [models]
-    for model in listed:
-        check_model(model, "draft_model")
-    return listed
+    return [model_in(model, "draft_model") for model in listed]
 
 
-def check_model(model: Any, what: str = "model") -> None:
-    """Raises `ModelError` unless ``model`` is the name of one, a path, or a loaded transformers model."""
+def model_in(model: Any, what: str = "model") -> Model:
+    """``model``, if it is a name or a path; of a loaded one, the transformers model in what a library put around it.
+
+    Raises:
+        ModelError: if it is none of these.
+    """
     if isinstance(model, str | Path):
         if not str(model).strip() or str(model) == ".":
             raise ModelError(f"{what}={_shown(model)} names no model: give a hub name, a folder or a GGUF file")
-        return
-    from transformers import PreTrainedModel
+        return model
+    from torch import nn
 
-    if not isinstance(model, PreTrainedModel):
-        told = f"the class {model.__name__}" if isinstance(model, type) else f"of the type {type(model).__name__}"
-        raise ModelError(f"{what} is {told}: give a hub name, a folder, a GGUF file or a loaded transformers model")
+    if isinstance(model, nn.Module):
+        from tokentree.engines.foreign import inner_model  # and with it transformers' model classes
+
+        return inner_model(model)
+    told = f"the class {model.__name__}" if isinstance(model, type) else f"of the type {type(model).__name__}"
+    raise ModelError(f"{what} is {told}: give a hub name, a folder, a GGUF file or a loaded transformers model")
 
 
 def tokenizer_in(given: Any) -> PreTrainedTokenizerBase | None:
@@ -97,7 +102,7 @@ def tokenizer_in(given: Any) -> PreTrainedTokenizerBase | None:
     if given is None:
         return None
     if isinstance(given, str | Path):
-        check_model(given, "tokenizer")
+        model_in(given, "tokenizer")
         return load_tokenizer(given)
     from transformers import PreTrainedTokenizerBase
 

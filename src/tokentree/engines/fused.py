@@ -3,8 +3,8 @@
 """Modules that many models share, each computed in one compiled call instead of several of torch's, step by step as the
 model itself would: what is rounded there is rounded here. In bfloat16, on CPUs.
 
-An engine compares its forward with the model's own when it is made, so that a module which only looks like one of these
-is found out.
+A module which only looks like one of these is left alone: its forward must be, instruction by instruction, that of the
+class in transformers that one of these stands for.
 """
 
 from __future__ import annotations
@@ -38,8 +38,13 @@ class FusedMLP(nn.Module):
     def fits(own: Any, packing: Packing) -> bool:
         """Whether ``own`` is such a module, with sizes that suit ``packing``."""
         from transformers.activations import SiLUActivation  # takes seconds
+        from transformers.models.llama.modeling_llama import LlamaMLP
 
-        if set(own._modules) != GATED or not isinstance(own.act_fn, nn.SiLU | SiLUActivation):
+        from tokentree.engines.foreign import same_forward
+
+        if set(own._modules) != GATED or type(own.act_fn) not in (nn.SiLU, SiLUActivation):
+            return False
+        if not same_forward(own, LlamaMLP):
             return False
         gate, up = own.gate_proj, own.up_proj
         return (
@@ -91,6 +96,10 @@ class FusedNorm(nn.Module):
     @staticmethod
     def fits(own: Any) -> bool:
         """Whether ``own`` is such a module."""
+        from transformers.models.llama.modeling_llama import LlamaRMSNorm  # takes seconds
+
+        from tokentree.engines.foreign import same_forward
+
         weight = getattr(own, "weight", None)
         return (
             type(own).__name__.endswith("RMSNorm")
@@ -99,6 +108,7 @@ class FusedNorm(nn.Module):
             and weight.ndim == 1
             and isinstance(getattr(own, "variance_epsilon", None), float)
             and set(own._parameters) == {"weight"}
+            and same_forward(own, LlamaRMSNorm)
         )
 
     @classmethod

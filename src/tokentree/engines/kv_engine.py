@@ -99,6 +99,10 @@ class KVEngine(ABC):
         """
         raise ModelError("here the model doesn't attend by itself: use attention='sdpa'")
 
+    def changed(self) -> str | None:
+        """What has changed, in words, in a loaded model since this engine was made of it; None if nothing has."""
+        return None
+
     @property
     def form(self) -> str:
         """How the forward runs, for `signature`."""

@@ -121,7 +121,7 @@ class OneDNNLinear(nn.Module):
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
-        self.bias = None if bias is None else bias.detach()
+        self.bias = None if bias is None else bias.detach().clone()
 
     @staticmethod
     def fits(weight: torch.Tensor) -> bool:
@@ -133,6 +133,19 @@ class OneDNNLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+class ReadableLinear(nn.Linear):
+    """A packed layer that still has its weight, for code that reads it, as adapters do."""
+
+    def __init__(self, own: nn.Linear, packed: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = own.in_features, own.out_features
+        self.weight, self.bias, self.packed = own.weight, own.bias, packed
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.packed(x)
+        return out
 
 
 def weights_of(

@@ -19,7 +19,7 @@ from tokentree.engines.steps import Heads, Steps, Turns
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MODELS = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"}  # of transformers, all alike
+KINDS = ("Llama", "Mistral", "Qwen2")  # of transformers, all alike
 
 Kind = type[PackedLinear] | type[QuantizedLinear]
 
@@ -55,13 +55,17 @@ class Llama:
     @staticmethod
     def fits(model: PreTrainedModel, packing: Packing) -> bool:
         """Whether ``model``, as it came, is one, with layers that can be packed so."""
-        if type(model).__name__ not in MODELS or not type(model).__module__.startswith("transformers."):
+        from tokentree.engines.foreign import ForeignCode  # takes seconds
+
+        if not _is_a(model, "ForCausalLM") or ForeignCode.of(model).at:
             return False
         body, head = model.model, model.lm_head
-        if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
-            return False
         return (
-            packing.fits(head)
+            _is_a(body, "Model")
+            and _is_a(body.rotary_emb, "RotaryEmbedding")
+            and len(body.layers) == model.config.num_hidden_layers
+            and all(_is_a(layer, "DecoderLayer") for layer in body.layers)
+            and packing.fits(head)
             and Steps.embeds(body.embed_tokens)
             and FusedNorm.fits(body.norm)
             and all(
@@ -196,6 +200,12 @@ class Rotary(nn.Module):
         turns = torch.cat([turns, turns], -1)
         scale = self._rotation.scale
         return (turns.cos() * scale).to(x.dtype), (turns.sin() * scale).to(x.dtype)
+
+
+def _is_a(module: nn.Module, part: str) -> bool:
+    """Whether ``module`` is that part of a model of one of these kinds."""
+    kind = type(module)
+    return kind.__module__.startswith("transformers.") and kind.__name__ in {f"{name}{part}" for name in KINDS}
 
 
 def _norm(norm: FusedNorm) -> dict[str, Any]:

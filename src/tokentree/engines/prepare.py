@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from typing import Any
 
 import torch
@@ -18,33 +19,106 @@ from transformers import PreTrainedModel
 from transformers.activations import GELUTanh, SiLUActivation
 from transformers.pytorch_utils import Conv1D
 
+from tokentree.engines.foreign import ForeignCode
 from tokentree.engines.fused import FusedAttention, FusedMLP, FusedNorm
-from tokentree.engines.linear import OneDNNLinear, PackedEmbedding, PackedLinear
+from tokentree.engines.linear import OneDNNLinear, PackedEmbedding, PackedLinear, ReadableLinear
 from tokentree.engines.llama import Llama
 from tokentree.engines.packing import Packing
 from tokentree.engines.program import Program
+from tokentree.engines.rebound import Rebound
 
 
-def private_copy(model: PreTrainedModel, attention: str) -> PreTrainedModel:
-    """A copy of the modules and the configuration of ``model`` that shares its weights and uses ``attention``."""
+def private_copy(model: PreTrainedModel, attention: str, owned: bool = False) -> PreTrainedModel:
+    """A copy of the modules and the configuration of ``model`` that uses ``attention`` and shares the memory of its
+    weights.
+
+    What a user has put into the model comes along: a forward of a module's own runs on the copy's modules; a hook is
+    called in the copy, and given the model's own module.
+
+    Args:
+        owned: nobody else uses ``model``, so its very parameters are shared. Otherwise each gets a twin, which stays as
+            it is when the model's is converted, moved or freed.
+
+    Raises:
+        ModelError: if a forward was replaced by something that can't be made to run on the copy's modules.
+    """
     config = copy.deepcopy(model.config)
     config._attn_implementation = attention
     seen: dict[int, nn.Module] = {}
+    twins: dict[int, torch.Tensor] = {}
+
+    def shared(tensors: dict[str, Any]) -> dict[str, Any]:
+        return tensors if owned else {name: _twin_of(tensor, twins) for name, tensor in tensors.items()}
 
     def twin(module: nn.Module) -> nn.Module:
         if id(module) in seen:
             return seen[id(module)]
+        if "_orig_mod" in module._modules:  # what `torch.compile` was given computes the same
+            new = seen[id(module)] = twin(module._modules["_orig_mod"])  # type: ignore[arg-type]
+            return new
         new = seen[id(module)] = module.__class__.__new__(module.__class__)
         own = module.__dict__.items()
         new.__dict__ = {key: copy.copy(value) if isinstance(value, dict) else value for key, value in own}
+        new.__dict__.pop("_compiled_call_impl", None)
         new._modules = {name: child if child is None else twin(child) for name, child in module._modules.items()}
+        new._parameters, new._buffers = shared(new._parameters), shared(new._buffers)
+        for table in (new._forward_pre_hooks, new._forward_hooks):
+            table.update((number, OnOriginal(hook, module)) for number, hook in table.items() if _is_a_user_s(hook))
         if new.__dict__.get("config") is model.config:
             new.__dict__["config"] = config
         return new
 
     result = twin(model).eval()
+    _rebind(model, seen)
     assert isinstance(result, PreTrainedModel)
     return result
+
+
+class OnOriginal:
+    """A hook that is given the model's own module, which a user may know it by, and not its twin."""
+
+    def __init__(self, hook: Any, module: nn.Module) -> None:
+        self._hook, self._module = hook, weakref.ref(module)
+
+    def __call__(self, twin: nn.Module, *rest: Any) -> Any:
+        return self._hook(self._module() or twin, *rest)
+
+
+def _is_a_user_s(hook: Any) -> bool:
+    """Whether a hook isn't of a kind of torch's or transformers' own: those, as for pruning, change the module that
+    they're given."""
+    homes = {(getattr(part, "__module__", None) or "").split(".")[0] for part in (hook, *type(hook).__mro__)}
+    return not homes & {"torch", "transformers"}
+
+
+def _twin_of(tensor: torch.Tensor | None, twins: dict[int, torch.Tensor]) -> torch.Tensor | None:
+    """Another tensor in the same memory; the same one for all modules that share it."""
+    if tensor is None or type(tensor) not in (torch.Tensor, nn.Parameter) or type(tensor.data) is not torch.Tensor:
+        return tensor
+    if id(tensor) not in twins:
+        values, parameter = tensor.detach(), isinstance(tensor, nn.Parameter)
+        if not parameter and values.ndim == 1:  # such as frequencies, which forwards of the model's own may change
+            values = values.clone()
+        twins[id(tensor)] = nn.Parameter(values, False) if parameter else values
+    return twins[id(tensor)]
+
+
+def _rebind(model: nn.Module, twins: dict[int, nn.Module]) -> None:
+    """Makes what the twins keep beside parameters and modules, such as a forward of their own, reach twins alone."""
+    rebound = Rebound(twins)
+    for name, module in model.named_modules():
+        own = twins[id(module)].__dict__
+        for key, value in own.items():
+            if key in OF_TORCH:
+                continue
+            where = f"{name}.{key}" if name else key
+            if isinstance(value, dict):
+                own[key].update((part, rebound.of(held, f"{where}[{part!r}]")) for part, held in value.items())
+            else:
+                own[key] = rebound.of(value, where)
+
+
+OF_TORCH = set(nn.Module().__dict__)  # what every module keeps
 
 
 def pack(model: PreTrainedModel, packing: Packing, release: bool, whole: bool) -> Program | None:
@@ -58,6 +132,7 @@ def pack(model: PreTrainedModel, packing: Packing, release: bool, whole: bool) -
             keep it.
         whole: return the whole forward as a program, which must fit; ``model`` can't run by itself then.
     """
+    code = ForeignCode.of(model)
     tables = [entry for entry in _children(model) if isinstance(entry[2], nn.Embedding)]
 
     def drop(*layers: Any, packed: nn.Module | None = None) -> None:
@@ -71,6 +146,8 @@ def pack(model: PreTrainedModel, packing: Packing, release: bool, whole: bool) -
             layer.weight.data = layer.weight.data.new_empty(0)
 
     for parent, name, child in _children(model):
+        if not code.leaves(child):
+            continue
         if FusedMLP.fits(child, packing):
             setattr(parent, name, FusedMLP(child, packing))
             drop(child.gate_proj, child.up_proj)
@@ -80,19 +157,25 @@ def pack(model: PreTrainedModel, packing: Packing, release: bool, whole: bool) -
         elif FusedNorm.fits(child):
             setattr(parent, name, FusedNorm(child))
     for parent, name, layer in _children(model):
-        # other subclasses may do more than a product; Falcon's computes the same in two steps
-        if type(layer).__name__ in ("Linear", "Conv1D", "FalconLinear") and isinstance(layer, nn.Linear | Conv1D):
-            plain = layer if type(layer) is nn.Linear else _plain(layer)
-            kind = next((kind for kind in (PackedLinear, OneDNNLinear) if kind.fits(plain.weight)), None)
-            if packing.fits(plain):
-                packed: nn.Module = packing.pack(plain)
-            elif kind is not None:
-                packed = kind(plain.weight, plain.bias)
-            else:
-                continue
+        packed = None if id(layer) in code.at else _packed(layer, packing)
+        if packed is not None and id(layer) not in code.below:
             setattr(parent, name, packed)
             drop(layer, packed=packed)
+        elif packed is not None and isinstance(layer, nn.Linear):
+            setattr(parent, name, ReadableLinear(layer, packed))
     return Program(Llama.of(model)) if whole else None
+
+
+def _packed(layer: nn.Module, packing: Packing) -> nn.Module | None:
+    """The packed layer that stands for ``layer``, if it is a linear one and there is one."""
+    # other subclasses may do more than a product; Falcon's computes the same in two steps
+    if type(layer).__name__ not in ("Linear", "Conv1D", "FalconLinear") or not isinstance(layer, nn.Linear | Conv1D):
+        return None
+    plain = layer if type(layer) is nn.Linear else _plain(layer)
+    if packing.fits(plain):
+        return packing.pack(plain)
+    kind = next((kind for kind in (PackedLinear, OneDNNLinear) if kind.fits(plain.weight)), None)
+    return None if kind is None else kind(plain.weight, plain.bias)
 
 
 def _plain(layer: nn.Linear | Conv1D) -> nn.Linear:
@@ -152,6 +235,7 @@ def steady_gelu_tanh(x: torch.Tensor) -> torch.Tensor:
 
 def steady_activations(model: PreTrainedModel) -> None:
     """Exchanges the activations of ``model`` (a `private_copy`) whose bits depend on how many rows there are."""
+    code = ForeignCode.of(model)
     for parent, name, child in _children(model):
-        if isinstance(child, nn.SiLU | SiLUActivation | GELUTanh):
+        if type(child) in (nn.SiLU, SiLUActivation, GELUTanh) and id(child) not in code.at:
             setattr(parent, name, SteadyActivation(child))

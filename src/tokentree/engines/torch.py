@@ -14,6 +14,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from tokentree.engines.attention import ForwardKV, dense_mask, tree_attention
 from tokentree.engines.facts import Facts, settings_of
+from tokentree.engines.foreign import check_runs_in_a_copy, inner_model, runs_more
 from tokentree.engines.kept import KeptPacking, Place
 from tokentree.engines.kv import KVLayout, Storages
 from tokentree.engines.kv_engine import KVEngine
@@ -27,8 +28,10 @@ from tokentree.engines.quantized import QuantizedLinear
 from tokentree.engines.ready import READY
 from tokentree.engines.segment import Segment, Upto, inputs_of
 from tokentree.engines.support import check_quantization, check_supported, decoder_layers, has_softcap
+from tokentree.engines.watch import Shared, Watch, in_common
 from tokentree.errors import ModelError, PairingError
 from tokentree.exclusive import exclusive, neutral
+from tokentree.sequence import Sequence
 
 if TYPE_CHECKING:
     from tokentree.engines.graph import Graph
@@ -40,7 +43,8 @@ class TorchEngine(KVEngine):
     """Verifies trees on a transformers model, on CPU or CUDA.
 
     Args:
-        model: a decoder-only model; it is not changed.
+        model: a decoder-only model; it is not changed. Hooks, adapters and forwards that were put into it are run as
+            they are. If it changes later, the next request is refused.
         attention: ``"tree"`` (default on CPUs, and only there) uses `tree_attention`, which gives the same bits in any
             batch and any tree; ``"sdpa"`` (default elsewhere) lets the model attend by itself under a dense mask.
         owns_model: nobody else uses ``model``, so its weights may be dropped once they are packed.
@@ -65,7 +69,9 @@ class TorchEngine(KVEngine):
         quantization: str | None = None, prefix_bytes: int = 0, file: Path | None = None, kept: Place | None = None,
         compile: bool = False,
     ) -> None:  # fmt: skip
+        model = inner_model(model)
         check_supported(model)
+        check_runs_in_a_copy(model)
         check_quantization(quantization, model, file)
         facts, device, dtype = Facts.of(model), model.device, model.dtype
         self.attention = attention or _best_attention(model)
@@ -76,7 +82,9 @@ class TorchEngine(KVEngine):
 
         softcap = has_softcap(model.config.get_text_config())
         own_attention = "sdpa" if getattr(type(model), "_supports_sdpa", False) and not softcap else "eager"
-        self._model, self._config = private_copy(model, own_attention), model.config
+        self._watch = None if owns_model else Watch(model)
+        self._shared: Shared | None = None
+        self._model, self._config = private_copy(model, own_attention, owns_model), model.config
         self._keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         packing = _packing(self._model, quantization, file, kept) if device.type == "cpu" else None
         own = own_forward(self._model) if packing is None else packing.recall(OWN, lambda: own_forward(self._model))
@@ -111,6 +119,18 @@ class TorchEngine(KVEngine):
             self._model.config._attn_implementation = own_attention
             self._storages = Storages(self._layout_for(shapes, device, dtype))
             self._check_trees(own)
+        if not owns_model:
+            self._shared = Shared(in_common(model, self._model))
+        if told := self.changed():
+            raise ModelError(f"{facts.name} is changed by its own forward ({told}): a tree's must leave no trace")
+
+    def changed(self) -> str | None:
+        return None if self._watch is None else self._watch.change()
+
+    def prefill(self, seq: Sequence) -> int:
+        if told := self.changed():
+            raise ModelError(f"{self.facts.name} has changed since it was given ({told}): make a new LLM of it")
+        return super().prefill(seq)
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -153,6 +173,10 @@ class TorchEngine(KVEngine):
     # -- one forward -----------------------------------------------------------------------------------------------
 
     def _forward(self, segments: SequenceOf[Segment], upto: Upto) -> torch.Tensor:
+        if self._shared is not None and self._shared.changed():
+            raise ModelError(
+                f"weights of {self.facts.name} were changed while a text was decoded: make a new LLM of it"
+            )
         if self._program is not None:
             return self._by_program(self._program, segments, upto)
         if self._graph is not None and upto != "kv" and self._graph.fits(segments):
@@ -222,6 +246,8 @@ class TorchEngine(KVEngine):
         """The forward as a graph, in which the model attends by itself: where it is to be compiled, and by default on a
         GPU; None, and a warning, where there can't be."""
         device, dtype = self._model.device, self._model.dtype
+        if not self._compiles and runs_more(self._model):
+            return None  # a recording plays kernels alone
         if not self._compiles and (device.type != "cuda" or attention is not None):
             return None
         if self._compiles and (attention == "tree" or quantization):
