@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from tokentree.engines.kept import Place
 from tokentree.errors import ModelError
+from tokentree.gguf_settings import RULES
 from tokentree.storage import cache_folder
 
 T = TypeVar("T")
@@ -57,7 +58,7 @@ def _folder(file: Path) -> Path:
 
 def _source(file: Path) -> dict[str, Any]:
     found = file.stat()
-    return {"size": found.st_size, "changed": found.st_mtime_ns, "transformers": version("transformers")}
+    return {"size": found.st_size, "changed": found.st_mtime_ns, "transformers": version("transformers"), "rules": RULES}
 
 
 def _source_of(folder: Path) -> object:

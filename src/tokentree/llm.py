@@ -23,7 +23,7 @@ from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.support import check_quantization
 from tokentree.errors import ModelError, OptionError, PromptError
 from tokentree.heads.saved import Fingerprint, saved_choices
-from tokentree.loading import check_same_tokenizer, load_engine, load_tokenizer, pick_device
+from tokentree.loading import check_same_tokenizer, find_tokenizer, load_engine, load_tokenizer, pick_device
 from tokentree.metrics import Metrics
 from tokentree.registry import Named, check_names, make_drafter
 from tokentree.sampling import SamplingParams, seeded_noise
@@ -395,9 +395,9 @@ def _pieces(llm: LLM, seq: Sequence) -> Generator[Piece]:
 
 
 def _tokenizer_of(model: Model) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a named model; of a loaded one, if the place it was loaded from still has it."""
+    """The tokenizer of a named model, if it has one; of a loaded one, if the place it was loaded from still has it."""
     if isinstance(model, str | Path):
-        return load_tokenizer(model)
+        return find_tokenizer(model)
     try:
         return load_tokenizer(model.config._name_or_path, local_only=True) if model.config._name_or_path else None
     except ModelError:  # weights alone, or a place that is gone
