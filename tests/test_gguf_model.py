@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -27,8 +28,9 @@ from transformers import (
     Starcoder2ForCausalLM,
 )
 
-from tests.gguf_files import write_gguf
+from tests.gguf_files import finish, write_gguf
 from tests.tiny_models import _GROUPED, CONTEXT, WINDOW, full_logits, randomised, some_tokens, tiny
+from tokentree import LLM, SamplingParams
 from tokentree.errors import ModelError
 from tokentree.loading import load_model
 
@@ -139,9 +141,9 @@ def rope(**options: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_theta": 1e4, **options}}
 
 
-def llama3_factors(factor: float, low: float, high: float, context: int) -> np.ndarray:
+def llama3_factors(factor: float, low: float, high: float, context: int, pairs: int = HALF) -> np.ndarray:
     """As llama.cpp's converter computes ``rope_freqs.weight``."""
-    waves = 2 * np.pi * 1e4 ** (np.arange(0, 2 * HALF, 2) / (2 * HALF))
+    waves = 2 * np.pi * 1e4 ** (np.arange(pairs) / pairs)
     smooth = (context / waves - low) / (high - low)
     middle = 1 / ((1 - smooth) / factor + smooth)
     return np.where(waves < context / high, 1, np.where(waves > context / low, factor, middle)).astype(np.float32)
@@ -211,3 +213,105 @@ def test_global_layers_of_gemma3_are_scaled_and_local_ones_are_not(tmp_path: Pat
     }  # fmt: skip
     write_gguf(tmp_path / "tiny.gguf", model, architecture="gemma3", entries=entries)
     same_logits(tmp_path / "tiny.gguf", model)
+
+
+@pytest.mark.parametrize("quantization", [None, "gguf", "int8"])
+@pytest.mark.parametrize("made", ["as Llama 3.1's", "otherwise"])
+def test_a_first_and_a_later_start_decode_as_the_original(
+    quantization: str | None, made: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The later one maps packed weights, and never sees transformers' model."""
+    monkeypatch.setenv("TOKENTREE_CACHE", str(tmp_path / "cache"))
+    factors = [*LIST, 9.0, 10.0] if made == "otherwise" else [float(one) for one in llama3_factors(8, 1, 4, 8192, 8)]
+    known = rope(original_max_position_embeddings=8192, **LLAMA3)
+    given = rope(rope_type="longrope", short_factor=factors, long_factor=factors, attention_factor=1.0,
+                 original_max_position_embeddings=CONTEXT)  # fmt: skip
+    sizes = {"hidden_size": 64, "intermediate_size": 96}
+    model = tiny("llama", **sizes, **(given if made == "otherwise" else known))
+    write_gguf(tmp_path / "tiny.gguf", model, tensors={"rope_freqs.weight": factors})
+    engines = list[str]()
+    texts = list[list[int]]()
+    for _ in range(2):
+        llm = LLM(tmp_path / "tiny.gguf", quantization=quantization, shape="2x2")
+        engines.append(type(llm.engine).__name__)
+        texts.append(llm.generate(TOKENS[:40], SamplingParams(max_tokens=30))[0].token_ids)
+    assert engines == ["TorchEngine", "ReadyEngine"]
+    assert texts[0] == texts[1]
+    if quantization != "gguf":
+        model.save_pretrained(tmp_path / "folder")
+        expected = LLM(tmp_path / "folder", quantization=quantization).plain()
+        assert texts[0] == expected.generate(TOKENS[:40], SamplingParams(max_tokens=30))[0].token_ids
+
+
+# -- what is refused -------------------------------------------------------------------------------------------------
+
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "an entry that nothing honours": ({".attention.scale": 0.5}, {}, r"it says llama\.attention\.scale = 0\.5"),
+    "a soft cap": ({".attn_logit_softcapping": 30.0}, {}, r"llama\.attn_logit_softcapping = 30"),
+    "a scale of logits": ({".logit_scale": 0.5}, {}, r"llama\.logit_scale = 0\.5"),
+    "experts": ({".expert_count": 8}, {}, r"llama\.expert_count = 8"),
+    "no causal mask": ({".attention.causal": False}, {}, r"llama\.attention\.causal = False"),
+    "an entry that nobody knows": ({".rope.freq_bsae": 1e6}, {}, r"llama\.rope\.freq_bsae"),
+    "another architecture's entry": ({"lmama.rope.freq_base": 1e6}, {}, r"lmama\.rope\.freq_base, but .* is llama"),
+    "a scaling of positions": ({".rope.scaling.type": "dynamic"}, {}, r"llama\.rope\.scaling\.type is 'dynamic'"),
+    "yarn's log": (
+        {".rope.scaling.type": "yarn", ".rope.scaling.factor": 2.0, ".rope.scaling.yarn_log_multiplier": 0.1}, {},
+        r"llama\.rope\.scaling\.yarn_log_multiplier",
+    ),
+    "an attention factor alone": ({".rope.scaling.attn_factor": 2.0}, {}, r"llama\.rope\.scaling\.attn_factor"),
+    "a part of the head": ({".rope.dimension_count": 6}, {}, r"llama\.rope\.dimension_count is 6"),
+    "keys and values of different widths": ({".attention.value_length": 8}, {}, "keys and values have different"),
+    "a list where there is a number": ({".attention.head_count_kv": [2, 2]}, {}, r"head_count_kv is \[2, 2\]"),
+    "no number of layers": ({".block_count": None}, {}, r"doesn't say llama\.block_count"),
+    "no epsilon": ({".attention.layer_norm_rms_epsilon": None}, {}, r"doesn't say llama\.attention\.layer_norm_rms"),
+    "zero heads": ({".attention.head_count": 0}, {}, r"llama\.attention\.head_count is 0"),
+    "too few heads": ({".attention.head_count": 3}, {}, r"attention\.head_count_kv doesn't divide the 3 heads"),
+    "a negative base": ({".rope.freq_base": -5.0}, {}, r"llama\.rope\.freq_base is -5"),
+    "no number": ({".rope.freq_base": float("nan")}, {}, r"llama\.rope\.freq_base is nan"),
+    "another vocabulary": ({".vocab_size": 119}, {}, "vocab_size is 119, but it has 120 embeddings"),
+    "a LoRA adapter": ({"general.type": "adapter"}, {}, "it is of type 'adapter', not a model"),
+    "a part that sees pictures": ({"general.type": "mmproj"}, {}, "it is of type 'mmproj'"),
+    "one part of three": ({"split.count": 3, "split.no": 0}, {}, "it is one of 3 parts: join them first"),
+    "a tensor that nothing reads": ({}, {"blk.0.attn_q_norm.weight": np.ones(12)}, "reads blk.0.attn_q_norm.weight"),
+    "a layer too many": ({}, {"blk.2.attn_norm.weight": np.ones(48)}, "reads blk.2.attn_norm.weight"),
+    "a bias alone": ({}, {"blk.0.attn_q.bias": np.ones(48)}, "it has no weights .*bias"),
+    "a missing tensor": ({}, {"blk.1.ffn_up.weight": None}, "it has no weights .*layers.1.mlp.up_proj"),
+    "a matrix of another size": ({}, {"blk.1.ffn_up.weight": np.ones((79, 48))}, "is 79x48, and 80x48"),
+    "no embeddings": ({}, {"token_embd.weight": None}, "no matrix token_embd.weight"),
+    "factors of another width": ({}, {"rope_freqs.weight": [1.0] * 7}, "rope_freqs.weight isn't 6 factors"),
+    "factors that make no sense": ({}, {"rope_freqs.weight": [0.0] * 6}, "rope_freqs.weight isn't 6 factors"),
+    "half of long factors": ({}, {"rope_factors_long.weight": LIST}, "an odd choice"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_can_t_be_honoured_is_refused_by_name(case: str, tmp_path: Path) -> None:
+    entries, tensors, says = REFUSED[case]
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, tiny("llama"), entries=entries, tensors=tensors)
+    with pytest.raises(ModelError, match=f"can't load the model '.*tiny.gguf': .*{says}") as raised:
+        load_model(path, "float32", CPU)
+    assert "\n" not in str(raised.value)
+
+
+INFORMATIVE: dict[str, Any] = {
+    "general.name": "mistral", "general.quantized_by": "somebody", "general.tags": ["a"], "quantize.imatrix.file": "f",
+    "somebody.quantize_version": 2, ".expert_count": 0, ".attention.causal": True, ".attention.scale": 12**-0.5,
+    ".tensor_data_layout": "Meta AI original pth", ".rope.scaling.finetuned": False, "split.count": 0,
+}  # fmt: skip
+
+
+def test_what_changes_nothing_is_taken(tmp_path: Path) -> None:
+    model = tiny("llama")
+    write_gguf(tmp_path / "tiny.gguf", model, entries=INFORMATIVE)
+    same_logits(tmp_path / "tiny.gguf", model)
+
+
+@pytest.mark.parametrize("architecture", ["t5", "mamba", "bloom", "gemma4", "gpt-oss", "deci", "clip"])
+def test_an_architecture_that_is_not_read_is_named(architecture: str, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_tensor("token_embd.weight", np.zeros((8, 8), np.float32))
+    finish(writer)
+    with pytest.raises(ModelError, match=f"its architecture '{architecture}' isn't read here, only llama, qwen2, "):
+        load_model(path, "float32", CPU)
