@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -50,17 +50,28 @@ class Header:
     entries: dict[str, Any]
     tensors: dict[str, Tensor]
 
+    def raw(self, tensor: Tensor) -> Raw:
+        """What is in the file of ``tensor``, mapped into memory."""
+        import gguf
+
+        data = np.memmap(self.file, np.uint8, "r", tensor.begin, tensor.size)
+        numbers = {"F32": "<f4", "F16": "<f2"}.get(tensor.kind)
+        shaped = data.view(numbers) if numbers else data
+        return Raw(gguf.GGMLQuantizationType[tensor.kind], shaped.reshape(*tensor.shape[:-1], -1))
+
     def values(self, tensor: Tensor) -> np.ndarray:
         """A tensor's numbers, float32[tensor.shape]."""
         import gguf
 
-        kind = gguf.GGMLQuantizationType[tensor.kind]
-        numbers = {"F32": "<f4", "F16": "<f2"}.get(tensor.kind)
-        data = np.memmap(self.file, np.uint8, "r", tensor.begin, tensor.size)
-        if numbers is not None:
-            return np.array(data.view(numbers).reshape(tensor.shape), np.float32)
-        rows = gguf.quants.dequantize(data.reshape(*tensor.shape[:-1], -1), kind)
-        return np.array(rows, np.float32).reshape(tensor.shape)
+        raw = self.raw(tensor)
+        return np.array(gguf.quants.dequantize(raw.data, raw.tensor_type), np.float32).reshape(tensor.shape)
+
+
+class Raw(NamedTuple):
+    """A tensor as gguf's own reader has it: its type, and its numbers or, row by row, the bytes of its blocks."""
+
+    tensor_type: Any
+    data: np.ndarray
 
 
 def has_tokenizer(header: Header) -> bool:

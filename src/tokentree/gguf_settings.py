@@ -160,10 +160,21 @@ def settings_of(header: Header) -> Settings:
 def special_ids(header: Header) -> Settings:
     """What a configuration says of special tokens: ``bos_token_id``, ``pad_token_id``, and all ends of a text as
     ``eos_token_id``, the file's own first; None where there is none."""
-    name = "tokenizer.ggml.{}_token_id"
-    bos, pad = (header.entries.get(name.format(part)) for part in ("bos", "padding"))
     ends = end_ids(header)
-    return {"bos_token_id": bos, "pad_token_id": pad, "eos_token_id": (ends[0] if len(ends) == 1 else ends) or None}
+    return {
+        "bos_token_id": _token_id(header, "bos"), "pad_token_id": _token_id(header, "padding"),
+        "eos_token_id": (ends[0] if len(ends) == 1 else ends) or None,
+    }  # fmt: skip
+
+
+def _token_id(header: Header, part: str) -> int | None:
+    key = f"tokenizer.ggml.{part}_token_id"
+    token, count = header.entries.get(key, NO_TOKEN), header.tensors["token_embd.weight"].shape[0]
+    if token in (NO_TOKEN, -1):
+        return None
+    if type(token) is not int or not 0 <= token < count:
+        raise GgufError(f"{key} is {_shown(token)}, and it has {count} tokens")
+    return token
 
 
 # the tokens that end a turn or a text in llama.cpp wherever a vocabulary has them as control tokens
@@ -172,20 +183,21 @@ ENDS = frozenset({
     "<|end_of_text|>", "<end_of_utterance>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<eos>", "<｜end▁of▁sentence｜>",
 })  # fmt: skip
 CONTROL = 3  # the type of such tokens
+NO_TOKEN = (1 << 32) - 1
 
 
 def end_ids(header: Header) -> list[int]:
     """The tokens that end a text: those that the file names as ends of a text, a turn or a message, or as what stands
     between files (which end a completion), and its control tokens that are called as one of `ENDS`."""
-    entries, ids = header.entries, list[int]()
-    for part in ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep"):
-        ids.append(entries.get(f"tokenizer.ggml.{part}_token_id", -1))
-    tokens, types = (entries.get(f"tokenizer.ggml.{part}", ()) for part in ("tokens", "token_type"))
-    found = [place for place, kind in enumerate(types) if kind == CONTROL and tokens[place : place + 1]]
+    ids = [_token_id(header, part) for part in ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")]
+    tokens, types = (header.entries.get(f"tokenizer.ggml.{part}", ()) for part in ("tokens", "token_type"))
+    if not isinstance(tokens, list) or not isinstance(types, list):
+        tokens = types = []
+    found = [place for place, kind in enumerate(types[: len(tokens)]) if kind == CONTROL]
     named = {tokens[place]: place for place in found if tokens[place] in ENDS}
     if {"<|return|>", "<|call|>", "<|end|>"} <= set(named):  # a message of several ends so
         del named["<|end|>"]
-    return list(dict.fromkeys(token for token in (*ids, *named.values()) if token != -1))
+    return list(dict.fromkeys(token for token in (*ids, *named.values()) if token is not None))
 
 
 def _head_width(entries: Entries, family: Family, settings: Settings) -> int:
