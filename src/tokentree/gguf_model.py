@@ -36,20 +36,17 @@ def gguf_model(file: Path, dtype: torch.dtype) -> PreTrainedModel:
         if name not in ROPE_TENSORS and name not in names and name.removesuffix(".weight") not in names:
             raise GgufError(f"nothing in {type(blank).__name__} reads {name}")
     weights = _weights(header, processor, names, dtype)
-    for name, own in blank.state_dict().items():
-        given = weights.get(name)
-        if given is not None and [size for size in given.shape if size > 1] != [size for size in own.shape if size > 1]:
-            raise GgufError(f"its {name} is {_sizes(given)}, and {_sizes(own)} is what {type(blank).__name__} has there")
-        if given is not None:
-            weights[name] = given.reshape(own.shape)
-    loaded: Any = type(blank).from_pretrained(
-        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
-    )  # type: ignore[arg-type]
-    model, notes = loaded
-    if missing := sorted(notes["missing_keys"]):  # transformers fills them with random numbers
+    own, tied = blank.state_dict(), blank._tied_weights_keys or {}
+    if missing := sorted(name for name in own if name not in weights and not (config.tie_word_embeddings and name in tied)):
         raise GgufError(f"it has no weights {', '.join(missing[:3])}")
-    made: PreTrainedModel = model
-    return made
+    for name, given in weights.items():
+        needed = own[name]
+        if [size for size in given.shape if size > 1] != [size for size in needed.shape if size > 1]:
+            where = type(blank).__name__
+            raise GgufError(f"its {name} is {_sizes(given)}, and {_sizes(needed)} is what {where} has there")
+        weights[name] = given.reshape(needed.shape)
+    model: PreTrainedModel = type(blank).from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+    return model
 
 
 def _config(header: Header) -> PreTrainedConfig:

@@ -137,6 +137,11 @@ def settings_of(header: Header) -> Settings:
     }
     if settings["vocab_size"] != table.shape[0]:
         entries.refuse(f"{architecture}.vocab_size is {settings['vocab_size']}, but it has {table.shape[0]} embeddings")
+    if settings["hidden_size"] != table.shape[1]:
+        entries.refuse(f"{architecture}.embedding_length is {settings['hidden_size']}, but embeddings {table.shape[1]}")
+    layers = {name.split(".")[1] for name in header.tensors if name.startswith("blk.")}
+    if settings["num_hidden_layers"] != len(layers):
+        entries.refuse(f"{architecture}.block_count is {settings['num_hidden_layers']}, but it has {len(layers)} blocks")
     heads = settings["num_attention_heads"]
     settings["num_key_value_heads"] = entries.whole("attention.head_count_kv", heads)
     if heads % settings["num_key_value_heads"]:
@@ -358,6 +363,8 @@ def _qwen_experts(entries: Entries, settings: Settings) -> None:
     _qwen(entries, settings)
     settings["num_experts"] = entries.whole("expert_count")
     settings["num_experts_per_tok"] = entries.whole("expert_used_count")
+    if settings["num_experts_per_tok"] > settings["num_experts"]:
+        entries.refuse(f"{entries.architecture}.expert_used_count is more than there are experts")
     settings["intermediate_size"] = entries.whole("feed_forward_length", 1)
     settings["norm_topk_prob"] = bool(entries.take("expert_weights_norm", entries.architecture == "qwen3moe"))
     gate = entries.header.tensors.get("blk.0.ffn_gate_exps.weight")
