@@ -23,8 +23,9 @@ from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.support import check_quantization
 from tokentree.errors import ModelError, OptionError, PromptError
 from tokentree.heads.saved import Fingerprint, saved_choices
-from tokentree.loading import check_same_tokenizer, find_tokenizer, load_engine, load_tokenizer, pick_device
+from tokentree.loading import find_tokenizer, load_engine, load_tokenizer, pick_device
 from tokentree.metrics import Metrics
+from tokentree.pairing import check_same_tokenizer
 from tokentree.registry import Named, check_names, make_drafter
 from tokentree.sampling import SamplingParams, seeded_noise
 from tokentree.sequence import Accepted, FinishReason, Sequence, TokenLogprobs

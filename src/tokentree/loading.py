@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from tokentree.converted import converted, packed_place
 from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.ready import ready_engine
-from tokentree.errors import ModelError, OptionError, PairingError
+from tokentree.errors import ModelError, OptionError
 from tokentree.gguf_header import has_tokenizer, read_header
 from tokentree.names import Found, find
 
@@ -209,19 +209,3 @@ def _reason(error: BaseException) -> str:
     """The first sentence of an error that was written for a longer page."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
-
-
-def check_same_tokenizer(
-    target: PreTrainedTokenizerBase | None, draft: PreTrainedTokenizerBase | None, name: str
-) -> None:
-    """Raises `PairingError` unless both give a text the same ids. Vocabulary sizes say nothing: they are padded."""
-    if target is None or draft is None:
-        return
-    ours, theirs = target.get_vocab(), draft.get_vocab()
-    if ours == theirs:
-        return
-    odd = sorted(set(ours.items()) ^ set(theirs.items()), key=lambda item: item[1])[0][0]
-    raise PairingError(
-        f"the draft model {name!r} has another tokenizer ({len(theirs)} tokens, the target {len(ours)}; they differ on "
-        f"{odd!r}): choose a draft model of the target's own family"
-    )
