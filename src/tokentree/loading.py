@@ -114,13 +114,13 @@ def _gguf_model(name: str | Path, file: Path, dtype: torch.dtype) -> PreTrainedM
 
 def _load_model(name: str | Path, found: Found, dtype: torch.dtype | str) -> PreTrainedModel:
     with _told(f"can't load the model {str(name)!r}"):
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 
         config = AutoConfig.from_pretrained(found.where, local_files_only=found.local_only)
-        sees = AutoModelForImageTextToText._model_mapping.get(type(config), None)
+        sees = AutoModelForMultimodalLM._model_mapping.get(type(config), None)
         causal = AutoModelForCausalLM._model_mapping.get(type(config), None)
         whole = sees is not None and (causal is None or sees.__name__ in (config.architectures or ()))
-        kind: Any = AutoModelForImageTextToText if whole else AutoModelForCausalLM
+        kind: Any = AutoModelForMultimodalLM if whole else AutoModelForCausalLM
         model, notes = kind.from_pretrained(
             found.where, config=config, dtype=dtype, output_loading_info=True, local_files_only=found.local_only
         )
