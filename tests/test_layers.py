@@ -33,13 +33,28 @@ LAYERS = {
             "sampling",
             "draft",
             "sequence",
+            "gguf_header",
         ),
         1,
     ),
     **dict.fromkeys(("acceptance", "shapes"), 2),
     **dict.fromkeys(("engines", "drafters", "heads"), 3),
     **dict.fromkeys(("registry", "decoder", "beam"), 4),
-    **dict.fromkeys(("converted", "loading", "costs", "options", "llm"), 5),
+    **dict.fromkeys(
+        (
+            "gguf_settings",
+            "gguf_model",
+            "gguf_tokenizer",
+            "converted",
+            "names",
+            "pairing",
+            "loading",
+            "costs",
+            "options",
+            "llm",
+        ),
+        5,
+    ),
 }
 TOP = 6  # everything else: ways to use the library
 

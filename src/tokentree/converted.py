@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from tokentree.cache import cache_folder, damaged, digest_of, locked, ours, private, replacing, unkept
 from tokentree.engines.kept import Place
 from tokentree.errors import ModelError
+from tokentree.gguf_settings import RULES
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -62,7 +63,12 @@ def _folder(file: Path) -> Path:
 
 def _source(file: Path) -> dict[str, Any]:
     found = file.stat()
-    return {"size": found.st_size, "changed": found.st_mtime_ns, "transformers": version("transformers")}
+    return {
+        "size": found.st_size,
+        "changed": found.st_mtime_ns,
+        "transformers": version("transformers"),
+        "rules": RULES,
+    }
 
 
 def _known(folder: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from tokentree.errors import DeadEnd, ModelError, OptionError, PromptError, Requ
 from tokentree.exclusive import neutral
 from tokentree.heads.saved import Fingerprint
 from tokentree.inputs import Chat, Prompt, Read, read_prompt, read_prompts
-from tokentree.loading import check_same_tokenizer, load_engine, load_tokenizer, pick_device
+from tokentree.loading import find_tokenizer, load_engine, load_tokenizer, pick_device
 from tokentree.metrics import Metrics
 from tokentree.options import (
     Model,
@@ -44,6 +44,7 @@ from tokentree.options import (
     tokenizer_in,
     whole_number,
 )
+from tokentree.pairing import check_same_tokenizer
 from tokentree.registry import Named, check_names, make_drafter
 from tokentree.sampling import SamplingParams, check_vocabulary, seeded_noise
 from tokentree.sequence import Accepted, FinishReason, Sequence, TokenLogprobs
@@ -537,9 +538,9 @@ def _pieces(llm: LLM, seq: Sequence) -> Generator[Piece]:
 
 
 def _tokenizer_of(model: Model) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a named model; of a loaded one, if the place it was loaded from still has it."""
+    """The tokenizer of a named model, if it has one; of a loaded one, if the place it was loaded from still has it."""
     if isinstance(model, str | Path):
-        return load_tokenizer(model)
+        return find_tokenizer(model)
     try:
         return load_tokenizer(model.config._name_or_path, local_only=True) if model.config._name_or_path else None
     except ModelError:  # weights alone, or a place that is gone

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import pickle
+import zipfile
+from contextlib import AbstractContextManager
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from tokentree.converted import converted, packed_place
 from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.ready import ready_engine
-from tokentree.errors import ModelError, OptionError, PairingError
+from tokentree.errors import ModelError, OptionError
+from tokentree.gguf_header import has_tokenizer, read_header
+from tokentree.names import Found, find
 
 if TYPE_CHECKING:  # its model classes take seconds to import, and aren't needed where a model was packed before
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt",
+    "spiece.model", "sentencepiece.bpe.model", "tekken.json", "special_tokens_map.json",
+)  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -65,8 +76,7 @@ def load_engine(
     """
     file, place, named = None, None, isinstance(model, str | Path)
     if isinstance(model, str | Path):
-        file = Path(model).expanduser() if Path(model).suffix == ".gguf" else None
-        place = packed_place(model, quantization)
+        file, place = find(model).file, packed_place(model, quantization)
         plain = attention in (None, "tree") and device.type == "cpu" and pick_dtype(dtype, device) is torch.bfloat16
         if place and plain and (ready := ready_engine(place, quantization, prefix_bytes)):
             return ready
@@ -77,53 +87,69 @@ def load_engine(
 
 
 def load_model(name: str | Path, dtype: str | torch.dtype | None, device: torch.device) -> PreTrainedModel:
-    """The causal language model ``name``: a hub name, a folder of safetensors, or a GGUF file.
+    """The causal language model ``name``: a hub name, a folder of safetensors, or a GGUF file. One that sees pictures
+    too is loaded whole.
 
     Raises:
         ModelError: if it can't be loaded, with the reason.
     """
-    from transformers import GgufConfig
-
-    where, options = _where(name)
-    wanted = pick_dtype(dtype, device) or "auto"
-    if options:
-        if wanted == "auto":  # a GGUF file's weights have none of torch's types, and would become float32
-            wanted = torch.bfloat16
-        # unpack the blocks: packed ones can be multiplied only by kernels that few machines have
-        options["quantization_config"] = GgufConfig(dequantize=True)
-        part = str(wanted).removeprefix("torch.")
-        model = converted(
-            Path(where, options["gguf_file"]), part,
-            lambda: _plain(_load_model(name, where, wanted, options)),
-            lambda folder: _load_model(name, str(folder), wanted, {}),
-        )  # fmt: skip
+    found, wanted = find(name), pick_dtype(dtype, device)
+    if found.file is None:
+        model = _load_model(name, found, wanted or "auto")
     else:
-        model = _load_model(name, where, wanted, options)
+        file, made = found.file, wanted or torch.bfloat16  # its weights have none of torch's types
+        model = converted(
+            file, str(made).removeprefix("torch."), lambda: _gguf_model(name, file, made),
+            lambda folder: _load_model(name, Found(str(folder), local_only=True), made),
+        )  # fmt: skip
     model.to(device)  # type: ignore[arg-type]
     evaluated: PreTrainedModel = model.eval()
     return evaluated
 
 
-def _load_model(name: str | Path, where: str, dtype: torch.dtype | str, options: dict[str, Any]) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM, PreTrainedModel
+def _gguf_model(name: str | Path, file: Path, dtype: torch.dtype) -> PreTrainedModel:
+    with _told(f"can't load the model {str(name)!r}"):
+        from tokentree.gguf_model import gguf_model
 
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"can't load the model {str(name)!r}: {_reason(error)}") from None
-    model, notes = loaded
-    assert isinstance(model, PreTrainedModel)
-    if missing := sorted(notes["missing_keys"]):  # transformers fills them with random numbers
-        raise ModelError(f"can't load the model {str(name)!r}: it has no weights {', '.join(missing[:3])}")
-    return model
+        return gguf_model(file, dtype)
+    raise AssertionError("not reached")
 
 
-def _plain(model: PreTrainedModel) -> PreTrainedModel:
-    """``model``, which was unpacked when it was loaded, without the memory of having been packed."""
-    model.hf_quantizer = None  # type: ignore[assignment]
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    return model
+def _load_model(name: str | Path, found: Found, dtype: torch.dtype | str) -> PreTrainedModel:
+    with _told(f"can't load the model {str(name)!r}"):
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
+
+        config = AutoConfig.from_pretrained(found.where, local_files_only=found.local_only)
+        sees = AutoModelForMultimodalLM._model_mapping.get(type(config), None)
+        causal = AutoModelForCausalLM._model_mapping.get(type(config), None)
+        whole = sees is not None and (causal is None or sees.__name__ in (config.architectures or ()))
+        kind: Any = AutoModelForMultimodalLM if whole else AutoModelForCausalLM
+        model, notes = kind.from_pretrained(
+            found.where, config=config, dtype=dtype, output_loading_info=True, local_files_only=found.local_only
+        )
+        if missing := sorted(notes["missing_keys"]):  # transformers fills them with random numbers
+            raise ModelError(f"can't load the model {str(name)!r}: it has no weights {', '.join(missing[:3])}")
+        loaded: PreTrainedModel = model
+        return loaded
+    raise AssertionError("not reached")
+
+
+def find_tokenizer(name: str | Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that comes with the model ``name``, or None if none does.
+
+    Raises:
+        ModelError: if it can't be loaded, with the reason.
+    """
+    found = find(name)
+    if found.file is not None:
+        with _told(f"can't load the tokenizer of {str(name)!r}"):
+            if not has_tokenizer(read_header(found.file)):
+                return None
+    elif Path(found.where).is_dir() and not any(
+        (Path(found.where) / one).exists() for one in TOKENIZER_FILES
+    ):  # fmt: skip
+        return None
+    return load_tokenizer(name)
 
 
 def load_tokenizer(name: str | Path, local_only: bool = False) -> PreTrainedTokenizerBase:
@@ -132,59 +158,57 @@ def load_tokenizer(name: str | Path, local_only: bool = False) -> PreTrainedToke
     Raises:
         ModelError: if it can't be loaded, with the reason.
     """
-    where, options = _where(name)
-    if options:
+    found = find(name, local_only)
+    if found.file is not None:
+        file = found.file
         return converted(
-            Path(where, options["gguf_file"]), "tokenizer",
-            lambda: _load_tokenizer(name, where, local_only, options),
-            lambda folder: _load_tokenizer(name, str(folder), True, {}),
+            file, "tokenizer", lambda: _gguf_tokenizer(name, file),
+            lambda folder: _load_tokenizer(name, Found(str(folder), local_only=True)),
         )  # fmt: skip
-    return _load_tokenizer(name, where, local_only, options)
+    return _load_tokenizer(name, found)
 
 
-def _load_tokenizer(name: str | Path, where: str, local_only: bool, options: dict[str, Any]) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+def _gguf_tokenizer(name: str | Path, file: Path) -> PreTrainedTokenizerBase:
+    with _told(f"can't load the tokenizer of {str(name)!r}"):
+        from tokentree.gguf_tokenizer import gguf_tokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=local_only, **options)
-    except (OSError, ValueError, KeyError, ImportError, NotImplementedError) as error:
-        raise ModelError(f"can't load the tokenizer of {str(name)!r}: {_reason(error)}") from None
-    assert isinstance(tokenizer, PreTrainedTokenizerBase)
-    return tokenizer
+        return gguf_tokenizer(file)
+    raise AssertionError("not reached")
 
 
-def _where(name: str | Path) -> tuple[str, dict[str, Any]]:
-    """What transformers wants to be told: a name, and the GGUF file if it is one."""
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelError(f"there is no file {str(name)!r}")
-        return str(path.parent), {"gguf_file": path.name}
-    looks_local = path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1
-    if looks_local and not path.is_dir():
-        raise ModelError(f"there is no folder {str(name)!r}")
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ModelError(f"the folder {str(name)!r} has no config.json, so it is not a model")
-    return str(path if path.is_dir() else name), {}
+def _load_tokenizer(name: str | Path, found: Found) -> PreTrainedTokenizerBase:
+    with _told(f"can't load the tokenizer of {str(name)!r}"):
+        from transformers import AutoTokenizer
+
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            found.where, local_files_only=found.local_only
+        )
+        return tokenizer
+    raise AssertionError("not reached")
 
 
-def _reason(error: Exception) -> str:
+class _told(AbstractContextManager[None]):
+    """Whatever is raised of files that make no sense, as a `ModelError` that begins so."""
+
+    kinds = (
+        OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, ImportError,
+        RuntimeError, EOFError, pickle.PickleError, zipfile.BadZipFile, SafetensorError, StrictDataclassError,
+    )  # fmt: skip
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if error is None or isinstance(error, ModelError):
+            return False
+        if isinstance(error, self.kinds) or kind is Exception:  # the tokenizers package raises nothing narrower
+            raise ModelError(f"{self._what}: {_reason(error)}") from None
+        return False
+
+
+def _reason(error: BaseException) -> str:
     """The first sentence of an error that was written for a longer page."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
-
-
-def check_same_tokenizer(
-    target: PreTrainedTokenizerBase | None, draft: PreTrainedTokenizerBase | None, name: str
-) -> None:
-    """Raises `PairingError` unless both give a text the same ids. Vocabulary sizes say nothing: they are padded."""
-    if target is None or draft is None:
-        return
-    ours, theirs = target.get_vocab(), draft.get_vocab()
-    if ours == theirs:
-        return
-    odd = sorted(set(ours.items()) ^ set(theirs.items()), key=lambda item: item[1])[0][0]
-    raise PairingError(
-        f"the draft model {name!r} has another tokenizer ({len(theirs)} tokens, the target {len(ours)}; they differ on "
-        f"{odd!r}): choose a draft model of the target's own family"
-    )

@@ -14,6 +14,7 @@ from tokentree.engines.kernels import BLOCK
 from tokentree.engines.linear import PackedLinear
 from tokentree.engines.quantized import Groups, QuantizedLinear
 from tokentree.errors import ModelError
+from tokentree.gguf_header import GgufError, read_header
 
 IN_GGUF = 32  # inputs that share a scale in most of GGUF's types
 
@@ -59,19 +60,17 @@ class GgufPacking(Packing):
         super().__init__(QuantizedLinear)
         import gguf
 
-        try:
-            reader = gguf.GGUFReader(file)
-            architecture = reader.fields["general.architecture"].contents()
-            blocks = int(reader.fields[f"{architecture}.block_count"].contents())
-            known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
-            names = gguf.get_tensor_name_map(known[architecture], blocks)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"can't read the GGUF file {str(file)!r}: {error}") from None
-        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
-        self._names = {id(module): names.get_name(name) for name, module in model.named_modules()}
         config: Any = model.config
+        try:
+            self._header = read_header(file)
+            architecture = self._header.entries["general.architecture"]
+            known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+            names = gguf.get_tensor_name_map(known[architecture], config.num_hidden_layers)
+        except (GgufError, KeyError, TypeError) as error:
+            raise ModelError(f"can't read the GGUF file {str(file)!r}: {error}") from None
+        self._names = {id(module): names.get_name(name) for name, module in model.named_modules()}
         self._turned = dict[str, int]()
-        if architecture == "llama":
+        if architecture in ("llama", "granite"):
             self._turned = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
 
     def pack(self, *layers: nn.Linear, gated: bool = False) -> QuantizedLinear:
@@ -83,13 +82,11 @@ class GgufPacking(Packing):
         return QuantizedLinear(weight, joined_biases(layers, gated), gated, layers[0].in_features)
 
     def _groups(self, layer: nn.Linear) -> Groups:
-        name = self._names.get(id(layer))
-        tensor = self._tensors.get(f"{name}.weight") or self._tensors.get(
-            "token_embd.weight" if name == "output" else ""
-        )
-        if tensor is None:
+        name, tensors = self._names.get(id(layer)), self._header.tensors
+        tensor = tensors.get(f"{name}.weight") or tensors.get("token_embd.weight" if name == "output" else "")
+        if tensor is None or tensor.shape != (layer.out_features, layer.in_features):
             return Groups.of(layer.weight, IN_GGUF)
-        found = _read(tensor)
+        found = _read(self._header.raw(tensor))
         heads = next((count for part, count in self._turned.items() if f".{part}" in f".{name}"), None)
         if heads is None:
             return found

@@ -107,7 +107,11 @@ class Turns:
     @staticmethod
     def fixed(rotary: nn.Module) -> bool:
         """Whether they are the same for texts of any length."""
-        return getattr(rotary, "rope_type", None) not in ("dynamic", "longrope")
+        kind = getattr(rotary, "rope_type", None)
+        if kind == "longrope":
+            own: Any = rotary
+            return bool(own.config.rope_parameters["short_factor"] == own.config.rope_parameters["long_factor"])
+        return kind != "dynamic"
 
     def at(self, positions: Ints, end: int) -> tuple[torch.Tensor, torch.Tensor, Ints]:
         """Cosines and sines, bfloat16[n, width], and which of them are those of ``positions`` int64[rows], all below

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tokentree.errors import ModelError, OptionError
+from tokentree.gguf_header import is_gguf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -49,7 +50,7 @@ def check_quantization(
         return
     if quantization not in QUANTIZATIONS:
         raise OptionError(f"unknown quantization {quantization!r}: there are {', '.join(map(repr, QUANTIZATIONS))}")
-    if quantization == "gguf" and (file is None or Path(file).suffix != ".gguf"):
+    if quantization == "gguf" and (file is None or not is_gguf(file)):
         raise OptionError("quantization='gguf' takes weights as a GGUF file has them: name a model by its .gguf file")
     if model is not None and (model.device.type != "cpu" or model.dtype is not torch.bfloat16):
         raise ModelError(f"quantization={quantization!r} is for models on a CPU with dtype='bfloat16'")
