@@ -277,7 +277,7 @@ class KVEngine(ABC):
                 f"{self.facts.name} does not give the same logits under a tree attention mask "
                 f"(off by {error:.3g} where logits spread by {spread:.3g}): {way_out}"
             )
-        if not itself and windows != set(self.facts.windows.values()):
+        if self._program is not None and windows != set(self.facts.windows.values()):
             raise ModelError(
                 f"{self.facts.name} does not tell its attention of the sliding window that its configuration has: "
                 "use attention='sdpa'"

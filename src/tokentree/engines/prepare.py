@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import GELUTanh, SiLUActivation
 from transformers.pytorch_utils import Conv1D
 
+from tokentree.engines.attention import TREE
 from tokentree.engines.fused import FusedAttention, FusedMLP, FusedNorm
 from tokentree.engines.linear import OneDNNLinear, PackedEmbedding, PackedLinear
 from tokentree.engines.llama import Llama
@@ -25,26 +26,38 @@ from tokentree.engines.packing import Packing
 from tokentree.engines.program import Program
 
 
-def private_copy(model: PreTrainedModel, attention: str) -> PreTrainedModel:
-    """A copy of the modules and the configuration of ``model`` that shares its weights and uses ``attention``."""
-    config = copy.deepcopy(model.config)
-    config._attn_implementation = attention
+def private_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the modules of ``model``, and of every configuration that one of them holds, at any depth. It shares
+    the weights."""
+    copies: dict[int, Any] = {}  # of configurations, which hold one another
     seen: dict[int, nn.Module] = {}
+
+    def own(value: Any) -> Any:
+        if isinstance(value, PreTrainedConfig):
+            return copy.deepcopy(value, copies)
+        return copy.copy(value) if isinstance(value, dict) else value
 
     def twin(module: nn.Module) -> nn.Module:
         if id(module) in seen:
             return seen[id(module)]
         new = seen[id(module)] = module.__class__.__new__(module.__class__)
-        own = module.__dict__.items()
-        new.__dict__ = {key: copy.copy(value) if isinstance(value, dict) else value for key, value in own}
+        new.__dict__ = {name: own(value) for name, value in module.__dict__.items()}
         new._modules = {name: child if child is None else twin(child) for name, child in module._modules.items()}
-        if new.__dict__.get("config") is model.config:
-            new.__dict__["config"] = config
         return new
 
     result = twin(model).eval()
     assert isinstance(result, PreTrainedModel)
     return result
+
+
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """Makes all modules of ``model``, a `private_copy`, use the attention of that name."""
+    for module in model.modules():
+        for value in module.__dict__.values():
+            if isinstance(value, PreTrainedConfig):
+                value._attn_implementation = name
+                if name == TREE:  # experts one after another, as they are in any batch
+                    value._experts_implementation = "eager"
 
 
 def pack(model: PreTrainedModel, packing: Packing, release: bool, whole: bool) -> Program | None:

@@ -27,10 +27,13 @@ def own_forward(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     and ``shapes`` int64[layers, 3] of its KV: heads, key width, value width.
 
     Raises:
-        ModelError: if it keeps more than KV.
+        ModelError: if it can't read text alone, or keeps more than KV.
     """
-    tokens = torch.tensor(_probe(model))
-    out = model(input_ids=tokens[None].to(model.device), use_cache=True, return_dict=True)
+    tokens = torch.tensor(probe(model))
+    try:
+        out = model(input_ids=tokens[None].to(model.device), use_cache=True, return_dict=True)
+    except ValueError as error:
+        raise ModelError(f"{type(model).__name__} can't read a text alone: {' '.join(str(error).split())}") from None
     layers = getattr(out.past_key_values, "layers", [])
     if not layers or any(not isinstance(getattr(layer, "keys", None), torch.Tensor) for layer in layers):
         raise ModelError(f"{type(model).__name__} keeps more than keys and values, which a tree can't roll back")
@@ -58,6 +61,6 @@ def in_trees(
     return torch.cat(got), windows
 
 
-def _probe(model: PreTrainedModel) -> list[int]:
+def probe(model: PreTrainedModel) -> list[int]:
     size: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
     return [int(part * size) for part in PROBE]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Sequence as SequenceOf
@@ -10,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from tokentree.engines.attention import ForwardKV, dense_mask, tree_attention
+from tokentree.engines.attention import TREE, ForwardKV, attending, dense_mask
+from tokentree.engines.attending import ATTENDED, adapt, attended
 from tokentree.engines.facts import Facts, settings_of
 from tokentree.engines.kept import KeptPacking, Place
 from tokentree.engines.kv import KVLayout, Storages
@@ -20,19 +22,18 @@ from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.linear import PackedLinear
 from tokentree.engines.llama import Llama
 from tokentree.engines.packing import GgufPacking, Packing
-from tokentree.engines.prepare import pack, private_copy, steady_activations
+from tokentree.engines.prepare import pack, private_copy, set_attention, steady_activations
 from tokentree.engines.program import Program
 from tokentree.engines.proof import OWN, own_forward
 from tokentree.engines.quantized import QuantizedLinear
 from tokentree.engines.ready import READY
 from tokentree.engines.segment import Segment, Upto, inputs_of
+from tokentree.engines.steady import steady_weights
 from tokentree.engines.support import check_quantization, check_supported, decoder_layers, has_softcap
 from tokentree.errors import ModelError, PairingError
 
 if TYPE_CHECKING:
     from tokentree.engines.graph import Graph
-
-AttentionInterface.register("tokentree", tree_attention)
 
 
 class TorchEngine(KVEngine):
@@ -66,23 +67,32 @@ class TorchEngine(KVEngine):
         check_supported(model)
         check_quantization(quantization, model, file)
         facts, device, dtype = Facts.of(model), model.device, model.dtype
-        self.attention = attention or _best_attention(model)
+        self.attention = attention or ("tree" if device.type == "cpu" else "sdpa")
         self._attends_itself = self.attention == "sdpa"
-        fits = _best_attention(model) == "tree"
-        if self.attention not in ("tree", "sdpa") or (self.attention == "tree" and not fits):
+        self._name, self.caveat = facts.name, ""
+        if self.attention not in ("tree", "sdpa") or (self.attention == "tree" and device.type != "cpu"):
             raise ModelError(f"attention={attention!r} can't be used with {facts.name}: use attention='sdpa'")
 
         softcap = has_softcap(model.config.get_text_config())
         own_attention = "sdpa" if getattr(type(model), "_supports_sdpa", False) and not softcap else "eager"
-        self._model, self._config = private_copy(model, own_attention), model.config
+        self._model, self._config = private_copy(model), model.config
+        set_attention(self._model, own_attention)
+        adapt(self._model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         packing = _packing(self._model, quantization, file, kept) if device.type == "cpu" else None
         own = own_forward(self._model) if packing is None else packing.recall(OWN, lambda: own_forward(self._model))
-        shapes = tuple((heads, keys, values) for heads, keys, values in own["shapes"].tolist())
+        cached = shapes = _shapes(own)
         whole = packing is not None and not self._attends_itself and Llama.fits(self._model, packing)
         self._noted: dict[int, torch.Tensor] = {}  # of the last forward of `_model`, [rows, hidden size]
         self._compiles = compile and not whole
         self._graph = None if whole else self._graph_for(attention, quantization, facts, shapes)
+        if packing is not None and not self._attends_itself and not whole:
+            try:
+                shapes = _shapes(packing.recall(ATTENDED, lambda: attended(self._model)))
+            except ModelError as error:
+                if attention is not None:
+                    raise ModelError(f"attention='tree' can't be used: {error}: use attention='sdpa'") from None
+                self._attend_by_itself(own_attention, error)
         program: Program | None = None
         if packing is not None and self._graph is None:
             program = pack(self._model, packing, owns_model, whole)
@@ -96,18 +106,16 @@ class TorchEngine(KVEngine):
         # On a CPU a product of fewer than four rows takes other code paths, whose bits differ, and is no faster.
         self._min_rows = 4 if device.type == "cpu" else 1
         if not self._attends_itself:
-            self._model.config._attn_implementation = "tokentree"
-            if device.type == "cpu":
-                steady_activations(self._model)
+            set_attention(self._model, TREE)
+            steady_activations(self._model)
+            steady_weights(self._model)
         try:
             self._check_trees(own)
-        except ModelError:
+        except ModelError as error:
             if attention is not None or self._attends_itself or program:
                 raise
-            # nobody asked for our attention: let the model attend by itself
-            self.attention, self._attends_itself = "sdpa", True
-            self._model.config._attn_implementation = own_attention
-            self._storages = Storages(self._layout_for(shapes, device, dtype))
+            self._attend_by_itself(own_attention, error)  # nobody asked for our attention
+            self._storages = Storages(self._layout_for(cached, device, dtype))
             self._check_trees(own)
 
     @property
@@ -169,17 +177,16 @@ class TorchEngine(KVEngine):
                 for kind, window in self.facts.windows.items()
             }
             mask = by_kind if len(by_kind) > 1 else next(iter(by_kind.values()))
-        else:
-            options["forward_kv"] = cache
-        out = self._model(
-            input_ids=torch.from_numpy(ids)[None].to(self.device),
-            position_ids=torch.from_numpy(positions)[None].to(self.device),
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=True,
-            return_dict=True,
-            **options,
-        )
+        with contextlib.nullcontext() if self._attends_itself else attending(cache):
+            out = self._model(
+                input_ids=torch.from_numpy(ids)[None].to(self.device),
+                position_ids=torch.from_numpy(positions)[None].to(self.device),
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=True,
+                return_dict=True,
+                **options,
+            )
         if self._graph is not None and self._compiles:
             self._noted[self.facts.num_layers] = self._graph.head_input()
         self._keep(segments, [self._noted[place] for place in self._places])
@@ -206,6 +213,11 @@ class TorchEngine(KVEngine):
         self._noted[place] = (inputs[0] if inputs else named["hidden_states"])[0]
 
     # -- at construction -------------------------------------------------------------------------------------------
+
+    def _attend_by_itself(self, own_attention: str, reason: ModelError) -> None:
+        self.caveat = f"{self._name} attends by itself here: its text is plain's up to ties ({reason})"
+        self.attention, self._attends_itself = "sdpa", True
+        set_attention(self._model, own_attention)
 
     def _layout_for(
         self, shapes: tuple[tuple[int, int, int], ...], device: torch.device, dtype: torch.dtype
@@ -239,6 +251,10 @@ class TorchEngine(KVEngine):
         return llama and {"facts": asdict(facts), "settings": settings_of(self.config), "llama": llama}
 
 
+def _shapes(found: dict[str, torch.Tensor]) -> tuple[tuple[int, int, int], ...]:
+    return tuple((heads, keys, values) for heads, keys, values in found["shapes"].tolist())
+
+
 def _packing(model: PreTrainedModel, quantization: str | None, file: Path | None, kept: Place | None) -> Packing:
     kind = QuantizedLinear if quantization else PackedLinear
 
@@ -246,8 +262,3 @@ def _packing(model: PreTrainedModel, quantization: str | None, file: Path | None
         return GgufPacking(model, file) if quantization == "gguf" and file else Packing(kind)
 
     return make() if kept is None else KeptPacking(kind, make, model, kept)
-
-
-def _best_attention(model: PreTrainedModel) -> str:
-    interface = getattr(type(model), "_supports_attention_backend", False)
-    return "tree" if model.device.type == "cpu" and interface else "sdpa"
