@@ -22,8 +22,10 @@ from tokentree.engines.attention import TREE
 from tokentree.engines.fused import FusedAttention, FusedMLP, FusedNorm
 from tokentree.engines.linear import OneDNNLinear, PackedEmbedding, PackedLinear
 from tokentree.engines.llama import Llama
-from tokentree.engines.packing import Packing
+from tokentree.engines.packing import Packing, is_plain
 from tokentree.engines.program import Program
+from tokentree.engines.support import decoder_layers
+from tokentree.errors import ModelError
 
 
 def private_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -60,6 +62,50 @@ def set_attention(model: PreTrainedModel, name: str) -> None:
                     value._experts_implementation = "eager"
 
 
+def in_float32(model: PreTrainedModel, attention: str) -> PreTrainedModel:
+    """A `private_copy` of ``model`` that computes in float32, on weights converted when a layer runs, and dropped behind
+    it: no more than one layer is there twice."""
+    copied = private_copy(model)
+    set_attention(copied, attention)
+    try:
+        layers = list(decoder_layers(copied))
+    except ModelError:  # it has no list of them
+        layers = []
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    _widen([module for module in copied.modules() if id(module) not in inside], {})
+    for layer in layers:
+        modules = list(layer.modules())
+        rounded = [(module._parameters, module._buffers) for module in modules]
+
+        def widen(_module: nn.Module, _inputs: Any, modules: list[nn.Module] = modules) -> None:
+            _widen(modules, {})
+
+        def restore(
+            _module: nn.Module, _inputs: Any, _out: Any, modules: list[nn.Module] = modules, rounded: Any = rounded
+        ) -> None:
+            for module, (parameters, buffers) in zip(modules, rounded, strict=True):
+                module._parameters, module._buffers = parameters, buffers
+
+        layer.register_forward_pre_hook(widen)
+        layer.register_forward_hook(restore)
+    return copied
+
+
+def _widen(modules: list[nn.Module], known: dict[int, Any]) -> None:
+    """Exchanges what ``modules`` hold, in new dictionaries, for the same numbers in float32."""
+
+    def wide(value: Any) -> Any:
+        if value is None or value.dtype not in (torch.bfloat16, torch.float16):
+            return value
+        if id(value) not in known:
+            known[id(value)] = nn.Parameter(value.detach().float(), requires_grad=False)
+        return known[id(value)] if isinstance(value, nn.Parameter) else known[id(value)].data
+
+    for module in modules:
+        module._parameters = {name: wide(value) for name, value in module._parameters.items()}
+        module._buffers = {name: wide(value) for name, value in module._buffers.items()}
+
+
 def pack(model: PreTrainedModel, packing: Packing, release: bool, whole: bool) -> Program | None:
     """Exchanges, in ``model`` (a `private_copy` of one on a CPU), linear layers for packed ones where this CPU has any
     for them, and modules that `fused` has.
@@ -94,7 +140,8 @@ def pack(model: PreTrainedModel, packing: Packing, release: bool, whole: bool) -
             setattr(parent, name, FusedNorm(child))
     for parent, name, layer in _children(model):
         # other subclasses may do more than a product; Falcon's computes the same in two steps
-        if type(layer).__name__ in ("Linear", "Conv1D", "FalconLinear") and isinstance(layer, nn.Linear | Conv1D):
+        known = type(layer).__name__ in ("Linear", "Conv1D", "FalconLinear") and isinstance(layer, nn.Linear | Conv1D)
+        if known and is_plain(layer.weight):
             plain = layer if type(layer) is nn.Linear else _plain(layer)
             kind = next((kind for kind in (PackedLinear, OneDNNLinear) if kind.fits(plain.weight)), None)
             if packing.fits(plain):

@@ -8,16 +8,21 @@ as before, and gets the product of packed weights instead (`linear`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear, pad, silu, softplus
+from torch.overrides import TorchFunctionMode
 
 from tokentree.engines.linear import OneDNNLinear, PackedLinear, linear_of
+from tokentree.engines.packing import is_plain
 
 LEAST = 4  # rows of a product in float32: fewer take other loops
 
+VECTOR = 64  # the most numbers that one step of a loop computes
+_OF_NUMBERS = {torch.sigmoid, Tensor.sigmoid, silu, softplus}
 _TURNED = {Tensor.t, torch.t, Tensor.T.__get__, Tensor.mT.__get__}
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
 _CONVERTED = {Tensor.float, Tensor.to, Tensor.type, Tensor.bfloat16}
@@ -91,13 +96,58 @@ def _whole(index: Any) -> bool:
 
 def steady_weights(model: nn.Module) -> None:
     """Exchanges the parameters of ``model`` (a `private_copy`) that are multiplied with, and aren't packed, for steady
-    ones."""
+    ones. Where their sizes leave less than a vector over, what is done to their products is steady too."""
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             continue
         for name, weight in module._parameters.items():
-            if type(weight) is nn.Parameter and weight.ndim in (2, 3) and _fits(weight):
+            if is_plain(weight) and weight.ndim in (2, 3) and _fits(weight):
                 module._parameters[name] = SteadyWeight.of(weight)  # type: ignore[assignment]
+    for module in [module for module in model.modules() if any(map(_leaves_over, [module, *module.children()]))]:
+        module.forward = _in_whole_vectors(module.forward)
+
+
+def _leaves_over(module: nn.Module) -> bool:
+    """Whether a weight of ``module`` itself makes rows that aren't whole vectors."""
+    held = [weight for weight in module.parameters(recurse=False) if isinstance(weight, SteadyWeight)]
+    return any(size % VECTOR for weight in held for size in weight.shape[-2:])
+
+
+def _in_whole_vectors(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def steady(*args: Any, **kwargs: Any) -> Any:
+        with _WholeVectors():
+            return forward(*args, **kwargs)
+
+    return steady
+
+
+class _WholeVectors(TorchFunctionMode):
+    """In here functions of single numbers are computed on whole vectors: torch computes what is left of one by other
+    instructions, which round differently."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        x = args[0] if args else None
+        left = -x.numel() % VECTOR if func in _OF_NUMBERS and type(x) is Tensor and not kwargs else 0
+        if not left or len(args) > 1:
+            return func(*args, **(kwargs or {}))
+        return func(pad(x.reshape(-1), (0, left)))[: x.numel()].view(x.shape)
+
+
+def foreign_layers(model: nn.Module) -> list[str]:
+    """The classes of linear layers in ``model``, a copy with packed layers and steady weights, that multiply in a way of
+    their own: those of other libraries, such as bitsandbytes' or GPTQ's, and types that nothing here packs."""
+    return sorted(
+        {
+            type(module).__name__
+            for module in model.modules()
+            if hasattr(module, "in_features") and hasattr(module, "out_features") and _multiplies(module)
+        }
+    )
+
+
+def _multiplies(module: nn.Module) -> bool:
+    held = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return any(value.ndim > 1 and not isinstance(value, SteadyWeight) for value in held)
 
 
 def _fits(weight: Tensor) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import warnings
 from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict
 from pathlib import Path
@@ -22,18 +23,20 @@ from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.linear import PackedLinear
 from tokentree.engines.llama import Llama
 from tokentree.engines.packing import GgufPacking, Packing
-from tokentree.engines.prepare import pack, private_copy, set_attention, steady_activations
+from tokentree.engines.prepare import in_float32, pack, private_copy, set_attention, steady_activations
 from tokentree.engines.program import Program
 from tokentree.engines.proof import OWN, own_forward
 from tokentree.engines.quantized import QuantizedLinear
 from tokentree.engines.ready import READY
 from tokentree.engines.segment import Segment, Upto, inputs_of
-from tokentree.engines.steady import steady_weights
+from tokentree.engines.steady import foreign_layers, steady_weights
 from tokentree.engines.support import check_quantization, check_supported, decoder_layers, has_softcap
 from tokentree.errors import ModelError, PairingError
 
 if TYPE_CHECKING:
     from tokentree.engines.graph import Graph
+
+FEW_BITS = (torch.bfloat16, torch.float16)  # what numbers are rounded to, so that an engine can't be compared exactly
 
 
 class TorchEngine(KVEngine):
@@ -69,7 +72,7 @@ class TorchEngine(KVEngine):
         facts, device, dtype = Facts.of(model), model.device, model.dtype
         self.attention = attention or ("tree" if device.type == "cpu" else "sdpa")
         self._attends_itself = self.attention == "sdpa"
-        self._name, self.caveat = facts.name, ""
+        self._name, self._foreign = facts.name, list[str]()
         if self.attention not in ("tree", "sdpa") or (self.attention == "tree" and device.type != "cpu"):
             raise ModelError(f"attention={attention!r} can't be used with {facts.name}: use attention='sdpa'")
 
@@ -77,16 +80,18 @@ class TorchEngine(KVEngine):
         own_attention = "sdpa" if getattr(type(model), "_supports_sdpa", False) and not softcap else "eager"
         self._model, self._config = private_copy(model), model.config
         set_attention(self._model, own_attention)
-        adapt(self._model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         packing = _packing(self._model, quantization, file, kept) if device.type == "cpu" else None
-        own = own_forward(self._model) if packing is None else packing.recall(OWN, lambda: own_forward(self._model))
+        exact = functools.partial(in_float32, model, own_attention) if packing is not None and dtype in FEW_BITS else None
+        made = functools.partial(own_forward, self._model, exact)
+        own = made() if packing is None else packing.recall(OWN, made)
         cached = shapes = _shapes(own)
         whole = packing is not None and not self._attends_itself and Llama.fits(self._model, packing)
         self._noted: dict[int, torch.Tensor] = {}  # of the last forward of `_model`, [rows, hidden size]
         self._compiles = compile and not whole
         self._graph = None if whole else self._graph_for(attention, quantization, facts, shapes)
         if packing is not None and not self._attends_itself and not whole:
+            adapt(self._model)
             try:
                 shapes = _shapes(packing.recall(ATTENDED, lambda: attended(self._model)))
             except ModelError as error:
@@ -109,14 +114,24 @@ class TorchEngine(KVEngine):
             set_attention(self._model, TREE)
             steady_activations(self._model)
             steady_weights(self._model)
+            self._foreign = foreign_layers(self._model)
         try:
             self._check_trees(own)
         except ModelError as error:
-            if attention is not None or self._attends_itself or program:
+            if self._attends_itself:
                 raise
+            if attention is not None or program:
+                raise ModelError(f"{error}: use attention='sdpa'") from None
             self._attend_by_itself(own_attention, error)  # nobody asked for our attention
             self._storages = Storages(self._layout_for(cached, device, dtype))
             self._check_trees(own)
+        if self._foreign and not self._attends_itself:
+            self.caveat = (
+                f"{facts.name} has linear layers of another kind here ({', '.join(self._foreign)}), whose bits may "
+                "depend on the rows beside one: its text is plain's up to ties"
+            )
+        if self.caveat:
+            warnings.warn(self.caveat, stacklevel=2)
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -129,7 +144,7 @@ class TorchEngine(KVEngine):
     @property
     def form(self) -> str:
         if self._graph is None:
-            return super().form
+            return f"{super().form}, {' and '.join(self._foreign)}" if self._foreign else super().form
         return "one graph" if self._compiles else "one recording"
 
     @property
@@ -215,7 +230,7 @@ class TorchEngine(KVEngine):
     # -- at construction -------------------------------------------------------------------------------------------
 
     def _attend_by_itself(self, own_attention: str, reason: ModelError) -> None:
-        self.caveat = f"{self._name} attends by itself here: its text is plain's up to ties ({reason})"
+        self.caveat = f"{self._name} attends by itself here, and its text is plain's up to ties: {reason}"
         self.attention, self._attends_itself = "sdpa", True
         set_attention(self._model, own_attention)
 
