@@ -97,12 +97,10 @@ def shrunk(settings: dict[str, Any]) -> dict[str, Any]:
             small[name] = [2, 3, 3]
         elif name == "rope_parameters" and isinstance(value, dict):
             small[name] = shrunk(value)
-        elif name == "per_layer_config" and isinstance(value, dict):
-            small[name] = {key: shrunk(one) for key, one in value.items() if str(key) in "01"} or None
-        elif name in ("vocab_size_per_layer_input", "head_dim") and value is None and name in settings:
-            small[name] = SIZES[name] if name == "head_dim" else None
-        elif value is None or isinstance(value, bool) or name not in SIZES:
-            small[name] = value
+        elif name == "per_layer_config":
+            continue  # made of the other settings
+        elif type(value) is not int or name not in SIZES:
+            small[name] = SIZES["head_dim"] if name == "head_dim" and value is None else value
         else:
             small[name] = SIZES[name]
         many = settings.get("num_hidden_layers") or settings.get("n_layer") or settings.get("num_layers")
@@ -139,7 +137,9 @@ def build(family: str, name: str) -> Any:
     if size > MOST:
         raise MemoryError(f"{size:,} parameters are too many")
     torch.manual_seed(SEED)
-    return randomised(kind(config), SEED)
+    model = randomised(kind(config), SEED)
+    model(input_ids=torch.arange(20, 30)[None])
+    return model
 
 
 def _parts(config: Any) -> Iterator[Any]:

@@ -175,7 +175,8 @@ def compare(
     if few_bits:
         allowed = 0.3 * spread
     elif "exact" in own:  # twice what the model's own rounding is
-        allowed = 2 * float((logits - expected).square().mean().sqrt()) + 0.001 * spread
+        rounding = float((logits - expected).square().mean().sqrt())
+        allowed = min(2 * rounding + 0.001 * spread, 0.1 * spread)
     else:
         allowed = (0.001 if own["logits"].dtype in (torch.float32, torch.float64) else 0.1) * spread
     return error, allowed, spread

@@ -82,9 +82,11 @@ class TorchEngine(KVEngine):
         set_attention(self._model, own_attention)
         self._keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         packing = _packing(self._model, quantization, file, kept) if device.type == "cpu" else None
-        exact = functools.partial(in_float32, model, own_attention) if packing is not None and dtype in FEW_BITS else None
-        made = functools.partial(own_forward, self._model, exact)
-        own = made() if packing is None else packing.recall(OWN, made)
+        if packing is None:
+            own = own_forward(self._model)
+        else:
+            exact = functools.partial(in_float32, model, own_attention) if dtype in FEW_BITS else None
+            own = packing.recall(OWN, lambda: own_forward(self._model, exact))
         cached = shapes = _shapes(own)
         whole = packing is not None and not self._attends_itself and Llama.fits(self._model, packing)
         self._noted: dict[int, torch.Tensor] = {}  # of the last forward of `_model`, [rows, hidden size]
