@@ -23,7 +23,7 @@ from rich.table import Table
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from tokentree.engines.attention import ForwardKV, attend_rows, dense_mask
+from tokentree.engines.attention import ForwardKV, Rule, attend_rows, dense_mask
 from tokentree.engines.kv import KVLayout
 from tokentree.engines.segment import Segment
 from tokentree.tree import TokenTree
@@ -85,7 +85,7 @@ def ways_of(prefix: int, rows: int, asked: argparse.Namespace) -> dict[str, Call
 
     def ours() -> torch.Tensor:
         cache = ForwardKV([Segment(kv, tree, 0, 0)], attends_itself=False)
-        return attend_rows(cache, 0, query, kv_heads, width, scale, None)
+        return attend_rows(cache, 0, query, kv_heads, width, Rule(scale))
 
     def sdpa() -> torch.Tensor:
         out = scaled_dot_product_attention(query[None], keys[None], values[None], mask, scale=scale, enable_gqa=True)

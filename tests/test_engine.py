@@ -23,10 +23,6 @@ from transformers import (
     MambaForCausalLM,
     MptConfig,
     MptForCausalLM,
-    NemotronConfig,
-    NemotronForCausalLM,
-    PhimoeConfig,
-    PhimoeForCausalLM,
     PreTrainedModel,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
@@ -46,12 +42,7 @@ from tokentree.errors import ModelError
 from tokentree.sequence import Sequence as Request
 from tokentree.tree import TokenTree
 
-NO_INTERFACE = {"falcon", "falcon_old"}  # they attend by themselves: only attention='sdpa'
-WITH_TREE = [family for family in FAMILIES if family not in NO_INTERFACE]
-# Exceptions from the promise of the same bits: an expert multiplies as many rows as the batch happens to send to it.
-UNSTEADY = {"mixtral"}
-STEADY = [family for family in WITH_TREE if family not in UNSTEADY]
-BOTH = [(family, "tree") for family in WITH_TREE] + [(family, "sdpa") for family in FAMILIES]
+BOTH = [(family, attention) for attention in ("tree", "sdpa") for family in FAMILIES]
 PREFIXES = [0, 1, 5, 30, 32, 62, 70, 130]  # before and behind a window of 7, and around multiples of BLOCK
 WIDER = {"hidden_size": 64, "intermediate_size": 96}
 WIDE = {
@@ -126,7 +117,7 @@ def assert_near(got: torch.Tensor, expected: torch.Tensor) -> None:
 
 def assert_same(got: torch.Tensor, expected: torch.Tensor, family: str, attention: str) -> None:
     """The same bits with tree attention, nearly the same where the model attends by itself."""
-    if attention == "tree" and family in STEADY:
+    if attention == "tree":
         assert torch.equal(got, expected), f"off by {float((got - expected).abs().max()):.3g}"
     else:
         assert_near(got, expected)
@@ -175,7 +166,7 @@ def test_a_tree_has_the_logits_of_decoding_each_path_alone_where_the_model_atten
 
 @pytest.mark.parametrize("prefix", [5, 62, 127])
 @pytest.mark.parametrize("numbers", NUMBERS)
-@pytest.mark.parametrize("family", STEADY)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_node_has_the_bits_of_decoding_its_path_alone_in_a_tree_of_any_size(
     family: str, numbers: Numbers, prefix: int
 ) -> None:
@@ -192,7 +183,7 @@ def test_a_node_has_the_bits_of_decoding_its_path_alone_in_a_tree_of_any_size(
 
 
 @pytest.mark.parametrize("numbers", NUMBERS)
-@pytest.mark.parametrize("family", STEADY)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_chain_of_any_length_has_the_bits_of_decoding_alone(family: str, numbers: Numbers) -> None:
     engine, tokens = engine_of(family, "tree", numbers), some_tokens(50 + 18)
     chain = TokenTree.chain(tokens[50], tokens[51:])
@@ -205,7 +196,7 @@ def test_a_chain_of_any_length_has_the_bits_of_decoding_alone(family: str, numbe
 
 
 @pytest.mark.parametrize("numbers", NUMBERS)
-@pytest.mark.parametrize("family", STEADY)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_prefilled_rows_and_committed_rows_have_the_same_bits(family: str, numbers: Numbers) -> None:
     engine, tokens = engine_of(family, "tree", numbers), some_tokens(70)
     prefilled, decoded = request(tokens), request(tokens[:40])
@@ -270,7 +261,7 @@ def test_a_steady_activation_gives_a_row_the_same_bits_beside_any_rows_and_is_th
 @every_engine
 def test_a_ragged_batch_gives_each_sequence_what_it_gets_alone(family: str, attention: str) -> None:
     kinds: list[Numbers] = [torch.float32]
-    if attention == "tree" and family in STEADY:
+    if attention == "tree":
         kinds += [torch.bfloat16, "int8"]
     for numbers in kinds:
         engine = engine_of(family, attention, numbers)
@@ -594,34 +585,13 @@ def test_the_engine_finds_out_that_a_model_masks_by_the_order_of_rows() -> None:
         GPTNeoConfig, GPTNeoForCausalLM, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]]
     )
     with pytest.raises(ModelError, match="GPTNeoForCausalLM does not give the same logits"):
-        TorchEngine(randomised(model))
+        TorchEngine(randomised(model), "sdpa")
 
 
-def test_a_window_that_the_model_does_not_tell_its_attention_is_found_out() -> None:
-    """Phi-3.5-MoE has it in the mask alone, and `tree_attention` makes its own."""
-    experts = {"num_hidden_layers": 1, "num_local_experts": 2, "sliding_window": 7}
-    model = _small(PhimoeConfig, PhimoeForCausalLM, **experts, **HEADS)
-    with pytest.raises(ModelError, match=r"PhimoeForCausalLM does not tell .* use attention='sdpa'"):
-        TorchEngine(model, "tree")
-    TorchEngine(model, "sdpa")
-
-
-def test_a_model_that_drops_the_keywords_of_its_attention_is_refused_with_a_way_out() -> None:
-    model = _small(NemotronConfig, NemotronForCausalLM, num_hidden_layers=1, head_dim=8, **HEADS)
-    with pytest.raises(ModelError, match=r"drops the keyword arguments .* use attention='sdpa'"):
-        TorchEngine(model, "tree")
-    TorchEngine(model, "sdpa")
-
-
-@pytest.mark.parametrize(("family", "attention"), [("falcon", "tree"), ("llama", "flash"), ("llama", "eager")])
-def test_an_attention_that_does_not_fit_is_refused(family: str, attention: str) -> None:
+@pytest.mark.parametrize("attention", ["flash", "eager"])
+def test_an_attention_that_is_not_there_is_refused(attention: str) -> None:
     with pytest.raises(ModelError, match=f"attention='{attention}' can't be used with .* use attention='sdpa'"):
-        TorchEngine(model_of(family), attention)
-
-
-def test_the_default_attention_is_the_one_that_keeps_the_promise_where_the_model_supports_it() -> None:
-    assert TorchEngine(model_of("llama")).attention == "tree"
-    assert TorchEngine(model_of("falcon")).attention == "sdpa"
+        TorchEngine(model_of("llama"), attention)
 
 
 def test_the_context_ends_where_longrope_would_turn_all_rows_of_a_forward_otherwise() -> None:

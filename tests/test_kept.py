@@ -24,6 +24,7 @@ from tokentree.engines.kept import Place
 from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.linear import PackedLinear
 from tokentree.engines.packing import GgufPacking, Packing
+from tokentree.engines.proof import OWN
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import ModelError
 from tokentree.loading import load_model
@@ -98,7 +99,8 @@ def test_what_is_kept_of_a_model_is_not_taken_for_that_of_another_type(place: Pl
 def test_kept_weights_that_say_something_else_are_refused(place: Place) -> None:
     TorchEngine(model(), kept=place)
     content = torch.load(place.file, weights_only=True)
-    content["layers"]["own forward"]["logits"] += torch.randn(7, 120, generator=torch.Generator().manual_seed(0))
+    for name in ("logits", "exact"):
+        content["layers"][OWN][name] += torch.randn(7, 120, generator=torch.Generator().manual_seed(0))
     rewrite(place.file, content)
     with pytest.raises(ModelError, match="does not give the same logits"):
         TorchEngine(model(), kept=place)

@@ -87,7 +87,8 @@ def test_a_model_that_our_attention_does_not_fit_attends_by_itself(monkeypatch: 
 
     monkeypatch.setattr(TorchEngine, "_check_trees", refuse_ours)
     model = tiny("llama")
-    assert TorchEngine(model).attention == "sdpa"
+    with pytest.warns(UserWarning, match="attends by itself here, and its text is plain's up to ties: it does not fit"):
+        assert TorchEngine(model).attention == "sdpa"
     assert checks == ["tree", "sdpa"]
     with pytest.raises(ModelError, match="does not fit"):
         TorchEngine(model, attention="tree")

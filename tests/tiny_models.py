@@ -11,6 +11,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    CLIPVisionConfig,
     FalconConfig,
     FalconForCausalLM,
     Gemma2Config,
@@ -23,6 +26,8 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
@@ -132,6 +137,60 @@ FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
     "falcon_old": _falcon_old,
     "mixtral": _mixtral,
 }
+
+
+_LATENT: dict[str, Any] = {
+    "num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8, "v_head_dim": 24, "head_dim": 8,
+}  # fmt: skip
+_EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
+_ROUTED: dict[str, Any] = {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_group": 1, "topk_group": 1,
+    "first_k_dense_replace": 1, "n_shared_experts": 1,
+}  # fmt: skip
+# Families by the names of their configurations, and what their tiny ones have beside `_GROUPED`.
+OTHERS: dict[str, dict[str, Any]] = {
+    "codegen": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT, "n_inner": 96, "rotary_dim": 8},
+    "deepseek_v2": {**_LATENT, **_ROUTED},
+    "deepseek_v3": {**_LATENT, **_ROUTED},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64, "moe_layer_start_index": 1},
+    "glm4_moe_lite": {**_LATENT, **_ROUTED},
+    "gpt_neo": {
+        "num_layers": 2, "num_heads": 4, "intermediate_size": 96, "window_size": WINDOW,
+        "attention_types": [[["global", "local"], 1]],
+    },
+    "gpt_neox_japanese": {"intermediate_multiple_size": 2},
+    "gpt_oss": {**_EXPERTS, **_SLIDING, "head_dim": 16},
+    "gptj": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT, "n_inner": 96, "rotary_dim": 8},
+    "minicpm3": {**_LATENT},
+    "nemotron": {"head_dim": 16},
+    "phimoe": {**_EXPERTS, "sliding_window": WINDOW},
+    "qwen2_moe": {**_EXPERTS, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
+    "stablelm": {},
+    "youtu": {**_LATENT},
+}  # fmt: skip
+
+
+def tiny_other(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any) -> PreTrainedModel:
+    """A model of one of `OTHERS` with random weights."""
+    sizes = {**_GROUPED, "hidden_size": 64, "intermediate_size": 96, **OTHERS[family], **options}
+    config = CONFIG_MAPPING[family](**sizes)
+    with torch.random.fork_rng(devices=[]):
+        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    made: PreTrainedModel = randomised(model, seed).to(dtype)  # type: ignore[arg-type]
+    return made
+
+
+def tiny_vision(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A language model behind a vision model: Llava's."""
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=14, patch_size=7
+    )
+    text = LlamaConfig(**{**_GROUPED, "hidden_size": 64, "intermediate_size": 96})
+    with torch.random.fork_rng(devices=[]):
+        model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=3))
+    made: PreTrainedModel = randomised(model).to(dtype)  # type: ignore[arg-type]
+    return made
 
 
 def tiny(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any) -> PreTrainedModel:

@@ -27,8 +27,9 @@ CALL, SEGMENT = 13, 12  # integers that describe a call, and each segment in it
 
 
 @numba.njit
-def _soften(scores, scale, softcap):
-    """Turns scores into weights relative to the largest, in place, and returns their sum; hidden ones get 0."""
+def _soften(scores, scale, softcap, sink):
+    """Turns scores into weights relative to the largest, in place, and returns their sum; hidden ones get 0. ``sink`` is
+    a score that belongs to no position, -inf where there is none."""
     lanes = np.full(LANES, HIDDEN, np.float32)
     for start in range(0, len(scores), LANES):
         for lane in range(LANES):
@@ -37,7 +38,7 @@ def _soften(scores, scale, softcap):
                 score = np.float32(math.tanh(score / softcap)) * softcap if score > HIDDEN else score
             scores[start + lane] = score
             lanes[lane] = max(lanes[lane], score)
-    top = lanes[0]
+    top = sink
     for lane in range(LANES):
         top = max(top, lanes[lane])
     for i in range(len(scores)):
@@ -50,6 +51,10 @@ def _soften(scores, scale, softcap):
     total = np.float32(0)
     for lane in range(LANES):
         total += lanes[lane]
+    if sink > HIDDEN:
+        lanes[0] = sink - top
+        exponentials(lanes[:1])
+        total += lanes[0]
     return total
 
 
@@ -103,7 +108,8 @@ def _attend(call, numbers, segment, layer, head, together, first, count):
         own[end - begin :] = HIDDEN
         if window:
             own[: max(0, end - window - begin)] = HIDDEN
-        totals[i] = _soften(own, scale, softcap)
+        sink = np.float32(numbers[2 + head + i % together]) if len(numbers) > 2 else HIDDEN
+        totals[i] = _soften(own, scale, softcap, sink)
 
     for column in range(0, columns, BLOCK):
         if shared > begin:
@@ -145,7 +151,8 @@ def attend_worker() -> Any:
       rows, the first of these among the queries, the address of int64[new rows, 1 + longest] (how long a row's path in
       the tree is, and the KV rows on it), that longest, whether the tree is a chain, whose KV rows are not listed, how
       many nodes were computed before, and the bytes from one layer's keys and values to the next's;
-    - the address of float64[2]: scale, and softcap or 0.
+    - the address of float64[2]: scale, and softcap or 0; behind them, where there are sinks, one for each head;
+    - how many these are.
     """
 
     @cfunc(WORKER, cache=True)
@@ -154,7 +161,8 @@ def attend_worker() -> Any:
         call = integers(start, CALL)
         table = integers(start + 8 * CALL, (call[11], SEGMENT))
         end = start + 8 * (CALL + table.size)
-        attend(call, table, 0, doubles(integers(end, 1)[0], 2), threads, end + 8)
+        at, count = integers(end, 2)
+        attend(call, table, 0, doubles(at, count), threads, end + 16)
 
     return worker
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from tokentree.engines.attention import ForwardKV, attend_rows, dense_mask
+from tokentree.engines.attention import ForwardKV, Rule, dense_mask
 from tokentree.engines.base import Engine, Features, TargetOutput
 from tokentree.engines.eagle_program import EagleProgram
 from tokentree.engines.kv import KVLayout, SequenceKV, Storages
@@ -229,8 +229,7 @@ class EagleEngine:
         cache, scale = ForwardKV(segments, not self._blocked), query.shape[2] ** -0.5
         query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         if self._blocked:
-            cache.write(0, key, value)
-            return attend_rows(cache, 0, query.float(), len(key), value.shape[2], scale, None).flatten(1).to(key.dtype)
+            return cache.attend(query, key, value, Rule(scale)).flatten(1).to(key.dtype)
         keys, values = cache.update(key[None], value[None], 0)
         mask = dense_mask(segments, query.shape[1], None, query.dtype, query.device)
         return _attend(query, keys[0], values[0], mask)

@@ -127,6 +127,10 @@ class SequenceKV:
     def num_layers(self) -> int:
         return len(self._where)
 
+    def sizes(self, layer: int) -> tuple[int, int, int]:
+        """KV heads, key width and value width of ``layer``."""
+        return self.layout.shapes[layer]
+
     @property
     def capacity(self) -> int:
         """Rows that there is room for."""
@@ -209,6 +213,18 @@ class BlockedKV(SequenceKV):
         return torch.zeros(layers, heads, capacity, -(-width // BLOCK) * BLOCK, dtype=torch.float32, device="cpu")
 
     def write(self, layer: int, row: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """See `SequenceKV.write`.
+
+        Raises:
+            ModelError: if that is not the size of what is stored, or there is no room for it.
+        """
+        heads, key_width, value_width = self.sizes(layer)
+        end = row + keys.shape[1]
+        if keys.shape != (heads, end - row, key_width) or values.shape != (heads, end - row, value_width):
+            got = f"keys {tuple(keys.shape)} and values {tuple(values.shape)}"
+            raise ModelError(f"layer {layer} stores {heads} heads of {key_width} and {value_width}, and got {got}")
+        if not 0 <= row <= end <= self._capacity:
+            raise ModelError(f"rows {row} to {end} of KV, and there is room for {self._capacity}")
         stored_keys, stored_values = self.layer(layer)
         heads, count, width = keys.shape
         sizes = (heads, width, values.shape[2])

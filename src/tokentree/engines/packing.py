@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -27,7 +27,9 @@ class Packing:
 
     def fits(self, *layers: nn.Module) -> bool:
         """Whether these are nothing but linear layers, of a type that suits."""
-        return all(type(layer) is nn.Linear and self._kind.fits(layer.weight) for layer in layers)
+        return all(
+            type(layer) is nn.Linear and is_plain(layer.weight) and self._kind.fits(layer.weight) for layer in layers
+        )
 
     def pack(self, *layers: nn.Linear, gated: bool = False) -> PackedLinear | QuantizedLinear:
         """One layer for all of them, their outputs behind one another; or ``gated``, of two: see `PackedLinear`."""
@@ -42,6 +44,11 @@ class Packing:
 
     def keep(self) -> None:
         """All layers are packed now: see `kept`."""
+
+
+def is_plain(weight: object) -> TypeGuard[nn.Parameter]:
+    """Whether these are numbers as torch has them, and not as another library keeps them in a tensor of its own."""
+    return type(weight) is nn.Parameter and type(weight.data) is torch.Tensor
 
 
 class GgufPacking(Packing):

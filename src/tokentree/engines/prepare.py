@@ -15,22 +15,25 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import GELUTanh, SiLUActivation
 from transformers.pytorch_utils import Conv1D
 
+from tokentree.engines.attention import TREE
 from tokentree.engines.foreign import ForeignCode
 from tokentree.engines.fused import FusedAttention, FusedMLP, FusedNorm
 from tokentree.engines.linear import OneDNNLinear, PackedEmbedding, PackedLinear, ReadableLinear
 from tokentree.engines.llama import Llama
-from tokentree.engines.packing import Packing
+from tokentree.engines.packing import Packing, is_plain
 from tokentree.engines.program import Program
 from tokentree.engines.rebound import Rebound
+from tokentree.engines.support import decoder_layers
+from tokentree.errors import ModelError
 
 
-def private_copy(model: PreTrainedModel, attention: str, owned: bool = False) -> PreTrainedModel:
-    """A copy of the modules and the configuration of ``model`` that uses ``attention`` and shares the memory of its
-    weights.
+def private_copy(model: PreTrainedModel, owned: bool = False) -> PreTrainedModel:
+    """A copy of the modules of ``model``, and of every configuration that one of them holds, at any depth. It shares
+    the memory of the weights.
 
     What a user has put into the model comes along: a forward of a module's own runs on the copy's modules; a hook is
     called in the copy, and given the model's own module.
@@ -42,13 +45,17 @@ def private_copy(model: PreTrainedModel, attention: str, owned: bool = False) ->
     Raises:
         ModelError: if a forward was replaced by something that can't be made to run on the copy's modules.
     """
-    config = copy.deepcopy(model.config)
-    config._attn_implementation = attention
+    copies: dict[int, Any] = {}  # of configurations, which hold one another
     seen: dict[int, nn.Module] = {}
     twins: dict[int, torch.Tensor] = {}
 
     def shared(tensors: dict[str, Any]) -> dict[str, Any]:
         return tensors if owned else {name: _twin_of(tensor, twins) for name, tensor in tensors.items()}
+
+    def own(value: Any) -> Any:
+        if isinstance(value, PreTrainedConfig):
+            return copy.deepcopy(value, copies)
+        return copy.copy(value) if isinstance(value, dict) else value
 
     def twin(module: nn.Module) -> nn.Module:
         if id(module) in seen:
@@ -57,15 +64,12 @@ def private_copy(model: PreTrainedModel, attention: str, owned: bool = False) ->
             new = seen[id(module)] = twin(module._modules["_orig_mod"])  # type: ignore[arg-type]
             return new
         new = seen[id(module)] = module.__class__.__new__(module.__class__)
-        own = module.__dict__.items()
-        new.__dict__ = {key: copy.copy(value) if isinstance(value, dict) else value for key, value in own}
+        new.__dict__ = {name: own(value) for name, value in module.__dict__.items()}
         new.__dict__.pop("_compiled_call_impl", None)
         new._modules = {name: child if child is None else twin(child) for name, child in module._modules.items()}
         new._parameters, new._buffers = shared(new._parameters), shared(new._buffers)
         for table in (new._forward_pre_hooks, new._forward_hooks):
             table.update((number, OnOriginal(hook, module)) for number, hook in table.items() if _is_a_user_s(hook))
-        if new.__dict__.get("config") is model.config:
-            new.__dict__["config"] = config
         return new
 
     result = twin(model).eval()
@@ -121,6 +125,60 @@ def _rebind(model: nn.Module, twins: dict[int, nn.Module]) -> None:
 OF_TORCH = set(nn.Module().__dict__)  # what every module keeps
 
 
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """Makes all modules of ``model``, a `private_copy`, use the attention of that name."""
+    for module in model.modules():
+        for value in module.__dict__.values():
+            if isinstance(value, PreTrainedConfig):
+                value._attn_implementation = name
+                if name == TREE:  # experts one after another, as they are in any batch
+                    value._experts_implementation = "eager"
+
+
+def in_float32(model: PreTrainedModel, attention: str) -> PreTrainedModel:
+    """A `private_copy` of ``model`` that computes in float32, on weights converted when a layer runs, and dropped behind
+    it: no more than one layer is there twice."""
+    copied = private_copy(model)
+    set_attention(copied, attention)
+    try:
+        layers = list(decoder_layers(copied))
+    except ModelError:  # it has no list of them
+        layers = []
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    _widen([module for module in copied.modules() if id(module) not in inside], {})
+    for layer in layers:
+        modules = list(layer.modules())
+        rounded = [(module._parameters, module._buffers) for module in modules]
+
+        def widen(_module: nn.Module, _inputs: Any, modules: list[nn.Module] = modules) -> None:
+            _widen(modules, {})
+
+        def restore(
+            _module: nn.Module, _inputs: Any, _out: Any, modules: list[nn.Module] = modules, rounded: Any = rounded
+        ) -> None:
+            for module, (parameters, buffers) in zip(modules, rounded, strict=True):
+                module._parameters, module._buffers = parameters, buffers
+
+        layer.register_forward_pre_hook(widen)
+        layer.register_forward_hook(restore)
+    return copied
+
+
+def _widen(modules: list[nn.Module], known: dict[int, Any]) -> None:
+    """Exchanges what ``modules`` hold, in new dictionaries, for the same numbers in float32."""
+
+    def wide(value: Any) -> Any:
+        if value is None or value.dtype not in (torch.bfloat16, torch.float16):
+            return value
+        if id(value) not in known:
+            known[id(value)] = nn.Parameter(value.detach().float(), requires_grad=False)
+        return known[id(value)] if isinstance(value, nn.Parameter) else known[id(value)].data
+
+    for module in modules:
+        module._parameters = {name: wide(value) for name, value in module._parameters.items()}
+        module._buffers = {name: wide(value) for name, value in module._buffers.items()}
+
+
 def pack(model: PreTrainedModel, packing: Packing, release: bool, whole: bool) -> Program | None:
     """Exchanges, in ``model`` (a `private_copy` of one on a CPU), linear layers for packed ones where this CPU has any
     for them, and modules that `fused` has.
@@ -170,6 +228,8 @@ def _packed(layer: nn.Module, packing: Packing) -> nn.Module | None:
     """The packed layer that stands for ``layer``, if it is a linear one and there is one."""
     # other subclasses may do more than a product; Falcon's computes the same in two steps
     if type(layer).__name__ not in ("Linear", "Conv1D", "FalconLinear") or not isinstance(layer, nn.Linear | Conv1D):
+        return None
+    if not is_plain(layer.weight):
         return None
     plain = layer if type(layer) is nn.Linear else _plain(layer)
     if packing.fits(plain):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import warnings
 from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from tokentree.engines.attention import ForwardKV, dense_mask, tree_attention
+from tokentree.engines.attending import ATTENDED, adapt, attended
+from tokentree.engines.attention import TREE, ForwardKV, attending, dense_mask
 from tokentree.engines.facts import Facts, settings_of
 from tokentree.engines.foreign import check_runs_in_a_copy, inner_model, runs_more
 from tokentree.engines.kept import KeptPacking, Place
@@ -21,12 +24,13 @@ from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.linear import PackedLinear
 from tokentree.engines.llama import Llama
 from tokentree.engines.packing import GgufPacking, Packing
-from tokentree.engines.prepare import pack, private_copy, steady_activations
+from tokentree.engines.prepare import in_float32, pack, private_copy, set_attention, steady_activations
 from tokentree.engines.program import Program
 from tokentree.engines.proof import OWN, own_forward
 from tokentree.engines.quantized import QuantizedLinear
 from tokentree.engines.ready import READY
 from tokentree.engines.segment import Segment, Upto, inputs_of
+from tokentree.engines.steady import foreign_layers, steady_weights
 from tokentree.engines.support import check_quantization, check_supported, decoder_layers, has_softcap
 from tokentree.engines.watch import Shared, Watch, in_common
 from tokentree.errors import ModelError, PairingError
@@ -36,7 +40,7 @@ from tokentree.sequence import Sequence
 if TYPE_CHECKING:
     from tokentree.engines.graph import Graph
 
-AttentionInterface.register("tokentree", tree_attention)
+FEW_BITS = (torch.bfloat16, torch.float16)  # what numbers are rounded to, so that an engine can't be compared exactly
 
 
 class TorchEngine(KVEngine):
@@ -74,25 +78,38 @@ class TorchEngine(KVEngine):
         check_runs_in_a_copy(model)
         check_quantization(quantization, model, file)
         facts, device, dtype = Facts.of(model), model.device, model.dtype
-        self.attention = attention or _best_attention(model)
+        self.attention = attention or ("tree" if device.type == "cpu" else "sdpa")
         self._attends_itself = self.attention == "sdpa"
-        fits = _best_attention(model) == "tree"
-        if self.attention not in ("tree", "sdpa") or (self.attention == "tree" and not fits):
+        self._name, self._foreign = facts.name, list[str]()
+        if self.attention not in ("tree", "sdpa") or (self.attention == "tree" and device.type != "cpu"):
             raise ModelError(f"attention={attention!r} can't be used with {facts.name}: use attention='sdpa'")
 
         softcap = has_softcap(model.config.get_text_config())
         own_attention = "sdpa" if getattr(type(model), "_supports_sdpa", False) and not softcap else "eager"
         self._watch = None if owns_model else Watch(model)
         self._shared: Shared | None = None
-        self._model, self._config = private_copy(model, own_attention, owns_model), model.config
+        self._model, self._config = private_copy(model, owns_model), model.config
+        set_attention(self._model, own_attention)
         self._keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         packing = _packing(self._model, quantization, file, kept) if device.type == "cpu" else None
-        own = own_forward(self._model) if packing is None else packing.recall(OWN, lambda: own_forward(self._model))
-        shapes = tuple((heads, keys, values) for heads, keys, values in own["shapes"].tolist())
+        if packing is None:
+            own = own_forward(self._model)
+        else:
+            exact = functools.partial(in_float32, model, own_attention) if dtype in FEW_BITS else None
+            own = packing.recall(OWN, lambda: own_forward(self._model, exact))
+        cached = shapes = _shapes(own)
         whole = packing is not None and not self._attends_itself and Llama.fits(self._model, packing)
         self._noted: dict[int, torch.Tensor] = {}  # of the last forward of `_model`, [rows, hidden size]
         self._compiles = compile and not whole
         self._graph = None if whole else self._graph_for(attention, quantization, facts, shapes)
+        if packing is not None and not self._attends_itself and not whole:
+            adapt(self._model)
+            try:
+                shapes = _shapes(packing.recall(ATTENDED, lambda: attended(self._model)))
+            except ModelError as error:
+                if attention is not None:
+                    raise ModelError(f"attention='tree' can't be used: {error}: use attention='sdpa'") from None
+                self._attend_by_itself(own_attention, error)
         program: Program | None = None
         if packing is not None and self._graph is None:
             program = pack(self._model, packing, owns_model, whole)
@@ -106,19 +123,27 @@ class TorchEngine(KVEngine):
         # On a CPU a product of fewer than four rows takes other code paths, whose bits differ, and is no faster.
         self._min_rows = 4 if device.type == "cpu" else 1
         if not self._attends_itself:
-            self._model.config._attn_implementation = "tokentree"
-            if device.type == "cpu":
-                steady_activations(self._model)
+            set_attention(self._model, TREE)
+            steady_activations(self._model)
+            steady_weights(self._model)
+            self._foreign = foreign_layers(self._model)
         try:
             self._check_trees(own)
-        except ModelError:
-            if attention is not None or self._attends_itself or program:
+        except ModelError as error:
+            if self._attends_itself:
                 raise
-            # nobody asked for our attention: let the model attend by itself
-            self.attention, self._attends_itself = "sdpa", True
-            self._model.config._attn_implementation = own_attention
-            self._storages = Storages(self._layout_for(shapes, device, dtype))
+            if attention is not None or program:
+                raise ModelError(f"{error}: use attention='sdpa'") from None
+            self._attend_by_itself(own_attention, error)  # nobody asked for our attention
+            self._storages = Storages(self._layout_for(cached, device, dtype))
             self._check_trees(own)
+        if self._foreign and not self._attends_itself:
+            self.caveat = (
+                f"{facts.name} has linear layers of another kind here ({', '.join(self._foreign)}), whose bits may "
+                "depend on the rows beside one: its text is plain's up to ties"
+            )
+        if self.caveat:
+            warnings.warn(self.caveat, stacklevel=2)
         if not owns_model:
             self._shared = Shared(in_common(model, self._model))
         if told := self.changed():
@@ -143,7 +168,7 @@ class TorchEngine(KVEngine):
     @property
     def form(self) -> str:
         if self._graph is None:
-            return super().form
+            return f"{super().form}, {' and '.join(self._foreign)}" if self._foreign else super().form
         return "one graph" if self._compiles else "one recording"
 
     @property
@@ -195,17 +220,16 @@ class TorchEngine(KVEngine):
                 for kind, window in self.facts.windows.items()
             }
             mask = by_kind if len(by_kind) > 1 else next(iter(by_kind.values()))
-        else:
-            options["forward_kv"] = cache
-        out = self._model(
-            input_ids=torch.from_numpy(ids)[None].to(self.device),
-            position_ids=torch.from_numpy(positions)[None].to(self.device),
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=True,
-            return_dict=True,
-            **options,
-        )
+        with contextlib.nullcontext() if self._attends_itself else attending(cache):
+            out = self._model(
+                input_ids=torch.from_numpy(ids)[None].to(self.device),
+                position_ids=torch.from_numpy(positions)[None].to(self.device),
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=True,
+                return_dict=True,
+                **options,
+            )
         if self._graph is not None and self._compiles:
             self._noted[self.facts.num_layers] = self._graph.head_input()
         self._keep(segments, [self._noted[place] for place in self._places])
@@ -232,6 +256,11 @@ class TorchEngine(KVEngine):
         self._noted[place] = (inputs[0] if inputs else named["hidden_states"])[0]
 
     # -- at construction -------------------------------------------------------------------------------------------
+
+    def _attend_by_itself(self, own_attention: str, reason: ModelError) -> None:
+        self.caveat = f"{self._name} attends by itself here, and its text is plain's up to ties: {reason}"
+        self.attention, self._attends_itself = "sdpa", True
+        set_attention(self._model, own_attention)
 
     def _layout_for(
         self, shapes: tuple[tuple[int, int, int], ...], device: torch.device, dtype: torch.dtype
@@ -267,6 +296,10 @@ class TorchEngine(KVEngine):
         return llama and {"facts": asdict(facts), "settings": settings_of(self.config), "llama": llama}
 
 
+def _shapes(found: dict[str, torch.Tensor]) -> tuple[tuple[int, int, int], ...]:
+    return tuple((heads, keys, values) for heads, keys, values in found["shapes"].tolist())
+
+
 def _packing(model: PreTrainedModel, quantization: str | None, file: Path | None, kept: Place | None) -> Packing:
     kind = QuantizedLinear if quantization else PackedLinear
 
@@ -274,8 +307,3 @@ def _packing(model: PreTrainedModel, quantization: str | None, file: Path | None
         return GgufPacking(model, file) if quantization == "gguf" and file else Packing(kind)
 
     return make() if kept is None else KeptPacking(kind, make, model, kept)
-
-
-def _best_attention(model: PreTrainedModel) -> str:
-    interface = getattr(type(model), "_supports_attention_backend", False)
-    return "tree" if model.device.type == "cpu" and interface else "sdpa"

@@ -1,0 +1,266 @@
+"""Which families of transformers have this library's own attention on a CPU, which attend by themselves, which are
+refused, and why: a tiny model of each, with random weights, in float32 and bfloat16.
+
+    python benchmarks/families.py --out families.json
+    python benchmarks/families.py --only gpt_oss,falcon
+
+For each that can be decoded it says how many of some texts, decoded with trees, differ from plain decoding's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+TIMEOUT = 300  # seconds for one family
+MOST = 40_000_000  # parameters of a model that is still tiny
+VOCAB, CONTEXT, SEED = 160, 512, 0
+
+# what a tiny configuration has, by the names that families have for it
+SIZES: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "embed_dim", "word_embed_proj_dim"), 64),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "d_ff", "decoder_ffn_dim", "encoder_ffn_dim"), 96),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "mlp_hidden_size"), 64),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("encoder_attention_heads", "attention_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "multi_query_group_num"), 2),
+    **dict.fromkeys(("head_dim", "v_head_dim", "qk_nope_head_dim", "global_head_dim", "attention_head_dim"), 16),
+    **dict.fromkeys(("qk_rope_head_dim", "rotary_dim"), 8),
+    **dict.fromkeys(("kv_lora_rank", "q_lora_rank"), 32),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k", "num_experts_per_token", "top_k_experts"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "num_expert_group"), 1),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"), CONTEXT),
+    **dict.fromkeys(("first_k_dense_replace", "moe_layer_start_index"), 1),
+    **dict.fromkeys(("sliding_window", "window_size", "attention_window_size"), 7),
+    **dict.fromkeys(("image_size", "patch_size"), 14),
+    **dict.fromkeys(("vocab_size", "padded_vocab_size"), VOCAB),
+    **dict.fromkeys(("hidden_size_per_layer_input",), 8),
+    "vocab_size_per_layer_input": VOCAB,
+}
+TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "sep_token_id")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What became of a family in one type.
+
+    Args:
+        family, model, dtype: whose model it is, its class, its type.
+        kind: ``own``, ``by itself``, ``refused``, or ``not built``: no tiny model could be made here.
+        reason: why, in one sentence.
+        differing: of the texts decoded with trees, those that differ from plain decoding's.
+        texts: decoded.
+    """
+
+    family: str
+    model: str
+    dtype: str
+    kind: str
+    reason: str = ""
+    differing: int = 0
+    texts: int = 0
+
+
+def families() -> dict[str, str]:
+    """Model classes by the name of their configuration: all that write text, without pictures or with them."""
+    from transformers.models.auto import modeling_auto as auto
+
+    return dict(
+        sorted((auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES | auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES).items())
+    )
+
+
+def shrunk(settings: dict[str, Any]) -> dict[str, Any]:
+    """A configuration's settings with tiny sizes, at any depth."""
+    layers = SIZES["num_hidden_layers"]
+    small: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict) and (name.endswith("config") or name == "text_config"):
+            small[name] = shrunk(value)
+        elif name in TOKENS:
+            small[name] = value if value is None else TOKENS.index(name) % 3
+        elif name.endswith("_token_id") or name.endswith("_token_index"):
+            small[name] = value if value is None else 3
+        elif name == "mrope_section" and isinstance(value, list):
+            small[name] = [2, 3, 3]
+        elif name == "rope_parameters" and isinstance(value, dict):
+            small[name] = shrunk(value)
+        elif name == "per_layer_config":
+            continue  # made of the other settings
+        elif type(value) is not int or name not in SIZES:
+            small[name] = SIZES["head_dim"] if name == "head_dim" and value is None else value
+        else:
+            small[name] = SIZES[name]
+        many = settings.get("num_hidden_layers") or settings.get("n_layer") or settings.get("num_layers")
+        if isinstance(value, list) and many and len(value) == many:
+            kinds = list(dict.fromkeys(map(json.dumps, value)))
+            small[name] = [json.loads(kinds[min(at, len(kinds) - 1)]) for at in range(layers)]
+    if "qk_rope_head_dim" in small:  # latents are expanded to as many heads as there are
+        small |= {name: small["qk_rope_head_dim"] for name in ("head_dim",) if small.get(name)}
+        small |= {name: 4 for name in ("num_key_value_heads",) if small.get(name)}
+    return small
+
+
+def build(family: str, name: str) -> Any:
+    """A tiny model of a family."""
+    import torch
+    import transformers
+    from transformers import CONFIG_MAPPING
+
+    from tests.tiny_models import randomised
+
+    kind = getattr(transformers, name)
+    made = CONFIG_MAPPING[family]()
+    settings = shrunk(made.to_dict())
+    settings.pop("model_type", None)
+    config = type(made)(**settings)
+    for part in _parts(config):
+        part.use_cache = True
+        rope = getattr(part, "rope_parameters", None) or {}
+        for each in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+            if each.get("rope_type") in ("yarn", "longrope", "llama3", "linear", "dynamic", "proportional"):
+                each.update(rope_type="default")
+    with torch.device("meta"):
+        size = sum(weight.numel() for weight in kind(config).parameters())
+    if size > MOST:
+        raise MemoryError(f"{size:,} parameters are too many")
+    torch.manual_seed(SEED)
+    model = randomised(kind(config), SEED)
+    model(input_ids=torch.arange(20, 30)[None])
+    return model
+
+
+def _parts(config: Any) -> Iterator[Any]:
+    from transformers import PreTrainedConfig
+
+    yield config
+    for value in vars(config).values():
+        if isinstance(value, PreTrainedConfig):
+            yield from _parts(value)
+
+
+def tried(family: str, name: str) -> Iterator[Found]:
+    """What becomes of a family, in each type."""
+    import torch
+
+    from tests.tiny_models import request, some_tokens, some_tree
+    from tokentree.engines.torch import TorchEngine
+    from tokentree.errors import ModelError
+    from tokentree.tree import TokenTree
+
+    torch.set_num_threads(1)
+    for dtype in (torch.float32, torch.bfloat16):
+        about = (family, name, str(dtype).removeprefix("torch."))
+        try:
+            model = build(family, name).to(dtype).eval()
+        except Exception as error:  # noqa: BLE001 - other people's constructors raise anything
+            yield Found(*about, "not built", _line(error))
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                engine = TorchEngine(model)
+        except ModelError as error:
+            yield Found(*about, "refused", _line(error))
+            continue
+        except Exception as error:  # noqa: BLE001 - what isn't a ModelError is a fault of ours, and listed
+            yield Found(*about, "FAULT", _line(error))
+            continue
+        differing = texts = 0
+        for seed in range(3):
+            tokens = some_tokens(40, seed)
+            tree = some_tree(tokens[-1], 24, seed)
+            whole, alone = request(tokens), request(tokens)
+            engine.prefill(whole)
+            engine.prefill(alone)
+            out = engine.verify([whole], [tree])
+            path = tree.path(int(tree.leaves[-1]))
+            same = True
+            for node in path:
+                row = engine.verify([alone], [TokenTree.root(int(tree.tokens[node]))]).logits(0, 0)
+                engine.commit([alone], [[0]])
+                same &= torch.equal(row, out.logits(0, node))
+            engine.release([whole, alone])
+            texts, differing = texts + 1, differing + (not same)
+        kind = "own" if engine.attention == "tree" else "by itself"
+        yield Found(*about, kind, getattr(engine, "caveat", None) or "", differing, texts)
+
+
+def apart(family: str, name: str) -> list[Found]:
+    """`tried` in a process of its own: one that crashes or hangs is a finding."""
+    fork = multiprocessing.get_context("fork")
+    results: multiprocessing.SimpleQueue[Found] = fork.SimpleQueue()
+    process = fork.Process(target=_tell, args=(family, name, results))
+    process.start()
+    process.join(TIMEOUT)
+    if hung := process.is_alive():
+        process.kill()
+        process.join()
+    found = []
+    while not results.empty():
+        found.append(results.get())
+    if len(found) < 2:
+        status = f"took more than {TIMEOUT} s" if hung else f"ended with status {process.exitcode}"
+        found.append(Found(family, name, "", "FAULT", status))
+    return found
+
+
+def _tell(family: str, name: str, results: multiprocessing.SimpleQueue[Found]) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    for found in tried(family, name):
+        results.put(found)
+
+
+def _line(error: BaseException) -> str:
+    words = " ".join(f"{type(error).__name__}: {error}".split())
+    return words.removeprefix("ModelError: ")[:220]
+
+
+def table(found: list[Found]) -> str:
+    """All of it as Markdown."""
+    lines = [
+        "| family | model | type | attention | paths that differ from plain | reason |",
+        "|---|---|---|---|---|---|",
+    ]
+    for one in found:
+        paths = f"{one.differing} of {one.texts}" if one.texts else ""
+        lines.append(f"| {one.family} | {one.model} | {one.dtype} | {one.kind} | {paths} | {one.reason} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="these families, with commas between them")
+    parser.add_argument("--out", type=Path, help="write what was found as JSON, and as Markdown beside it")
+    asked = parser.parse_args()
+    known = families()
+    names = asked.only.split(",") if asked.only else list(known)
+    results: list[Found] = []
+    import tokentree.engines.torch  # noqa: F401 - once for all processes
+
+    for family in track(names, description="families"):
+        results += apart(family, known[family])
+        if asked.out:
+            asked.out.write_text(json.dumps([asdict(one) for one in results], indent=1) + "\n")
+            asked.out.with_suffix(".md").write_text(table(results) + "\n")
+    Console().print(table(results), markup=False, soft_wrap=True)
+    Console().print(dict(Counter((one.kind, one.dtype) for one in results)))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    main()
