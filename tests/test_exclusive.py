@@ -254,7 +254,7 @@ FAMILIES = [
     ("gemma3", torch.float32, False),
     ("gpt2", torch.bfloat16, False),
     ("mixtral", torch.bfloat16, False),
-    ("qwen3", torch.float16, False),
+    ("qwen3", torch.bfloat16, False),
 ]
 
 
