@@ -21,24 +21,34 @@ from tokentree.tutorial import Context, Pairs, _as_tree, _token_ids
 
 def train_medusa_heads(
     base_model: str, num_heads: int = 3, training_data: str = "self", epochs: int = 1, out: str | Path = "medusa-heads",
+    tokens: int = 100_000, force: bool = False,
 ) -> MedusaModel:  # fmt: skip
     """Trains ``num_heads`` Medusa heads for ``base_model`` and returns both together; `tokentree.train` has more to
-    choose from.
+    choose from. What is done is kept as it comes: after an interruption, the same call goes on from there.
 
     Args:
         base_model: a hub name, a folder or a GGUF file. It stays as it is.
         training_data: a JSON-lines file of texts, or ``self``: the model writes its own.
         out: the folder that the heads are written into.
+        tokens: how many the model writes.
+        force: begin anew where ``out`` has a training with other settings, and replace what is there.
 
     Raises:
         OptionError, PromptError, ModelError: see `train.run.train_medusa`.
     """
+    from tokentree.train.job import check_folder
     from tokentree.train.loop import Recipe
     from tokentree.train.run import train_medusa
+    from tokentree.train.texts import check_data
 
+    recipe = Recipe(epochs=epochs)
+    check_folder(Path(out), force)
+    if training_data != "self":
+        check_data(training_data)
     train_medusa(
-        LLM(base_model, max_batch=16), base_model, training_data, out, Recipe(epochs=epochs), num_heads=num_heads
-    )
+        LLM(base_model, max_batch=16), base_model, training_data, out, recipe, num_heads=num_heads, tokens=tokens,
+        force=force,
+    )  # fmt: skip
     return MedusaModel.from_pretrained(base_model, out)
 
 

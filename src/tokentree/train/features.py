@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -9,9 +10,15 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+from rich.console import Console
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
-SHARD = 64  # texts in a file
+from tokentree.train.keeping import keep_tensors
+from tokentree.train.progress import Phases
+
+SHARD = 16  # texts in a file
+PHASE = "reading the texts"
 PACK = 1 << 15  # tokens that an accelerator reads at once
 SHARE = 0.6  # of an accelerator's free memory that hidden states may take
 
@@ -65,9 +72,8 @@ class HiddenTexts:
 
 
 def keep_features(
-    reader: Reader, texts: Sequence[list[int]], folder: Path, places: Sequence[int],
-    advance: Callable[[int], None] = lambda tokens: None,
-) -> HiddenTexts:  # fmt: skip
+    reader: Reader, texts: Sequence[list[int]], folder: Path, places: Sequence[int], phases: Phases | None = None
+) -> HiddenTexts:
     """The hidden states of ``texts`` at ``places``, beside one another, from ``folder`` as far as they are there, else
     computed and put there, some texts at a time: what was done before an interruption, or for other heads that read the
     same, is not done again. An accelerator reads faster than files are: there they are computed, and stay in its memory
@@ -75,39 +81,72 @@ def keep_features(
 
     Args:
         reader: what was computed by another one must not be in ``folder``.
-        texts: a file that holds other ones is made anew.
-        advance: called with the number of tokens of each text that was read.
+        texts: a file that holds other ones, or is damaged, is made anew.
+
+    Raises:
+        OptionError: if a file can't be written.
     """
+    phases, total = phases or Phases(Console(), shown=False), sum(map(len, texts))
     if reader.device.type != "cpu":
-        return _compute(reader, texts, places, advance)
-    shards = [texts[first : first + SHARD] for first in range(0, len(texts), SHARD)]
-    columns = [list[torch.Tensor]() for _ in places]
-    for number, shard in enumerate(shards):
-        files = [folder / str(place) / f"{number:05}.safetensors" for place in places]
-        ids, lengths = torch.tensor([*chain(*shard)]), torch.tensor([*map(len, shard)])
-        kept = [_kept(file, ids, lengths) for file in files]
-        missing = [place for place, states in zip(places, kept, strict=True) if states is None]
-        read = list[torch.Tensor]()
-        for text in shard if missing else ():
-            read += reader.hidden_states_of([text], missing)
-            advance(len(text))
-        fresh = iter(torch.cat(read).chunk(len(missing), 1) if missing else ())
-        for file, states, column in zip(files, kept, columns, strict=True):
-            if states is None:
-                column.append(next(fresh).contiguous())
-                _keep(file, {"ids": ids, "lengths": lengths, "hidden": column[-1]})
-            else:
-                column.append(states)
+        with phases.phase(PHASE, total) as show:
+            return _compute(reader, texts, places, show)
+    shards = [_Shard(texts[first : first + SHARD]) for first in range(0, len(texts), SHARD)]
+    names = [f"{number:05}.safetensors" for number in range(len(shards))]
+    kept = [
+        [shard.kept(folder / str(place) / name) for place in places] for shard, name in zip(shards, names, strict=True)
+    ]
+    done = sum(shard.tokens for shard, states in zip(shards, kept, strict=True) if all(x is not None for x in states))
+    with phases.phase(PHASE, total, begun=done) as show:
+        for shard, name, states in zip(shards, names, kept, strict=True):
+            missing = [column for column, found in enumerate(states) if found is None]
+            read = list[torch.Tensor]()
+            for text in shard.texts if missing else ():
+                read += reader.hidden_states_of([text], [places[column] for column in missing])
+                done += len(text)
+                show(done)
+            fresh = torch.cat(read).chunk(len(missing), 1) if missing else ()
+            for column, hidden in zip(missing, fresh, strict=True):
+                states[column] = hidden.contiguous()
+                shard.keep(folder / str(places[column]) / name, hidden.contiguous())
     lengths = torch.tensor([*map(len, texts)])
-    hidden = torch.cat([torch.cat(parts, 1) for parts in zip(*columns, strict=True)])
-    return HiddenTexts(hidden, torch.tensor([*chain(*texts)]), lengths.cumsum(0).repeat_interleave(lengths))
+    every = torch.cat([torch.cat([x for x in states if x is not None], 1) for states in kept])
+    return HiddenTexts(every, torch.tensor([*chain(*texts)]), lengths.cumsum(0).repeat_interleave(lengths))
+
+
+class _Shard:
+    """Some texts, whose hidden states at one place are one file."""
+
+    def __init__(self, texts: Sequence[list[int]]) -> None:
+        self.texts, self.tokens = texts, sum(map(len, texts))
+        self._ids, self._lengths = torch.tensor([*chain(*texts)]), torch.tensor([*map(len, texts)])
+
+    def kept(self, file: Path) -> torch.Tensor | None:
+        """The hidden states in ``file``, if it holds these texts and is as it was written."""
+        try:
+            content = load_file(file)
+        except (OSError, SafetensorError):
+            return None
+        if content.keys() != {"ids", "lengths", "hidden", "check"}:
+            return None
+        hidden = content["hidden"]
+        same = torch.equal(content["ids"], self._ids) and torch.equal(content["lengths"], self._lengths)
+        return hidden if same and torch.equal(content["check"], _check(hidden)) else None
+
+    def keep(self, file: Path, hidden: torch.Tensor) -> None:
+        keep_tensors(file, {"ids": self._ids, "lengths": self._lengths, "hidden": hidden, "check": _check(hidden)})
+
+
+def _check(hidden: torch.Tensor) -> torch.Tensor:
+    """int64[1], a check sum."""
+    return torch.tensor([zlib.crc32(hidden.flatten().view(torch.uint8).numpy().data)])
 
 
 def _compute(
-    reader: Reader, texts: Sequence[list[int]], places: Sequence[int], advance: Callable[[int], None]
+    reader: Reader, texts: Sequence[list[int]], places: Sequence[int], show: Callable[[int], None]
 ) -> HiddenTexts:
     lengths = torch.tensor([*map(len, texts)])
     ends, hidden = lengths.cumsum(0), torch.empty(0)
+    done = 0
     order, start = sorted(range(len(texts)), key=lambda number: len(texts[number])), 0
     while start < len(order):  # texts of about one length
         end = start + 1
@@ -121,7 +160,8 @@ def _compute(
             )
         for number, states in zip(pack, read, strict=True):
             hidden[int(ends[number]) - len(states) : int(ends[number])] = states
-            advance(len(states))
+            done += len(states)
+            show(done)
     return HiddenTexts(hidden, torch.tensor([*chain(*texts)]), ends.repeat_interleave(lengths))
 
 
@@ -131,19 +171,3 @@ def _room(row: torch.Tensor, count: int) -> torch.device:
         return torch.device("cpu")
     free, _ = torch.cuda.mem_get_info(row.device)
     return row.device if count * row.shape[1] * row.element_size() <= SHARE * free else torch.device("cpu")
-
-
-def _kept(file: Path, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor | None:
-    """The hidden states in ``file``, if it holds these texts."""
-    if not file.is_file():
-        return None
-    content = load_file(file)
-    same = torch.equal(content["ids"], ids) and torch.equal(content["lengths"], lengths)
-    return content["hidden"] if same else None
-
-
-def _keep(file: Path, content: dict[str, torch.Tensor]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    save_file(content, part)
-    part.replace(file)

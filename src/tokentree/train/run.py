@@ -7,23 +7,40 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from rich.console import Console
-from rich.progress import Progress
 
-from tokentree.errors import PromptError
+from tokentree.cache import replacing
+from tokentree.errors import OptionError
 from tokentree.heads.medusa import MedusaHeads
 from tokentree.heads.saved import About, Fingerprint, read_heads, write_heads
 from tokentree.llm import LLM
 from tokentree.loading import load_model, pick_device
 from tokentree.shapes.optimal import find_choices
 from tokentree.train.features import keep_features
-from tokentree.train.job import bars_on, check, leading, texts_for, watch_with, work_folder
-from tokentree.train.loop import Figures, Recipe, train
+from tokentree.train.job import (
+    check,
+    check_folder,
+    check_parameters,
+    check_space,
+    claim,
+    leading,
+    phases_on,
+    publish,
+    texts_for,
+    training_in,
+    watch_with,
+    work_folder,
+    working_in,
+)
+from tokentree.train.keeping import whole, writing
+from tokentree.train.loop import CHECKPOINT, Figures, Recipe, train
 from tokentree.train.medusa import HeadsWithLoss, MedusaTask, frequent_tokens
+from tokentree.train.progress import Phases
 from tokentree.train.texts import Texts
 
 CHOICES = 64  # nodes of the static tree that is kept beside the heads
@@ -48,7 +65,7 @@ def train_medusa(
     llm: LLM, base_model: str, data: str | Path, folder: str | Path, recipe: Recipe | None = None, *,
     num_heads: int = 3, num_layers: int = 1, known_tokens: int = 16384, tokens: int = 1_000_000,
     held_back: float = 0.05, work: str | Path | None = None, console: Console | None = None, command: str = "",
-    stop_after: int | None = None,
+    force: bool = False, stop_after: int | None = None,
 ) -> Trained:  # fmt: skip
     """Trains Medusa heads on ``llm``, which stays as it is (Medusa-1), and writes them into ``folder``.
 
@@ -66,30 +83,46 @@ def train_medusa(
             default ``folder/work``, where checkpoints are too.
         console: shows progress; by default on standard error, if that is a terminal.
         command: what was typed, for the model card.
+        force: begin anew where ``folder`` has a training with other settings, and replace what is there.
 
     Raises:
-        OptionError, PromptError, PairingError: if a number makes no sense, the data is no data, or the model's engine
-            has no hidden states.
+        OptionError, PromptError, PairingError: if a number makes no sense, the data is no data, the model's engine has
+            no hidden states, a folder can't be written into, or it belongs to another training.
     """
     recipe, folder = recipe or Recipe(), Path(folder)
-    check(llm, held_back, known_tokens=known_tokens, tokens=tokens)
-    console = console or Console(stderr=True)
-    own = folder / "work"
-    heads = MedusaHeads(num_heads, num_layers, llm.engine.capture().hidden_size)
-    with bars_on(console) as bars:
+    check(llm, held_back, known_tokens=known_tokens, tokens=tokens, num_heads=num_heads)
+    size = llm.engine.capture().hidden_size
+    _check_heads(num_heads, num_layers, size, llm.engine.context)
+    heads = MedusaHeads(num_heads, num_layers, size)
+    settings = {"method": "medusa", "num_heads": num_heads, "num_layers": num_layers, "known_tokens": known_tokens}
+    settings |= {"data": str(data), "tokens": tokens if str(data) == "self" else None, "held_back": held_back}
+    with phases_on(console or Console(stderr=True)) as phases:
         with PartialState().main_process_first():  # the others then find it all
-            shared = work_folder(Path(work or own), llm, data, recipe)
-            texts = texts_for(llm, data, shared, tokens, recipe.seed, bars)
-            heads.token_map = frequent_tokens(texts.ids, known_tokens, llm.engine.vocab_size)
-            model, task = _prepared(llm, heads, texts, shared / "hidden", held_back, bars)
-        watch = watch_with(console, bars, own)
+            own = claim(folder, settings | recipe.model_dump(), force)
+            shared = Path(work or own)
+            with working_in(shared, phases):
+                work_folder(shared, llm, data, recipe, force)
+                if str(data) == "self":
+                    check_space(shared, llm, tokens, 1)
+                texts = texts_for(llm, data, shared, tokens, recipe.seed, phases)
+                heads.token_map = frequent_tokens(texts.ids, known_tokens, llm.engine.vocab_size)
+                model, task = _prepared(llm, heads, texts, shared / "hidden", held_back, phases)
         groups = [{"params": list(heads.parameters())}]
-        figures = train(model, groups, task, recipe, own, watch, _identity(heads, texts), stop_after)
-    told = recipe.model_dump() | {"data": str(data), "texts": len(texts.ids), "tokens": texts.tokens}
-    with leading() as lead:
-        if lead:
-            _write(llm, model, task, folder, base_model, told, command)
+        watch, about = watch_with(phases, own), _identity(heads, texts)
+        told = recipe.model_dump() | {"data": str(data), "texts": len(texts.ids), "tokens": texts.tokens}
+        with training_in(own, phases):
+            figures = train(model, groups, task, recipe, own, watch, about, stop_after, phases)
+            with leading() as lead:
+                if lead:
+                    _write(llm, model, task, folder, base_model, told, command, phases)
     return Trained(folder, figures, texts)
+
+
+def _check_heads(num_heads: int, num_layers: int, size: int, context: int) -> None:
+    """Raises `OptionError` if a text has no place for what so many heads look at, or a machine no memory for them."""
+    if num_heads + 2 > context:
+        raise OptionError(f"{num_heads} heads look farther ahead than a text of this model has tokens ({context})")
+    check_parameters(num_heads * num_layers * size**2)
 
 
 def train_medusa2(
@@ -97,6 +130,7 @@ def train_medusa2(
     start: str | Path | None = None, num_heads: int = 3, num_layers: int = 1, known_tokens: int = 16384,
     tokens: int = 1_000_000, max_tokens: int = 512, held_back: float = 0.05, batch: int = 16,
     dtype: str | None = None, device: str | None = None, console: Console | None = None, command: str = "",
+    force: bool = False,
 ) -> Trained:  # fmt: skip
     """Trains a model and Medusa heads together (Medusa-2). The changed model is written into ``folder/model``, and
     heads for it into ``folder/heads``: the pair is lossless to the changed model, which is another one than
@@ -107,7 +141,7 @@ def train_medusa2(
         way: ``lora`` or ``full``, see `ModelWithHeads`.
         start: a folder of heads to start from, such as `train_medusa` wrote: the paper trains heads alone first.
         max_tokens: what a text has beyond these is left out.
-        data, known_tokens, tokens, held_back, console, command: as for `train_medusa`.
+        data, known_tokens, tokens, held_back, console, command, force: as for `train_medusa`.
 
     Raises:
         OptionError, PromptError, ModelError: as for `train_medusa`.
@@ -115,35 +149,49 @@ def train_medusa2(
     from tokentree.train.medusa2 import ModelWithHeads, TextTask, check_way
 
     check_way(way)
-    recipe, folder, console = recipe or Recipe(), Path(folder), console or Console(stderr=True)
-    with bars_on(console) as bars:
-        llm = LLM(base_model, max_batch=batch, dtype=dtype, device=device)
-        if llm.tokenizer is None:
-            raise PromptError("training needs the model's tokenizer")
-        heads = MedusaHeads(num_heads, num_layers, llm.engine.capture().hidden_size)
+    recipe, folder = recipe or Recipe(), Path(folder)
+    settings = {"method": f"medusa, {way}", "num_heads": num_heads, "num_layers": num_layers, "data": str(data)}
+    settings |= {"tokens": tokens if str(data) == "self" else None, "max_tokens": max_tokens, "held_back": held_back}
+    with phases_on(console or Console(stderr=True)) as phases:
+        with phases.phase("loading the model"):
+            llm = LLM(base_model, max_batch=batch, dtype=dtype, device=device)
+        check(llm, held_back, known_tokens=known_tokens, tokens=tokens, num_heads=num_heads, max_tokens=max_tokens)
+        assert llm.tokenizer is not None
+        tokenizer, size = llm.tokenizer, llm.engine.capture().hidden_size
+        _check_heads(num_heads, num_layers, size, llm.engine.context)
+        heads = MedusaHeads(num_heads, num_layers, size)
         if start is not None:
-            heads = read_heads(start, Fingerprint.of(llm.config, llm.tokenizer)).heads.float()
+            heads = read_heads(start, Fingerprint.of(llm.config, tokenizer)).heads.float()
         heads.token_map = None
-        tokenizer = llm.tokenizer
         with PartialState().main_process_first():
-            work = work_folder(folder / "work", llm, data, recipe)
-            texts = texts_for(llm, data, work, tokens, recipe.seed, bars)
+            work = claim(folder, settings | recipe.model_dump(), force)
+            for part in ("model", "heads"):
+                check_folder(folder / part, force or (folder / "work" / CHECKPOINT).is_file())
+            with working_in(work, phases):
+                work_folder(work, llm, data, recipe, force)
+                texts = texts_for(llm, data, work, tokens, recipe.seed, phases)
         del llm
-        model = ModelWithHeads(load_model(base_model, dtype or "float32", pick_device(device)), heads, way)
+        with phases.phase("loading the model to train it"):
+            model = ModelWithHeads(load_model(base_model, dtype or "float32", pick_device(device)), heads, way)
         task = TextTask([ids[:max_tokens] for ids in texts.ids], held_back)
-        identity = _identity(heads, texts) | {"way": way}
-        figures = train(model, model.groups(), task, recipe, work, watch_with(console, bars, work), identity)
+        identity, watch = _identity(heads, texts) | {"way": way}, watch_with(phases, work)
+        figures = train(model, model.groups(), task, recipe, work, watch, identity, phases=phases)
         told = recipe.model_dump() | {"way": way, "data": str(data), "texts": len(texts.ids), "tokens": texts.tokens}
         with leading() as lead:
             if lead:
-                model.merged().save_pretrained(folder / "model")
-                tokenizer.save_pretrained(folder / "model")
-                changed = LLM(folder / "model", dtype=dtype, device=device)
+                merged = model.merged()
+                with phases.phase("saving the model"), whole(), writing(folder), replacing(folder / "model") as new:
+                    merged.save_pretrained(new)
+                    tokenizer.save_pretrained(new)
+                with phases.phase("loading the changed model"):
+                    changed = LLM(folder / "model", dtype=dtype, device=device)
                 heads.token_map = frequent_tokens(texts.ids, known_tokens, changed.engine.vocab_size)
                 some = Texts(texts.ids[-max(2, len(texts.ids) // 20) :])
-                seen = _prepared(changed, heads, some, work / "changed", 0.9, bars)
+                # of this model, which training again changes: they are not kept
+                with TemporaryDirectory(dir=work) as room:
+                    seen = _prepared(changed, heads, some, Path(room), 0.9, phases)
                 name = f"{base_model}, trained with these heads"
-                _write(changed, *seen, folder / "heads", name, told, command)
+                _write(changed, *seen, folder / "heads", name, told, command, phases)
     return Trained(folder, figures, texts)
 
 
@@ -155,13 +203,11 @@ def _identity(heads: MedusaHeads, texts: Texts) -> dict[str, Any]:
 
 
 def _prepared(
-    llm: LLM, heads: MedusaHeads, texts: Texts, folder: Path, held_back: float, bars: Progress
+    llm: LLM, heads: MedusaHeads, texts: Texts, folder: Path, held_back: float, phases: Phases
 ) -> tuple[HeadsWithLoss, MedusaTask]:
     """Heads with the output layer that they share, and their task, for which ``llm`` reads ``texts``."""
     features, vocab_size = llm.engine.capture(), llm.engine.vocab_size
-    bar = bars.add_task("reading them", total=texts.tokens)
-    places = [features.num_layers]
-    hidden = keep_features(llm.engine, texts.ids, folder, places, lambda count: bars.advance(bar, count))
+    hidden = keep_features(llm.engine, texts.ids, folder, [features.num_layers], phases)
     known = torch.arange(vocab_size) if heads.token_map is None else heads.token_map
     weight, bias = features.output_weights(known.to(features.device))
     model = HeadsWithLoss(heads, weight.float(), None if bias is None else bias.float())
@@ -171,19 +217,26 @@ def _prepared(
 
 def _write(
     llm: LLM, model: HeadsWithLoss, task: MedusaTask, folder: Path, base_model: str, recipe: dict[str, Any],
-    command: str,
+    command: str, phases: Phases,
 ) -> None:  # fmt: skip
     """Measures the heads on what was held back, and writes them with a model card."""
-    accuracies, heads = task.accuracies(model), model.heads
+    with phases.phase("measuring the heads"):
+        accuracies, temperatures = task.accuracies(model), task.temperatures(model)
+        choices = find_choices(accuracies, CHOICES)
     about = About(
         fingerprint=Fingerprint.of(llm.config, llm.tokenizer),
-        temperatures=[round(value, 3) for value in task.temperatures(model)],
+        temperatures=[round(value, 3) for value in temperatures],
         accuracies=[[round(rate, 4) for rate in rates] for rates in accuracies],
-        choices=[list(path) for path in find_choices(accuracies, CHOICES)],
+        choices=[list(path) for path in choices],
         recipe=recipe,
     )
-    write_heads(folder, copy.deepcopy(heads).to("cpu", torch.bfloat16), base_model, llm.engine.vocab_size, about)
-    (folder / "README.md").write_text(_card(base_model, about, command), encoding="utf-8")
+    heads = copy.deepcopy(model.heads).to("cpu", torch.bfloat16)
+
+    def write(room: Path) -> None:
+        write_heads(room, heads, base_model, llm.engine.vocab_size, about)
+        (room / "README.md").write_text(_card(base_model, about, command), encoding="utf-8")
+
+    publish(folder, write)
 
 
 def _card(base_model: str, about: About, command: str) -> str:

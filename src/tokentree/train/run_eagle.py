@@ -21,7 +21,19 @@ from tokentree.heads.saved import About, Fingerprint
 from tokentree.llm import LLM
 from tokentree.train.eagle import EagleTask, EagleWithLoss
 from tokentree.train.features import keep_features
-from tokentree.train.job import bars_on, check, leading, texts_for, watch_with, work_folder
+from tokentree.train.job import (
+    check,
+    check_space,
+    claim,
+    leading,
+    phases_on,
+    publish,
+    texts_for,
+    training_in,
+    watch_with,
+    work_folder,
+    working_in,
+)
 from tokentree.train.loop import Figures, Recipe, train
 from tokentree.train.medusa import frequent_tokens
 from tokentree.train.run import Trained
@@ -32,7 +44,7 @@ def train_eagle(
     llm: LLM, base_model: str, data: str | Path, folder: str | Path, recipe: Recipe | None = None, *,
     version: int = 3, known_tokens: int = 4096, unroll: int = 5, taps: Sequence[int] | None = None,
     tokens: int = 1_000_000, held_back: float = 0.05, work: str | Path | None = None, console: Console | None = None,
-    command: str = "", stop_after: int | None = None,
+    command: str = "", force: bool = False, stop_after: int | None = None,
 ) -> Trained:  # fmt: skip
     """Trains an EAGLE head on ``llm``, which stays as it is, and writes it into ``folder``.
 
@@ -48,48 +60,58 @@ def train_eagle(
             frequent ones of the texts.
         unroll: steps of EAGLE-3's training-time test.
         taps: the hidden states that EAGLE-3 reads; by default a low, a middle and a high one.
-        tokens, held_back, work, console, command: as for `train_medusa`.
+        tokens, held_back, work, console, command, force: as for `train_medusa`.
 
     Raises:
-        OptionError, PromptError, PairingError: if a number makes no sense, the data is no data, or the model's engine
-            has no such hidden states.
+        OptionError, PromptError, PairingError: if a number makes no sense, the data is no data, the model's engine has
+            no such hidden states, a folder can't be written into, or it belongs to another training.
     """
-    recipe, folder, console = recipe or Recipe(), Path(folder), console or Console(stderr=True)
+    recipe, folder = recipe or Recipe(), Path(folder)
     if version not in (1, 3):
         raise OptionError("there are EAGLE versions 1 (which version 2 drafts with too) and 3")
     check(llm, held_back, known_tokens=known_tokens, tokens=tokens, unroll=unroll)
     last = llm.engine.capture([]).num_layers
-    read = (last,) if version == 1 else tuple(taps or default_taps(last))
+    if unroll > llm.engine.context:
+        raise OptionError(f"unroll={unroll} goes farther than a text of this model has tokens ({llm.engine.context})")
+    read = (last,) if version == 1 else tuple(taps or _taps(last))
     places = read if version == 1 else (*read, last)
-    features, own = llm.engine.capture(places), folder / "work"
-    with bars_on(console) as bars:
+    features = llm.engine.capture(places)
+    settings = {"method": f"EAGLE-{version}", "known_tokens": known_tokens, "unroll": unroll, "taps": read}
+    settings |= {"data": str(data), "tokens": tokens if str(data) == "self" else None, "held_back": held_back}
+    with phases_on(console or Console(stderr=True)) as phases:
         with PartialState().main_process_first():  # the others then find it all
-            shared = work_folder(Path(work or own), llm, data, recipe)
-            texts = texts_for(llm, data, shared, tokens, recipe.seed, bars)
-            bar = bars.add_task("reading them", total=texts.tokens)
-            hidden = keep_features(
-                llm.engine, texts.ids, shared / "hidden", places, lambda count: bars.advance(bar, count)
-            )
+            own = claim(folder, settings | recipe.model_dump(), force)
+            shared = Path(work or own)
+            with working_in(shared, phases):
+                work_folder(shared, llm, data, recipe, force)
+                if str(data) == "self":
+                    check_space(shared, llm, tokens, len(set(places)))
+                texts = texts_for(llm, data, shared, tokens, recipe.seed, phases)
+                hidden = keep_features(llm.engine, texts.ids, shared / "hidden", places, phases)
         known = frequent_tokens(texts.ids, known_tokens, llm.engine.vocab_size)
         model = _fresh(llm, features, version, read, known, unroll, recipe.seed)
         first, rest = hidden.split(held_back)
         task, head = EagleTask(first, rest), model.head
-        watch = watch_with(console, bars, own)
         about = _identity(head, texts, unroll)
         groups = [{"params": [weight for weight in head.parameters() if weight.requires_grad]}]
-        figures = train(model, groups, task, recipe, own, watch, about, stop_after)
-    covered = 1.0 if known is None else _coverage(texts, known)
-    told = recipe.model_dump() | {
-        "version": version, "unroll": unroll if version == 3 else 1, "data": str(data), "texts": len(texts.ids),
-        "tokens": texts.tokens, "coverage": round(covered, 4),
-    }  # fmt: skip
-    fingerprint = Fingerprint.of(llm.config, llm.tokenizer)
-    kept = About(fingerprint=fingerprint, recipe=told, taps=list(read) if version == 3 else None)
-    with leading() as lead:
-        if lead:
-            write_eagle(head.cpu(), folder, base_model, about=kept)
-            (folder / "README.md").write_text(_card(base_model, kept, figures, head, command), encoding="utf-8")
+        watch = watch_with(phases, own)
+        with training_in(own, phases):
+            figures = train(model, groups, task, recipe, own, watch, about, stop_after, phases)
+            told = recipe.model_dump() | {
+                "version": version, "unroll": unroll if version == 3 else 1, "data": str(data), "texts": len(texts.ids),
+                "tokens": texts.tokens, "coverage": round(_coverage(texts, known), 4),
+            }  # fmt: skip
+            with leading() as lead:
+                if lead:
+                    _write(llm, head.cpu(), folder, base_model, told, figures, command)
     return Trained(folder, figures, texts)
+
+
+def _taps(last: int) -> tuple[int, ...]:
+    """EAGLE-3's own choice of hidden states; of a model with too few layers for it, the first, a middle and the last
+    one."""
+    taps = default_taps(last)
+    return taps if min(taps) >= 0 else (0, last // 2, last)
 
 
 def _fresh(
@@ -139,10 +161,26 @@ def _identity(head: EagleHead, texts: Texts, unroll: int) -> dict[str, Any]:
     return {"head": head.sizes.model_dump_json(), "unroll": unroll, "texts": hashed}
 
 
-def _coverage(texts: Texts, known: torch.Tensor) -> float:
+def _coverage(texts: Texts, known: torch.Tensor | None) -> float:
     """The share of all tokens of the texts that are among ``known``."""
+    if known is None:
+        return 1.0
     there = set(known.tolist())
     return sum(token in there for ids in texts.ids for token in ids) / max(1, texts.tokens)
+
+
+def _write(
+    llm: LLM, head: EagleHead, folder: Path, base_model: str, recipe: dict[str, Any], figures: Figures, command: str
+) -> None:  # fmt: skip
+    """Writes the head with a model card."""
+    taps = list(head.sizes.taps) if head.sizes.version == 3 else None
+    about = About(fingerprint=Fingerprint.of(llm.config, llm.tokenizer), recipe=recipe, taps=taps)
+
+    def write(room: Path) -> None:
+        write_eagle(head, room, base_model, about=about)
+        (room / "README.md").write_text(_card(base_model, about, figures, head, command), encoding="utf-8")
+
+    publish(folder, write)
 
 
 def _card(base_model: str, about: About, figures: Figures, head: EagleHead, command: str) -> str:
