@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import signal
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -20,21 +23,18 @@ from tokentree.engines.torch import TorchEngine
 from tokentree.errors import OptionError, PromptError
 from tokentree.heads.medusa import MedusaHeads
 from tokentree.heads.saved import read_heads
-from tokentree.train import texts as texts_module
+from tokentree.train import batches, loop, talks, written
+from tokentree.train.batches import Batches
 from tokentree.train.features import HiddenTexts, keep_features
 from tokentree.train.loop import CHECKPOINT, Recipe, _batches, train
 from tokentree.train.medusa import HeadsWithLoss, MedusaTask, frequent_tokens
 from tokentree.train.medusa2 import ModelWithHeads, TextTask
 from tokentree.train.run import Trained, train_medusa, train_medusa2
-from tokentree.train.texts import TASKS, keep_texts, open_turn, read_texts, write_texts
+from tokentree.train.talks import TASKS, Talk, open_turn
+from tokentree.train.texts import Texts, read_texts
+from tokentree.train.written import Kept, write_texts
 
 SMALL = {"batch_size": 32, "warmup_steps": 2, "evaluate_every": 5, "learning_rate": 3e-3}
-
-
-@pytest.fixture(autouse=True)
-def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a model writes comes in small batches."""
-    monkeypatch.setattr(texts_module, "AT_ONCE", 4)
 
 
 def llm(**options: Any) -> LLM:
@@ -83,59 +83,138 @@ def test_data_without_a_text_is_refused(tmp_path: Path) -> None:
         read_texts(file, tiny_tokenizer())
 
 
-def test_a_model_writes_turns_that_its_template_leaves_open() -> None:
-    tokenizer = tiny_tokenizer()
-    assert tokenizer.decode(open_turn(tokenizer, [0])) == "<|user|>"
-    roomy = LLM(tiny("llama", vocab_size=300, max_position_embeddings=800), tokenizer=tokenizer, max_batch=4)
-    batch = next(write_texts(roomy, prompt_tokens=12, answer_tokens=9, turns=2))
-    assert 0 < len(batch) <= 4
-    for ids in batch:
-        text = str(tokenizer.decode(ids))
+def turns_of(count: int, monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[str, str]]]:
+    """What user and model say in so many texts of two turns, written as on an accelerator."""
+    monkeypatch.setattr(batches, "rows_for", lambda device, each: count)
+    tokenizer, model = tiny_tokenizer(), tiny("llama", vocab_size=300, max_position_embeddings=800)
+    writer = Batches(LLM(model, tokenizer=tokenizer, attention="sdpa"), 10**6, prompt_tokens=12, answer_tokens=9)
+    assert writer.size == count
+    said = writer.write(range(count))
+    assert list(said) == list(range(count))
+    texts = [str(tokenizer.decode(ids)) for ids in said.values() if ids]
+    for text in texts:
         assert text.startswith("<|user|>")
         assert text.count("<|user|>") == text.count("<|end|><|assistant|>") in (1, 2)
-    assert any(str(tokenizer.decode(ids)).count("<|user|>") == 2 for ids in batch)
+    split = [[turn.partition("<|end|><|assistant|>") for turn in text.split("<|user|>")[1:]] for text in texts]
+    return [[(user, answer) for user, _, answer in turns] for turns in split]
+
+
+def test_a_model_writes_turns_that_its_template_leaves_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tiny_tokenizer()
+    assert tokenizer.decode(open_turn(tokenizer, [0])) == "<|user|>"
+    assert any(len(turns) == 2 for turns in turns_of(4, monkeypatch))
     tokenizer.chat_template = None
     assert open_turn(tokenizer, [7]) == [7]
 
 
 def test_every_other_text_goes_on_with_a_task_about_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(texts_module, "AT_ONCE", 6)
-    tokenizer = tiny_tokenizer()
-    model = LLM(tiny("llama", vocab_size=300, max_position_embeddings=800), tokenizer=tokenizer, max_batch=4)
-    texts = [str(tokenizer.decode(ids)) for ids in next(write_texts(model, prompt_tokens=12, answer_tokens=9, turns=2))]
-    assert len(texts) == 6
-    turns = [[turn.partition("<|assistant|>") for turn in text.split("<|user|>")[1:]] for text in texts]
-    for place in (1, 3, 5):
-        task, _, passage = turns[place][1][0].removesuffix("<|end|>").partition("\n\n")
-        assert task == TASKS[place // 2]
-        assert passage == turns[(place + 1) % 6][0][2].removesuffix("<|end|>").strip()
-    assert not any(task in text for text in texts[::2] for task in TASKS)
+    turns = turns_of(6, monkeypatch)
+    assert len(turns) == 6
+    for number in (1, 3, 5):
+        task, _, passage = turns[number][1][0].partition("\n\n")
+        assert task == TASKS[number // 2]
+        assert passage == turns[(number + 1) % 6][0][1].removesuffix("<|end|>").strip()
+    assert not any(task in user for text in turns[::2] for user, _ in text for task in TASKS)
+
+
+def test_few_tokens_are_written_in_small_batches() -> None:
+    model = LLM(tiny("llama", vocab_size=300), tokenizer=tiny_tokenizer(), attention="sdpa")
+    assert Batches(model, 300).size <= 4
+    assert Batches(model, 10**6).size == 16
 
 
 def test_a_model_that_attends_by_itself_writes_many_texts_at_once() -> None:
     tokenizer, model = tiny_tokenizer(), tiny("llama", vocab_size=300, max_position_embeddings=800)
-    at_once, write = texts_module._by_writer(LLM(model, tokenizer=tokenizer, attention="sdpa"), 400)
+    writer = Batches(LLM(model, tokenizer=tokenizer, attention="sdpa"), 10**6)
     plain, prompts = LLM(model, tokenizer=tokenizer).plain(), [some_tokens(5), some_tokens(11)]
     params = [SamplingParams(max_tokens=20, seed=3)] * 2
-    assert at_once >= 2
-    assert write(prompts, params) == [result.token_ids for result in plain.generate(prompts, params[0])]
-    assert write([], []) == []
+    asked = [Talk(number, prompt=prompt) for number, prompt in enumerate(prompts)]
+    assert writer._go_on(asked, params) == [result.token_ids for result in plain.generate(prompts, params[0])]
+    assert writer._go_on([], params) == []
+
+
+def write(model: LLM, file: Path, tokens: int, **options: Any) -> Texts:
+    return write_texts(model, Kept(file, 0, 300), tokens, **options)
 
 
 def test_what_a_model_writes_follows_from_the_seed_and_is_not_written_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    advanced = list[int]()
-    whole = keep_texts(llm(), tmp_path / "whole.jsonl", 3000, advance=advanced.append)
-    assert whole.tokens >= 3000
-    assert sum(advanced) >= whole.tokens
-    assert keep_texts(llm(), tmp_path / "parts.jsonl", 200).tokens < 3000
-    assert keep_texts(llm(), tmp_path / "parts.jsonl", 3000).ids == whole.ids
-    monkeypatch.setattr(texts_module, "write_texts", None)
-    assert keep_texts(llm(), tmp_path / "whole.jsonl", 3000).ids == whole.ids
-    (tmp_path / "whole.jsonl").write_text("{}\nnothing")
-    with pytest.raises(PromptError, match="doesn't hold what a model wrote"):
-        keep_texts(llm(), tmp_path / "whole.jsonl", 600)
+    shown = list[int]()
+    whole = write(llm(), tmp_path / "whole.jsonl", 1200, progress=shown.append)
+    longest = max(map(len, whole.ids))
+    assert 1200 <= whole.tokens < 1200 + longest
+    assert shown[0] < 50  # it moves from the first token on
+    assert shown == sorted(shown)
+    assert 1200 <= shown[-1] < 1200 + 4 * longest
+    assert write(llm(), tmp_path / "parts.jsonl", 200).tokens < 200 + 2 * longest
+    assert write(llm(), tmp_path / "parts.jsonl", 1200).ids == whole.ids
+    monkeypatch.setattr(written, "_Requests", None)
+    assert write(llm(), tmp_path / "whole.jsonl", 1200).ids == whole.ids
+    assert write(llm(), tmp_path / "whole.jsonl", 300).ids == whole.ids[:2]
+
+
+@pytest.mark.parametrize("at", [3, 40, 150, 400])
+def test_texts_that_an_interruption_cut_are_gone_on_with(at: int, tmp_path: Path) -> None:
+    whole, calls = write(llm(), tmp_path / "whole.jsonl", 1500), list[int]()
+
+    def interrupt(tokens: int) -> None:
+        calls.append(tokens)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(llm(), tmp_path / "parts.jsonl", 1500, progress=interrupt)
+    again = list[int]()
+    assert write(llm(), tmp_path / "parts.jsonl", 1500, progress=again.append).ids == whole.ids
+    assert calls[-1] <= again[0] <= calls[-1] + 50  # of what was written, nothing is written again
+
+
+def test_what_is_torn_or_spoilt_is_written_again(tmp_path: Path) -> None:
+    file = tmp_path / "texts.jsonl"
+    whole = write(llm(), file, 1500)
+    content = file.read_text()
+    header, *lines = content.splitlines(keepends=True)
+    for spoilt, missing in (
+        (content[:-20], 1),  # cut in the last line
+        (content[:-1], 0),  # cut before its end
+        (header + lines[0].replace("[", "[1", 1) + "".join(lines[1:]), 1),  # another number
+        (header + lines[0].replace(", ", ", 1", 2) + "".join(lines[1:]), 1),  # other tokens
+        (header + lines[0] + "\0nonsense\n[[[\n" + "".join(lines[1:]), 2),
+        (header, 0),
+    ):
+        file.write_text(spoilt)
+        assert Kept(file, 0, 300).spoilt == missing
+        assert Kept(file, 0, 300).spoilt == 0  # it is left out
+        assert write(llm(), file, 1500).ids == whole.ids
+        assert Kept(file, 0, 300).spoilt == 0
+    half = file.with_name("texts-begun.jsonl")
+    file.write_text(header)
+    half.write_text("nonsense\n[1, false, [400], [], 0]\n")
+    assert write(llm(), file, 1500).ids == whole.ids
+
+
+@pytest.mark.parametrize("content", ["", "{}\nnothing", '[["texts that a model wrote", 1, 5]]', "\0\1"])
+def test_what_no_model_wrote_is_left_alone(content: str, tmp_path: Path) -> None:
+    file = tmp_path / "texts.jsonl"
+    file.write_text(content)
+    with pytest.raises(PromptError, match="doesn't hold what a model wrote with this seed"):
+        Kept(file, 0, 300)
+    assert file.read_text() == content
+
+
+def test_texts_of_another_seed_are_left_alone(tmp_path: Path) -> None:
+    write(llm(), tmp_path / "texts.jsonl", 100)
+    with pytest.raises(PromptError, match="with this seed"):
+        Kept(tmp_path / "texts.jsonl", 1, 300)
+
+
+def test_a_model_that_writes_nothing_is_told(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.decode = lambda ids, **options: " "  # type: ignore[method-assign]
+    silent = LLM(tiny("llama", vocab_size=300), tokenizer=tokenizer, max_batch=8)
+    with pytest.raises(PromptError, match="writes nothing"):
+        write(silent, tmp_path / "texts.jsonl", 1000)
 
 
 # -- hidden states -----------------------------------------------------------------------------------------------------
@@ -160,7 +239,7 @@ class Refuses:
 def test_hidden_states_are_kept_and_not_computed_twice(tmp_path: Path) -> None:
     engine, texts = engine_and_texts()
     found = keep_features(engine, texts, tmp_path, LAST)
-    assert len(list(tmp_path.rglob("*.safetensors"))) == 2
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 5
     start = 0
     for ids in texts:
         assert found.ids[start : start + len(ids)].tolist() == ids
@@ -284,6 +363,45 @@ def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(tmp_path: Path
         run(tmp_path / "parts", Recipe(epochs=3, **SMALL | {"learning_rate": 1e-3}))
 
 
+@pytest.mark.parametrize(("at", "signals"), [(1, 1), (7, 1), (10, 1), (12, 2)])
+def test_an_interruption_saves_the_step_that_it_came_in(at: int, signals: int, tmp_path: Path) -> None:
+    class Interrupted(MedusaTask):
+        steps = 0
+
+        def loss(self, model: nn.Module, places: torch.Tensor) -> torch.Tensor:
+            self.steps += 1
+            for _ in range(signals if self.steps == at else 0):
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().loss(model, places)
+
+    recipe, told = Recipe(epochs=3, **SMALL), list[int]()
+    whole, _, figures = run(tmp_path / "whole", recipe)
+    model, task = some_task()
+    task.__class__ = Interrupted
+    groups = [{"params": list(model.heads.parameters())}]
+    with pytest.raises(KeyboardInterrupt):
+        train(model, groups, task, recipe, tmp_path / "parts", lambda step, *_: told.append(step))
+    saved = torch.load(tmp_path / "parts" / CHECKPOINT, weights_only=True)
+    assert saved["step"] == (at if signals == 1 else 10)  # of a step that a second one cut, nothing is kept
+    resumed, _, again = run(tmp_path / "parts", recipe)
+    assert again == figures
+    assert all(torch.equal(resumed.state_dict()[name], value) for name, value in whole.state_dict().items())
+
+
+def test_checkpoints_come_with_time_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "PAUSE", 0.0)
+    monkeypatch.setattr(loop, "SHARE", math.inf)
+    run(tmp_path, Recipe(epochs=3, **SMALL), stop_after=13)
+    assert torch.load(tmp_path / CHECKPOINT, weights_only=True)["step"] == 13
+
+
+def test_few_steps_are_warmed_up_and_looked_at_in_time(tmp_path: Path) -> None:
+    recipe = Recipe(epochs=1, least_steps=40, batch_size=512, learning_rate=1e-2)
+    _, losses, _ = run(tmp_path, recipe)
+    assert len(losses) == 40  # of one step an epoch
+    assert losses[-1] < losses[0] - 0.1
+
+
 def test_it_stops_early_and_keeps_the_best(tmp_path: Path) -> None:
     class Worse(MedusaTask):
         """Says that it gets worse after the second look."""
@@ -335,20 +453,22 @@ def test_the_loss_is_the_weighted_cross_entropy_of_the_heads() -> None:
     assert model(hidden, labels).item() == pytest.approx(expected, rel=1e-5)
 
 
+RECIPE = Recipe(epochs=6, **SMALL)
+
+
 # -- all of it ---------------------------------------------------------------------------------------------------------
 
 
 def trained(tmp_path: Path, **options: Any) -> Trained:
-    recipe = Recipe(epochs=6, **SMALL)
-    return train_medusa(llm(), "tiny", "self", tmp_path, recipe, num_heads=2, tokens=1500, **options)
+    return train_medusa(llm(), "tiny", "self", tmp_path, RECIPE, num_heads=2, tokens=2050, **options)
 
 
 def test_trained_heads_propose_what_the_model_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(texts_module, "TEMPERATURES", (0.0,))  # greedy texts soon repeat themselves
-    monkeypatch.setattr(texts_module, "SAID", {"temperature": 0.3})
+    monkeypatch.setattr(talks, "TEMPERATURES", (0.0,))  # greedy texts soon repeat themselves
+    monkeypatch.setattr(talks, "SAID", {"temperature": 0.3})
     done = trained(tmp_path, known_tokens=200)
     saved = read_heads(done.folder)
-    assert saved.about.recipe["tokens"] == done.texts.tokens >= 1500
+    assert saved.about.recipe["tokens"] == done.texts.tokens >= 2050
     assert saved.about.accuracies is not None
     assert saved.about.choices
     assert saved.heads.weight.dtype is torch.bfloat16
@@ -375,14 +495,26 @@ def test_training_again_trains_no_further_and_gives_the_same(tmp_path: Path) -> 
 
 
 def test_the_work_of_another_run_is_not_gone_on_with(tmp_path: Path) -> None:
-    trained(tmp_path)
-    with pytest.raises(OptionError, match="made with another recipe or other data"):
-        train_medusa(llm(), "tiny", "self", tmp_path, Recipe(epochs=6, **SMALL), num_heads=3, tokens=1500)
+    first = trained(tmp_path)
+    options: dict[str, Any] = {"num_heads": 2, "tokens": 2050}
+    with pytest.raises(OptionError, match="a training with other settings: num_heads 2, not 3"):
+        train_medusa(llm(), "tiny", "self", tmp_path, RECIPE, **options | {"num_heads": 3})
+    with pytest.raises(OptionError, match=r"with other settings: learning_rate 0\.003, not 0\.1"):
+        train_medusa(llm(), "tiny", "self", tmp_path, RECIPE.model_copy(update={"learning_rate": 0.1}), **options)
+    work = tmp_path / "work"
     with pytest.raises(OptionError, match="the work of another run"):
-        train_medusa(llm(), "tiny", "self", tmp_path, Recipe(epochs=6, seed=1, **SMALL), num_heads=2, tokens=1500)
+        train_medusa(
+            llm(), "tiny", "self", tmp_path / "two", RECIPE.model_copy(update={"seed": 1}), work=work, **options
+        )
     other = LLM(tiny("llama", vocab_size=300, num_hidden_layers=1), tokenizer=tiny_tokenizer())
     with pytest.raises(OptionError, match="the work of another run"):
-        train_medusa(other, "tiny", "self", tmp_path, Recipe(epochs=6, **SMALL), num_heads=2, tokens=1500)
+        train_medusa(other, "tiny", "self", tmp_path, RECIPE, **options)
+    assert torch.equal(read_heads(tmp_path).heads.weight, read_heads(first.folder).heads.weight)
+    anew = train_medusa(llm(), "tiny", "self", tmp_path, RECIPE, force=True, **options | {"num_heads": 1})
+    assert anew.texts.ids == first.texts.ids
+    assert read_heads(tmp_path).heads.num_heads == 1
+    seeded = RECIPE.model_copy(update={"seed": 1})
+    assert train_medusa(llm(), "tiny", "self", tmp_path, seeded, force=True, **options).texts.ids != first.texts.ids
 
 
 def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:

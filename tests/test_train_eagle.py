@@ -20,7 +20,7 @@ from tokentree.engines.torch import TorchEngine
 from tokentree.errors import OptionError
 from tokentree.heads.eagle import EagleHead
 from tokentree.heads.eagle_files import read_eagle
-from tokentree.train import texts as texts_module
+from tokentree.train import talks, written
 from tokentree.train.eagle import DECAY, NOISE, TOKEN_WEIGHT, Batch, EagleTask, EagleWithLoss, Step, batch_of
 from tokentree.train.features import HiddenTexts
 from tokentree.train.loop import Recipe
@@ -31,10 +31,9 @@ LENGTHS = (9, 14, 6)
 
 
 @pytest.fixture(autouse=True)
-def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(texts_module, "AT_ONCE", 4)
-    monkeypatch.setattr(texts_module, "TEMPERATURES", (0.0,))
-    monkeypatch.setattr(texts_module, "SAID", {"temperature": 0.3})
+def even_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(talks, "TEMPERATURES", (0.0,))
+    monkeypatch.setattr(talks, "SAID", {"temperature": 0.3})
 
 
 def some_texts(head: EagleHead) -> HiddenTexts:
@@ -176,7 +175,7 @@ def trained(
     steps: dict[str, Any] = {"batch_size": 1, "warmup_steps": 2, "evaluate_every": 10, "patience": 99}
     recipe = Recipe(epochs=epochs, learning_rate=3e-3, precision=precision, **steps)
     options: dict[str, Any] = {"known_tokens": 200, "unroll": 3, "taps": [0, 1, 2]} | changes
-    return train_eagle(llm(), "tiny", "self", folder, recipe, tokens=1500, stop_after=stop_after, **options)
+    return train_eagle(llm(), "tiny", "self", folder, recipe, tokens=2050, stop_after=stop_after, **options)
 
 
 @pytest.mark.parametrize("version", [1, 3])
@@ -217,12 +216,12 @@ def test_heads_share_what_the_model_wrote_and_said(tmp_path: Path, monkeypatch: 
         return hidden_states_of(self, texts, places)
 
     monkeypatch.setattr(TorchEngine, "hidden_states_of", noted)
-    monkeypatch.setattr(texts_module, "write_texts", None)
+    monkeypatch.setattr(written, "_Requests", None)
     shared = trained(tmp_path / "first", 1, work=work, version=1)
     assert not read
     trained(tmp_path / "other", 1, work=work, taps=[0, 0, 1])
     assert not read
-    medusa = train_medusa(llm(), "tiny", "self", tmp_path / "medusa", num_heads=2, tokens=1500, work=work)
+    medusa = train_medusa(llm(), "tiny", "self", tmp_path / "medusa", num_heads=2, tokens=2050, work=work)
     assert not read
     assert medusa.texts.ids == shared.texts.ids
     assert (tmp_path / "first" / "work" / "checkpoint.pt").is_file()

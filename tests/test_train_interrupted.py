@@ -1,0 +1,177 @@
+"""Trainings that are interrupted by signals, in each phase: what is kept, what is said, and that they end alike."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.tiny_models import save_model, tiny, tiny_tokenizer
+from tokentree.train.keeping import whole
+
+# Starts the command again and again without importing everything again; a signal comes so many seconds behind the
+# first time that standard error has a word in it.
+SERVER = """
+import json, os, signal, sys, time
+import torch, transformers, accelerate, tokentree.cli, tokentree.llm, tokentree.train.run, tokentree.train.run_eagle
+torch.set_num_threads(1)
+for line in sys.stdin:
+    args, said, number, word, delay = json.loads(line)
+    child = os.fork()
+    if not child:
+        out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(out, 1), os.dup2(out, 2)
+        sys.argv, code = ["tokentree", *args], 0
+        try:
+            tokentree.cli.main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    sent = number is None
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        if not sent and os.path.exists(said) and word in open(said).read():
+            time.sleep(delay)
+            os.kill(child, number)
+            sent = True
+        time.sleep(0.003)
+    print(os.waitstatus_to_exitcode(status), flush=True)
+"""
+INT, TERM, KILL = signal.SIGINT, signal.SIGTERM, signal.SIGKILL
+STATUS = {INT: 130, TERM: 143, KILL: -9}
+
+
+class Server:
+    """Runs the command in a process of its own each time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model = save_model(folder / "model", tiny("llama", vocab_size=300, num_hidden_layers=6), tiny_tokenizer())
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+    def run(
+        self, kind: str, out: Path, *more: str, number: int | None = None, word: str = "", delay: float = 0.0
+    ) -> tuple[int, str]:
+        """The exit status and what was printed, of a training that gets a signal of this number."""
+        args = ["train", *kind.split(), "--model", str(self.model), "--out", str(out), "--dtype", "float32"]
+        args += ["--data", "self", "--tokens", "600", "--threads", "1", "--evaluate-every", "8", *more]
+        said = self.folder / "said.txt"
+        said.unlink(missing_ok=True)
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps([args, str(said), number, word, delay]) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline()), said.read_text()
+
+    def close(self) -> None:
+        self._process.communicate(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    started = Server(tmp_path_factory.mktemp("interrupted"))
+    yield started
+    started.close()
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+EAGLE = "eagle --unroll 2 --batch-size 1 --epochs 20"
+MEDUSA = "medusa --heads 2 --batch-size 32 --epochs 8"
+
+
+@pytest.mark.parametrize(
+    ("kind", "times"),
+    [
+        (
+            EAGLE,
+            [
+                (INT, "writing texts", 0.0), (KILL, "writing texts", 0.4), (TERM, "writing texts", 0.6),
+                (KILL, "reading", 0.01), (INT, "reading", 0.02), (INT, "training", 0.2), (KILL, "step 24/", 0.02),
+                (INT, "step 32/", 0.1), (KILL, "step 40/", 0.05),
+            ],
+        ),
+        (MEDUSA, [(INT, "training", 0.1), (KILL, "training", 0.2)]),
+    ],
+)  # fmt: skip
+def test_a_training_that_is_interrupted_again_and_again_ends_with_the_same_heads(
+    server: Server, tmp_path: Path, kind: str, times: list[tuple[signal.Signals, str, float]]
+) -> None:  # fmt: skip
+    assert server.run(kind, tmp_path / "whole")[0] == 0
+    parts, interrupted = tmp_path / "parts", 0
+    for number, word, delay in times:
+        status, said = server.run(kind, parts, number=number, word=word, delay=delay)
+        assert "Traceback" not in said
+        assert status in (STATUS[number], 0), said
+        interrupted += status != 0
+        if status > 0:
+            last = said.rstrip().splitlines()[-1]
+            assert last.startswith("interrupted")
+            if number is INT and word == "training":
+                assert re.match(r"interrupted \(training: \d+ of \d+ steps\): ", last)
+            assert last.endswith(
+                f"what is done is kept in {str(parts / 'work')!r}; the same command goes on from there"
+            )
+        if status:
+            assert "heads are in" not in said
+    assert interrupted > len(times) // 2
+    status, said = server.run(kind, parts)
+    assert status == 0, said
+    assert "training: going on from" in said
+    assert "reading the texts: going on from" in said
+    one, other = weights(tmp_path / "whole"), weights(parts)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    left = [file.name for file in parts.rglob(".*") if file.name != ".lock" and not file.name.startswith(".model")]
+    kills = sum(number == KILL for number, _, _ in times)
+    assert len(left) <= kills  # what a killed process was writing
+
+
+@pytest.mark.parametrize("number", [INT, TERM])
+def test_an_interruption_waits_for_what_is_to_be_whole(number: signal.Signals) -> None:
+    def interrupt(_: int, __: object) -> None:
+        raise KeyboardInterrupt
+
+    done = list[int]()
+
+    def twice_whole(signals: int) -> None:
+        with whole(), whole():
+            for _ in range(signals):
+                os.kill(os.getpid(), number)
+            done.append(signals)
+
+    before = signal.signal(number, interrupt)
+    try:
+        for signals in (1, 2):
+            with pytest.raises(KeyboardInterrupt):
+                twice_whole(signals)
+            assert signal.getsignal(number) is interrupt
+    finally:
+        signal.signal(number, before)
+    assert done == [1]  # a second one doesn't wait
+
+
+def test_nothing_waits_where_a_program_handles_no_signals() -> None:
+    before = signal.signal(TERM, signal.SIG_DFL)
+    try:
+        with whole():
+            assert signal.getsignal(TERM) is signal.SIG_DFL
+    finally:
+        signal.signal(TERM, before)
