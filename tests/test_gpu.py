@@ -29,7 +29,6 @@ from tokentree.drafters.ngram import NGram
 from tokentree.drafters.recycling import Recycling
 from tokentree.drafters.suffix import Suffix
 from tokentree.engines.torch import TorchEngine
-from tokentree.train import texts as texts_module
 from tokentree.train import writing
 from tokentree.train.features import keep_features
 from tokentree.train.loop import Recipe
@@ -172,7 +171,6 @@ def test_texts_are_written_as_each_would_be_alone(family: str) -> None:
 def test_heads_are_trained_and_draft(
     kind: str, precision: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(texts_module, "AT_ONCE", 8)
     monkeypatch.setattr(writing, "MOST_ROWS", 8)
     model = tiny("llama", vocab_size=300, max_position_embeddings=800).to(DEVICE)  # type: ignore[arg-type]
     llm = LLM(model, tokenizer=tiny_tokenizer(), max_batch=4)

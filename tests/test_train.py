@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import signal
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ from tokentree.engines.torch import TorchEngine
 from tokentree.errors import OptionError, PromptError
 from tokentree.heads.medusa import MedusaHeads
 from tokentree.heads.saved import read_heads
-from tokentree.train import batches, talks, written
+from tokentree.train import batches, loop, talks, written
 from tokentree.train.batches import Batches
 from tokentree.train.features import HiddenTexts, keep_features
 from tokentree.train.loop import CHECKPOINT, Recipe, _batches, train
@@ -208,7 +211,7 @@ def test_texts_of_another_seed_are_left_alone(tmp_path: Path) -> None:
 
 def test_a_model_that_writes_nothing_is_told(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
-    tokenizer.decode = lambda ids, **options: " "  # type: ignore[method-assign, assignment]
+    tokenizer.decode = lambda ids, **options: " "  # type: ignore[method-assign]
     silent = LLM(tiny("llama", vocab_size=300), tokenizer=tokenizer, max_batch=8)
     with pytest.raises(PromptError, match="writes nothing"):
         write(silent, tmp_path / "texts.jsonl", 1000)
@@ -360,6 +363,45 @@ def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(tmp_path: Path
         run(tmp_path / "parts", Recipe(epochs=3, **SMALL | {"learning_rate": 1e-3}))
 
 
+@pytest.mark.parametrize(("at", "signals"), [(1, 1), (7, 1), (10, 1), (12, 2)])
+def test_an_interruption_saves_the_step_that_it_came_in(at: int, signals: int, tmp_path: Path) -> None:
+    class Interrupted(MedusaTask):
+        steps = 0
+
+        def loss(self, model: nn.Module, places: torch.Tensor) -> torch.Tensor:
+            self.steps += 1
+            for _ in range(signals if self.steps == at else 0):
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().loss(model, places)
+
+    recipe, told = Recipe(epochs=3, **SMALL), list[int]()
+    whole, _, figures = run(tmp_path / "whole", recipe)
+    model, task = some_task()
+    task.__class__ = Interrupted
+    groups = [{"params": list(model.heads.parameters())}]
+    with pytest.raises(KeyboardInterrupt):
+        train(model, groups, task, recipe, tmp_path / "parts", lambda step, *_: told.append(step))
+    saved = torch.load(tmp_path / "parts" / CHECKPOINT, weights_only=True)
+    assert saved["step"] == (at if signals == 1 else 10)  # of a step that a second one cut, nothing is kept
+    resumed, _, again = run(tmp_path / "parts", recipe)
+    assert again == figures
+    assert all(torch.equal(resumed.state_dict()[name], value) for name, value in whole.state_dict().items())
+
+
+def test_checkpoints_come_with_time_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "PAUSE", 0.0)
+    monkeypatch.setattr(loop, "SHARE", math.inf)
+    run(tmp_path, Recipe(epochs=3, **SMALL), stop_after=13)
+    assert torch.load(tmp_path / CHECKPOINT, weights_only=True)["step"] == 13
+
+
+def test_few_steps_are_warmed_up_and_looked_at_in_time(tmp_path: Path) -> None:
+    recipe = Recipe(epochs=1, least_steps=40, batch_size=512, learning_rate=1e-2)
+    _, losses, _ = run(tmp_path, recipe)
+    assert len(losses) == 40  # of one step an epoch
+    assert losses[-1] < losses[0] - 0.1
+
+
 def test_it_stops_early_and_keeps_the_best(tmp_path: Path) -> None:
     class Worse(MedusaTask):
         """Says that it gets worse after the second look."""
@@ -411,7 +453,7 @@ def test_the_loss_is_the_weighted_cross_entropy_of_the_heads() -> None:
     assert model(hidden, labels).item() == pytest.approx(expected, rel=1e-5)
 
 
-RECIPE = Recipe(epochs=6, **SMALL)  # type: ignore[arg-type]
+RECIPE = Recipe(epochs=6, **SMALL)
 
 
 # -- all of it ---------------------------------------------------------------------------------------------------------

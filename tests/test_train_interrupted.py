@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.tiny_models import save_model, tiny, tiny_tokenizer
+from tokentree.train.keeping import whole
 
 # Starts the command again and again without importing everything again; a signal comes so many seconds behind the
 # first time that standard error has a word in it.
@@ -67,7 +69,7 @@ class Server:
     ) -> tuple[int, str]:
         """The exit status and what was printed, of a training that gets a signal of this number."""
         args = ["train", *kind.split(), "--model", str(self.model), "--out", str(out), "--dtype", "float32"]
-        args += ["--data", "self", "--tokens", "900", "--threads", "1", "--evaluate-every", "8", *more]
+        args += ["--data", "self", "--tokens", "600", "--threads", "1", "--evaluate-every", "8", *more]
         said = self.folder / "said.txt"
         said.unlink(missing_ok=True)
         assert self._process.stdin is not None
@@ -91,7 +93,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-EAGLE = "eagle --unroll 2 --batch-size 1 --epochs 10"
+EAGLE = "eagle --unroll 2 --batch-size 1 --epochs 20"
 MEDUSA = "medusa --heads 2 --batch-size 32 --epochs 8"
 
 
@@ -110,7 +112,7 @@ MEDUSA = "medusa --heads 2 --batch-size 32 --epochs 8"
     ],
 )  # fmt: skip
 def test_a_training_that_is_interrupted_again_and_again_ends_with_the_same_heads(
-    server: Server, tmp_path: Path, kind: str, times: list[tuple[int, str, float]]
+    server: Server, tmp_path: Path, kind: str, times: list[tuple[signal.Signals, str, float]]
 ) -> None:  # fmt: skip
     assert server.run(kind, tmp_path / "whole")[0] == 0
     parts, interrupted = tmp_path / "parts", 0
@@ -122,6 +124,8 @@ def test_a_training_that_is_interrupted_again_and_again_ends_with_the_same_heads
         if status > 0:
             last = said.rstrip().splitlines()[-1]
             assert last.startswith("interrupted")
+            if number is INT and word == "training":
+                assert re.match(r"interrupted \(training: \d+ of \d+ steps\): ", last)
             assert last.endswith(
                 f"what is done is kept in {str(parts / 'work')!r}; the same command goes on from there"
             )
@@ -130,7 +134,8 @@ def test_a_training_that_is_interrupted_again_and_again_ends_with_the_same_heads
     assert interrupted > len(times) // 2
     status, said = server.run(kind, parts)
     assert status == 0, said
-    assert "going on from" in said
+    assert "training: going on from" in said
+    assert "reading the texts: going on from" in said
     one, other = weights(tmp_path / "whole"), weights(parts)
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -139,12 +144,34 @@ def test_a_training_that_is_interrupted_again_and_again_ends_with_the_same_heads
     assert len(left) <= kills  # what a killed process was writing
 
 
-def test_an_interruption_is_told_with_how_far_it_came(server: Server, tmp_path: Path) -> None:
-    _, said = server.run(EAGLE, tmp_path, number=INT, word="training", delay=0.3)
-    if "heads are in" not in said:
-        assert "interrupted (training: " in said
-        assert " of " in said.rpartition("interrupted (training: ")[2]
-    status, said = server.run(EAGLE, tmp_path)
-    assert status == 0
-    assert "training: going on from" in said
-    assert "reading the texts: going on from" in said
+@pytest.mark.parametrize("number", [INT, TERM])
+def test_an_interruption_waits_for_what_is_to_be_whole(number: signal.Signals) -> None:
+    def interrupt(_: int, __: object) -> None:
+        raise KeyboardInterrupt
+
+    done = list[int]()
+
+    def twice_whole(signals: int) -> None:
+        with whole(), whole():
+            for _ in range(signals):
+                os.kill(os.getpid(), number)
+            done.append(signals)
+
+    before = signal.signal(number, interrupt)
+    try:
+        for signals in (1, 2):
+            with pytest.raises(KeyboardInterrupt):
+                twice_whole(signals)
+            assert signal.getsignal(number) is interrupt
+    finally:
+        signal.signal(number, before)
+    assert done == [1]  # a second one doesn't wait
+
+
+def test_nothing_waits_where_a_program_handles_no_signals() -> None:
+    before = signal.signal(TERM, signal.SIG_DFL)
+    try:
+        with whole():
+            assert signal.getsignal(TERM) is signal.SIG_DFL
+    finally:
+        signal.signal(TERM, before)

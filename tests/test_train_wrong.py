@@ -8,7 +8,7 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -252,11 +252,12 @@ def no_room() -> Iterator[None]:
 
 
 def test_what_cannot_be_written_is_told_and_what_was_there_stays(tmp_path: Path, no_room: None) -> None:
-    for name, write in {
+    writes: dict[str, Callable[[Path], None]] = {
         "text": lambda file: keep_text(file, "x" * 1000),
         "tensors": lambda file: keep_tensors(file, {"x": torch.zeros(1000)}),
         "state": lambda file: keep_state(file, {"x": torch.zeros(1000)}),
-    }.items():
+    }
+    for name, write in writes.items():
         file = tmp_path / name
         file.write_text("before")
         with pytest.raises(OptionError, match="File too large"):

@@ -210,5 +210,5 @@ def _tell(errors: Console, done: Trained, model: str, heads: str) -> None:
         errors.print(f"{len(bad)} lines left out: {shown}", markup=False, highlight=False)
     if done.texts.tokens < FEW:
         said = f"These heads saw {done.texts.tokens:,} tokens: they show how it goes, and guess little. "
-        errors.print(said + "Heads that pay take some hundred thousand.", highlight=False)
+        errors.print(said + "Heads that pay take some hundred thousand.", highlight=False, soft_wrap=True)
     print(f"heads are in {heads}: tokentree generate --model {model} --heads {heads} …")

@@ -224,11 +224,13 @@ def _events(folder: Path) -> Callable[[int, Figures], None]:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return lambda step, figures: None
-    writer: Any = SummaryWriter(str(folder / "events"))
+    with writing(folder / "events"):
+        writer: Any = SummaryWriter(str(folder / "events"))
 
     def write(step: int, figures: Figures) -> None:
-        for name, value in figures.items():
-            writer.add_scalar(name.replace(" ", "/"), value, step)
+        with writing(folder / "events"):
+            for name, value in figures.items():
+                writer.add_scalar(name.replace(" ", "/"), value, step)
 
     return write
 
