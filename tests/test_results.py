@@ -115,7 +115,7 @@ def set_to(*path: Any) -> Callable[[dict[str, Any]], None]:
         (set_to("samples", 0, "token_ids", [-1]), "samples.0.token_ids.0"),
         (set_to("samples", 0, "metrics", "target_forwards", 1.5), "samples.0.metrics.target_forwards"),
         (set_to("samples", 0, "metrics", "verify_seconds", float("nan")), "samples.0.metrics.verify_seconds"),
-        (set_to("samples", 0, "metrics", "steps", [[2**60, 1, 0.1]]), "samples.0.metrics.steps.0.0"),
+        (set_to("samples", 0, "metrics", "steps", [[2**40, 1, 0.1]]), "samples.0.metrics.steps.0.0"),
         (set_to("samples", 0, "metrics", "steps", [[1, 0, 0.1]]), "samples.0.metrics.steps.0.1"),
         (set_to("samples", 2, "metrics", "accepted_by_depth", [60, 10]), "doesn't fit offered_by_depth"),
         (set_to("samples", 2, "metrics", "offered_by_depth", [50]), "doesn't fit offered_by_depth"),

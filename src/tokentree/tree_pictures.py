@@ -167,7 +167,7 @@ def _figure(blocks: Sequence[_Block], title: str, ink: str) -> Figure:
         figure.text(MARGIN / wide, 1 - MARGIN / high, told, va="top", fontsize=HEAD)
     left, top = MARGIN, above + MARGIN
     for block, height in zip(blocks, heights, strict=True):
-        part(left, top + (max(heights) - height) / 2 if beside else top, block)
+        part(left, top, block)
         left, top = (left + block.width + 2 * MARGIN, top) if beside else (left, top + height)
     part(MARGIN, high - LINE - MARGIN, _Block(legend, LINE, lambda axes: _legend(axes, ink)))
     return figure
