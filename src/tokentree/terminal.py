@@ -125,7 +125,7 @@ def consoles() -> tuple[Console, Console]:
     return Console(**_size(sys.stdout), **plain), Console(stderr=True, **_size(sys.stderr), **plain)
 
 
-def _size(stream: TextIO) -> dict[str, int]:
+def _size(stream: TextIO) -> dict[str, Any]:
     """Of a file, which has none; of a dumb terminal, for which rich takes 80 columns; of others, what rich finds."""
     if not stream.isatty():
         return {"width": 100_000, "height": 25}
