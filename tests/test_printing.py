@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -184,6 +185,27 @@ def test_a_terminal_shows_the_text_whatever_its_width(
     assert text[before:] + "\n" in seen
     if environment in PLAIN:
         assert "\x1b[32m" not in seen
+
+
+@pytest.mark.parametrize("columns", [20, 40, 60, 80, 200])
+def test_no_width_cuts_a_table(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    numbers = [[f"{10.0**row + column:.1f}" for column in range(8)] for row in range(5)]
+    table = Table(title="a title that is much longer than twenty characters", caption="a caption, likewise")
+    for name in ("method", *"abcdefgh"):
+        table.add_column(name, justify="right", overflow="fold" if name == "method" else "ellipsis")
+    for row, cells in enumerate(numbers):
+        table.add_row(f"a-method-with-a-long-name-{row}", *cells)
+    with screen(monkeypatch, columns) as shown:
+        terminal.show(terminal.consoles()[0], table)
+        seen = shown()
+    assert table.columns[0].header == "method"
+    assert "a title that is much longer than twenty characters" in seen
+    assert "a caption, likewise" in seen
+    assert "…" not in seen
+    assert [cell for cells in numbers for cell in cells if cell not in seen] == []
+    lines = [line for line in seen.splitlines() if "│" in line]
+    assert bool(lines) == (columns > 80)
+    assert all(len(re.sub("\x1b\\[[0-9;]*m", "", line)) <= columns for line in lines)
 
 
 def test_green_is_what_was_drafted_and_is_explained(

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+DUMB = ("dumb", "unknown")  # names of terminals
 GREEN, CYAN, BOLD, DIM = "32", "36", "1", "2"
+MOST_FOLDED = 12  # characters of a line of a cell that may be folded
 ESCAPES = re.compile(r"[\x1b\x80-\x9f]")  # may begin what a terminal obeys: colours inside would change it
 
 
@@ -99,7 +102,7 @@ def _finite(value: Any) -> Any:
 
 def coloured(stream: TextIO) -> bool:
     """Whether ``stream`` is a terminal on which colours are wanted (https://no-color.org)."""
-    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") not in ("dumb", "unknown")
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") not in DUMB
 
 
 def paint(text: str, colour: str, stream: TextIO) -> str:
@@ -119,17 +122,39 @@ def consoles() -> tuple[Console, Console]:
     from rich.console import Console
 
     plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}
-    # a file or a pipe has no width
-    width = [None if stream.isatty() else 100_000 for stream in (sys.stdout, sys.stderr)]
-    return Console(width=width[0], **plain), Console(width=width[1], stderr=True, **plain)
+    return Console(**_size(sys.stdout), **plain), Console(stderr=True, **_size(sys.stderr), **plain)
+
+
+def _size(stream: TextIO) -> dict[str, Any]:
+    """Of a file, which has none; of a dumb terminal, for which rich takes 80 columns; of others, what rich finds."""
+    if not stream.isatty():
+        return {"width": 100_000, "height": 25}
+    dumb = os.environ.get("TERM") in DUMB
+    return {"width": shutil.get_terminal_size().columns, "height": 25} if dumb else {}
 
 
 def show(console: Console, table: Table) -> None:
-    """Prints a table, fitted to the width of a terminal, between its title and its caption, which may be wider."""
+    """Prints a table between its title and its caption, fitted to the width of a terminal: nothing is cut, and where it
+    is too narrow for the longest words of the cells, each row becomes a list."""
     title, caption, table.title, table.caption = table.title, table.caption, None, None
-    for part in (title, table, caption):
-        if part is not None:
-            console.print(part, soft_wrap=part is not table)
+    if title is not None:
+        console.print(title)
+    cells = [[str(cell) for cell in column.cells] for column in table.columns]
+    longest = [max((len(word) for cell in column for word in cell.split()), default=1) for column in cells]
+    folded = [column.overflow == "fold" for column in table.columns]
+    widths = [min(width, MOST_FOLDED) if fold else width for width, fold in zip(longest, folded, strict=True)]
+    if sum(widths) + 3 * len(widths) < console.width:
+        for column in table.columns:
+            column.overflow = "fold"
+        console.print(table, soft_wrap=False)
+    else:
+        names = [str(column.header) for column in table.columns]
+        for first, *rest in zip(*cells, strict=True):
+            console.print(first)
+            for name, cell in zip(names[1:], rest, strict=True):
+                console.print(f"  {name}: {cell}")
+    if caption is not None:
+        console.print(caption)
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from rich.progress import Progress
 from tokentree.bench.report import table
 from tokentree.bench.results import Run, Sample
 
+NARROW = 70  # columns, in which the table has no room
+
 
 @contextmanager
 def watched(console: Console, run: Run, total: int) -> Iterator[Callable[[Sample], None]]:
@@ -27,7 +29,7 @@ def watched(console: Console, run: Run, total: int) -> Iterator[Callable[[Sample
             told = f"{sample.method} failed on prompt {sample.prompt}: {sample.error}"
             console.print(told, markup=False, highlight=False)
         if shown is not None:
-            shown.update(Group(table(run), bar))
+            shown.update(Group(table(run), bar) if console.width >= NARROW else bar)
 
     if shown is None:
         yield progress
