@@ -296,6 +296,8 @@ def _by_engine(llm: LLM) -> tuple[int, Write]:
         seqs = [llm.sequence(prompt, one) for prompt, one in zip(prompts, params, strict=True)]
         for _ in llm.plain().decoder.run(seqs, llm.max_batch):
             pass
+        if failed := next((seq.error for seq in seqs if seq.error is not None), None):
+            raise failed
         return [seq.output_ids for seq in seqs]
 
     return AT_ONCE, write
