@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from tests.tiny_models import tiny, tiny_tokenizer
+from tests.test_medusa import random_heads
+from tests.tiny_models import tiny, tiny_pair, tiny_tokenizer
 from tokentree.engines.quantized import QuantizedLinear
 from tokentree.engines.torch import TorchEngine
-from tokentree.errors import ModelError, OptionError, PromptError
+from tokentree.errors import ModelError, OptionError, PairingError, PromptError
+from tokentree.heads.saved import About, write_heads
 from tokentree.llm import LLM
 from tokentree.sampling import SamplingParams
 
@@ -66,6 +69,38 @@ def test_a_quantization_that_is_unknown_or_not_for_this_model_is_one_sentence() 
         LLM("no/such/model", quantization="gguf")
     with pytest.raises(ModelError, match="is for models on a CPU with dtype='bfloat16'"):
         LLM(tiny("llama"), quantization="int8")
+
+
+@pytest.mark.parametrize("form", [None, "2x2x1"])
+def test_heads_and_a_draft_model_draft_together(form: str | None, tmp_path: Path) -> None:
+    write_heads(tmp_path, random_heads(48), "tiny", 120, About())
+    target, draft = tiny_pair(target_vocab=120, draft_vocab=120)
+    llm = LLM(target, draft_model=draft, heads=tmp_path, shape=form)
+    names = llm.decoder.drafter.names
+    assert {"medusa", "ngram", "suffix", "recycling"} < {*names}
+    assert len(names) == 5  # and the draft model, by its own name
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    (got,), (expected,) = llm.generate(IDS, params), llm.plain().generate(IDS, params)
+    assert got.token_ids == expected.token_ids
+    if form is not None:
+        assert got.metrics.accepted_tokens > 0
+    assert llm.using("draft_model").decoder.drafter.draws_children
+    with pytest.raises(PairingError, match="accept='rejection' needs"):
+        LLM(target, draft_model=draft, heads=tmp_path, accept="rejection")
+    alone = LLM(target, draft_model=draft, shape=form)
+    assert len(alone.decoder.drafter.names) == 1
+    assert alone.using(heads=tmp_path).decoder.drafter.names == names
+
+
+def test_a_folder_that_can_not_be_written_is_told_of(llm: LLM, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    learnt = LLM(tiny("llama"), "recycling", shape="2x1")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/tokentree")):
+        with pytest.raises(OptionError, match=r"can't write to the folder|is a file|can't be looked at"):
+            learnt.save_memory(folder)
+    learnt.save_memory(tmp_path / "new" / "deep")
+    with pytest.raises(OptionError, match="was written with another model"):
+        LLM(tiny("llama", vocab_size=90), "recycling", shape="2x1", memory=tmp_path / "new" / "deep")
 
 
 def test_a_dropped_stream_drops_its_kv_at_once(llm: LLM) -> None:

@@ -91,11 +91,12 @@ def some(*processors: Processor, temperature: float = 0.0, **options: Any) -> Se
 def test_a_processor_that_fails_ends_its_request_alone_with_what_came_before(
     way: str, wrong: Processor, temperature: float
 ) -> None:
-    table, draft = random_table(VOCAB, 1, 0, 2.0), random_table(VOCAB, 1, 1, 1.0)
+    table = random_table(VOCAB, 1, 0, 2.0)
+    draft = table if way in ("chain", "tree") else random_table(VOCAB, 1, 1, 1.0)  # all is accepted, or little
 
     def run(way: str) -> tuple[Sequence, Sequence]:
-        bad = some(after(8, wrong), max_tokens=12, temperature=temperature)
-        good = some(after(8, lambda ids, logits: logits), max_tokens=12, temperature=temperature)
+        bad = some(after(7, wrong), max_tokens=12, temperature=temperature)
+        good = some(after(7, lambda ids, logits: logits), max_tokens=12, temperature=temperature)
         engine = TableEngine(table)
         drafter = {"plain": None, "lookup": NGram()}.get(way, DraftModel(TableEngine(draft), VOCAB))
         shape = {"chain": "chain:4", "tree": "2x2x2"}.get(way, "2x2")
@@ -107,13 +108,15 @@ def test_a_processor_that_fails_ends_its_request_alone_with_what_came_before(
     assert (bad.finish_reason, good.finish_reason) == ("error", "length")
     assert isinstance(bad.error, RequestError)
     assert good.error is None
-    assert len(bad.output_ids) == 5
+    assert len(bad.output_ids) == 4
     assert len(good.output_ids) == 12
     if way != "rejection" or temperature == 0:  # its text with a tree is drawn otherwise
         assert bad.output_ids == plain_bad.output_ids
         assert good.output_ids == plain_good.output_ids
     assert bad.metrics.accepted_tokens >= 0
-    assert sum(new for _, new, _ in bad.metrics.steps) == 5
+    assert sum(new for _, new, _ in bad.metrics.steps) == 4
+    if way in ("chain", "tree"):
+        assert bad.metrics.accepted_tokens > 0
 
 
 def test_the_error_names_the_processor_and_what_it_did() -> None:

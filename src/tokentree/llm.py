@@ -195,10 +195,8 @@ class LLM:
         own_tokenizer = tokenizer_in(tokenizer)
         self.engine, self.max_batch = load_engine(model, dtype, place, **options), batch
         self.tokenizer = _tokenizer_of(model) if own_tokenizer is None else own_tokenizer
-        ends = {*self.engine.facts.ends, *ends_of(self.tokenizer)}
-        self.eos_ids = frozenset(
-            token for token in ends if 0 <= token < self.engine.vocab_size
-        )  # some write -1 for none
+        ends = {*self.engine.facts.ends, *ends_of(self.tokenizer)}  # some write -1 for none
+        self.eos_ids = frozenset(token for token in ends if 0 <= token < self.engine.vocab_size)
         draft_engines = list[tuple[str, KVEngine]]()
         for draft in drafts:
             name = str(draft) if isinstance(draft, str | Path) else draft.config._name_or_path

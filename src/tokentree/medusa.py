@@ -123,6 +123,8 @@ class MedusaModel:
         out = engine.verify([seq], [draft.tree])
         accepted = acceptance("match")(seq, draft, out.after(0))
         engine.release([seq])
+        if accepted.error is not None:
+            raise accepted.error
         return accepted.tokens
 
 

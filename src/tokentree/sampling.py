@@ -236,8 +236,8 @@ def process_logits(
         logits[token] += bias
     for processor in params.logits_processors:
         logits = _changed(processor, [*prompt_ids, *output_ids], logits)
-    if banned:
-        logits[list(banned)] = -math.inf
+    if there := [token for token in banned if 0 <= token < logits.numel()]:
+        logits[there] = -math.inf
     best = float(logits.max())  # NaN if there is one
     if best == -math.inf:
         raise DeadEnd(f"after {len(output_ids)} new tokens the request's rules leave no token to choose")

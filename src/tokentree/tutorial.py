@@ -140,6 +140,7 @@ def tree_speculative_decode(
         OptionError: if depth or branching is below 1, or there is no such rule.
         PromptError: if the context is empty or the target has no room for it.
         ModelError: if a model can't be decoded with a tree.
+        RequestError: if the target's logits aren't numbers.
     """
     shape, rule = _static(depth, branching), acceptance(accept)
     ids = _token_ids(context)
@@ -151,6 +152,8 @@ def tree_speculative_decode(
     seq = _sequence(ids, target, max_tokens - len(ids), frozenset(target.facts.ends))
     for _ in Decoder(target, DraftModel(draft, target.vocab_size), shape, rule).run([seq]):
         pass
+    if seq.error is not None:
+        raise seq.error
     return seq.tokens
 
 

@@ -41,6 +41,8 @@ class TreeMethod:
         started = time.perf_counter()
         results = llm.generate(prompts, params)
         wall = time.perf_counter() - started
+        if failed := next((result.error for result in results if result.error is not None), None):
+            raise failed
         counted = [result.metrics.to_dict() for result in results]
         prefill = sum(m["prefill_seconds"] for m in counted)
         names = ("new_tokens", "target_forwards", "drafted_tokens", "accepted_tokens", "refused_steps")

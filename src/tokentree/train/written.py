@@ -179,6 +179,8 @@ def write_texts(
         with closing(llm.plain().decoder.run(requests, llm.max_batch)) as steps:  # type: ignore[type-var]
             for seqs in steps:
                 for seq in seqs:
+                    if seq.error is not None:
+                        raise seq.error
                     if seq.finished:
                         requests.take(seq)
                 progress(kept.tokens + sum(one.tokens for one in requests.begun()))
