@@ -710,6 +710,9 @@ def test_what_changed_is_named() -> None:
     assert told(attribute) == "model.layers.1.self_attn is not as it was"
     assert told(in_place) == "model.layers.1.mlp.up_proj is not as it was"
     assert told(past_torch) == "weights of LlamaForCausalLM have other values"
+    assert told(lambda model: setattr(model.config, "hidden_act", "gelu")) == (
+        "the configuration of LlamaForCausalLM is not as it was"
+    )
     assert told(one_layer_less) == "it has fewer modules"
 
 

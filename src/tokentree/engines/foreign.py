@@ -85,7 +85,7 @@ def is_own(kind: type[nn.Module]) -> bool:
     owner = next(base for base in kind.__mro__ if "forward" in vars(base))
     forward = unwrap(kind.forward)
     named = {f"{owner.__qualname__}.forward", "_forward_unimplemented"}
-    return forward.__qualname__ in named and _at_home(kind.forward) and not _replaced(forward)
+    return forward.__qualname__ in named and at_home(kind.forward) and not _replaced(forward)
 
 
 def same_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -105,7 +105,7 @@ def check_runs_in_a_copy(model: PreTrainedModel) -> None:
         )
     kind = model.config.get_text_config()._attn_implementation
     attends = ALL_ATTENTION_FUNCTIONS.get(kind) if kind else None
-    if attends is not None and "/" not in kind and not _at_home(attends):
+    if attends is not None and "/" not in kind and not at_home(attends):
         raise ModelError(
             f"{name} attends by the function {_name(attends)!r} that was registered as {kind!r}, and it can't be told "
             "of a tree: use model.set_attn_implementation('sdpa')"
@@ -160,10 +160,10 @@ def _replaced(function: Any) -> set[str]:
     """The functions that ``function`` calls by name and that come from elsewhere."""
     scope = function.__globals__
     named = ((name, scope.get(name)) for name in function.__code__.co_names)
-    return {name for name, value in named if isinstance(value, FunctionType) and not _at_home(value)}
+    return {name for name, value in named if isinstance(value, FunctionType) and not at_home(value)}
 
 
-def _at_home(function: Any) -> bool:
+def at_home(function: Any) -> bool:
     """Whether a function, and all that is wrapped around it, was written in torch or transformers."""
     while function is not None:
         function = getattr(function, "func", function)  # of a partial
