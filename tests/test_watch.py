@@ -410,6 +410,37 @@ def test_a_forward_that_changes_the_weights_is_refused() -> None:
         LLM(model)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_hook_that_knows_rows_by_their_place_is_refused(dtype: torch.dtype) -> None:
+    """Where its effect is larger than what an engine allows when it is made."""
+
+    def last_alone(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return torch.cat([output[:, :-1], -3 * output[:, -1:]], 1)
+
+    model = fresh(dtype=dtype)
+    block(model).register_forward_hook(last_alone)
+    with pytest.raises(ModelError, match="see a tree's rows, which are in no order"):
+        LLM(model)
+
+    def one_text(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        raise IndexError("too many rows")
+
+    model = fresh(dtype=dtype)
+    block(model).register_forward_hook(one_text)
+    with pytest.raises(ModelError, match="fail on the rows of a tree: IndexError: too many rows"):
+        LLM(model)
+
+
+def test_adapters_by_the_row_are_refused() -> None:
+    with pytest.raises(ModelError, match="fail on the rows of a tree: ValueError: Length of `adapter_names`"):
+        adapted().generate(
+            input_ids=torch.tensor([PROMPT] * 2),
+            max_new_tokens=3,
+            adapter_names=["first", "second"],
+            custom_generate=drafting(),
+        )
+
+
 def test_an_attention_of_one_s_own_is_refused() -> None:
     def mine(*args: Any, **named: Any) -> Any:
         return sdpa_attention_forward(*args, **named)

@@ -8,6 +8,7 @@ modules run, and it with them. What can't be run in a copy of the model is refus
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import unwrap
 from pathlib import Path
@@ -126,6 +127,24 @@ def check_runs_in_a_copy(model: PreTrainedModel) -> None:
 def runs_more(model: nn.Module) -> bool:
     """Whether a forward runs hooks, or forwards of modules' own, which may do more than compute."""
     return any("forward" in vars(module) or next(hooks_of(module), None) for module in model.modules())
+
+
+@contextmanager
+def explained(model: nn.Module) -> Iterator[None]:
+    """Errors of a forward in which such code runs as `ModelError`, with what it may be that went wrong."""
+    try:
+        yield
+    except ModelError as error:
+        if not runs_more(model):
+            raise
+        raise ModelError(f"{error}; its hooks or replaced forwards see a tree's rows, which are in no order") from None
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+        if not runs_more(model):
+            raise
+        raise ModelError(
+            f"hooks or replaced forwards in {type(model).__name__} fail on the rows of a tree: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def global_hooks() -> bool:

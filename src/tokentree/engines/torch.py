@@ -14,7 +14,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from tokentree.engines.attention import ForwardKV, dense_mask, tree_attention
 from tokentree.engines.facts import Facts, settings_of
-from tokentree.engines.foreign import check_runs_in_a_copy, inner_model, runs_more
+from tokentree.engines.foreign import check_runs_in_a_copy, explained, inner_model, runs_more
 from tokentree.engines.kept import KeptPacking, Place
 from tokentree.engines.kv import KVLayout, Storages
 from tokentree.engines.kv_engine import KVEngine
@@ -85,7 +85,8 @@ class TorchEngine(KVEngine):
         self._model, self._config = private_copy(model, own_attention, owns_model), model.config
         self._keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         packing = _packing(self._model, quantization, file, kept) if device.type == "cpu" else None
-        own = own_forward(self._model) if packing is None else packing.recall(OWN, lambda: own_forward(self._model))
+        with explained(self._model):
+            own = own_forward(self._model) if packing is None else packing.recall(OWN, lambda: own_forward(self._model))
         shapes = tuple((heads, keys, values) for heads, keys, values in own["shapes"].tolist())
         whole = packing is not None and not self._attends_itself and Llama.fits(self._model, packing)
         self._noted: dict[int, torch.Tensor] = {}  # of the last forward of `_model`, [rows, hidden size]
@@ -107,16 +108,17 @@ class TorchEngine(KVEngine):
             self._model.config._attn_implementation = "tokentree"
             if device.type == "cpu":
                 steady_activations(self._model)
-        try:
-            self._check_trees(own)
-        except ModelError:
-            if attention is not None or self._attends_itself or program:
-                raise
-            # nobody asked for our attention: let the model attend by itself
-            self.attention, self._attends_itself = "sdpa", True
-            self._model.config._attn_implementation = own_attention
-            self._storages = Storages(self._layout_for(shapes, device, dtype))
-            self._check_trees(own)
+        with explained(self._model):
+            try:
+                self._check_trees(own)
+            except ModelError:
+                if attention is not None or self._attends_itself or program:
+                    raise
+                # nobody asked for our attention: let the model attend by itself
+                self.attention, self._attends_itself = "sdpa", True
+                self._model.config._attn_implementation = own_attention
+                self._storages = Storages(self._layout_for(shapes, device, dtype))
+                self._check_trees(own)
         if not owns_model:
             self._shared = Shared(in_common(model, self._model))
         if told := self.changed():
