@@ -235,6 +235,7 @@ def test_what_was_put_into_a_model_is_run(kind: str) -> None:
     if kind != "more layers than count":
         assert expected != unchanged
     assert text(model, made) == expected
+    assert made._llms[model].engine.form == "tree attention"
     assert text(model, drafting()) == expected
     assert own_text(model) == expected  # the model is left as it was
 
@@ -337,6 +338,7 @@ def test_transformers_own_classes_are_known_as_such() -> None:
     model = fresh()
     assert same_forward(block(fresh("qwen2")).mlp, modeling_llama.LlamaMLP)
     assert not same_forward(OtherMLP(block(model).mlp), modeling_llama.LlamaMLP)
+    assert not same_forward(block(model).input_layernorm, modeling_llama.LlamaMLP)
 
 
 def test_a_hook_for_all_modules_is_refused() -> None:
@@ -728,6 +730,17 @@ def test_running_the_model_itself_is_no_change() -> None:
     assert llm.engine.changed() is None
     model.eval().gradient_checkpointing_disable()
     assert llm.generate([PROMPT], SamplingParams(max_tokens=NEW))[0].token_ids == own_text(model)
+
+
+def test_what_an_engine_reads_stays_where_it_is() -> None:
+    """Compiled calls keep addresses."""
+    model = fresh(dtype=torch.bfloat16)
+    engine = TorchEngine(model)
+    tensors = [*engine._model.parameters(), *engine._model.buffers()]
+    before = [(tensor.data_ptr(), tensor.dtype, tensor.device) for tensor in tensors]
+    model.float()
+    model.to("meta")
+    assert [(tensor.data_ptr(), tensor.dtype, tensor.device) for tensor in tensors] == before
 
 
 def test_what_changed_is_named() -> None:
