@@ -33,12 +33,14 @@ from tokentree.top import top_logprobs
 from tokentree.tree import TokenTree
 
 SHAPES = ["cost", "3x2x1", "chain:4", "dynamic:nodes=12", "paths:[[0],[1],[0,0],[4],[1,2],[1,2,0]]"]
-KINDS = [(1, None), (3, None), (3, 60)]  # version, draft vocabulary
+KINDS = [(1, None), (3, None), (3, 60), (3, 0)]  # version, draft vocabulary: 0 where the target's output layer serves
 WIDE = {"hidden_size": 64, "intermediate_size": 96}
 
 
 def some_head(version: int, known: int | None = None, hidden_size: int = 48, seed: int = 0, **sizes: Any) -> EagleHead:
-    """A head with random weights, for the tiny models."""
+    """A head with random weights, for the tiny models; with ``known`` 0, one without an output layer."""
+    if known == 0:
+        known, sizes = None, {"own_output": False} | sizes
     taps = (2,) if version == 1 else (0, 1, 2)
     made = EagleHead(
         EagleSizes(**{
@@ -166,7 +168,7 @@ def test_one_compiled_call_gives_what_the_modules_give(
             trees = [TokenTree(tokens[:count], parents[:count])] * len(seqs)
             logits.append(engine.verify(seqs, trees, [done] * len(seqs)).all_logits)
         found.append(torch.cat(logits).float())
-    assert found[0].shape == (81 * len(lengths), VOCAB if known is None else known)
+    assert found[0].shape == (81 * len(lengths), known or VOCAB)
     error = (found[0] - found[1]).std() / found[1].std()
     assert float(error) < 0.03  # both round to bfloat16 at each step
 
@@ -315,6 +317,8 @@ def test_what_does_not_fit_is_refused() -> None:
         LLM(tiny("llama"), "eagle")
     wrong = some_head(3, 60)
     assert wrong.token_map is not None
+    with pytest.raises(ValueError, match="as wide as the target"):
+        some_head(3, 0, hidden_size=32, target_hidden_size=48, own_embedding=True)
     wrong.token_map[-1] = VOCAB
     with pytest.raises(PairingError, match="tokens that the target doesn't have"):
         Eagle(wrong, engine)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.test_eagle import KINDS, some_head
-from tests.tiny_models import VOCAB, tiny
+from tests.tiny_models import VOCAB, some_tokens, tiny
 from tokentree import LLM
 from tokentree.errors import ModelError, OptionError, PairingError
 from tokentree.heads.eagle import EagleHead
@@ -102,6 +102,31 @@ def test_weights_say_what_a_configuration_hides(tmp_path: Path) -> None:
     change(tmp_path, draft_vocab_size=7, num_key_value_heads=1, intermediate_size=9, attention_bias=True, qkv_bias=True)
     sizes = read_eagle(tmp_path, LAYERS).head.sizes
     assert (sizes.draft_vocab_size, sizes.num_kv_heads, sizes.intermediate_size, sizes.qkv_bias) == (60, 2, 80, False)
+
+
+@pytest.mark.parametrize("layout", ["safeailab", "speculators"])
+@pytest.mark.parametrize("maps", [{}, {"d2t": torch.zeros(VOCAB, dtype=torch.int64), "t2d": torch.ones(VOCAB).bool()}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_without_an_output_layer_uses_the_target_s(
+    tmp_path: Path, layout: str, maps: dict[str, torch.Tensor], dtype: torch.dtype
+) -> None:
+    """As heads are published whose vocabulary is the target's."""
+    model = tiny("llama", dtype, hidden_size=64, intermediate_size=96)
+    head = some_head(3, 0, hidden_size=64, intermediate_size=96)
+    write_eagle(head, tmp_path, "tiny", layout, about=About(taps=[0, 1, 2]))
+    if maps:
+        change_tensors(tmp_path, **maps)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    saved = read_eagle(tmp_path, LAYERS).head
+    assert saved.lm_head is None
+    assert_same(saved, head)
+    llm = LLM(model, heads=tmp_path, drafter="eagle", shape="2x2")
+    result = llm.generate([some_tokens(9)])[0]
+    assert result.token_ids == llm.plain().generate([some_tokens(9)])[0].token_ids
+    assert result.metrics.drafted_tokens > 0
+    change_tensors(tmp_path, d2t=torch.arange(60), t2d=None)
+    with pytest.raises(ModelError, match=r"knows some tokens alone \(d2t\), and lacks the tensor lm_head.weight"):
+        read_eagle(tmp_path, LAYERS)
 
 
 @pytest.mark.parametrize(

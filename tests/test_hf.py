@@ -5,10 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import inspect
 import itertools
 import math
+import threading
+import time
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +20,19 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     GenerationConfig,
+    GenerationMixin,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     StoppingCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
@@ -31,12 +44,23 @@ from transformers.generation import logits_process as known
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from tests.tiny_models import CONTEXT, VOCAB, full_logits, save_model, some_tokens, tiny, tiny_tokenizer
+from tests.tiny_models import (
+    CONTEXT,
+    VOCAB,
+    full_logits,
+    randomised,
+    save_model,
+    some_tokens,
+    tiny,
+    tiny_tokenizer,
+)
+from tokentree import LLM, hf_options
 from tokentree.engines import torch as engine_module
 from tokentree.errors import ModelError, OptionError, PromptError, TokenTreeError
 from tokentree.heads.medusa import MedusaHeads
 from tokentree.heads.saved import About, write_heads
 from tokentree.hf import WARPERS, TreeGenerator, generator
+from tokentree.hf_options import HONOURED, REFUSED, UNUSED, check_config
 from tokentree.sampling import SamplingParams, to_probs
 
 NEW = 16
@@ -397,7 +421,7 @@ def test_a_text_streamer_prints(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_transformers_drops_when_it_is_given_a_callable() -> None:
-    """The reason why these are arguments of `generator`; if this fails, its docstring is out of date."""
+    """The reason for `hf._Signature`; if this fails, it may be needless."""
     seen: dict[str, Any] = {}
 
     def callable_(model: Any, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -411,6 +435,42 @@ def test_what_transformers_drops_when_it_is_given_a_callable() -> None:
     assert streamer.got == [[PROMPT]]
     with pytest.raises(ValueError, match="could not locate a tokenizer"):
         run(model_of("llama"), batch(PROMPT), custom_generate=callable_, stop_strings=["a"], tokenizer=tiny_tokenizer())
+
+
+def test_a_streamer_given_to_generate() -> None:
+    ours, theirs = Recorder(), Recorder()
+    run(model_of("llama"), batch(PROMPT), streamer=theirs)
+    made = generator(draft_of("perfect"), shape="2x2")
+    for _ in range(2):
+        run(model_of("llama"), batch(PROMPT), streamer=ours, custom_generate=made)
+    assert ours.got == theirs.got * 2
+    with pytest.raises(OptionError, match="each given a streamer"):
+        run(model_of("llama"), batch(PROMPT), streamer=ours, custom_generate=generator(streamer=Recorder()))
+    with pytest.raises(OptionError, match="a streamer takes one sequence"):
+        run(model_of("llama"), batch(*SEVERAL), streamer=ours, custom_generate=made)
+
+
+@pytest.mark.parametrize("where", ["call", "config", "model"])
+def test_stop_strings(where: str) -> None:
+    tokenizer = tiny_tokenizer()
+    model = tiny("llama", vocab_size=len(tokenizer))
+    inputs = dict(tokenizer("The quick brown fox", return_tensors="pt"))
+    length = inputs["input_ids"].shape[1]
+    new = run(model, inputs, eos_token_id=None)[0, length:]
+    inside = next(text for text in map(str, map(tokenizer.decode, new[5:])) if text.isascii() and text.isprintable())
+    options: dict[str, Any] = {"tokenizer": tokenizer}
+    if where == "call":
+        options |= {"stop_strings": [inside], "eos_token_id": None}
+    elif where == "config":
+        options["generation_config"] = GenerationConfig(stop_strings=inside, max_new_tokens=NEW)
+    else:
+        model.generation_config = GenerationConfig(stop_strings=[inside])
+    expected = run(model, inputs, **options)
+    assert length + 1 < expected.shape[1] < length + NEW
+    for made in (generator(model, shape="chain:4"), generator(drafter="ngram")):
+        assert run(model, inputs, custom_generate=made, **options).tolist() == expected.tolist()
+    with pytest.raises(ValueError, match="could not locate a tokenizer"):  # transformers' own
+        run(model, inputs, custom_generate=generator(), **(options | {"tokenizer": None}))
 
 
 # -- sampling --------------------------------------------------------------------------------------------------------
@@ -596,6 +656,11 @@ def test_a_model_is_not_kept_alive() -> None:
         {"prompt_lookup_num_tokens": 3},
         {"assistant_early_exit": 1},
         {"use_mtp": True},
+        {"assistant_model": model_of("llama", seed=9)},
+        {"synced_gpus": True},
+        {"is_assistant": True},
+        {"speculation_type": "dflash"},
+        {"assistant_ensemble_weight": 0.5},
         {"cache_implementation": "static"},
         {"output_scores": True, "return_dict_in_generate": True},
         {"output_logits": True, "return_dict_in_generate": True},
@@ -618,6 +683,153 @@ def test_what_can_t_be_honoured(options: dict[str, Any]) -> None:
     with pytest.raises(OptionError) as error:
         run(model, inputs, custom_generate=generator(), **options)
     assert "\n" not in str(error.value)
+    name = next(iter(options))
+    if name not in ("guidance_scale", "max_new_tokens") and not name.startswith("encoder"):
+        assert name in str(error.value)
+
+
+def test_reasons_are_true_ones() -> None:
+    for options, reason in (
+        ({"num_beams": 2}, r"SamplingParams\(num_beams=\.\.\.\)"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "hidden states of several candidates.*no longer has it"),
+        ({"dola_layers": "low"}, "no longer has it.*dola"),
+        ({"assistant_model": draft_of("fair")}, "pass it draft_model="),
+    ):
+        with pytest.raises(OptionError, match=reason):
+            run(model_of("llama"), batch(PROMPT), custom_generate=tree(), **options)
+
+
+def test_a_prompt_that_transformers_rewrites_is_refused() -> None:
+    with pytest.raises(OptionError, match="token_healing=True: it rewrites the prompt"):
+        check_config(GenerationConfig(token_healing=True))
+
+
+def test_every_setting_is_honoured_or_without_effect_or_refused() -> None:
+    names = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
+    sets = [HONOURED, UNUSED, set(REFUSED)]
+    assert names <= set.union(*sets), "a version of transformers has more: say what becomes of it"
+    assert not [a & b for a, b in itertools.combinations(sets, 2) if a & b]
+    asked = set(inspect.signature(GenerationMixin.generate).parameters) - {"self", "kwargs"}
+    known_here = {
+        "inputs", "generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn",
+        "custom_generate", "streamer",  # honoured
+        "synced_gpus", "assistant_model",  # refused
+        "negative_prompt_ids", "negative_prompt_attention_mask",  # without guidance_scale, which is refused, no effect
+    }  # fmt: skip
+    assert asked == known_here
+
+
+def test_a_setting_that_is_not_known_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf_options, "UNUSED", UNUSED - {"low_memory"})
+    with pytest.raises(OptionError, match="doesn't know low_memory=True"):
+        run(model_of("llama"), batch(PROMPT), custom_generate=tree(), low_memory=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"output_scores": True},
+        {"output_attentions": True},
+        {"length_penalty": 2.0, "early_stopping": True},
+        {"num_assistant_tokens": 3},
+        {"cache_implementation": "dynamic", "prefill_chunk_size": 4},
+        {"disable_compile": True},
+        {"do_sample": False, "penalty_alpha": 0.0},
+        {"negative_prompt_ids": torch.tensor([[5, 6]])},
+    ],
+    ids=str,
+)
+def test_what_has_no_effect(options: dict[str, Any]) -> None:
+    expected = run(model_of("llama"), batch(PROMPT), **options).tolist()
+    assert run(model_of("llama"), batch(PROMPT), custom_generate=tree(), **options).tolist() == expected
+
+
+_TEXT: dict[str, Any] = {
+    "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": VOCAB, "max_position_embeddings": CONTEXT,
+}  # fmt: skip
+_EYES = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+PICTURE = VOCAB - 10  # the token that stands for one
+
+
+def _gemma3() -> PreTrainedModel:
+    text = {**_TEXT, "head_dim": 16, "sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
+    ids = {"image_token_index": PICTURE, "boi_token_index": PICTURE + 1, "eoi_token_index": PICTURE + 2}
+    eyes = {**_EYES, "num_hidden_layers": 1}
+    config = Gemma3Config(text_config=text, vision_config=eyes, mm_tokens_per_image=4, **ids)  # type: ignore[arg-type]
+    return Gemma3ForConditionalGeneration(config)
+
+
+def _qwen() -> PreTrainedModel:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 2, 3]}
+    eyes = {"hidden_size": 16, "out_hidden_size": 48, "depth": 1, "num_heads": 2, "intermediate_size": 16}
+    ids: dict[str, Any] = {"image_token_id": PICTURE, "video_token_id": PICTURE + 1}
+    config = Qwen2_5_VLConfig(
+        text_config={**_TEXT, "rope_parameters": rope}, vision_config={**eyes, "fullatt_block_indexes": [0]}, **ids
+    )
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def _llava() -> PreTrainedModel:
+    eyes = CLIPVisionConfig(**{**_EYES, "num_hidden_layers": 1})  # type: ignore[arg-type]
+    config = LlavaConfig(text_config=LlamaConfig(**_TEXT), vision_config=eyes, image_token_index=PICTURE)
+    return LlavaForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("make", [_gemma3, _qwen, _llava])
+def test_vision_models_without_pictures(make: Callable[[], PreTrainedModel]) -> None:
+    with torch.random.fork_rng(devices=[]):
+        model = randomised(make())
+    model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=1)
+    prompts, made = [some_tokens(9 - i, vocab=100, seed=i) for i in range(3)], generator(shape="2x2")
+    for inputs in (batch(prompts[0]), batch(*prompts)):
+        expected = run(model, inputs).tolist()
+        assert run(model, inputs, custom_generate=made).tolist() == expected
+        kinds = {"mm_token_type_ids" if make is _qwen else "token_type_ids": torch.zeros_like(inputs["input_ids"])}
+        if make is not _llava:  # processors tell which tokens are pictures: none
+            assert run(model, {**inputs, **kinds}, custom_generate=made).tolist() == expected
+    found = LLM(model).generate([prompts[0]], SamplingParams(max_tokens=NEW))[0].token_ids
+    assert [*prompts[0], *found] == run(model, batch(prompts[0]))[0].tolist()
+    pictures: dict[str, torch.Tensor] = {"pixel_values": torch.zeros(1, 3, 28, 28)}
+    if make is _qwen:
+        pictures = {"pixel_values": torch.zeros(16, 1176), "image_grid_thw": torch.tensor([[1, 4, 4]])}
+    inputs = {"input_ids": torch.tensor([[*prompts[0], *[PICTURE] * 4]]), **pictures}
+    with pytest.raises(OptionError, match="the image in mm_encoder_outputs"):
+        run(model, inputs, custom_generate=made)
+
+
+def test_threads_share_one_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    count, create = list[int](), engine_module.TorchEngine.__init__
+    expected = [run(model_of("llama"), batch(prompt)).tolist() for prompt in SEVERAL]
+    model = copy.deepcopy(model_of("llama"))
+
+    def counted(self: Any, *args: Any, **options: Any) -> None:
+        count.append(1)
+        time.sleep(0.05)
+        create(self, *args, **options)
+
+    monkeypatch.setattr(engine_module.TorchEngine, "__init__", counted)
+    made, ready = generator(drafter="none"), threading.Barrier(3)
+
+    def first() -> LLM:
+        ready.wait()
+        return made._llm(model)
+
+    with ThreadPoolExecutor(3) as pool:
+        asked = [pool.submit(first) for _ in SEVERAL]
+        assert len({id(one.result()) for one in asked}) == 1
+    assert len(count) == 1
+    assert [run(model, batch(prompt), custom_generate=made).tolist() for prompt in SEVERAL] == expected
+
+
+def test_metrics_are_those_of_the_thread_s_own_call() -> None:
+    made = generator(drafter="none")
+    run(model_of("llama"), batch(PROMPT), custom_generate=made)
+    mine = made.metrics
+    with ThreadPoolExecutor(1) as pool:
+        theirs = pool.submit(lambda: (run(model_of("llama"), batch(*SEVERAL), custom_generate=made), made.metrics)[1])
+        assert len(theirs.result()) == 3
+    assert made.metrics is mine
 
 
 def test_a_cache_of_the_user_is_refused() -> None:

@@ -23,6 +23,7 @@ def test_they_are_read_and_small(folder: Path) -> None:
         assert eagle.head.sizes.taps == (2, 15, 27)
         assert eagle.head.token_map is not None
         assert len(eagle.head.token_map) == 4096
+        assert eagle.head.lm_head is not None
         weight, about = eagle.head.lm_head.weight, eagle.about
     else:
         saved = read_heads(folder)

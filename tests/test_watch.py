@@ -235,6 +235,7 @@ def test_what_was_put_into_a_model_is_run(kind: str) -> None:
     if kind != "more layers than count":
         assert expected != unchanged
     assert text(model, made) == expected
+    assert made._llms[model].engine.form == "tree attention"
     assert text(model, drafting()) == expected
     assert own_text(model) == expected  # the model is left as it was
 
@@ -337,6 +338,7 @@ def test_transformers_own_classes_are_known_as_such() -> None:
     model = fresh()
     assert same_forward(block(fresh("qwen2")).mlp, modeling_llama.LlamaMLP)
     assert not same_forward(OtherMLP(block(model).mlp), modeling_llama.LlamaMLP)
+    assert not same_forward(block(model).input_layernorm, modeling_llama.LlamaMLP)
 
 
 def test_a_hook_for_all_modules_is_refused() -> None:
@@ -408,6 +410,37 @@ def test_a_forward_that_changes_the_weights_is_refused() -> None:
     block(model).mlp.register_forward_pre_hook(before)
     with pytest.raises(ModelError, match="is changed by its own forward"):
         LLM(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_hook_that_knows_rows_by_their_place_is_refused(dtype: torch.dtype) -> None:
+    """Where its effect is larger than what an engine allows when it is made."""
+
+    def last_alone(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return torch.cat([output[:, :-1], -3 * output[:, -1:]], 1)
+
+    model = fresh(dtype=dtype)
+    block(model).register_forward_hook(last_alone)
+    with pytest.raises(ModelError, match="see a tree's rows, which are in no order"):
+        LLM(model)
+
+    def one_text(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        raise IndexError("too many rows")
+
+    model = fresh(dtype=dtype)
+    block(model).register_forward_hook(one_text)
+    with pytest.raises(ModelError, match="fail on the rows of a tree: IndexError: too many rows"):
+        LLM(model)
+
+
+def test_adapters_by_the_row_are_refused() -> None:
+    with pytest.raises(ModelError, match="fail on the rows of a tree: ValueError: Length of `adapter_names`"):
+        adapted().generate(
+            input_ids=torch.tensor([PROMPT] * 2),
+            max_new_tokens=3,
+            adapter_names=["first", "second"],
+            custom_generate=drafting(),
+        )
 
 
 def test_an_attention_of_one_s_own_is_refused() -> None:
@@ -699,6 +732,17 @@ def test_running_the_model_itself_is_no_change() -> None:
     assert llm.generate([PROMPT], SamplingParams(max_tokens=NEW))[0].token_ids == own_text(model)
 
 
+def test_what_an_engine_reads_stays_where_it_is() -> None:
+    """Compiled calls keep addresses."""
+    model = fresh(dtype=torch.bfloat16)
+    engine = TorchEngine(model)
+    tensors = [*engine._model.parameters(), *engine._model.buffers()]
+    before = [(tensor.data_ptr(), tensor.dtype, tensor.device) for tensor in tensors]
+    model.float()
+    model.to("meta")
+    assert [(tensor.data_ptr(), tensor.dtype, tensor.device) for tensor in tensors] == before
+
+
 def test_what_changed_is_named() -> None:
     def told(change: Callable[[Any], None]) -> str:
         model = fresh()
@@ -710,6 +754,9 @@ def test_what_changed_is_named() -> None:
     assert told(attribute) == "model.layers.1.self_attn is not as it was"
     assert told(in_place) == "model.layers.1.mlp.up_proj is not as it was"
     assert told(past_torch) == "weights of LlamaForCausalLM have other values"
+    assert told(lambda model: setattr(model.config, "hidden_act", "gelu")) == (
+        "the configuration of LlamaForCausalLM is not as it was"
+    )
     assert told(one_layer_less) == "it has fewer modules"
 
 

@@ -74,6 +74,8 @@ class EagleEngine:
             raise PairingError(
                 f"this EAGLE head is for a target with {sizes.vocab_size} tokens, and this one has {target.vocab_size}"
             )
+        if not sizes.own_output and sizes.hidden_size != features.hidden_size:
+            raise PairingError("this EAGLE head has no output layer, and the target's takes another width")
         if head.embed_tokens is None and sizes.hidden_size != features.hidden_size:
             raise PairingError("this EAGLE head has no embedding, and the target's has another width")
         self.vocab_size, self.context = target.vocab_size, min(target.context, sizes.context)

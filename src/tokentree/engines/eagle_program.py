@@ -32,15 +32,15 @@ class _Heads:
 
 
 class EagleProgram(Steps):
-    """What `EagleHead.forward` and, of EAGLE-3, `EagleHead.logits` do, step by step, in bfloat16 on a CPU, with weights
-    in 8 bits: drafts needn't be exact.
+    """What `EagleHead.forward` and, of heads with an output layer, `EagleHead.logits` do, step by step, in bfloat16 on
+    a CPU, with weights in 8 bits: drafts needn't be exact.
 
     Args:
         head: one that `fits`, in bfloat16; it stays as it is.
         embedding: given token ids int64[rows], bfloat16[rows, hidden size].
 
     Attributes:
-        best, log_sums: of the last `forward` of an EAGLE-3 head, see `base.TargetOutput`; None of others.
+        best, log_sums: of the last `forward` of a head with an output layer, see `base.TargetOutput`; None of others.
     """
 
     def __init__(self, head: EagleHead, embedding: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -58,6 +58,8 @@ class EagleProgram(Steps):
         self._fc, self._embedding, self._taps = packing.pack(head.fc), embedding, len(sizes.taps)
         if sizes.version == 3:
             self._norms = FusedNorm(head.input_layernorm), FusedNorm(head.hidden_norm)
+        self._says = head.lm_head is not None
+        if head.lm_head is not None:
             self._last, self._lm_head = FusedNorm(head.norm), packing.pack(head.lm_head)
             self._kept = min(KEPT, self._lm_head.num_outputs)
         self.best: tuple[NDArray[np.float32], Ints] | None = None
@@ -88,7 +90,8 @@ class EagleProgram(Steps):
         segments: SequenceOf[Segment],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         """Writes the KV of all rows of ``segments``, and returns what is known of the next positions, bfloat16[rows,
-        hidden size]; and, of EAGLE-3, logits bfloat16[rows, tokens], of which `best` and `log_sums` then are.
+        hidden size]; and, of a head with an output layer, logits bfloat16[rows, tokens], of which `best` and `log_sums`
+        then are.
 
         Args:
             ids, positions: int64[rows].
@@ -98,7 +101,7 @@ class EagleProgram(Steps):
         rows = len(ids)
         first = self._take_in(ids, known)
         logits = None
-        if self._version == 3:
+        if self._says:
             logits = torch.empty(rows, len(self._lm_head.start), dtype=torch.bfloat16)
             values, tokens = (torch.empty(rows, self._kept, dtype=kind) for kind in (torch.float32, torch.int64))
             sums = torch.empty(rows, dtype=torch.float32)
@@ -158,7 +161,7 @@ class EagleProgram(Steps):
         steps += self.turn(0, sizes, at.qkv, at.queries)
         self._up_to_kv = len(steps)
         steps += self.after_turning(0, sizes, self._behind, at)
-        if third:
+        if self._says:
             steps += self.norm(self._last, at.residual, at.normed, self._lm_head, at.added)
             steps += self.multiply(self._lm_head, at.normed, None)
             return [*steps, [BEST, 0, len(self._lm_head.start), self._lm_head.num_outputs, self._kept, 0, 0, 0]]

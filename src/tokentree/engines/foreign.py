@@ -8,6 +8,7 @@ modules run, and it with them. What can't be run in a copy of the model is refus
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import unwrap
 from pathlib import Path
@@ -85,7 +86,7 @@ def is_own(kind: type[nn.Module]) -> bool:
     owner = next(base for base in kind.__mro__ if "forward" in vars(base))
     forward = unwrap(kind.forward)
     named = {f"{owner.__qualname__}.forward", "_forward_unimplemented"}
-    return forward.__qualname__ in named and _at_home(kind.forward) and not _replaced(forward)
+    return forward.__qualname__ in named and at_home(kind.forward) and not _replaced(forward)
 
 
 def same_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -105,7 +106,7 @@ def check_runs_in_a_copy(model: PreTrainedModel) -> None:
         )
     kind = model.config.get_text_config()._attn_implementation
     attends = ALL_ATTENTION_FUNCTIONS.get(kind) if kind else None
-    if attends is not None and "/" not in kind and not _at_home(attends):
+    if attends is not None and "/" not in kind and not at_home(attends):
         raise ModelError(
             f"{name} attends by the function {_name(attends)!r} that was registered as {kind!r}, and it can't be told "
             "of a tree: use model.set_attn_implementation('sdpa')"
@@ -126,6 +127,24 @@ def check_runs_in_a_copy(model: PreTrainedModel) -> None:
 def runs_more(model: nn.Module) -> bool:
     """Whether a forward runs hooks, or forwards of modules' own, which may do more than compute."""
     return any("forward" in vars(module) or next(hooks_of(module), None) for module in model.modules())
+
+
+@contextmanager
+def explained(model: nn.Module) -> Iterator[None]:
+    """Errors of a forward in which such code runs as `ModelError`, with what it may be that went wrong."""
+    try:
+        yield
+    except ModelError as error:
+        if not runs_more(model):
+            raise
+        raise ModelError(f"{error}; its hooks or replaced forwards see a tree's rows, which are in no order") from None
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+        if not runs_more(model):
+            raise
+        raise ModelError(
+            f"hooks or replaced forwards in {type(model).__name__} fail on the rows of a tree: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def global_hooks() -> bool:
@@ -160,10 +179,10 @@ def _replaced(function: Any) -> set[str]:
     """The functions that ``function`` calls by name and that come from elsewhere."""
     scope = function.__globals__
     named = ((name, scope.get(name)) for name in function.__code__.co_names)
-    return {name for name, value in named if isinstance(value, FunctionType) and not _at_home(value)}
+    return {name for name, value in named if isinstance(value, FunctionType) and not at_home(value)}
 
 
-def _at_home(function: Any) -> bool:
+def at_home(function: Any) -> bool:
     """Whether a function, and all that is wrapped around it, was written in torch or transformers."""
     while function is not None:
         function = getattr(function, "func", function)  # of a partial

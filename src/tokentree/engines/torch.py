@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from tokentree.engines.attending import ATTENDED, adapt, attended
 from tokentree.engines.attention import TREE, ForwardKV, attending, dense_mask
 from tokentree.engines.facts import Facts, settings_of
-from tokentree.engines.foreign import check_runs_in_a_copy, inner_model, runs_more
+from tokentree.engines.foreign import check_runs_in_a_copy, explained, inner_model, runs_more
 from tokentree.engines.kept import KeptPacking, Place
 from tokentree.engines.kv import KVLayout, Storages
 from tokentree.engines.kv_engine import KVEngine
@@ -92,11 +92,12 @@ class TorchEngine(KVEngine):
         set_attention(self._model, own_attention)
         self._keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         packing = _packing(self._model, quantization, file, kept) if device.type == "cpu" else None
-        if packing is None:
-            own = own_forward(self._model)
-        else:
-            exact = functools.partial(in_float32, model, own_attention) if dtype in FEW_BITS else None
-            own = packing.recall(OWN, lambda: own_forward(self._model, exact))
+        with explained(self._model):
+            if packing is None:
+                own = own_forward(self._model)
+            else:
+                exact = functools.partial(in_float32, model, own_attention) if dtype in FEW_BITS else None
+                own = packing.recall(OWN, lambda: own_forward(self._model, exact))
         cached = shapes = _shapes(own)
         whole = packing is not None and not self._attends_itself and Llama.fits(self._model, packing)
         self._noted: dict[int, torch.Tensor] = {}  # of the last forward of `_model`, [rows, hidden size]
@@ -127,16 +128,17 @@ class TorchEngine(KVEngine):
             steady_activations(self._model)
             steady_weights(self._model)
             self._foreign = foreign_layers(self._model)
-        try:
-            self._check_trees(own)
-        except ModelError as error:
-            if self._attends_itself:
-                raise
-            if attention is not None or program:
-                raise ModelError(f"{error}: use attention='sdpa'") from None
-            self._attend_by_itself(own_attention, error)  # nobody asked for our attention
-            self._storages = Storages(self._layout_for(cached, device, dtype))
-            self._check_trees(own)
+        with explained(self._model):
+            try:
+                self._check_trees(own)
+            except ModelError as error:
+                if self._attends_itself:
+                    raise
+                if attention is not None or program:
+                    raise ModelError(f"{error}: use attention='sdpa'") from None
+                self._attend_by_itself(own_attention, error)  # nobody asked for our attention
+                self._storages = Storages(self._layout_for(cached, device, dtype))
+                self._check_trees(own)
         if self._foreign and not self._attends_itself:
             self.caveat = (
                 f"{facts.name} has linear layers of another kind here ({', '.join(self._foreign)}), whose bits may "

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tokentree.engines.foreign import global_hooks, hooks_of, is_own, names_in
+from tokentree.engines.foreign import at_home, global_hooks, hooks_of, is_own, names_in
 
 PLACES, TOGETHER = 16, 8  # at which values of each tensor are looked at, so many side by side
 ASIDE = {  # settings that don't change what a forward computes
@@ -128,8 +128,8 @@ def _look(model: nn.Module) -> tuple[list[Any], list[bytes]]:
         stack += [child for child in reversed(own["_modules"].values()) if child is not None]
     facts += ([kind, *_functions(kind)] for kind in kinds)
     config: Any = model.config
-    attention = config.get_text_config()._attn_implementation
-    facts += [ALL_ATTENTION_FUNCTIONS.get(attention) if attention else None, _settings(config)]
+    attention = ALL_ATTENTION_FUNCTIONS.get(config.get_text_config()._attn_implementation)
+    facts += [None if attention is None or at_home(attention) else attention, _settings(config)]
     return facts, values_of(tensors)
 
 
@@ -227,4 +227,9 @@ def _difference(model: nn.Module, before: list[Any], after: list[Any]) -> str:
         return f"it has {'more' if len(after) > len(before) else 'fewer'} modules"
     names = [name for name, _ in model.named_modules()]
     place = next(i for i, (old, new) in enumerate(zip(before, after, strict=True)) if old != new)
-    return f"{(names[place] if place < len(names) else '') or 'the model'} is not as it was"
+    kind = type(model).__name__
+    if place < len(names):
+        return f"{names[place] or kind} is not as it was"
+    if place >= len(after) - 2:
+        return f"the {'configuration' if place == len(after) - 1 else 'attention'} of {kind} is not as it was"
+    return f"the class {after[place][0].__name__} is not as it was"

@@ -35,6 +35,7 @@ class EagleSizes(BaseModel):
         fc_bias, qkv_bias: whether these products have a bias.
         norm_before_residual: whether an EAGLE-3 head adds its attention to what is known after the norm.
         own_embedding: whether it has an embedding of its own, not the target's.
+        own_output: whether an EAGLE-3 head has an output layer of its own; else it uses the target's, as EAGLE-1 does.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -55,6 +56,7 @@ class EagleSizes(BaseModel):
     fc_bias: bool = False
     qkv_bias: bool = False
     own_embedding: bool = False
+    own_output: bool = True
     norm_before_residual: bool = False
 
     @model_validator(mode="after")
@@ -63,6 +65,10 @@ class EagleSizes(BaseModel):
             raise ValueError("num_heads must be a multiple of num_kv_heads")
         if self.version == 1 and (len(self.taps) > 1 or self.draft_vocab_size is not None):
             raise ValueError("EAGLE-1 reads one hidden state and knows all tokens")
+        if not self.own_output and self.draft_vocab_size is not None:
+            raise ValueError("a head with the target's output layer knows all tokens")
+        if not self.own_output and self.target_hidden_size not in (None, self.hidden_size):
+            raise ValueError("a head with the target's output layer is as wide as the target")
         return self
 
 
@@ -100,7 +106,8 @@ class EagleHead(nn.Module):
         if third:
             self.input_layernorm, self.hidden_norm = LlamaRMSNorm(size, sizes.eps), LlamaRMSNorm(size, sizes.eps)
             self.norm = LlamaRMSNorm(size, sizes.eps)
-            self.lm_head = nn.Linear(size, sizes.draft_vocab_size or sizes.vocab_size, bias=False)
+        says, known_tokens = third and sizes.own_output, sizes.draft_vocab_size or sizes.vocab_size
+        self.lm_head = nn.Linear(size, known_tokens, bias=False) if says else None
         self.embed_tokens = nn.Embedding(sizes.vocab_size, size) if sizes.own_embedding else None
         self.rotary = LlamaRotaryEmbedding(_rope_config(sizes))
         self.token_map: torch.Tensor | None
@@ -136,9 +143,11 @@ class EagleHead(nn.Module):
         return given
 
     def logits(self, known: torch.Tensor, output_layer: Layer) -> torch.Tensor:
-        """[..., tokens that the head knows], of what `forward` gave; ``output_layer`` is the target's, for EAGLE-1."""
-        scores: torch.Tensor = self.lm_head(self.norm(known)) if self.sizes.version == 3 else output_layer(known)
-        return scores
+        """[..., tokens that the head knows], of what `forward` gave; ``output_layer`` is the target's, for EAGLE-1, and
+        for heads without one of their own."""
+        if self.sizes.version == 1:
+            return output_layer(known)
+        return (output_layer if self.lm_head is None else self.lm_head)(self.norm(known))
 
     def turn(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """``x`` [..., rows, heads, head_dim] turned to ``positions`` int64[..., rows] (Su et al. 2021,

@@ -134,7 +134,7 @@ def tap_places(ids: list[int]) -> tuple[tuple[int, ...], str]:
 
 def _renamed(tensors: dict[str, torch.Tensor], where: str) -> dict[str, torch.Tensor]:
     """``tensors`` as SafeAILab names those of the version that they are of."""
-    third = any(name.startswith(("midlayer.", "lm_head.", "norm.")) for name in tensors)
+    third = any(name.startswith(("midlayer.", "lm_head.", "norm.", "layers.0.hidden_norm.")) for name in tensors)
     prefix = LAYER[3] if third else LAYER[1]
     found = {
         name.replace("layers.0.", prefix) if name.startswith("layers.0.") else name: tensor
@@ -150,6 +150,9 @@ def _sizes(
 ) -> tuple[EagleSizes, str]:
     """What the head is made of, and how its places were found out."""
     version = 3 if f"{LAYER[3]}mlp.gate_proj.weight" in tensors else 1
+    own_output = version == 1 or "lm_head.weight" in tensors  # else it uses the target's
+    if not own_output and "d2t" in tensors and bool(tensors["d2t"].any()):
+        raise ModelError(f"{where!r} knows some tokens alone (d2t), and lacks the tensor lm_head.weight for them")
     try:
         inner: Any = LlamaConfig.from_dict(dict(config.get("transformer_layer_config") or config))
         hidden, width = tensors["fc.weight"].shape
@@ -169,9 +172,7 @@ def _sizes(
             told = f"hidden states {list(taps)}, EAGLE-3's own choice for {num_layers} layers"
         if version == 3 and width != len(taps) * target:
             raise ModelError(f"in {where!r} fc.weight takes {width} numbers, not {len(taps)} hidden states of {target}")
-        known = int(tensors["lm_head.weight"].shape[0]) if version == 3 else None
-        if version == 3 and "d2t" not in tensors:
-            known = None
+        known = len(tensors["lm_head.weight"]) if version == 3 and own_output and "d2t" in tensors else None
         return EagleSizes(
             version=version, hidden_size=hidden,
             intermediate_size=tensors[f"{LAYER[version]}mlp.gate_proj.weight"].shape[0],
@@ -180,7 +181,7 @@ def _sizes(
             target_hidden_size=None if target == hidden else target, rope=dict(inner.rope_parameters),
             context=inner.max_position_embeddings, eps=inner.rms_norm_eps, fc_bias="fc.bias" in tensors,
             qkv_bias=f"{LAYER[version]}self_attn.q_proj.bias" in tensors,
-            own_embedding="embed_tokens.weight" in tensors,
+            own_embedding="embed_tokens.weight" in tensors, own_output=own_output,
             norm_before_residual=bool(config.get("norm_before_residual", False)),
         ), told  # fmt: skip
     except (ValidationError, StrictDataclassError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
@@ -205,7 +206,9 @@ def _places(head: EagleHead) -> dict[str, torch.Tensor]:
     if sizes.version == 3:
         found[f"{prefix}input_layernorm.weight"] = head.input_layernorm.weight
         found[f"{prefix}hidden_norm.weight"] = head.hidden_norm.weight
-        found |= {"norm.weight": head.norm.weight, "lm_head.weight": head.lm_head.weight}
+        found["norm.weight"] = head.norm.weight
+        if head.lm_head is not None:
+            found["lm_head.weight"] = head.lm_head.weight
     if head.embed_tokens is not None:
         found["embed_tokens.weight"] = head.embed_tokens.weight
     return found

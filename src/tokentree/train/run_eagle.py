@@ -140,7 +140,7 @@ def _fresh(
     with torch.inference_mode():
         embedding = features.embedding(ids).float()
         weight, bias = features.output_weights(ids if known is None else known.to(features.device))
-    if version == 3:
+    if head.lm_head is not None:
         head.token_map = known
         with torch.no_grad():
             head.lm_head.weight.copy_(weight)
