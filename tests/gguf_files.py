@@ -70,7 +70,9 @@ def sizes_of(model: PreTrainedModel) -> dict[str, Any]:
     if hasattr(config, "rms_norm_eps"):
         said["attention.layer_norm_rms_epsilon"] = float(config.rms_norm_eps)
     else:
-        said["attention.layer_norm_epsilon"] = float(next(getattr(config, name) for name in norms if hasattr(config, name)))
+        said["attention.layer_norm_epsilon"] = float(
+            next(getattr(config, name) for name in norms if hasattr(config, name))
+        )
     rope = getattr(config, "rope_parameters", None) or {}
     rope = rope.get("full_attention", rope)
     if rope:

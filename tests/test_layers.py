@@ -35,7 +35,22 @@ LAYERS = {
     **dict.fromkeys(("acceptance", "shapes"), 2),
     **dict.fromkeys(("engines", "drafters", "heads"), 3),
     **dict.fromkeys(("registry", "decoder", "beam"), 4),
-    **dict.fromkeys(("gguf_settings", "gguf_model", "gguf_tokenizer", "converted", "names", "pairing", "loading", "costs", "llm"), 5),
+    **dict.fromkeys(
+        (
+            "gguf_entries",
+            "gguf_rope",
+            "gguf_settings",
+            "gguf_model",
+            "gguf_tokenizer",
+            "converted",
+            "names",
+            "pairing",
+            "loading",
+            "costs",
+            "llm",
+        ),
+        5,
+    ),
 }
 TOP = 6  # everything else: ways to use the library
 

@@ -144,7 +144,11 @@ def test_a_pair_of_padded_vocabularies_decodes_as_the_target_alone(
 ) -> None:
     """No id beyond the target's own is ever proposed."""
     folders = [
-        save_model(tmp_path / f"{size}-{seed}", tiny("llama", vocab_size=size, seed=seed), padded(target, *PADDED[: size - 300]))
+        save_model(
+            tmp_path / f"{size}-{seed}",
+            tiny("llama", vocab_size=size, seed=seed),
+            padded(target, *PADDED[: size - 300]),
+        )
         for size, seed in zip(sizes, (0, 1))
     ]
     llm = LLM(folders[0], draft_model=folders[1], shape="3x2x2", dtype="float32")

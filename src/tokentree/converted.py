@@ -58,7 +58,12 @@ def _folder(file: Path) -> Path:
 
 def _source(file: Path) -> dict[str, Any]:
     found = file.stat()
-    return {"size": found.st_size, "changed": found.st_mtime_ns, "transformers": version("transformers"), "rules": RULES}
+    return {
+        "size": found.st_size,
+        "changed": found.st_mtime_ns,
+        "transformers": version("transformers"),
+        "rules": RULES,
+    }
 
 
 def _source_of(folder: Path) -> object:
