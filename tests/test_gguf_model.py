@@ -1,7 +1,8 @@
-"""What a GGUF file says is what decodes: the logits are those of the model that transformers makes of equal settings."""
+"""What a GGUF file says is what decodes: logits are those of the model that transformers makes of equal settings."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,13 @@ from transformers import (
 )
 
 from tests.gguf_files import finish, write_gguf
-from tests.tiny_models import _GROUPED, CONTEXT, WINDOW, full_logits, randomised, some_tokens, tiny
+from tests.test_engine import verified
+from tests.tiny_models import _GROUPED, CONTEXT, WINDOW, full_logits, randomised, request, some_tokens, tiny
 from tokentree import LLM, SamplingParams
 from tokentree.errors import ModelError
-from tokentree.loading import load_model
+from tokentree.gguf_settings import FAMILIES
+from tokentree.loading import load_engine, load_model
+from tokentree.tree import TokenTree
 
 CPU = torch.device("cpu")
 TOKENS = some_tokens(70)
@@ -228,7 +232,7 @@ def test_a_first_and_a_later_start_decode_as_the_original(
     known = rope(original_max_position_embeddings=8192, **LLAMA3)
     given = rope(rope_type="longrope", short_factor=factors, long_factor=factors, attention_factor=1.0,
                  original_max_position_embeddings=CONTEXT)  # fmt: skip
-    sizes = {"hidden_size": 64, "intermediate_size": 96}
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96}
     model = tiny("llama", **sizes, **(given if made == "otherwise" else known))
     write_gguf(tmp_path / "tiny.gguf", model, tensors={"rope_freqs.weight": factors})
     engines = list[str]()
@@ -319,3 +323,27 @@ def test_an_architecture_that_is_not_read_is_named(architecture: str, tmp_path: 
     finish(writer)
     with pytest.raises(ModelError, match=f"its architecture '{architecture}' isn't read here, only llama, qwen2, "):
         load_model(path, "float32", CPU)
+
+
+@pytest.mark.parametrize(
+    "case", ["llama", "qwen2", "qwen3", "gemma", "gemma3", "granite", "phi3", "starcoder2", "stablelm"]
+)
+def test_in_the_file_s_bits_it_is_the_same_model(case: str, tmp_path: Path) -> None:
+    """Up to what 8 bits lose: a layer whose rows were in another order would give quite other logits."""
+    architecture, make, entries = PLAIN[case]
+    path = tmp_path / "tiny.gguf"
+    model = make()
+    write_gguf(path, model, architecture=architecture, entries=entries)
+    engine: Any = load_engine(path, None, CPU, "gguf")
+    assert engine.quantization == "gguf"
+    expected = full_logits(model, TOKENS[:20])[-1]
+    seq = request(TOKENS[:20])
+    got = verified(engine, seq, TokenTree(np.array(TOKENS[19:20]), np.array([-1])))[0]
+    assert float(torch.corrcoef(torch.stack([got.float(), expected]))[0, 1]) > 0.99
+
+
+def test_the_manual_s_table_has_all_architectures_and_no_other() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "gguf.md").read_text(encoding="utf-8")
+    rows = page.split("## Entries of a model")[0].split("|---|---|---|")[1].strip().splitlines()
+    named = [name for row in rows if row.startswith("|") for name in re.findall(r"`([a-z0-9]+)`", row.split("|")[1])]
+    assert sorted(named) == sorted(FAMILIES)

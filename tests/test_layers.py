@@ -42,6 +42,8 @@ LAYERS = {
     **dict.fromkeys(("registry", "decoder", "beam"), 4),
     **dict.fromkeys(
         (
+            "gguf_entries",
+            "gguf_rope",
             "gguf_settings",
             "gguf_model",
             "gguf_tokenizer",

@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
 from tokentree.gguf_header import GgufError, Header, read_header
-from tokentree.gguf_settings import ROPE_TENSORS, settings_of
+from tokentree.gguf_rope import ROPE_TENSORS
+from tokentree.gguf_settings import settings_of
 
 # how llama.cpp's converter changed the weights of architectures that transformers has no processor for
 ALIKE = {"granite": "llama", "gemma": "gemma2"}
@@ -29,7 +30,8 @@ def gguf_model(file: Path, dtype: torch.dtype) -> PreTrainedModel:
     with torch.device("meta"):
         blank = AutoModelForCausalLM.from_config(config, dtype=dtype)
     heads = {name: getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads")}
-    processor = TENSOR_PROCESSORS.get(ALIKE.get(architecture, architecture), TensorProcessor)(config=heads)
+    kind: Any = TENSOR_PROCESSORS.get(ALIKE.get(architecture, architecture), TensorProcessor)
+    processor = kind(config=heads)
     names = get_gguf_hf_weights_map(blank, processor, architecture, config.num_hidden_layers)
     for name in header.tensors:
         if name not in ROPE_TENSORS and name not in names and name.removesuffix(".weight") not in names:

@@ -1,7 +1,7 @@
 """What a GGUF file says of its model, as the settings of a transformers configuration.
 
-Each entry is taken by what honours it. What nothing took is refused by name: an entry that is dropped gives other logits
-without a word. `FAMILIES` says which architectures there are; docs/gguf.md is the same as a table.
+Each entry is taken by what honours it. What nothing took is refused by name: an entry that is dropped gives other
+logits without a word. `FAMILIES` says which architectures there are; docs/gguf.md is the same as a table.
 """
 
 from __future__ import annotations
@@ -9,76 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
-import numpy as np
-
+from tokentree.gguf_entries import Entries, shown
 from tokentree.gguf_header import GgufError, Header
+from tokentree.gguf_rope import rope_of
 
-RULES = 1  # of this module and `gguf_tokenizer`: what was converted by others is converted again
-ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
+RULES = 1  # of this module and those around it: what was converted by others is converted again
 Settings = dict[str, Any]
-
-# entries that change nothing, and those that change nothing where they have one of these values
-INFORMATIVE = ("rope.scaling.finetuned", "tensor_data_layout", "quantized_by")
-OFF = (0, 0.0, False)
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "attention.causal": (True,), "attention.clamp_kqv": OFF, "attention.max_alibi_bias": OFF,
-    "attention.sliding_window": OFF, "attention.temperature_scale": OFF, "attn_logit_softcapping": OFF,
-    "embedding_scale": (0.0, 1.0), "expert_count": OFF, "expert_gating_func": (0, 1), "expert_group_count": OFF,
-    "expert_shared_count": OFF, "expert_used_count": OFF, "expert_weights_scale": (0.0, 1.0),
-    "final_logit_softcapping": OFF, "leading_dense_block_count": OFF, "logit_scale": (0.0, 1.0),
-    "nextn_predict_layers": OFF, "pooling_type": OFF, "residual_scale": (0.0, 1.0), "use_parallel_residual": OFF,
-}  # fmt: skip
-
-
-@dataclass
-class Entries:
-    """The entries of a header, each to be taken once.
-
-    Raises:
-        GgufError: from all methods, if an entry is missing, of another type, or makes no sense.
-    """
-
-    header: Header
-    architecture: str
-    _left: Settings = field(init=False)
-
-    def __post_init__(self) -> None:
-        begin = f"{self.architecture}."
-        own = self.header.entries.items()
-        self._left = {key.removeprefix(begin): value for key, value in own if key.startswith(begin)}
-
-    def refuse(self, why: str) -> NoReturn:
-        raise GgufError(why)
-
-    def take(self, key: str, default: Any = None) -> Any:
-        return self._left.pop(key, default)
-
-    def whole(self, key: str, default: int | None = None, least: int = 1) -> int:
-        """A whole number of at least ``least``; without a default it has to be there."""
-        value = self.take(key, default)
-        if value is None:
-            self.refuse(f"it doesn't say {self.architecture}.{key}")
-        if type(value) is not int or not least <= value < 1 << 31:
-            self.refuse(f"{self.architecture}.{key} is {_shown(value)}, which no {self.architecture} here has")
-        return value
-
-    def number(self, key: str, default: float | None = None, zero: bool = False) -> float:
-        """A finite number above zero, or at least ``zero``, as the shortest decimal that is the file's float32."""
-        value = self.take(key, default)
-        if value is None:
-            self.refuse(f"it doesn't say {self.architecture}.{key}")
-        fits = type(value) in (int, float) and math.isfinite(value) and (value > 0 or (zero and value == 0))
-        if not fits:
-            self.refuse(f"{self.architecture}.{key} is {_shown(value)}, which no {self.architecture} here has")
-        return float(str(np.float32(value)))
-
-    def refuse_rest(self) -> None:
-        """Raises `GgufError` for an entry that nothing took and that may change the text."""
-        for key, value in self._left.items():
-            if key not in INFORMATIVE and value not in NEUTRAL.get(key, ()):
-                self.refuse(f"it says {self.architecture}.{key} = {_shown(value)}, which can't be honoured here")
 
 
 @dataclass(frozen=True)
@@ -117,9 +55,9 @@ def settings_of(header: Header) -> Settings:
     kind = header.entries.get("general.type", "model")
     entries = Entries(header, str(architecture))
     if kind != "model":
-        entries.refuse(f"it is of type {_shown(kind)}, not a model by itself")
+        entries.refuse(f"it is of type {shown(kind)}, not a model by itself")
     if architecture not in FAMILIES:
-        entries.refuse(f"its architecture {_shown(architecture)} isn't read here, only {', '.join(FAMILIES)}")
+        entries.refuse(f"its architecture {shown(architecture)} isn't read here, only {', '.join(FAMILIES)}")
     _refuse_strangers(entries)
     family = FAMILIES[architecture]
     table = header.tensors.get("token_embd.weight")
@@ -154,11 +92,12 @@ def settings_of(header: Header) -> Settings:
     epsilon = "attention.layer_norm_epsilon" if family.layer_norm else "attention.layer_norm_rms_epsilon"
     settings[family.epsilon] = entries.number(epsilon)
     if family.turned != "none":
-        settings["rope_parameters"] = _rope(entries, family, width, settings["max_position_embeddings"])
+        context = settings["max_position_embeddings"]
+        settings["rope_parameters"] = rope_of(entries, width, context, family.turned, family.scalings)
     else:
         entries.take("rope.dimension_count")  # written by habit, where positions are learnt
     family.more(entries, settings)
-    if math.isclose(entries._left.get("attention.scale", 0), width**-0.5, rel_tol=1e-6):
+    if math.isclose(entries.says("attention.scale") or 0, width**-0.5, rel_tol=1e-6):
         entries.take("attention.scale")
     entries.refuse_rest()
     return {family.names.get(name, name): value for name, value in settings.items()}
@@ -180,14 +119,15 @@ def _token_id(header: Header, part: str) -> int | None:
     if token in (NO_TOKEN, -1):
         return None
     if type(token) is not int or not 0 <= token < count:
-        raise GgufError(f"{key} is {_shown(token)}, and it has {count} tokens")
+        raise GgufError(f"{key} is {shown(token)}, and it has {count} tokens")
     return token
 
 
 # the tokens that end a turn or a text in llama.cpp wherever a vocabulary has them as control tokens
 ENDS = frozenset({
     "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>",
-    "<|end_of_text|>", "<end_of_utterance>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<eos>", "<｜end▁of▁sentence｜>",
+    "<|end_of_text|>", "<end_of_utterance>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<eos>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
 })  # fmt: skip
 CONTROL = 3  # the type of such tokens
 NO_TOKEN = (1 << 32) - 1
@@ -219,97 +159,6 @@ def _head_width(entries: Entries, family: Family, settings: Settings) -> int:
     return width
 
 
-def _rope(entries: Entries, family: Family, width: int, context: int) -> Settings:
-    """How positions turn keys and queries."""
-    rope: Settings = {"rope_type": "default", "rope_theta": entries.number("rope.freq_base", 10000.0)}
-    turned = entries.whole("rope.dimension_count", width)
-    if turned > width or turned % 2 or (turned < width and family.turned == "all"):
-        entries.refuse(f"{entries.architecture}.rope.dimension_count is {turned}, where heads are {width} wide")
-    if family.turned == "some":
-        rope["partial_rotary_factor"] = turned / width
-        if int(width * rope["partial_rotary_factor"]) != turned:
-            rope["partial_rotary_factor"] = math.nextafter(turned / width, 1)
-    old = entries.number("rope.scale_linear", 1.0, zero=True)
-    factor = entries.number("rope.scaling.factor", old, zero=True) or 1.0
-    kind = entries.take("rope.scaling.type", "linear")
-    original = entries.whole("rope.scaling.original_context_length", context, least=0) or context
-    attention = entries.number("rope.scaling.attn_factor", 1.0)
-    factors = _factors(entries, turned)
-    if kind == "yarn":
-        scaling = "yarn"
-        rope |= _yarn(entries, factor, original, attention)
-    elif len(factors) == 2:
-        scaling = "factors"
-        rope |= explicit_factors(*factors, original, attention)
-    elif kind in ("linear", "none"):
-        factor = factor if kind == "linear" else 1.0
-        scaling = "factors" if factors else "linear" if factor != 1 else ""
-        if factors and any(one != 1 for one in factors[0]):
-            known = llama3(factors[0], rope["rope_theta"], turned, original) if factor == 1 else None
-            same = [one * factor for one in factors[0]]
-            rope |= known or explicit_factors(same, same, context, 1.0)
-        elif factor != 1:
-            rope |= {"rope_type": "linear", "factor": factor}
-    if kind not in ("yarn", "linear", "none") and len(factors) < 2:
-        entries.refuse(f"{entries.architecture}.rope.scaling.type is {_shown(kind)}, which can't be honoured here")
-    if scaling and scaling not in family.scalings:
-        entries.refuse(f"it scales its positions ({scaling}), which transformers' {family.model_type} can't")
-    if kind == "yarn" and factors:
-        entries.refuse(f"it has {ROPE_TENSORS[0]} and yarn, which can't be honoured together")
-    if attention != 1 and kind != "yarn" and len(factors) < 2:
-        entries.refuse(f"{entries.architecture}.rope.scaling.attn_factor is {attention}, which can't be honoured here")
-    return rope
-
-
-def _yarn(entries: Entries, factor: float, original: int, attention: float) -> Settings:
-    """YaRN (Peng et al. 2023, arXiv:2309.00071); llama.cpp's attention factor comes on top of the paper's."""
-    for key, plain in (("yarn_ext_factor", (-1, 1)), ("yarn_attn_factor", (1,)), ("yarn_log_multiplier", (0,))):
-        if (given := entries.take(f"rope.scaling.{key}", plain[0])) not in plain:
-            entries.refuse(f"{entries.architecture}.rope.scaling.{key} is {given}, which can't be honoured here")
-    rope: Settings = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
-    for name, plain in (("beta_fast", 32.0), ("beta_slow", 1.0)):
-        if (given := entries.number(f"rope.scaling.yarn_{name}", plain)) != plain:
-            rope[name] = given
-    if attention != 1:
-        rope["attention_factor"] = attention * (0.1 * math.log(factor) + 1 if factor > 1 else 1.0)
-    return rope
-
-
-def _factors(entries: Entries, turned: int) -> list[list[float]]:
-    """What the wavelengths of all pairs are multiplied by: none, one list, or one for short texts and one for long."""
-    found = [entries.header.tensors[name] for name in ROPE_TENSORS if name in entries.header.tensors]
-    lists = [[float(one) for one in entries.header.values(tensor).ravel()] for tensor in found]
-    for tensor, factors in zip(found, lists):
-        if len(factors) != turned // 2 or not all(math.isfinite(one) and one > 0 for one in factors):
-            entries.refuse(f"its tensor {tensor.name} isn't {turned // 2} factors")
-    if len(found) not in (0, 1 if ROPE_TENSORS[0] in entries.header.tensors else 2):
-        entries.refuse(f"of {', '.join(ROPE_TENSORS)} it has an odd choice")
-    return lists
-
-
-def explicit_factors(short: list[float], long: list[float], original: int, attention: float) -> Settings:
-    """LongRoPE's form (Ding et al. 2024, arXiv:2402.13753), which takes any factors."""
-    return {
-        "rope_type": "longrope", "short_factor": short, "long_factor": long, "attention_factor": attention,
-        "original_max_position_embeddings": original,
-    }  # fmt: skip
-
-
-def llama3(factors: list[float], theta: float, turned: int, original: int) -> Settings | None:
-    """The settings of Llama 3.1 that these factors were computed from, or None: no file has the settings themselves.
-    By them, frequencies are the original's to the last bit."""
-    waves = 2 * math.pi * theta ** (np.arange(0, turned, 2) / turned)
-    factor = float(str(np.float32(max(factors))))
-    for context in dict.fromkeys((8192, original)):
-        smooth = np.clip((context / waves - 1) / 3, 0, 1)
-        if np.allclose(1 / ((1 - smooth) / factor + smooth), factors, rtol=1e-5, atol=0):
-            return {
-                "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                "original_max_position_embeddings": context,
-            }  # fmt: skip
-    return None
-
-
 def _refuse_strangers(entries: Entries) -> None:
     """Raises `GgufError` if an entry is written as that of another architecture: what it says of numbers is lost."""
     import gguf
@@ -320,11 +169,6 @@ def _refuse_strangers(entries: Entries) -> None:
         begin, _, rest = key.partition(".")
         if "{arch}." + rest in known and begin != entries.architecture:
             entries.refuse(f"it says {key}, but its architecture is {entries.architecture}")
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 # -- what some architectures have beside the rest ---------------------------------------------------------------------
@@ -370,10 +214,10 @@ def _qwen_experts(entries: Entries, settings: Settings) -> None:
     settings["intermediate_size"] = entries.whole("feed_forward_length", 1)
     settings["norm_topk_prob"] = bool(entries.take("expert_weights_norm", entries.architecture == "qwen3moe"))
     gate = entries.header.tensors.get("blk.0.ffn_gate_exps.weight")
-    settings["moe_intermediate_size"] = entries.whole("expert_feed_forward_length", gate and gate.shape[-2])
+    settings["moe_intermediate_size"] = entries.whole("expert_feed_forward_length", gate.shape[-2] if gate else None)
     if entries.architecture == "qwen2moe":
         shared = entries.header.tensors.get("blk.0.ffn_gate_shexp.weight")
-        wide = entries.whole("expert_shared_feed_forward_length", shared and shared.shape[0])
+        wide = entries.whole("expert_shared_feed_forward_length", shared.shape[0] if shared else None)
         settings["shared_expert_intermediate_size"] = wide
 
 
@@ -392,7 +236,7 @@ def _gemma(entries: Entries, settings: Settings) -> None:
     elif type(pattern) is int and pattern > 0:
         slides = [(layer + 1) % pattern > 0 for layer in range(layers)]
     else:
-        entries.refuse(f"its attention.sliding_window_pattern is {_shown(pattern)}")
+        entries.refuse(f"its attention.sliding_window_pattern is {shown(pattern)}")
     settings["layer_types"] = ["sliding_attention" if slide else "full_attention" for slide in slides]
     old = {"attn": 50.0, "final": 30.0} if entries.architecture == "gemma2" else {"attn": 0.0, "final": 0.0}
     for part, default in old.items():

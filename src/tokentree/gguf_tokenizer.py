@@ -106,7 +106,7 @@ class _Reading:
             return None
         if not 0 <= token < len(self.tokens):
             self._refuse(f"tokenizer.ggml.{key} is {token}, and it has {len(self.tokens)} tokens")
-        return self.tokens[token]
+        return str(self.tokens[token])
 
     def _templates(self) -> str | dict[str, str] | None:
         """The chat template, or all by name where there are several."""

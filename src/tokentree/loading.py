@@ -112,16 +112,20 @@ def _gguf_model(name: str | Path, file: Path, dtype: torch.dtype) -> PreTrainedM
         from tokentree.gguf_model import gguf_model
 
         return gguf_model(file, dtype)
-    raise AssertionError("not reached")
 
 
 def _load_model(name: str | Path, found: Found, dtype: torch.dtype | str) -> PreTrainedModel:
     with _told(f"can't load the model {str(name)!r}"):
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
+        from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
         config = AutoConfig.from_pretrained(found.where, local_files_only=found.local_only)
-        sees = AutoModelForMultimodalLM._model_mapping.get(type(config), None)
-        causal = AutoModelForCausalLM._model_mapping.get(type(config), None)
+        if (few := getattr(config, "quantization_config", None)) is not None:
+            method = few["quant_method"] if isinstance(few, dict) else few.quant_method
+            if method not in AUTO_QUANTIZER_MAPPING:  # transformers would take its numbers as weights
+                raise ValueError(f"its weights are quantized by {method!r}, which can't be read here")
+        sees: Any = AutoModelForMultimodalLM._model_mapping.get(type(config), None)
+        causal: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
         whole = sees is not None and (causal is None or sees.__name__ in (config.architectures or ()))
         kind: Any = AutoModelForMultimodalLM if whole else AutoModelForCausalLM
         model, notes = kind.from_pretrained(
@@ -131,7 +135,6 @@ def _load_model(name: str | Path, found: Found, dtype: torch.dtype | str) -> Pre
             raise ModelError(f"can't load the model {str(name)!r}: it has no weights {', '.join(missing[:3])}")
         loaded: PreTrainedModel = model
         return loaded
-    raise AssertionError("not reached")
 
 
 def find_tokenizer(name: str | Path) -> PreTrainedTokenizerBase | None:
@@ -173,7 +176,6 @@ def _gguf_tokenizer(name: str | Path, file: Path) -> PreTrainedTokenizerBase:
         from tokentree.gguf_tokenizer import gguf_tokenizer
 
         return gguf_tokenizer(file)
-    raise AssertionError("not reached")
 
 
 def _load_tokenizer(name: str | Path, found: Found) -> PreTrainedTokenizerBase:
@@ -184,7 +186,6 @@ def _load_tokenizer(name: str | Path, found: Found) -> PreTrainedTokenizerBase:
             found.where, local_files_only=found.local_only
         )
         return tokenizer
-    raise AssertionError("not reached")
 
 
 class _told(AbstractContextManager[None]):
@@ -200,12 +201,11 @@ class _told(AbstractContextManager[None]):
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
+    ) -> None:
         if error is None or isinstance(error, ModelError):
-            return False
+            return
         if isinstance(error, self.kinds) or kind is Exception:  # the tokenizers package raises nothing narrower
             raise ModelError(f"{self._what}: {_reason(error)}") from None
-        return False
 
 
 def _reason(error: BaseException) -> str:

@@ -71,18 +71,19 @@ def _folder(name: str | Path, path: Path) -> Found:
         files = sorted(one.name for one in path.iterdir() if is_gguf(one) and one.is_file())
         also = f", but GGUF files: name one of them, such as {str(path / files[0])!r}" if files else ""
         raise ModelError(f"the folder {_short(name)} has no config.json, so it is not a model{also}")
-    try:
-        said = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"can't load the model {_short(name)}: its config.json is not JSON: {error}") from None
-    if not isinstance(said, dict):
-        raise ModelError(f"can't load the model {_short(name)}: its config.json is no table of settings")
+    for one in (config, path / "generation_config.json"):
+        try:
+            said = json.loads(one.read_text(encoding="utf-8")) if one.is_file() else {}
+        except ValueError as error:
+            raise ModelError(f"can't load the model {_short(name)}: its {one.name} is not JSON: {error}") from None
+        if not isinstance(said, dict):
+            raise ModelError(f"can't load the model {_short(name)}: its {one.name} is no table of settings")
     return Found(str(path))
 
 
 def _hub(name: str | Path, path: Path, local_only: bool) -> Found:
     from huggingface_hub import constants, try_to_load_from_cache
-    from huggingface_hub.utils import HFValidationError
+    from huggingface_hub.errors import HFValidationError
 
     text = str(name)
     parts = path.parts
@@ -90,19 +91,18 @@ def _hub(name: str | Path, path: Path, local_only: bool) -> Found:
     if local or len(parts) > 2 or (len(parts) == 2 and Path(parts[0]).is_dir()):
         raise ModelError(f"there is no folder {_short(name)}{_alike(path)}")
     try:
-        cached = isinstance(try_to_load_from_cache(text, "config.json"), str)
+        cached = try_to_load_from_cache(text, "config.json")
     except HFValidationError:
         raise ModelError(f"{_short(name)} is no folder, and no name on the hub can be spelled so") from None
-    if len(parts) == 1 and not cached:
+    kept = Found(str(Path(cached).parent), local_only=True) if isinstance(cached, str) else None
+    if len(parts) == 1 and kept is None:
         raise ModelError(
             f"there is no folder {_short(name)}, and names on the hub have the form owner/name{_alike(path)}"
         )
-    if local_only:
-        return Found(text, local_only=True)
-    if constants.is_offline_mode() or not _reached(constants.ENDPOINT):
-        if not cached:
+    if local_only or constants.is_offline_mode() or not _reached(constants.ENDPOINT):
+        if kept is None:
             raise ModelError(f"there is no folder {_short(name)}, and the hub can't be reached to look there")
-        return Found(text, local_only=True)
+        return kept
     return Found(text)
 
 
