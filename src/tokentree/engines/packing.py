@@ -26,7 +26,9 @@ class Packing:
 
     def fits(self, *layers: nn.Module) -> bool:
         """Whether these are nothing but linear layers, of a type that suits."""
-        return all(type(layer) is nn.Linear and is_plain(layer.weight) and self._kind.fits(layer.weight) for layer in layers)
+        return all(
+            type(layer) is nn.Linear and is_plain(layer.weight) and self._kind.fits(layer.weight) for layer in layers
+        )
 
     def pack(self, *layers: nn.Linear, gated: bool = False) -> PackedLinear | QuantizedLinear:
         """One layer for all of them, their outputs behind one another; or ``gated``, of two: see `PackedLinear`."""
