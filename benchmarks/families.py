@@ -89,7 +89,9 @@ def shrunk(settings: dict[str, Any]) -> dict[str, Any]:
     layers = SIZES["num_hidden_layers"]
     small: dict[str, Any] = {}
     for name, value in settings.items():
-        if isinstance(value, dict) and (name.endswith("config") or name == "text_config"):
+        if name == "per_layer_config":
+            continue  # made of the other settings
+        if isinstance(value, dict) and name.endswith("config"):
             small[name] = shrunk(value)
         elif name in TOKENS:
             small[name] = value if value is None else TOKENS.index(name) % 3
@@ -99,8 +101,6 @@ def shrunk(settings: dict[str, Any]) -> dict[str, Any]:
             small[name] = [2, 3, 3]
         elif name == "rope_parameters" and isinstance(value, dict):
             small[name] = shrunk(value)
-        elif name == "per_layer_config":
-            continue  # made of the other settings
         elif type(value) is not int or name not in SIZES:
             small[name] = SIZES["head_dim"] if name == "head_dim" and value is None else value
         else:
@@ -119,9 +119,8 @@ def build(family: str, name: str) -> Any:
     """A tiny model of a family."""
     import torch
     import transformers
-    from transformers import CONFIG_MAPPING
-
     from tests.tiny_models import randomised
+    from transformers import CONFIG_MAPPING
 
     kind = getattr(transformers, name)
     made = CONFIG_MAPPING[family]()
@@ -156,8 +155,8 @@ def _parts(config: Any) -> Iterator[Any]:
 def tried(family: str, name: str) -> Iterator[Found]:
     """What becomes of a family, in each type."""
     import torch
-
     from tests.tiny_models import request, some_tokens, some_tree
+
     from tokentree.engines.torch import TorchEngine
     from tokentree.errors import ModelError
     from tokentree.tree import TokenTree
@@ -232,10 +231,8 @@ def _line(error: BaseException) -> str:
 
 def table(found: list[Found]) -> str:
     """All of it as Markdown."""
-    lines = [
-        "| family | model | type | attention | paths that differ from plain | reason |",
-        "|---|---|---|---|---|---|",
-    ]
+    columns = ["family", "model", "type", "attention", "paths that differ from plain", "reason"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for one in found:
         paths = f"{one.differing} of {one.texts}" if one.texts else ""
         lines.append(f"| {one.family} | {one.model} | {one.dtype} | {one.kind} | {paths} | {one.reason} |")

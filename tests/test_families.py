@@ -4,6 +4,7 @@ attends by itself."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from typing import Any
@@ -111,7 +112,7 @@ def test_attention_reads_nothing_but_what_is_stored(
     forward: ForwardKV, layer: int, heads: int, width: int, value_width: int, rows: int
 ) -> None:
     query = torch.zeros(96, rows, width)
-    with pytest.raises(ModelError, match="stored|room"):
+    with pytest.raises(ModelError, match=r"stored|room"):
         attend_rows(forward, layer, query, heads, value_width, Rule(1.0))
 
 
@@ -128,7 +129,7 @@ def test_attention_reads_no_rows_behind_the_storage() -> None:
 )  # fmt: skip
 def test_nothing_is_written_beside_the_storage(row: int, keys: Any, values: Any) -> None:
     kv = storage().segments[0].kv
-    with pytest.raises(ModelError, match="stores|room"):
+    with pytest.raises(ModelError, match=r"stores|room"):
         kv.write(0, row, torch.ones(keys), torch.ones(values))
     assert not any(stored.any() for stored in kv.layer(0))
 
@@ -180,6 +181,25 @@ def test_products_with_steady_weights_are_the_same_beside_any_rows(dtype: torch.
             assert torch.equal(got, other[:rows]), rows
 
 
+@pytest.mark.parametrize("name", ["gpt_oss", "mixtral"])
+def test_experts_of_a_model_that_nobody_else_uses_are_there_once(name: str) -> None:
+    def made() -> PreTrainedModel:
+        wide = {"hidden_size": 64, "intermediate_size": 96}
+        return tiny(name, torch.bfloat16, **wide) if name == "mixtral" else tiny_other(name, torch.bfloat16)
+
+    tokens, owned = some_tokens(40), made()
+    tree = some_tree(tokens[-1], 30)
+    expected = verified(TorchEngine(made()), request(tokens), tree)
+    engine = TorchEngine(owned, owns_model=True)
+    assert torch.equal(verified(engine, request(tokens), tree), expected)
+    assert not sum(weight.numel() for weight in owned.parameters() if weight.ndim == 3)
+    experts = [weight for weight in engine._model.parameters() if isinstance(weight, SteadyWeight) and weight.ndim == 3]
+    assert len(experts) == 4
+    assert all(weight.untyped_storage().nbytes() == 2 for weight in experts)
+    with pytest.raises(ModelError, match="released"):
+        experts[0].sum()
+
+
 # -- the proof -------------------------------------------------------------------------------------------------------
 
 
@@ -207,9 +227,8 @@ def test_attention_that_is_another_is_found_out(change: dict[str, Any], monkeypa
     own = ForwardKV.attend
 
     def attend(self: ForwardKV, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: Rule) -> Any:
-        known = {"scale": rule.scale, "window": rule.window, "softcap": rule.softcap}
-        known |= {name: given * (rule.scale if name == "scale" else 1) for name, given in change.items()}
-        return own(self, query, key, value, Rule(**known))
+        other = {"scale": 0.9 * rule.scale} if "scale" in change else change
+        return own(self, query, key, value, dataclasses.replace(rule, **other))
 
     monkeypatch.setattr(ForwardKV, "attend", attend)
     for dtype in (torch.float32, torch.bfloat16):
@@ -221,7 +240,12 @@ def test_attention_that_is_another_is_found_out(change: dict[str, Any], monkeypa
 
 
 def test_a_model_that_attends_by_itself_is_named() -> None:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     with torch.random.fork_rng(devices=[]):
         model = randomised(DogeForCausalLM(DogeConfig(vocab_size=120, **sizes)))
     said = "^DogeForCausalLM attends by itself here, and its text is plain's up to ties: .* makes a mask of its own$"
@@ -235,7 +259,10 @@ def test_a_model_that_attends_by_itself_is_named() -> None:
 
 
 class Linear8bitLt(nn.Linear):
-    """Stands for a linear layer of another library: products by how many rows there are."""
+    """Stands for a linear layer of another library."""
+
+    table: torch.Tensor
+    scale: float
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(x, self.table.to(x.dtype) * self.scale)

@@ -28,8 +28,8 @@ CALL, SEGMENT = 13, 12  # integers that describe a call, and each segment in it
 
 @numba.njit
 def _soften(scores, scale, softcap, sink):
-    """Turns scores into weights relative to the largest, in place, and returns their sum; hidden ones get 0. ``sink`` is
-    a score that belongs to no position, -inf where there is none."""
+    """Turns scores into weights relative to the largest, in place, and returns their sum; hidden ones get 0. ``sink``
+    is a score that belongs to no position, -inf where there is none."""
     lanes = np.full(LANES, HIDDEN, np.float32)
     for start in range(0, len(scores), LANES):
         for lane in range(LANES):

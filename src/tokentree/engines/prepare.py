@@ -136,8 +136,8 @@ def set_attention(model: PreTrainedModel, name: str) -> None:
 
 
 def in_float32(model: PreTrainedModel, attention: str) -> PreTrainedModel:
-    """A `private_copy` of ``model`` that computes in float32, on weights converted when a layer runs, and dropped behind
-    it: no more than one layer is there twice."""
+    """A `private_copy` of ``model`` that computes in float32, on weights converted when a layer runs, and dropped
+    behind it: no more than one layer is there twice."""
     copied = private_copy(model)
     set_attention(copied, attention)
     try:

@@ -2,8 +2,8 @@
 any others.
 
 torch picks the loops of a product by how many rows there are, and an expert has as many as a batch happens to send to
-it. A `SteadyWeight` takes the place of a parameter in a private copy of a model: the model's own code multiplies with it
-as before, and gets the product of packed weights instead (`linear`).
+it. A `SteadyWeight` takes the place of a parameter in a private copy of a model: the model's own code multiplies with
+it as before, and gets the product of packed weights instead (`linear`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from tokentree.engines.linear import OneDNNLinear, PackedLinear, linear_of
 from tokentree.engines.packing import is_plain
+from tokentree.errors import ModelError
 
 LEAST = 4  # rows of a product in float32: fewer take other loops
 
@@ -25,20 +26,25 @@ VECTOR = 64  # the most numbers that one step of a loop computes
 _OF_NUMBERS = {torch.sigmoid, Tensor.sigmoid, silu, softplus}
 _TURNED = {Tensor.t, torch.t, Tensor.T.__get__, Tensor.mT.__get__}
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
+_ABOUT = {"__get__", "__repr__", "dim", "element_size", "is_floating_point", "numel", "size", "stride", "untyped_storage"}
 _CONVERTED = {Tensor.float, Tensor.to, Tensor.type, Tensor.bfloat16}
 
 
 class SteadyWeight(Tensor):
     """A weight [outputs, inputs] or [experts, outputs, inputs], whose products with rows are steady, and also those of
-    its transpose. It is packed when it is first used. For all else it is the tensor that it was."""
+    its transpose. It is packed when it is first used. For all else it is the tensor that it was, unless that was
+    released."""
 
     _layers: dict[int | None, nn.Module]  # by the address of a bias
     _parts: dict[Any, SteadyWeight]  # made of it
+    _release: bool  # once it is packed, so that memory doesn't double
+    _owner: Tensor | None  # what holds the same numbers, and lets go of them too
+    _gone: bool
 
     @classmethod
-    def of(cls, weight: Tensor) -> SteadyWeight:
+    def of(cls, weight: Tensor, owner: Tensor | None = None, release: bool = False) -> SteadyWeight:
         made = weight.detach().as_subclass(cls)
-        made._layers, made._parts = {}, {}
+        made._layers, made._parts, made._owner, made._release, made._gone = {}, {}, owner, release, False
         return made
 
     @classmethod
@@ -55,6 +61,8 @@ class SteadyWeight(Tensor):
             return args[0]._turned()
         elif func is Tensor.__getitem__ and isinstance(args[0], cls) and args[0].ndim == 3 and _whole(args[1]):
             return args[0]._part(int(args[1]))
+        if func.__name__ not in _ABOUT and any(isinstance(x, cls) and x._gone for x in args):
+            raise ModelError(f"weights that were packed and released are asked for {func.__name__}")
         with torch._C.DisableTorchFunctionSubclass():
             made = func(*args, **named)
             if func in _CONVERTED and isinstance(args[0], cls):
@@ -64,14 +72,17 @@ class SteadyWeight(Tensor):
 
     def _part(self, index: int) -> SteadyWeight:
         with torch._C.DisableTorchFunctionSubclass():
-            if index not in self._parts:
+            if index not in self._parts and self._release:
+                self._parts = {at: SteadyWeight.of(part.clone(), release=True) for at, part in enumerate(self)}
+                self._let_go()
+            elif index not in self._parts:
                 self._parts[index] = SteadyWeight.of(self[index])
             return self._parts[index]
 
     def _turned(self) -> SteadyWeight:
         with torch._C.DisableTorchFunctionSubclass():
             if "turned" not in self._parts:
-                self._parts["turned"] = SteadyWeight.of(self.t())
+                self._parts["turned"] = SteadyWeight.of(self.t(), self, self._release)
             return self._parts["turned"]
 
     def _times(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -81,6 +92,8 @@ class SteadyWeight(Tensor):
             if key not in self._layers:
                 weight = self.contiguous().as_subclass(Tensor)
                 self._layers[key] = linear_of(weight, bias)
+                if self._release:
+                    self._let_go()
             layer = self._layers[key]
             rows = x.reshape(-1, x.shape[-1])
             if isinstance(layer, OneDNNLinear) and len(rows) < LEAST:
@@ -90,19 +103,34 @@ class SteadyWeight(Tensor):
             return out.reshape(*x.shape[:-1], -1)
 
 
+    def _let_go(self) -> None:
+        """Drops the numbers, and keeps the shape."""
+        self.data, self._gone = self.new_zeros(1).expand(self.shape), True
+        if isinstance(self._owner, SteadyWeight):
+            self._owner._let_go()
+        elif self._owner is not None:
+            self._owner.data = self._owner.data.new_empty(0)
+
+
 def _whole(index: Any) -> bool:
     return isinstance(index, int) or (isinstance(index, Tensor) and not index.ndim and not index.is_floating_point())
 
 
-def steady_weights(model: nn.Module) -> None:
+def steady_weights(model: nn.Module, release: bool = False) -> None:
     """Exchanges the parameters of ``model`` (a `private_copy`) that are multiplied with, and aren't packed, for steady
-    ones. Where their sizes leave less than a vector over, what is done to their products is steady too."""
+    ones. Where their sizes leave less than a vector over, what is done to their products is steady too.
+
+    Args:
+        release: drop experts' weights once they are packed, as `prepare.pack` does.
+    """
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             continue
         for name, weight in module._parameters.items():
             if is_plain(weight) and weight.ndim in (2, 3) and _fits(weight):
-                module._parameters[name] = SteadyWeight.of(weight)  # type: ignore[assignment]
+                lets_go = release and weight.ndim == 3
+                steady = SteadyWeight.of(weight, weight if lets_go else None, lets_go)
+                module._parameters[name] = steady  # type: ignore[assignment]
     for module in [module for module in model.modules() if any(map(_leaves_over, [module, *module.children()]))]:
         module.forward = _in_whole_vectors(module.forward)
 
@@ -134,8 +162,8 @@ class _WholeVectors(TorchFunctionMode):
 
 
 def foreign_layers(model: nn.Module) -> list[str]:
-    """The classes of linear layers in ``model``, a copy with packed layers and steady weights, that multiply in a way of
-    their own: those of other libraries, such as bitsandbytes' or GPTQ's, and types that nothing here packs."""
+    """The classes of linear layers in ``model``, a copy with packed layers and steady weights, that multiply in a way
+    of their own: those of other libraries, such as bitsandbytes' or GPTQ's, and types that nothing here packs."""
     return sorted(
         {
             type(module).__name__

@@ -104,13 +104,7 @@ class TorchEngine(KVEngine):
         self._compiles = compile and not whole
         self._graph = None if whole else self._graph_for(attention, quantization, facts, shapes)
         if packing is not None and not self._attends_itself and not whole:
-            adapt(self._model)
-            try:
-                shapes = _shapes(packing.recall(ATTENDED, lambda: attended(self._model)))
-            except ModelError as error:
-                if attention is not None:
-                    raise ModelError(f"attention='tree' can't be used: {error}: use attention='sdpa'") from None
-                self._attend_by_itself(own_attention, error)
+            shapes = self._attended(packing, attention, own_attention) or shapes
         program: Program | None = None
         if packing is not None and self._graph is None:
             program = pack(self._model, packing, owns_model, whole)
@@ -126,7 +120,7 @@ class TorchEngine(KVEngine):
         if not self._attends_itself:
             set_attention(self._model, TREE)
             steady_activations(self._model)
-            steady_weights(self._model)
+            steady_weights(self._model, owns_model)
             self._foreign = foreign_layers(self._model)
         with explained(self._model):
             try:
@@ -139,13 +133,7 @@ class TorchEngine(KVEngine):
                 self._attend_by_itself(own_attention, error)  # nobody asked for our attention
                 self._storages = Storages(self._layout_for(cached, device, dtype))
                 self._check_trees(own)
-        if self._foreign and not self._attends_itself:
-            self.caveat = (
-                f"{facts.name} has linear layers of another kind here ({', '.join(self._foreign)}), whose bits may "
-                "depend on the rows beside one: its text is plain's up to ties"
-            )
-        if self.caveat:
-            warnings.warn(self.caveat, stacklevel=2)
+        self._tell()
         if not owns_model:
             self._shared = Shared(in_common(model, self._model))
         if told := self.changed():
@@ -258,6 +246,29 @@ class TorchEngine(KVEngine):
         self._noted[place] = (inputs[0] if inputs else named["hidden_states"])[0]
 
     # -- at construction -------------------------------------------------------------------------------------------
+
+    def _attended(
+        self, packing: Packing, attention: str | None, own_attention: str
+    ) -> tuple[tuple[int, int, int], ...] | None:  # fmt: skip
+        """What our attention is given in each layer. None where the model has to attend by itself, and may."""
+        adapt(self._model)
+        try:
+            return _shapes(packing.recall(ATTENDED, lambda: attended(self._model)))
+        except ModelError as error:
+            if attention is not None:
+                raise ModelError(f"attention='tree' can't be used: {error}: use attention='sdpa'") from None
+            self._attend_by_itself(own_attention, error)
+            return None
+
+    def _tell(self) -> None:
+        """Warns, in one sentence, where a text is plain's up to ties although nobody chose so."""
+        if self._foreign and not self._attends_itself:
+            self.caveat = (
+                f"{self._name} has linear layers of another kind here ({', '.join(self._foreign)}), whose bits may "
+                "depend on the rows beside one: its text is plain's up to ties"
+            )
+        if self.caveat:
+            warnings.warn(self.caveat, stacklevel=3)
 
     def _attend_by_itself(self, own_attention: str, reason: ModelError) -> None:
         self.caveat = f"{self._name} attends by itself here, and its text is plain's up to ties: {reason}"
