@@ -10,12 +10,12 @@ import torch
 from numpy.typing import NDArray
 
 from tokentree.engines.kernels import BLOCK
-from tokentree.errors import ModelError
 from tokentree.jit import njit
 from tokentree.tree import Ints
 
 Floats32 = NDArray[np.float32]
 SPARE = 16  # storages kept for the next sequences
+SLACK = 64  # empty rows that are not worth a copy
 LEAST_FIXED = 1024  # rows of the smallest storage of a compiled graph
 
 
@@ -39,6 +39,10 @@ class KVLayout:
     states: int = 0
     width: int = 0
     state_dtype: torch.dtype = torch.float32
+
+    def capacity(self, rows: int) -> int:
+        """Of the smallest storage for so many rows."""
+        return max(LEAST_FIXED, 1 << (rows - 1).bit_length()) if self.fixed else -(-rows // BLOCK) * BLOCK
 
     def make(self, rows: int) -> SequenceKV:
         """Storage for a sequence of so many rows; it grows when there are more."""
@@ -73,10 +77,7 @@ class SequenceKV:
         """Makes room for ``rows`` rows, committed and provisional."""
         if rows <= self._capacity:
             return
-        if self._layout.fixed:
-            capacity = max(LEAST_FIXED, 1 << (rows - 1).bit_length())
-        else:
-            capacity = -(-max(rows, self._capacity * 3 // 2) // BLOCK) * BLOCK
+        capacity = self._layout.capacity(max(rows, self._capacity * 3 // 2))
         keys, values = [], []
         for (heads, key_width, value_width), layers in self._groups:
             keys.append(self._empty_keys(layers, heads, capacity, key_width))
@@ -129,6 +130,19 @@ class SequenceKV:
         """Memory of the storage, in bytes."""
         return sum(stored.nbytes for stored in [*self._keys, *self._values, self.states])
 
+    @property
+    def committed_nbytes(self) -> int:
+        """Memory that its committed rows need, in bytes."""
+        return self.nbytes * self._layout.capacity(self.length) // self._capacity
+
+    def trimmed(self) -> SequenceKV:
+        """A copy with room for the committed rows alone; itself, where little of its room is empty."""
+        if self._capacity - self._layout.capacity(self.length) <= SLACK:
+            return self
+        small = self._layout.make(self.length)
+        small.copy_rows(self, self.length)
+        return small
+
     def copy_rows(self, other: SequenceKV, rows: int) -> None:
         """Makes the first ``rows`` committed rows of ``other``, which has the same layout, those of this empty one."""
         self.reserve(rows)
@@ -172,9 +186,9 @@ class Storages:
         self._spare: list[SequenceKV] = []
 
     def take(self, rows: int) -> SequenceKV:
-        """Empty storage for a sequence of so many rows."""
+        """Empty storage for a sequence of so many rows, and no larger: each forward reads all of a fixed one."""
         for kv in self._spare:
-            if kv.capacity >= rows:
+            if kv.capacity == self.layout.capacity(rows):
                 self._spare.remove(kv)
                 kv.length = 0
                 return kv
@@ -202,10 +216,6 @@ class BlockedKV(SequenceKV):
 
     def write(self, layer: int, row: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         stored_keys, stored_values = self.layer(layer)
-        heads, count, width = keys.shape
-        fits = (heads, width) == (stored_keys.shape[0], stored_keys.shape[2]) and values.shape[:2] == keys.shape[:2]
-        if not fits or values.shape[2] > stored_values.shape[2] or row + count > self._capacity:
-            raise ModelError(f"a layer gives {heads} heads of {width} numbers, not those that there is room for")
         _write(stored_keys.numpy(), stored_values.numpy(), row, keys.float().numpy(), values.float().numpy())
 
     def _move(self, rows: Ints, start: int) -> None:
