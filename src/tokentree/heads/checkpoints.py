@@ -135,7 +135,7 @@ class _Found:
             elif name == "token_map":
                 found.token_map = tensor
             else:
-                raise ModelError(f"{where!r} has a tensor that Medusa heads don't have: {name}")
+                raise ModelError(f"{where!r} has a tensor that Medusa heads don't have: {ascii(name[:80])[1:-1]}")
         return found
 
     def check(self, num_heads: int, num_layers: int, bias: bool, where: str) -> None:
