@@ -41,6 +41,44 @@ def change_tensors(folder: Path, **tensors: torch.Tensor | None) -> None:
     save_file({name: t for name, t in found.items() if t is not None}, folder / "model.safetensors")
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_attention_heads": 10**9}, {"num_attention_heads": -4}, {"num_attention_heads": 0}, {"head_dim": 1 << 40},
+        {"hidden_size": "wide"}, {"rms_norm_eps": float("nan")}, {"rms_norm_eps": float("inf")},
+        {"max_position_embeddings": -1}, {"max_position_embeddings": 1e30}, {"target_hidden_size": 10**12},
+        {"target_hidden_size": float("nan")}, {"rope_parameters": {"rope_type": "yarn", "factor": "x"}},
+        {"rope_parameters": 7}, {"eagle_config": [1], "eagle_aux_hidden_state_layer_ids": None, "tokentree": None},
+        {"eagle_aux_hidden_state_layer_ids": [1 << 40, 2, 3], "tokentree": None}, {"tokentree": {"taps": [0, 1, -1]}},
+        {"tokentree": {"temperatures": [float("nan")]}}, {"tokentree": [1]}, {"transformer_layer_config": "x"},
+    ],
+)  # fmt: skip
+def test_a_configuration_that_makes_no_sense_is_refused(fields: dict[str, Any], tmp_path: Path) -> None:
+    head = some_head(3, 60)
+    write_eagle(head, tmp_path, "tiny", about=About(taps=list(head.sizes.taps)))
+    change(tmp_path, **fields)
+    with pytest.raises(ModelError):
+        read_eagle(tmp_path, LAYERS)
+
+
+@pytest.mark.parametrize("known", [-5, VOCAB, 1 << 40, 0])
+def test_a_map_that_leads_out_of_the_vocabulary_is_refused(known: int, tmp_path: Path) -> None:
+    write_eagle(some_head(3, 60), tmp_path, "tiny")
+    offsets = load_file(tmp_path / "model.safetensors")["d2t"]
+    offsets[-1] = known - 59
+    change_tensors(tmp_path, d2t=offsets, t2d=torch.ones(VOCAB, dtype=torch.bool))
+    with pytest.raises(ModelError, match="d2t"):
+        read_eagle(tmp_path, LAYERS)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(value: float, tmp_path: Path) -> None:
+    write_eagle(some_head(3, 60), tmp_path, "tiny")
+    change_tensors(tmp_path, norm__weight=torch.full((48,), value))
+    with pytest.raises(ModelError, match="no finite number"):
+        read_eagle(tmp_path, LAYERS)
+
+
 @pytest.mark.parametrize(("version", "known"), KINDS)
 @pytest.mark.parametrize("layout", ["safeailab", "speculators"])
 @pytest.mark.parametrize("options", [{}, {"qkv_bias": True, "own_embedding": True, "fc_bias": True}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
+from safetensors.torch import save_file
 
 from tests.conftest import decode, make_sequence, random_table
 from tests.strategies import token_trees
@@ -413,6 +416,72 @@ def test_a_damaged_or_foreign_file_is_refused(kind: str, tmp_path: Path) -> None
     write_arrays(file, {"tokens": np.zeros(3), "successors": np.zeros(3)})
     with pytest.raises(OptionError, match="was not written by this drafter"):
         drafter.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "value"),
+    [
+        ("successors", 3, VOCAB), ("successors", VOCAB + 7, 10**9), ("successors", 0, -2), ("successors", 0, -(2**31)),
+        ("probs", 5, np.nan), ("probs", 5, np.inf), ("probs", 5, -0.5), ("probs", 5, 1e30), ("pairs", 9, -2),
+        ("pairs", 9, -(2**63)),
+    ],
+)  # fmt: skip
+def test_values_that_compiled_loops_would_stumble_over_are_refused(
+    name: str, row: int, value: float, tmp_path: Path
+) -> None:  # fmt: skip
+    drafter, file = Recycling(VOCAB), tmp_path / "recycling.safetensors"
+    forwards(drafter)
+    drafter.save(tmp_path)
+    arrays = load_file(file)
+    arrays[name].reshape(len(arrays[name]), -1)[row, 0] = value
+    write_arrays(file, arrays)
+    fresh = Recycling(VOCAB)
+    with pytest.raises(OptionError, match="doesn't hold successors"):
+        fresh.load(tmp_path)
+    assert len(propose(fresh, request([1]))) == 1  # nothing of it was taken over
+
+
+def test_a_successor_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    drafter = Recycling(VOCAB)
+    drafter._successors[4, 2:4] = 7
+    drafter.save(tmp_path)
+    with pytest.raises(OptionError, match="doesn't hold successors"):
+        Recycling(VOCAB).load(tmp_path)
+
+
+@pytest.mark.parametrize("tokens", [[1, -2, -1], [-(2**31)], [[1, 2]], 3])
+def test_what_are_no_texts_is_refused(tokens: object, tmp_path: Path) -> None:
+    write_arrays(tmp_path / "suffix.safetensors", {"tokens": np.array(tokens, np.int32)})
+    with pytest.raises(OptionError, match="holds no texts"):
+        Suffix(VOCAB).load(tmp_path)
+
+
+def test_types_that_numpy_doesn_t_have_are_refused(tmp_path: Path) -> None:
+    save_file({"tokens": torch.zeros(3, dtype=torch.bfloat16)}, tmp_path / "suffix.safetensors")
+    with pytest.raises(OptionError, match=r"suffix\.safetensors"):
+        Suffix(VOCAB).load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["suffix", "recycling"])
+def test_where_nothing_can_be_written_the_memory_of_before_stays(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    drafter, file = WITH_MEMORY[kind](), tmp_path / f"{kind}.safetensors"
+    drafter.save(tmp_path)
+    before = file.read_bytes()
+    forwards(drafter)
+
+    def full(self: Path, content: bytes) -> int:
+        with self.open("wb") as part:
+            part.write(content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        drafter.save(tmp_path)
+    monkeypatch.undo()
+    assert file.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
 @pytest.mark.parametrize(("vocab", "k"), [(VOCAB + 1, 8), (VOCAB, 7)])

@@ -53,6 +53,61 @@ def by_modules(tensors: dict[str, torch.Tensor], num_heads: int, num_layers: int
     return modules
 
 
+NAMES = {"99999999.0.linear.weight", "9999.0.linear.weight", "blocks.9999.layers.0.weight", "lm_heads.9999.weight"}
+NAMES |= {"blocks.0.layers.9999.weight", "9" * 5000 + ".0.linear.weight", "0.9999.weight", "٣.0.linear.weight"}
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_no_name_sizes_an_allocation(name: str, tmp_path: Path) -> None:
+    save_file({name: torch.zeros(4, 4)}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"lacks the|don't have|end at different layers"):
+        read_medusa(tmp_path)
+
+
+WRONG: dict[str, dict[str, torch.Tensor]] = {
+    "a width that others don't have": {"blocks.0.layers.0.weight": torch.zeros(1, 1 << 20)},
+    "no width": {"blocks.0.layers.0.weight": torch.tensor(1.0)},
+    "whole numbers": {"blocks.0.layers.0.weight": torch.zeros(HIDDEN, HIDDEN, dtype=torch.int32)},
+    "complex numbers": {"blocks.0.layers.0.weight": torch.zeros(HIDDEN, HIDDEN, dtype=torch.complex64)},
+    "no number": {"blocks.0.layers.0.weight": torch.full((HIDDEN, HIDDEN), torch.nan)},
+    "infinity": {"lm_heads.1.weight": torch.full((VOCAB, HIDDEN), torch.inf)},
+    "a negative token": {"token_map": torch.arange(VOCAB) - 1},
+    "a token twice": {"token_map": torch.arange(VOCAB) // 2},
+    "half a token": {"token_map": torch.arange(VOCAB) / 2},
+    "too few tokens": {"token_map": torch.arange(VOCAB - 1)},
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_values_that_make_no_sense_are_refused(what: str, tmp_path: Path) -> None:
+    write_medusa(some_heads(), tmp_path, "base", VOCAB)
+    file = tmp_path / "model.safetensors"
+    save_file(load_file(file) | WRONG[what], file)
+    with pytest.raises(ModelError, match=r"model\.safetensors"):
+        read_medusa(tmp_path)
+
+
+def test_few_numbers_that_are_said_to_be_many_are_refused(tmp_path: Path) -> None:
+    torch.save({"0.0.linear.weight": torch.zeros(1).expand(1 << 20, 1 << 20)}, tmp_path / "medusa_lm_head.pt")
+    with pytest.raises(ModelError, match="holds more than tensors"):
+        read_medusa(tmp_path)
+
+
+@pytest.mark.parametrize("content", [{3: torch.zeros(1)}, {"a": 1}, [1], torch.zeros(2)])
+def test_what_are_no_tensors_by_name_is_refused(content: object, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "medusa_lm_head.pt")
+    with pytest.raises(ModelError):
+        read_medusa(tmp_path)
+
+
+@pytest.mark.parametrize("config", ["[" * 100_000, "9" * 5000, "\ud800", "{"])
+def test_a_configuration_that_can_t_be_read_is_one_sentence(config: str, tmp_path: Path) -> None:
+    write_medusa(some_heads(), tmp_path, "base", VOCAB)
+    (tmp_path / "config.json").write_bytes(config.encode("utf-8", "surrogatepass"))
+    with pytest.raises(ModelError, match=r"config\.json"):
+        read_medusa(tmp_path)
+
+
 @pytest.mark.parametrize("num_layers", [0, 1, 2])
 def test_every_head_is_residual_blocks_and_a_projection(num_layers: int, tmp_path: Path) -> None:
     heads, hidden = some_heads(3, num_layers), some_hidden()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from tests.conftest import decode
 from tests.tiny_models import VOCAB, request, some_tokens, some_tree, tiny, tiny_pair
 from tokentree import LLM, SamplingParams
 from tokentree.drafters.draft_model import DraftModel
-from tokentree.engines.kv import KVLayout, SequenceKV
+from tokentree.engines.kv import KVLayout, SequenceKV, Storages
 from tokentree.engines.prefix import LEAST, PrefixCache, shared_length
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import OptionError
@@ -139,6 +140,46 @@ def test_the_next_turn_reads_only_what_is_new() -> None:
     alone = LLM(tiny("llama"), "ngram", prefix_mb=0).generate([turn], params)[0]
     assert alone.token_ids == second.token_ids
     assert alone.metrics.reused_tokens == 0
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_what_was_reserved_and_not_used_doesn_t_count(fixed: bool) -> None:
+    layout = replace(LAYOUT, fixed=fixed)
+    kv = layout.make(8000)
+    kv.write(0, 0, *(torch.arange(60.0).reshape(1, 30, 2) + part for part in (0, 1000)))
+    kv.commit(range(30))
+    room = layout.make(30).nbytes
+    cache = PrefixCache(room)
+    assert room < kv.nbytes // 5
+    assert cache.keep(_tokens((1, 30)), kv) == [kv]  # nobody needs the large one any more
+    assert (len(cache), cache.nbytes) == (1, room)
+    new = layout.make(64)
+    assert cache.fill(new, _tokens((1, 25), (2, 9))) == 25
+    for got, expected in zip(new.layer(0), kv.layer(0), strict=True):
+        assert torch.equal(got[:, :25], expected[:, :25])
+
+
+@pytest.mark.parametrize("kind", ["tree", "sdpa"])
+def test_a_text_that_might_have_become_long_is_reused(kind: str) -> None:
+    model = tiny("llama", max_position_embeddings=16000)
+    llm = LLM(model, "ngram", attention=kind, prefix_mb=1)
+    prompt, params = some_tokens(40), SamplingParams(max_tokens=12000, stop_token_ids=list(range(VOCAB)), min_tokens=9)
+    first = llm.generate([prompt], params)[0]
+    turn = [*prompt, *first.token_ids, *some_tokens(7, seed=3)]
+    second = llm.generate([turn], SamplingParams(max_tokens=10))[0]
+    assert second.metrics.reused_tokens >= 40
+    alone = LLM(model, "ngram", attention=kind, prefix_mb=0).generate([turn], SamplingParams(max_tokens=10))[0]
+    assert alone.token_ids == second.token_ids
+
+
+def test_a_short_text_gets_small_storage_whatever_is_spare() -> None:
+    storages = Storages(replace(LAYOUT, fixed=True))
+    large, small = storages.take(32000), storages.take(300)
+    assert (large.capacity, small.capacity) == (32768, 1024)
+    storages.give([large, small])
+    assert storages.take(300) is small
+    assert storages.take(300).capacity == 1024
+    assert storages.take(20000) is large
 
 
 def test_less_than_nothing_can_t_be_kept() -> None:

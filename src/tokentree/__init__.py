@@ -99,7 +99,11 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     for module, names in _HOMES.items():
         if name in names:
-            return getattr(import_module(f"tokentree.{module}"), name)
+            try:
+                home = import_module(f"tokentree.{module}")
+            except AttributeError as error:  # else Python would say that there is no such name here
+                raise ImportError(f"can't import tokentree.{module}: {error}") from error
+            return getattr(home, name)
     raise AttributeError(f"module 'tokentree' has no attribute {name!r}")
 
 

@@ -24,10 +24,14 @@ PART = 1 << 24  # bytes of a file that one thread takes
 
 def cache_folder() -> Path:
     """The folder of everything that can be made again: ``$TOKENTREE_CACHE``, or the platform's cache folder."""
-    own = os.environ.get("TOKENTREE_CACHE")
-    folder = Path(own) if own else user_cache_path("tokentree", appauthor=False)
-    # a user without a home has none either, and gets no folder called "~"
-    return Path(os.devnull) / "tokentree" if folder.parts[:1] == ("~",) else folder
+    if own := os.environ.get("TOKENTREE_CACHE"):
+        return Path(own)
+    nowhere = Path(os.devnull) / "tokentree"  # of a user who has no home, which some versions of platformdirs call "~"
+    try:
+        folder = user_cache_path("tokentree", appauthor=False)
+    except RuntimeError:
+        return nowhere
+    return nowhere if folder.parts[:1] == ("~",) else folder
 
 
 @contextmanager

@@ -36,7 +36,7 @@ def read_arrays(file: Path, dtypes: Mapping[str, np.dtype[np.generic]]) -> dict[
         return None
     try:
         arrays: dict[str, Array] = load_file(file)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:  # types that numpy doesn't have
         raise OptionError(f"can't read {str(file)!r}: {error}") from None
     if {name: array.dtype for name, array in arrays.items()} != dict(dtypes):
         raise OptionError(f"{str(file)!r} doesn't hold {', '.join(dtypes)}: it was not written by this drafter")

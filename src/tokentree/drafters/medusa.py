@@ -91,7 +91,8 @@ class Medusa(Drafter):
         heads, rows, vocab = logits.shape
         divisors = self._divisors.repeat(rows)
         logprobs, ids = top_logprobs(logits.reshape(-1, vocab), min(TOP, vocab), divisors)
-        probs, ids = np.exp(logprobs.reshape(heads, rows, -1)), ids.reshape(heads, rows, -1)
+        probs, ids = np.exp(np.nan_to_num(logprobs, nan=-np.inf)), ids.reshape(heads, rows, -1)  # of what overflowed
+        probs = probs.reshape(heads, rows, -1)
         return ids if self._ids is None else self._ids[ids], probs.astype(np.float64)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,8 +91,20 @@ class Recycling(Drafter):
                 f"{'x'.join(map(str, arrays['successors'].shape))} successors, and this one has "
                 f"{'x'.join(map(str, self._successors.shape))}"
             )
-        self._successors[:], self._probs[:] = arrays["successors"], arrays["probs"]
-        self._pairs[:] = arrays["pairs"]
+        successors, probs, pairs = (np.asarray(arrays[name], dtype) for name, dtype in dtypes.items())
+        if not self._makes_sense(successors, probs, pairs):
+            raise OptionError(
+                f"{str(folder / 'recycling.safetensors')!r} doesn't hold successors out of {self._vocab_size} tokens "
+                f"and their probabilities: it is damaged, or was not written by this drafter"
+            )
+        self._successors[:], self._probs[:], self._pairs[:] = successors, probs, pairs
+
+    def _makes_sense(self, successors: NDArray[Any], probs: NDArray[Any], pairs: NDArray[Any]) -> bool:
+        """Whether these are what compiled loops may read: tokens index arrays there."""
+        ranked = np.sort(successors, 1)
+        twice = (ranked[:, 1:] == ranked[:, :-1]) & (ranked[:, 1:] >= 0)
+        known = (successors >= -1).all() and (successors < self._vocab_size).all() and (pairs >= -1).all()
+        return bool(known and not twice.any() and ((probs >= 0) & (probs <= 1)).all())  # nor is it NaN
 
     def _compile(self) -> None:
         """Before any request waits for it."""

@@ -67,12 +67,15 @@ class Suffix(Drafter):
     def load(self, folder: Path) -> None:
         arrays = read_arrays(folder / "suffix.safetensors", {"tokens": np.dtype(np.int32)})
         if arrays is not None:
-            if self._vocab_size is not None and arrays["tokens"].size and arrays["tokens"].max() >= self._vocab_size:
+            tokens, file = arrays["tokens"], str(folder / "suffix.safetensors")
+            if tokens.ndim != 1 or (tokens.size and tokens.min() < END):
+                raise OptionError(f"{file!r} holds no texts: it is damaged, or was not written by this drafter")
+            if self._vocab_size is not None and tokens.size and tokens.max() >= self._vocab_size:
                 raise OptionError(
-                    f"{str(folder / 'suffix.safetensors')!r} was written with another model: it holds token "
-                    f"{arrays['tokens'].max()}, and this one's vocabulary has {self._vocab_size}"
+                    f"{file!r} was written with another model: it holds token {tokens.max()}, and this one's "
+                    f"vocabulary has {self._vocab_size}"
                 )
-            texts = np.split(arrays["tokens"], np.flatnonzero(arrays["tokens"] == END) + 1)
+            texts = np.split(tokens, np.flatnonzero(tokens == END) + 1)
             for text in texts:
                 self._store = self._store.with_text(text[text != END].tolist(), self._max_store)
 

@@ -10,12 +10,12 @@ import torch
 from numpy.typing import NDArray
 
 from tokentree.engines.kernels import BLOCK
-from tokentree.errors import ModelError
 from tokentree.jit import njit
 from tokentree.tree import Ints
 
 Floats32 = NDArray[np.float32]
 SPARE = 16  # storages kept for the next sequences
+SLACK = 64  # empty rows that are not worth a copy
 LEAST_FIXED = 1024  # rows of the smallest storage of a compiled graph
 
 
@@ -46,6 +46,10 @@ class KVLayout:
         has = self.shapes[layer] if layer < len(self.shapes) else None
         if has != (heads, width, width) or not self.blocked:
             raise ModelError(f"layer {layer} stores KV of {heads} heads x {width}, and its storage is for {has}")
+
+    def capacity(self, rows: int) -> int:
+        """Of the smallest storage for so many rows."""
+        return max(LEAST_FIXED, 1 << (rows - 1).bit_length()) if self.fixed else -(-rows // BLOCK) * BLOCK
 
     def make(self, rows: int) -> SequenceKV:
         """Storage for a sequence of so many rows; it grows when there are more."""
@@ -81,10 +85,7 @@ class SequenceKV:
         """Makes room for ``rows`` rows, committed and provisional."""
         if rows <= self._capacity:
             return
-        if self.layout.fixed:
-            capacity = max(LEAST_FIXED, 1 << (rows - 1).bit_length())
-        else:
-            capacity = -(-max(rows, self._capacity * 3 // 2) // BLOCK) * BLOCK
+        capacity = self.layout.capacity(max(rows, self._capacity * 3 // 2))
         keys, values = [], []
         for (heads, key_width, value_width), layers in self._groups:
             keys.append(self._empty_keys(layers, heads, capacity, key_width))
@@ -141,6 +142,19 @@ class SequenceKV:
         """Memory of the storage, in bytes."""
         return sum(stored.nbytes for stored in [*self._keys, *self._values, self.states])
 
+    @property
+    def committed_nbytes(self) -> int:
+        """Memory that its committed rows need, in bytes."""
+        return self.nbytes * self.layout.capacity(self.length) // self._capacity
+
+    def trimmed(self) -> SequenceKV:
+        """A copy with room for the committed rows alone; itself, where little of its room is empty."""
+        if self._capacity - self.layout.capacity(self.length) <= SLACK:
+            return self
+        small = self.layout.make(self.length)
+        small.copy_rows(self, self.length)
+        return small
+
     def copy_rows(self, other: SequenceKV, rows: int) -> None:
         """Makes the first ``rows`` committed rows of ``other``, which has the same layout, those of this empty one."""
         self.reserve(rows)
@@ -184,9 +198,9 @@ class Storages:
         self._spare: list[SequenceKV] = []
 
     def take(self, rows: int) -> SequenceKV:
-        """Empty storage for a sequence of so many rows."""
+        """Empty storage for a sequence of so many rows, and no larger: each forward reads all of a fixed one."""
         for kv in self._spare:
-            if kv.capacity >= rows:
+            if kv.capacity == self.layout.capacity(rows):
                 self._spare.remove(kv)
                 kv.length = 0
                 return kv
@@ -226,13 +240,6 @@ class BlockedKV(SequenceKV):
         if not 0 <= row <= end <= self._capacity:
             raise ModelError(f"rows {row} to {end} of KV, and there is room for {self._capacity}")
         stored_keys, stored_values = self.layer(layer)
-        heads, count, width = keys.shape
-        sizes = (heads, width, values.shape[2])
-        if sizes != self.layout.shapes[layer] or values.shape[:2] != keys.shape[:2] or row + count > self.capacity:
-            raise ModelError(
-                f"layer {layer} stores KV of {sizes} from row {row} to {row + count}, and its storage is for "
-                f"{self.layout.shapes[layer]} in {self.capacity} rows"
-            )
         _write(stored_keys.numpy(), stored_values.numpy(), row, keys.float().numpy(), values.float().numpy())
 
     def _move(self, rows: Ints, start: int) -> None:

@@ -36,14 +36,15 @@ class PrefixCache:
         self._entries = []
 
     def keep(self, tokens: Ints, kv: SequenceKV) -> list[SequenceKV]:
-        """Takes over ``kv``, whose committed rows belong to ``tokens``; returns what is not kept, or no more."""
-        if kv.nbytes > self._max_bytes or len(tokens) < LEAST:
+        """Takes over ``kv``, or a copy of its committed rows, which belong to ``tokens``, where most of it is empty;
+        returns what is not kept, or no more."""
+        if len(tokens) < LEAST or kv.committed_nbytes > self._max_bytes:
             return [kv]
         if any(shared_length(known, tokens) == len(tokens) for known, _ in self._entries):
             return [kv]
-        before = self._entries
-        self._entries = [entry for entry in before if shared_length(entry[0], tokens) < len(entry[0])]
-        self._entries.append((tokens, kv))
+        before = [*self._entries, (tokens, kv)]
+        self._entries = [entry for entry in self._entries if shared_length(entry[0], tokens) < len(entry[0])]
+        self._entries.append((tokens, kv.trimmed()))
         while self.nbytes > self._max_bytes:
             del self._entries[0]
         kept = {id(entry[1]) for entry in self._entries}

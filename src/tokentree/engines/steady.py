@@ -26,7 +26,17 @@ VECTOR = 64  # the most numbers that one step of a loop computes
 _OF_NUMBERS = {torch.sigmoid, Tensor.sigmoid, silu, softplus}
 _TURNED = {Tensor.t, torch.t, Tensor.T.__get__, Tensor.mT.__get__}
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
-_ABOUT = {"__get__", "__repr__", "dim", "element_size", "is_floating_point", "numel", "size", "stride", "untyped_storage"}
+_ABOUT = {
+    "__get__",
+    "__repr__",
+    "dim",
+    "element_size",
+    "is_floating_point",
+    "numel",
+    "size",
+    "stride",
+    "untyped_storage",
+}
 _CONVERTED = {Tensor.float, Tensor.to, Tensor.type, Tensor.bfloat16}
 
 
@@ -101,7 +111,6 @@ class SteadyWeight(Tensor):
             else:
                 out = layer(rows)
             return out.reshape(*x.shape[:-1], -1)
-
 
     def _let_go(self) -> None:
         """Drops the numbers, and keeps the shape."""

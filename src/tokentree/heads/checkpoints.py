@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,17 +17,26 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
+from tokentree.cache import replacing
 from tokentree.errors import ModelError, OptionError
 from tokentree.heads.medusa import MedusaHeads
 
 LAYOUTS = ("fasterdecoding", "vllm")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt", "model.safetensors", "pytorch_model.bin")
-OWN_BLOCK = re.compile(r"(?:medusa_head\.)?(\d+)\.(\d+)\.linear\.(weight|bias)")  # FasterDecoding's
-OWN_PROJECTION = re.compile(r"(?:medusa_head\.)?(\d+)\.(\d+)\.weight")
-BLOCK = re.compile(r"blocks\.(\d+)\.layers\.(\d+)\.(weight|bias)")  # vLLM's
-PROJECTION = re.compile(r"lm_heads\.(\d+)\.weight")
+OWN_BLOCK = re.compile(r"(?:medusa_head\.)?([0-9]{1,4})\.([0-9]{1,4})\.linear\.(weight|bias)")  # FasterDecoding's
+OWN_PROJECTION = re.compile(r"(?:medusa_head\.)?([0-9]{1,4})\.([0-9]{1,4})\.weight")
+BLOCK = re.compile(r"blocks\.([0-9]{1,4})\.layers\.([0-9]{1,4})\.(weight|bias)")  # vLLM's
+PROJECTION = re.compile(r"lm_heads\.([0-9]{1,4})\.weight")
+
+
+# what torch raises for files that are damaged, or are none of its own
+UNREADABLE = (
+    OSError, SafetensorError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
+    AssertionError, EOFError, MemoryError, struct.error, pickle.UnpicklingError,
+)  # fmt: skip
 
 
 def read_medusa(folder: str | Path) -> tuple[MedusaHeads, dict[str, Any]]:
@@ -56,7 +66,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # broken UTF-8 is a ValueError
         raise ModelError(f"can't read {str(file)!r}: {error}") from None
     if not isinstance(config, dict):
         raise ModelError(f"{str(file)!r} is not a configuration")
@@ -82,21 +92,18 @@ def medusa_of(tensors: Mapping[str, torch.Tensor], where: str) -> MedusaHeads:
     if len(found.ends) > 1 or any(layer >= num_layers for layer, _ in (*blocks, *found.biases)):
         raise ModelError(f"in {where!r} the heads end at different layers")
     bias = bool(found.biases) or found.fasterdecoding
+    found.check(num_heads, num_layers, bias, where)  # before anything is made of sizes that names and shapes tell
     heads = MedusaHeads(num_heads, num_layers, some.shape[-1], vocab, bias).to(some.dtype)
     with torch.no_grad():
         for head in range(num_heads):
             for layer in range(num_layers):
-                _copy(
-                    blocks.get((layer, head)), heads.weight[layer, head], f"weight of head {head}, layer {layer}", where
-                )
+                heads.weight[layer, head].copy_(blocks[layer, head])
                 if heads.bias is not None:
-                    part = found.biases.get((layer, head))
-                    _copy(part, heads.bias[layer, head], f"bias of head {head}, layer {layer}", where)
+                    heads.bias[layer, head].copy_(found.biases[layer, head])
             if heads.projection is not None:
-                _copy(projections.get(head), heads.projection[head], f"projection of head {head}", where)
+                heads.projection[head].copy_(projections[head])
     if found.token_map is not None:
-        heads.token_map = torch.zeros(vocab or len(found.token_map), dtype=torch.int64)
-        _copy(found.token_map, heads.token_map, "token_map", where)
+        heads.token_map = found.token_map.to(torch.int64)
     return heads
 
 
@@ -128,16 +135,41 @@ class _Found:
             elif name == "token_map":
                 found.token_map = tensor
             else:
-                raise ModelError(f"{where!r} has a tensor that Medusa heads don't have: {name}")
+                raise ModelError(f"{where!r} has a tensor that Medusa heads don't have: {ascii(name[:80])[1:-1]}")
         return found
 
+    def check(self, num_heads: int, num_layers: int, bias: bool, where: str) -> None:
+        """Raises `ModelError` unless all parts of so many heads are there, and fit one another."""
+        some = next(iter([*self.blocks.values(), *self.projections.values()]))
+        hidden = some.shape[-1] if some.ndim else 0
+        vocab = len(next(iter(self.projections.values()))) if self.projections and some.ndim else None
+        for head in range(num_heads):
+            for layer in range(num_layers):
+                name = f"of head {head}, layer {layer}"
+                check_part(self.blocks.get((layer, head)), [hidden, hidden], f"weight {name}", where)
+                if bias:
+                    check_part(self.biases.get((layer, head)), [hidden], f"bias {name}", where)
+            if vocab is not None:
+                check_part(self.projections.get(head), [vocab, hidden], f"projection of head {head}", where)
+        if (ids := self.token_map) is not None:
+            sizes = [len(ids) if vocab is None and ids.ndim else vocab or 0]
+            check_part(ids, sizes, "token_map", where, (torch.int64, torch.int32))
+            if not len(ids) or int(ids.min()) < 0 or len(ids.unique()) != len(ids):
+                raise ModelError(f"in {where!r} the token_map names no tokens, or one of them twice")
 
-def _copy(part: torch.Tensor | None, into: torch.Tensor, what: str, where: str) -> None:
+
+def check_part(
+    part: torch.Tensor | None, sizes: list[int], what: str, where: str, kinds: tuple[torch.dtype, ...] = FLOATS
+) -> None:  # fmt: skip
+    """Raises `ModelError` unless ``part`` is a tensor of these sizes and kinds, of finite numbers."""
     if part is None:
         raise ModelError(f"{where!r} lacks the {what}")
-    if part.shape != into.shape:
-        raise ModelError(f"in {where!r} the {what} is {list(part.shape)}, not {list(into.shape)}")
-    into.copy_(part)
+    if list(part.shape) != sizes:
+        raise ModelError(f"in {where!r} the {what} is {list(part.shape)}, not {sizes}")
+    if part.dtype not in kinds:
+        raise ModelError(f"in {where!r} the {what} has the type {part.dtype}, which it can't have")
+    if not bool(part.isfinite().all()):
+        raise ModelError(f"in {where!r} the {what} holds what is no finite number")
 
 
 def write_medusa(
@@ -185,12 +217,20 @@ def write_medusa(
             tensors[last.format(head=head)] = projection[head]
     if heads.token_map is not None:
         tensors["token_map"] = heads.token_map
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / ("medusa_lm_head.safetensors" if layout == "fasterdecoding" else "model.safetensors")
-    save_file({name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}, file)
-    config = _config(heads, base_model, vocab_size, layout) | dict(about or {})
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    file = "medusa_lm_head.safetensors" if layout == "fasterdecoding" else "model.safetensors"
+    write_tensors(Path(folder), file, tensors, _config(heads, base_model, vocab_size, layout) | dict(about or {}))
+
+
+def write_tensors(folder: Path, file: str, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
+    """Writes ``tensors`` into ``file`` in ``folder``, and ``config`` into its ``config.json``, whole or not at all.
+
+    Raises:
+        OSError: if it can't be written.
+    """
+    with replacing(folder / file) as part:
+        part.write_bytes(save({name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}))
+    with replacing(folder / "config.json") as part:
+        part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _config(heads: MedusaHeads, base_model: str, vocab_size: int, layout: str) -> dict[str, Any]:
@@ -227,8 +267,16 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
             tensors = load_file(file)
         else:
             tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise ModelError(f"can't read {str(file)!r}: {str(error).splitlines()[0]}") from None
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+    except UNREADABLE as error:
+        said = [*str(error).splitlines(), type(error).__name__][0]
+        raise ModelError(f"can't read {str(file)!r}: {said}") from None
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) and _whole(tensors[name]) for name in tensors):
         raise ModelError(f"{str(file)!r} holds more than tensors by their names")
     return tensors
+
+
+def _whole(tensor: Any) -> bool:
+    """Whether it is a tensor whose numbers are all there: few of them can be said to fill any size."""
+    if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or tensor.device.type != "cpu":
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()

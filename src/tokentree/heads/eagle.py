@@ -52,7 +52,7 @@ class EagleSizes(BaseModel):
     target_hidden_size: int | None = Field(None, ge=1)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
     context: int = Field(2048, ge=1)
-    eps: float = Field(1e-6, gt=0)
+    eps: float = Field(1e-6, gt=0, allow_inf_nan=False)
     fc_bias: bool = False
     qkv_bias: bool = False
     own_embedding: bool = False

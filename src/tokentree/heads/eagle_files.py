@@ -6,7 +6,6 @@ A tensor that is unknown or missing is an error.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,10 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from pydantic import ValidationError
-from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from tokentree.errors import ModelError, OptionError
-from tokentree.heads.checkpoints import read_config, read_tensors
+from tokentree.heads.checkpoints import check_part, read_config, read_tensors, write_tensors
 from tokentree.heads.eagle import EagleHead, EagleSizes
 from tokentree.heads.saved import About, Fingerprint, check_made_for, read_about
 
@@ -27,6 +25,13 @@ LAYOUTS = ("safeailab", "speculators")
 FILES = ("model.safetensors", "pytorch_model.bin")
 LAYER = {1: "layers.0.", 3: "midlayer."}  # what stands before a layer's tensors; speculators' EAGLE-3 has EAGLE-1's
 IDS = "eagle_aux_hidden_state_layer_ids"
+
+
+# what a configuration may lead to that makes no sense
+MEANINGLESS = (
+    ValidationError, StrictDataclassError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError,
+    RuntimeError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,18 +67,20 @@ def read_eagle(folder: str | Path, num_layers: int, target: Fingerprint | None =
     check_made_for(about, config, folder, target)
     tensors = _renamed(read_tensors(file), where)
     sizes, told = _sizes(config, tensors, num_layers, where)
-    head = EagleHead(sizes)
-    for name, into in _places(head).items():
-        if name not in tensors:
-            raise ModelError(f"{where!r} lacks the tensor {name}")
-        part = tensors.pop(name)
-        if part.shape != into.shape:
-            raise ModelError(f"in {where!r} the tensor {name} is {list(part.shape)}, not {list(into.shape)}")
-        with torch.no_grad():
-            into.copy_(part)
+    try:
+        with torch.device("meta"):  # what it would be, before any memory is taken for it
+            planned = _places(EagleHead(sizes))
+        for name, into in planned.items():
+            check_part(tensors.get(name), list(into.shape), f"tensor {name}", where)
+        head = EagleHead(sizes)
+    except MEANINGLESS as error:
+        raise _meaningless(where, error) from None
+    with torch.no_grad():
+        for name, into in _places(head).items():
+            into.copy_(tensors.pop(name))
     offsets, known = tensors.pop("d2t", None), tensors.pop("t2d", None)
     if head.token_map is not None:
-        head.token_map = _token_map(offsets, known, head.token_map, where)
+        head.token_map = _token_map(offsets, known, head.token_map, sizes.vocab_size, where)
     if tensors:
         raise ModelError(f"{where!r} has a tensor that an EAGLE-{sizes.version} head doesn't have: {min(tensors)}")
     return SavedEagle(head, about, told)
@@ -108,13 +115,10 @@ def write_eagle(
         tensors["t2d"] = torch.zeros(sizes.vocab_size, dtype=torch.bool).index_fill(0, ids, True)
     if layout == "speculators":
         tensors = {name.replace(LAYER[3], LAYER[1]): tensor for name, tensor in tensors.items()}
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
     config = _config(sizes, base_model, layout, architecture)
     if about is not None:
         config["tokentree"] = about.model_dump(mode="json")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_tensors(Path(folder), "model.safetensors", tensors, config)
 
 
 def default_taps(num_layers: int) -> tuple[int, int, int]:
@@ -172,7 +176,10 @@ def _sizes(
             told = f"hidden states {list(taps)}, EAGLE-3's own choice for {num_layers} layers"
         if version == 3 and width != len(taps) * target:
             raise ModelError(f"in {where!r} fc.weight takes {width} numbers, not {len(taps)} hidden states of {target}")
-        known = len(tensors["lm_head.weight"]) if version == 3 and own_output and "d2t" in tensors else None
+        if not all(0 <= tap <= num_layers for tap in taps):
+            raise ModelError(f"in {where!r} the hidden states {list(taps)} aren't all there in {num_layers} layers")
+        own_tokens = version == 3 and own_output and "d2t" in tensors
+        known = int(tensors["lm_head.weight"].shape[0]) if own_tokens else None
         return EagleSizes(
             version=version, hidden_size=hidden,
             intermediate_size=tensors[f"{LAYER[version]}mlp.gate_proj.weight"].shape[0],
@@ -184,8 +191,16 @@ def _sizes(
             own_embedding="embed_tokens.weight" in tensors, own_output=own_output,
             norm_before_residual=bool(config.get("norm_before_residual", False)),
         ), told  # fmt: skip
-    except (ValidationError, StrictDataclassError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ModelError(f"the configuration beside {where!r} makes no sense: {str(error).splitlines()[0]}") from None
+    except MEANINGLESS as error:
+        raise _meaningless(where, error) from None
+
+
+def _meaningless(where: str, error: Exception) -> ModelError:
+    """An error that says what is wrong with a configuration."""
+    if isinstance(error, ModelError):
+        return error
+    said = [*str(error).splitlines(), type(error).__name__][0]
+    return ModelError(f"the configuration beside {where!r} makes no sense: {said}")
 
 
 def _places(head: EagleHead) -> dict[str, torch.Tensor]:
@@ -215,12 +230,16 @@ def _places(head: EagleHead) -> dict[str, torch.Tensor]:
 
 
 def _token_map(
-    offsets: torch.Tensor | None, known: torch.Tensor | None, into: torch.Tensor, where: str
+    offsets: torch.Tensor | None, known: torch.Tensor | None, into: torch.Tensor, vocab_size: int, where: str
 ) -> torch.Tensor:
     """The target's ids, of what each lies beyond the head's own (SafeAILab's ``d2t``)."""
     if offsets is None or offsets.shape != into.shape:
         raise ModelError(f"in {where!r} the tensor d2t is not one number for each of the head's {len(into)} tokens")
     ids = torch.arange(len(into)) + offsets.to(torch.int64)
+    if not len(ids) or int(ids[0]) < 0 or bool((ids.diff() <= 0).any()):
+        raise ModelError(f"in {where!r} the tensor d2t doesn't name tokens in ascending order")
+    if int(ids[-1]) >= vocab_size:
+        raise ModelError(f"in {where!r} the tensor d2t names token {int(ids[-1])} of {vocab_size}")
     if known is not None and not torch.equal(torch.nonzero(known)[:, 0], ids):
         raise ModelError(f"in {where!r} the tensors d2t and t2d name different tokens")
     return ids

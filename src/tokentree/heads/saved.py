@@ -58,6 +58,8 @@ class About(BaseModel):
         taps: the target's hidden states that an EAGLE-3 head reads, as transformers numbers them.
     """
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     fingerprint: Fingerprint | None = None
     temperatures: list[float] | None = None
     accuracies: list[list[float]] | None = None
