@@ -415,7 +415,7 @@ def test_a_storage_takes_no_rows_that_it_has_no_room_for() -> None:
     kv.write(0, kv.capacity - 4, rows, rows)
     for heads, width, row in ((2, 8, kv.capacity - 3), (4, 8, 0), (2, 16, 0)):
         wrong = torch.zeros(heads, 4, width)
-        with pytest.raises(ModelError, match="and there is room for|and got"):
+        with pytest.raises(ModelError, match=r"and there is room for|and got"):
             kv.write(0, row, wrong, wrong)
     with pytest.raises(IndexError, match="can't be moved"):
         kv.commit([0, kv.capacity])

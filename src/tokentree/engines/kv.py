@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from tokentree.engines.kernels import BLOCK
+from tokentree.errors import ModelError
 from tokentree.jit import njit
 from tokentree.tree import Ints
 
