@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 
@@ -86,7 +87,8 @@ class Decoder:
                     self.release(done)
                     active = [seq for seq in active if not seq.finished]
         finally:
-            self.release(active)
+            if not sys.is_finalizing():  # torch is half gone then, and so is what there is to release
+                self.release(active)
 
     @exclusive
     def prefill(self, seq: Sequence) -> None:
