@@ -49,6 +49,7 @@ def gguf_model(file: Path, dtype: torch.dtype) -> PreTrainedModel:
             raise GgufError(f"its {name} is {_sizes(given)}, and {_sizes(needed)} is what {where} has there")
         weights[name] = given.reshape(needed.shape)
     model: PreTrainedModel = type(blank).from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+    model.config._name_or_path = model.name_or_path = str(file)
     return model
 
 
