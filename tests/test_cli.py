@@ -82,7 +82,8 @@ def test_depth_and_branching_are_a_shape(run: Command, folder: Path) -> None:
 
 
 def test_a_dash_reads_standard_input(folder: Path) -> None:
-    words = [sys.executable, "-m", "tokentree", "generate", "-", "-m", str(folder), "--max-tokens", "4", "--json"]
+    options = ["-m", str(folder), "--max-tokens", "4", "--json", "--threads", "1"]
+    words = [sys.executable, "-m", "tokentree", "generate", "-", *options]
     done = subprocess.run(words, input="one two", capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["token_ids"]
     assert "Traceback" not in done.stderr

@@ -187,11 +187,11 @@ def test_a_terminal_shows_the_text_whatever_its_width(
         assert "\x1b[32m" not in seen
 
 
-@pytest.mark.parametrize("columns", [20, 40, 60, 80, 200])
+@pytest.mark.parametrize("columns", [20, 40, 60, 80, 100, 200])
 def test_no_width_cuts_a_table(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
     numbers = [[f"{10.0**row + column:.1f}" for column in range(8)] for row in range(5)]
     table = Table(title="a title that is much longer than twenty characters", caption="a caption, likewise")
-    for name in ("method", *"abcdefgh"):
+    for name in ("method", *"abcdefg", "h" * 20):
         table.add_column(name, justify="right", overflow="fold" if name == "method" else "ellipsis")
     for row, cells in enumerate(numbers):
         table.add_row(f"a-method-with-a-long-name-{row}", *cells)
