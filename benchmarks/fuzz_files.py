@@ -285,11 +285,13 @@ def child(kind: str, seed: int, first: int, count: int) -> None:
     import transformers
 
     from tokentree.errors import TokenTreeError
+    from tokentree.jit import compiled_folder
 
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as room:
+        os.environ["TOKENTREE_COMPILED"] = str(compiled_folder())  # the user's own
         os.environ["TOKENTREE_CACHE"] = str(Path(room) / "cache")
         good, folder = Path(room) / "good", Path(room) / "files"
         folder.mkdir()
