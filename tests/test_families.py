@@ -75,16 +75,16 @@ def test_a_node_has_the_bits_of_decoding_its_path_alone(name: str, dtype: torch.
 # -- what a model attends with ---------------------------------------------------------------------------------------
 
 
+def configs_of(model: PreTrainedModel) -> list[Any]:
+    return [module.config for module in model.modules() if hasattr(module, "config")]
+
+
 def test_modules_of_a_copy_hold_copies_of_the_configurations_that_they_hold() -> None:
     model = tiny_vision()
-    before = [module.config._attn_implementation for module in model.modules() if hasattr(module, "config")]
+    before = [config._attn_implementation for config in configs_of(model)]
     copied = private_copy(model)
     set_attention(copied, "tokentree")
-    pairs = [
-        (module.config, own.config)
-        for module, own in zip(copied.modules(), model.modules(), strict=True)
-        if hasattr(own, "config")
-    ]
+    pairs = list(zip(configs_of(copied), configs_of(model), strict=True))
     assert len({id(own) for _, own in pairs}) == 3, "the whole, text and vision"
     assert len({id(new) for new, _ in pairs}) == 3
     assert all(new is not own and new._attn_implementation == "tokentree" for new, own in pairs)
@@ -184,7 +184,7 @@ def test_products_with_steady_weights_are_the_same_beside_any_rows(dtype: torch.
 @pytest.mark.parametrize("name", ["gpt_oss", "mixtral"])
 def test_experts_of_a_model_that_nobody_else_uses_are_there_once(name: str) -> None:
     def made() -> PreTrainedModel:
-        wide = {"hidden_size": 64, "intermediate_size": 96}
+        wide: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96}
         return tiny(name, torch.bfloat16, **wide) if name == "mixtral" else tiny_other(name, torch.bfloat16)
 
     tokens, owned = some_tokens(40), made()
@@ -207,7 +207,7 @@ def test_experts_of_a_model_that_nobody_else_uses_are_there_once(name: str) -> N
 def test_a_router_that_rounding_flips_is_no_difference(name: str) -> None:
     for seed in range(8):
         options: dict[str, Any] = {"seed": seed, "dtype": torch.bfloat16}
-        wide = {"hidden_size": 64, "intermediate_size": 96}
+        wide: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96}
         model = tiny(name, **options, **wide) if name == "mixtral" else tiny_other(name, **options)
         assert TorchEngine(model).attention == "tree", seed
 

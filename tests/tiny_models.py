@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
     CLIPVisionConfig,
     FalconConfig,
     FalconForCausalLM,
@@ -176,7 +176,7 @@ def tiny_other(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, *
     sizes = {**_GROUPED, "hidden_size": 64, "intermediate_size": 96, **OTHERS[family], **options}
     config = CONFIG_MAPPING[family](**sizes)
     with torch.random.fork_rng(devices=[]):
-        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+        model = AutoModelForCausalLM.from_config(config)
     made: PreTrainedModel = randomised(model, seed).to(dtype)  # type: ignore[arg-type]
     return made
 

@@ -113,7 +113,7 @@ def check(
     counts = {status: sum(v.status == status for v in verdicts) for status in ("identical", "tie", "WRONG")}
     if as_json:
         cases = [{"prompt": e.name, "category": e.category} | asdict(v) for e, v in zip(entries, verdicts, strict=True)]
-        write_json(counts | {"prompts": cases})
+        write_json(counts | {"prompts": cases, "caveat": llm.engine.caveat})
     else:
         for entry, verdict in zip(entries, verdicts, strict=True):
             if verdict.status != "identical":
@@ -123,6 +123,8 @@ def check(
                     f"gaps {gaps}; noise {verdict.noise:.3g}\n"
                 )
         write(f"{counts['identical']} identical, {counts['tie']} ties, {counts['WRONG']} WRONG\n")
+        if llm.engine.caveat:
+            write(f"{llm.engine.caveat}\n")
     if counts["WRONG"]:
         raise typer.Exit(1)
 

@@ -38,8 +38,13 @@ def attended(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """
     given = _Given()
     set_attention(model, TREE)
-    with attending(given):
-        model(input_ids=torch.tensor([probe(model)]), use_cache=False, return_dict=True)
+    try:
+        with attending(given):
+            model(input_ids=torch.tensor([probe(model)]), use_cache=False, return_dict=True)
+    except ModelError:
+        raise
+    except (RuntimeError, TypeError, ValueError) as error:  # it takes masks for what they are elsewhere
+        raise ModelError(f"{type(model).__name__} can't do without its own masks: {error}") from None
     config = model.config.get_text_config()
     if len(given.shapes) < config.num_hidden_layers:
         raise ModelError(f"{type(model).__name__} attends by itself in some of its layers")

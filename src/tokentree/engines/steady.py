@@ -24,7 +24,7 @@ LEAST = 4  # rows of a product in float32: fewer take other loops
 
 VECTOR = 64  # the most numbers that one step of a loop computes
 _OF_NUMBERS = {torch.sigmoid, Tensor.sigmoid, silu, softplus}
-_TURNED = {Tensor.t, torch.t, Tensor.T.__get__, Tensor.mT.__get__}
+_TURNED: set[Any] = {Tensor.t, torch.t, *(vars(torch._C.TensorBase)[name].__get__ for name in ("T", "mT"))}
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
 _ABOUT = {
     "__get__",
@@ -97,6 +97,8 @@ class SteadyWeight(Tensor):
 
     def _times(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """[..., outputs] of ``x`` [..., inputs]."""
+        if not x.numel():  # an expert that no row was sent to
+            return x.new_zeros(*x.shape[:-1], self.shape[0])
         with torch._C.DisableTorchFunctionSubclass():
             key = None if bias is None else bias.data_ptr()
             if key not in self._layers:
@@ -110,7 +112,8 @@ class SteadyWeight(Tensor):
                 out = layer(pad(rows, (0, 0, 0, LEAST - len(rows))))[: len(rows)]
             else:
                 out = layer(rows)
-            return out.reshape(*x.shape[:-1], -1)
+            made: Tensor = out.reshape(*x.shape[:-1], -1)
+            return made
 
     def _let_go(self) -> None:
         """Drops the numbers, and keeps the shape."""
@@ -163,7 +166,7 @@ class _WholeVectors(TorchFunctionMode):
     instructions, which round differently."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        x = args[0] if args else None
+        x: Any = args[0] if args else None
         left = -x.numel() % VECTOR if func in _OF_NUMBERS and type(x) is Tensor and not kwargs else 0
         if not left or len(args) > 1:
             return func(*args, **(kwargs or {}))
