@@ -148,7 +148,11 @@ def digest_of(file: Path, size: int | None = None) -> bytes:
 
 
 def damaged(path: Path) -> None:
-    """Tells that what is kept there can't be used."""
+    """Tells, once, that what is kept there can't be used as it is now."""
+    found = path.stat()
+    if (state := (path, found.st_mtime_ns, found.st_size)) in _told:
+        return
+    _told.add(state)
     tell(f"what is kept in {str(path)!r} is damaged: it is made again")
 
 
@@ -162,9 +166,8 @@ def unkept(what: str, folder: Path, error: Exception) -> None:
 
 
 def tell(line: str) -> None:
-    """Warns, once and in one line: what is told is of no place in a program."""
-    warnings.warn_explicit(line, UserWarning, "tokentree", 1, registry=_shown)
+    """Warns in one line: what is told is of no place in a program."""
+    warnings.warn_explicit(line, UserWarning, "tokentree", 1)
 
 
-_told = set[tuple[Path, int | None]]()
-_shown = dict[Any, Any]()
+_told = set[tuple[Any, ...]]()
