@@ -92,12 +92,7 @@ class TorchEngine(KVEngine):
         set_attention(self._model, own_attention)
         self._keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         packing = _packing(self._model, quantization, file, kept) if device.type == "cpu" else None
-        with explained(self._model):
-            if packing is None:
-                own = own_forward(self._model)
-            else:
-                exact = functools.partial(in_float32, model, own_attention) if dtype in FEW_BITS else None
-                own = packing.recall(OWN, lambda: own_forward(self._model, exact))
+        own = self._said_by(model, packing, own_attention)
         cached = shapes = _shapes(own)
         whole = packing is not None and not self._attends_itself and Llama.fits(self._model, packing)
         self._noted: dict[int, torch.Tensor] = {}  # of the last forward of `_model`, [rows, hidden size]
@@ -122,17 +117,7 @@ class TorchEngine(KVEngine):
             steady_activations(self._model)
             steady_weights(self._model, owns_model)
             self._foreign = foreign_layers(self._model)
-        with explained(self._model):
-            try:
-                self._check_trees(own)
-            except ModelError as error:
-                if self._attends_itself:
-                    raise
-                if attention is not None or program:
-                    raise ModelError(f"{error}: use attention='sdpa'") from None
-                self._attend_by_itself(own_attention, error)  # nobody asked for our attention
-                self._storages = Storages(self._layout_for(cached, device, dtype))
-                self._check_trees(own)
+        self._prove(own, cached, own_attention, attention is not None)
         self._tell()
         if not owns_model:
             self._shared = Shared(in_common(model, self._model))
@@ -246,6 +231,36 @@ class TorchEngine(KVEngine):
         self._noted[place] = (inputs[0] if inputs else named["hidden_states"])[0]
 
     # -- at construction -------------------------------------------------------------------------------------------
+
+    def _said_by(
+        self, model: PreTrainedModel, packing: Packing | None, own_attention: str
+    ) -> dict[str, torch.Tensor]:  # fmt: skip
+        """See `own_forward`."""
+        with explained(self._model):
+            if packing is None:
+                return own_forward(self._model)
+            exact = functools.partial(in_float32, model, own_attention) if model.dtype in FEW_BITS else None
+            return packing.recall(OWN, lambda: own_forward(self._model, exact))
+
+    def _prove(
+        self, own: dict[str, torch.Tensor], cached: tuple[tuple[int, int, int], ...], own_attention: str, asked: bool
+    ) -> None:  # fmt: skip
+        """Checks trees with our attention, and, where that fails and nobody ``asked`` for it, with the model's own.
+
+        Raises:
+            ModelError: if they can't be verified.
+        """
+        with explained(self._model):
+            try:
+                self._check_trees(own)
+            except ModelError as error:
+                if self._attends_itself:
+                    raise
+                if asked or self._program:
+                    raise ModelError(f"{error}: use attention='sdpa'") from None
+                self._attend_by_itself(own_attention, error)
+                self._storages = Storages(self._layout_for(cached, self.device, self.dtype))
+                self._check_trees(own)
 
     def _attended(
         self, packing: Packing, attention: str | None, own_attention: str
