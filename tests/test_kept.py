@@ -216,7 +216,7 @@ def test_what_a_model_is_said_to_have_said_is_checked(place: Place) -> None:
         {"shapes": torch.full((2, 3), -1)}, {"logits": 3},
     ):  # fmt: skip
         content = copy.deepcopy(whole)
-        content["layers"]["own forward"].update(change)
+        content["layers"][OWN].update(change)
         rewrite(place.file, content)
         with pytest.warns(UserWarning, match="is damaged: it is made again"):
             engine = TorchEngine(own, kept=place)

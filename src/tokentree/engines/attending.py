@@ -24,8 +24,6 @@ from tokentree.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ATTENDED = "attention"  # the name by which what attention is given is kept
-
 
 @torch.inference_mode()
 def attended(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ from tokentree.engines.checked import expect
 from tokentree.engines.kernels import BFLOAT16_WIDE, LANES
 from tokentree.engines.linear import PackedLinear
 from tokentree.engines.packing import Packing
-from tokentree.engines.proof import OWN, said_before
+from tokentree.engines.proof import ATTENDED, OWN, said_before, sizes_of_kv
 from tokentree.engines.quantized import QuantizedLinear
 from tokentree.engines.quants import WIDE
 from tokentree.errors import ModelError
@@ -128,6 +128,7 @@ def _read(file: Path, about: list[Any]) -> dict[str, dict[str, Any]]:
         found = torch.load(file, mmap=True, weights_only=True)
         layers: dict[str, dict[str, Any]] = found["layers"] if found["about"] == about else {}
         known = isinstance(layers, dict) and (OWN not in layers or said_before(layers[OWN]))
+        known = known and (ATTENDED not in layers or sizes_of_kv(layers[ATTENDED]["shapes"]))
         expect("a model", known, all(type(name) is str for name in layers))
     except (OSError, RuntimeError, ValueError, LookupError, TypeError, EOFError, pickle.UnpicklingError):
         damaged(file)  # ModelError is a ValueError

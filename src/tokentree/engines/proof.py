@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 OWN = "own forward and its rounding"  # the name by which what a model says by itself is kept
+ATTENDED = "attention"  # the name by which the sizes of what attention is given are kept
 PROBE = (0.11, 0.37, 0.23, 0.71, 0.53, 0.31, 0.83)  # any tokens, as parts of the vocabulary
 TIE = 0.1  # of the range of a router's scores: less is as good as equal
 CHOICE = "choice "  # begins the names of routers' choices in what `own_forward` gives
@@ -127,15 +128,36 @@ def _as_good(scores: torch.Tensor, chosen: torch.Tensor, before: torch.Tensor) -
 
 def said_before(found: object) -> bool:
     """Whether ``found`` is what `own_forward` gives of some model."""
-    if not isinstance(found, dict) or set(found) != {"tokens", "logits", "shapes"}:
+    if not isinstance(found, dict) or not {"tokens", "logits", "shapes"} <= set(found):
         return False
-    tokens, logits, shapes = found["tokens"], found["logits"], found["shapes"]
-    if not is_tensor(tokens, torch.int64, len(PROBE)) or not is_tensor(shapes, torch.int64, None, 3):
+    tokens, logits = found["tokens"], found["logits"]
+    if not is_tensor(tokens, torch.int64, len(PROBE)) or not sizes_of_kv(found["shapes"]):
         return False
-    if not isinstance(logits, torch.Tensor) or not is_tensor(logits, logits.dtype, len(PROBE), None) or not len(shapes):
+    if not isinstance(logits, torch.Tensor) or not is_tensor(logits, logits.dtype, len(PROBE), None):
         return False
-    known = 0 <= int(tokens.min()) <= int(tokens.max()) < logits.shape[1]
-    return known and 0 < int(shapes.min()) <= int(shapes.max()) < 1 << 20 and logits.is_floating_point()
+    vocab = logits.shape[1]
+    known = logits.is_floating_point() and 0 <= int(tokens.min()) <= int(tokens.max()) < vocab
+    rest = {name: value for name, value in found.items() if name not in ("tokens", "logits", "shapes")}
+    return known and all(
+        is_tensor(value, torch.float32, len(PROBE), vocab) if name == "exact" else _chosen_before(name, value)
+        for name, value in rest.items()
+    )
+
+
+def sizes_of_kv(found: object) -> bool:
+    """Whether ``found`` may be the sizes of the KV of each layer, int64[layers, 3]."""
+    known = isinstance(found, torch.Tensor) and is_tensor(found, torch.int64, None, 3) and len(found) > 0
+    return known and isinstance(found, torch.Tensor) and 0 < int(found.min()) <= int(found.max()) < 1 << 20
+
+
+def _chosen_before(name: object, found: object) -> bool:
+    """Whether ``found`` is a router's choice of that name."""
+    if not isinstance(name, str) or not isinstance(found, torch.Tensor) or not name.startswith(CHOICE):
+        return False
+    count, _, number = name.removeprefix(CHOICE).partition(" ")
+    if found.dtype is not torch.int64 or found.shape[:1] != (len(PROBE),) or not found.numel():
+        return False
+    return count.isdecimal() and number.isdecimal() and 0 <= int(found.min()) <= int(found.max()) < int(count)
 
 
 @torch.inference_mode()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from tokentree.engines.attending import ATTENDED, adapt, attended
+from tokentree.engines.attending import adapt, attended
 from tokentree.engines.attention import TREE, ForwardKV, attending, dense_mask
 from tokentree.engines.facts import Facts, settings_of
 from tokentree.engines.foreign import check_runs_in_a_copy, explained, inner_model, runs_more
@@ -26,7 +26,7 @@ from tokentree.engines.llama import Llama
 from tokentree.engines.packing import GgufPacking, Packing
 from tokentree.engines.prepare import in_float32, pack, private_copy, set_attention, steady_activations
 from tokentree.engines.program import Program
-from tokentree.engines.proof import OWN, own_forward
+from tokentree.engines.proof import ATTENDED, OWN, own_forward
 from tokentree.engines.quantized import QuantizedLinear
 from tokentree.engines.ready import READY
 from tokentree.engines.segment import Segment, Upto, inputs_of
