@@ -166,7 +166,7 @@ def test_figures_are_pooled_over_samples() -> None:
     assert [row.tokens_per_second for row in summarise(run, "a")] == [7.5, 10.0]
     assert table(run).row_count == 2
     cells = [list(column.cells) for column in table(run).columns]
-    assert [column.header for column in table(run).columns][1:4] == ["tokens/s", "x plain", "x plain, end to end"]
+    assert [str(column.header) for column in table(run).columns][1:4] == ["tokens/s", "x plain", "end to end"]
     assert cells[1:4] == [["5.0", "10.0"], ["1.00", "2.00"], ["1.00", "1.67"]]  # as times plain, as in the report
 
 

@@ -283,7 +283,7 @@ def test_calibrate_as_json_is_all_that_was_found_and_can_be_drawn(run: Command, 
     ("name", "says"),
     [
         ("picture", "is no picture's name"),
-        ("picture.txt", "end it in .png"),
+        ("picture.txt", "end it in .pdf, .png, .svg"),
         ("none/picture.png", "there is no folder"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -163,8 +164,12 @@ def test_what_was_reserved_and_not_used_doesn_t_count(fixed: bool) -> None:
 def test_a_text_that_might_have_become_long_is_reused(kind: str) -> None:
     model = tiny("llama", max_position_embeddings=16000)
     llm = LLM(model, "ngram", attention=kind, prefix_mb=1)
-    prompt, params = some_tokens(40), SamplingParams(max_tokens=12000, stop_token_ids=list(range(VOCAB)), min_tokens=9)
-    first = llm.generate([prompt], params)[0]
+    prompt, params = some_tokens(40), SamplingParams(max_tokens=12000)
+    stream = llm.stream(prompt, params)
+    for _ in islice(stream, 9):
+        pass
+    stream.close()
+    first = stream.result
     turn = [*prompt, *first.token_ids, *some_tokens(7, seed=3)]
     second = llm.generate([turn], SamplingParams(max_tokens=10))[0]
     assert second.metrics.reused_tokens >= 40

@@ -224,6 +224,7 @@ IN_THE_WAY: dict[str, Callable[[Any], None]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*linear layers of another kind")
 @pytest.mark.parametrize("kind", IN_THE_WAY)
 def test_what_was_put_into_a_model_is_run(kind: str) -> None:
     """Before the first call, and after it."""
@@ -235,7 +236,7 @@ def test_what_was_put_into_a_model_is_run(kind: str) -> None:
     if kind != "more layers than count":
         assert expected != unchanged
     assert text(model, made) == expected
-    assert made._llms[model].engine.form == "tree attention"
+    assert made._llms[model].engine.form.startswith("tree attention")
     assert text(model, drafting()) == expected
     assert own_text(model) == expected  # the model is left as it was
 
@@ -260,6 +261,7 @@ def said(engine: TorchEngine, tokens: list[int]) -> torch.Tensor:
     return out.all_logits.float()
 
 
+@pytest.mark.filterwarnings("ignore:.*linear layers of another kind")
 @pytest.mark.parametrize("kind", IN_THE_WAY)
 def test_in_bfloat16_it_is_run_too(kind: str) -> None:
     """Where a forward is one compiled call as long as nothing is in the way."""
@@ -267,7 +269,7 @@ def test_in_bfloat16_it_is_run_too(kind: str) -> None:
     assert TorchEngine(model).form == "one call"
     IN_THE_WAY[kind](model)
     engine = TorchEngine(model)
-    assert engine.form == "tree attention"
+    assert engine.form.startswith("tree attention")
     expected = full_logits(model, tokens)[-7:]
     assert float((said(engine, tokens) - expected).square().mean().sqrt()) < 0.04 * float(expected.std())
 
@@ -434,7 +436,7 @@ def test_a_hook_that_knows_rows_by_their_place_is_refused(dtype: torch.dtype) ->
 
 
 def test_adapters_by_the_row_are_refused() -> None:
-    with pytest.raises(ModelError, match="fail on the rows of a tree: ValueError: Length of `adapter_names`"):
+    with pytest.raises(ModelError, match="can't read a text alone: Length of `adapter_names`"):
         adapted().generate(
             input_ids=torch.tensor([PROMPT] * 2),
             max_new_tokens=3,

@@ -93,6 +93,7 @@ class TorchEngine(KVEngine):
         self._keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         packing = _packing(self._model, quantization, file, kept) if device.type == "cpu" else None
         own = self._said_by(model, packing, own_attention)
+        self._check_unchanged()
         cached = shapes = _shapes(own)
         whole = packing is not None and not self._attends_itself and Llama.fits(self._model, packing)
         self._noted: dict[int, torch.Tensor] = {}  # of the last forward of `_model`, [rows, hidden size]
@@ -121,8 +122,11 @@ class TorchEngine(KVEngine):
         self._tell()
         if not owns_model:
             self._shared = Shared(in_common(model, self._model))
+        self._check_unchanged()
+
+    def _check_unchanged(self) -> None:
         if told := self.changed():
-            raise ModelError(f"{facts.name} is changed by its own forward ({told}): a tree's must leave no trace")
+            raise ModelError(f"{self._name} is changed by its own forward ({told}): a tree's must leave no trace")
 
     def changed(self) -> str | None:
         return None if self._watch is None else self._watch.change()
