@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -240,9 +241,10 @@ def test_damaged_hidden_states_are_computed_again(tmp_path: Path) -> None:
 # -- a disk that is full -----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
+@contextmanager
 def no_room() -> Iterator[None]:
-    """Files may not grow beyond a hundred bytes: the system then says so as it does of a full disk."""
+    """Files may not grow beyond a hundred bytes: the system then says so as of a full disk. Not for a whole test,
+    since what it prints may go to a file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:
@@ -251,7 +253,7 @@ def no_room() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_what_cannot_be_written_is_told_and_what_was_there_stays(tmp_path: Path, no_room: None) -> None:
+def test_what_cannot_be_written_is_told_and_what_was_there_stays(tmp_path: Path) -> None:
     writes: dict[str, Callable[[Path], None]] = {
         "text": lambda file: keep_text(file, "x" * 1000),
         "tensors": lambda file: keep_tensors(file, {"x": torch.zeros(1000)}),
@@ -260,13 +262,13 @@ def test_what_cannot_be_written_is_told_and_what_was_there_stays(tmp_path: Path,
     for name, write in writes.items():
         file = tmp_path / name
         file.write_text("before")
-        with pytest.raises(OptionError, match="File too large"):
+        with no_room(), pytest.raises(OptionError, match="File too large"):
             write(file)
         assert file.read_text() == "before"
     assert len(list(tmp_path.iterdir())) == 3
     assert kept_state(tmp_path / "text") is None
     kept = Kept(tmp_path / "texts.jsonl", 0, 300)
-    with pytest.raises(OptionError, match="File too large"):
+    with no_room(), pytest.raises(OptionError, match="File too large"):
         kept.add({0: [1] * 100})
 
 
