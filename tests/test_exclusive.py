@@ -104,56 +104,76 @@ def test_a_stream_that_is_left_open_holds_up_nobody() -> None:
     assert got.token_ids == llm.plain().generate([some_tokens(5)], SamplingParams(max_tokens=30))[0].token_ids
 
 
-def test_the_lock_goes_to_who_has_waited_longest() -> None:
-    lock, order = Exclusive(), list[int]()
+def test_who_leaves_the_lock_comes_behind_those_that_wait() -> None:
+    lock, order = Exclusive(), list[str]()
 
-    def take(number: int) -> None:
-        with lock:
-            order.append(number)
-
-    workers = [threading.Thread(target=take, args=(number,)) for number in range(5)]
-    with lock, lock:  # its owner may take it again
-        for number, worker in enumerate(workers):
-            worker.start()
-            while len(lock._waiting) <= number:
+    def take(name: str, times: int) -> None:
+        for _ in range(times):
+            with lock, lock:  # its owner may take it again
+                order.append(name)
                 time.sleep(0.001)
+
+    workers = [threading.Thread(target=take, args=(name, 20)) for name in "ab"]
     for worker in workers:
-        worker.join(10)
-    assert order == [0, 1, 2, 3, 4]
-    assert not lock._taken
+        worker.start()
+    for worker in workers:
+        worker.join(20)
+    assert sorted(order) == [*"a" * 20, *"b" * 20]
+    turns = sum(one != other for one, other in itertools.pairwise(order))
+    assert turns >= 20  # without that, one would be through before the other begins
 
 
-def test_the_lock_is_free_again_after_an_error_and_after_an_interrupted_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lock_is_free_again_after_an_error_and_after_an_interrupted_start(monkeypatch: pytest.MonkeyPatch) -> None:
     lock = Exclusive()
     with pytest.raises(RuntimeError, match="in between"), lock:
         raise RuntimeError("in between")
-    with lock, ThreadPoolExecutor(1) as pool:
-        monkeypatch.setattr(Exclusive, "_wait", _interrupted)
-        assert isinstance(pool.submit(lock.__enter__).exception(), KeyboardInterrupt)
-        monkeypatch.undo()
-    assert not lock._waiting
+    monkeypatch.setattr(Exclusive, "_begin", _interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lock.__enter__()
+    monkeypatch.undo()
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(_take, lock).result(timeout=10)
 
 
-class _Gate:
-    """A gate that Ctrl-C strikes at."""
-
-    def acquire(self) -> None:
-        raise KeyboardInterrupt
-
-
-def _interrupted(lock: Exclusive, gate: threading.Lock) -> None:
-    lock._waiting[lock._waiting.index(gate)] = stricken = _Gate()  # type: ignore[assignment]
-    _WAIT(lock, stricken)  # type: ignore[arg-type]
-
-
-_WAIT = Exclusive._wait
+def _interrupted(lock: Exclusive) -> None:
+    raise KeyboardInterrupt
 
 
 def _take(lock: Exclusive) -> bool:
     with lock:
         return True
+
+
+def test_what_is_left_to_do_waits_for_nobody_and_is_done_under_the_lock() -> None:
+    """As a garbage collector calls it: anywhere, also where this thread or another one holds the lock."""
+    lock, done = Exclusive(), list[bool]()
+
+    def work() -> None:
+        done.append(lock._owner == threading.get_ident() and torch.is_inference_mode_enabled())
+
+    lock.when_free(work)
+    assert done == [True]
+    with lock:
+        lock.when_free(work)
+        assert done == [True]
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(lock.when_free, work).result(timeout=10)
+        assert done == [True]
+    assert done == [True] * 3
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_a_stream_may_be_closed_by_another_thread() -> None:
+    llm = LLM(one_call(), "suffix")
+    stream = llm.stream(some_tokens(5), SamplingParams(max_tokens=200))
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(lambda: [piece.token_id for piece in stream])
+        while not stream.result.token_ids:
+            time.sleep(0.001)
+        stream.close()
+        got = reading.result(timeout=60)
+    assert got == stream.result.token_ids[: len(got)]
+    assert not llm.engine._kv
 
 
 # -- forks and numbers of threads --------------------------------------------------------------------------------------

@@ -241,16 +241,16 @@ def test_a_gguf_file_is_not_read_again(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_places_follow_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKENTREE_CACHE", str(tmp_path / "cache"))
-    assert packed_place("some/name", None) is None
+    assert packed_place("some/name", "bfloat16") is None
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "model.safetensors").write_text("weights")
-    before = packed_place(folder, None)
-    assert before == packed_place(str(folder), None)
+    before = packed_place(folder, "bfloat16")
+    assert before == packed_place(str(folder), "bfloat16")
     assert before is not None
     assert before.file != getattr(packed_place(folder, "int8"), "file", None)
     (folder / "model.safetensors").write_text("other weights")
-    after = packed_place(folder, None)
+    after = packed_place(folder, "bfloat16")
     assert after is not None
     assert after.file == before.file
     assert after.source != before.source

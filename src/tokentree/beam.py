@@ -210,9 +210,10 @@ class BeamDecoder:
         params = seq.params
         ends = frozenset() if params.ignore_eos else seq.eos_ids | {*params.stop_token_ids}
         search = BeamSearch(params.num_beams, seq.room, ends, params.length_penalty, params.early_stopping)
-        beams = self._begin(seq)
+        beams, self._prompt = list[_Beam](), seq  # drafters know the prompt as a text of its own
         tokens, parents = list[int](), list[int]()  # of the nodes that are in the KV, the root first
         try:
+            beams = self._begin(seq)
             while not search.done:
                 tokens, parents, beams = self._step(seq, search, tokens, parents, beams)
                 advance()

@@ -149,7 +149,10 @@ def digest_of(file: Path, size: int | None = None) -> bytes:
 
 def damaged(path: Path) -> None:
     """Tells, once, that what is kept there can't be used as it is now."""
-    found = path.stat()
+    try:
+        found = path.stat()
+    except OSError:  # another process made it again meanwhile
+        return
     if (state := (path, found.st_mtime_ns, found.st_size)) in _told:
         return
     _told.add(state)

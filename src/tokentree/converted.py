@@ -45,15 +45,16 @@ def converted(file: Path, part: str, convert: Callable[[], T], load: Callable[[P
     return made
 
 
-def packed_place(named: str | Path, quantization: str | None) -> Place | None:
-    """Where the packed weights of a model are kept: of a GGUF file, or of a folder; not of a name on a hub."""
+def packed_place(named: str | Path, numbers: str) -> Place | None:
+    """Where the packed weights of a model are kept, by what ``numbers`` they are: of a GGUF file, or of a folder; not
+    of a name on a hub."""
     path = Path(named).expanduser()
     if not path.exists():
         return None
     parts = ("*.safetensors", "*.bin", "*.json")
     sources = [path] if path.is_file() else [file for part in parts for file in sorted(path.glob(part))]
     about = {str(file.name): _source(file) for file in sources}
-    return Place(_folder(path) / f"packed-{quantization or 'bfloat16'}.pt", json.dumps(about))
+    return Place(_folder(path) / f"packed-{numbers}.pt", json.dumps(about))
 
 
 def _folder(file: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 
@@ -28,7 +29,8 @@ class Decoder:
         drafter: who proposes the trees.
         shape: how they grow and are cut.
         accept: the rule that picks the new tokens.
-        watch: called after every step of every sequence, with the draft and what was accepted of it.
+        watch: called after every step of every sequence, with the draft and what was accepted of it. It is a part of
+            the step: it must not decode with this engine, nor wait for a thread that does.
 
     Raises:
         PairingError: if the rule needs drawn children and the drafter can't draw any.
@@ -87,8 +89,8 @@ class Decoder:
                     self.release(done)
                     active = [seq for seq in active if not seq.finished]
         finally:
-            if not sys.is_finalizing():  # torch is half gone then, and so is what there is to release
-                self.release(active)
+            if active and not sys.is_finalizing():  # torch is half gone then, and so is what there is to release
+                self.lock.when_free(partial(self.release, active))
 
     @exclusive
     def prefill(self, seq: Sequence) -> None:

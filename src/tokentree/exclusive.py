@@ -12,7 +12,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 
-from tokentree.threads import check_fork
+from tokentree.threads import use_here
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -20,40 +20,34 @@ EXACT = ("none", "ieee")  # what torch calls products of float32 that are none o
 
 
 class Exclusive:
-    """A lock that lets one thread at a time use an engine and the drafters that draft for it, in the order in which
-    they come. Its owner may take it again. While it is held, no gradients are kept, and torch's global state is as
-    `neutral` has it.
+    """A lock that lets one thread at a time use an engine and the drafters that draft for it. Its owner may take it
+    again. Who has just left it comes behind those that wait. While it is held, no gradients are kept, and torch's
+    global state is as `neutral` has it.
 
     Raises:
         ForkError: on entering, in a process whose parent had used a model.
     """
 
     def __init__(self) -> None:
-        self._mutex = threading.Lock()  # guards what is below, and is never held for long
-        self._waiting: deque[threading.Lock] = deque()
-        self._taken, self._owner, self._depth = False, 0, 0
+        # who waits for the first holds the second, which whoever comes later needs before
+        self._held, self._next = threading.RLock(), threading.Lock()
+        self._owner, self._depth = 0, 0
         self._state = ExitStack()
+        self._left = deque[Callable[[], None]]()
 
     def __enter__(self) -> None:
-        check_fork()
-        me = threading.get_ident()
-        if self._owner == me:
+        if self._owner == threading.get_ident():
             self._depth += 1
             return
-        with self._mutex:
-            gate = threading.Lock() if self._taken else None
-            self._taken = True
-            if gate is not None:
-                gate.acquire()
-                self._waiting.append(gate)
-        if gate is not None:
-            self._wait(gate)
-        self._owner, self._depth = me, 1
+        use_here()
         try:
-            self._state.enter_context(torch.inference_mode())
-            self._state.enter_context(neutral())
-        except BaseException:
-            self.__exit__(None, None, None)
+            with self._next:
+                self._held.acquire()
+            self._begin()
+        except BaseException:  # Ctrl-C: whoever comes next must not wait for this thread
+            self._owner, self._depth = 0, 0
+            while self._held._is_owned():  # type: ignore[attr-defined]
+                self._held.release()
             raise
 
     def __exit__(
@@ -61,32 +55,35 @@ class Exclusive:
     ) -> None:
         self._depth -= 1
         if not self._depth:
-            try:
-                self._state.close()
-            finally:
-                self._owner = 0
-                self._hand_over()
+            self._end()
 
-    def _wait(self, gate: threading.Lock) -> None:
-        """Waits until `_hand_over` opens ``gate``."""
+    def when_free(self, work: Callable[[], None]) -> None:
+        """Has ``work`` done while the lock is held: now, if nobody holds it, and otherwise by its owner, before it is
+        given away. It waits for nobody, since a garbage collector may call it anywhere."""
+        self._left.append(work)
+        if self._owner != threading.get_ident() and self._held.acquire(blocking=False):
+            self._begin()
+            self._end()
+
+    def _begin(self) -> None:
+        self._owner, self._depth = threading.get_ident(), 1
+        if not getattr(_thread, "shielded", False):
+            self._state.callback(setattr, _thread, "shielded", False)
+            _thread.shielded = True
+            self._state.enter_context(torch.inference_mode())
+            self._state.enter_context(neutral())
+
+    def _end(self) -> None:
         try:
-            gate.acquire()
-        except BaseException:  # Ctrl-C: whoever comes next must not wait for this thread
-            with self._mutex:
-                given_up = gate in self._waiting
-                if given_up:
-                    self._waiting.remove(gate)
-            if not given_up:
-                self._hand_over()
-            raise
+            with self._state:
+                while self._left:
+                    self._left.popleft()()
+        finally:
+            self._owner, self._depth = 0, 0
+            self._held.release()
 
-    def _hand_over(self) -> None:
-        """To the thread that has waited longest, if there is one."""
-        with self._mutex:
-            if self._waiting:
-                self._waiting.popleft().release()
-            else:
-                self._taken = False
+
+_thread = threading.local()  # whether this thread holds such a lock already, and so needs no other shield
 
 
 class _Locked(Protocol):
@@ -127,7 +124,7 @@ class _Shared:
     """What torch has one of for all threads: neutral as long as any thread is inside."""
 
     def __init__(self) -> None:
-        self._mutex, self._inside = threading.Lock(), 0
+        self._mutex, self._inside = threading.RLock(), 0
         self._dtype, self._precision = torch.float32, "none"
 
     def __enter__(self) -> None:

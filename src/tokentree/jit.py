@@ -95,8 +95,12 @@ class KeptCode(NullCache):
         target_context.refresh()
         if self._folder is None or not intact(file := self._file(sig, target_context.codegen())):
             return None
+        try:
+            content = file.read_bytes()
+        except OSError:  # another process removed it as old
+            return None
         _used(file.parent)
-        return CompileResult._rebuild(target_context, *pickle.loads(file.read_bytes()))
+        return CompileResult._rebuild(target_context, *pickle.loads(content))
 
     def save_overload(self, sig: Any, data: Any) -> None:
         if self._folder is None:

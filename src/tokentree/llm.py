@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import secrets
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
@@ -495,22 +497,25 @@ class Stream:
     error."""
 
     def __init__(self, llm: LLM, seq: Sequence) -> None:
-        self._llm, self._seq = llm, seq
-        self._pieces = _pieces(llm, seq)
+        self._llm, self._seq, self._closed = llm, seq, threading.Event()
+        self._pieces = _pieces(llm, seq, self._closed)
 
     def __iter__(self) -> Iterator[Piece]:
         return self._pieces
 
     def close(self) -> None:
-        """Stops decoding and forgets the request's KV."""
-        self._pieces.close()
+        """Stops decoding and forgets the request's KV. Another thread that is waiting for the next token gets it, and
+        no more."""
+        self._closed.set()
+        if inspect.getgeneratorstate(self._pieces) != inspect.GEN_RUNNING:
+            self._pieces.close()
 
     @property
     def result(self) -> Result:
         return self._llm.result(self._seq)
 
 
-def _pieces(llm: LLM, seq: Sequence) -> Generator[Piece]:
+def _pieces(llm: LLM, seq: Sequence, closed: threading.Event) -> Generator[Piece]:
     """Decodes ``seq`` step by step. No method of `Stream`, so that a dropped stream drops its KV at once."""
     held = list[Piece]()
     detokenizer = llm.detokenizer(exact=True) if llm.tokenizer is not None else None
@@ -531,6 +536,8 @@ def _pieces(llm: LLM, seq: Sequence) -> Generator[Piece]:
             text = piece.text[: max(0, limit - shown)]
             shown += len(piece.text)
             yield Piece(text, piece.token_id, piece.drafted)
+            if closed.is_set():
+                return
     if seq.error is not None:
         raise seq.error
 

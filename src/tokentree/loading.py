@@ -76,8 +76,10 @@ def load_engine(
     """
     file, place, named = None, None, isinstance(model, str | Path)
     if isinstance(model, str | Path):
-        file, place = find(model).file, packed_place(model, quantization)
-        plain = attention in (None, "tree") and device.type == "cpu" and pick_dtype(dtype, device) is torch.bfloat16
+        numbers = pick_dtype(dtype, device)
+        file = find(model).file
+        place = packed_place(model, quantization or str(numbers).removeprefix("torch."))
+        plain = attention in (None, "tree") and device.type == "cpu" and numbers is torch.bfloat16
         if place and plain and (ready := ready_engine(place, quantization, prefix_bytes)):
             return ready
         model = load_model(model, dtype, device)

@@ -24,18 +24,28 @@ from tokentree.errors import ForkError, ModelError, OptionError
 I64 = ir.IntType(64)
 SPINS = 1000  # looks at what a thread waits for before it leaves its core to others: some 50 microseconds
 
-_one_at_a_time = threading.Lock()
-_used_in = set[int]()  # processes whose threads have run
+_one_at_a_time = threading.RLock()
+_used_in = set[int]()  # processes that have used a model
 
 
 def check_fork() -> None:
-    """Raises `ForkError` in a process that was forked from one whose threads had run compiled loops: they don't exist
-    here, and whoever waited for them would wait for ever."""
+    """Raises `ForkError` in a process that was forked from one that had used a model: its threads don't exist here,
+    and whoever waited for them, or for a lock that they held, would wait for ever."""
     if _used_in and os.getpid() not in _used_in:
         raise ForkError(
             "this process was forked from one that had used a model already, whose threads it doesn't have: start it "
             "with multiprocessing's 'spawn' method, or fork before the first model is made"
         )
+
+
+def use_here() -> None:
+    """Notes that this process uses a model.
+
+    Raises:
+        ForkError: see `check_fork`.
+    """
+    check_fork()
+    _used_in.add(os.getpid())
 
 
 def check_threads(count: int) -> None:
@@ -75,15 +85,14 @@ def run(worker: Any, arguments: Sequence[int]) -> None:
     Raises:
         ForkError: see `check_fork`.
     """
-    check_fork()
+    use_here()
     packed = (ctypes.c_int64 * (len(arguments) + 1))(*arguments, 0)
-    pool = _pool()
+    pool, count = _pool(), num_threads()
     with _one_at_a_time:
-        _used_in.add(os.getpid())
         if pool is None:
             worker.ctypes(packed)
         else:
-            pool(worker.address, ctypes.addressof(packed), num_threads(), 0)
+            pool(worker.address, ctypes.addressof(packed), count, 0)
 
 
 def address(tensor: torch.Tensor, dtype: torch.dtype, *sizes: int) -> int:

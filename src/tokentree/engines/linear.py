@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numba
@@ -98,8 +99,10 @@ class PackedLinear(nn.Module):
     def call(self, inputs: int, stride: int, result: int) -> list[int]:
         """What `multiply_bfloat16` is told, with inputs at this address, so many bytes a row, and such results."""
         outputs, steps = len(self.start) >> self.gated, self.weight.shape[1]
-        weight = address(self.weight, torch.int32, len(self.start) // BLOCK, steps, BLOCK)
-        start = address(self.start, torch.float32, (outputs << self.gated) // BLOCK * BLOCK)
+        weight, start = checked_once(self, lambda: (
+            address(self.weight, torch.int32, len(self.start) // BLOCK, steps, BLOCK),
+            address(self.start, torch.float32, (outputs << self.gated) // BLOCK * BLOCK),
+        ))  # fmt: skip
         return [weight, inputs, stride, start, result, 2 * outputs, steps, outputs // BLOCK, self.gated]
 
 
@@ -201,6 +204,18 @@ def holds(start: Any, blocks: int, gated: bool, outputs: Any) -> bool:
         and (results - 1) * BLOCK < outputs <= results * BLOCK
         and (not gated or outputs == results * BLOCK)
     )
+
+
+def checked_once(layer: Any, look: Callable[[], tuple[int, int]]) -> tuple[int, int]:
+    """The addresses of a layer's weight and start, which ``look`` gives and checks, as long as it has the same ones."""
+    weight, start = layer.weight, layer.start
+    known: Any = layer.__dict__.get("_checked")
+    if known is None or known[0] is not weight or known[1] is not start or known[2] != (
+        weight.data_ptr(), start.data_ptr()
+    ):  # fmt: skip
+        known = layer.__dict__["_checked"] = weight, start, look()
+    found: tuple[int, int] = known[2]
+    return found
 
 
 def whole(values: torch.Tensor) -> torch.Tensor:

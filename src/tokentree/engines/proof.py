@@ -54,7 +54,7 @@ def own_forward(model: PreTrainedModel, exact: Callable[[], PreTrainedModel] | N
     if not layers or any(not isinstance(getattr(layer, "keys", None), torch.Tensor) for layer in layers):
         raise ModelError(f"{type(model).__name__} keeps more than keys and values, which a tree can't roll back")
     shapes = [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in layers]
-    made = {"tokens": tokens, "logits": out.logits[0], "shapes": torch.tensor(shapes)}
+    made = {"tokens": tokens, "logits": out.logits[0].contiguous(), "shapes": torch.tensor(shapes)}
     return made | routes.choices | known
 
 
@@ -65,7 +65,7 @@ def _without_rounding(exact: Callable[[], PreTrainedModel], tokens: torch.Tensor
             out = _read(exact(), tokens)
     except RuntimeError:  # torch's: it computes in its own type wherever that is
         return {}
-    return {"exact": out.logits[0].float()} | routes.choices
+    return {"exact": out.logits[0].float().contiguous()} | routes.choices
 
 
 def _read(model: PreTrainedModel, tokens: torch.Tensor) -> Any:

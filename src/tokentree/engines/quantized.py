@@ -17,6 +17,7 @@ from tokentree.engines import rows as each
 from tokentree.engines.checked import expect, is_count, is_tensor
 from tokentree.engines.kernels import BLOCK, CHUNKS
 from tokentree.engines.linear import (
+    checked_once,
     holds,
     linear_of,
     parts_of,
@@ -176,8 +177,10 @@ class QuantizedLinear(nn.Module):
         """What a product is told, with these addresses."""
         outputs, words = len(self.start) >> self.gated, self.group * self.bits // 32
         size = 4 * (words + 1) * BLOCK  # of a strip: its words, then scales and least weights
-        weight = address(self.weight, torch.uint8, len(self.start) // BLOCK, self.groups, size)
-        start = address(self.start, torch.float32, (outputs << self.gated) // BLOCK * BLOCK)
+        weight, start = checked_once(self, lambda: (
+            address(self.weight, torch.uint8, len(self.start) // BLOCK, self.groups, size),
+            address(self.start, torch.float32, (outputs << self.gated) // BLOCK * BLOCK),
+        ))  # fmt: skip
         return [
             weight, inputs, self.groups * self.group * INPUTS.itemsize, result, 2 * outputs,
             self.groups, words, outputs // BLOCK, self.gated, scales, totals, start,

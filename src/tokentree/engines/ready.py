@@ -92,6 +92,6 @@ def ready_engine(place: Place, quantization: str | None, prefix_bytes: int) -> R
     found = kept(place, torch.bfloat16)
     try:
         return ReadyEngine(found, quantization, prefix_bytes) if READY in found else None
-    except (KeyError, TypeError, AttributeError, ModelError):  # it is made again from the model
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError):  # it is made again from the model
         damaged(place.file)
         return None

@@ -246,6 +246,14 @@ class TorchEngine(KVEngine):
             exact = functools.partial(in_float32, model, own_attention) if model.dtype in FEW_BITS else None
             return packing.recall(OWN, lambda: own_forward(self._model, exact))
 
+    def _try_trees(self, own: dict[str, torch.Tensor]) -> None:
+        try:
+            self._check_trees(own)
+        except (RuntimeError, TypeError, LookupError) as error:  # torch's, or of a model that wants something else
+            if self._program is not None or runs_more(self._model):
+                raise
+            raise ModelError(f"{self._name} can't read a tree: {' '.join(str(error).split())}") from error
+
     def _prove(
         self, own: dict[str, torch.Tensor], cached: tuple[tuple[int, int, int], ...], own_attention: str, asked: bool
     ) -> None:  # fmt: skip
@@ -256,7 +264,7 @@ class TorchEngine(KVEngine):
         """
         with explained(self._model):
             try:
-                self._check_trees(own)
+                self._try_trees(own)
             except ModelError as error:
                 if self._attends_itself:
                     raise
