@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,7 @@ from tokentree.shapes import Shape, shape
 from tokentree.text import Detokenizer
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without one
 # what a forward costs is measured once for all tests, and the user's own measurements stay as they are; compiled code
 # alone is the user's own, as it belongs to its sources
 os.environ["TOKENTREE_COMPILED"] = str(compiled_folder())

@@ -63,7 +63,12 @@ def stand_ins(tmp_path: Path) -> dict[str, str]:
     texts = tmp_path / "data.jsonl"
     texts.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS * 4))
     models = dict.fromkeys(("M", "MODEL", "path/or/hub-name"), str(target))
-    return models | {"a/smaller-one": str(draft), "DIR": str(tmp_path / "heads"), "texts.jsonl": str(texts)}
+    return models | {
+        "a/smaller-one": str(draft),
+        "DIR": str(tmp_path / "heads"),
+        "OUT": str(tmp_path / "new"),
+        "texts.jsonl": str(texts),
+    }
 
 
 def _pair() -> tuple[PreTrainedModel, ...]:

@@ -57,6 +57,9 @@ class Exclusive:
         if not self._depth:
             self._end()
 
+    def __reduce__(self) -> tuple[type[Exclusive], tuple[()]]:
+        return Exclusive, ()  # a copy of what it guards has a lock of its own
+
     def when_free(self, work: Callable[[], None]) -> None:
         """Has ``work`` done while the lock is held: now, if nobody holds it, and otherwise by its owner, before it is
         given away. It waits for nobody, since a garbage collector may call it anywhere."""

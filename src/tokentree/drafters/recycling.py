@@ -103,7 +103,8 @@ class Recycling(Drafter):
         """Whether these are what compiled loops may read: tokens index arrays there."""
         ranked = np.sort(successors, 1)
         twice = (ranked[:, 1:] == ranked[:, :-1]) & (ranked[:, 1:] >= 0)
-        known = (successors >= -1).all() and (successors < self._vocab_size).all() and (pairs >= -1).all()
+        known = (successors >= -1).all() and (successors < self._vocab_size).all()
+        known = known and (pairs >= -1).all() and (pairs < self._vocab_size**2).all()
         return bool(known and not twice.any() and ((probs >= 0) & (probs <= 1)).all())  # nor is it NaN
 
     def _compile(self) -> None:

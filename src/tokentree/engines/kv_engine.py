@@ -114,6 +114,11 @@ class KVEngine(ABC):
         """Whether forwards are recordings on a GPU."""
         return False
 
+    @property
+    def traced(self) -> bool:
+        """Whether torch has compiled the forward, or will."""
+        return False
+
     # -- the protocol ----------------------------------------------------------------------------------------------
 
     @property
@@ -275,7 +280,7 @@ class KVEngine(ABC):
     def _check_trees(self, own: Mapping[str, torch.Tensor]) -> None:
         """Raises `ModelError` unless trees give what the model says by itself, see `proof.own_forward`."""
         got, windows, steady = in_trees(
-            own, lambda segment: self._forward([segment], "logits"), self._storages.layout.make(64)
+            own, lambda segment: self._forward([segment], "logits"), self._storages.layout.make(64), not self.traced
         )
         error, allowed, spread = compare(own, got, self.quantization is not None)
         itself = self.attention == "sdpa"

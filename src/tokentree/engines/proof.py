@@ -9,6 +9,7 @@ wherever scores are as good as equal, and only there.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -162,10 +163,13 @@ def _chosen_before(name: object, found: object) -> bool:
 
 @torch.inference_mode()
 def in_trees(
-    own: Mapping[str, torch.Tensor], forward: Callable[[Segment], torch.Tensor], kv: SequenceKV
+    own: Mapping[str, torch.Tensor], forward: Callable[[Segment], torch.Tensor], kv: SequenceKV, routed: bool
 ) -> tuple[torch.Tensor, set[int | None], bool]:
     """What ``forward``, which gives the logits of a segment's nodes, says of the tokens of `own_forward`: in a tree,
     alone behind it, and in another tree behind that.
+
+    Args:
+        routed: whether routers are to choose as before, see `Routes`.
 
     Returns:
         logits float32[tokens, vocab]; the sliding windows that layers asked for; and whether a token had the same bits
@@ -178,7 +182,7 @@ def in_trees(
         segment = Segment(kv, TokenTree(np.array(nodes), np.array(parents)), 0, 0)
         rows = np.full(len(nodes), -1)
         rows[path] = read + np.arange(len(path))
-        with Routes(own, rows):
+        with Routes(own, rows) if routed else nullcontext():
             logits = forward(segment)[path]
         windows.update(segment.windows)
         return logits
@@ -189,7 +193,8 @@ def in_trees(
         return read + len(path)
 
     read = keep(said([a, b, other, c, d, c, d], [-1, 0, 0, 1, 2, 2, 3], [0, 1, 3, 6]), [0, 1, 3, 6])
-    crowd = said([e, *range(9)], [-1, *[0] * 9], [0])
+    others = range(min(9, own["logits"].shape[1]))
+    crowd = said([e, *others], [-1, *(0 for _ in others)], [0])
     alone = said([e], [-1], [0])
     read = keep(alone, [0])
     read = keep(said([f, other, g, g], [-1, 0, 1, 0], [0, 3]), [0, 3])

@@ -154,6 +154,10 @@ class TorchEngine(KVEngine):
     def recorded(self) -> bool:
         return self._graph is not None and self.device.type == "cuda"
 
+    @property
+    def traced(self) -> bool:
+        return self._graph is not None and self._compiles
+
     @exclusive
     def hidden_states_of(
         self, texts: SequenceOf[SequenceOf[int]], places: SequenceOf[int] | None = None
