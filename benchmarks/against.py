@@ -24,20 +24,22 @@ from rich.progress import Progress
 
 WORKER = """
 import json, sys
+answers, sys.stdout = sys.stdout, sys.stderr  # what loading prints is no answer
 from tokentree import LLM, SamplingParams
 told = json.loads(sys.stdin.readline())
 llm = LLM(told["model"], heads=told["heads"], prefix_mb=0)
 ways = {"plain": llm.plain(), "default": llm}
-print("ready", flush=True)
+print("ready", file=answers, flush=True)
 for line in sys.stdin:
     asked = json.loads(line)
     if "messages" in asked:
-        print(json.dumps(llm.chat_prompt(asked["messages"])), flush=True)
+        print(json.dumps(llm.chat_prompt(asked["messages"])), file=answers, flush=True)
         continue
     params = SamplingParams(max_tokens=told["max_tokens"])
     result = ways[asked["way"]].generate([asked["ids"]], params)[0]
     metrics = result.metrics
-    print(json.dumps([result.token_ids, result.text, metrics.decode_seconds, metrics.prefill_seconds]), flush=True)
+    said = [result.token_ids, result.text, metrics.decode_seconds, metrics.prefill_seconds]
+    print(json.dumps(said), file=answers, flush=True)
 """
 
 
