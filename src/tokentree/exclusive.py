@@ -45,16 +45,18 @@ class Exclusive:
                 self._held.acquire()
             self._begin()
         except BaseException:  # Ctrl-C: whoever comes next must not wait for this thread
-            self._owner, self._depth = 0, 0
-            while self._held._is_owned():  # type: ignore[attr-defined]
-                self._held.release()
+            if self._held._is_owned():  # type: ignore[attr-defined]
+                self._owner, self._depth = 0, 0
+                while self._held._is_owned():  # type: ignore[attr-defined]
+                    self._held.release()
             raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._depth -= 1
-        if not self._depth:
+        if self._depth > 1:
+            self._depth -= 1
+        else:
             self._end()
 
     def __reduce__(self) -> tuple[type[Exclusive], tuple[()]]:
