@@ -110,8 +110,7 @@ class LLM:
     """A target model, a drafter and the loop.
 
     Any number of threads may use one at once, with its twins (`using`, `plain`) and streams: their steps take turns,
-    and each text is the one that is written alone. A forward uses several cores in the thread that used a model first,
-    and one core in others. A process that is forked after a model was used can't use any.
+    and each text is the one that is written alone. A process that is forked after a model was used can't use any.
 
     Args:
         model: a hub name, a folder of safetensors, a GGUF file, or a loaded transformers model (which stays as it is,

@@ -25,7 +25,6 @@ I64 = ir.IntType(64)
 SPINS = 1000  # looks at what a thread waits for before it leaves its core to others: some 50 microseconds
 
 _one_at_a_time = threading.RLock()
-_leaders = list[threading.Thread]()  # the thread that has a team, if there is one
 _used_in = set[int]()  # processes that have used a model
 
 
@@ -47,14 +46,6 @@ def use_here() -> None:
     """
     check_fork()
     _used_in.add(os.getpid())
-
-
-def _leads() -> bool:
-    """Whether this thread is the one that has a team."""
-    me = threading.current_thread()
-    if not _leaders or not _leaders[0].is_alive():
-        _leaders[:] = [me]
-    return _leaders[0] is me
 
 
 def check_threads(count: int) -> None:
@@ -89,9 +80,7 @@ def run(worker: Any, arguments: Sequence[int]) -> None:
     """Calls ``worker``, a C function of one address, in `num_threads` threads at once, or in this one alone where
     torch's pool is unknown: with the address of ``arguments`` and, behind them, a counter that starts at 0.
 
-    Several Python threads may call it: they take turns. Only the one that called it first has a team of threads,
-    as long as it lives; a call from another one runs in that one alone. Teams of several owners, used in turns, gave
-    wrong numbers: 20 of 350 texts differed, and none where each call ran alone; why isn't known.
+    Several Python threads may call it: they take turns.
 
     Raises:
         ForkError: see `check_fork`.
@@ -100,7 +89,7 @@ def run(worker: Any, arguments: Sequence[int]) -> None:
     packed = (ctypes.c_int64 * (len(arguments) + 1))(*arguments, 0)
     pool, count = _pool(), num_threads()
     with _one_at_a_time:
-        if pool is None or not _leads():
+        if pool is None:
             worker.ctypes(packed)
         else:
             pool(worker.address, ctypes.addressof(packed), count, 0)
@@ -228,6 +217,17 @@ def address_of(typingctx, pointer):
         return builder.ptrtoint(args[0], I64)
 
     return numba.int64(pointer), generate
+
+
+@intrinsic
+def keep(typingctx, arrays):
+    """Has these arrays live until here. Compiled code frees an array behind its last use, and reading what lies at its
+    address is none; what another thread allocates next may lie there then."""
+
+    def generate(context, builder, signature, args):
+        return context.get_dummy_value()
+
+    return numba.void(arrays), generate
 
 
 def _arrays(kind):

@@ -19,7 +19,7 @@ import numpy as np
 from tokentree.engines.kernels import BLOCK, LANES, TILE_ROWS, tile_float32
 from tokentree.jit import cfunc
 from tokentree.numbers import exponentials, narrow
-from tokentree.threads import WORKER, address_of, claim, doubles, floats, halves, integers
+from tokentree.threads import WORKER, address_of, claim, doubles, floats, halves, integers, keep
 
 HIDDEN = np.float32(-math.inf)
 
@@ -84,11 +84,11 @@ def _attend(call, numbers, segment, layer, head, together, first, count):
     shared = prefix + behind
     begin, used = _span(path, prefix, window)
 
-    zeros, rows = np.zeros(BLOCK, np.float32), count * together
+    rows = count * together
     queries = np.empty((rows, width), np.float32)
     scores = np.empty((rows, used - begin), np.float32)
     sums, totals = np.zeros((rows, columns), np.float32), np.empty(rows, np.float32)
-    at_scores, at_sums, at_zeros = scores.ctypes.data, sums.ctypes.data, zeros.ctypes.data
+    at_queries, at_scores, at_sums = queries.ctypes.data, scores.ctypes.data, sums.ctypes.data
     stride, wide = 4 * (used - begin), 4 * columns
 
     for i in range(rows):
@@ -96,7 +96,7 @@ def _attend(call, numbers, segment, layer, head, together, first, count):
         queries[i] = floats(place, width)
     for block in range(begin // BLOCK, used // BLOCK):
         tile_float32(
-            rows, width, keys + block * width * BLOCK * 4, BLOCK * 4, queries.ctypes.data, 4 * width, at_zeros, 0,
+            rows, width, keys + block * width * BLOCK * 4, BLOCK * 4, at_queries, 4 * width, at_sums, 0,
             at_scores + 4 * (block * BLOCK - begin), stride,
         )  # fmt: skip
     for i in range(rows):
@@ -114,8 +114,8 @@ def _attend(call, numbers, segment, layer, head, together, first, count):
     for column in range(0, columns, BLOCK):
         if shared > begin:
             tile_float32(
-                rows, shared - begin, values + begin * wide + 4 * column, wide, at_scores, stride, at_zeros, 0,
-                at_sums + 4 * column, wide,
+                rows, shared - begin, values + begin * wide + 4 * column, wide, at_scores, stride, at_sums + 4 * column,
+                wide, at_sums + 4 * column, wide,
             )  # fmt: skip
         for i in range(rows):
             at_sum, seen = at_sums + i * wide + 4 * column, path[i // together]
@@ -129,6 +129,7 @@ def _attend(call, numbers, segment, layer, head, together, first, count):
         sums[i] /= totals[i]
         place = out + (head + i % together) * out_head + (start + first + i // together) * out_row
         _store(sums[i, :value_width], place, call[12])
+    keep((queries, scores, sums))
 
 
 @numba.njit

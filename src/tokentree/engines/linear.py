@@ -18,7 +18,7 @@ from tokentree.engines.checked import expect, is_count, is_tensor
 from tokentree.engines.kernels import BFLOAT16_WIDE, BLOCK, CHUNKS, TILE_ROWS, tile_bfloat16
 from tokentree.jit import cfunc
 from tokentree.numbers import narrow, widen
-from tokentree.threads import WORKER, address, address_of, claim, floats, halves, integers, num_threads, run
+from tokentree.threads import WORKER, address, address_of, claim, floats, halves, integers, keep, num_threads, run
 
 BFLOAT16_CALL = 9  # integers that describe a product
 STRETCH = 512  # words of a weight that all rows meet before the next ones, so that these stay in the cache
@@ -261,7 +261,7 @@ def multiply_bfloat16(call, rows, threads, counter):
     while True:
         first = claim(counter) * share
         if first >= blocks:
-            return
+            break
         for block in range(first, min(first + share, blocks)):
             for part in range(1 + gated):
                 source = (1 + gated) * block + part
@@ -277,6 +277,7 @@ def multiply_bfloat16(call, rows, threads, counter):
                         )  # fmt: skip
                         done += more
             store_rows(sums, y + block * 2 * BLOCK, y_stride)
+    keep(sums)
 
 
 @numba.njit

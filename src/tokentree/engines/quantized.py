@@ -29,7 +29,7 @@ from tokentree.engines.linear import (
 )
 from tokentree.engines.quants import WIDE, tile_int4, tile_int8
 from tokentree.jit import cfunc, njit
-from tokentree.threads import WORKER, address, address_of, claim, floats, integers, num_threads, run
+from tokentree.threads import WORKER, address, address_of, claim, floats, integers, keep, num_threads, run
 
 ORDER = [0, 2, 1, 3] if WIDE else [0, 1, 2, 3]  # in which `quants` wants the bytes of a word
 INPUTS = torch.int16 if WIDE else torch.int8  # what it takes of x
@@ -232,7 +232,7 @@ def _multiply(tile):
         while True:
             first = claim(counter) * share
             if first >= blocks:
-                return
+                break
             for block in range(first, min(first + share, blocks)):
                 for part in range(1 + gated):
                     source = (1 + gated) * block + part
@@ -249,6 +249,7 @@ def _multiply(tile):
                             )  # fmt: skip
                             done += more
                 store_rows(sums, y + block * 2 * BLOCK, y_stride)
+        keep(sums)
 
     return multiply
 
