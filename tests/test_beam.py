@@ -193,7 +193,9 @@ def test_heads_draft_for_each_beam_from_its_own_hidden_states(kind: str, family:
     for tokens, draft in seen[::3]:
         for node in range(1, len(draft)):
             said = said_by(head, model, tokens, draft.path_tokens(draft.parents[node]))
-            assert draft.log_probs[node] == pytest.approx(float(said[draft.tokens[node]]), abs=2e-3, rel=1e-3)
+            # EAGLE-1 has no norms: from level to level a random head's states grow, and float32's rounding with them
+            size = -float(said[said.isfinite()].min())
+            assert draft.log_probs[node] == pytest.approx(float(said[draft.tokens[node]]), abs=5e-4 * size)
 
 
 def test_what_rests_now_and_then_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
