@@ -233,6 +233,29 @@ def _packed(quantization: str | None) -> Callable[[Path], Files]:
     return make
 
 
+def _gguf(kind: str) -> Callable[[Path], Files]:
+    def make(folder: Path) -> Files:
+        from tests.gguf_files import write_gguf
+        from tests.tiny_models import tiny_tokenizer
+
+        file = folder / "tiny.gguf"
+        write_gguf(file, _model(), tiny_tokenizer(), lambda _: kind)
+        whole = file.read_bytes()
+        header = len(whole) - sum(weight.nbytes for weight in _model().parameters()) // (4 if kind == "Q8_0" else 1)
+
+        def use() -> bool:  # other weights are another model: what drafts must be lossless for it
+            return _texts(model=file, drafter="ngram") == _texts(model=file, drafter="none")
+
+        def change(number: np.random.Generator) -> None:
+            said = bytearray(whole[:header])
+            _other_bytes(said, number)
+            file.write_bytes(said + whole[header:])
+
+        return Files(folder, use, True, change)
+
+    return make
+
+
 def _costs(folder: Path) -> Files:
     from tokentree.cache import cache_folder
 
@@ -272,6 +295,8 @@ KINDS: dict[str, Callable[[Path], Files]] = {
     "packed weights": _packed(None),
     "packed in 8 bits": _packed("int8"),
     "costs": _costs,
+    "GGUF": _gguf("F32"),
+    "GGUF, quantized": _gguf("Q8_0"),
     "compiled code": _compiled,
 }
 

@@ -11,7 +11,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from tests.tiny_models import tiny
+from tests.gguf_files import write_gguf
+from tests.tiny_models import tiny, tiny_tokenizer
+from tokentree import LLM, SamplingParams
 from tokentree.converted import converted
 from tokentree.costs import cost_curve
 from tokentree.engines.kept import Place
@@ -23,6 +25,12 @@ from tokentree.terminal import working
 class Saved:
     def save_pretrained(self, folder: Path) -> None:
         (folder / "file").touch()
+
+
+def test_no_bar_goes_to_standard_output(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_gguf(tmp_path / "tiny.gguf", tiny("llama", vocab_size=300), tiny_tokenizer())
+    LLM(tmp_path / "tiny.gguf").generate(["one", "two"], SamplingParams(max_tokens=4), progress=True)
+    assert capfd.readouterr().out == ""
 
 
 def test_phases_are_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import track
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
@@ -68,7 +69,10 @@ def _weights(
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """All tensors by transformers' names."""
     done = {"tensors": dict[str, torch.Tensor]()}
-    for tensor in track(header.tensors.values(), "unpacking", transient=True):
+    console = Console(stderr=True)
+    for tensor in track(
+        header.tensors.values(), "unpacking", console=console, transient=True, disable=not console.is_terminal
+    ):
         made = processor.process(
             weights=header.values(tensor), name=tensor.name, tensor_key_mapping=names, parsed_parameters=done
         )

@@ -580,9 +580,11 @@ def _progress(seqs: SequenceOf[Sequence], shown: bool) -> Iterator[Callable[[], 
     if not shown:
         yield lambda: None
         return
+    from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("decoding", total=sum(seq.params.max_tokens for seq in seqs))
 
         def advance() -> None:
