@@ -49,8 +49,8 @@ HeadsOption = Annotated[
 DrafterOption = Annotated[
     str | None,
     typer.Option(
-        help=f"{', '.join(SINGLE)}, several joined by '+', merged (all that can be), or none; default: draft_model "
-        f"where one is given, else heads that are given and the lookups ({', '.join(LOOKUPS)}), merged.",
+        help=f"{', '.join(SINGLE)}, one of an installed package, several joined by '+', merged (all that can be), or "
+        f"none; default: draft_model where one is given, else heads that are given and the lookups ({', '.join(LOOKUPS)}), merged.",
         rich_help_panel=DRAFTING,
     ),
 ]

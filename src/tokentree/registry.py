@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from importlib import import_module
 
 from tokentree.drafters.base import Drafter, Parts
 from tokentree.drafters.merged import Merged
-from tokentree.drafters.names import DRAFTERS, LOOKUPS
+from tokentree.drafters.names import DRAFT_MODELS, EAGLE_HEADS, MEDUSA_HEADS, fitting, named
 from tokentree.errors import OptionError
 from tokentree.heads.saved import is_eagle
 
@@ -15,15 +14,14 @@ Named = str | SequenceOf[str | Drafter] | Drafter | None
 
 
 def drafter_class(name: str) -> type[Drafter]:
-    """The drafter class of that name.
+    """The drafter class of that name: one of ours, or of an installed package (entry points ``tokentree.drafters``).
 
     Raises:
-        OptionError: if there is none.
+        OptionError: if there is none, or what is there is no drafter.
     """
-    if not isinstance(name, str) or name not in DRAFTERS:
-        raise OptionError(f"unknown drafter {name!r}: choose one of {', '.join(sorted(DRAFTERS))}")
-    module, cls = DRAFTERS[name]
-    found: type[Drafter] = getattr(import_module(module), cls)
+    found = named(name)
+    if not (isinstance(found, type) and issubclass(found, Drafter)):
+        raise OptionError(f"the drafter {name!r} is no class of drafters: {found!r}")
     return found
 
 
@@ -50,7 +48,7 @@ def check_names(drafter: Named) -> None:
 
 def make_drafter(drafter: Named, parts: Parts) -> Drafter:
     """A drafter by its name; several names are merged. Without a name the draft models draft, if there are any and no
-    heads; otherwise it is ``merged``, which stands for everything that ``parts`` allow: draft models, heads, `LOOKUPS`.
+    heads. Otherwise it is ``merged``: all drafters that ``parts`` allow, see `drafters.names.fitting`.
 
     Raises:
         OptionError: if there is none of that name.
@@ -61,9 +59,8 @@ def make_drafter(drafter: Named, parts: Parts) -> Drafter:
     if drafter is None:
         drafter = "draft_model" if parts.draft_engines and parts.heads is None else "merged"
     if drafter == "merged":
-        models = ("draft_model",) if parts.draft_engines else ()
-        heads = () if parts.heads is None else ("eagle",) if is_eagle(parts.heads) else ("medusa",)
-        drafter = (*models, *heads, *LOOKUPS)
+        heads = set() if parts.heads is None else {EAGLE_HEADS if is_eagle(parts.heads) else MEDUSA_HEADS}
+        drafter = fitting(heads | ({DRAFT_MODELS} if parts.draft_engines else set()))
     if isinstance(drafter, str):
         return drafter_class(drafter).make(parts)
     return Merged([make_drafter(name, parts) for name in drafter])
