@@ -50,7 +50,8 @@ DrafterOption = Annotated[
     str | None,
     typer.Option(
         help=f"{', '.join(SINGLE)}, one of an installed package, several joined by '+', merged (all that can be), or "
-        f"none; default: draft_model where one is given, else heads that are given and the lookups ({', '.join(LOOKUPS)}), merged.",
+        f"none; default: draft_model where one is given, else heads that are given and the "
+        f"lookups ({', '.join(LOOKUPS)}), merged.",
         rich_help_panel=DRAFTING,
     ),
 ]
