@@ -1,13 +1,17 @@
-"""What the documentation shows: its Python runs, on tiny models, and commands are such as the command takes."""
+"""What the documentation shows: its Python runs, on tiny models, and commands are such as the command takes. Its pages
+are complete, in order, and can be read on a screen."""
 
 from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import itertools
 import json
 import re
+import runpy
 import shlex
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ import torch
 import typer
 from transformers import PreTrainedModel
 
+import tokentree
 from tests.conftest import decode
 from tests.test_medusa import random_heads
 from tests.tiny_models import TEXTS, request, save_model, some_tokens, tiny, tiny_pair, tiny_tokenizer
@@ -25,7 +30,9 @@ from tokentree.engines.torch import TorchEngine
 from tokentree.heads.saved import About, write_heads
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+REFERENCE = sorted((ROOT / "docs" / "reference").glob("*.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *REFERENCE]
+LONGEST = 99  # characters of a line of prose
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -126,3 +133,82 @@ def test_the_readme_s_commands_run_where_they_stand() -> None:
 def test_the_pages_have_both() -> None:
     assert sum(len(commands(page)) for page in PAGES) > 15
     assert sum(len(blocks(page, "python")) for page in PAGES) > 4
+
+
+def prose(page: Path) -> list[str]:
+    """The lines of a page that are neither code nor a table's nor a picture."""
+    text = BLOCK.sub("", page.read_text(encoding="utf-8"))
+    return [line for line in text.splitlines() if not line.startswith(("|", "!["))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_has_one_title_and_lines_that_can_be_read(page: Path) -> None:
+    lines = prose(page)
+    assert [line for line in lines if line.startswith("# ")] == lines[:1]
+    if page.name != "log.md":  # whose titles are verdicts
+        assert [line for line in lines if len(line) > LONGEST] == []
+    assert [line for line in lines if len(line) > LONGEST and not line.startswith("#")] == []
+
+
+def test_every_page_is_in_the_manual_once() -> None:
+    named = re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(named) == sorted(str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md"))
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", BLOCK.sub("", page.read_text(encoding="utf-8"))):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def documented() -> list[Any]:
+    """All classes and functions that the reference shows, a module's own included."""
+    shown = []
+    for page in REFERENCE:
+        for name in re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), re.MULTILINE):
+            try:
+                module = importlib.import_module(name)
+            except ModuleNotFoundError:
+                home, _, own = name.rpartition(".")
+                shown.append(getattr(importlib.import_module(home), own))
+                continue
+            for own, value in vars(module).items():
+                made_here = getattr(value, "__module__", "") == name
+                if made_here and not own.startswith("_") and (inspect.isclass(value) or inspect.isfunction(value)):
+                    shown.append(value)
+    return shown
+
+
+def test_the_reference_has_every_public_name_once() -> None:
+    times = Counter(documented())
+    assert [value for value, count in times.items() if count > 1] == []
+    assert [name for name in tokentree.__all__ if getattr(tokentree, name) not in times] == []
+    assert len(times) > len(tokentree.__all__) > 20
+    for value in times:
+        assert value.__doc__, value
+
+
+def test_the_page_of_the_command_has_every_command_and_option() -> None:
+    made = runpy.run_path(str(ROOT / "tools" / "command_page.py"))
+    page = (ROOT / "docs" / made["PAGE"]).read_text(encoding="utf-8")
+    assert page.count(made["PLACE"]) == 1
+    text = made["text"]()
+    assert max(map(len, text.splitlines())) <= made["WIDTH"]
+    context = typer.main.get_command(app).make_context("tokentree", [], resilient_parsing=True)
+    commands = list(made["commands"](context))
+    assert len(commands) > 10
+    for one in commands:
+        of_command = text.partition(f"## {one.command_path}\n")[2].partition("\n## ")[0]
+        for option in one.command.get_params(one):
+            assert all(name in of_command for name in option.opts), (one.command_path, option.opts)
+
+
+def test_the_readme_is_short_and_its_table_is_of_the_report() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.split()) < 700
+    report = (ROOT / "docs/results/smollm2-135m-turns/report.md").read_text(encoding="utf-8")
+    gains = re.findall(r"\d\.\d\d\*{0,2} \(\d\.\d\d to \d\.\d\d\)", text)
+    assert len(gains) > 10
+    for gain in gains:
+        value, interval = gain.replace("*", "").split(" ", 1)
+        assert f"{value} {interval}" in report, gain
