@@ -28,7 +28,7 @@ bench: .venv/ready $(SMOLLM)
 
 # The manual, with links checked, in site/.
 docs: .venv/docs/ready
-	PYTHONPATH=.venv/docs $(BIN)/python -m mkdocs build --quiet
+	PYTHONPATH=.venv/docs $(BIN)/python -m mkdocs build
 
 # The wheel, installed with its extras where nothing else is.
 wheel: .venv/ready

@@ -189,7 +189,7 @@ def test_the_reference_has_every_public_name_once() -> None:
 
 
 def test_the_page_of_the_command_has_every_command_and_option() -> None:
-    made = runpy.run_path(str(ROOT / "tools" / "command_page.py"))
+    made = runpy.run_path(str(ROOT / "tools" / "manual.py"))
     page = (ROOT / "docs" / made["PAGE"]).read_text(encoding="utf-8")
     assert page.count(made["PLACE"]) == 1
     text = made["text"]()

@@ -119,7 +119,7 @@ class LLM:
         drafter: a name from the registry, a list of names to be merged, or a `Drafter`. Without one, ``draft_model`` if
             draft models are given and no heads; otherwise all that is given and all lookups, merged.
         draft_model: one draft model or several (merged into one tree).
-        heads: a folder with Medusa heads for this model.
+        heads: a folder with Medusa or EAGLE heads for this model.
         shape: how trees grow: see `tokentree.shapes.shape`; or ``choices``, the static tree that is kept beside heads.
         accept: ``match`` or ``rejection`` (both lossless), ``best_path`` or ``typical`` (both lossy).
         dtype: ``float32``, ``bfloat16`` or ``float16``; by default the checkpoint's, and bfloat16 on CPUs that compute

@@ -1,4 +1,5 @@
-"""Puts the help of every command into the manual's page on the command: a hook of mkdocs (see mkdocs.yml)."""
+"""What the manual's pages get when they are made, as a hook of mkdocs (see mkdocs.yml): the page on the command has
+the help of every command, and reports, whose tables are wide, have the page to themselves."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,7 +9,8 @@ import typer
 from tokentree.cli import app
 
 PAGE, PLACE = "reference/command.md", "<!-- commands -->"
-WIDTH = 88  # characters: what a page's code block shows
+REPORTS = "results/"
+WIDTH = 80  # characters: what a code block of the page shows
 
 
 def commands(context: Any) -> Iterator[Any]:
@@ -30,4 +32,6 @@ def text() -> str:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    if page.file.src_uri.startswith(REPORTS):
+        page.meta["hide"] = ["navigation", "toc"]
     return markdown.replace(PLACE, text()) if page.file.src_uri == PAGE else markdown
