@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 import tokentree
 from tests.tiny_models import tiny, tiny_tokenizer
-from tokentree.cache import PART, cache_folder, intact, locked, ours, private, replacing, seal
+from tokentree import cache
+from tokentree.cache import PART, cache_folder, intact, locked, ours, private, replacing, seal, unkept
 
 # what two processes do at once, again and again: keep arrays, costs, a converted model and packed weights
 AT_ONCE = """
@@ -172,3 +174,23 @@ def test_a_dependency_s_attribute_error_is_not_taken_for_a_missing_name(monkeypa
         _ = tokentree.Decoder
     assert isinstance(caught.value.__cause__, AttributeError)
     assert not hasattr(importlib.import_module("tokentree"), "Nothing")
+
+
+@pytest.mark.parametrize("folder", ["x" * 300, "loop/below", "file/below"])
+def test_that_nothing_can_be_kept_is_told_wherever_that_is(folder: str, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError) as error:  # noqa: PT011
+        private(tmp_path / folder)
+    with pytest.warns(UserWarning, match="made again at each start: [^:]*$"):
+        unkept("what is made isn't", tmp_path / folder, error.value)
+
+
+def test_a_lock_that_another_holds_for_ever_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """As a process does that was stopped."""
+    monkeypatch.setattr(cache, "PATIENCE", 0.1)
+    held = FileLock(tmp_path / ".target.lock")
+    with held, pytest.raises(OSError, match="could not be acquired"), locked(tmp_path / "target"):
+        pass

@@ -64,6 +64,32 @@ def test_a_file_that_changed_is_converted_again_and_takes_the_old_one_s_place(ca
     assert len(list(cache.rglob("text"))) == 1
 
 
+def test_another_file_of_the_same_size_and_time_is_converted_again(cache: Path, file: Path) -> None:
+    _get(file)
+    before = file.stat()
+    for new in ("in place", "by a rename"):
+        other = "".join(reversed(file.read_text()))
+        written = file if new == "in place" else file.with_name("new")
+        written.write_text(other)
+        os.utime(written, ns=(before.st_atime_ns, before.st_mtime_ns))
+        written.replace(file)
+        assert file.stat().st_mtime_ns == before.st_mtime_ns
+        assert [_get(file, text=new) for _ in range(2)] == [new, f"{new}, loaded"]
+
+
+def test_the_same_file_at_another_time_is_not_converted_again(cache: Path, file: Path) -> None:
+    _get(file)
+    os.utime(file, (0, 0))
+    assert _get(file) == "made, loaded"
+
+
+@pytest.mark.parametrize("harm", ["", "[]", "[" * 100_000, '{"model.gguf": 1}'])
+def test_digests_that_make_no_sense_are_made_again(cache: Path, file: Path, harm: str) -> None:
+    _get(file)
+    next(cache.rglob("digests.json")).write_text(harm)
+    assert _get(file) == "made, loaded"
+
+
 @pytest.mark.parametrize("harm", [b"", b"mad", None])
 def test_what_is_spoilt_is_converted_again_and_told(cache: Path, file: Path, harm: bytes | None) -> None:
     _get(file)
@@ -113,4 +139,4 @@ def test_what_can_t_be_converted_leaves_nothing(cache: Path, file: Path) -> None
 
     with pytest.raises(ModelError, match="no"):
         converted(file, "bfloat16", fail, _load)
-    assert not cache.exists()
+    assert [path.name for path in cache.rglob("*") if path.is_file()] == ["digests.json"]

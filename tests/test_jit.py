@@ -187,6 +187,16 @@ def test_the_code_of_few_versions_stays(folder: Path, monkeypatch: pytest.Monkey
     assert "test_jit-version0" not in kept
 
 
+def test_what_is_in_use_stays_whatever_the_clock_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for version in range(jit.VERSIONS_KEPT):
+        (later := folder / f"test_jit-later{version}").mkdir(parents=True)
+        os.utime(later, (1e10, 1e10))
+    monkeypatch.setattr(jit, "fingerprint", lambda roots: "now")
+    fresh()(4)
+    assert (folder / "test_jit-now").is_dir()
+    assert len(list(folder.iterdir())) == jit.VERSIONS_KEPT
+
+
 def test_without_sources_nothing_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inspect, "getfile", lambda function: "/nowhere/frozen.py")
     with pytest.warns(UserWarning, match="compiled code isn't kept"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -126,12 +127,34 @@ def test_another_source_another_version_or_a_spoilt_file_is_packed_again(
     assert packs(Place(place.file, "other files"))
     assert packs(place)
     monkeypatch.setattr(kept, "VERSION", kept.VERSION + 1)
-    assert [packs(place), packs(place)] == [True, False]
+    with pytest.warns(UserWarning, match="is of another version"):
+        assert [packs(place), packs(place)] == [True, False]
     for content in (place.file.read_bytes()[:-900], b"noise", b""):
         place.file.write_bytes(content)
         with pytest.warns(UserWarning, match=r"^what is kept in .* is damaged: it is made again$"):
             assert packs(place)
         assert not packs(place)
+
+
+def test_what_another_version_wrote_is_not_called_damaged(
+    place: Place, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    told = r"^what is kept in .* is of another version: it is made again$"
+    for before in ("unsealed", "sealed"):
+        if before == "unsealed":
+            place.file.parent.mkdir()
+            torch.save({"about": [3, "these files"], "layers": {}}, place.file)
+        else:
+            monkeypatch.setattr(kept, "VERSION", kept.VERSION + 1)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            TorchEngine(model(), kept=place)
+        assert len(said) == 1, before
+        assert re.match(told, str(said[0].message)), before
+        assert calls
+        calls.clear()
+        TorchEngine(model(), kept=place)
+        assert not calls
 
 
 @pytest.mark.parametrize("quantization", [None, "int8"])
@@ -239,6 +262,10 @@ def test_a_gguf_file_is_not_read_again(tmp_path: Path, monkeypatch: pytest.Monke
     assert torch.equal(logits_of(TorchEngine(loaded, quantization="gguf", file=path, kept=where)), expected)
 
 
+def unreadable(file: Path) -> bytes:
+    raise PermissionError(str(file))
+
+
 def test_places_follow_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKENTREE_CACHE", str(tmp_path / "cache"))
     assert packed_place("some/name", "bfloat16") is None
@@ -254,3 +281,9 @@ def test_places_follow_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert after is not None
     assert after.file == before.file
     assert after.source != before.source
+    (folder / "config.json").symlink_to("nowhere")
+    assert packed_place(folder, "bfloat16") == after
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text("new")
+    monkeypatch.setattr("tokentree.converted.digest_of", unreadable)
+    assert packed_place(folder, "bfloat16") is None

@@ -20,6 +20,7 @@ from platformdirs import user_cache_path
 
 DIGEST = hashlib.sha256().digest_size  # bytes
 PART = 1 << 24  # bytes of a file that one thread takes
+PATIENCE = 60.0  # seconds that another process may keep one waiting
 
 
 def cache_folder() -> Path:
@@ -65,10 +66,11 @@ def locked(target: Path) -> Iterator[None]:
     """Holds the lock of ``target`` against other threads and processes.
 
     Raises:
-        OSError: if the lock file can't be written.
+        OSError: if the lock file can't be written, or another process, which may have been stopped, holds the lock
+            for more than `PATIENCE`.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_name(f".{target.name}.lock")):
+    with FileLock(target.with_name(f".{target.name}.lock"), timeout=PATIENCE):
         yield
 
 
@@ -82,7 +84,7 @@ def private(folder: Path) -> Path:
         OSError: if it can't be made, or belongs to somebody else.
     """
     for parent in (*reversed(folder.parents), folder):
-        if not parent.exists():
+        if not os.path.exists(parent):
             parent.mkdir(mode=0o700, exist_ok=True)
     if not ours(folder):
         raise PermissionError(f"{str(folder)!r} belongs to another user")
@@ -149,6 +151,15 @@ def digest_of(file: Path, size: int | None = None) -> bytes:
 
 def damaged(path: Path) -> None:
     """Tells, once, that what is kept there can't be used as it is now."""
+    _unusable(path, "is damaged")
+
+
+def outdated(path: Path) -> None:
+    """Tells, once, that what is kept there was written by another version of this library."""
+    _unusable(path, "is of another version")
+
+
+def _unusable(path: Path, why: str) -> None:
     try:
         found = path.stat()
     except OSError:  # another process made it again meanwhile
@@ -156,12 +167,12 @@ def damaged(path: Path) -> None:
     if (state := (path, found.st_mtime_ns, found.st_size)) in _told:
         return
     _told.add(state)
-    tell(f"what is kept in {str(path)!r} is damaged: it is made again")
+    tell(f"what is kept in {str(path)!r} {why}: it is made again")
 
 
 def unkept(what: str, folder: Path, error: Exception) -> None:
     """Tells that ``what`` can't be kept in ``folder``; of folders that one cause keeps from being made, once."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     if (reason := (there, getattr(error, "errno", None))) not in _told:
         _told.add(reason)
         said = getattr(error, "strerror", None) or error

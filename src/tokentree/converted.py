@@ -21,6 +21,7 @@ from tokentree.gguf_settings import RULES
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 SOURCE = "source.json"  # what a folder was made from
+DIGESTS = "digests.json"  # those of a model's own files, as long as they are not written again
 
 
 def converted(file: Path, part: str, convert: Callable[[], T], load: Callable[[Path], T]) -> T:
@@ -31,8 +32,12 @@ def converted(file: Path, part: str, convert: Callable[[], T], load: Callable[[P
         ModelError: from ``convert``.
     """
     folder = _folder(file) / part
+    try:
+        source = _sources(file, [file])
+    except OSError:  # ``convert`` says so better
+        return convert()
     known = _known(folder)
-    if known.get("source") == _source(file):
+    if known.get("source") == source:
         if _whole(folder, known):
             try:
                 return load(folder)
@@ -41,20 +46,23 @@ def converted(file: Path, part: str, convert: Callable[[], T], load: Callable[[P
         damaged(folder)
     logger.info("converting %s, %s (once)", file.name, part)
     made = convert()
-    _write(folder, made, _source(file))
+    _write(folder, made, source)
     return made
 
 
 def packed_place(named: str | Path, numbers: str) -> Place | None:
     """Where the packed weights of a model are kept, by what ``numbers`` they are: of a GGUF file, or of a folder; not
-    of a name on a hub."""
+    of a name on a hub, nor where something can't be read."""
     path = Path(named).expanduser()
     if not path.exists():
         return None
     parts = ("*.safetensors", "*.bin", "*.json")
-    sources = [path] if path.is_file() else [file for part in parts for file in sorted(path.glob(part))]
-    about = {str(file.name): _source(file) for file in sources}
-    return Place(_folder(path) / f"packed-{numbers}.pt", json.dumps(about))
+    files = [path] if path.is_file() else [file for part in parts for file in sorted(path.glob(part))]
+    try:
+        sources = _sources(path, [file for file in files if file.is_file()])
+    except OSError:
+        return None
+    return Place(_folder(path) / f"packed-{numbers}.pt", json.dumps(sources))
 
 
 def _folder(file: Path) -> Path:
@@ -62,23 +70,43 @@ def _folder(file: Path) -> Path:
     return cache_folder() / "models" / f"{file.stem}-{hashlib.sha256(path.encode()).hexdigest()[:12]}"
 
 
-def _source(file: Path) -> dict[str, Any]:
-    found = file.stat()
-    return {
-        "size": found.st_size,
-        "changed": found.st_mtime_ns,
-        "transformers": version("transformers"),
-        "rules": RULES,
-    }
+def _sources(model: Path, files: list[Path]) -> dict[str, Any]:
+    """What something was made from: the ``files`` of a model, by what is in them, and the versions of what reads them.
+    Times alone don't tell a file from another one: copies may keep them, and clocks are set back. They tell only, with
+    all else that a file system counts, whether a file was written since its digest was made.
+    """
+    folder, known = _folder(model), dict[str, Any]()
+    if ours(folder):
+        known = _json(folder / DIGESTS)
+    found, digests = dict[str, Any](), dict[str, str]()
+    for file in files:
+        about = file.stat()
+        stamp = [about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino, about.st_dev]
+        before = known.get(file.name)
+        fresh = isinstance(before, list) and before[:-1] == stamp
+        digests[file.name] = before[-1] if fresh else digest_of(file).hex()
+        found[file.name] = [*stamp, digests[file.name]]
+    if found != known:
+        try:
+            with replacing(private(folder) / DIGESTS) as part:
+                part.write_text(json.dumps(found), encoding="utf-8")
+        except OSError:  # they are made again next time; that nothing can be written is told of larger things
+            pass
+    return {"digests": digests, "transformers": version("transformers"), "rules": RULES}
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """What a file says; nothing, where it isn't there, or says something else."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _known(folder: Path) -> dict[str, Any]:
     """What a folder of this user says of itself: what it was made from, and the digests of its files."""
-    try:
-        found = json.loads((folder / SOURCE).read_text(encoding="utf-8")) if ours(folder) else {}
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return _json(folder / SOURCE) if ours(folder) else {}
 
 
 def _whole(folder: Path, known: dict[str, Any]) -> bool:

@@ -182,5 +182,5 @@ def _used(folder: Path) -> None:
         latest = sorted(versions, key=lambda path: path.stat().st_mtime, reverse=True)
     except OSError:  # another process removes them too, or nothing can be written
         return
-    for old in latest[VERSIONS_KEPT:]:
+    for old in [path for path in latest if path != folder][VERSIONS_KEPT - 1 :]:  # whatever the clock says
         shutil.rmtree(old, ignore_errors=True)

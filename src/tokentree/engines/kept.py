@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tokentree.cache import DIGEST, damaged, intact, private, replacing, seal, unkept
+from tokentree.cache import DIGEST, damaged, intact, outdated, private, replacing, seal, unkept
 from tokentree.engines.checked import expect
 from tokentree.engines.kernels import BFLOAT16_WIDE, LANES
 from tokentree.engines.linear import PackedLinear
@@ -121,11 +121,28 @@ def _about(place: Place, dtype: torch.dtype) -> list[Any]:
     return [VERSION, LANES, BFLOAT16_WIDE, WIDE, version("transformers"), str(dtype), place.source]
 
 
+def _unsealed(file: Path) -> bool:
+    """Whether it is an archive without a digest, as versions before the fourth wrote them."""
+    try:
+        with file.open("rb") as archive:
+            archive.seek(max(0, file.stat().st_size - 22))
+            end = archive.read()
+    except OSError:
+        return False
+    return end.startswith(b"PK\5\6") and end.endswith(b"\0\0")
+
+
 def _read(file: Path, about: list[Any]) -> dict[str, dict[str, Any]]:
+    if _unsealed(file):
+        outdated(file)
+        return {}
     if not intact(file):
         return {}
     try:
         found = torch.load(file, mmap=True, weights_only=True)
+        if found["about"][0] != VERSION:
+            outdated(file)
+            return {}
         layers: dict[str, dict[str, Any]] = found["layers"] if found["about"] == about else {}
         known = isinstance(layers, dict) and (OWN not in layers or said_before(layers[OWN]))
         known = known and (ATTENDED not in layers or sizes_of_kv(layers[ATTENDED]["shapes"]))
