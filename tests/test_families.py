@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import linear
 from transformers import DogeConfig, DogeForCausalLM, PreTrainedModel
 
 from tests.test_engine import assert_near, decoded_alone, of_transformers, verified
@@ -116,10 +117,24 @@ def test_attention_reads_nothing_but_what_is_stored(
         attend_rows(forward, layer, query, heads, value_width, Rule(1.0))
 
 
+def test_a_product_adds_the_bias_that_it_is_given_wherever_that_lies() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(32, 32, generator=generator) for _ in range(2))
+    steady = SteadyWeight.of(weight)
+    for value in range(4):  # freed each time, so that the next one may take its place
+        bias = torch.full((32,), float(value))
+        assert torch.allclose(linear(x, steady, bias), linear(x, weight, bias), atol=1e-4), value
+        bias += 1
+        assert torch.allclose(linear(x, steady, bias), linear(x, weight, bias), atol=1e-4), value
+    own = nn.Parameter(torch.ones(32), requires_grad=False)
+    assert torch.allclose(linear(x, steady, own), linear(x, weight, own), atol=1e-4)
+    assert len(steady._layers) == 2
+
+
 def test_attention_reads_no_rows_behind_the_storage() -> None:
     forward = storage()
     forward.segments[0].kv.length = forward.segments[0].kv.capacity - 2
-    with pytest.raises(ModelError, match="room for 32"):
+    with pytest.raises(IndexError, match="room for 32"):
         attend_rows(forward, 0, torch.zeros(2, 3, 8), 2, 8, Rule(1.0))
 
 

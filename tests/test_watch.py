@@ -27,7 +27,7 @@ from tokentree import LLM, SamplingParams
 from tokentree.engines.foreign import is_own, same_forward
 from tokentree.engines.linear import PackedLinear
 from tokentree.engines.torch import TorchEngine
-from tokentree.engines.watch import Watch
+from tokentree.engines.watch import Shared, Watch
 from tokentree.errors import ModelError
 from tokentree.hf import TreeGenerator, generator
 from tokentree.tree import TokenTree
@@ -716,6 +716,25 @@ def test_a_change_while_a_text_is_decoded(change: Any, attention: str | None, dt
     else:
         assert rest
         assert stream.result.token_ids == expected
+
+
+def noted(calls: list[str], name: str, own: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def call(self: Any) -> Any:
+        calls.append(name)
+        return own(self)
+
+    return call
+
+
+def test_a_model_is_looked_at_once_for_all_prompts_that_begin_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm, looks = LLM(fresh(), "ngram"), list[str]()
+    for kind, name in ((Watch, "change"), (Shared, "changed")):
+        monkeypatch.setattr(kind, name, noted(looks, name, getattr(kind, name)))
+    results = llm.generate([[5] * 290, [6] * 280, [7, 8]], SamplingParams(max_tokens=4))
+    assert looks.count("change") == 1
+    assert looks.count("changed") <= max(len(one.token_ids) for one in results)  # one a step, none for a prompt
+    llm.generate([[7, 8]], SamplingParams(max_tokens=2))
+    assert looks.count("change") == 2
 
 
 def test_running_the_model_itself_is_no_change() -> None:

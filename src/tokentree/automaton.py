@@ -98,8 +98,9 @@ class SuffixAutomaton:
         if edges > len(self._edges):
             self._edges = _grown(self._edges, edges)
         if 2 * edges > len(self._slots):
-            self._slots = np.zeros(_slots_for(2 * edges), np.int32)
-            compiled.rehash(self._edges, self._slots, int(self._sizes[1]))
+            slots = np.zeros(_slots_for(2 * edges), np.int32)
+            compiled.rehash(self._edges, slots, int(self._sizes[1]))
+            self._slots = slots  # whole: an interruption before leaves the old ones
 
 
 def warm_up() -> None:

@@ -66,9 +66,6 @@ class ForwardKV(Cache):
         """See `Attending`."""
         layer = self._calls
         self._calls += 1
-        for segment in self.segments:
-            if layer >= segment.kv.num_layers:
-                raise ModelError("this forward attends more often than the one that storage was made for")
         self.write(layer, key, value)
         return attend_rows(self, layer, query.float(), len(key), value.shape[2], rule)
 
@@ -220,7 +217,8 @@ def attend_rows(
         query: float32[heads, rows, width].
 
     Raises:
-        ModelError: if the storage of a sequence is not of these sizes, or too small.
+        ModelError: if the storage of a sequence is not of these sizes, or its rows are none of these.
+        IndexError: if its storage has no room for its tree.
     """
     if query.stride(2) != 1:
         query = query.contiguous()
@@ -244,12 +242,8 @@ def attend_rows(
 
 
 def _check(segment: Segment, layer: int, sizes: tuple[int, int, int], rows: int) -> None:
-    """Raises `ModelError` unless the storage of ``segment`` is what the compiled loop takes it for."""
-    kv, paths = segment.kv, segment.paths
-    if not 0 <= layer < kv.num_layers or kv.sizes(layer) != sizes:
-        stored = kv.sizes(layer) if 0 <= layer < kv.num_layers else "nothing"
+    """Raises `ModelError` unless ``layer`` of ``segment`` is stored in these sizes, and its rows are among so many."""
+    if (stored := segment.kv.sizes(layer)) != sizes:
         raise ModelError(f"layer {layer} attends to (heads, key width, value width) {sizes}, and {stored} is stored")
-    if segment.prefix + len(segment.tree) > kv.capacity or not 0 <= segment.start <= rows - segment.count:
-        raise ModelError(f"{segment.prefix} + {len(segment.tree)} rows of KV, and there is room for {kv.capacity}")
-    if paths.dtype != np.int64 or not paths.flags.c_contiguous or len(paths) != segment.count:
-        raise ModelError("the paths of a tree are not those of the rows that are computed")
+    if not 0 <= segment.start <= rows - segment.count:
+        raise ModelError(f"rows {segment.start} to {segment.start + segment.count} have no room among {rows}")

@@ -130,7 +130,13 @@ class SequenceKV:
         return len(self._where)
 
     def sizes(self, layer: int) -> tuple[int, int, int]:
-        """KV heads, key width and value width of ``layer``."""
+        """KV heads, key width and value width of ``layer``.
+
+        Raises:
+            ModelError: if there is no such layer.
+        """
+        if not 0 <= layer < self.num_layers:
+            raise ModelError(f"a forward attends in layer {layer}, and {self.num_layers} layers are stored")
         return self.layout.shapes[layer]
 
     @property

@@ -73,7 +73,9 @@ class Segment:
             IndexError: if its storage has no room for its tree.
         """
         if self.prefix + len(self.tree) > self.kv.capacity:
-            raise IndexError(f"a tree ends at row {self.prefix + len(self.tree)}, and there are {self.kv.capacity}")
+            raise IndexError(
+                f"a tree ends at row {self.prefix + len(self.tree)}, and there is room for {self.kv.capacity}"
+            )
         (keys, values, keys_step, values_step), paths = self.kv.addresses(layer), self.paths
         return [
             keys, values, self.kv.capacity, self.prefix, self.count, self.start,

@@ -45,7 +45,7 @@ class SteadyWeight(Tensor):
     its transpose. It is packed when it is first used. For all else it is the tensor that it was, unless that was
     released."""
 
-    _layers: dict[int | None, nn.Module]  # by the address of a bias
+    _layers: dict[int | None, tuple[nn.Module, Tensor | None]]  # by the address of a bias, which is kept beside it
     _parts: dict[Any, SteadyWeight]  # made of it
     _release: bool  # once it is packed, so that memory doesn't double
     _owner: Tensor | None  # what holds the same numbers, and lets go of them too
@@ -100,20 +100,23 @@ class SteadyWeight(Tensor):
         if not x.numel():  # an expert that no row was sent to
             return x.new_zeros(*x.shape[:-1], self.shape[0])
         with torch._C.DisableTorchFunctionSubclass():
-            key = None if bias is None else bias.data_ptr()
+            own = bias if isinstance(bias, nn.Parameter | SteadyWeight) else None  # any other is made for one call
+            key = None if own is None else own.data_ptr()
             if key not in self._layers:
+                if self._gone:
+                    raise ModelError("weights that were packed and released are asked for another bias")
                 weight = self.contiguous().as_subclass(Tensor)
-                self._layers[key] = linear_of(weight, bias)
+                self._layers[key] = linear_of(weight, own), own
                 if self._release:
                     self._let_go()
-            layer = self._layers[key]
+            layer, _ = self._layers[key]
             rows = x.reshape(-1, x.shape[-1])
             if isinstance(layer, OneDNNLinear) and len(rows) < LEAST:
                 out = layer(pad(rows, (0, 0, 0, LEAST - len(rows))))[: len(rows)]
             else:
                 out = layer(rows)
             made: Tensor = out.reshape(*x.shape[:-1], -1)
-            return made
+            return made if own is bias or bias is None else made + bias
 
     def _let_go(self) -> None:
         """Drops the numbers, and keeps the shape."""

@@ -88,6 +88,7 @@ class TorchEngine(KVEngine):
         own_attention = "sdpa" if getattr(type(model), "_supports_sdpa", False) and not softcap else "eager"
         self._watch = None if owns_model else Watch(model)
         self._shared: Shared | None = None
+        self._looked = False  # at the model, since the last step
         self._model, self._config = private_copy(model, owns_model), model.config
         set_attention(self._model, own_attention)
         self._keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
@@ -131,10 +132,17 @@ class TorchEngine(KVEngine):
     def changed(self) -> str | None:
         return None if self._watch is None else self._watch.change()
 
+    @exclusive
     def prefill(self, seq: Sequence) -> int:
-        if told := self.changed():
+        if not self._looked and (told := self.changed()):
             raise ModelError(f"{self.facts.name} has changed since it was given ({told}): make a new LLM of it")
+        self._looked = True  # for those that join before the next step too
         return super().prefill(seq)
+
+    @exclusive
+    def release(self, seqs: SequenceOf[Sequence]) -> None:
+        self._looked = False
+        super().release(seqs)
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -181,7 +189,9 @@ class TorchEngine(KVEngine):
     # -- one forward -----------------------------------------------------------------------------------------------
 
     def _forward(self, segments: SequenceOf[Segment], upto: Upto) -> torch.Tensor:
-        if self._shared is not None and self._shared.changed():
+        if upto == "logits":
+            self._looked = False
+        if upto != "kv" and self._shared is not None and self._shared.changed():  # prompts are looked at before
             raise ModelError(
                 f"weights of {self.facts.name} were changed while a text was decoded: make a new LLM of it"
             )
