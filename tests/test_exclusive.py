@@ -13,18 +13,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import LogitsProcessor, PreTrainedModel
 
 from tests.tiny_models import request, some_tokens, some_tree, tiny
-from tokentree import LLM, ModelError, OptionError, SamplingParams, threads
+from tokentree import LLM, ModelError, OptionError, SamplingParams, exclusive, generator, threads
 from tokentree.drafters.medusa import Medusa
 from tokentree.engines.kv import KVLayout
 from tokentree.engines.linear import PackedLinear
 from tokentree.engines.segment import Segment
 from tokentree.engines.torch import TorchEngine
-from tokentree.exclusive import Exclusive, neutral
+from tokentree.exclusive import Exclusive
 from tokentree.heads.medusa import MedusaHeads
 from tokentree.tree import TokenTree
 
@@ -139,6 +140,26 @@ def _interrupted(lock: Exclusive) -> None:
     raise KeyboardInterrupt
 
 
+def test_a_start_that_is_interrupted_in_the_midst_leaves_no_state_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = Exclusive()
+
+    @contextmanager
+    def interrupted() -> Iterator[None]:
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(exclusive, "neutral", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lock.__enter__()
+    assert not torch.is_inference_mode_enabled()
+    monkeypatch.undo()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(_take, lock).result(timeout=10)
+    with lock:
+        assert torch.is_inference_mode_enabled()
+    assert not torch.is_inference_mode_enabled()
+
+
 def _take(lock: Exclusive) -> bool:
     with lock:
         return True
@@ -178,6 +199,17 @@ def test_a_stream_may_be_closed_by_another_thread() -> None:
     assert not llm.engine._kv
 
 
+def test_threads_may_share_a_stream() -> None:
+    llm = LLM(one_call(), "suffix")
+    stream = llm.stream(some_tokens(5), SamplingParams(max_tokens=100))
+
+    def read(_: int) -> int:
+        return sum(1 for _ in stream)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sum(pool.map(read, range(4))) == len(stream.result.token_ids) == 100
+
+
 # -- forks and numbers of threads --------------------------------------------------------------------------------------
 
 FORKS = """
@@ -189,7 +221,7 @@ model = tiny("llama", torch.bfloat16, hidden_size=64, intermediate_size=96)
 llm = LLM(model, "suffix")
 params = SamplingParams(max_tokens=4)
 expected = llm.generate([some_tokens(5)], params)[0].token_ids
-stream = iter(llm.stream(some_tokens(5), params))
+stream = llm.stream(some_tokens(5), params)
 next(stream)
 for use in (lambda: llm.generate([some_tokens(5)], params), lambda: LLM(model), lambda: next(stream), llm.plain):
     child = os.fork()
@@ -200,6 +232,11 @@ for use in (lambda: llm.generate([some_tokens(5)], params), lambda: LLM(model), 
             os._exit(7 if "fork" in str(error) else 1)
         os._exit(3)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7, use
+child = os.fork()
+if not child:
+    stream.close()  # nothing of the parent's can be given back here
+    os._exit(7 if len(llm.engine._kv) == 1 else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 assert llm.generate([some_tokens(5)], params)[0].token_ids == expected
 """
 
@@ -215,7 +252,7 @@ def test_a_fork_before_any_forward_is_no_trouble() -> None:
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], timeout=120, check=False).returncode == 0
 
 
-@pytest.mark.parametrize("count", [0, -1, 4096 * 8, 100_000, 2.0, "2", True])
+@pytest.mark.parametrize("count", [0, -1, 4096 * 8, 100_000, 2.0, "2", True, np.True_, np.int64(0), np.float64(2)])
 def test_numbers_of_threads_that_make_no_sense_are_refused_before_anything_is_loaded(count: int) -> None:
     with pytest.raises(OptionError, match="choose from 1 to"):
         LLM("no/such-model", threads=count)
@@ -223,8 +260,10 @@ def test_numbers_of_threads_that_make_no_sense_are_refused_before_anything_is_lo
 
 def test_threads_are_those_of_torch_and_never_more_than_make_sense(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
-    LLM(one_call(), threads=2)
-    assert threads.num_threads() == torch.get_num_threads() == 2
+    for count in (2, np.int64(2), np.uint8(2)):
+        torch.set_num_threads(1)
+        LLM(one_call(), threads=count)  # type: ignore[arg-type]
+        assert threads.num_threads() == torch.get_num_threads() == 2
     torch.set_num_threads(before)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 100_000)
     assert threads.num_threads() == threads.most_threads() == 8 * (os.cpu_count() or 1)
@@ -315,27 +354,65 @@ def test_heads_are_shielded_too() -> None:
         assert got == expected, name
 
 
-def test_the_default_type_comes_back_when_the_last_thread_leaves() -> None:
-    inside, go_on = threading.Event(), threading.Event()
+def test_beam_search_is_shielded_too() -> None:
+    llm = LLM(one_call(), "suffix", shape="2x2")
+    params = SamplingParams(max_tokens=6, num_beams=3)
 
-    def decode() -> None:
-        with neutral():
-            inside.set()
-            go_on.wait(10)
+    def found() -> tuple[list[int], float | None]:
+        result = llm.generate([some_tokens(12)], params)[0]
+        return result.token_ids, result.score
 
-    torch.set_default_dtype(torch.float64)
-    try:
-        worker = threading.Thread(target=decode)
-        worker.start()
-        inside.wait(10)
-        with neutral():
-            assert torch.get_default_dtype() is torch.float32
-        assert torch.get_default_dtype() is torch.float32  # the other thread still needs it
-        go_on.set()
-        worker.join(10)
-        assert torch.get_default_dtype() is torch.float64
-    finally:
-        torch.set_default_dtype(torch.float32)
+    expected = found()
+    for name, state in STATES.items():
+        with state():
+            got = found()
+        assert got == expected, name
+
+
+def test_the_default_type_which_is_one_for_all_threads_is_left_alone() -> None:
+    seen = set[torch.dtype]()
+    llm = LLM(one_call(), "suffix", shape="2x2", watch=lambda *_: seen.add(torch.get_default_dtype()))
+    prompt, params = some_tokens(12), SamplingParams(max_tokens=8)
+    expected = llm.generate([prompt], params)[0].token_ids
+    seen.clear()
+
+    def change(path: list[int], logits: torch.Tensor) -> torch.Tensor:
+        torch.set_default_dtype(torch.float16)  # as another thread may at any time
+        return logits
+
+    with default_dtype(torch.float64):
+        assert llm.generate([prompt], params)[0].token_ids == expected
+        changed = llm.generate([prompt], SamplingParams(max_tokens=8, logits_processors=(change,)))[0]
+        assert changed.token_ids == expected
+        assert torch.get_default_dtype() is torch.float16
+    assert seen == {torch.float64, torch.float16}
+
+
+def test_a_model_that_is_looked_at_under_autocast_is_still_the_same() -> None:
+    model = one_call()
+    generate = generator(drafter="suffix", shape="2x2")
+    ids = torch.tensor([some_tokens(9)])
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "custom_generate": generate, "pad_token_id": 0}
+    expected = model.generate(input_ids=ids, **options)  # type: ignore[operator]
+    for dtype in (torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", dtype):
+            assert torch.equal(model.generate(input_ids=ids, **options), expected)  # type: ignore[operator]
+    assert len(generate._llms) == 1
+
+
+def test_a_processor_is_tried_again_in_the_state_that_it_was_called_in() -> None:
+    class Product(LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            return scores @ weight
+
+    weight = torch.eye(120) + torch.randn(120, 120, generator=torch.Generator().manual_seed(0)) * 1e-3
+    ids = torch.tensor([some_tokens(9)])
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    options |= {"custom_generate": generator(drafter="suffix"), "logits_processor": [Product()]}
+    model: Any = one_call()
+    expected = model.generate(input_ids=ids, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.generate(input_ids=ids, **options), expected)
 
 
 # -- addresses ---------------------------------------------------------------------------------------------------------

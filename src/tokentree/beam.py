@@ -73,10 +73,10 @@ class BeamSearch:
         self.num_beams, self._limit, self._eos_ids = num_beams, limit, sorted(eos_ids)
         self._length_penalty, self._early_stopping = length_penalty, early_stopping
         self.running: list[list[int]] = [[] for _ in range(num_beams)]
-        self.scores = torch.full((num_beams,), WORST)
+        self.scores = torch.full((num_beams,), WORST, dtype=torch.float32)
         self.scores[0] = 0.0  # all begin alike, and one is enough
         self._finished: list[list[int]] = [[] for _ in range(num_beams)]
-        self._finished_scores = torch.full((num_beams,), WORST)
+        self._finished_scores = torch.full((num_beams,), WORST, dtype=torch.float32)
         self._is_finished = torch.zeros(num_beams, dtype=torch.bool)
         self._can_improve, self.done = True, False
 
@@ -209,7 +209,8 @@ class BeamDecoder:
         """
         params = seq.params
         ends = frozenset() if params.ignore_eos else seq.eos_ids | {*params.stop_token_ids}
-        search = BeamSearch(params.num_beams, seq.room, ends, params.length_penalty, params.early_stopping)
+        with self.lock:
+            search = BeamSearch(params.num_beams, seq.room, ends, params.length_penalty, params.early_stopping)
         beams, self._prompt = list[_Beam](), seq  # drafters know the prompt as a text of its own
         tokens, parents = list[int](), list[int]()  # of the nodes that are in the KV, the root first
         try:

@@ -12,7 +12,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 
-from tokentree.threads import use_here
+from tokentree.threads import forked, use_here
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -46,6 +46,7 @@ class Exclusive:
             self._begin()
         except BaseException:  # Ctrl-C: whoever comes next must not wait for this thread
             if self._held._is_owned():  # type: ignore[attr-defined]
+                self._state.close()
                 self._owner, self._depth = 0, 0
                 while self._held._is_owned():  # type: ignore[attr-defined]
                     self._held.release()
@@ -64,7 +65,10 @@ class Exclusive:
 
     def when_free(self, work: Callable[[], None]) -> None:
         """Has ``work`` done while the lock is held: now, if nobody holds it, and otherwise by its owner, before it is
-        given away. It waits for nobody, since a garbage collector may call it anywhere."""
+        given away. It waits for nobody, since a garbage collector may call it anywhere. In a process that was `forked`
+        there is nothing to do."""
+        if forked():
+            return
         self._left.append(work)
         if self._owner != threading.get_ident() and self._held.acquire(blocking=False):
             self._begin()
@@ -112,8 +116,9 @@ def exclusive(method: Callable[Concatenate[L, P], R]) -> Callable[Concatenate[L,
 
 @contextmanager
 def neutral() -> Iterator[None]:
-    """No autocast, the CPU as default device, float32 as default type, and products of float32 in float32 on CPUs,
-    whatever the caller has set. What is one for all threads is the caller's again when no thread is in here any more.
+    """No autocast, the CPU as default device, and products of float32 in float32 on CPUs, whatever the caller has set.
+    The default type is left alone, since torch has one for all threads: what computes here names its types. Precision
+    is one for all threads too, and the caller's again when no thread is in here any more.
     """
     with ExitStack() as stack:
         for kind in ("cpu", "cuda"):
@@ -126,21 +131,19 @@ def neutral() -> Iterator[None]:
 
 
 class _Shared:
-    """What torch has one of for all threads: neutral as long as any thread is inside."""
+    """The precision of products on CPUs: float32's own as long as any thread is inside."""
 
     def __init__(self) -> None:
         self._mutex, self._inside = threading.RLock(), 0
-        self._dtype, self._precision = torch.float32, "none"
+        self._precision = "none"
 
     def __enter__(self) -> None:
         backend: Any = torch.backends.mkldnn
         products = backend.matmul
         with self._mutex:
             if not self._inside:
-                self._dtype, self._precision = torch.get_default_dtype(), products.fp32_precision
+                self._precision = products.fp32_precision
             self._inside += 1
-            if torch.get_default_dtype() != torch.float32:
-                torch.set_default_dtype(torch.float32)
             if products.fp32_precision not in EXACT:
                 products.fp32_precision = "ieee"
 
@@ -149,11 +152,7 @@ class _Shared:
         products = backend.matmul
         with self._mutex:
             self._inside -= 1
-            if self._inside:
-                return
-            if self._dtype != torch.float32 and torch.get_default_dtype() == torch.float32:
-                torch.set_default_dtype(self._dtype)
-            if self._precision not in EXACT and products.fp32_precision == "ieee":
+            if not self._inside and self._precision not in EXACT and products.fp32_precision == "ieee":
                 products.fp32_precision = self._precision
 
 

@@ -223,8 +223,9 @@ class TreeGenerator:
             for seq in seqs:
                 if seq.error is not None:
                     raise seq.error
-            for processor in processors:
-                processor.check()
+            with llm.engine.lock:  # where they were called before
+                for processor in processors:
+                    processor.check()
             if streamer is not None:
                 for token in seqs[0].output_ids[shown:]:
                     streamer.put(torch.tensor([token]))

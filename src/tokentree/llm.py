@@ -494,21 +494,30 @@ class LLM:
 
 class Stream:
     """The tokens of one request as they come. `result` is what there is so far, also after an interruption or an
-    error."""
+    error. Several threads may read one stream: each token goes to one of them."""
 
     def __init__(self, llm: LLM, seq: Sequence) -> None:
-        self._llm, self._seq, self._closed = llm, seq, threading.Event()
+        self._llm, self._seq, self._closed, self._turn = llm, seq, threading.Event(), threading.RLock()
         self._pieces = _pieces(llm, seq, self._closed)
 
     def __iter__(self) -> Iterator[Piece]:
-        return self._pieces
+        return self
+
+    def __next__(self) -> Piece:
+        check_fork()
+        with self._turn:
+            return next(self._pieces)
 
     def close(self) -> None:
         """Stops decoding and forgets the request's KV. Another thread that is waiting for the next token gets it, and
         no more."""
         self._closed.set()
-        if inspect.getgeneratorstate(self._pieces) != inspect.GEN_RUNNING:
-            self._pieces.close()
+        if self._turn.acquire(blocking=False):
+            try:
+                if inspect.getgeneratorstate(self._pieces) != inspect.GEN_RUNNING:  # as in a step of its own
+                    self._pieces.close()
+            finally:
+                self._turn.release()
 
     @property
     def result(self) -> Result:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import operator
 import os
 import platform
 import threading
@@ -28,10 +29,15 @@ _one_at_a_time = threading.RLock()
 _used_in = set[int]()  # processes that have used a model
 
 
+def forked() -> bool:
+    """Whether this process was forked from one that had used a model: its threads don't exist here, and whoever waited
+    for them, or for a lock that they held, would wait for ever."""
+    return bool(_used_in) and os.getpid() not in _used_in
+
+
 def check_fork() -> None:
-    """Raises `ForkError` in a process that was forked from one that had used a model: its threads don't exist here,
-    and whoever waited for them, or for a lock that they held, would wait for ever."""
-    if _used_in and os.getpid() not in _used_in:
+    """Raises `ForkError` in a process that was `forked`."""
+    if forked():
         raise ForkError(
             "this process was forked from one that had used a model already, whose threads it doesn't have: start it "
             "with multiprocessing's 'spawn' method, or fork before the first model is made"
@@ -48,22 +54,30 @@ def use_here() -> None:
     _used_in.add(os.getpid())
 
 
-def check_threads(count: int) -> None:
-    """Raises `OptionError` unless so many threads can work at once."""
-    if type(count) is not int or not 1 <= count <= most_threads():
+def check_threads(count: Any) -> int:
+    """``count``, a whole number of any type, as an int.
+
+    Raises:
+        OptionError: unless so many threads can work at once.
+    """
+    try:
+        known = 0 if isinstance(count, bool) else operator.index(count)
+    except TypeError:
+        known = 0
+    if not 1 <= known <= most_threads():
         cores = os.cpu_count() or 1
         raise OptionError(f"threads={count!r}: choose from 1 to {most_threads()}; this machine has {cores} cores")
+    return known
 
 
-def set_threads(count: int | None) -> None:
+def set_threads(count: Any) -> None:
     """``torch.set_num_threads``, for numbers that make sense; None leaves it as it is.
 
     Raises:
         OptionError: for others.
     """
     if count is not None:
-        check_threads(count)
-        torch.set_num_threads(count)
+        torch.set_num_threads(check_threads(count))
 
 
 def most_threads() -> int:

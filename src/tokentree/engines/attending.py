@@ -67,7 +67,7 @@ class _Given:
         self.shapes.append((len(key), key.shape[2], value.shape[2]))
         if not rule.masked:
             self.untold.add(rule.window)
-        return torch.zeros(query.shape[1], len(query), value.shape[2])
+        return torch.zeros(query.shape[1], len(query), value.shape[2], dtype=torch.float32)
 
     def knows(self, window: int | None, sees: Sees) -> bool:
         if window is not None and window < 1:

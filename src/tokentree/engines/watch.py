@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tokentree.engines.foreign import at_home, global_hooks, hooks_of, is_own, names_in
+from tokentree.exclusive import neutral
 
 PLACES, TOGETHER = 16, 8  # at which values of each tensor are looked at, so many side by side
 ASIDE = {  # settings that don't change what a forward computes
@@ -150,6 +151,7 @@ def version_of(tensor: torch.Tensor) -> int:
 
 
 @torch.no_grad()
+@neutral()
 def values_of(tensors: Iterable[torch.Tensor]) -> list[bytes]:
     """Some values of each, those of a type and device behind one another."""
     groups: dict[tuple[torch.dtype, torch.device, int], list[torch.Tensor]] = {}

@@ -113,6 +113,7 @@ class EagleHead(nn.Module):
         self.token_map: torch.Tensor | None
         known = None if sizes.draft_vocab_size is None else torch.arange(sizes.draft_vocab_size)
         self.register_buffer("token_map", known)
+        self.float()  # whatever torch's default type is
 
     def fuse(self, states: torch.Tensor) -> torch.Tensor:
         """[..., hidden size]: what is known of positions where the target's hidden states are ``states`` [..., taps x

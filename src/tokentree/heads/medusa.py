@@ -49,6 +49,7 @@ class MedusaHeads(nn.Module):
         self.projection = None if vocab_size is None else nn.Parameter(torch.zeros(num_heads, vocab_size, hidden_size))
         self.token_map: torch.Tensor | None
         self.register_buffer("token_map", None)
+        self.float()  # whatever torch's default type is
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[num_heads, rows, hidden]: what each head projects, of ``hidden`` [rows, hidden]; all in one product."""
