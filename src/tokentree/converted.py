@@ -82,7 +82,7 @@ def _sources(model: Path, files: list[Path]) -> dict[str, Any]:
     for file in files:
         about = file.stat()
         stamp = [about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino, about.st_dev]
-        before = known.get(file.name)
+        before: Any = known.get(file.name)
         fresh = isinstance(before, list) and before[:-1] == stamp
         digests[file.name] = before[-1] if fresh else digest_of(file).hex()
         found[file.name] = [*stamp, digests[file.name]]
