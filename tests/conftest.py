@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import tempfile
 from collections.abc import Callable
@@ -36,6 +37,11 @@ def random_table(vocab: int, order: int = 2, seed: int = 0, sharpness: float = 1
     """Random logits after each history of ``order`` tokens, for `TableEngine`."""
     generator = torch.Generator().manual_seed(seed)
     return sharpness * torch.randn([vocab] * (order + 1), generator=generator)
+
+
+def shown(value: object, width: int = 40) -> str:
+    """What a case with this value is called: without addresses, since every process must give it the same name."""
+    return re.sub(r" at 0x[0-9a-f]+", "", ascii(value))[:width]
 
 
 def make_sequence(
