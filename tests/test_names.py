@@ -237,7 +237,12 @@ def test_code_that_comes_with_a_model_is_neither_run_nor_asked_for(
         own = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
         file.write_text(json.dumps(json.loads(file.read_text()) | own))
     asked = list[str]()
-    monkeypatch.setattr("builtins.input", lambda said="": asked.append(said) or "y")
+
+    def agree(said: str = "") -> str:
+        asked.append(said)
+        return "y"
+
+    monkeypatch.setattr("builtins.input", agree)
     assert f"can't load the {part}" in told(folder, dtype="float32")
     assert not asked
     assert not (folder / "ran").exists()
