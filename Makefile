@@ -1,17 +1,27 @@
 # Everything here does its own set-up: a fresh machine needs Python 3.11, pip and make.
 PYTHON ?= python3
 BIN := .venv/bin
+WORKERS ?= 2
+PYTEST := $(BIN)/pytest -n $(WORKERS) --dist worksteal
 MODELS ?= .models
 SMOLLM := $(MODELS)/smollm2-135m.gguf
 
-.PHONY: demo test peers lint bench docs wheel format clean
+.PHONY: demo test test-fast coverage peers lint bench docs wheel format clean
 
 demo: .venv/ready $(SMOLLM)
 	$(BIN)/tokentree generate --model $(SMOLLM) --heads heads/smollm2-135m/eagle --chat --compare --stats --max-tokens 160 \
 	  "Write a Python function that checks whether a number is even."
 
 test: .venv/ready
-	$(BIN)/pytest
+	$(PYTEST)
+
+# For the work between: without what takes long, which tests/slow.txt lists.
+test-fast: .venv/ready
+	$(PYTEST) -m 'not slow and not real and not gpu'
+
+# The tests, and how many of the lines they ran; too few are a failure.
+coverage: .venv/ready
+	$(PYTEST) --cov --cov-report=term
 
 # Other projects' own classes load what is written for them.
 peers: .venv/peers/ready

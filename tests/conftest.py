@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import tempfile
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -22,6 +25,10 @@ from tokentree.sequence import Sequence
 from tokentree.shapes import Shape, shape
 from tokentree.text import Detokenizer
 
+A = TypeVar("A")
+B = TypeVar("B")
+C = TypeVar("C")
+
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without one
 # what a forward costs is measured once for all tests, and the user's own measurements stay as they are; compiled code
@@ -32,10 +39,37 @@ settings.register_profile("tokentree", deadline=None, derandomize=True, max_exam
 settings.load_profile("tokentree")
 
 
+def slow_tests() -> set[str]:
+    """The tests that tests/slow.txt names, each as file::function."""
+    lines = (Path(__file__).parent / "slow.txt").read_text(encoding="utf-8").splitlines()
+    return {line.split()[-1] for line in lines if not line.startswith("#")}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks as slow all cases of those."""
+    slow = slow_tests()
+    for item in items:
+        if item.nodeid.partition("[")[0].removeprefix("tests/") in slow:
+            item.add_marker(pytest.mark.slow)
+
+
 def random_table(vocab: int, order: int = 2, seed: int = 0, sharpness: float = 1.0) -> torch.Tensor:
     """Random logits after each history of ``order`` tokens, for `TableEngine`."""
     generator = torch.Generator().manual_seed(seed)
     return sharpness * torch.randn([vocab] * (order + 1), generator=generator)
+
+
+def each_two(first: Iterable[A], second: Iterable[B], third: Iterable[C]) -> list[tuple[A, B, C]]:
+    """Cases in which any two values of two of these lists meet: as many as the first two have pairs, where all
+    combinations are as many times more as the third is long. The third is the shortest."""
+    firsts, seconds, thirds = list(first), list(second), list(third)
+    assert len(thirds) <= min(len(firsts), len(seconds))
+    return [(a, b, thirds[(i + j) % len(thirds)]) for i, a in enumerate(firsts) for j, b in enumerate(seconds)]
+
+
+def shown(value: object, width: int = 40) -> str:
+    """What a case with this value is called: without addresses, since every process must give it the same name."""
+    return re.sub(r" at 0x[0-9a-f]+", "", ascii(value))[:width]
 
 
 def make_sequence(

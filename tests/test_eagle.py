@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from tests.conftest import decode, make_sequence
+from tests.conftest import decode, each_two, make_sequence, shown
 from tests.played import Played
 from tests.tiny_models import CONTEXT, VOCAB, full_logits, request, some_tokens, tiny
 from tokentree import LLM
@@ -97,14 +97,16 @@ class Kept(Eagle):
 # -- what it drafts ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("version", "known"), KINDS)
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
-@pytest.mark.parametrize("lengths", [(1,), (11,), (11, 2, 1)])
+@pytest.mark.parametrize(
+    ("kind", "family", "lengths"),
+    each_two(KINDS, ["llama", "gemma3", "gpt2"], [(1,), (11,), (11, 2, 1)]),
+    ids=shown,
+)
 def test_each_node_has_the_probability_that_computing_it_anew_gives(
-    version: int, known: int | None, family: str, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    kind: tuple[int, int | None], family: str, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     monkeypatch.setattr("tokentree.engines.eagle.PREFILL_ROWS", 4)
-    model, head = tiny(family), some_head(version, known)
+    model, head = tiny(family), some_head(*kind)
     check_what_it_drafts(TorchEngine(model), model, head, lengths)
 
 
@@ -248,14 +250,17 @@ def test_a_text_that_begins_alike_gives_the_same_drafts(attention: str) -> None:
 # -- losslessness ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", SHAPES)
-@pytest.mark.parametrize(("version", "known"), KINDS)
-@pytest.mark.parametrize(("family", "dtype"), [("llama", torch.bfloat16), ("gemma3", torch.float32)])
+@pytest.mark.parametrize(
+    ("kind", "form", "model"),
+    each_two(KINDS, SHAPES, [("llama", torch.bfloat16), ("gemma3", torch.float32)]),
+    ids=shown,
+)
 def test_greedy_ids_and_sampled_ids_are_plain_s(
-    version: int, known: int | None, family: str, dtype: torch.dtype, form: str
+    kind: tuple[int, int | None], form: str, model: tuple[str, torch.dtype]
 ) -> None:  # fmt: skip
+    family, dtype = model
     engine = TorchEngine(tiny(family, dtype, **WIDE))
-    drafter = Eagle(some_head(version, known, 64), engine)
+    drafter = Eagle(some_head(*kind, 64), engine)
     for options in ({}, {"temperature": 1.0, "seed": 3}):
         prompts = [some_tokens(11), some_tokens(4, seed=1), some_tokens(1, seed=2)]
         plain = decode(engine, [request(p, max_tokens=24, **options) for p in prompts])
@@ -265,11 +270,11 @@ def test_greedy_ids_and_sampled_ids_are_plain_s(
     assert not drafter._engine._states  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("accept", ["match", "rejection"])
-@pytest.mark.parametrize("known", [None, 60])
+# under match a seed gives plain's ids, see above
+@pytest.mark.parametrize(("accept", "known"), [("rejection", None), ("rejection", 60), ("match", 60)])
 def test_sampling_has_the_target_s_distribution(accept: str, known: int | None) -> None:
     """Chi-square of the first two tokens together, merged into the most probable ones and a rest."""
-    model, prompt, samples = tiny("llama"), some_tokens(6), 3000
+    model, prompt, samples = tiny("llama"), some_tokens(6), 2000
     engine = TorchEngine(model)
     drafter, counts = Eagle(some_head(3, known), engine), dict[tuple[int, ...], int]()
     for start in range(0, samples, 100):

@@ -33,6 +33,7 @@ from transformers import (
 )
 from transformers.activations import GELUTanh, SiLUActivation
 
+from tests.conftest import each_two
 from tests.tiny_models import FAMILIES, VOCAB, full_logits, randomised, request, some_tokens, some_tree, tiny
 from tokentree.engines import kv_engine
 from tokentree.engines.kernels import BLOCK
@@ -164,9 +165,9 @@ def test_a_tree_has_the_logits_of_decoding_each_path_alone_where_the_model_atten
     assert_near(got, alone)
 
 
-@pytest.mark.parametrize("prefix", [5, 62, 127])
-@pytest.mark.parametrize("numbers", NUMBERS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "numbers", "prefix"), each_two(FAMILIES, [torch.float32, torch.bfloat16, "int8"], [5, 62, 127])
+)
 def test_a_node_has_the_bits_of_decoding_its_path_alone_in_a_tree_of_any_size(
     family: str, numbers: Numbers, prefix: int
 ) -> None:

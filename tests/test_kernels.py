@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numba
@@ -45,6 +46,18 @@ def bfloat16(values: np.ndarray) -> np.ndarray:
     return (bits >> 16).astype(np.uint16)
 
 
+@cache
+def of_bfloat16(kind: Any) -> Any:
+    """The tile, compiled once for any number of rows."""
+    tile: Any = kernels._tile(kind)  # type: ignore[no-untyped-call]
+
+    @numba.njit
+    def call(rows: int, matrix: int, x: int, x_stride: int, start: int, y: int, y_stride: int) -> None:
+        tile(rows, STEPS, matrix, 4 * BLOCK, x, x_stride, start, 0, y, y_stride)
+
+    return call
+
+
 @pytest.mark.parametrize("kind", DOTS)
 @pytest.mark.parametrize("rows", [1, 2, TILE_ROWS])
 def test_bfloat16(kind: Any, rows: int) -> None:
@@ -54,16 +67,25 @@ def test_bfloat16(kind: Any, rows: int) -> None:
     pairs = bfloat16(weights).reshape(STEPS, 2, BLOCK)
     matrix = (pairs[:, 0].astype(np.uint32) | pairs[:, 1].astype(np.uint32) << 16).view(np.int32)
     x = inputs.astype(np.float32) if kind.parts == 2 else bfloat16(inputs)
-    tile: Any = kernels._tile(kind)  # type: ignore[no-untyped-call]
     matrix, y = aligned(matrix), np.zeros((rows, BLOCK), np.float32)
-
-    @numba.njit
-    def call(rows: int, matrix: int, x: int, x_stride: int, start: int, y: int, y_stride: int) -> None:
-        tile(rows, STEPS, matrix, 4 * BLOCK, x, x_stride, start, 0, y, y_stride)
-
-    run: Any = call
+    run = of_bfloat16(kind)
     run(rows, matrix.ctypes.data, x.ctypes.data, x.strides[0], start.ctypes.data, y.ctypes.data, y.strides[0])
     assert (y == inputs @ weights + start).all()
+
+
+@cache
+def few_bits(kind: Any, bits: int) -> Any:
+    """That tile, compiled once for any number of rows."""
+    tile: Any = quants._tile(kind(bits))  # type: ignore[no-untyped-call]
+
+    @numba.njit
+    def call(
+        rows: int, groups: int, words: int, matrix: int, x: int, x_stride: int, scales: int, totals: int, y: int,
+        y_stride: int,
+    ) -> None:  # fmt: skip
+        tile(rows, groups, words, matrix, x, x_stride, scales, totals, 4 * groups, y, y_stride)
+
+    return call
 
 
 @pytest.mark.parametrize("kind", QUANTS)
@@ -85,17 +107,10 @@ def test_few_bits(kind: Any, bits: int, rows: int) -> None:
     matrix = aligned(np.concatenate([words, *halves], 1))
     x = np.ascontiguousarray(inputs.reshape(rows, -1), np.int8 if kind is quants._FourDots else np.int16)
     by_row, by_group = scales.astype(np.float32), totals.astype(np.float32)
-    tile: Any = quants._tile(kind(bits))  # type: ignore[no-untyped-call]
     y = np.full((rows, BLOCK), 3, np.float32)
-
-    @numba.njit
-    def call(rows: int, matrix: int, x: int, x_stride: int, scales: int, totals: int, y: int, y_stride: int) -> None:
-        tile(rows, groups, group * bits // 32, matrix, x, x_stride, scales, totals, 4 * groups, y, y_stride)
-
-    run: Any = call
-    run(
-        rows, matrix.ctypes.data, x.ctypes.data, x.strides[0], by_row.ctypes.data, by_group.ctypes.data,
-        y.ctypes.data, y.strides[0],
+    few_bits(kind, bits)(
+        rows, groups, group * bits // 32, matrix.ctypes.data, x.ctypes.data, x.strides[0], by_row.ctypes.data,
+        by_group.ctypes.data, y.ctypes.data, y.strides[0],
     )  # fmt: skip
     sums = np.einsum("rgi,gio->rgo", inputs, weights)
     exact = 3 + (sums * scales[:, :, None] * outputs).sum(1) + totals @ least

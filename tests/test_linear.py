@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.conftest import each_two
 from tokentree.engines.linear import OneDNNLinear, PackedLinear
 from tokentree.engines.quantized import GROUP, Groups, QuantizedLinear
 
@@ -33,6 +34,7 @@ def of_8_bits(weight: torch.Tensor, bias: torch.Tensor | None) -> QuantizedLinea
 
 
 KINDS = [PackedLinear, of_8_bits, of_4_bits]
+SIZES = [(1, 8), (32, 4), (32, 64), (64, 68), (96, 128), (1000, 36), (1056, 36), (2048, 576)]  # outputs, inputs
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -63,11 +65,11 @@ def inputs_of(rows: torch.Tensor, group: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("outputs", "inputs"), [(1, 8), (32, 4), (32, 64), (64, 68), (96, 128), (1000, 36), (1056, 36), (2048, 576)]
+    ("sizes", "rows", "threads"), each_two(SIZES, [1, 2, 11, 12, 13, 40], [1, 2, 3]), indirect=["threads"]
 )
-@pytest.mark.parametrize("rows", [1, 2, 11, 12, 13, 40])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_layer_computes_what_it_stands_for(kind: Kind, outputs: int, inputs: int, rows: int, threads: int) -> None:
+def test_a_layer_computes_what_it_stands_for(kind: Kind, sizes: tuple[int, int], rows: int, threads: int) -> None:
+    outputs, inputs = sizes
     weight, x, bias = numbers(outputs, inputs), numbers(rows, inputs, seed=1), numbers(outputs, seed=2)
     layer, small, large = kind(weight, bias), x.double(), weight.double()
     if isinstance(layer, QuantizedLinear):

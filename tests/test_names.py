@@ -223,6 +223,31 @@ def test_a_folder_that_is_spoilt_is_one_sentence(case: str, folder: Path) -> Non
     assert "model-1b" in told(folder, dtype="float32")
 
 
+@pytest.mark.parametrize("part", ["model", "tokenizer"])
+def test_code_that_comes_with_a_model_is_neither_run_nor_asked_for(
+    part: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a terminal transformers would ask, and whoever says yes runs it."""
+    (folder / "own.py").write_text(f"open({str(folder / 'ran')!r}, 'w').close()\n")
+    if part == "model":
+        classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+        config(lambda said: said | {"model_type": "own", "auto_map": classes})(folder)
+    else:
+        file = folder / "tokenizer_config.json"
+        own = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+        file.write_text(json.dumps(json.loads(file.read_text()) | own))
+    asked = list[str]()
+
+    def agree(said: str = "") -> str:
+        asked.append(said)
+        return "y"
+
+    monkeypatch.setattr("builtins.input", agree)
+    assert f"can't load the {part}" in told(folder, dtype="float32")
+    assert not asked
+    assert not (folder / "ran").exists()
+
+
 def test_a_folder_without_a_tokenizer_takes_token_ids(folder: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"):
         (folder / name).unlink(missing_ok=True)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from tests.conftest import shown
 from tests.tiny_models import tiny, tiny_tokenizer
 from tokentree import LLM, PromptError, Result, SamplingParams
 from tokentree.inputs import Chat, read_prompt, read_prompts
@@ -185,7 +186,7 @@ def test_no_prompts_have_no_results(llm: LLM) -> None:
         ([5, 10**30], "outside the vocabulary"),
         (np.array([2**62]), "outside the vocabulary"),
     ],
-    ids=lambda value: ascii(value)[:40],
+    ids=shown,
 )
 def test_what_is_no_prompt_is_refused_in_one_sentence(llm: LLM, given: Any, says: str) -> None:
     with pytest.raises(PromptError, match=says) as error:
@@ -289,7 +290,7 @@ def test_several_conversations_are_several_prompts(llm: LLM) -> None:
         ([{"role": "user", "content": "\ud83d"}], "content of message 1 holds half of a character"),
         ([{"role": "user", "content": [{"type": "text", "text": "\ud83d"}]}], "half of a character"),
     ],
-    ids=lambda value: ascii(value)[:40],
+    ids=shown,
 )
 def test_what_are_no_messages_is_refused_in_one_sentence(llm: LLM, messages: Any, says: str) -> None:
     for way in (llm.chat, llm.chat_prompt):
@@ -318,7 +319,7 @@ def templated(template: Any) -> LLM:
     return llm
 
 
-@pytest.mark.parametrize(("template", "says"), TEMPLATES, ids=lambda value: ascii(value)[:30])
+@pytest.mark.parametrize(("template", "says"), TEMPLATES, ids=shown)
 def test_a_template_that_is_missing_or_refuses_is_told_of_in_one_sentence(template: Any, says: str) -> None:
     llm = templated(template)
     with pytest.raises(PromptError, match=says) as error:

@@ -481,10 +481,10 @@ def adapted(dtype: torch.dtype = torch.float32) -> Any:
     model = peft.get_peft_model(fresh(dtype=dtype), lora(), "first")
     model.add_adapter("second", lora())
     noise = torch.Generator().manual_seed(0)
-    with torch.no_grad():
+    with torch.no_grad():  # all of it, as peft takes its numbers from torch's one generator
         for name, weight in model.named_parameters():
-            if "lora_B" in name:
-                weight.copy_(torch.randn(weight.shape, generator=noise) * 0.3)
+            if "lora_" in name:
+                weight.copy_(torch.randn(weight.shape, generator=noise) * (0.3 if "lora_B" in name else 0.07))
     return model.eval()
 
 
@@ -503,8 +503,8 @@ def test_adapters_are_followed() -> None:
         assert text(model, made) == texts[-1]
 
     check()
-    llm = LLM(model, "none")
-    assert llm.generate([PROMPT], SamplingParams(max_tokens=NEW))[0].token_ids == texts[-1]
+    llm, params = LLM(model, "none"), SamplingParams(max_tokens=NEW, ignore_eos=True)  # as transformers goes on here
+    assert llm.generate([PROMPT], params)[0].token_ids == texts[-1]
     model.set_adapter("second")
     with pytest.raises(ModelError, match="has changed since"):
         llm.generate([PROMPT], SamplingParams(max_tokens=NEW))

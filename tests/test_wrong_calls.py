@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 import tokentree
+from tests.conftest import shown
 from tests.tiny_models import save_model, tiny, tiny_tokenizer
 from tokentree import LLM, Draft, SamplingParams, TokenTree, TokenTreeError
 from tokentree.acceptance import acceptance
@@ -67,7 +68,7 @@ def built(world: World, *parts: Any) -> Decoder:
 
 
 def each(name: str, values: list[Any], call: Callable[[World, Any], Any]) -> list[Any]:
-    return [pytest.param(call, value, id=f"{name} {ascii(value)[:40]}") for value in values]
+    return [pytest.param(call, value, id=f"{name} {shown(value)}") for value in values]
 
 
 def options(name: str, values: list[Any]) -> list[Any]:

@@ -90,7 +90,7 @@ def load_engine(
 
 def load_model(name: str | Path, dtype: str | torch.dtype | None, device: torch.device) -> PreTrainedModel:
     """The causal language model ``name``: a hub name, a folder of safetensors, or a GGUF file. One that sees pictures
-    too is loaded whole.
+    too is loaded whole. Code that comes with it is never run, nor asked for: transformers would ask at a terminal.
 
     Raises:
         ModelError: if it can't be loaded, with the reason.
@@ -121,7 +121,9 @@ def _load_model(name: str | Path, found: Found, dtype: torch.dtype | str) -> Pre
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
         from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-        config = AutoConfig.from_pretrained(found.where, local_files_only=found.local_only)
+        config = AutoConfig.from_pretrained(
+            found.where, local_files_only=found.local_only, trust_remote_code=False
+        )  # fmt: skip
         if (few := getattr(config, "quantization_config", None)) is not None:
             method = few["quant_method"] if isinstance(few, dict) else few.quant_method
             if method not in AUTO_QUANTIZER_MAPPING:  # transformers would take its numbers as weights
@@ -131,8 +133,9 @@ def _load_model(name: str | Path, found: Found, dtype: torch.dtype | str) -> Pre
         whole = sees is not None and (causal is None or sees.__name__ in (config.architectures or ()))
         kind: Any = AutoModelForMultimodalLM if whole else AutoModelForCausalLM
         model, notes = kind.from_pretrained(
-            found.where, config=config, dtype=dtype, output_loading_info=True, local_files_only=found.local_only
-        )
+            found.where, config=config, dtype=dtype, output_loading_info=True, local_files_only=found.local_only,
+            trust_remote_code=False,
+        )  # fmt: skip
         if missing := sorted(notes["missing_keys"]):  # transformers fills them with random numbers
             raise ModelError(f"can't load the model {str(name)!r}: it has no weights {', '.join(missing[:3])}")
         loaded: PreTrainedModel = model
@@ -185,7 +188,7 @@ def _load_tokenizer(name: str | Path, found: Found) -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer
 
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            found.where, local_files_only=found.local_only
+            found.where, local_files_only=found.local_only, trust_remote_code=False
         )
         return tokenizer
 

@@ -1,0 +1,23 @@
+"""What `make test-fast` leaves out."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+from tests.conftest import slow_tests
+
+FILES = {file.name: ast.parse(file.read_text(encoding="utf-8")) for file in Path(__file__).parent.glob("test_*.py")}
+TESTS = {
+    name: {f"{name}::{part.name}" for part in tree.body if isinstance(part, ast.FunctionDef) and "test_" in part.name}
+    for name, tree in FILES.items()
+}
+WHOLE = {"test_train_interrupted.py", "test_train_processes.py"}  # processes that train, and nothing else
+
+
+def test_all_that_is_left_out_is_there() -> None:
+    assert slow_tests() <= set().union(*TESTS.values())
+
+
+def test_something_of_every_file_is_left() -> None:
+    assert {name for name, tests in TESTS.items() if tests <= slow_tests()} <= WHOLE
