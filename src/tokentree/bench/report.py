@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from rich.table import Table
-from rich.text import Text
 
 from tokentree.bench.loops import first_loop
 from tokentree.bench.results import Run, Sample
@@ -134,19 +133,19 @@ def explained(first: str) -> str:
 
 
 def table(run: Run, category: str | None = None, cut_loops: bool = False) -> Table:
-    """The rows of `summarise` for a terminal; what they mean is said under the table of everything."""
+    """The rows of `summarise` for `terminal.show`; what they mean is said under the table of everything."""
     rows = summarise(run, category, cut_loops)
     first = rows[0].method if rows else "the first"
-    shown = Table(title=Text((category or "all categories") + (", up to the first loop" if cut_loops else "")))
+    shown = Table(title=(category or "all categories") + (", up to the first loop" if cut_loops else ""))
     if category is None and not cut_loops:
-        shown.caption, shown.caption_justify = Text(explained(first)), "left"
+        shown.caption, shown.caption_justify = explained(first), "left"
     shown.add_column("method", overflow="fold")
     for name in ("tokens/s", f"x {first}", "end to end", "tokens a forward", "accepted", "rows", f"ids as {first}",
                  "failed"):  # fmt: skip
-        shown.add_column(Text(name), justify="right")
+        shown.add_column(name, justify="right")
     for row in rows:
         shown.add_row(
-            Text(row.method),
+            row.method,
             number(row.tokens_per_second if row.samples else None, 1),
             number(row.speed_up),
             number(row.end_to_end),
