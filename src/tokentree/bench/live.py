@@ -11,7 +11,7 @@ from rich.progress import Progress
 
 from tokentree.bench.report import table
 from tokentree.bench.results import Run, Sample
-from tokentree.terminal import shown, spelled
+from tokentree.terminal import spelled
 
 NARROW = 70  # columns, in which the table has no room
 
@@ -28,9 +28,9 @@ def watched(console: Console, run: Run, total: int) -> Iterator[Callable[[Sample
         bar.advance(task)
         if sample.error is not None:
             told = f"{sample.method} failed on prompt {sample.prompt}: {sample.error}"
-            console.print(spelled(told))
+            console.print(spelled(told), markup=False, highlight=False)
         if live is not None:
-            live.update(Group(shown(table(run)), bar) if console.width >= NARROW else bar)
+            live.update(Group(table(run), bar) if console.width >= NARROW else bar)
 
     if live is None:
         yield progress

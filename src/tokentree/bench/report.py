@@ -6,9 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from rich.table import Table
+from rich.text import Text
 
 from tokentree.bench.loops import first_loop
 from tokentree.bench.results import Run, Sample
+from tokentree.terminal import spelled
 
 
 @dataclass(frozen=True)
@@ -133,19 +135,19 @@ def explained(first: str) -> str:
 
 
 def table(run: Run, category: str | None = None, cut_loops: bool = False) -> Table:
-    """The rows of `summarise` for `terminal.show`; what they mean is said under the table of everything."""
+    """The rows of `summarise` for a terminal; what they mean is said under the table of everything."""
     rows = summarise(run, category, cut_loops)
     first = rows[0].method if rows else "the first"
-    shown = Table(title=(category or "all categories") + (", up to the first loop" if cut_loops else ""))
+    shown = Table(title=_spelled((category or "all categories") + (", up to the first loop" if cut_loops else "")))
     if category is None and not cut_loops:
-        shown.caption, shown.caption_justify = explained(first), "left"
+        shown.caption, shown.caption_justify = _spelled(explained(first)), "left"
     shown.add_column("method", overflow="fold")
     for name in ("tokens/s", f"x {first}", "end to end", "tokens a forward", "accepted", "rows", f"ids as {first}",
                  "failed"):  # fmt: skip
-        shown.add_column(name, justify="right")
+        shown.add_column(_spelled(name), justify="right")
     for row in rows:
         shown.add_row(
-            row.method,
+            _spelled(row.method),
             number(row.tokens_per_second if row.samples else None, 1),
             number(row.speed_up),
             number(row.end_to_end),
@@ -156,6 +158,11 @@ def table(run: Run, category: str | None = None, cut_loops: bool = False) -> Tab
             str(row.failures or ""),
         )
     return shown
+
+
+def _spelled(text: str) -> Text:
+    """``text`` for a table: no marks of rich's, and nothing that a terminal obeys."""
+    return Text(spelled(text))
 
 
 def number(value: float | None, digits: int = 2) -> str:
