@@ -105,8 +105,8 @@ MEDUSA = "medusa --heads 2 --batch-size 32 --epochs 6"
             EAGLE,
             [
                 (INT, "writing texts", 0.0), (KILL, "writing texts", 0.4), (TERM, "writing texts", 0.6),
-                (KILL, "reading", 0.01), (INT, "reading", 0.02), (INT, "training", 0.2), (KILL, "step 24/", 0.02),
-                (INT, "step 32/", 0.1), (KILL, "step 40/", 0.05),
+                (INT, "reading", 0.02), (INT, "training", 0.1), (KILL, "step 8/", 0.02), (INT, "step 12/", 0.0),
+                (KILL, "step 16/", 0.0),
             ],
         ),
         (MEDUSA, [(INT, "training", 0.0), (KILL, "step 8/", 0.0), (INT, "step 16/", 0.0)]),
