@@ -111,7 +111,7 @@ def test_beams_are_printed_as_they_are(run: Command, odd: Path) -> None:  # noqa
 
 
 def test_names_from_files_are_printed_as_they_are(run: Command, odd: Path, tmp_path: Path) -> None:  # noqa: F811
-    names = ("[bold]b[/]", ":smile:", "a[:x:2]" + "y" * 150, "1.5")
+    names = ("[bold]b[/]", ":smile:", "a[:x:2]" + "y" * 150, "1.5", "漢字é")
     prompts = tmp_path / "p [red].jsonl"
     prompts.write_text("".join(json.dumps({"prompt": "one", "id": n, "category": n}) + "\n" for n in names))
     words = ["bench", "-m", odd, "--prompts", prompts, "--out", tmp_path / "o [red]", "--max-tokens", 3]
@@ -119,6 +119,21 @@ def test_names_from_files_are_printed_as_they_are(run: Command, odd: Path, tmp_p
     assert (code, err) == (0, "")
     for shown in (*names, "ngram:paths:[[0],[1]]", f"{tmp_path}/o [red]/results.json"):
         assert shown in out, shown
+
+
+def test_what_a_terminal_would_obey_in_a_name_is_spelled(run: Command, odd: Path, tmp_path: Path) -> None:  # noqa: F811
+    name = "a\x1b[2J\rb\n\tc\u202e"
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text(json.dumps({"prompt": "one", "id": name, "category": name}) + "\n")
+    words = ["bench", "-m", odd, "--prompts", prompts, "--out", tmp_path / "o", "--max-tokens", 3]
+    out = run(*words, "--method", "plain", "--method", "ngram:2x2")[1]
+    assert "a\\x1b[2J\\rb\\n\\tc\\u202e\n" in out
+    assert not set(out) & {"\x1b", "\r", "\t", "\u202e"}
+
+
+@pytest.mark.parametrize("name", ["a  b", "a\tb", "a\nb"])
+def test_a_mistake_names_a_path_as_it_is(run: Command, name: str) -> None:  # noqa: F811
+    assert f"can't read the prompt file {name!r}" in run("check", "-m", "m", "--prompts", name)[2]
 
 
 # -- terminals --------------------------------------------------------------------------------------------------------
@@ -185,6 +200,20 @@ def test_a_terminal_shows_the_text_whatever_its_width(
     assert text[before:] + "\n" in seen
     if environment in PLAIN:
         assert "\x1b[32m" not in seen
+
+
+def test_a_file_is_no_terminal_whatever_variables_say(
+    run: Command,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    odd: Path,
+    text: str,
+) -> None:
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "CLICOLOR_FORCE"):
+        monkeypatch.setenv(name, "1")
+    assert run("generate", "one two", "-m", odd, *GENERATE, "--no-chat", "--stats")[1] == text + "\n"
+    err = run("generate", "one two", "-m", odd, *GENERATE, "--no-chat", "--stats")[2]
+    assert "mean accepted length" in err
+    assert "\x1b" not in err
 
 
 @pytest.mark.parametrize("columns", [20, 40, 60, 80, 100, 200])

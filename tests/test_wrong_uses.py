@@ -55,6 +55,11 @@ USES = [
         ("--reference bytes", "it is not UTF-8 text"),
         ("--reference nul", "it has NUL bytes"),
         ("--reference empty", "the reference is empty"),
+        ("--reference=", "'--reference': it is empty: name a file or a folder"),
+        ("--reference p.jsonl --reference=", "'--reference': it is empty: name a file or a folder"),
+        ("--reference /dev/zero", "it doesn't end within"),
+        ("--memory=", "'--memory': it is empty: name a file or a folder"),
+        ("--heads=", "'--heads': it is empty: name a file or a folder"),
         ("--memory text", "is a file: name a folder"),
         ("--memory /dev/full", "is a file: name a folder"),
         ("--memory /proc/x", "can't write to the folder '/proc/x'"),
@@ -64,6 +69,8 @@ USES = [
         ("--depth 2 --shape 2x2", "give one of them"),
         ("--depth 40 --branching 40", "too large to verify"),
         ("--depth 100000 --branching 1", "too large to verify"),
+        ("--depth 99999999999999999999 --branching 1", "too large to verify"),
+        ("--depth 1 --branching 99999999999999999999", "too large to verify"),
         ("--shape zz", "is not a shape"),
         ("--shape chain:0", "at least 1"),
         ("--shape chain:x", "is not a shape"),
@@ -113,6 +120,7 @@ USES = [
         ("./none.gguf", "there is no file './none.gguf'"),
         ("tiny.gguf", "can't load"),
         ("broken", "can't load"),
+        (".", "the folder '.' has no config.json"),
         ("/dev/null", "there is no folder '/dev/null'"),
     )],
     ("generate", "missing argument 'prompt' (tokentree generate -h)"),
@@ -124,6 +132,8 @@ USES = [
         ("--prompts none", "can't read the prompt file 'none': No such file"),
         ("--prompts .", "can't read the prompt file '.': Is a directory"),
         ("--prompts bytes", "it is not UTF-8 text"),
+        ("--prompts /dev/zero", "it doesn't end within"),
+        ("--prompts=", "'--prompts': it is empty: name a file or a folder"),
         ("--prompts empty", "has no prompts"),
         ("--prompts text", "line 1 of 'text' is not JSON"),
         ("--prompts p.jsonl --accept best_path", "changes the output by design"),
@@ -141,6 +151,8 @@ USES = [
         ("--prompts p.jsonl --method transformers:x --out new", "is not a method"),
         ("--prompts p.jsonl --method transformers:assisted:2 --out new", "needs a draft model"),
         (f"--prompts p.jsonl {RUN} new", "have the id"),
+        (f"--prompts p.jsonl --method transformers:lookup:{'9' * 20} --out new", "is not a method"),
+        (f"{RUN}=", "'--out': it is empty: name a file or a folder"),
         (f"{RUN} text", "'text' is a file: name a folder"),
         (f"{RUN} text/x", "can't write to the folder"),
         (f"{RUN} /proc/x", "can't write to the folder '/proc/x'"),
@@ -169,6 +181,8 @@ USES = [
     ("report text", "there is no run in 'text/results.json'"),
     ("report spoilt", "there is no run in 'spoilt/results.json'"),
     ("report run --format bmp", "--format is png or svg"),
+    ("report run --out=", "'--out': it is empty: name a file or a folder"),
+    ("plot speedup run --out=", "'--out': it is empty: name a file or a folder"),
     ("plot foo", "no such command 'foo'"),
     (f"plot tree a {MODEL} --out x", "is no picture's name"),
     (f"plot tree a {MODEL} --out none/x.png", "there is no folder"),
@@ -185,6 +199,14 @@ USES = [
         ("--depth 0", "at least 1"),
         ("--branching 0", "at least 1"),
         ("--branching 100 --depth 100", "over a million leaves"),
+        (f"--branching 1 --depth {'9' * 8}", "too long to work out"),
+        (f"--depth {'9' * 20}", "too long to work out"),
+        (f"--branching {'9' * 20}", "over a million leaves"),
+        (f"--trials {'9' * 20}", "at most"),
+        ("--curve large.json", "1 to 1,000,000 rows"),
+        ("--curve below.json", "1 to 1,000,000 rows"),
+        ("--curve dear.json", "costs at least 0"),
+        ("--curve /dev/zero", "it doesn't end within"),
         ("--ranks a,b", "--ranks takes numbers"),
         ("--ranks=", "--ranks takes numbers"),
         ("--ranks 0.9,0.9", "add up to 1"),
@@ -199,12 +221,15 @@ USES = [
         ("--draft-cost nan", "at least 0"),
     )],
     ("simulate none --curve curve.json", "there is no run in 'none/results.json'"),
+    ("simulate run --curve large.json", "1 to 1,000,000 rows"),
     ("simulate run --curve none", "can't read the cost curve"),
     ("simulate run --curve curve.json --drafting nan", "drafting is a factor"),
     ("train foo", "no such command 'foo'"),
     ("train medusa", "missing option '--model'"),
     ("train eagle -m model --data p.jsonl --out h --version 2", "--version is 1"),
     ("train medusa -m model --data self --out h --tokens 0", "'--tokens'"),
+    ("train medusa -m model --data /dev/zero --out h", "it doesn't end within"),
+    ("train eagle -m model --data self --out=", "'--out': it is empty: name a file or a folder"),
     ("train medusa -m model --data p.jsonl --out h --precision int3", "'--precision'"),
     ("foo", "no such command 'foo' (tokentree -h)"),
     ("--nothing", "no such option: --nothing (tokentree -h)"),
@@ -226,6 +251,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "nul": "a\0b",
         "broken/config.json": "{",
         "spoilt/results.json": '{"command": 3}',
+        "large.json": '{"rows": [1, 99999999999999999999], "seconds": [1, 2]}',
+        "below.json": '{"rows": [0, 2], "seconds": [1, 2]}',
+        "dear.json": '{"rows": [1, 2], "seconds": [1, 2], "per_sequence": 1e999}',
         "curve.json": '{"rows": [1, 2], "seconds": [1, 2]}',
     }
     for name, text in texts.items():
@@ -257,6 +285,29 @@ def test_a_wrong_use_is_one_sentence(
     assert err.count("\n") == 1, err
     assert says.casefold() in err.casefold(), err
     assert _files(place) == before
+
+
+def test_an_argument_may_not_be_empty(run: Command) -> None:  # noqa: F811
+    code, out, err = run("report", "")
+    assert (code, out) == (2, "")
+    assert "folder': it is empty: name a file or a folder" in err.casefold()
+
+
+def test_a_model_may_be_the_folder_that_the_command_runs_in(
+    run: Command,  # noqa: F811
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = run("generate", "one", "-m", place / "model", "--max-tokens", 5)
+    monkeypatch.chdir(place / "model")
+    assert run("generate", "one", "-m", ".", "--max-tokens", 5) == given
+
+
+def test_a_device_is_refused_in_a_sentence(run: Command, place: Path) -> None:  # noqa: F811
+    code, _, err = run("generate", "one", "-m", place / "model", "--device", "mps")
+    assert code == 2
+    assert "device 'mps' can't be used" in err
+    assert len(err) < 250
 
 
 def test_there_are_many() -> None:

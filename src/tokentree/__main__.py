@@ -1,5 +1,18 @@
-"""`python -m tokentree`."""
+"""The command, as the system starts it."""
 
-from tokentree.cli import main
+from __future__ import annotations
 
-main()
+import signal
+
+
+def start() -> None:
+    """Runs the command. Before it listens to Ctrl-C, and behind its end, that ends the process without a word."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from tokentree.cli import main
+
+    main()
+
+
+if __name__ == "__main__":
+    start()

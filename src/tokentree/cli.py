@@ -39,7 +39,18 @@ from tokentree.cli_report import report
 from tokentree.cli_theory import simulate, theory
 from tokentree.cli_train import train
 from tokentree.errors import OptionError, TokenTreeError
-from tokentree.terminal import close_streams, consoles, open_streams, say, show, working, write, write_json
+from tokentree.interruption import Interruptible
+from tokentree.terminal import (
+    close_streams,
+    consoles,
+    open_streams,
+    say,
+    show,
+    spelled,
+    working,
+    write,
+    write_json,
+)
 
 BROKEN_PIPE, INTERRUPTED, MISTAKE = 141, 130, 2  # exit statuses; the first two are what shells show for the signals
 
@@ -119,7 +130,7 @@ def check(
             if verdict.status != "identical":
                 gaps = ", ".join(f"{gap:.3g}" for gap in verdict.gaps) or "none"
                 write(
-                    f"{verdict.status}: prompt {entry.name} from token {verdict.first_difference} on; "
+                    f"{verdict.status}: prompt {spelled(entry.name)} from token {verdict.first_difference} on; "
                     f"gaps {gaps}; noise {verdict.noise:.3g}\n"
                 )
         write(f"{counts['identical']} identical, {counts['tie']} ties, {counts['WRONG']} WRONG\n")
@@ -223,7 +234,8 @@ def bench(
             raise OptionError(f"the run in {str(out)!r} was made with other settings: resume it with its own")
         run = before
     total = (len(entries) // batch if batch > 1 else sum(len(entry.turns) for entry in entries)) * len(methods)
-    with watched(errors, run, total) as progress:
+    said = f"what was measured is kept in {str(out / RESULTS)!r}" + (", and --resume goes on from there" * (batch == 1))
+    with Interruptible(said), watched(errors, run, total) as progress:
         if batch > 1:
             ours = [method for method in methods if isinstance(method, TreeMethod)]
             run = run_batches(llm, ours, entries, params, run, out, batch, progress)
@@ -306,7 +318,7 @@ def main() -> None:
     except (OSError, ValueError) as error:
         status, told = MISTAKE, f"can't write to standard output: {_reason(error)}"
     if told is not None:
-        say("tokentree: " + " ".join(told.split()))
+        say(f"tokentree: {_on_a_line(told)}")
     sys.exit(status)
 
 
@@ -318,9 +330,11 @@ def _run() -> tuple[int, str | None]:
         return MISTAKE, str(error)
     streams = sys.stdout, sys.stderr
     try:
-        return app(prog_name="tokentree", standalone_mode=False) or 0, None
-    except TokenTreeError as error:
-        return MISTAKE, str(error)
+        with Interruptible() as interruption:
+            status = app(prog_name="tokentree", standalone_mode=False) or 0
+        return interruption.status or status, None
+    except typer.Exit as end:
+        return end.exit_code, None
     except typer.TyperException as error:  # a mistake in the words of the command
         context = getattr(error, "ctx", None)
         if context is None:
@@ -331,25 +345,33 @@ def _run() -> tuple[int, str | None]:
         return MISTAKE, f"{_sentence(error)} ({context.command_path} -h)"
     except SystemExit as end:  # typer's, where a pipe is closed, and of shell completion
         closed = isinstance(end.__context__, BrokenPipeError)
-        return BROKEN_PIPE if closed else end.code if isinstance(end.code, int) else 0, None
-    except (KeyboardInterrupt, typer.Abort):
+        return BROKEN_PIPE if closed else MISTAKE if end.code else 0, None
+    except typer.Abort:
         return INTERRUPTED, None
     except BrokenPipeError:
         return BROKEN_PIPE, None
-    except OSError as error:
-        names = [repr(os.fsdecode(name)) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
-        return MISTAKE, f"can't {'read or write ' + ' or '.join(names) if names else 'write'}: {_reason(error)}"
-    except UnicodeError as error:
-        return MISTAKE, f"what was given is not UTF-8 text: {error}"
-    except MemoryError:
-        return MISTAKE, "out of memory"
+    except (TokenTreeError, OSError, UnicodeError, MemoryError) as error:
+        return MISTAKE, _mistake(error)
     finally:
         sys.stdout, sys.stderr = streams  # typer wraps those of a closed pipe
+
+
+def _mistake(error: Exception) -> str:
+    if isinstance(error, OSError):
+        names = [repr(os.fsdecode(name)) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+        return f"can't {'read or write ' + ' or '.join(names) if names else 'write'}: {_reason(error)}"
+    if isinstance(error, UnicodeError):
+        return f"what was given is not UTF-8 text: {error}"
+    return "out of memory" if isinstance(error, MemoryError) else str(error)
 
 
 def _sentence(error: typer.TyperException) -> str:
     said = error.format_message().rstrip(".").replace("Value error, ", "")
     return said[:1].lower() + said[1:]
+
+
+def _on_a_line(text: str) -> str:
+    return spelled(" ".join(line.strip() for line in text.splitlines() if line.strip()))
 
 
 def _reason(error: Exception) -> str:
@@ -358,4 +380,4 @@ def _reason(error: Exception) -> str:
 
 def _warn(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     """One line, and nothing of where it comes from."""
-    say("tokentree: " + " ".join(str(message).split()))
+    say(f"tokentree: {_on_a_line(str(message))}")

@@ -145,7 +145,7 @@ def _decode(
     results = {"tree": stream.result}
     if show_tree and not as_json:
         write(stream.result.text + "\n")
-    if compare:
+    if compare and stream.result.finish_reason != "interrupted":
         llm.decoder.watch = None
         with working(consoles()[1], "decoding plainly"):
             results["plain"] = llm.plain().generate([ids], params)[0]
@@ -188,7 +188,7 @@ def _tell(results: dict[str, Result], stats: bool, compare: bool) -> None:
     tree = results["tree"]
     if stats or compare:
         show(consoles()[1], figures(results))
-    if compare and tree.score is None:
+    if compare and tree.score is None and "plain" in results:
         say(comparison(tree, results["plain"]))
     if tree.finish_reason == "interrupted":
         say("interrupted")
@@ -220,9 +220,12 @@ def _as_json(results: dict[str, Result]) -> dict[str, Any]:
 def _shape(shape: str | None, depth: int | None, branching: int | None) -> str | None:
     if depth is None and branching is None:
         return shape
+    from tokentree.shapes.base import check_size
+
     if shape is not None:
         raise OptionError("--shape says what --depth and --branching say: give one of them")
     depth, branching = 3 if depth is None else depth, 2 if branching is None else branching
     if depth < 1 or branching < 1:
         raise OptionError("--depth and --branching must be at least 1")
+    check_size(depth, branching)
     return "x".join([str(branching)] * depth)

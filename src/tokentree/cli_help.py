@@ -1,10 +1,12 @@
-"""How the command's help is laid out: commands in a user's order and with whole sentences, options by what they are
-about."""
+"""How commands read what is typed, and how their help is laid out: commands in a user's order and with whole sentences,
+options by what they are about."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import typer
 from typer.core import TyperCommand, TyperGroup
 
 ORDER = ("generate", "check", "bench", "report", "plot", "calibrate", "train", "theory", "simulate")
@@ -25,7 +27,21 @@ class Group(TyperGroup):
 
 
 class Command(TyperCommand):
-    """A command whose options stand under the headings that they name as their panels."""
+    """A command whose options stand under the headings that they name as their panels, and whose paths aren't empty:
+    that would be the folder in which it runs, and comes of a shell's variable that isn't set."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        typed = self.make_parser(ctx).parse_args(args=list(args))[0]
+        rest = super().parse_args(ctx, args)
+        params: list[Any] = self.get_params(ctx)
+        for param in params:
+            words, values = (
+                found if isinstance(found, list) else [found]
+                for found in (typed.get(param.name), ctx.params.get(param.name))
+            )
+            if any(word == "" and isinstance(value, Path) for word, value in zip(words, values)):
+                raise typer.BadParameter("it is empty: name a file or a folder", ctx=ctx, param=param)
+        return rest
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}

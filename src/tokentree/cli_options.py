@@ -11,7 +11,7 @@ import typer
 
 from tokentree.drafters.names import DRAFTERS, LOOKUPS
 from tokentree.errors import OptionError, PromptError
-from tokentree.prompts import checked_text
+from tokentree.prompts import checked_text, text_of
 from tokentree.terminal import consoles, working
 
 if TYPE_CHECKING:
@@ -148,14 +148,7 @@ def prompt_text(prompt: str) -> str:
         raise PromptError(
             "'-' reads a pipe or a file, and standard input is a terminal: give the prompt as an argument"
         )
-    try:
-        text = sys.stdin.buffer.read().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise PromptError(f"can't read standard input: {reason}") from None
-    if "\0" in text:
-        raise PromptError("can't read standard input: it has NUL bytes, so it is not text")
-    return _filled(text.removesuffix("\n").removesuffix("\r"))
+    return _filled(text_of(sys.stdin.buffer, "standard input").removesuffix("\n").removesuffix("\r"))
 
 
 def _filled(text: str) -> str:
@@ -175,13 +168,18 @@ def encode(llm: LLM, text: str, chat: bool | None) -> list[int]:
     return llm.sequence(text, SamplingParams()).prompt_ids
 
 
+def name_of(model: str) -> str:
+    """The last part of a model's name; of a folder that is named from where the command runs, its own."""
+    return Path(model).name if Path(model).name not in ("", "..") else Path(model).resolve().name
+
+
 def load(
     console: Console, model: str, drafter: str | None, threads: int | None, *, compile: bool = False,
     draft_model: list[str] | None = None, **options: Any,
 ) -> LLM:  # fmt: skip
     """An `LLM` with these ``options``."""
     # a forward that is compiled shows its own progress
-    with nullcontext() if compile else working(console, f"loading {Path(model).name}"):
+    with nullcontext() if compile else working(console, f"loading {name_of(model)}"):
         import transformers
 
         from tokentree.llm import LLM

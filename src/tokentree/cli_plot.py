@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tokentree.cli_help import Command
 from tokentree.cli_options import (
     DeviceOption,
     DrafterOption,
@@ -24,6 +25,7 @@ from tokentree.cli_options import (
     working,
 )
 from tokentree.errors import OptionError
+from tokentree.terminal import write
 
 if TYPE_CHECKING:
     from tokentree.bench.results import Run
@@ -123,13 +125,17 @@ def _texts(llm: LLM, step: Step) -> tuple[list[str], str]:
     return texts[:-1], texts[-1]
 
 
-plot.command("tree", help="Draw the tree of a real step: tokens, probabilities, who proposed what, what was accepted.")(
-    step
-)
-plot.command("mask", help="Draw the tree of a real step beside the mask that one forward verified it under.")(step)
+plot.command(
+    "tree",
+    cls=Command,
+    help="Draw the tree of a real step: tokens, probabilities, who proposed what, what was accepted.",
+)(step)
+plot.command(
+    "mask", cls=Command, help="Draw the tree of a real step beside the mask that one forward verified it under."
+)(step)
 
 
-@plot.command()
+@plot.command(cls=Command)
 def methods(
     prompt: PromptArgument, model: ModelOption, out: FileOption, draft_model: DraftsOption = None,
     heads: HeadFoldersOption = None, drafter: LookupsOption = None,
@@ -185,7 +191,7 @@ def methods(
     _tell(out)
 
 
-@plot.command()
+@plot.command(cls=Command)
 def cost(
     model: ModelOption, out: FileOption, dtype: DtypeOption = None, quantization: QuantizationOption = None,
     device: DeviceOption = None, threads: ThreadsOption = None,
@@ -204,7 +210,7 @@ def cost(
     _tell(out)
 
 
-@plot.command()
+@plot.command(cls=Command)
 def speedup(run: RunArgument, out: FileOption) -> None:
     """Draw how fast each method of a run was, overall and by task."""
     from tokentree.bench.pictures import draw_speed
@@ -216,7 +222,7 @@ def speedup(run: RunArgument, out: FileOption) -> None:
     _tell(out)
 
 
-@plot.command()
+@plot.command(cls=Command)
 def acceptance(run: RunArgument, out: FileOption) -> None:
     """Draw how often each method's candidates were accepted, by depth."""
     from tokentree.bench.pictures import draw_acceptance
@@ -238,5 +244,4 @@ def _run(folder: Path, out: Path) -> Run:
 
 
 def _tell(out: Path) -> None:
-    console, _ = consoles()
-    console.print(f"the picture is {out}", highlight=False, markup=False, emoji=False, soft_wrap=True)
+    write(f"the picture is {out}\n")

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from tokentree.cli_options import consoles
 from tokentree.errors import OptionError
+from tokentree.terminal import consoles, say, working, write
 
 
 def report(
@@ -40,13 +40,13 @@ def report(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OptionError(f"can't write to the folder {str(out)!r}: {error.strerror}") from None
-    pictures, (console, errors) = list[Path](), consoles()
+    pictures = list[Path]()
     if importlib.util.find_spec("matplotlib") is None:
-        errors.print("no pictures: they need matplotlib, pip install 'tokentree[plot]'", markup=False)
+        say("no pictures: they need matplotlib, pip install 'tokentree[plot]'")
     else:
         from tokentree.bench.pictures import draw_acceptance, draw_speed
 
-        with errors.status("drawing"):
+        with working(consoles()[1], "drawing"):
             if len({sample.method for sample in run.samples}) > 1:
                 pictures.append(out / f"speed.{form}")
                 draw_speed(run, pictures[-1])
@@ -57,6 +57,6 @@ def report(
             part.write_text(page(run, pictures), encoding="utf-8")
     except OSError as error:
         raise OptionError(f"can't write {str(out / 'report.md')!r}: {error.strerror or error}") from None
-    console.print(f"the report is in {out / 'report.md'}", highlight=False, markup=False, emoji=False, soft_wrap=True)
+    write(f"the report is in {out / 'report.md'}\n")
     if into is not None:
         insert(main_table(run), folder.resolve().name, into)

@@ -31,9 +31,10 @@ def theory(
     import numpy as np
     from rich.table import Table
 
-    from tokentree.theory import expected, full_tree, rates_of, read_curve, simulated_tokens, taught_success
+    from tokentree.theory import check_tree, expected, full_tree, rates_of, read_curve, simulated_tokens, taught_success
 
-    rates = rates_of(alpha, max(branching, 1)) if ranks is None else _numbers(ranks)
+    check_tree(branching, depth)
+    rates = rates_of(alpha, branching) if ranks is None else _numbers(ranks)
     cost = None if curve is None else read_curve(read_text(curve, "the cost curve"))
     console, errors = consoles()
     found = {

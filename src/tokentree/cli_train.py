@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
-from tokentree.cli_options import DeviceOption, DtypeOption, ModelOption, ThreadsOption, consoles, load
+from tokentree.cli_help import Command
+from tokentree.cli_options import DeviceOption, DtypeOption, ModelOption, ThreadsOption, consoles, load, name_of
 from tokentree.errors import OptionError
 from tokentree.interruption import Interruptible
+from tokentree.terminal import say, spelled, write
 
 if TYPE_CHECKING:
     from tokentree.train.loop import Recipe
@@ -65,7 +66,7 @@ ForceOption = Annotated[
 PrecisionOption = Annotated[Precision, typer.Option(help="Of the products of training.")]
 
 
-@train.command()
+@train.command(cls=Command)
 def medusa(
     model: ModelOption,
     data: DataOption,
@@ -103,7 +104,7 @@ def medusa(
         raise OptionError("--work goes without --way")
     _check(learning_rate, data, out, force, *(("peft",) if way == "lora" else ()))
     _, errors = consoles()
-    with _going_on(errors, out):
+    with _going_on(out):
         llm = load(errors, model, None, threads, dtype=dtype, device=device, max_batch=batch) if way is None else None
         from tokentree.train.run import train_medusa, train_medusa2
 
@@ -116,15 +117,15 @@ def medusa(
             "console": errors, "command": _command(), "force": force,
         }  # fmt: skip
         if llm is not None:
-            done = train_medusa(llm, Path(model).name, data, out, recipe, work=work, **options)
+            done = train_medusa(llm, name_of(model), data, out, recipe, work=work, **options)
         else:
             options |= {"way": way, "start": start, "batch": batch, "dtype": dtype, "device": device}
             done = train_medusa2(model, data, out, recipe, **options)
     made = (model, str(out)) if way is None else (str(out / "model"), str(out / "heads"))
-    _tell(errors, done, *made)
+    _tell(done, *made)
 
 
-@train.command()
+@train.command(cls=Command)
 def eagle(
     model: ModelOption,
     data: DataOption,
@@ -153,7 +154,7 @@ def eagle(
         raise OptionError("--version is 1 (which EAGLE-2 drafts with too) or 3")
     _check(learning_rate, data, out, force)
     _, errors = consoles()
-    with _going_on(errors, out):
+    with _going_on(out):
         llm = load(errors, model, None, threads, dtype=dtype, device=device, max_batch=batch)
         from tokentree.train.run_eagle import train_eagle
 
@@ -162,10 +163,10 @@ def eagle(
             evaluate_every=evaluate_every, patience=patience, precision=precision.value,
         )  # fmt: skip
         done = train_eagle(
-            llm, Path(model).name, data, out, recipe, version=version, known_tokens=known_tokens, unroll=unroll,
+            llm, name_of(model), data, out, recipe, version=version, known_tokens=known_tokens, unroll=unroll,
             tokens=tokens, work=work, console=errors, command=_command(), force=force,
         )  # fmt: skip
-    _tell(errors, done, model, str(out))
+    _tell(done, model, str(out))
 
 
 def _check(learning_rate: float, data: str, out: Path, force: bool, *packages: str) -> None:
@@ -189,17 +190,17 @@ def _recipe(epochs: int | None, **options: Any) -> Recipe:
     return Recipe(epochs=epochs or EPOCHS, least_steps=0 if epochs else STEPS, **options)
 
 
-def _going_on(errors: Console, out: Path) -> Interruptible:
+def _going_on(out: Path) -> Interruptible:
     """Says once, however many processes train, how to go on after an interruption."""
     said = f"what is done is kept in {str(out / 'work')!r}; the same command goes on from there"
-    return Interruptible(errors, said if os.environ.get("RANK", "0") == "0" else "")
+    return Interruptible(said if os.environ.get("RANK", "0") == "0" else "")
 
 
 def _command() -> str:
     return shlex.join(["tokentree", *sys.argv[1:]])
 
 
-def _tell(errors: Console, done: Trained, model: str, heads: str) -> None:
+def _tell(done: Trained, model: str, heads: str) -> None:
     """Says where the heads are, once, however many processes trained them."""
     from accelerate import PartialState
 
@@ -207,8 +208,9 @@ def _tell(errors: Console, done: Trained, model: str, heads: str) -> None:
         return
     if bad := done.texts.bad:
         shown = "; ".join(bad[:3]) + ("; …" if len(bad) > 3 else "")
-        errors.print(f"{len(bad)} lines left out: {shown}", markup=False, highlight=False)
+        say(spelled(f"{len(bad)} lines left out: {shown}"))
     if done.texts.tokens < FEW:
         said = f"These heads saw {done.texts.tokens:,} tokens: they show how it goes, and guess little. "
-        errors.print(said + "Heads that pay take some hundred thousand.", highlight=False, soft_wrap=True)
-    print(f"heads are in {heads}: tokentree generate --model {model} --heads {heads} …")
+        say(said + "Heads that pay take some hundred thousand.")
+    words = shlex.join(["tokentree", "generate", "--model", model, "--heads", heads])
+    write(f"heads are in {heads}: {words} …\n")

@@ -6,7 +6,8 @@ import signal
 from types import FrameType, TracebackType
 
 import typer
-from rich.console import Console
+
+from tokentree.terminal import say, spelled
 
 SIGNALS = signal.SIGINT, signal.SIGTERM
 
@@ -19,14 +20,20 @@ class Interruptible:
         said: printed then, behind what notes on the exception say; nothing if empty.
     """
 
-    def __init__(self, console: Console, said: str) -> None:
-        self._console, self._said = console, said
+    def __init__(self, said: str = "") -> None:
+        self._said = said
         self._came: int | None = None
 
-    def __enter__(self) -> None:
+    @property
+    def status(self) -> int | None:
+        """The exit status of what was interrupted, as shells have it; None where nothing was."""
+        return None if self._came is None else 128 + self._came
+
+    def __enter__(self) -> Interruptible:
         self._own = {number: own for number in SIGNALS if (own := signal.getsignal(number)) is not signal.SIG_IGN}
         for number in self._own:
             signal.signal(number, self._note)
+        return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._came = number
@@ -37,9 +44,9 @@ class Interruptible:
     ) -> None:
         for number, own in self._own.items():
             signal.signal(number, own)
-        if self._came is None or error is None:
+        if self.status is None or error is None:
             return
         if self._said:
             where = "".join(f" ({note})" for note in getattr(error, "__notes__", [])[:1])
-            self._console.print(f"interrupted{where}: {self._said}", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(128 + self._came)
+            say(spelled(f"interrupted{where}: {self._said}"))
+        raise typer.Exit(self.status)

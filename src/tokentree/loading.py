@@ -42,7 +42,9 @@ def pick_device(device: str | torch.device | None) -> torch.device:
         torch.empty(0, device=device)
         found = torch.device(device)
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise OptionError(f"device {str(device)!r} can't be used: {str(error).splitlines()[0]}") from None
+        raise OptionError(
+            f"device {str(device)!r} can't be used: {str(error).splitlines()[0].partition('. ')[0]}"
+        ) from None
     if found.type == "meta":
         raise OptionError("device 'meta' can't be used: there is nothing to compute with")
     return found

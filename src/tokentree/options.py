@@ -79,7 +79,7 @@ def model_in(model: Any, what: str = "model") -> Model:
         ModelError: if it is none of these.
     """
     if isinstance(model, str | Path):
-        if not str(model).strip() or str(model) == ".":
+        if not str(model).strip():
             raise ModelError(f"{what}={_shown(model)} names no model: give a hub name, a folder or a GGUF file")
         return model
     from torch import nn

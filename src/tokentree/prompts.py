@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tokentree.errors import PromptError
+
+MOST_PIPED = 1 << 26  # bytes of what may have no end
 
 
 @dataclass(frozen=True)
@@ -34,13 +38,33 @@ def read_text(path: str | Path, what: str) -> str:
     Raises:
         PromptError: if it can't be read, or is no text; it calls the file ``what``.
     """
+    called = f"{what} {str(path)!r}"
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
+        with Path(path).open("rb") as file:
+            return text_of(file, called, None if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else MOST_PIPED)
+    except OSError as error:
+        raise PromptError(f"can't read {called}: {error.strerror}") from None
+
+
+def text_of(file: BinaryIO, what: str, most: int | None = MOST_PIPED) -> str:
+    """The text that ``file`` holds or pipes.
+
+    Args:
+        most: bytes; a device or a pipe may have no end.
+
+    Raises:
+        PromptError: if it can't be read, has more, or is no text; it calls the file ``what``.
+    """
+    try:
+        content = file.read(-1 if most is None else most + 1)
+        text = content.decode("utf-8-sig") if most is None or len(content) <= most else None
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise PromptError(f"can't read {what} {str(path)!r}: {reason}") from None
+        raise PromptError(f"can't read {what}: {reason}") from None
+    if text is None:
+        raise PromptError(f"can't read {what}: it doesn't end within {MOST_PIPED >> 20} MiB")
     if "\0" in text:
-        raise PromptError(f"can't read {what} {str(path)!r}: it has NUL bytes, so it is not text")
+        raise PromptError(f"can't read {what}: it has NUL bytes, so it is not text")
     return text
 
 

@@ -11,7 +11,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
 from tokentree.errors import OptionError
@@ -74,6 +74,11 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
+def spelled(text: str, kept: str = "") -> str:
+    """``text`` without what a terminal obeys: what can't be printed, ends of lines among it, as Python writes it."""
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
+
+
 def say(text: str) -> None:
     """Writes a line to standard error. What can't be told there is not told."""
     with suppress(OSError):
@@ -119,28 +124,50 @@ def branches(stream: TextIO) -> tuple[str, str, str]:
 def consoles() -> tuple[Console, Console]:
     """For tables and progress, on standard output and standard error. Text is taken as it stands, and a line is as long
     as it is; only tables are fitted to a terminal's width."""
+    return _console(sys.stdout, stderr=False), _console(sys.stderr, stderr=True)
+
+
+def _console(stream: TextIO, stderr: bool) -> Console:
+    """A file is none, whatever variables say: it gets no bars, and its lines have no end. Of a dumb terminal rich would
+    take 80 columns."""
     from rich.console import Console
 
-    plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}
-    return Console(**_size(sys.stdout), **plain), Console(stderr=True, **_size(sys.stderr), **plain)
+    terminal, options = stream.isatty(), dict[str, Any]()
+    if not terminal or os.environ.get("TERM") in DUMB:
+        options = {"width": shutil.get_terminal_size().columns if terminal else 100_000, "height": 25}
+    options |= {"force_terminal": terminal, "no_color": not coloured(stream)}
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False, soft_wrap=True, **options)
 
 
-def _size(stream: TextIO) -> dict[str, Any]:
-    """Of a file, which has none; of a dumb terminal, for which rich takes 80 columns; of others, what rich finds."""
-    if not stream.isatty():
-        return {"width": 100_000, "height": 25}
-    dumb = os.environ.get("TERM") in DUMB
-    return {"width": shutil.get_terminal_size().columns, "height": 25} if dumb else {}
+def shown(table: Table) -> Table:
+    """``table``, with what can't be printed spelled."""
+    from rich.table import Table
+
+    title, caption = (None if part is None else spelled(str(part)) for part in (table.title, table.caption))
+    copied = Table(title=title, caption=caption, caption_justify=table.caption_justify)
+    for column in table.columns:
+        copied.add_column(spelled(str(column.header)), justify=column.justify, overflow=column.overflow)
+    for row in zip(*(column.cells for column in table.columns), strict=True):
+        copied.add_row(*(spelled(str(cell)) for cell in row))
+    return copied
 
 
 def show(console: Console, table: Table) -> None:
     """Prints a table between its title and its caption, fitted to the width of a terminal: nothing is cut, and where it
-    is too narrow for the longest words of the cells, each row becomes a list."""
+    is too narrow for the longest words of the cells, each row becomes a list. What standard error doesn't take is not
+    told."""
+    with suppress(OSError) if console.stderr else nullcontext():
+        _show(console, shown(table))
+
+
+def _show(console: Console, table: Table) -> None:
+    from rich.cells import cell_len
+
     title, caption, table.title, table.caption = table.title, table.caption, None, None
     if title is not None:
         console.print(title)
     cells = [[str(cell) for cell in column.cells] for column in table.columns]
-    longest = [max((len(word) for cell in column for word in cell.split()), default=1) for column in cells]
+    longest = [max((cell_len(word) for cell in column for word in cell.split()), default=1) for column in cells]
     folded = [column.overflow == "fold" for column in table.columns]
     widths = [min(width, MOST_FOLDED) if fold else width for width, fold in zip(longest, folded, strict=True)]
     if sum(widths) + 3 * len(widths) < console.width:
@@ -170,6 +197,6 @@ def working(console: Console, what: str) -> Iterator[None]:
 
     columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        with told(lambda phase: bar.update(task, description=phase)):
+        task = bar.add_task(spelled(what), total=None)
+        with told(lambda phase: bar.update(task, description=spelled(phase))):
             yield

@@ -20,6 +20,8 @@ from tokentree.errors import OptionError
 from tokentree.shapes.curve import CostCurve
 
 Path = tuple[int, ...]
+MOST_LEAVES, DEEPEST = 1_000_000, 1000  # of a full tree
+MOST_TRIALS, DRAWN = 10_000_000, 1 << 20  # of a simulation; ranks that it draws at once
 
 
 def check_rates(rates: Sequence[float]) -> None:
@@ -64,6 +66,16 @@ def taught_success(alpha: float, branching: int, depth: int) -> float:
     return 1 - math.pow(1 - math.pow(alpha, depth), branching**depth)
 
 
+def check_tree(branching: int, depth: int) -> None:
+    """Raises `OptionError` unless a full tree of that branching and depth can be made."""
+    if branching < 1 or depth < 1:
+        raise OptionError("branching and depth are at least 1")
+    if depth > DEEPEST:
+        raise OptionError(f"a path of more than {DEEPEST} candidates is too long to work out")
+    if branching**depth > MOST_LEAVES:
+        raise OptionError("a full tree of that branching and depth has over a million leaves")
+
+
 def whole_path(rates: Sequence[float], branching: int, depth: int) -> float:
     """The probability that some path of a full tree is accepted to its end: at each level, that the token is among the
     ``branching`` candidates, ``sum(rates[:branching]) ** depth``."""
@@ -90,15 +102,17 @@ def simulated_tokens(
     """The mean of tokens per forward over ``trials`` walks down the tree, each level's rank drawn, and its standard
     error."""
     check_rates(rates)
-    if trials < 2:
-        raise OptionError("a simulation needs at least 2 trials")
+    if not 2 <= trials <= MOST_TRIALS:
+        raise OptionError(f"a simulation needs at least 2 trials, and takes {MOST_TRIALS:,} at most")
     nodes, deepest = set(paths), max(map(len, paths), default=0)
     chances = np.append(rates, max(0.0, 1 - math.fsum(rates)))
-    drawn = generator.choice(len(chances), (trials, deepest), p=chances / chances.sum())
     tokens: NDArray[np.int64] = np.ones(trials, np.int64)
-    for trial, ranks in enumerate(drawn.tolist()):
-        while tokens[trial] <= deepest and tuple(ranks[: tokens[trial]]) in nodes:
-            tokens[trial] += 1
+    each = max(1, DRAWN // max(1, deepest))
+    for first in range(0, trials, each):
+        drawn = generator.choice(len(chances), (min(each, trials - first), deepest), p=chances / chances.sum())
+        for trial, ranks in enumerate(drawn.tolist(), first):
+            while tokens[trial] <= deepest and tuple(ranks[: tokens[trial]]) in nodes:
+                tokens[trial] += 1
     return float(tokens.mean()), float(tokens.std(ddof=1) / math.sqrt(trials))
 
 
@@ -160,10 +174,9 @@ def expected(
     Raises:
         OptionError: if a number makes no sense.
     """
-    if branching < 1 or depth < 1 or not 0 <= draft_cost < math.inf:
-        raise OptionError("branching and depth are at least 1, and a draft's cost at least 0")
-    if branching**depth > 1_000_000:
-        raise OptionError("a full tree of that branching and depth has over a million leaves")
+    check_tree(branching, depth)
+    if not 0 <= draft_cost < math.inf:
+        raise OptionError("a draft's cost is at least 0")
     paths = full_tree(branching, depth)
     verify = 1.0 if cost is None else cost.seconds(1 + len(paths)) / cost.seconds(1)
     return Expected(

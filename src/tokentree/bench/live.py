@@ -11,6 +11,7 @@ from rich.progress import Progress
 
 from tokentree.bench.report import table
 from tokentree.bench.results import Run, Sample
+from tokentree.terminal import spelled
 
 NARROW = 70  # columns, in which the table has no room
 
@@ -21,18 +22,18 @@ def watched(console: Console, run: Run, total: int) -> Iterator[Callable[[Sample
     where ``console`` is no terminal."""
     bar = Progress(console=console)
     task = bar.add_task("measuring", total=total, completed=len(run.samples))
-    shown = Live(bar, console=console, transient=True) if console.is_terminal else None
+    live = Live(bar, console=console, transient=True) if console.is_terminal else None
 
     def progress(sample: Sample) -> None:
         bar.advance(task)
         if sample.error is not None:
             told = f"{sample.method} failed on prompt {sample.prompt}: {sample.error}"
-            console.print(told, markup=False, highlight=False)
-        if shown is not None:
-            shown.update(Group(table(run), bar) if console.width >= NARROW else bar)
+            console.print(spelled(told), markup=False, highlight=False)
+        if live is not None:
+            live.update(Group(table(run), bar) if console.width >= NARROW else bar)
 
-    if shown is None:
+    if live is None:
         yield progress
         return
-    with shown:
+    with live:
         yield progress

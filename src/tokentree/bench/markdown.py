@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from tokentree.terminal import spelled
+
 MARKS = re.compile(r"[\\`*{}\[\]<>|$~]|&(?=#?\w+;)|(?<![^\W_])_|_(?![^\W_])|^\s*[#+\-](?=\s)")
 SHORTCODE = re.compile(r":(?=[\w+-]+:)")  # what GitHub makes an emoji of
 PLAIN = re.compile(r"[^`|\\&<>$\s]+( [^`|\\&<>$\s]+)*")
@@ -27,7 +29,7 @@ def code(text: str) -> str:
 def block(text: str) -> str:
     """``text`` as a block of code, in a fence that it doesn't hold itself."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}\n{_escaped(text, kept=chr(10))}\n{fence}"
+    return f"{fence}\n{spelled(text, kept=chr(10))}\n{fence}"
 
 
 def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -37,9 +39,4 @@ def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def _on_a_line(text: str) -> str:
-    return _escaped(text) if text.strip() else _escaped(text).replace(" ", "\N{OPEN BOX}")
-
-
-def _escaped(text: str, kept: str = "") -> str:
-    """What can't be printed, ends of lines among it, as Python writes it."""
-    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
+    return spelled(text) if text.strip() else spelled(text).replace(" ", "\N{OPEN BOX}")

@@ -191,7 +191,7 @@ class Peers:
         """
         if kind == "transformers":
             return self._of_transformers(spec, rest)
-        found = re.fullmatch(r"(.+?)(?::lookup:([1-9]\d*))?", rest)
+        found = re.fullmatch(r"(.+?)(?::lookup:([1-9]\d{0,3}))?", rest)
         if found is None:
             raise OptionError(f"{spec!r} names no model: write {kind}:MODEL or {kind}:MODEL:lookup:N")
         if not Path(found[1]).exists():
@@ -205,7 +205,7 @@ class Peers:
             raise OptionError(f"{spec!r} needs the package {package}: pip install {package}") from None
 
     def _of_transformers(self, spec: str, rest: str) -> Method:
-        found = re.fullmatch(r"|(assisted|lookup):([1-9]\d*)", rest)
+        found = re.fullmatch(r"|(assisted|lookup):([1-9]\d{0,3})", rest)
         if found is None:
             raise OptionError(
                 f"{spec!r} is not a method: write transformers, transformers:assisted:N or transformers:lookup:N"

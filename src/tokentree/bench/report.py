@@ -10,6 +10,7 @@ from rich.text import Text
 
 from tokentree.bench.loops import first_loop
 from tokentree.bench.results import Run, Sample
+from tokentree.terminal import spelled
 
 
 @dataclass(frozen=True)
@@ -137,16 +138,16 @@ def table(run: Run, category: str | None = None, cut_loops: bool = False) -> Tab
     """The rows of `summarise` for a terminal; what they mean is said under the table of everything."""
     rows = summarise(run, category, cut_loops)
     first = rows[0].method if rows else "the first"
-    shown = Table(title=Text((category or "all categories") + (", up to the first loop" if cut_loops else "")))
+    shown = Table(title=_spelled((category or "all categories") + (", up to the first loop" if cut_loops else "")))
     if category is None and not cut_loops:
-        shown.caption, shown.caption_justify = Text(explained(first)), "left"
+        shown.caption, shown.caption_justify = _spelled(explained(first)), "left"
     shown.add_column("method", overflow="fold")
     for name in ("tokens/s", f"x {first}", "end to end", "tokens a forward", "accepted", "rows", f"ids as {first}",
                  "failed"):  # fmt: skip
-        shown.add_column(Text(name), justify="right")
+        shown.add_column(_spelled(name), justify="right")
     for row in rows:
         shown.add_row(
-            Text(row.method),
+            _spelled(row.method),
             number(row.tokens_per_second if row.samples else None, 1),
             number(row.speed_up),
             number(row.end_to_end),
@@ -157,6 +158,11 @@ def table(run: Run, category: str | None = None, cut_loops: bool = False) -> Tab
             str(row.failures or ""),
         )
     return shown
+
+
+def _spelled(text: str) -> Text:
+    """``text`` for a table: no marks of rich's, and nothing that a terminal obeys."""
+    return Text(spelled(text))
 
 
 def number(value: float | None, digits: int = 2) -> str:

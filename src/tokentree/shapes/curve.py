@@ -13,6 +13,7 @@ from tokentree.errors import OptionError
 from tokentree.jit import njit
 from tokentree.tree import Floats, Ints
 
+MOST_ROWS = 1_000_000  # of a forward
 PACE = 0.1  # how fast one observation moves what is believed
 GUESS = ((1, 4, 16, 64), (1.0, 1.1, 1.6, 4.0))  # relative, for an engine that wasn't measured
 
@@ -26,7 +27,7 @@ class CostCurve:
         per_sequence: what each sequence after the first adds, in seconds.
 
     Raises:
-        OptionError: unless there are two points or more, with times above 0.
+        OptionError: unless there are two points or more, with times above 0, of as many rows as a forward can have.
     """
 
     def __init__(
@@ -38,6 +39,8 @@ class CostCurve:
         rising = len(rows) == len(seconds) >= 2 and list(rows) == sorted(set(rows))
         if not rising or not all(0 < point < math.inf for point in seconds):
             raise OptionError("a cost curve needs two or more numbers of rows, ascending, each with a time above 0")
+        if rows[0] < 1 or rows[-1] > MOST_ROWS or not 0 <= per_sequence < math.inf:
+            raise OptionError(f"a cost curve has 1 to {MOST_ROWS:,} rows, and a further sequence costs at least 0")
         self.rows, self.per_sequence = list(rows), per_sequence
         self._seconds = np.array(seconds, np.float64)
         self._knots, self._table = np.array(rows, np.int64), np.zeros(0)

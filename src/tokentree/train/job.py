@@ -18,6 +18,7 @@ from rich.console import Console
 from tokentree.errors import OptionError, PromptError
 from tokentree.heads.saved import Fingerprint
 from tokentree.llm import LLM
+from tokentree.terminal import consoles
 from tokentree.train.keeping import keep_text, whole, writing
 from tokentree.train.loop import CHECKPOINT, Figures, Recipe, Watch
 from tokentree.train.progress import Phases
@@ -199,8 +200,9 @@ def training_in(folder: Path, phases: Phases) -> Iterator[None]:
         yield
 
 
-def phases_on(console: Console) -> Phases:
-    return Phases(console, PartialState().is_main_process)
+def phases_on(console: Console | None) -> Phases:
+    """What is shown on ``console``, by default on standard error, by the first of those that train together."""
+    return Phases(console or consoles()[1], PartialState().is_main_process)
 
 
 def watch_with(phases: Phases, work: Path) -> Watch:

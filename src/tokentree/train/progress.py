@@ -11,6 +11,8 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from tokentree.terminal import spelled
+
 
 class Show(Protocol):
     def __call__(self, done: int, word: str = "") -> None: ...
@@ -43,7 +45,7 @@ class Phases:
 
     def say(self, line: str) -> None:
         if self._shown:
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(spelled(line), markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def phase(self, what: str, total: int | None = None, unit: str = "tokens", begun: int = 0) -> Iterator[Show]:

@@ -96,7 +96,7 @@ def train_medusa(
     heads = MedusaHeads(num_heads, num_layers, size)
     settings = {"method": "medusa", "num_heads": num_heads, "num_layers": num_layers, "known_tokens": known_tokens}
     settings |= {"data": str(data), "tokens": tokens if str(data) == "self" else None, "held_back": held_back}
-    with phases_on(console or Console(stderr=True)) as phases:
+    with phases_on(console) as phases:
         with PartialState().main_process_first():  # the others then find it all
             own = claim(folder, settings | recipe.model_dump(), force)
             shared = Path(work or own)
@@ -152,7 +152,7 @@ def train_medusa2(
     recipe, folder = recipe or Recipe(), Path(folder)
     settings = {"method": f"medusa, {way}", "num_heads": num_heads, "num_layers": num_layers, "data": str(data)}
     settings |= {"tokens": tokens if str(data) == "self" else None, "max_tokens": max_tokens, "held_back": held_back}
-    with phases_on(console or Console(stderr=True)) as phases:
+    with phases_on(console) as phases:
         with phases.phase("loading the model"):
             llm = LLM(base_model, max_batch=batch, dtype=dtype, device=device)
         check(llm, held_back, known_tokens=known_tokens, tokens=tokens, num_heads=num_heads, max_tokens=max_tokens)

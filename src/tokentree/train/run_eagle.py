@@ -78,7 +78,7 @@ def train_eagle(
     features = llm.engine.capture(places)
     settings = {"method": f"EAGLE-{version}", "known_tokens": known_tokens, "unroll": unroll, "taps": read}
     settings |= {"data": str(data), "tokens": tokens if str(data) == "self" else None, "held_back": held_back}
-    with phases_on(console or Console(stderr=True)) as phases:
+    with phases_on(console) as phases:
         with PartialState().main_process_first():  # the others then find it all
             own = claim(folder, settings | recipe.model_dump(), force)
             shared = Path(work or own)

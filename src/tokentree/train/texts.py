@@ -12,6 +12,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from tokentree.errors import PromptError
+from tokentree.prompts import read_text
 
 LEAST = 8  # tokens of a text that is worth reading
 FEWEST = 2  # texts: one to train on, and one to look at
@@ -84,11 +85,7 @@ def _no_text(path: str | Path, bad: list[str]) -> PromptError:
 
 def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
     """The lines of a file that aren't empty, and their numbers. They end at line feeds alone, as JSON lines do."""
-    try:
-        content = Path(path).read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise PromptError(f"can't read the training data {str(path)!r}: {reason}") from None
+    content = read_text(path, "the training data")
     return ((number, line) for number, line in enumerate(content.split("\n"), start=1) if line.strip())
 
 
