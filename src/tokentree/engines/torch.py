@@ -132,7 +132,7 @@ class TorchEngine(KVEngine):
         return None if self._watch is None else self._watch.change()
 
     def prefill(self, seq: Sequence) -> int:
-        if told := self.changed():
+        if self._watch is not None and (told := self._watch.change(briefly=bool(self._kv))):  # others are decoded
             raise ModelError(f"{self.facts.name} has changed since it was given ({told}): make a new LLM of it")
         return super().prefill(seq)
 
