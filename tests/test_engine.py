@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    BertConfig,
+    BertLMHeadModel,
     BloomConfig,
     BloomForCausalLM,
     GPTNeoConfig,
@@ -497,6 +499,13 @@ def _small(config: Any, model: Any, **options: Any) -> PreTrainedModel:
     return made
 
 
+def _kinds(*kinds: str) -> PreTrainedModel:
+    """A model whose configuration says that its layers are of these kinds."""
+    made = tiny("llama")
+    made.config.layer_types = list(kinds)
+    return made
+
+
 HEADS: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32}
 
 
@@ -543,13 +552,26 @@ HEADS: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "in
             "T5ForConditionalGeneration is not a decoder-only language model",
         ),
         (lambda: tiny("llama").base_model, "LlamaModel is not .* with an output layer"),
+        (lambda: _kinds("chunked_attention"), "LlamaForCausalLM attends in chunks, which this library has no mask for"),
+        (lambda: _kinds("indexed_attention"), "has layers of the kind indexed_attention, which .* neither masks nor"),
+        (lambda: _kinds("linear_attention", "dense"), "has linear_attention: a state that can't be rolled back"),
+        (
+            lambda: _small(BertConfig, BertLMHeadModel, num_hidden_layers=1, num_attention_heads=2),
+            "BertLMHeadModel is an encoder here, .*: load it with is_decoder=True",
+        ),
     ],
-    ids=["bloom", "mpt", "falcon", "mamba", "jamba", "recurrent_gemma", "qwen3_next", "t5", "no_output_layer"],
+    ids=["bloom", "mpt", "falcon", "mamba", "jamba", "recurrent_gemma", "qwen3_next", "t5", "no_output_layer",
+         "chunks", "another kind", "state", "encoder"],
 )  # fmt: skip
 def test_a_model_that_no_tree_can_be_verified_with_is_refused_with_the_reason(make: Any, reason: str) -> None:
     with pytest.raises(ModelError, match=reason) as error:
         TorchEngine(make())
     assert "\n" not in str(error.value)
+
+
+def test_an_encoder_that_is_made_a_decoder_is_decoded() -> None:
+    model = _small(BertConfig, BertLMHeadModel, num_hidden_layers=1, num_attention_heads=2, is_decoder=True)
+    assert TorchEngine(model).attention == "tree"
 
 
 class IgnoresMask(LlamaForCausalLM):

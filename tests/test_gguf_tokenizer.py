@@ -199,6 +199,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no tokens": ({"ggml__tokens": None, "ggml__token_type": None}, "it has no tokenizer"),
     "an end outside": ({"ggml__bos_token_id": 300}, r"tokenizer\.ggml\.bos_token_id is 300"),
     "a truth value of another type": ({"ggml__add_bos_token": 1}, r"tokenizer\.ggml\.add_bos_token is 1"),
+    "a begin that there isn't": ({"ggml__add_bos_token": True, "ggml__bos_token_id": None}, "and has no bos_token_id"),
+    "an end that there isn't": ({"ggml__add_eos_token": True, "ggml__eos_token_id": None}, "and has no eos_token_id"),
     "a template of another type": ({"chat_template": 7}, "chat template is no text"),
 }
 

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -31,6 +31,11 @@ SAID = TOKENIZER.apply_chat_template([TURN], add_generation_prompt=True, return_
 @pytest.fixture(scope="module")
 def llm() -> LLM:
     return LLM(tiny("llama", vocab_size=len(TOKENIZER)), "ngram", shape="2x1", tokenizer=TOKENIZER)
+
+
+class Named(NamedTuple):
+    input_ids: Any
+    attention_mask: Any
 
 
 def padded(side: str, kind: str | None) -> Any:
@@ -64,6 +69,14 @@ ONE: dict[str, Callable[[], Any]] = {
     "BatchEncoding pt": lambda: TOKENIZER(TEXT, return_tensors="pt"),
     "BatchEncoding np": lambda: TOKENIZER([TEXT], return_tensors="np"),
     "its dict": lambda: dict(TOKENIZER(TEXT)),
+    "a named tuple": lambda: Named(IDS, [1] * len(IDS)),
+    "a named tuple, padded": lambda: Named(torch.tensor([[0, *IDS]]), torch.tensor([[0] + [1] * len(IDS)])),
+    "a mask of truth values": lambda: {"input_ids": [0, *IDS], "attention_mask": [False] + [True] * len(IDS)},
+    "torch's": lambda: {"input_ids": torch.tensor([[0, *IDS]]), "attention_mask": torch.tensor([[0, *IDS]]) > 0},
+    "numpy's": lambda: {"input_ids": np.array([[0, *IDS]]), "attention_mask": np.array([[0, *IDS]]) > 0},
+    "a mask of floats": lambda: {"input_ids": torch.tensor([IDS]), "attention_mask": torch.ones(1, len(IDS))},
+    "a list of floats": lambda: {"input_ids": [0, *IDS], "attention_mask": [0.0] + [1.0] * len(IDS)},
+    "a list of masks": lambda: {"input_ids": [torch.tensor(IDS)], "attention_mask": [torch.ones(len(IDS)).bool()]},
     "vLLM's text": lambda: {"prompt": TEXT},
     "vLLM's ids": lambda: {"prompt_token_ids": IDS},
     "vLLM's both": lambda: {"prompt": TEXT, "prompt_token_ids": IDS, "multi_modal_data": None},
@@ -158,6 +171,10 @@ def test_no_prompts_have_no_results(llm: LLM) -> None:
         (torch.tensor([True]), "bool is no type"),
         (torch.tensor([1j]), "complex64 is no type"),
         (torch.tensor(7), r"an array of shape \[\]"),
+        (torch.tensor([5, 0, 6]).to_sparse(), "the values of this tensor can't be read: give a dense one"),
+        (torch.zeros(3, dtype=torch.long, device="meta"), "can't be read: give a dense one"),
+        ({"input_ids": [5], "attention_mask": torch.zeros(1, device="meta")}, "attention_mask .* can't be read"),
+        ({"input_ids": [5], "attention_mask": ["x"]}, "'x' is no token id"),
         ([torch.tensor(1.5)], "is no token id"),
         ([np.float64(1.5)], "is no token id"),
         ({"text": "hi"}, "this dict has text"),

@@ -16,6 +16,7 @@ from tokentree.drafters.draft_model import DraftModel
 from tokentree.drafters.ngram import NGram
 from tokentree.engines.table import TableEngine
 from tokentree.errors import DeadEnd
+from tokentree.sampling import check_vocabulary
 from tokentree.sequence import Sequence
 
 Processor = Callable[[list[int], torch.Tensor], Any]
@@ -317,7 +318,7 @@ def test_tokens_that_are_not_there_are_told_of_before_anything_decodes(
 ) -> None:
     params, forwards = SamplingParams(max_tokens=5, num_beams=beams, **options), []
     watched = llm.using(watch=lambda *_: forwards.append(1))
-    for prompts, given in (([IDS], params), ([IDS, IDS, IDS], params), ([IDS, IDS], [WORKS, params])):
+    for prompts, given in (([IDS], params), ([IDS, IDS, IDS], params), ([IDS, IDS], [params, params])):
         with pytest.raises(OptionError, match=f"names token .*but the vocabulary has {llm.engine.vocab_size}"):
             watched.generate(prompts, given)
     if beams == 1:
@@ -325,6 +326,62 @@ def test_tokens_that_are_not_there_are_told_of_before_anything_decodes(
             watched.stream(IDS, params)
     assert not forwards
     assert not kept(llm)
+
+
+def test_beams_that_can_not_be_ranked_are_told_of() -> None:
+    for count, vocab, most in ((1024, 65536, None), (1024, 65537, 1023), (442, 152_064, 441)):
+        params = SamplingParams(num_beams=count)
+        if most is None:
+            check_vocabulary(params, vocab)
+            continue
+        with pytest.raises(OptionError, match=f"with {vocab} tokens {most} is the most"):
+            check_vocabulary(params, vocab)
+    check_vocabulary(SamplingParams(), 1 << 30)
+    with pytest.raises(OptionError, match="num_beams=1025: input should be less than or equal to 1024"):
+        SamplingParams(num_beams=1025)
+
+
+WRONG_OPTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"logit_bias": {10**6: 1.0}}, "logit_bias names token 1000000"),
+    ({"stop_token_ids": [10**9]}, "stop_token_ids names token"),
+    ({"stop_token_ids": [10**9], "n": 3, "temperature": 1.0}, "stop_token_ids names token"),
+    ({"stop_token_ids": [10**9], "num_beams": 3, "num_return_sequences": 2}, "stop_token_ids names token"),
+    ({"logit_bias": {10**6: 1.0}, "logprobs": 2}, "logit_bias names token 1000000"),
+]
+
+
+@pytest.mark.parametrize(("options", "says"), WRONG_OPTIONS, ids=str)
+def test_wrong_options_of_one_request_end_that_one_alone(llm: LLM, options: dict[str, Any], says: str) -> None:
+    alone = llm.generate(IDS, WORKS)[0]
+    results = llm.generate([IDS] * 3, [WORKS, SamplingParams(max_tokens=5, **options), WORKS])
+    assert len(results) == 2 + options.get("n", options.get("num_return_sequences", 1))
+    good, *bad, last = results
+    assert good.token_ids == last.token_ids == alone.token_ids
+    assert (good.error, last.error) == (None, None)
+    for result in bad:
+        assert (result.finish_reason, result.text, result.token_ids) == ("error", "", [])
+        assert result.prompt_token_ids == IDS
+        assert result.logprobs == ([] if "logprobs" in options else None)
+        with pytest.raises(OptionError, match=says):
+            raise result.error  # type: ignore[misc]
+    assert not kept(llm)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [("", "the prompt is empty"), ([], "the prompt is empty"), ([10**6], "outside the vocabulary"),
+     ([5] * 320, "no room for an answer"), ([{"role": "nobody", "content": "x"}], "unknown role")],
+    ids=lambda value: ascii(value)[:20],
+)  # fmt: skip
+def test_a_prompt_that_can_not_be_decoded_ends_alone_too(llm: LLM, wrong: Any, says: str) -> None:
+    alone = llm.generate(IDS, WORKS)[0]
+    good, bad = llm.generate([IDS, wrong], WORKS)
+    assert good.token_ids == alone.token_ids
+    assert (bad.finish_reason, bad.token_ids) == ("error", [])
+    with pytest.raises(PromptError, match=says):
+        raise bad.error  # type: ignore[misc]
+    with pytest.raises(PromptError, match=says):
+        llm.generate([wrong, wrong], WORKS)
 
 
 def test_end_tokens_that_the_vocabulary_lacks_ban_nothing() -> None:

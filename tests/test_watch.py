@@ -578,6 +578,16 @@ def past_torch(model: Any) -> None:
     block(model).mlp.up_proj.weight.data.mul_(-1)
 
 
+def one_value(model: Any) -> None:
+    """Past what torch counts, and between the values that are looked at in each step."""
+    model.lm_head.weight.data[7, 3] += 300
+
+
+def two_rows_exchanged(model: Any) -> None:
+    table = model.model.embed_tokens.weight.data
+    table[[PROMPT[0], PROMPT[1]]] = table[[PROMPT[1], PROMPT[0]]]
+
+
 def by_numpy(model: Any) -> None:
     bits = model.model.norm.weight.detach().view(torch.uint8).numpy()
     bits[model.dtype.itemsize - 1 :: model.dtype.itemsize] ^= 128  # the sign
@@ -631,7 +641,7 @@ def epsilon(model: Any) -> None:
 
 CHANGES: list[Callable[[Any], None]] = [
     by_an_optimizer, in_place, past_torch, by_numpy, other_data, other_parameter, loaded, other_module, one_layer_less,
-    layers_exchanged, more_tokens, buffer, attribute, epsilon,
+    layers_exchanged, more_tokens, buffer, attribute, epsilon, one_value, two_rows_exchanged,
 ]  # fmt: skip
 
 
@@ -751,6 +761,31 @@ def test_running_the_model_itself_is_no_change() -> None:
     assert llm.engine.changed() is None
     model.eval().gradient_checkpointing_disable()
     assert llm.generate([PROMPT], SamplingParams(max_tokens=NEW))[0].token_ids == own_text(model)
+
+
+def a_module_that_drops(model: Any) -> None:
+    block(model).mlp = nn.Sequential(block(model).mlp, nn.Dropout(0.5))
+
+
+def attention_that_drops(model: Any) -> None:
+    block(model).self_attn.attention_dropout = 0.5
+    model.train()
+
+
+@pytest.mark.parametrize("change", [a_module_that_drops, attention_that_drops])
+def test_a_model_that_drops_values_at_random_is_refused(change: Callable[[Any], None]) -> None:
+    model = fresh()
+    change(model)
+    with pytest.raises(ModelError, match=r"is in training mode, and its .* is 0\.5; call model\.eval"):
+        LLM(model, "none")
+    with pytest.raises(ModelError, match="is in training mode"):
+        text(model, drafting())
+    model.eval()
+    llm = LLM(model, "none")
+    assert llm.generate([PROMPT], SamplingParams(max_tokens=NEW))[0].token_ids == own_text(model)
+    model.train()
+    with pytest.raises(ModelError, match=r"has changed since it was given \(.* is in training mode"):
+        llm.generate([PROMPT], SamplingParams(max_tokens=NEW))
 
 
 def test_what_an_engine_reads_stays_where_it_is() -> None:

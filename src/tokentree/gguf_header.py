@@ -215,7 +215,9 @@ def _tensors(cursor: _Cursor, count: int) -> Iterator[Tensor]:
 def _check_whole(entries: dict[str, Any], file: Path) -> None:
     """Raises `GgufError` for one part of a model that was split."""
     count = entries.get("split.count", 0)
-    if not isinstance(count, int) or count < 2:
+    if type(count) is not int:
+        raise GgufError(f"its split.count is {count!r}")
+    if count < 2:
         return
     found = _PART.search(file.stem)
     names = [f"{file.stem[: found.start()]}-{part:05d}-of-{found[2]}" for part in range(1, count + 1)] if found else []

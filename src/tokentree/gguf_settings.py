@@ -15,7 +15,7 @@ from tokentree.gguf_entries import Entries, shown
 from tokentree.gguf_header import GgufError, Header
 from tokentree.gguf_rope import rope_of
 
-RULES = 1  # of this module and those around it: what was converted by others is converted again
+RULES = 2  # of this module and those around it: what was converted by others is converted again
 Settings = dict[str, Any]
 
 
@@ -52,10 +52,8 @@ def settings_of(header: Header) -> Settings:
             honoured.
     """
     architecture = header.entries.get("general.architecture")
-    kind = header.entries.get("general.type", "model")
     entries = Entries(header, str(architecture))
-    if kind != "model":
-        entries.refuse(f"it is of type {shown(kind)}, not a model by itself")
+    _refuse_other_kinds(entries)
     if architecture not in FAMILIES:
         entries.refuse(f"its architecture {shown(architecture)} isn't read here, only {', '.join(FAMILIES)}")
     _refuse_strangers(entries)
@@ -157,6 +155,17 @@ def _head_width(entries: Entries, family: Family, settings: Settings) -> int:
     if family.head_dim:
         settings["head_dim"] = width
     return width
+
+
+def _refuse_other_kinds(entries: Entries) -> None:
+    """Raises `GgufError` if this is no model by itself, or its blocks are of another form."""
+    said = entries.header.entries
+    if (kind := said.get("general.type", "model")) != "model":
+        entries.refuse(f"it is of type {shown(kind)}, not a model by itself")
+    if part := next((key for key in said if key.startswith(("adapter.", "clip."))), None):
+        entries.refuse(f"it says {part}, so it is a part of a model, not one by itself")
+    if (version := said.get("general.quantization_version", 2)) != 2:
+        entries.refuse(f"its general.quantization_version is {shown(version)}, and only 2 can be unpacked")
 
 
 def _refuse_strangers(entries: Entries) -> None:

@@ -83,8 +83,12 @@ class _Reading:
         backend.add_tokens([AddedToken(token, normalized=False, special=False) for token in users])
         if backend.get_vocab_size() != len(self.tokens):
             self._refuse("two of its tokens have one name")
+        said = [part for part in ("bos", "eos") if self._left.get(f"tokenizer.ggml.add_{part}_token") is True]
         begins = self._take("add_bos_token", bool, kind == "llama" or words in WHOLE_WORDS)
         named = {name: self._token(f"{part}_token_id") for name, part in SPECIAL.items()}
+        for part in said:
+            if named[f"{part}_token"] is None:
+                self._refuse(f"it says tokenizer.ggml.add_{part}_token, and has no {part}_token_id")
         options = {
             "add_bos_token": begins, "add_eos_token": self._take("add_eos_token", bool, False),
             "chat_template": self._templates(), "clean_up_tokenization_spaces": False,

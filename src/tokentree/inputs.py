@@ -48,6 +48,8 @@ def read_prompts(given: Any, what: str = "prompt") -> list[Read]:
     """
     if isinstance(given, str):
         return [whole(given, what)]
+    if isinstance(given, tuple) and hasattr(given, "_asdict"):  # a named one is no list
+        given = given._asdict()
     if isinstance(given, Mapping):
         return _of_mapping(given, what)
     if is_message(given):
@@ -67,7 +69,7 @@ def read_prompt(given: Any, what: str = "prompt") -> Read:
     Raises:
         PromptError: if it is something else, or several.
     """
-    if isinstance(given, str | Mapping) or is_message(given):
+    if isinstance(given, str | Mapping) or hasattr(given, "_asdict") or is_message(given):
         found = read_prompts(given, what)
     else:
         rank, items = _items(given, what)
@@ -117,7 +119,7 @@ def _of_mapping(given: Mapping[str, Any], what: str) -> list[Read]:
         return [read_prompt(given["prompt"], what)]
     rows, mask = _rows(given[name], what), given.get("attention_mask")
     if mask is not None:
-        masks = _rows(mask, f"attention_mask of the {what}")
+        masks = _rows(_counted(mask), f"attention_mask of the {what}")
         if [len(row) for row in rows] != [len(row) for row in masks]:
             raise PromptError(f"the attention_mask of the {what} has not the form of its {name}")
         rows = [_seen(ids, seen, what) for ids, seen in zip(rows, masks, strict=True)]
@@ -131,6 +133,24 @@ def _rows(given: Any, what: str) -> list[list[int]]:
     return [token_ids(items, what)] if single else [token_ids(row, what) for row in items]
 
 
+def _counted(mask: Any) -> Any:
+    """A mask as 0 and 1, whatever its type: what isn't 0 is seen, as in transformers."""
+    if isinstance(mask, torch.Tensor):
+        return mask if _no_values(mask) else (mask != 0).long()
+    if isinstance(mask, np.ndarray):
+        return (mask != 0).astype(np.int64)
+    if isinstance(mask, list | tuple):
+        return [_counted(one) for one in mask]
+    return int(bool(mask)) if isinstance(mask, bool | int | float | np.number | np.bool_) else mask
+
+
+def _no_values(given: Any) -> bool:
+    """Whether this is a tensor whose values don't lie beside one another."""
+    return isinstance(given, torch.Tensor) and (
+        given.layout is not torch.strided or given.is_meta or given.is_nested or given.is_quantized
+    )
+
+
 def _seen(ids: list[int], mask: list[int], what: str) -> list[int]:
     """What the mask shows, which must be one piece."""
     places = [place for place, seen in enumerate(mask) if seen]
@@ -141,6 +161,8 @@ def _seen(ids: list[int], mask: list[int], what: str) -> list[int]:
 
 def _items(given: Any, what: str) -> tuple[int, list[Any]]:
     """The items of a list, an array or an iterator; and of an array its rank, otherwise 0."""
+    if _no_values(given):
+        raise PromptError(f"the {what} must be {KINDS}, and the values of this tensor can't be read: give a dense one")
     if isinstance(given, np.ndarray | torch.Tensor):
         kind = str(given.dtype).removeprefix("torch.")
         if given.ndim not in (1, 2):

@@ -73,7 +73,8 @@ class Result:
         metrics: what it cost.
         prompt_token_ids: the prompt.
         score: with beam search, the text's log-probability, divided by its length to the power of the length penalty.
-        error: what ended it, with the finish reason "error": its rules failed behind the tokens that are there.
+        error: what ended it, with the finish reason "error": its rules failed behind the tokens that are there, or it
+            couldn't be begun.
     """
 
     text: str
@@ -83,7 +84,7 @@ class Result:
     metrics: Metrics
     prompt_token_ids: list[int]
     score: float | None = None
-    error: RequestError | None = None
+    error: PromptError | OptionError | RequestError | None = None
 
 
 @dataclass(frozen=True)
@@ -320,30 +321,47 @@ class LLM:
 
         Returns:
             The results in the order of the prompts; with ``params.n`` samples or ``params.num_return_sequences`` beams
-            each, so many results per prompt in a row. A request whose rules fail while it is decoded ends alone: its
-            result has the finish reason "error" and an `error`, and the others go on.
+            each, so many results per prompt in a row. What is wrong with one request ends that one alone: its result
+            has the finish reason "error" and an `error`, and the others go on. Before anything is decoded that is a
+            prompt that is empty or leaves no room in the context, or options that this model can't honour; later, rules
+            that fail.
 
         Raises:
-            PromptError, OptionError: before anything is decoded, if a prompt is empty, leaves no room in the context or
-                is none, or a request names tokens that the model doesn't have.
-            RequestError: if every request failed (which one does that is alone), the first one's error.
+            PromptError, OptionError: before anything is decoded, if these are no prompts or no options.
+            PromptError, OptionError, RequestError: if every request failed (which one does that is alone), the first
+                one's error.
         """
         texts, given = self._references(reference), read_prompts(prompts)
-        seqs = [
-            self.sequence(prompt, one, sample, texts)
+        requests = [
+            request
             for prompt, one in zip(given, _params_of(params, len(given)), strict=True)
-            for sample in range(one.n)
+            for request in self._requests(prompt, one, texts)
         ]
+        seqs = [request for request in requests if isinstance(request, Sequence)]
         with _progress(seqs, progress) as advance:
             for _ in self.decoder.run([seq for seq in seqs if seq.params.num_beams == 1], self.max_batch):
                 advance()
-            results = [one for seq in seqs for one in self._results(seq, advance)]
+            results = [one for request in requests for one in self._results(request, advance)]
         if results and all(one.error is not None for one in results):
             raise results[0].error  # type: ignore[misc]
         return results
 
-    def _results(self, seq: Sequence, advance: Callable[[], None]) -> list[Result]:
+    def _requests(
+        self, prompt: Read, params: SamplingParams, references: SequenceOf[list[int]]
+    ) -> list[Sequence] | list[Result]:  # fmt: skip
+        """The samples of one prompt, ready for the decoder; or its results, if something is wrong with it."""
+        try:
+            return [self.sequence(prompt, params, sample, references) for sample in range(params.n)]
+        except (PromptError, OptionError) as error:
+            ids = prompt if isinstance(prompt, list) else []
+            none = None if params.logprobs is None else list[TokenLogprobs]()
+            failed = Result("", [], "error", none, Metrics(), ids, error=error)
+            return [failed] * (params.n * params.num_return_sequences)
+
+    def _results(self, seq: Sequence | Result, advance: Callable[[], None]) -> list[Result]:
         """What ``seq`` came to; with beam search, the texts that are found now."""
+        if isinstance(seq, Result):
+            return [seq]
         if seq.params.num_beams == 1:
             return [self.result(seq)]
         count = seq.params.num_return_sequences

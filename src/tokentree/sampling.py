@@ -21,6 +21,8 @@ LogitsProcessor = Callable[[list[int], torch.Tensor], torch.Tensor]
 LARGEST = 1e9  # penalty, and
 LARGEST_BIAS = 1e30  # so that float32 holds what comes of them
 MOST = 65_536  # samples of one prompt
+MOST_BEAMS = 1024
+MOST_RANKED = 1 << 26  # numbers that a step of beam search ranks: for each beam, the whole vocabulary
 NOT_NUMBERS = (
     "the model's logits are not finite numbers: it overflows (where it computes in float16, another type may help), or "
     "its weights are damaged"
@@ -85,7 +87,8 @@ class SamplingParams(BaseModel):
         ignore_eos: go on after an end-of-sequence token.
         stop: strings that end the text (they are cut off); stop_token_ids: tokens that end it (they are kept).
         num_beams: above 1, beam search keeps so many texts, as transformers does: see `beam.BeamSearch`, also for
-            ``length_penalty`` and ``early_stopping`` (True, False or "never").
+            ``length_penalty`` and ``early_stopping`` (True, False or "never"). At most 1024, and so many that a step
+            ranks no more than 67 million tokens: 441 with a vocabulary of 152,064.
         num_return_sequences: how many of them are returned, the best one first.
         logprobs: None, or how many top tokens to report beside each emitted one, as raw log-probabilities (before
             temperature, penalties and truncation).
@@ -113,7 +116,7 @@ class SamplingParams(BaseModel):
     ignore_eos: Annotated[bool, BeforeValidator(_truth)] = False
     stop: Annotated[tuple[str, ...], BeforeValidator(_one_or_several)] = ()
     stop_token_ids: Annotated[tuple[Int, ...], BeforeValidator(_one_or_several)] = ()
-    num_beams: Int = Field(1, ge=1, le=1024)
+    num_beams: Int = Field(1, ge=1, le=MOST_BEAMS)
     length_penalty: Float = Field(1.0, ge=-16, le=16, allow_inf_nan=False)
     early_stopping: Annotated[bool | Literal["never"], BeforeValidator(_truth_or_never)] = False
     num_return_sequences: Int = Field(1, ge=1)
@@ -194,7 +197,14 @@ class SamplingParams(BaseModel):
 
 
 def check_vocabulary(params: SamplingParams, vocab_size: int) -> None:
-    """Raises `OptionError` if ``params`` names a token that a vocabulary of so many doesn't have."""
+    """Raises `OptionError` if ``params`` names a token that a vocabulary of so many doesn't have, or asks for more
+    beams than can be ranked over it."""
+    if params.num_beams > 1 and params.num_beams * vocab_size > MOST_RANKED:
+        most = MOST_RANKED // vocab_size
+        raise OptionError(
+            f"num_beams={params.num_beams} is too many: each step ranks the whole vocabulary for each beam, and with "
+            f"{vocab_size} tokens {most} is the most"
+        )
     for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
         for token in ids:
             if not 0 <= token < vocab_size:

@@ -111,6 +111,8 @@ def check_runs_in_a_copy(model: PreTrainedModel) -> None:
             f"{name} attends by the function {_name(attends)!r} that was registered as {kind!r}, and it can't be told "
             "of a tree: use model.set_attn_implementation('sdpa')"
         )
+    if told := drops(model):
+        raise ModelError(f"{name} would give another text each time: {told}; call model.eval() first")
     for module in model.modules():
         if getattr(module, "merged", False) and getattr(module, "disable_adapters", False):
             raise ModelError(
@@ -122,6 +124,20 @@ def check_runs_in_a_copy(model: PreTrainedModel) -> None:
                 f"the eager attention of {name} was replaced by a function of another library, which can't be told of "
                 "a tree: use model.set_attn_implementation('sdpa')"
             )
+
+
+def drops(model: nn.Module) -> str | None:
+    """Which module drops values at random, in words: one in training mode that has a probability for it."""
+    for name, module in model.named_modules():
+        if not module.training:
+            continue
+        chances = {key: value for key, value in vars(module).items() if "dropout" in key or "layerdrop" in key}
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            chances["p"] = module.p
+        for key, value in chances.items():
+            if isinstance(value, float) and value > 0:
+                return f"{name or type(model).__name__} is in training mode, and its {key} is {value:g}"
+    return None
 
 
 def runs_more(model: nn.Module) -> bool:

@@ -51,6 +51,11 @@ def own_forward(model: PreTrainedModel, exact: Callable[[], PreTrainedModel] | N
     routes = Routes(known, np.arange(len(tokens)))
     with routes:
         out = _read(model, tokens)
+    if out.past_key_values is None and getattr(model.config.get_text_config(), "is_decoder", None) is False:
+        raise ModelError(
+            f"{type(model).__name__} is an encoder here, whose tokens see those behind them too: load it with "
+            "is_decoder=True"
+        )
     layers = getattr(out.past_key_values, "layers", [])
     if not layers or any(not isinstance(getattr(layer, "keys", None), torch.Tensor) for layer in layers):
         raise ModelError(f"{type(model).__name__} keeps more than keys and values, which a tree can't roll back")

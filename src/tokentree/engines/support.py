@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 QUANTIZATIONS = ("int8", "gguf")
 ALIBI = {"bloom", "mpt"}
+SEEN = {"full_attention", "sliding_attention", "chunked_attention"}  # layers that keep keys and values alone
+STATES = {"linear_attention", "conv", "hybrid", "hybrid_sliding", "mamba", "recurrent", "attention_and_mamba"}
 
 
 def check_supported(model: PreTrainedModel) -> None:
@@ -28,12 +30,15 @@ def check_supported(model: PreTrainedModel) -> None:
         raise ModelError(
             f"{name} uses ALiBi, which reads positions off the order of rows, and a tree's rows are not in order"
         )
-    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if getattr(type(model), "_is_stateful", False) or kinds:
-        what = ", ".join(sorted(kinds)) or "a recurrent state"
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ())
+    if getattr(type(model), "_is_stateful", False) or kinds & STATES:
+        what = ", ".join(sorted(kinds & STATES)) or "a recurrent state"
         raise ModelError(f"{name} has {what}: a state that can't be rolled back to an accepted path of a tree")
-    if getattr(config.get_text_config(), "attention_chunk_size", None):
+    if "chunked_attention" in kinds or getattr(config.get_text_config(), "attention_chunk_size", None):
         raise ModelError(f"{name} attends in chunks, which this library has no mask for")
+    if kinds - SEEN:
+        what = ", ".join(sorted(kinds - SEEN))
+        raise ModelError(f"{name} has layers of the kind {what}, which this library has neither masks nor KV for")
     missing = {"position_ids", "attention_mask", "past_key_values"} - set(
         inspect.signature(type(model).forward).parameters
     )

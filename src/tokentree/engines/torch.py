@@ -134,7 +134,8 @@ class TorchEngine(KVEngine):
 
     @exclusive
     def prefill(self, seq: Sequence) -> int:
-        if not self._looked and (told := self.changed()):
+        watch = None if self._looked else self._watch
+        if watch is not None and (told := watch.change(briefly=bool(self._kv))):  # briefly where others are decoded
             raise ModelError(f"{self.facts.name} has changed since it was given ({told}): make a new LLM of it")
         self._looked = True  # for those that join before the next step too
         return super().prefill(seq)

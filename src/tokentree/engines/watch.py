@@ -1,7 +1,8 @@
 """Whether a model is still what an engine was made of: the same modules, hooks, adapters, settings and weights.
 
-Reading all weights would take as long as a forward. torch counts the changes that are made through a tensor; those that
-go past it (``.data``, numpy) show in a sample of each tensor's values, unless they are few.
+torch counts the changes that are made through a tensor. Those that go past it (``.data``, numpy) show in sums over all
+values, which take as long to read as one forward does: they are made where a text, or a batch of texts, begins. In
+between, some values of each tensor are looked at.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tokentree.engines.foreign import at_home, global_hooks, hooks_of, is_own, names_in
+from tokentree.engines.foreign import at_home, drops, global_hooks, hooks_of, is_own, names_in
 from tokentree.exclusive import neutral
 
+ROW = 512  # words that are added up
 PLACES, TOGETHER = 16, 8  # at which values of each tensor are looked at, so many side by side
 ASIDE = {  # settings that don't change what a forward computes
     "use_cache", "return_dict", "output_attentions", "output_hidden_states", "_name_or_path", "transformers_version",
@@ -41,19 +43,26 @@ class Watch:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model, self._name = weakref.ref(model), type(model).__name__
-        self._facts, self._values = _look(model)
+        self._facts, tensors = _look(model)
+        self._values, self._sums = values_of(tensors), sums_of(tensors)
 
-    def change(self) -> str | None:
-        """What is no longer as it was, in words, or None. A model that is gone can't change."""
+    def change(self, briefly: bool = False) -> str | None:
+        """What is no longer as it was, in words, or None. A model that is gone can't change.
+
+        Args:
+            briefly: look at some values of each tensor alone.
+        """
         model = self._model()
         if model is None:
             return None
         if global_hooks():
             return "a hook for all modules was set"
-        facts, values = _look(model)
+        facts, tensors = _look(model)
         if facts != self._facts:
             return _difference(model, self._facts, facts)
-        return None if values == self._values else f"weights of {self._name} have other values"
+        if values_of(tensors) != self._values or not (briefly or sums_of(tensors) == self._sums):
+            return f"weights of {self._name} have other values"
+        return drops(model)
 
 
 class Shared:
@@ -91,8 +100,8 @@ def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr() if plain else 0
 
 
-def _look(model: nn.Module) -> tuple[list[Any], list[bytes]]:
-    """What tells a model from one that was changed: facts, those of modules first, in order; and values of tensors."""
+def _look(model: nn.Module) -> tuple[list[Any], list[torch.Tensor]]:
+    """What tells a model from one that was changed: facts, those of modules first, in order; and its tensors."""
     facts, tensors, seen = list[Any](), list[torch.Tensor](), set[int]()
     kinds: dict[type, tuple[bool, frozenset[str]]] = {}
     stack = [model]
@@ -131,7 +140,7 @@ def _look(model: nn.Module) -> tuple[list[Any], list[bytes]]:
     config: Any = model.config
     attention = ALL_ATTENTION_FUNCTIONS.get(config.get_text_config()._attn_implementation)
     facts += [None if attention is None or at_home(attention) else attention, _settings(config)]
-    return facts, values_of(tensors)
+    return facts, tensors
 
 
 def _tensor(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -152,12 +161,34 @@ def version_of(tensor: torch.Tensor) -> int:
 
 @torch.no_grad()
 @neutral()
+def sums_of(tensors: Iterable[torch.Tensor]) -> list[bytes]:
+    """What tells all values of each from others: sums of its words, row by row."""
+    sums: dict[torch.device, list[torch.Tensor]] = {}
+    for tensor in {id(tensor): tensor for tensor in tensors}.values():
+        if not _can_be_read(tensor):
+            continue
+        bits = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        rows = len(bits) // (8 * ROW)
+        whole, rest = bits[: rows * 8 * ROW], bits[rows * 8 * ROW :]
+        if whole.data_ptr() % 8:
+            whole = whole.clone()
+        sums.setdefault(tensor.device, []).extend((whole.view(torch.int64).view(-1, ROW).sum(1), rest.long()))
+    return [torch.cat(parts).cpu().numpy().tobytes() for parts in sums.values()]
+
+
+def _can_be_read(tensor: torch.Tensor) -> bool:
+    strided = type(tensor) in PLAIN and tensor.layout is torch.strided
+    return strided and not tensor.is_meta and tensor.numel() > 0
+
+
+@torch.no_grad()
+@neutral()
 def values_of(tensors: Iterable[torch.Tensor]) -> list[bytes]:
     """Some values of each, those of a type and device behind one another."""
     groups: dict[tuple[torch.dtype, torch.device, int], list[torch.Tensor]] = {}
     for tensor in tensors:
         count = tensor.numel()
-        if type(tensor) not in PLAIN or tensor.layout is not torch.strided or tensor.is_meta or not count:
+        if not _can_be_read(tensor):
             continue
         if not tensor.is_contiguous():
             part = tensor.flatten()[:: max(1, count // PLACES)]
