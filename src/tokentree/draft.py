@@ -19,7 +19,7 @@ from tokentree.tree import Floats, Ints, TokenTree
 ROOM = 64  # nodes that there is room for at first
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Draft:
     """Candidate tokens with parents, scores and origin; grown parents first, node by node or by arrays.
 
@@ -43,10 +43,10 @@ class Draft:
     level_seconds: float = 0.0
     levels: int = 0
     paid: int = 1
-    ints: Ints = field(init=False, repr=False)
-    floats: Floats = field(init=False, repr=False)
-    _size: int = field(init=False, default=1, repr=False)
-    _tree: TokenTree | None = field(init=False, default=None, repr=False)
+    ints: Ints = field(init=False)
+    floats: Floats = field(init=False)
+    _size: int = field(init=False, default=1)
+    _tree: TokenTree | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.ints, self.floats = np.empty((5, ROOM), np.int64), np.empty((2, ROOM), np.float64)
@@ -54,6 +54,9 @@ class Draft:
 
     def __len__(self) -> int:
         return self._size
+
+    def __repr__(self) -> str:
+        return f"Draft(tokens={self.tokens}, parents={self.parents}, log_probs={self.log_probs})"
 
     # -- its nodes, as lists ----------------------------------------------------------------------------------------
 

@@ -32,7 +32,6 @@ class Merged(Drafter):
         self._drafters: list[Drafter] = [
             inner for drafter in drafters for inner in (drafter._drafters if isinstance(drafter, Merged) else [drafter])
         ]
-        self.reads_hidden = any(drafter.reads_hidden for drafter in self._drafters)
 
     @property
     def drafters(self) -> list[Drafter]:
