@@ -152,10 +152,9 @@ class Decoder:
         metrics.accept_seconds += clock[3] - clock[2]
         metrics.decode_seconds += clock[4] - clock[0]
         metrics.steps.append((len(draft), len(step.tokens), clock[4] - clock[0]))
-        names = self.drafter.names if len(step.path) > 1 else []
-        for sources in draft.ints[SOURCES, step.path[1:]].tolist():
-            for bit, name in enumerate(names):
-                if sources >> bit & 1:
+        for node in step.path[1:]:
+            for bit, name in enumerate(self.drafter.names):
+                if draft.ints[SOURCES, node] >> bit & 1:
                     metrics.accepted_by_source[name] = metrics.accepted_by_source.get(name, 0) + 1
         if seq.params.logprobs is not None:
             for node, token in zip(step.path, step.tokens, strict=True):
