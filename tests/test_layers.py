@@ -32,6 +32,7 @@ LAYERS = {
             "metrics",
             "sampling",
             "draft",
+            "growing",
             "sequence",
             "gguf_header",
         ),

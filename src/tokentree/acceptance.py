@@ -15,6 +15,7 @@ from tokentree.draft import Draft
 from tokentree.errors import OptionError, PairingError, RequestError
 from tokentree.sampling import to_probs
 from tokentree.sequence import ACCEPT, Accepted, Sequence
+from tokentree.tree import TokenTree
 
 
 class NodeLogits(Protocol):
@@ -24,8 +25,9 @@ class NodeLogits(Protocol):
         """[vocab], the raw logits after ``node``."""
         ...
 
-    def best(self, node: int) -> int:
-        """The token with the largest of them; on a CPU, the lowest of equal ones."""
+    def follow(self, tree: TokenTree) -> Accepted:
+        """The path of ``tree`` along the tokens with the largest of them, and one more such token; on a CPU, of equal
+        ones the lowest. With an error where they are no numbers."""
         ...
 
 
@@ -54,11 +56,12 @@ class Match:
     draws_children: ClassVar[bool] = False
 
     def __call__(self, seq: Sequence, draft: Draft, logits: NodeLogits) -> Accepted:
-        tree, node, takes_best = draft.tree, 0, seq.takes_best
-        path, tokens = [0], list[int]()
+        if seq.takes_best:
+            return logits.follow(draft.tree)
+        tree, node, path, tokens = draft.tree, 0, [0], list[int]()
         while True:
             try:
-                tokens.append(logits.best(node) if takes_best else seq.draw(logits(node), tokens))
+                tokens.append(seq.draw(logits(node), tokens))
             except RequestError as error:
                 return Accepted(path[: len(tokens)], tokens, error=error)
             child = tree.child(node, tokens[-1])

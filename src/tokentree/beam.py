@@ -339,7 +339,7 @@ class BeamDecoder:
         """Counts a forward that was worth so many steps."""
         metrics, now = seq.metrics, time.perf_counter()
         drafted = sum(len(draft) - 1 for draft in drafts)
-        metrics.count_step(max(max(draft.depths) for draft in drafts), drafted, gained - 1, refused=True)
+        metrics.count_step(max(draft.depth for draft in drafts), drafted, gained - 1, refused=True)
         metrics.draft_seconds += clock[1] - clock[0]
         metrics.verify_seconds += clock[2] - clock[1]
         metrics.accept_seconds += now - clock[2]

@@ -15,6 +15,7 @@ from tokentree.drafters.base import Drafter
 from tokentree.engines.base import Engine, TargetOutput
 from tokentree.errors import OptionError, PairingError, RequestError
 from tokentree.exclusive import Exclusive, exclusive
+from tokentree.growing import SOURCES, compile_loops
 from tokentree.sequence import Accepted, Sequence, TokenLogprobs
 from tokentree.shapes.base import Shape
 
@@ -50,6 +51,7 @@ class Decoder:
                 f"accept='rejection' needs children drawn from a distribution, and the drafter {drafter.name!r} picks "
                 "them: use accept='match', which is lossless with any drafter"
             )
+        compile_loops()
         self.engine, self.drafter, self.shape, self.accept, self.watch = engine, drafter, shape, accept, watch
 
     @property
@@ -144,7 +146,7 @@ class Decoder:
         self, i: int, seq: Sequence, draft: Draft, step: Accepted, out: TargetOutput, clock: list[float]
     ) -> None:
         metrics = seq.metrics
-        metrics.count_step(max(draft.depths), len(draft) - 1, max(0, len(step.path) - 1), step.refused)
+        metrics.count_step(draft.depth, len(draft) - 1, max(0, len(step.path) - 1), step.refused)
         metrics.draft_seconds += clock[1] - clock[0] + clock[4] - clock[3]
         metrics.verify_seconds += clock[2] - clock[1]
         metrics.accept_seconds += clock[3] - clock[2]
@@ -152,7 +154,7 @@ class Decoder:
         metrics.steps.append((len(draft), len(step.tokens), clock[4] - clock[0]))
         for node in step.path[1:]:
             for bit, name in enumerate(self.drafter.names):
-                if draft.sources[node] >> bit & 1:
+                if draft.ints[SOURCES, node] >> bit & 1:
                     metrics.accepted_by_source[name] = metrics.accepted_by_source.get(name, 0) + 1
         if seq.params.logprobs is not None:
             for node, token in zip(step.path, step.tokens, strict=True):

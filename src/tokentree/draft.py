@@ -1,35 +1,41 @@
+# lists of arrays are of any type to mypy:
+# mypy: disable-error-code="no-any-return"
 """A draft: a token tree as it grows, with what the drafter knows of it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from operator import index
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from tokentree import growing
 from tokentree.errors import PairingError, TreeError
+from tokentree.growing import DEPTH, LOG_PROB, LOG_SCORE, PARENT, RANK, SOURCES, TOKEN
 from tokentree.tree import Floats, Ints, TokenTree
 
+ROOM = 64  # nodes that there is room for at first
 
-@dataclass(eq=False)
+
+@dataclass(eq=False, repr=False)
 class Draft:
-    """Candidate tokens with parents, scores and origin; grown node by node, parents first.
+    """Candidate tokens with parents, scores and origin; grown parents first, node by node or by arrays.
+
+    What it knows of its nodes is in arrays, `ints` and `floats`, see `growing`; lists of that are copies.
 
     Args:
         root: the last token of the text so far.
 
     Attributes:
-        tokens, parents, depths: per node, as in `TokenTree`.
-        ranks: per node, its place among its siblings as the drafter ordered them, from 0.
-        log_probs: per node, the log-probability that the drafter gives it after its parent.
-        log_scores: per node, the joint log-probability that the drafter gives the path to it.
-        sources: per node, a set of bits: the drafters that proposed it.
         level_seconds: what one more level costs the drafter, where a level takes a forward of its own.
         levels: how many it has paid for so far.
         paid: a set of bits: the drafters that pay for levels, if any did.
         sampled: None if children were picked deterministically. Otherwise, for each node whose children were drawn,
             the distribution float64[vocab] that the first was drawn from; the others were drawn from the same without
             replacement, in index order.
+        ints, floats: int64[5, room] and float64[2, room], of which the first ``len(draft)`` columns are its nodes.
     """
 
     root: int
@@ -37,76 +43,156 @@ class Draft:
     level_seconds: float = 0.0
     levels: int = 0
     paid: int = 1
-    tokens: list[int] = field(init=False)
-    parents: list[int] = field(init=False)
-    depths: list[int] = field(init=False)
-    ranks: list[int] = field(init=False)
-    log_probs: list[float] = field(init=False)
-    log_scores: list[float] = field(init=False)
-    sources: list[int] = field(init=False)
-    _tree: TokenTree | None = field(init=False, default=None, repr=False)
+    ints: Ints = field(init=False)
+    floats: Floats = field(init=False)
+    _size: int = field(init=False, default=1)
+    _tree: TokenTree | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self.tokens, self.parents, self.depths = [self.root], [-1], [0]
-        self.ranks, self.log_probs, self.log_scores, self.sources = [0], [0.0], [0.0], [0]
+        self.ints, self.floats = np.empty((5, ROOM), np.int64), np.empty((2, ROOM), np.float64)
+        self.ints[:, 0], self.floats[:, 0] = (self.root, -1, 0, 0, 0), 0.0
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return self._size
+
+    def __repr__(self) -> str:
+        return f"Draft(tokens={self.tokens}, parents={self.parents}, log_probs={self.log_probs})"
+
+    # -- its nodes, as lists ----------------------------------------------------------------------------------------
+
+    @property
+    def tokens(self) -> list[int]:
+        """Per node, its token, as in `TokenTree`."""
+        return self.ints[TOKEN, : self._size].tolist()
+
+    @property
+    def parents(self) -> list[int]:
+        """Per node, its parent; -1 for the root."""
+        return self.ints[PARENT, : self._size].tolist()
+
+    @property
+    def depths(self) -> list[int]:
+        """Per node, its depth; 0 for the root."""
+        return self.ints[DEPTH, : self._size].tolist()
+
+    @property
+    def ranks(self) -> list[int]:
+        """Per node, its place among its siblings as the drafter ordered them, from 0."""
+        return self.ints[RANK, : self._size].tolist()
+
+    @property
+    def sources(self) -> list[int]:
+        """Per node, a set of bits: the drafters that proposed it."""
+        return self.ints[SOURCES, : self._size].tolist()
+
+    @property
+    def log_probs(self) -> list[float]:
+        """Per node, the log-probability that the drafter gives it after its parent."""
+        return self.floats[LOG_PROB, : self._size].tolist()
+
+    @property
+    def log_scores(self) -> list[float]:
+        """Per node, the joint log-probability that the drafter gives the path to it."""
+        return self.floats[LOG_SCORE, : self._size].tolist()
+
+    @property
+    def tree(self) -> TokenTree:
+        """The nodes so far as a `TokenTree`, made once for each size."""
+        if self._tree is None or len(self._tree) != self._size:
+            self._tree = TokenTree(self.ints[TOKEN, : self._size], self.ints[PARENT, : self._size])
+        return self._tree
+
+    @property
+    def depth(self) -> int:
+        """Candidates on the longest path."""
+        return int(self.ints[DEPTH, : self._size].max())
+
+    def path_tokens(self, node: int) -> list[int]:
+        """The tokens below the root on the way to ``node``, which is included."""
+        return self._on_the_way(TOKEN, node)
+
+    def rank_path(self, node: int) -> tuple[int, ...]:
+        """The ranks below the root on the way to ``node``: Medusa's way to name a node."""
+        return tuple(self._on_the_way(RANK, node))
+
+    def _on_the_way(self, row: int, node: int) -> list[int]:
+        values = []
+        while node > 0:
+            values.append(int(self.ints[row, node]))
+            node = int(self.ints[PARENT, node])
+        return values[::-1]
+
+    # -- how it grows ------------------------------------------------------------------------------------------------
 
     def add(self, parent: int, token: int, log_prob: float, rank: int, source: int = 1) -> int:
         """Adds a child of ``parent`` to which the drafter gives conditional log-probability ``log_prob``.
 
         Raises:
-            TreeError: if there is no such parent.
+            TreeError: if there is no such parent, or a number is none that int64 holds.
         """
-        if not 0 <= parent < len(self.tokens):
-            raise TreeError(f"the draft has no node {parent}: it has {len(self.tokens)}")
-        self.tokens.append(token)
-        self.parents.append(parent)
-        self.depths.append(self.depths[parent] + 1)
-        self.ranks.append(rank)
-        self.log_probs.append(log_prob)
-        self.log_scores.append(self.log_scores[parent] + log_prob)
-        self.sources.append(source)
-        return len(self.tokens) - 1
+        node = self._size
+        if not 0 <= parent < node:
+            raise TreeError(f"the draft has no node {parent}: it has {node}")
+        self._reserve(1)
+        try:
+            self.ints[:, node] = index(token), index(parent), self.ints[DEPTH, parent] + 1, index(rank), index(source)
+        except (TypeError, OverflowError):
+            raise TreeError(f"tokens and ranks of a draft are whole numbers, not {token!r} and {rank!r}") from None
+        self.floats[:, node] = log_prob, self.floats[LOG_SCORE, parent] + log_prob
+        self._size += 1
+        return node
 
-    def rescore(self) -> None:
-        """Makes `log_scores` the sums of `log_probs` again, after these were changed."""
-        for node in range(1, len(self)):
-            self.log_scores[node] = self.log_scores[self.parents[node]] + self.log_probs[node]
+    def add_level(
+        self, frontier: list[int], counts: list[int], tokens: Ints, log_probs: NDArray[np.float32]
+    ) -> list[int]:
+        """Adds children below each node of ``frontier``: as many of its ``tokens`` [nodes, k] as its entry of
+        ``counts`` says, the most probable ones, but none whose log-probability is -inf. Returns the new nodes."""
+        first = self._size
+        self._reserve(tokens.size)
+        self._size = growing.grow_level(
+            self.ints, self.floats, first, np.array(frontier, np.int64), np.array(counts, np.int64),
+            np.ascontiguousarray(tokens, np.int64), np.ascontiguousarray(log_probs, np.float32),
+        )  # fmt: skip
+        return list(range(first, self._size))
+
+    def add_paths(self, paths: list[list[int]], firsts: list[float], others: float) -> None:
+        """Adds paths from the root, equal beginnings once.
+
+        Args:
+            firsts: of each path, the log-probability of its first token.
+            others: that of all other tokens.
+        """
+        lengths = [len(path) for path in paths]
+        tokens = np.array([token for path in paths for token in path], np.int64)
+        self._reserve(len(tokens))
+        self._size = growing.grow_paths(
+            self.ints, self.floats, self._size, tokens, np.cumsum(lengths, dtype=np.int64), np.array(firsts), others
+        )
 
     @classmethod
     def grown(cls, root: int, tokens: Ints, parents: Ints, probs: Floats) -> Draft:
         """A draft from arrays: node i + 1 carries ``tokens[i]`` under node ``parents[i]``, with the conditional
         probability ``probs[i]`` above 0; siblings come best first."""
-        draft, ranks = cls(root), [0] * (len(tokens) + 1)
-        for token, parent, score in zip(tokens.tolist(), parents.tolist(), np.log(probs).tolist(), strict=True):
-            draft.add(parent, token, score, ranks[parent])
-            ranks[parent] += 1
+        draft = cls(root)
+        draft._reserve(len(tokens))
+        growing.grow(draft.ints, draft.floats, tokens, parents, np.log(probs))
+        draft._size += len(tokens)
         return draft
 
-    @property
-    def tree(self) -> TokenTree:
-        """The nodes so far as a `TokenTree`, made once for each size."""
-        if self._tree is None or len(self._tree) != len(self):
-            self._tree = TokenTree(np.array(self.tokens), np.array(self.parents))
-        return self._tree
+    def join(self, other: Draft, source: int) -> None:
+        """Takes in all nodes of ``other``, which has the same root, as proposed by ``source``. Equal paths are one: a
+        node that both have keeps the higher probability and the lower rank."""
+        self._reserve(len(other))
+        self._size = growing.join(self.ints, self.floats, self._size, other.ints, other.floats, len(other), source)
 
-    def path_tokens(self, node: int) -> list[int]:
-        """The tokens below the root on the way to ``node``, which is included."""
-        tokens = []
-        while node > 0:
-            tokens.append(self.tokens[node])
-            node = self.parents[node]
-        return tokens[::-1]
+    def _reserve(self, nodes: int) -> None:
+        """Makes room for so many more."""
+        room = self.ints.shape[1]
+        if self._size + nodes > room:
+            more = ((0, 0), (0, max(room, nodes)))
+            self.ints, self.floats = np.pad(self.ints, more), np.pad(self.floats, more)
 
-    def rank_path(self, node: int) -> tuple[int, ...]:
-        """The ranks below the root on the way to ``node``: Medusa's way to name a node."""
-        ranks = []
-        while node > 0:
-            ranks.append(self.ranks[node])
-            node = self.parents[node]
-        return tuple(ranks[::-1])
+    # -- parts of it -------------------------------------------------------------------------------------------------
 
     def take(self, nodes: Ints | list[int]) -> Draft:
         """The draft of ``nodes`` alone (ascending, the root and every parent among them).
@@ -115,7 +201,6 @@ class Draft:
             PairingError: if children were drawn at random: dropping one by what it is would change the distribution
                 of the text.
         """
-        nodes = [int(node) for node in nodes]
         if len(nodes) == len(self):
             return self
         if self.sampled is not None:
@@ -124,23 +209,17 @@ class Draft:
 
     def cut(self, depth: int) -> Draft:
         """The draft without nodes below ``depth``. Whole levels go, whatever they hold, so drawn children may too."""
-        if max(self.depths) <= depth:
+        if self._size <= depth + 1 or self.depth <= depth:
             return self
-        kept = [node for node, below in enumerate(self.depths) if below <= depth]
+        kept = np.flatnonzero(self.ints[DEPTH, : self._size] <= depth)
         short = self._taken(kept)
         if self.sampled is not None:
-            inner = [(new, old) for new, old in enumerate(kept) if self.depths[old] < depth]
+            inner = [(new, old) for new, old in enumerate(kept.tolist()) if self.ints[DEPTH, old] < depth]
             short.sampled = {new: self.sampled[old] for new, old in inner if old in self.sampled}
         return short
 
-    def _taken(self, nodes: list[int]) -> Draft:
-        where = {old: new for new, old in enumerate(nodes)}
+    def _taken(self, nodes: Ints | list[int]) -> Draft:
         part = Draft(self.root, None, self.level_seconds, self.levels, self.paid)
-        part.tokens = [self.tokens[node] for node in nodes]
-        part.parents = [-1, *(where[self.parents[node]] for node in nodes[1:])]
-        part.depths = [self.depths[node] for node in nodes]
-        part.ranks = [self.ranks[node] for node in nodes]
-        part.log_probs = [self.log_probs[node] for node in nodes]
-        part.log_scores = [self.log_scores[node] for node in nodes]
-        part.sources = [self.sources[node] for node in nodes]
+        part.ints, part.floats = growing.take(self.ints, self.floats, len(self), np.asarray(nodes, np.int64))
+        part._size = len(nodes)
         return part

@@ -120,14 +120,18 @@ def neutral() -> Iterator[None]:
     The default type is left alone, since torch has one for all threads: what computes here names its types. Precision
     is one for all threads too, and the caller's again when no thread is in here any more.
     """
-    with ExitStack() as stack:
-        for kind in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(kind):
+    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    elsewhere = torch.get_default_device().type != "cpu"
+    with _shared:
+        if not (kinds or elsewhere):
+            yield
+            return
+        with ExitStack() as stack:
+            for kind in kinds:
                 stack.enter_context(torch.autocast(kind, enabled=False))
-        if torch.get_default_device().type != "cpu":
-            stack.enter_context(torch.device("cpu"))
-        stack.enter_context(_shared)
-        yield
+            if elsewhere:
+                stack.enter_context(torch.device("cpu"))
+            yield
 
 
 class _Shared:

@@ -65,8 +65,7 @@ def check_threads(count: Any) -> int:
     except TypeError:
         known = 0
     if not 1 <= known <= most_threads():
-        cores = os.cpu_count() or 1
-        raise OptionError(f"threads={count!r}: choose from 1 to {most_threads()}; this machine has {cores} cores")
+        raise OptionError(f"threads={count!r}: choose from 1 to {most_threads()}; this machine has {_cores()} cores")
     return known
 
 
@@ -82,7 +81,13 @@ def set_threads(count: Any) -> None:
 
 def most_threads() -> int:
     """More than so many are no use to anyone: eight for each core, since a process may not see all of them."""
-    return 8 * (os.cpu_count() or 1)
+    return 8 * _cores()
+
+
+@functools.cache
+def _cores() -> int:
+    """Asked once: the system may take longer to count them than a step takes to draft."""
+    return os.cpu_count() or 1
 
 
 def num_threads() -> int:

@@ -9,7 +9,7 @@ parent. A path from the root is one candidate continuation; a chain is a tree wi
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -37,19 +37,21 @@ class TokenTree:
 
     tokens: Ints
     parents: Ints
+    depths: Ints = field(init=False, repr=False)  # int64[n]: the root has depth 0
+    is_chain: bool = field(init=False, repr=False)  # whether each node but the last has one child
 
     def __post_init__(self) -> None:
         tokens, parents = _numbers(self.tokens), _numbers(self.parents)
         if tokens.ndim != 1 or tokens.shape != parents.shape or tokens.size == 0:
             raise TreeError("a token tree needs as many parents as tokens, and at least a root")
-        fault = _fault(tokens, parents)
+        fault, is_chain, depths = _read(tokens, parents)
         if fault == DISORDER:
             raise TreeError("parents must come before their children, and only node 0 is without one")
         if fault == TWINS:
             raise TreeError("siblings must carry different tokens")
-        tokens.flags.writeable = parents.flags.writeable = False
-        object.__setattr__(self, "tokens", tokens)
-        object.__setattr__(self, "parents", parents)
+        tokens.flags.writeable = parents.flags.writeable = depths.flags.writeable = False
+        # what a frozen dataclass lets nobody set
+        self.__dict__.update(tokens=tokens, parents=parents, depths=depths, is_chain=is_chain)
 
     # -- ways to make one ---------------------------------------------------------------------------------------
 
@@ -144,11 +146,6 @@ class TokenTree:
         return int(self.tokens.size)
 
     @cached_property
-    def depths(self) -> Ints:
-        """int64[n]: the root has depth 0."""
-        return _depths(self.parents)
-
-    @cached_property
     def mask(self) -> Bools:
         """bool[n, n]: ``mask[i, j]`` where node i sees node j, that is, j is i or one of its ancestors."""
         mask = np.eye(len(self), dtype=np.bool_)
@@ -196,10 +193,6 @@ class TokenTree:
     def paths(self) -> list[list[int]]:
         """The tokens below the root of every root-to-leaf path, in leaf order."""
         return [self.tokens[self.path(leaf)[1:]].tolist() for leaf in self.leaves]
-
-    @cached_property
-    def is_chain(self) -> bool:
-        return bool((self.parents == np.arange(-1, len(self) - 1)).all())
 
     # -- other orders and parts ---------------------------------------------------------------------------------
 
@@ -250,27 +243,22 @@ SOUND, DISORDER, TWINS = range(3)
 
 
 @njit(cache=True)
-def _fault(tokens: Ints, parents: Ints) -> int:
-    """What is wrong with these arrays."""
+def _read(tokens: Ints, parents: Ints) -> tuple[int, bool, Ints]:
+    """What is wrong with these arrays; whether they are a chain; and the depths of their nodes."""
+    depths, is_chain = np.zeros(len(tokens), np.int64), True
     if parents[0] != -1:
-        return DISORDER
+        return DISORDER, is_chain, depths
     latest, before = np.zeros(len(tokens), np.int64), np.zeros(len(tokens), np.int64)  # children: one, and those before
     for node in range(1, len(tokens)):
         parent = parents[node]
         if not 0 <= parent < node:
-            return DISORDER
+            return DISORDER, is_chain, depths
         sibling = latest[parent]
         while sibling:
             if tokens[sibling] == tokens[node]:
-                return TWINS
+                return TWINS, is_chain, depths
             sibling = before[sibling]
         latest[parent], before[node] = node, latest[parent]
-    return SOUND
-
-
-@njit(cache=True)
-def _depths(parents: Ints) -> Ints:
-    depths = np.zeros(len(parents), np.int64)
-    for node in range(1, len(parents)):
-        depths[node] = depths[parents[node]] + 1
-    return depths
+        depths[node] = depths[parent] + 1
+        is_chain &= parent == node - 1
+    return SOUND, is_chain, depths

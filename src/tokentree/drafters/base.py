@@ -35,13 +35,11 @@ class Drafter(ABC):
 
     Attributes:
         name: as in the registry; shown beside the tokens it earned.
-        reads_hidden: whether it reads the target's hidden states, which are kept for sequences of its engine alone.
         by_levels: whether each level of a draft costs it a forward of its own.
         draws_children: whether it can draw children from a distribution, as `accept="rejection"` needs.
     """
 
     name: str
-    reads_hidden: bool = False
     draws_children: bool = False
     by_levels: bool = False
 

@@ -16,6 +16,7 @@ from tokentree.drafters.base import Drafter, Parts
 from tokentree.drafters.merged import Merged
 from tokentree.engines.base import DraftEngine, TargetOutput
 from tokentree.errors import PairingError, RequestError
+from tokentree.growing import DEPTH, PARENT, TOKEN
 from tokentree.sampling import to_probs
 from tokentree.sequence import DRAFT, Accepted, Sequence
 from tokentree.shapes.base import Shape
@@ -88,7 +89,7 @@ class DraftModel(Drafter):
                 drafts[i].levels += 1
                 nodes = [rows[i].of_node[node] for node in frontiers[i]]
                 level = self._add_children(seqs[i], drafts[i], frontiers[i], out, place, nodes, shape)
-                if level and self._may_grow(seqs[i], drafts[i], drafts[i].depths[level[0]], shape):
+                if level and self._may_grow(seqs[i], drafts[i], int(drafts[i].ints[DEPTH, level[0]]), shape):
                     frontiers[i] = shape.select(seqs[i], drafts[i], level)
                 else:
                     frontiers[i] = []
@@ -161,13 +162,8 @@ class DraftModel(Drafter):
         token_map: Ints | None,
     ) -> list[int]:  # fmt: skip
         """Adds, under each node of ``frontier``, as many of its most probable tokens as ``counts`` says."""
-        scores, tokens = logprobs.tolist(), (ids if token_map is None else token_map[ids]).tolist()
-        level: list[int] = []
-        for i, (node, count) in enumerate(zip(frontier, counts, strict=True)):
-            for rank, token in enumerate(tokens[i][:count]):
-                if scores[i][rank] > -math.inf:  # else a rule forbids the token
-                    level.append(draft.add(node, token, scores[i][rank], rank))
-        return level
+        tokens = ids if token_map is None else token_map[ids]
+        return draft.add_level(frontier, counts, tokens, logprobs)
 
     def _whole(self, logits: torch.Tensor) -> torch.Tensor:
         """float32[n, vocab of the target], -inf where the draft model knows no token."""
@@ -223,8 +219,8 @@ class _Rows:
         for node in frontier:
             if node not in self.of_node:
                 self.of_node[node] = len(self.tokens)
-                self.tokens.append(draft.tokens[node])
-                self.parents.append(self.of_node[draft.parents[node]])
+                self.tokens.append(int(draft.ints[TOKEN, node]))
+                self.parents.append(self.of_node[int(draft.ints[PARENT, node])])
 
     def tree(self) -> TokenTree:
         return TokenTree(np.array(self.tokens), np.array(self.parents))

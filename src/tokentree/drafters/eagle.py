@@ -21,8 +21,6 @@ class Eagle(DraftModel):
         PairingError: if the head doesn't fit the target.
     """
 
-    reads_hidden = True
-
     def __init__(self, head: EagleHead, target: Engine) -> None:
         known = None if head.token_map is None else head.token_map.cpu().numpy()
         if known is not None and int(known.max()) >= target.vocab_size:

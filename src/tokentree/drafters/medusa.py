@@ -43,7 +43,6 @@ class Medusa(Drafter):
     """
 
     name = "medusa"
-    reads_hidden = True
 
     def __init__(self, heads: MedusaHeads, engine: Engine, temperatures: SequenceOf[float] | None = None) -> None:
         features = engine.capture()

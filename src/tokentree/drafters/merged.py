@@ -32,7 +32,6 @@ class Merged(Drafter):
         self._drafters: list[Drafter] = [
             inner for drafter in drafters for inner in (drafter._drafters if isinstance(drafter, Merged) else [drafter])
         ]
-        self.reads_hidden = any(drafter.reads_hidden for drafter in self._drafters)
 
     @property
     def drafters(self) -> list[Drafter]:
@@ -54,10 +53,10 @@ class Merged(Drafter):
             if drafter.by_levels:  # a level is worth what it adds to what is there
                 for seq, one in zip(seqs, joined, strict=True):
                     if one.count:
-                        shape.beside(seq, one.draft())
+                        shape.beside(seq, one.draft)
             for one, draft in zip(joined, drafter.propose(seqs, shape, sampled=False), strict=True):
                 one.add(1 << number, draft)
-        return [one.draft() for one in joined]
+        return [one.draft for one in joined]
 
     def observe(self, seqs: list[Sequence], drafts: list[Draft], out: TargetOutput, accepted: list[Accepted]) -> None:
         for drafter in self._drafters:
@@ -77,35 +76,24 @@ class Merged(Drafter):
 
 
 class _Joined:
-    """Drafts of one sequence in one tree, as they come."""
+    """Drafts of one sequence in one tree, as they come.
+
+    Attributes:
+        draft: all that was added so far.
+        count: how many drafts that were.
+    """
 
     def __init__(self, root: int) -> None:
-        self.count, self._draft = 0, Draft(root)
-        self._draft.paid = 0
-        self._children: dict[tuple[int, int], int] = {}
+        self.count, self.draft = 0, Draft(root, paid=0)
         self._level_seconds = 0.0  # that all levels together took
 
     def add(self, bit: int, draft: Draft) -> None:
         """Takes in what the drafter proposes whose bit this is."""
-        joined, where = self._draft, [0] * len(draft)
+        joined = self.draft
         self.count += 1
         if draft.levels:  # several draft models take turns: what they spent, per level
             joined.paid |= bit
             joined.levels = max(joined.levels, draft.levels)
             self._level_seconds += draft.level_seconds * draft.levels
             joined.level_seconds = self._level_seconds / joined.levels
-        for node in range(1, len(draft)):
-            parent, token, log_prob = where[draft.parents[node]], draft.tokens[node], draft.log_probs[node]
-            known = self._children.get((parent, token))
-            if known is None:
-                known = self._children[parent, token] = joined.add(parent, token, log_prob, draft.ranks[node], bit)
-            else:
-                joined.sources[known] |= bit
-                joined.ranks[known] = min(joined.ranks[known], draft.ranks[node])
-                joined.log_probs[known] = max(joined.log_probs[known], log_prob)
-            where[node] = known
-
-    def draft(self) -> Draft:
-        """All that was added so far: always the same draft, into which what comes later goes too."""
-        self._draft.rescore()
-        return self._draft
+        joined.join(draft, bit)

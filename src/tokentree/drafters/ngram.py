@@ -12,6 +12,7 @@ from tokentree.sequence import Sequence
 from tokentree.shapes.base import Shape
 
 END = -1  # parts a reference from the next text
+OTHERS = math.log(0.9)  # the log-probability of each token but the first
 
 
 class NGram(Drafter):
@@ -61,18 +62,10 @@ class NGram(Drafter):
 
     def _lookup(self, seq: Sequence, depth: int) -> Draft:
         index = self._index(seq)
-        draft = Draft(seq.tokens[-1])
-        children: dict[tuple[int, int], int] = {}
-        branches = [0] * (self._max_branches * max(0, depth) + 1)
-        for place, (n, begin) in enumerate(index.places(self._max_branches)):
-            node, prob = 0, (1 - 1 / (n + 1)) * 0.5**place
-            for token in index.tokens[begin : begin + depth]:
-                if token == END:
-                    break
-                if (node, token) not in children:
-                    children[node, token] = draft.add(node, token, math.log(prob), branches[node])
-                    branches[node] += 1
-                node, prob = children[node, token], 0.9
+        draft, places = Draft(seq.tokens[-1]), index.places(self._max_branches)
+        if places and depth > 0:
+            firsts = [math.log((1 - 1 / (n + 1)) * 0.5**place) for place, (n, _) in enumerate(places)]
+            draft.add_paths([index.after(begin, depth) for _, begin in places], firsts, OTHERS)
         return draft
 
 
@@ -94,6 +87,11 @@ class _Index:
             for n in self._sizes:
                 if n <= self._since:
                     self._ends[tuple(self.tokens[-n:])].append(len(self.tokens))
+
+    def after(self, begin: int, count: int) -> list[int]:
+        """The tokens from there on, at most so many, up to the end of their text."""
+        tokens = self.tokens[begin : begin + count]
+        return tokens[: tokens.index(END)] if END in tokens else tokens
 
     def places(self, limit: int) -> list[tuple[int, int]]:
         """(n, where the continuation starts) of earlier matches of the text's end: longest first, then latest."""

@@ -13,11 +13,12 @@ from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter, Parts
 from tokentree.engines.base import TargetOutput
 from tokentree.errors import OptionError
+from tokentree.growing import PARENT, TOKEN
 from tokentree.jit import njit
 from tokentree.sequence import Accepted, Sequence
 from tokentree.shapes.base import Shape
 from tokentree.storage import Array, read_arrays, write_arrays
-from tokentree.tree import Floats, Ints, TokenTree
+from tokentree.tree import Floats, Ints
 
 PAIRS = 1 << 17  # rows for pairs of tokens
 HASH = 0x9E3779B1
@@ -64,11 +65,10 @@ class Recycling(Drafter):
         logits, successors = out.top(self._k)
         logits, successors = np.ascontiguousarray(logits), np.ascontiguousarray(successors)
         for i, (seq, draft, step) in enumerate(zip(seqs, drafts, accepted, strict=True)):
-            nodes = np.array([*range(len(draft)), *step.path])  # of one token's rows, the one on the path stays
-            tree, first = draft.tree, out.starts[i]
+            first, path = out.starts[i], np.array(step.path, np.int64)
             _remember(
                 self._successors, self._probs, self._pairs, self._vocab_size, successors[first:], logits[first:],
-                _before(seq), tree.tokens, tree.parents, nodes,
+                _before(seq), draft.ints, len(draft), path,
             )  # fmt: skip
 
     def save(self, folder: Path) -> None:
@@ -109,10 +109,10 @@ class Recycling(Drafter):
 
     def _compile(self) -> None:
         """Before any request waits for it."""
-        none, tree = np.zeros(0, np.int64), TokenTree.root(0)
+        none, draft = np.zeros(0, np.int64), Draft(0)
         rows = self._successors, self._probs, self._pairs, self._vocab_size
         _grow(*rows, 0, 0, 1, 1)
-        _remember(*rows, np.zeros((0, self._k), np.int64), self._probs[:0], 0, tree.tokens, tree.parents, none)
+        _remember(*rows, np.zeros((0, self._k), np.int64), self._probs[:0], 0, draft.ints, 0, none)
 
     def _grow(self, seq: Sequence, nodes: int, depth: int) -> Draft:
         root = seq.tokens[-1]
@@ -138,16 +138,19 @@ def _row(pairs: Ints, vocab_size: int, before: int, token: int) -> int:
 @njit(cache=True)
 def _remember(
     successors: NDArray[np.int32], chances: NDArray[np.float32], pairs: Ints, vocab_size: int, ids: Ints,
-    logits: NDArray[np.float32], before: int, tokens: Ints, parents: Ints, nodes: Ints,
+    logits: NDArray[np.float32], before: int, ints: Ints, size: int, path: Ints,
 ) -> None:  # fmt: skip
-    """Writes what the target said after ``nodes`` of a tree: ``ids`` and ``logits`` [all nodes, k]."""
-    for node in nodes:
+    """Writes what the target said after the nodes of a draft, ``ids`` and ``logits`` [nodes, k]; of one token's rows,
+    the one on the ``path`` stays."""
+    for turn in range(size + len(path)):
+        node = turn if turn < size else path[turn - size]
+        token = ints[TOKEN, node]
         probs = np.exp(logits[node] - logits[node].max())
         probs /= probs.sum()
-        pair = (before if node == 0 else tokens[parents[node]]) * vocab_size + tokens[node]
+        pair = (before if node == 0 else ints[TOKEN, ints[PARENT, node]]) * vocab_size + token
         slot = pair * HASH % PAIRS
         pairs[slot] = pair
-        for row in (tokens[node], vocab_size + slot):
+        for row in (token, vocab_size + slot):
             successors[row], chances[row] = ids[node], probs
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -15,8 +13,9 @@ from numpy.typing import NDArray
 
 from tokentree.errors import RequestError
 from tokentree.exclusive import Exclusive
+from tokentree.growing import walk
 from tokentree.sampling import NOT_NUMBERS
-from tokentree.sequence import Sequence
+from tokentree.sequence import Accepted, Sequence
 from tokentree.top import top_logits
 from tokentree.tree import Ints, TokenTree
 
@@ -73,17 +72,6 @@ class TargetOutput:
         rows, (values, ids) = [self.row(tree, node) for node in nodes], self.best_known
         return values[rows, :k] - self.log_sums[rows, None], ids[rows, :k]
 
-    @cached_property
-    def best(self) -> list[int]:
-        """The most probable token after each row."""
-        tokens: list[int] = self.top(1)[1][:, 0].tolist()
-        return tokens
-
-    @cached_property
-    def _best_values(self) -> list[float]:
-        values: list[float] = self.top(1)[0][:, 0].tolist()
-        return values
-
     def of(self, trees: SequenceOf[int]) -> TargetOutput:
         """The part that speaks of these ``trees``, numbered anew."""
         if len(trees) == len(self.starts):
@@ -111,11 +99,14 @@ class _TreeLogits:
     def __call__(self, node: int) -> torch.Tensor:
         return self.out.logits(self.tree, node)
 
-    def best(self, node: int) -> int:
-        row = self.out.row(self.tree, node)
-        if math.isnan(self.out._best_values[row]):
-            raise RequestError(NOT_NUMBERS)
-        return self.out.best[row]
+    def follow(self, tree: TokenTree) -> Accepted:
+        values, ids = map(np.ascontiguousarray, self.out.top(KEPT))
+        first = self.out.row(self.tree, 0)
+        nodes, refused, broken = walk(tree.tokens, tree.parents, ids, values, first)
+        path, tokens = nodes.tolist(), ids[first + nodes, 0].tolist()
+        if broken:
+            return Accepted(path[:-1], tokens[:-1], error=RequestError(NOT_NUMBERS))
+        return Accepted(path, tokens, refused=refused)
 
 
 @dataclass(frozen=True, eq=False)

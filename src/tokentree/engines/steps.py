@@ -31,7 +31,7 @@ from tokentree.engines.quantized import QuantizedLinear, multiply_int4, multiply
 from tokentree.engines.quants import WIDE
 from tokentree.engines.segment import Segment
 from tokentree.errors import ModelError
-from tokentree.jit import cfunc
+from tokentree.jit import cfunc, njit
 from tokentree.numbers import widen
 from tokentree.threads import (
     WORKER,
@@ -102,6 +102,7 @@ class Turns:
 
     def __init__(self, rotary: nn.Module) -> None:
         self._rotary: Any = rotary
+        self._fixed = self.fixed(rotary)
         self._cos = self._sin = torch.empty(0, 0)
 
     @staticmethod
@@ -116,7 +117,7 @@ class Turns:
     def at(self, positions: Ints, end: int) -> tuple[torch.Tensor, torch.Tensor, Ints]:
         """Cosines and sines, bfloat16[n, width], and which of them are those of ``positions`` int64[rows], all below
         ``end``."""
-        if not self.fixed(self._rotary):
+        if not self._fixed:
             return *self._computed(torch.from_numpy(positions)), np.arange(len(positions))
         if end > len(self._cos):
             self._cos, self._sin = self._computed(torch.arange(max(1024, 1 << (end - 1).bit_length())))
@@ -185,10 +186,10 @@ class Steps:
         """
         cos, sin, places = turns
         rows = len(places)
-        if rows > self._capacity or not 0 <= int(places.min()) <= int(places.max()) < len(cos):
+        if rows > self._capacity or not _within(places, len(cos)):
             raise IndexError(f"there is room for {self._capacity} rows, and positions up to {len(cos)}")
         self._check(segments, rows)
-        if ids is not None and self._tokens and not 0 <= int(ids.min()) <= int(ids.max()) < self._tokens:
+        if ids is not None and self._tokens and not _within(ids, self._tokens):
             raise IndexError(f"a token id is outside the embedding of {self._tokens}")
         for segment in segments:
             segment.windows |= self._windows
@@ -325,6 +326,15 @@ class Steps:
             places = [self._scales.data_ptr(), self._totals.data_ptr()]
             return [IN_8_BITS, self._prepared.data_ptr(), layer.groups, layer.group, *places]
         return [WIDER if BFLOAT16_WIDE else AS_IT_IS, self._prepared.data_ptr()]
+
+
+@njit(cache=True)
+def _within(numbers: Ints, end: int) -> bool:
+    """Whether there are any, all from 0 to below ``end``."""
+    for number in numbers:
+        if not 0 <= number < end:
+            return False
+    return len(numbers) > 0
 
 
 def _same(*sizes: int) -> None:

@@ -56,27 +56,29 @@ class Adaptive(Shape):
             return sorted(set(self._kept(draft)) & set(level))
         if len(draft) >= self.max_nodes:
             return []
-        return [node for node in level if self._deep_enough(draft, node)]
+        scores = draft.log_scores
+        return [node for node in level if self._deep_enough(scores[node])]
 
     def prune(self, seq: Sequence, draft: Draft) -> Draft:
         return draft if draft.sampled is not None else draft.take(sorted(self._kept(draft)))
 
-    def _deep_enough(self, draft: Draft, node: int) -> bool:
-        return math.exp(draft.log_scores[node]) >= self.min_prob
+    def _deep_enough(self, log_score: float) -> bool:
+        return math.exp(log_score) >= self.min_prob
 
     def _kept(self, draft: Draft) -> list[int]:
         """The nodes of the tree: per node by mass, and of all these the most probable ones."""
         kept, children = [0], draft.tree.children
+        depths, log_probs, scores = draft.depths, draft.log_probs, draft.log_scores
         for node in kept:  # grows while it is read
-            if draft.depths[node] < self.max_depth:
+            if depths[node] < self.max_depth:
                 held = 0.0
-                for child in sorted(children[node], key=lambda child: -draft.log_probs[child])[: self.width]:
+                for child in sorted(children[node], key=lambda child: -log_probs[child])[: self.width]:
                     if held >= self.mass:
                         break
-                    held += math.exp(draft.log_probs[child])
-                    if self._deep_enough(draft, child):
+                    held += math.exp(log_probs[child])
+                    if self._deep_enough(scores[child]):
                         kept.append(child)
-        return sorted(kept, key=lambda node: (-draft.log_scores[node], node))[: self.max_nodes]
+        return sorted(kept, key=lambda node: (-scores[node], node))[: self.max_nodes]
 
     def __repr__(self) -> str:
         text = f"adaptive:mass={self.mass:g},width={self.width},depth={self.max_depth}"

@@ -1,21 +1,20 @@
-# numba gives every scalar a type of its own, which annotations can't follow:
-# mypy: disable-error-code="index,assignment"
 """Trees sized by what they cost and what they bring on this machine, for this text."""
 
 from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tokentree.draft import Draft
 from tokentree.errors import OptionError
-from tokentree.jit import njit
+from tokentree.growing import DEPTH, PARENT, RANK, SOURCES
 from tokentree.sequence import Accepted, Sequence
+from tokentree.shapes import worth
 from tokentree.shapes.base import Shape
 from tokentree.shapes.curve import CostCurve
 from tokentree.shapes.pause import Pause
@@ -85,7 +84,8 @@ class Cost(Shape):
             return [min(self.top_k, self._nodes - 1)] * len(frontier)
         # fixed before any is drawn: as many as rank by rank are worth a row
         joint = self._joint(seq, draft)
-        price = self._price(len(draft), float(joint.sum()), draft.level_seconds * draft.levels)
+        spent = draft.level_seconds * draft.levels
+        price = worth.price(self._times(len(draft) + 4), len(draft), float(joint.sum()), spent)
         ahead, counts, left = self._drawn.at(0), list[int](), self._nodes - len(draft)
         for node in frontier:
             counts.append(min(left, max(1, int((joint[node] * ahead > price).sum()))))
@@ -96,31 +96,26 @@ class Cost(Shape):
         self._others[seq.id] = draft, self._joint(seq, draft)
 
     def select(self, seq: Sequence, draft: Draft, level: SequenceOf[int]) -> list[int]:
-        if not level or draft.depths[level[0]] >= self.max_depth:
+        if not level or draft.ints[DEPTH, level[0]] >= self.max_depth:
             return []
-        joint, there = self._joint(seq, draft), _There.of(draft, self._others.get(seq.id))
-        if draft.sampled is None:
-            together = np.concatenate([there.joint, joint[there.new]])
-            rows, tokens = self._best_size(together, draft.level_seconds * draft.levels)
-        else:
+        joint, others = self._joint(seq, draft), self._others.get(seq.id)
+        theirs, their_joint = (draft, joint[:1]) if others is None else others
+        spent, drawn = draft.level_seconds * draft.levels, draft.sampled is not None
+        together, covered = worth.beside(draft.ints, joint, theirs.ints, their_joint)
+        if drawn:
             rows, tokens = len(draft), float(joint.sum())
-        if rows >= self._nodes:
-            return []
-        if draft.levels and not draft.level_seconds:
-            return []  # nobody knows yet what a level costs: after the first one they do
-        spent = draft.level_seconds * draft.levels
-        price = self._price(rows, tokens, spent)
-        ahead = self._picked.at(draft.depths[level[0]] + 1) if draft.sampled is None else self._drawn.at(0)
-        best = sorted(level, key=lambda node: -joint[node])[: self.top_k]
-        worth = (joint * (1 - there.covered))[best][:, None] * ahead  # [nodes, ranks]
-        best = sorted(node for node, most in zip(best, worth.max(1), strict=True) if most > price)
-        gains = worth[worth > price]
-        before = self._seconds(rows) + spent
-        after = self._seconds(rows + len(gains)) + spent + draft.level_seconds
-        pays = bool(best) and (tokens + float(gains.sum())) / after > tokens / before
+        else:
+            rows, tokens = worth.best_size(together, self._times(len(together)), spent)
+        if rows >= self._nodes or (draft.levels and not draft.level_seconds):
+            return []  # after the first level, what one costs is known
+        ahead = self._drawn.at(0) if drawn else self._picked.at(int(draft.ints[DEPTH, level[0]]) + 1)
+        times, nodes = self._times(rows + max(4, self.top_k * len(ahead))), np.array(level, np.int64)
+        pays, best = worth.expanded(
+            joint, covered, nodes, ahead, self.top_k, rows, tokens, times, spent, draft.level_seconds
+        )
         if level[0] == 0:
             return [0] if self._starts(pays) else []
-        return best if pays else []
+        return best.tolist() if pays else []
 
     def _starts(self, pays: bool) -> bool:
         """Whether to draft at all: if it pays, and now and then to see whether it would."""
@@ -153,10 +148,11 @@ class Cost(Shape):
         rows = sum(len(draft) if whole else 1 for draft, whole in zip(drafts, drawn, strict=True))
         tokens = sum(float(joint.sum()) if whole else 1.0 for joint, whole in zip(joints, drawn, strict=True))
         offers = [joint[:0] if whole else joint[1:] for joint, whole in zip(joints, drawn, strict=True)]
-        offered, ends = np.concatenate(offers), np.cumsum([len(offer) for offer in offers])
+        offered = offers[0] if len(offers) == 1 else np.concatenate(offers)
+        ends = np.array(list(itertools.accumulate(map(len, offers))), np.int64)
         spent = self._overhead + _level_seconds(drafts)
         times = self.curve.upto(rows + len(offered), len(seqs))
-        keep, taken, pace, self._promised = _best(
+        keep, taken, pace, self._promised = worth.best_cut(
             offered, ends, self._nodes - 1, rows, tokens, self._trust, spent, times
         )
         self._worth += PACE * (pace * float(times[len(seqs)]) / len(seqs) - self._worth)
@@ -165,7 +161,7 @@ class Cost(Shape):
         self.max_nodes = min(self._nodes, max(LEAST_OFFER, int(2 * self._typical)))
         cut, start = [], 0
         for draft, whole, end in zip(drafts, drawn, ends.tolist(), strict=True):
-            cut.append(draft if whole else draft.take([0, *(np.flatnonzero(keep[start:end]) + 1).tolist()]))
+            cut.append(draft if whole else draft.take(worth.kept(keep, start, end)))
             start = end
         return cut
 
@@ -204,13 +200,12 @@ class Cost(Shape):
         if not len(nodes):
             return
         if draft.sampled is not None:
-            self._drawn.learn(0 * nodes, np.array(draft.ranks)[nodes], hits)
+            self._drawn.learn(0 * nodes, draft.ints[RANK, nodes], hits)
             return
         self.rates.learn(request.cells, nodes, hits, request.local)
         if draft.paid:
-            depths, ranks, sources = np.array([draft.depths, draft.ranks, draft.sources])[:, nodes]
-            paid = (sources & draft.paid) > 0
-            self._picked.learn(depths[paid], ranks[paid], hits[paid])
+            paid = (draft.ints[SOURCES, nodes] & draft.paid) > 0
+            self._picked.learn(draft.ints[DEPTH, nodes[paid]], draft.ints[RANK, nodes[paid]], hits[paid])
 
     # -- what it believes ------------------------------------------------------------------------------------------
 
@@ -222,7 +217,7 @@ class Cost(Shape):
         if draft.sampled is not None:  # drawn children are accepted by their place, whatever they are
             joint, ahead = np.ones(len(draft)), self._drawn.at(0)
             for node in range(1, len(draft)):
-                joint[node] = joint[draft.parents[node]] * ahead[draft.ranks[node]]
+                joint[node] = joint[draft.ints[PARENT, node]] * ahead[draft.ints[RANK, node]]
             cells = (np.zeros(0, np.int64), np.zeros(0, np.int64))
         else:
             cells = self.rates.cells(draft)
@@ -236,21 +231,10 @@ class Cost(Shape):
         """What candidates bring, relative to what they promise: the best of many estimates are mostly too high."""
         return min(1.0, (self._came + DOUBT) / (self._hoped + DOUBT))
 
-    def _seconds(self, rows: int) -> float:
-        """One sequence's share of a step."""
-        return (self.curve.seconds(rows * self._batch, self._batch) + self._overhead) / self._batch
-
-    def _price(self, rows: int, tokens: float, draft_seconds: float) -> float:
-        """The tokens that the time of one more row is worth."""
-        row = self._seconds(rows + 4) - self._seconds(rows)
-        return row / 4 * tokens / (self._seconds(rows) + draft_seconds)
-
-    def _best_size(self, joint: Floats, draft_seconds: float) -> tuple[int, float]:
-        """Rows, and tokens expected, of the best tree from these candidates."""
-        tokens = np.cumsum(-np.sort(-joint))
-        times = self.curve.upto(len(joint) * self._batch, self._batch)[self._batch :: self._batch][: len(joint)]
-        best = int(np.argmax(tokens / ((times + self._overhead) / self._batch + draft_seconds)))
-        return best + 1, float(tokens[best])
+    def _times(self, rows: int) -> Floats:
+        """float64[rows + 1]: one sequence's share of a step with so many rows for each."""
+        times = self.curve.upto(rows * self._batch, self._batch)[: rows * self._batch + 1 : self._batch]
+        return (times + self._overhead) / self._batch
 
     def __repr__(self) -> str:
         return f"cost:nodes={self._nodes},depth={self.max_depth},top_k={self.top_k}"
@@ -268,68 +252,10 @@ def _compile() -> None:
     cells, request = rates.cells(draft), rates.new_request()
     rates.estimate(draft, cells, request)
     rates.learn(cells, *tried(draft, [1]), request)
-    _best(np.array([0.5]), np.array([1]), 1, 1, 1.0, 1.0, 0.0, np.ones(3))
-
-
-@njit(cache=True)
-def _best(
-    offered: Floats, ends: Ints, most: int, rows: int, tokens: float, trust: float, spent: float, times: Floats
-) -> tuple[NDArray[np.bool_], int, float, float]:  # fmt: skip
-    """Which candidates to take: whether each is, how many, tokens per second then, and the tokens that they promise.
-
-    Args:
-        offered: how probable each of the candidates is, those of a draft behind one another, up to ``ends``.
-        most: that one draft may keep.
-        rows, tokens: of the forward without any of them.
-        trust: what candidates bring, relative to what they promise.
-        spent: seconds beside the forward.
-        times: of forwards, by their rows.
-    """
-    order = np.argsort(-offered, kind="mergesort")  # parents stay before their children
-    taken, promised, total, pace = 0, 0.0, 0.0, tokens / (spent + times[rows])
-    for count in range(1, len(order) + 1):
-        total += offered[order[count - 1]]
-        now = (tokens + trust * total) / (spent + times[rows + count])
-        if now > pace:
-            taken, promised, pace = count, total, now
-    keep, kept = np.zeros(len(offered), np.bool_), np.zeros(len(ends), np.int64)
-    for candidate in order[:taken]:
-        draft = np.searchsorted(ends, candidate, side="right")
-        keep[candidate] = kept[draft] < most
-        kept[draft] += 1
-    return keep, taken, pace, promised
-
-
-@dataclass(frozen=True, eq=False)
-class _There:
-    """What others propose already, seen from a draft that grows.
-
-    Args:
-        joint: float64[nodes of theirs], how probable each of these is.
-        new: bool[n], nodes of the draft that they don't have.
-        covered: float64[n]: where a node is right, how probable it is that a child of theirs is too.
-    """
-
-    joint: Floats
-    new: NDArray[np.bool_]
-    covered: Floats
-
-    @classmethod
-    def of(cls, draft: Draft, others: tuple[Draft, Floats] | None) -> _There:
-        if others is None:
-            return cls(np.zeros(0), np.ones(len(draft), np.bool_), np.zeros(len(draft)))
-        theirs, joint = others
-        children = np.bincount(theirs.parents[1:], joint[1:], len(theirs)) if len(theirs) > 1 else np.zeros(1)
-        where, new, covered = [0], np.zeros(len(draft), np.bool_), np.zeros(len(draft))
-        for node in range(len(draft)):
-            if node:
-                parent = where[draft.parents[node]]
-                child = None if parent < 0 else theirs.tree.child(parent, draft.tokens[node])
-                where.append(-1 if child is None else child)
-            new[node] = where[node] < 0
-            if not new[node] and joint[where[node]] > 0:
-                covered[node] = min(1.0, children[where[node]] / joint[where[node]])
-        return cls(joint, new, covered)
+    one, times, level = np.ones(1), np.ones(6), np.zeros(1, np.int64)
+    worth.kept(worth.best_cut(one, level + 1, 1, 1, 1.0, 1.0, 0.0, times)[0], 0, 1)
+    worth.best_size(*worth.beside(draft.ints, one, draft.ints, one)[:1], times, 0.0)
+    worth.expanded(one, one, level, one, 1, 1, 1.0, times, 0.0, 0.0)
 
 
 @dataclass(eq=False)

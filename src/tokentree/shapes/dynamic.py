@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence as SequenceOf
 
+import numpy as np
+
 from tokentree.draft import Draft
 from tokentree.errors import OptionError
+from tokentree.growing import DEPTH, LOG_SCORE
 from tokentree.sequence import Sequence
 from tokentree.shapes.base import Shape
+from tokentree.tree import Ints
 
 
 class Dynamic(Shape):
@@ -48,7 +52,8 @@ class Dynamic(Shape):
         # to come, and each level's share goes to its nodes one child at a time, the most probable node first.
         left = self.max_nodes - len(draft)
         share = -(-left // (self.max_depth - draft.depths[frontier[0]])) if frontier else 0
-        counts = dict.fromkeys(sorted(frontier, key=lambda node: -draft.log_scores[node]), 0)
+        scores = draft.log_scores
+        counts = dict.fromkeys(sorted(frontier, key=lambda node: -scores[node]), 0)
         while share > 0 and min(counts.values()) < self.top_k:
             for node in list(counts)[:share]:
                 counts[node] += 1
@@ -58,23 +63,25 @@ class Dynamic(Shape):
     def select(self, seq: Sequence, draft: Draft, level: SequenceOf[int]) -> list[int]:
         if not level or draft.depths[level[0]] >= self.max_depth:
             return []
-        best = sorted(level, key=lambda node: -draft.log_scores[node])[: self.top_k]
+        scores = draft.log_scores
+        best = sorted(level, key=lambda node: -scores[node])[: self.top_k]
         if draft.sampled is None:
-            kept = set(self._most_probable(draft))
+            kept = set(self._most_probable(draft).tolist())
             best = [node for node in best if node in kept]
         elif len(draft) >= self.max_nodes:
             best = []
         # one level holds at most one node of the true text, so its probabilities add
-        reach = sum(math.exp(draft.log_scores[node]) for node in best)
+        reach = sum(math.exp(scores[node]) for node in best)
         return sorted(best) if reach >= self.min_reach else []
 
     def prune(self, seq: Sequence, draft: Draft) -> Draft:
-        return draft if draft.sampled is not None else draft.take(sorted(self._most_probable(draft)))
+        return draft if draft.sampled is not None else draft.take(np.sort(self._most_probable(draft)))
 
-    def _most_probable(self, draft: Draft) -> list[int]:
+    def _most_probable(self, draft: Draft) -> Ints:
         least = math.log(self.min_prob) if self.min_prob else -math.inf
-        fit = [i for i, score in enumerate(draft.log_scores) if score >= least and draft.depths[i] <= self.max_depth]
-        return sorted(fit, key=lambda node: -draft.log_scores[node])[: self.max_nodes]  # stable: parents first
+        scores, depths = draft.floats[LOG_SCORE, : len(draft)], draft.ints[DEPTH, : len(draft)]
+        fit = np.flatnonzero((scores >= least) & (depths <= self.max_depth))
+        return fit[np.argsort(-scores[fit], kind="stable")[: self.max_nodes]]  # stable: parents first
 
     def __repr__(self) -> str:
         text = f"dynamic:nodes={self.max_nodes},depth={self.max_depth},top_k={self.top_k}"

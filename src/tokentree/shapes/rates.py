@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokentree.draft import Draft
+from tokentree.growing import DEPTH, LOG_PROB, PARENT, RANK, SOURCES, TOKEN
 from tokentree.jit import njit
 from tokentree.tree import Floats, Ints
 
@@ -46,7 +47,7 @@ class Cells:
         trials: Floats = self.table[1]
         return trials
 
-    def estimate(self, cells: Ints, prior: Floats) -> Floats:
+    def estimate(self, cells: Ints | slice, prior: Floats) -> Floats:
         """The rate in each cell, shrunk towards ``prior`` where there are few trials."""
         rates: Floats = (self.hits[cells] + self.weight * prior) / (self.trials[cells] + self.weight)
         return rates
@@ -67,7 +68,8 @@ class Rates:
         self._claims = Cells(CLAIMS, *SHARED)
         self._shared = Cells(BROAD, *SHARED)
         self._particular = Cells(NARROW, *PARTICULAR)
-        self._rows: dict[int, int] = {}  # combination of drafters -> row
+        self._rows = np.zeros(ROWS, np.int64)  # the combination of drafters of each row, in the order they came
+        self._num_rows = 0
 
     def new_request(self) -> Cells:
         """What is learnt within one request alone."""
@@ -75,23 +77,22 @@ class Rates:
 
     def cells(self, draft: Draft) -> tuple[Ints, Ints]:
         """int64[n], int64[n]: the broad and the narrow cell of each node; the root's mean nothing."""
-        rows = self._rows
-        for bits in set(draft.sources) - rows.keys():
-            rows[bits] = min(len(rows), ROWS - 1)
-        numbers = np.array([[rows[bits] for bits in draft.sources], draft.depths, draft.ranks])
-        return _cells(numbers, np.array(draft.log_probs))
+        broad, narrow, self._num_rows = _cells(draft.ints, draft.floats, len(draft), self._rows, self._num_rows)
+        return broad, narrow
 
     def estimate(self, draft: Draft, cells: tuple[Ints, Ints], request: Cells) -> Floats:
         """float64[n]: the joint probability of the path to each node; 1 at the root."""
-        tables = self._claims.table, self._shared.table, self._particular.table, request.table
-        return _estimate(*cells, np.array(draft.log_probs), np.array(draft.parents), *tables)
+        return _estimate(*cells, draft.ints, draft.floats, *self._tables(request))
+
+    def _tables(self, request: Cells) -> tuple[Floats, Floats, Floats, Floats]:
+        return self._claims.table, self._shared.table, self._particular.table, request.table
 
     def table(self, names: SequenceOf[str]) -> list[tuple[list[str], str, str, float, float]]:
         """(drafters, depth, rank, hits, trials) of everything that was tried, the most tried first."""
         shape = (ROWS, CLAIMS, len(DEPTH_NAMES), RANKS)
         hits, trials = (part.reshape(shape).sum(1) for part in (self._particular.hits, self._particular.trials))
         found = []
-        for bits, row in self._rows.items():
+        for row, bits in enumerate(self._rows[: self._num_rows].tolist()):
             who = [name for bit, name in enumerate(names) if bits >> bit & 1]
             for d, depth in enumerate(DEPTH_NAMES):
                 for r, rank in enumerate(RANK_NAMES):
@@ -108,11 +109,7 @@ class Rates:
 
     def learn(self, cells: tuple[Ints, Ints], nodes: Ints, hits: NDArray[np.bool_], request: Cells) -> None:
         """Learns what became of ``nodes``, whose parents were all accepted."""
-        broad, narrow = cells[0][nodes], cells[1][nodes]
-        self._claims.learn(broad % CLAIMS, hits)
-        self._shared.learn(broad, hits)
-        self._particular.learn(narrow, hits)
-        request.learn(broad, hits)
+        _learn_all(*cells, nodes, hits, *self._tables(request))
 
 
 class Ahead:
@@ -131,7 +128,7 @@ class Ahead:
     def at(self, depth: int) -> Floats:
         """float64[ranks], for children at that depth."""
         first = min(depth, self.DEPTHS - 1) * len(self._prior)
-        return self._cells.estimate(np.arange(first, first + len(self._prior)), self._prior)
+        return self._cells.estimate(slice(first, first + len(self._prior)), self._prior)
 
     def learn(self, depths: Ints, ranks: Ints, hits: NDArray[np.bool_]) -> None:
         known = ranks < len(self._prior)
@@ -141,7 +138,7 @@ class Ahead:
 
 def tried(draft: Draft, accepted: SequenceOf[int]) -> tuple[Ints, NDArray[np.bool_]]:
     """The nodes of ``draft`` whose parent was right, as the tokens tell that were accepted, and whether they were."""
-    return _tried(np.array([draft.tokens, draft.parents]), np.array(accepted))
+    return _tried(draft.ints, len(draft), np.array(accepted, np.int64))
 
 
 # -- the loops, compiled by numba --------------------------------------------------------------------------------------
@@ -159,17 +156,37 @@ def _learn(table: Floats, memory: float, cells: Ints, hits: NDArray[np.bool_]) -
 
 
 @njit(cache=True)
-def _cells(numbers: Ints, log_probs: Floats) -> tuple[Ints, Ints]:
-    """As `Rates.cells`; ``numbers`` are rows, depths and ranks."""
-    broad, narrow = np.empty(len(log_probs), np.int64), np.empty(len(log_probs), np.int64)
-    for node in range(len(log_probs)):
+def _learn_all(
+    broad: Ints, narrow: Ints, nodes: Ints, hits: NDArray[np.bool_], claims: Floats, shared: Floats, particular: Floats,
+    request: Floats,
+) -> None:  # fmt: skip
+    """As `Rates.learn`."""
+    broad, narrow = broad[nodes], narrow[nodes]
+    _learn(claims, SHARED[1], broad % CLAIMS, hits)
+    _learn(shared, SHARED[1], broad, hits)
+    _learn(particular, PARTICULAR[1], narrow, hits)
+    _learn(request, LOCAL[1], broad, hits)
+
+
+@njit(cache=True)
+def _cells(ints: Ints, floats: Floats, size: int, rows: Ints, num_rows: int) -> tuple[Ints, Ints, int]:
+    """As `Rates.cells`; writes combinations of drafters that are new into ``rows``, and returns how many there are."""
+    broad, narrow = np.empty(size, np.int64), np.empty(size, np.int64)
+    for node in range(size):
+        row = 0
+        while row < num_rows and rows[row] != ints[SOURCES, node]:
+            row += 1
+        if row == num_rows < ROWS:
+            rows[row] = ints[SOURCES, node]
+            num_rows += 1
+        row = min(row, ROWS - 1)  # more than there is room for share the last
         bucket = 0
-        while bucket < CLAIMS - 1 and CONFIDENCE[bucket] < log_probs[node]:
+        while bucket < CLAIMS - 1 and CONFIDENCE[bucket] < floats[LOG_PROB, node]:
             bucket += 1
-        broad[node] = numbers[0, node] * CLAIMS + bucket
-        depth = DEPTHS[min(numbers[1, node], len(DEPTHS) - 1)]
-        narrow[node] = (broad[node] * 4 + depth) * RANKS + min(numbers[2, node], RANKS - 1)
-    return broad, narrow
+        broad[node] = row * CLAIMS + bucket
+        depth = DEPTHS[min(ints[DEPTH, node], len(DEPTHS) - 1)]
+        narrow[node] = (broad[node] * 4 + depth) * RANKS + min(ints[RANK, node], RANKS - 1)
+    return broad, narrow, num_rows
 
 
 @njit(cache=True)
@@ -179,32 +196,34 @@ def _shrunk(table: Floats, cell: int, weight: float, prior: float) -> float:
 
 @njit(cache=True)
 def _estimate(
-    broad: Ints, narrow: Ints, log_probs: Floats, parents: Ints, claims: Floats, shared: Floats, particular: Floats,
+    broad: Ints, narrow: Ints, ints: Ints, floats: Floats, claims: Floats, shared: Floats, particular: Floats,
     request: Floats,
 ) -> Floats:  # fmt: skip
-    joint, total = np.empty(len(parents)), np.zeros(len(parents))
+    """As `Rates.estimate`."""
+    joint, total = np.empty(len(broad)), np.zeros(len(broad))
     joint[0] = 1.0
-    for node in range(1, len(parents)):
-        rate = _shrunk(claims, broad[node] % CLAIMS, SHARED[0], math.exp(log_probs[node]))
+    for node in range(1, len(broad)):
+        rate = _shrunk(claims, broad[node] % CLAIMS, SHARED[0], math.exp(floats[LOG_PROB, node]))
         rate = _shrunk(shared, broad[node], SHARED[0], rate)
         rate = _shrunk(particular, narrow[node], PARTICULAR[0], rate)
         joint[node] = _shrunk(request, broad[node], LOCAL[0], rate)
-        total[parents[node]] += joint[node]
-    for node in range(1, len(parents)):  # siblings exclude each other
-        joint[node] *= joint[parents[node]] / max(1.0, total[parents[node]])
+        total[ints[PARENT, node]] += joint[node]
+    for node in range(1, len(broad)):  # siblings exclude each other
+        parent = ints[PARENT, node]
+        joint[node] *= joint[parent] / max(1.0, total[parent])
     return joint
 
 
 @njit(cache=True)
-def _tried(draft: Ints, accepted: Ints) -> tuple[Ints, NDArray[np.bool_]]:
-    """As `tried`; ``draft`` has tokens and parents."""
-    nodes, hits = np.empty(draft.shape[1], np.int64), np.zeros(draft.shape[1], np.bool_)
+def _tried(ints: Ints, size: int, accepted: Ints) -> tuple[Ints, NDArray[np.bool_]]:
+    """As `tried`."""
+    nodes, hits = np.empty(size, np.int64), np.zeros(size, np.bool_)
     count, node = 0, 0
     for token in accepted:
         following = -1
-        for child in range(node + 1, draft.shape[1]):
-            if draft[1, child] == node:
-                nodes[count], hits[count] = child, draft[0, child] == token
+        for child in range(node + 1, size):
+            if ints[PARENT, child] == node:
+                nodes[count], hits[count] = child, ints[TOKEN, child] == token
                 if hits[count]:
                     following = child
                 count += 1

@@ -76,10 +76,11 @@ class Static(Shape):
     def prune(self, seq: Sequence, draft: Draft) -> Draft:
         if draft.sampled is not None:
             return draft
+        scores = draft.log_scores
         kept: dict[int, tuple[int, ...]] = {0: ()}  # rank paths, ranks counted anew by score
         for node, children in enumerate(draft.tree.children):
             if node in kept:
-                best = sorted(children, key=lambda child: -draft.log_scores[child])
+                best = sorted(children, key=lambda child: -scores[child])
                 ranked = {child: (*kept[node], rank) for rank, child in enumerate(best)}
                 kept |= {child: path for child, path in ranked.items() if self._has(path)}
         return draft.take(sorted(kept))

@@ -1,0 +1,184 @@
+# numba gives every scalar a type of its own, which annotations can't follow:
+# mypy: disable-error-code="index,assignment,no-any-return"
+"""Loops over the arrays of a draft, compiled by numba.
+
+A draft is ``ints`` int64[5, room] and ``floats`` float64[2, room], of which the first ``size`` columns are its nodes.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokentree.jit import njit
+from tokentree.tree import Floats, Ints
+
+TOKEN, PARENT, DEPTH, RANK, SOURCES = range(5)  # rows of ``ints``
+LOG_PROB, LOG_SCORE = range(2)  # rows of ``floats``
+
+
+@njit
+def put(
+    ints: Ints, floats: Floats, node: int, parent: int, token: int, log_prob: float, rank: int, source: int
+) -> None:  # fmt: skip
+    """Writes ``node``, a child of ``parent``."""
+    ints[TOKEN, node], ints[PARENT, node], ints[DEPTH, node] = token, parent, ints[DEPTH, parent] + 1
+    ints[RANK, node], ints[SOURCES, node] = rank, source
+    floats[LOG_PROB, node], floats[LOG_SCORE, node] = log_prob, floats[LOG_SCORE, parent] + log_prob
+
+
+@njit
+def links(ints: Ints, size: int, room: int) -> tuple[Ints, Ints]:
+    """Per node, its latest child, and its sibling before; 0 where there is none. With room for more nodes."""
+    latest, before = np.zeros(room, np.int64), np.zeros(room, np.int64)
+    for node in range(1, size):
+        parent = ints[PARENT, node]
+        latest[parent], before[node] = node, latest[parent]
+    return latest, before
+
+
+@njit
+def child(ints: Ints, latest: Ints, before: Ints, parent: int, token: int) -> int:
+    """The child of ``parent`` that carries ``token``, or 0."""
+    node = latest[parent]
+    while node and ints[TOKEN, node] != token:
+        node = before[node]
+    return node
+
+
+@njit(cache=True)
+def grow(ints: Ints, floats: Floats, tokens: Ints, parents: Ints, log_probs: Floats) -> None:
+    """Adds nodes 1, 2, … below the root; siblings come in the order of their ranks."""
+    ranks = np.zeros(len(tokens) + 1, np.int64)
+    for i in range(len(tokens)):
+        put(ints, floats, i + 1, parents[i], tokens[i], log_probs[i], ranks[parents[i]], 1)
+        ranks[parents[i]] += 1
+
+
+@njit(cache=True)
+def grow_level(
+    ints: Ints, floats: Floats, size: int, frontier: Ints, counts: Ints, tokens: Ints, log_probs: NDArray[np.float32]
+) -> int:  # fmt: skip
+    """Adds below each node of ``frontier`` its first ``counts`` tokens, but none of probability 0; returns the size."""
+    for i in range(len(frontier)):
+        for rank in range(min(counts[i], tokens.shape[1])):
+            if log_probs[i, rank] > -np.inf:
+                put(ints, floats, size, frontier[i], tokens[i, rank], np.float64(log_probs[i, rank]), rank, 1)
+                size += 1
+    return size
+
+
+@njit(cache=True)
+def grow_paths(
+    ints: Ints, floats: Floats, size: int, tokens: Ints, ends: Ints, firsts: Floats, others: float
+) -> int:  # fmt: skip
+    """Adds paths from the root, which lie behind one another in ``tokens`` up to ``ends``, equal beginnings once;
+    returns the size.
+
+    Args:
+        firsts, others: the log-probability of each path's first token, and of all others.
+    """
+    latest, before = links(ints, size, size + len(tokens))
+    begin = 0
+    for path in range(len(ends)):
+        parent, log_prob = 0, firsts[path]
+        for i in range(begin, ends[path]):
+            node = child(ints, latest, before, parent, tokens[i])
+            if not node:
+                node = size
+                size += 1
+                rank = ints[RANK, latest[parent]] + 1 if latest[parent] else 0
+                put(ints, floats, node, parent, tokens[i], log_prob, rank, 1)
+                latest[parent], before[node] = node, latest[parent]
+            parent, log_prob = node, others
+        begin = ends[path]
+    return size
+
+
+@njit(cache=True)
+def join(
+    ints: Ints, floats: Floats, size: int, other_ints: Ints, other_floats: Floats, count: int, source: int
+) -> int:  # fmt: skip
+    """Adds the ``count`` nodes of another draft with the same root, equal paths joined: a node that is there keeps the
+    higher probability and the lower rank. All scores are worked out anew. Returns the size."""
+    latest, before = links(ints, size, size + count)
+    where = np.zeros(count, np.int64)
+    for other in range(1, count):
+        parent = where[other_ints[PARENT, other]]
+        token, rank = other_ints[TOKEN, other], other_ints[RANK, other]
+        log_prob = other_floats[LOG_PROB, other]
+        node = child(ints, latest, before, parent, token)
+        if node:
+            ints[SOURCES, node] |= source
+            ints[RANK, node] = min(ints[RANK, node], rank)
+            floats[LOG_PROB, node] = max(floats[LOG_PROB, node], log_prob)
+        else:
+            node = size
+            size += 1
+            put(ints, floats, node, parent, token, log_prob, rank, source)
+            latest[parent], before[node] = node, latest[parent]
+        where[other] = node
+    for node in range(1, size):
+        floats[LOG_SCORE, node] = floats[LOG_SCORE, ints[PARENT, node]] + floats[LOG_PROB, node]
+    return size
+
+
+@njit(cache=True)
+def take(ints: Ints, floats: Floats, size: int, nodes: Ints) -> tuple[Ints, Floats]:
+    """The arrays of ``nodes`` alone, every parent among them."""
+    where = np.full(size, -1, np.int64)
+    new_ints, new_floats = np.empty((5, len(nodes)), np.int64), np.empty((2, len(nodes)), np.float64)
+    for new in range(len(nodes)):
+        where[nodes[new]] = new
+    for new in range(len(nodes)):
+        node = nodes[new]
+        for row in range(5):
+            new_ints[row, new] = ints[row, node]
+        for row in range(2):
+            new_floats[row, new] = floats[row, node]
+        new_ints[PARENT, new] = where[ints[PARENT, node]] if node else -1
+    return new_ints, new_floats
+
+
+@njit(cache=True)
+def walk(
+    tokens: Ints, parents: Ints, best: Ints, logits: NDArray[np.float32], first: int
+) -> tuple[Ints, bool, bool]:  # fmt: skip
+    """The path from the root along the most probable tokens, as far as there are nodes that carry them.
+
+    Args:
+        tokens, parents: of a tree.
+        best, logits: [rows, k], the most probable tokens after each row, best first, and their logits.
+        first: the row of the root.
+
+    Returns:
+        The nodes; whether it ended at one whose children were all refused; and whether at one whose logits are NaN.
+    """
+    path, count, node = np.zeros(len(tokens), np.int64), 1, 0
+    refused = False
+    for other in range(1, len(tokens)):
+        if np.isnan(logits[first + node, 0]):
+            break
+        if parents[other] == node:
+            refused = tokens[other] != best[first + node, 0]
+            if not refused:
+                node = other
+                path[count] = node
+                count += 1
+    return path[:count], refused, np.isnan(logits[first + node, 0])
+
+
+@functools.cache
+def compile_loops() -> None:
+    """Compiles them, or loads them from the cache, before any request waits for it."""
+    ints, floats = np.zeros((5, 4), np.int64), np.zeros((2, 4), np.float64)
+    none, chance, fixed = np.zeros(0, np.int64), np.zeros((1, 1), np.float32), np.zeros(1, np.int64)
+    fixed.flags.writeable = False  # as those of a `TokenTree`
+    grow(ints, floats, none, none, floats[0, :0])
+    grow_level(ints, floats, 1, none, none, np.zeros((1, 1), np.int64), chance)
+    grow_paths(ints, floats, 1, none, none, floats[0, :0], 0.0)
+    join(ints, floats, 1, ints, floats, 1, 1)
+    take(ints, floats, 1, np.zeros(1, np.int64))
+    walk(fixed, fixed, np.zeros((1, 1), np.int64), chance, 0)

@@ -1,0 +1,140 @@
+# numba gives every scalar a type of its own, which annotations can't follow:
+# mypy: disable-error-code="index,assignment,no-any-return"
+"""What candidates are worth: the loops of the `cost` shape, compiled by numba.
+
+``times`` are seconds of a step, by rows.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokentree.growing import PARENT, TOKEN, child, links
+from tokentree.jit import njit
+from tokentree.tree import Floats, Ints
+
+
+@njit(cache=True)
+def best_cut(
+    offered: Floats, ends: Ints, most: int, rows: int, tokens: float, trust: float, spent: float, times: Floats
+) -> tuple[NDArray[np.bool_], int, float, float]:  # fmt: skip
+    """Which candidates to take: whether each is, how many, tokens per second then, and the tokens that they promise.
+
+    Args:
+        offered: how probable each of the candidates is, those of a draft behind one another, up to ``ends``.
+        most: that one draft may keep.
+        rows, tokens: of the forward without any of them.
+        trust: what candidates bring, relative to what they promise.
+        spent: seconds beside the forward.
+        times: of forwards.
+    """
+    order = np.argsort(-offered, kind="mergesort")  # parents stay before their children
+    taken, promised, total, pace = 0, 0.0, 0.0, tokens / (spent + times[rows])
+    for count in range(1, len(order) + 1):
+        total += offered[order[count - 1]]
+        now = (tokens + trust * total) / (spent + times[rows + count])
+        if now > pace:
+            taken, promised, pace = count, total, now
+    keep, kept = np.zeros(len(offered), np.bool_), np.zeros(len(ends), np.int64)
+    for candidate in order[:taken]:
+        draft = np.searchsorted(ends, candidate, side="right")
+        keep[candidate] = kept[draft] < most
+        kept[draft] += 1
+    return keep, taken, pace, promised
+
+
+@njit(cache=True)
+def kept(keep: NDArray[np.bool_], start: int, end: int) -> Ints:
+    """The root, and those nodes that are kept of a draft whose candidates lie from ``start`` to ``end``."""
+    nodes, count = np.zeros(end - start + 1, np.int64), 1
+    for candidate in range(start, end):
+        if keep[candidate]:
+            nodes[count] = candidate - start + 1
+            count += 1
+    return nodes[:count]
+
+
+@njit(cache=True)
+def beside(ints: Ints, joint: Floats, their_ints: Ints, their_joint: Floats) -> tuple[Floats, Floats]:
+    """What a draft has beside what others propose.
+
+    Args:
+        ints, joint: of the draft, and how probable each of its nodes is.
+        their_ints, their_joint: the same of theirs.
+
+    Returns:
+        How probable all nodes are that the others have, or the draft alone; and float64[n]: where a node is right, how
+        probable it is that a child of theirs is too.
+    """
+    count = len(their_joint)
+    latest, before = links(their_ints, count, count)
+    below, where = np.zeros(count), np.zeros(len(joint), np.int64)
+    covered, together, size = np.zeros(len(joint)), np.empty(count + len(joint)), count
+    together[:count] = their_joint
+    for other in range(1, count):
+        below[their_ints[PARENT, other]] += their_joint[other]
+    for node in range(len(joint)):
+        if node:
+            parent = where[ints[PARENT, node]]
+            found = child(their_ints, latest, before, parent, ints[TOKEN, node]) if parent >= 0 else 0
+            where[node] = found if found else -1
+        if where[node] < 0:
+            together[size] = joint[node]
+            size += 1
+        elif their_joint[where[node]] > 0:
+            covered[node] = min(1.0, below[where[node]] / their_joint[where[node]])
+    return together[:size], covered
+
+
+@njit(cache=True)
+def best_size(joint: Floats, times: Floats, spent: float) -> tuple[int, float]:
+    """Rows, and tokens expected, of the best tree from these candidates, the root among them."""
+    ordered, total, most, rows, tokens = np.sort(-joint), 0.0, -1.0, 0, 0.0
+    for count in range(1, len(joint) + 1):
+        total -= ordered[count - 1]
+        pace = total / (times[count] + spent)
+        if pace > most:
+            most, rows, tokens = pace, count, total
+    return rows, tokens
+
+
+@njit(cache=True)
+def price(times: Floats, rows: int, tokens: float, spent: float) -> float:
+    """The tokens that the time of one more row is worth."""
+    return (times[rows + 4] - times[rows]) / 4 * tokens / (times[rows] + spent)
+
+
+@njit(cache=True)
+def expanded(
+    joint: Floats, covered: Floats, level: Ints, ahead: Floats, top_k: int, rows: int, tokens: float, times: Floats,
+    spent: float, level_seconds: float,
+) -> tuple[bool, Ints]:  # fmt: skip
+    """Whether another level is worth its time, and which nodes of ``level`` are expanded then.
+
+    Args:
+        joint, covered: as `beside` has them.
+        ahead: how often the children of a node that is right are, by rank.
+        top_k: most nodes.
+        rows, tokens: of the best tree without that level.
+        spent: seconds of the levels before.
+    """
+    least, waits = price(times, rows, tokens, spent), np.ones(len(level), np.bool_)
+    picked, count, gains, gained = np.empty(min(top_k, len(level)), np.int64), 0, 0, 0.0
+    for _ in range(len(picked)):
+        best = -1
+        for i in range(len(level)):
+            if waits[i] and (best < 0 or joint[level[i]] > joint[level[best]]):
+                best = i
+        waits[best], worth = False, 0
+        for rank in range(len(ahead)):
+            gain = joint[level[best]] * (1 - covered[level[best]]) * ahead[rank]
+            if gain > least:
+                gained += gain
+                worth += 1
+        gains += worth
+        if worth:
+            picked[count] = level[best]
+            count += 1
+    before, after = times[rows] + spent, times[rows + gains] + spent + level_seconds
+    return count > 0 and (tokens + gained) / after > tokens / before, np.sort(picked[:count])
