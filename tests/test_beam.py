@@ -132,8 +132,8 @@ def test_the_shared_part_is_stored_once() -> None:
     rows: list[int] = []
 
     class Watching(TorchEngine):
-        def verify(self, seqs: Any, trees: Any, firsts: Any = None) -> Any:
-            out = super().verify(seqs, trees, firsts)
+        def verify(self, seqs: Any, trees: Any, firsts: Any = None, reading: Any = ()) -> Any:
+            out = super().verify(seqs, trees, firsts, reading)
             rows.append(len(out.all_logits))
             assert len(seqs) == 1
             return out

@@ -60,9 +60,10 @@ class Timed(TableEngine):
         self._curve, self._clock = curve, clock
 
     def verify(
-        self, seqs: SequenceOf[Sequence], trees: SequenceOf[TokenTree], firsts: SequenceOf[int] | None = None
-    ) -> TargetOutput:
-        out = super().verify(seqs, trees, firsts)
+        self, seqs: SequenceOf[Sequence], trees: SequenceOf[TokenTree], firsts: SequenceOf[int] | None = None,
+        reading: SequenceOf[tuple[Sequence, int]] = (),
+    ) -> TargetOutput:  # fmt: skip
+        out = super().verify(seqs, trees, firsts, reading)
         seconds = self._curve.seconds(len(out.all_logits), len(seqs))
         self._clock.now += seconds
         return TargetOutput(out.all_logits, out.starts, out.firsts, seconds)

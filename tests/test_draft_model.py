@@ -41,14 +41,15 @@ class CountingEngine(TorchEngine):
         self.computed: list[tuple[int, ...]] = []
         self.rows_of_calls: list[int] = []
 
-    def prefill(self, seq: Request) -> int:
-        known = self.committed(seq)
-        self.computed += [tuple(seq.tokens[: end + 1]) for end in range(known, len(seq.tokens) - 1)]
-        return super().prefill(seq)
+    def prefill(self, seq: Request, upto: int | None = None) -> int:
+        known, upto = self.committed(seq), len(seq.tokens) - 1 if upto is None else upto
+        self.computed += [tuple(seq.tokens[: end + 1]) for end in range(known, upto)]
+        return super().prefill(seq, upto)
 
     def verify(
-        self, seqs: Sequence[Request], trees: Sequence[TokenTree], firsts: Sequence[int] | None = None
-    ) -> TargetOutput:
+        self, seqs: Sequence[Request], trees: Sequence[TokenTree], firsts: Sequence[int] | None = None,
+        reading: Sequence[tuple[Request, int]] = (),
+    ) -> TargetOutput:  # fmt: skip
         rows = 0
         for seq, tree, first in zip(seqs, trees, firsts or [0] * len(seqs), strict=True):
             before = seq.tokens[: self.committed(seq)]
@@ -56,7 +57,7 @@ class CountingEngine(TorchEngine):
                 self.computed.append((*before, *tree.tokens[tree.path(node)].tolist()))
             rows += len(tree) - first
         self.rows_of_calls.append(rows)
-        return super().verify(seqs, trees, firsts)
+        return super().verify(seqs, trees, firsts, reading)
 
 
 class Seen:

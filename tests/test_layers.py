@@ -40,7 +40,7 @@ LAYERS = {
     ),
     **dict.fromkeys(("acceptance", "shapes"), 2),
     **dict.fromkeys(("engines", "drafters", "heads"), 3),
-    **dict.fromkeys(("registry", "decoder", "beam"), 4),
+    **dict.fromkeys(("registry", "scheduler", "sharing", "pieces", "decoder", "beam"), 4),
     **dict.fromkeys(
         (
             "gguf_entries",

@@ -249,7 +249,7 @@ def test_an_interrupted_request_is_remembered_as_far_as_it_came() -> None:
     decoder = Decoder(TableEngine(TARGET), drafter, CHAIN, Match())
     seqs = [make_sequence([3, 4], max_tokens=50), make_sequence([5], max_tokens=50)]
     steps = decoder.run(seqs)
-    for _ in range(3):
+    for _ in range(4):  # in the first step one prompt is read
         next(steps)
     steps.close()  # type: ignore[attr-defined]
     assert drafter._store.tokens.tolist() == [*seqs[0].output_ids, END, *seqs[1].output_ids, END]
@@ -513,7 +513,7 @@ class Fixed(Drafter):
     def __init__(self, draft: Draft | None = None, name: str = "fixed") -> None:
         self.draft, self.name, self.told = draft, name, list[str]()
 
-    def prefill(self, seqs: list[Sequence]) -> None:
+    def prefill(self, seqs: list[Sequence], upto: int | None = None) -> None:
         self.told.append("prefill")
 
     def propose(self, seqs: list[Sequence], form: Shape, sampled: bool) -> list[Draft]:

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tokentree.aio import AsyncLLM, AsyncStream
     from tokentree.decoder import Decoder
     from tokentree.draft import Draft
     from tokentree.errors import (
@@ -15,14 +16,17 @@ if TYPE_CHECKING:
         PairingError,
         PromptError,
         RequestError,
+        StepError,
         TokenTreeError,
         TreeError,
     )
     from tokentree.hf import TreeGenerator, generator
-    from tokentree.llm import LLM, Piece, Result, Stream
+    from tokentree.llm import LLM, Result, Stream
     from tokentree.medusa import MedusaModel, build_tree_from_heads, medusa_decode, train_medusa_heads
     from tokentree.metrics import Metrics
+    from tokentree.pieces import Piece
     from tokentree.sampling import SamplingParams
+    from tokentree.scheduler import Event, Scheduler
     from tokentree.tree import TokenTree
     from tokentree.tutorial import (
         build_tree,
@@ -35,8 +39,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
+    "AsyncStream",
     "Decoder",
     "Draft",
+    "Event",
     "ForkError",
     "MedusaModel",
     "Metrics",
@@ -48,6 +55,8 @@ __all__ = [
     "RequestError",
     "Result",
     "SamplingParams",
+    "Scheduler",
+    "StepError",
     "Stream",
     "TokenTree",
     "TokenTreeError",
@@ -67,6 +76,7 @@ __all__ = [
 
 # Where each name lives: imported when it is first asked for, as torch and transformers take seconds.
 _HOMES = {
+    "aio": ["AsyncLLM", "AsyncStream"],
     "decoder": ["Decoder"],
     "draft": ["Draft"],
     "errors": [
@@ -76,14 +86,17 @@ _HOMES = {
         "PairingError",
         "PromptError",
         "RequestError",
+        "StepError",
         "TokenTreeError",
         "TreeError",
     ],
     "hf": ["TreeGenerator", "generator"],
-    "llm": ["LLM", "Piece", "Result", "Stream"],
+    "llm": ["LLM", "Result", "Stream"],
     "medusa": ["MedusaModel", "build_tree_from_heads", "medusa_decode", "train_medusa_heads"],
     "metrics": ["Metrics"],
+    "pieces": ["Piece"],
     "sampling": ["SamplingParams"],
+    "scheduler": ["Event", "Scheduler"],
     "tree": ["TokenTree"],
     "tutorial": [
         "build_tree",

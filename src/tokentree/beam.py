@@ -21,6 +21,7 @@ from tokentree.engines.base import Engine, TargetOutput
 from tokentree.errors import DeadEnd
 from tokentree.exclusive import Exclusive, exclusive
 from tokentree.sampling import process_logits
+from tokentree.scheduler import PREFILL_ROWS
 from tokentree.sequence import Accepted, FinishReason, Sequence
 from tokentree.shapes.base import Shape
 from tokentree.tree import TokenTree
@@ -214,6 +215,7 @@ class BeamDecoder:
         beams, self._prompt = list[_Beam](), seq  # drafters know the prompt as a text of its own
         tokens, parents = list[int](), list[int]()  # of the nodes that are in the KV, the root first
         try:
+            self._read(seq)
             beams = self._begin(seq)
             while not search.done:
                 tokens, parents, beams = self._step(seq, search, tokens, parents, beams)
@@ -226,11 +228,17 @@ class BeamDecoder:
             raise DeadEnd("the request's rules leave no beam a token to choose")
         return search
 
+    def _read(self, seq: Sequence) -> None:
+        """Reads the prompt, a part at a time."""
+        started, last = time.perf_counter(), len(seq.tokens) - 1
+        for upto in (*range(PREFILL_ROWS, last, PREFILL_ROWS), last):
+            seq.metrics.reused_tokens += self._engine.prefill(seq, upto)
+        seq.metrics.prefill_seconds += time.perf_counter() - started
+
     @exclusive
     def _begin(self, seq: Sequence) -> list[_Beam]:
-        """Reads the prompt."""
+        """The first beam."""
         started = time.perf_counter()
-        seq.metrics.reused_tokens += self._engine.prefill(seq)
         # the drafter knows the prompt as long as the search goes on, whichever beams come and go
         self._prompt = self._twin(seq, [], [])
         beams = [_Beam(self._twin(seq, [], []))]

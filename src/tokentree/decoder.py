@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Sequence as SequenceOf
 
 import torch
 
@@ -16,8 +15,10 @@ from tokentree.engines.base import Engine, TargetOutput
 from tokentree.errors import OptionError, PairingError, RequestError
 from tokentree.exclusive import Exclusive, exclusive
 from tokentree.growing import SOURCES, compile_loops
+from tokentree.scheduler import Scheduler
 from tokentree.sequence import Accepted, Sequence, TokenLogprobs
 from tokentree.shapes.base import Shape
+from tokentree.sharing import Shared
 
 Watcher = Callable[[Sequence, Draft, Accepted], None]
 
@@ -65,51 +66,50 @@ class Decoder:
 
         A finished sequence leaves and a waiting one joins between steps. What is kept for a sequence is forgotten when
         it finishes, or when the caller stops iterating. One whose rules fail ends alone, with the finish reason "error"
-        and its `error` set.
+        and its `error` set. A `Scheduler` of its own decides what each step is about.
 
         Raises:
             OptionError: if ``max_batch`` is below 1, or something else than sequences is given.
+            Exception: whatever else ended a step.
         """
-        if not isinstance(max_batch, int) or max_batch < 1:
-            raise OptionError(f"max_batch={max_batch!r} must be at least 1")
-        waiting, active, over = iter(seqs), list[Sequence](), object()
-        try:
-            while True:
-                while len(active) < max_batch and (seq := next(waiting, over)) is not over:
-                    if not isinstance(seq, Sequence):
-                        raise OptionError(f"the loop decodes sequences, and {seq!r} is none")
-                    if any(seq is other for other in active):
-                        raise OptionError("one and the same sequence can't be decoded twice at a time")
-                    if not seq.finished:
-                        active.append(seq)
-                        self.prefill(seq)
-                if not active:
-                    return
-                self.step(active)
-                yield list(active)
-                if done := [seq for seq in active if seq.finished]:
-                    self.release(done)
-                    active = [seq for seq in active if not seq.finished]
-        finally:
-            if active and not sys.is_finalizing():  # torch is half gone then, and so is what there is to release
-                self.lock.when_free(partial(self.release, active))
+        for events in Shared(Scheduler(self)).run(seqs, max_batch):
+            for _, event in events:
+                if event.error is not None and not isinstance(event.error, RequestError):
+                    raise event.error.__cause__ or event.error
+            yield [seq for seq, _ in events]
+
+    @exclusive
+    def begin(self, seq: Sequence) -> None:
+        """Makes room for a new sequence, and takes over what is known of its beginning."""
+        started = time.perf_counter()
+        seq.metrics.reused_tokens = self.engine.begin(seq)
+        self.drafter.prefill([seq], self.engine.committed(seq))
+        seq.metrics.prefill_seconds += time.perf_counter() - started
+        seq.metrics.lossy = self.accept.lossy
+
+    def unread(self, seq: Sequence) -> int:
+        """Tokens of a sequence that has begun which must be read before it can be decoded: all but the last."""
+        return len(seq.tokens) - 1 - self.engine.committed(seq)
 
     @exclusive
     def prefill(self, seq: Sequence) -> None:
         """Puts all of a new sequence but its last token into the KV of target and drafter."""
-        started = time.perf_counter()
-        seq.metrics.reused_tokens += self.engine.prefill(seq)
-        self.drafter.prefill([seq])
-        seq.metrics.prefill_seconds += time.perf_counter() - started
-        seq.metrics.lossy = self.accept.lossy
+        self.begin(seq)
+        if unread := self.unread(seq):
+            self.step([], [(seq, unread)])
 
     @exclusive
-    def step(self, seqs: list[Sequence]) -> None:
-        """One target forward for the whole batch."""
+    def step(self, seqs: list[Sequence], reading: SequenceOf[tuple[Sequence, int]] = ()) -> None:
+        """One target forward for the whole batch.
+
+        Args:
+            seqs: these are decoded.
+            reading: these have begun, and so many of their next tokens go through the same forward.
+        """
         clock = [time.perf_counter()]
         drafts = [draft.cut(seq.room - 1) for seq, draft in zip(seqs, self._draft(seqs), strict=True)]
         clock.append(time.perf_counter())
-        out = self.engine.verify(seqs, [draft.tree for draft in drafts])
+        out = self.engine.verify(seqs, [draft.tree for draft in drafts], reading=reading)
         clock.append(time.perf_counter())
         accepted = [self._accept(i, seq, draft, out) for i, (seq, draft) in enumerate(zip(seqs, drafts, strict=True))]
         self.engine.commit(seqs, [step.path for step in accepted])
@@ -118,10 +118,16 @@ class Decoder:
         part = [seqs[i] for i in going], [drafts[i] for i in going], [accepted[i] for i in going]
         if going:
             self.drafter.observe(*part[:2], out.of(going), part[2])
-            self.shape.observe(*part, clock[1] - clock[0], out.seconds)
+            self.shape.observe(*part, clock[1] - clock[0], 0.0 if reading else out.seconds)
         clock.append(time.perf_counter())
         for i, (seq, draft, step) in enumerate(zip(seqs, drafts, accepted, strict=True)):
             self._record(i, seq, draft, step, out, clock)
+        rows = sum(map(len, drafts)) + sum(count for _, count in reading)
+        for seq, count in reading:
+            started = time.perf_counter()
+            self.drafter.prefill([seq], self.engine.committed(seq))
+            share = (clock[2] - clock[1]) * count / rows
+            seq.metrics.prefill_seconds += share + time.perf_counter() - started
 
     @exclusive
     def release(self, seqs: list[Sequence]) -> None:
@@ -130,7 +136,7 @@ class Decoder:
         self.shape.release(seqs)
 
     def _draft(self, seqs: list[Sequence]) -> list[Draft]:
-        if self.shape.rests(seqs):
+        if not seqs or self.shape.rests(seqs):
             return [Draft(seq.tokens[-1]) for seq in seqs]
         return self.shape.cut(seqs, self.drafter.propose(seqs, self.shape, self.accept.draws_children))
 

@@ -26,6 +26,10 @@ class DeadEnd(RequestError):
     """The rules of a request leave no token to choose."""
 
 
+class StepError(TokenTreeError):
+    """A step in which this request was alone failed for a reason that is none of the others here: its `__cause__`."""
+
+
 class ModelError(TokenTreeError):
     """A model that can't be loaded, or that this library can't decode with a tree."""
 

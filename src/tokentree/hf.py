@@ -219,7 +219,7 @@ class TreeGenerator:
     def _run(self, llm: LLM, seqs: list[Sequence], processors: list[_PathProcessor], streamer: Streamer | None) -> None:
         self._last = self._of_thread.last = [seq.metrics for seq in seqs]
         shown = 0
-        for _ in llm.decoder.run(seqs, max_batch=len(seqs)):
+        for _ in llm.run(seqs, len(seqs)):
             for seq in seqs:
                 if seq.error is not None:
                     raise seq.error

@@ -25,7 +25,7 @@ from tokentree.drafters.base import Parts
 from tokentree.engines.facts import ends_of
 from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.support import check_quantization
-from tokentree.errors import DeadEnd, ModelError, OptionError, PromptError, RequestError
+from tokentree.errors import DeadEnd, ModelError, OptionError, PromptError, RequestError, TokenTreeError
 from tokentree.exclusive import neutral
 from tokentree.heads.saved import Fingerprint
 from tokentree.inputs import Chat, Prompt, Read, read_prompt, read_prompts
@@ -38,6 +38,7 @@ from tokentree.options import (
     check_placed,
     folder_in,
     heads_in,
+    kv_memory,
     megabytes,
     model_in,
     models_in,
@@ -47,10 +48,13 @@ from tokentree.options import (
     whole_number,
 )
 from tokentree.pairing import check_same_tokenizer
+from tokentree.pieces import Piece, Pieces
 from tokentree.registry import Named, check_names, make_drafter
 from tokentree.sampling import SamplingParams, check_vocabulary, seeded_noise
+from tokentree.scheduler import PREFILL_ROWS, Scheduler
 from tokentree.sequence import Accepted, FinishReason, Sequence, TokenLogprobs
 from tokentree.shapes import Cost, CostCurve, Shape
+from tokentree.sharing import Events, Shared
 from tokentree.text import Detokenizer
 from tokentree.threads import check_fork, set_threads
 
@@ -68,7 +72,7 @@ class Result:
     Args:
         text: the output, without special tokens and without what a stop string cut off.
         token_ids: the output's tokens, all of them.
-        finish_reason: "stop" (a stop rule), "length" (a limit), "interrupted" (the caller stopped) or "error".
+        finish_reason: "stop" (a stop rule), "length" (a limit), "timeout", "interrupted" (the caller stopped), "error".
         logprobs: per token, if they were asked for.
         metrics: what it cost.
         prompt_token_ids: the prompt.
@@ -84,17 +88,7 @@ class Result:
     metrics: Metrics
     prompt_token_ids: list[int]
     score: float | None = None
-    error: PromptError | OptionError | RequestError | None = None
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What a stream gives out: one token and the text that it made certain (may be empty). ``drafted`` tells an
-    accepted draft token from a bonus token."""
-
-    text: str
-    token_id: int | None
-    drafted: bool
+    error: TokenTreeError | None = None
 
 
 @dataclass(frozen=True)
@@ -110,8 +104,9 @@ class _Way:
 class LLM:
     """A target model, a drafter and the loop.
 
-    Any number of threads may use one at once, with its twins (`using`, `plain`) and streams: their steps take turns,
-    and each text is the one that is written alone. A process that is forked after a model was used can't use any.
+    Any number of threads may use one at once, with its twins (`using`, `plain`) and streams. What they ask of one `LLM`
+    shares forwards, and the steps of twins take turns; each text is the one that is written alone. A process that is
+    forked after a model was used can't use any.
 
     Args:
         model: a hub name, a folder of safetensors, a GGUF file, or a loaded transformers model (which stays as it is,
@@ -128,7 +123,11 @@ class LLM:
         device: by default the first GPU, if there is one.
         attention, quantization, compile: see `TorchEngine`; they hold for draft models too.
         tokenizer: by default the one that comes with the model. A name will do, and a processor that has one.
-        max_batch: most sequences decoded together.
+        max_batch: most sequences of one call that are decoded together.
+        prefill_rows: tokens of prompts that are read in one step: what others wait for while a long prompt is read. By
+            default 64 on CPUs, and 512 elsewhere.
+        kv_mb: megabytes for the KV of texts that are decoded. When they are full, the youngest text waits, and is read
+            again later. By default half of the machine's memory, or nine tenths of what a GPU has left.
         threads: CPU threads; the same as ``torch.set_num_threads``, which sets them for all that torch computes. No
             text depends on how many there are.
         prefix_mb: megabytes of KV of finished texts that each engine keeps, so that a text that begins alike (the next
@@ -159,6 +158,8 @@ class LLM:
         compile: bool = False,
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_batch: int = 8,
+        prefill_rows: int | None = None,
+        kv_mb: float | None = None,
         threads: int | None = None,
         prefix_mb: int = 256,
         memory: str | Path | None = None,
@@ -181,6 +182,8 @@ class LLM:
         drafts, batch, prefix_bytes = (
             models_in(draft_model), whole_number(max_batch, "max_batch", 1), megabytes(prefix_mb, "prefix_mb"),
         )  # fmt: skip
+        rows = None if prefill_rows is None else whole_number(prefill_rows, "prefill_rows", 1)
+        kv_bytes = None if kv_mb is None else megabytes(kv_mb, "kv_mb")
         check_placed(model, dtype, device)
         check_attention(attention)
         check_callable(watch, "watch")
@@ -211,7 +214,11 @@ class LLM:
         self._parts = Parts(self.engine, tuple(draft_engines), heads, fingerprint)
         self._curve: CostCurve | None = None
         self._way = _Way(drafter, shape, accept, watch)
-        self.decoder = self._decoder()
+        self._limits: dict[str, Any] = {
+            "prefill_rows": rows or (PREFILL_ROWS if self.engine.device.type == "cpu" else 8 * PREFILL_ROWS),
+            "kv_bytes": kv_memory(self.engine.device) if kv_bytes is None else kv_bytes,
+        }
+        self._make_decoder()
         if known is not None and known.is_dir():
             self.decoder.drafter.load(known)
 
@@ -265,14 +272,19 @@ class LLM:
         twin.__dict__.update(self.__dict__)
         twin._way, twin._parts = way, parts
         with self.engine.lock:  # hidden states are asked for, or costs measured, while nobody decodes
-            twin.decoder = twin._decoder()
+            twin._make_decoder()
         return twin
 
-    def _decoder(self) -> Decoder:
-        """The loop, as it was asked for."""
+    def _make_decoder(self) -> None:
+        """The loop, as it was asked for, and who shares its steps."""
         way, parts = self._way, self._parts
         rule, form = acceptance(way.accept), shape_of(way.shape, way.drafter, parts.heads)
-        return Decoder(self.engine, make_drafter(way.drafter, parts), self._priced(form), rule, way.watch)
+        self.decoder = Decoder(self.engine, make_drafter(way.drafter, parts), self._priced(form), rule, way.watch)
+        self._shared = Shared(self.scheduler())
+
+    def scheduler(self, max_batch: int | None = None) -> Scheduler:
+        """A new scheduler of this loop's steps, for who steps by itself; see `Scheduler`."""
+        return Scheduler(self.decoder, max_batch=max_batch, **self._limits)
 
     def save_memory(self, folder: str | Path) -> None:
         """Writes what the drafters learnt from all requests so far into ``folder``, for ``LLM(..., memory=folder)``.
@@ -324,27 +336,37 @@ class LLM:
             each, so many results per prompt in a row. What is wrong with one request ends that one alone: its result
             has the finish reason "error" and an `error`, and the others go on. Before anything is decoded that is a
             prompt that is empty or leaves no room in the context, or options that this model can't honour; later, rules
-            that fail.
+            that fail, or a step.
 
         Raises:
             PromptError, OptionError: before anything is decoded, if these are no prompts or no options.
-            PromptError, OptionError, RequestError: if every request failed (which one does that is alone), the first
-                one's error.
+            PromptError, OptionError, RequestError, ModelError, StepError: if every request failed (which one does that
+                is alone), the first one's error.
         """
-        texts, given = self._references(reference), read_prompts(prompts)
-        requests = [
-            request
-            for prompt, one in zip(given, _params_of(params, len(given)), strict=True)
-            for request in self._requests(prompt, one, texts)
-        ]
+        requests = self.requests(prompts, params, reference)
         seqs = [request for request in requests if isinstance(request, Sequence)]
         with _progress(seqs, progress) as advance:
-            for _ in self.decoder.run([seq for seq in seqs if seq.params.num_beams == 1], self.max_batch):
+            for _ in self.run(seq for seq in seqs if seq.params.num_beams == 1):
                 advance()
             results = [one for request in requests for one in self._results(request, advance)]
         if results and all(one.error is not None for one in results):
             raise results[0].error  # type: ignore[misc]
         return results
+
+    def requests(self, prompts: Any, params: Any = None, reference: Any = None) -> list[Sequence | Result]:
+        """The requests that `generate` makes of the same, one for each prompt and sample; where something is wrong with
+        one, its results."""
+        texts, given = self._references(reference), read_prompts(prompts)
+        return [
+            request
+            for prompt, one in zip(given, _params_of(params, len(given)), strict=True)
+            for request in self._requests(prompt, one, texts)
+        ]
+
+    def run(self, seqs: Iterable[Sequence], max_batch: int | None = None) -> Generator[Events]:
+        """Decodes ``seqs``, at most `max_batch` of them at a time, in the same steps as what other threads ask of this
+        `LLM`; yields what each step did for them."""
+        return self._shared.run(seqs, self.max_batch if max_batch is None else max_batch)
 
     def _requests(
         self, prompt: Read, params: SamplingParams, references: SequenceOf[list[int]]
@@ -392,12 +414,16 @@ class LLM:
             OptionError: with beam search, whose text is certain only at its end, or several samples.
             PromptError: as `generate`.
         """
+        return Stream(self, self.streamed(prompt, params, reference))
+
+    def streamed(self, prompt: Prompt, params: SamplingParams | None, reference: Any) -> Sequence:
+        """The request that `stream` makes of the same."""
         one = _params_of(params, 1)[0]
         if one.num_beams > 1:
             raise OptionError("with num_beams the text is certain only at its end: use generate")
         if one.n > 1:
             raise OptionError(f"a stream is one text, and n={one.n} asks for several: use generate")
-        return Stream(self, self.sequence(prompt, one, 0, self._references(reference)))
+        return self.sequence(prompt, one, 0, self._references(reference))
 
     def chat(
         self,
@@ -496,18 +522,21 @@ class LLM:
         raw = self._raw if exact else frozenset()
         return Detokenizer(lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)), self._special, raw)
 
+    def pieces(self, seq: Sequence) -> Pieces:
+        """What makes pieces of the events of ``seq``."""
+        return Pieces(seq, None if self.tokenizer is None else self.detokenizer(exact=True))
+
     def result(self, seq: Sequence) -> Result:
-        """What ``seq`` came to so far."""
-        text = ""
+        """What ``seq`` came to so far. Another thread may be decoding it."""
+        text, reason, ids = "", seq.finish_reason or "interrupted", seq.output_ids
         if seq.text_end is not None and seq.detokenizer is not None:
             whole = seq.detokenizer.copy()
             whole.finish()
             text = whole.text[: seq.text_end]
         elif self.tokenizer is not None:
-            text = str(self.tokenizer.decode(seq.output_ids, skip_special_tokens=True))
-        logprobs = seq.logprobs if seq.params.logprobs is not None else None
-        reason = seq.finish_reason or "interrupted"
-        return Result(text, seq.output_ids, reason, logprobs, seq.metrics, seq.prompt_ids, error=seq.error)
+            text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        logprobs = seq.logprobs[: len(ids)] if seq.params.logprobs is not None else None
+        return Result(text, ids, reason, logprobs, seq.metrics, seq.prompt_ids, error=seq.error)
 
 
 class Stream:
@@ -544,27 +573,13 @@ class Stream:
 
 def _pieces(llm: LLM, seq: Sequence, closed: threading.Event) -> Generator[Piece]:
     """Decodes ``seq`` step by step. No method of `Stream`, so that a dropped stream drops its KV at once."""
-    held = list[Piece]()
-    detokenizer = llm.detokenizer(exact=True) if llm.tokenizer is not None else None
-    hold = 0 if detokenizer is None else detokenizer.held_back(seq.params.stop)
-    shown = known = 0
-    for _ in llm.decoder.run([seq], 1):
-        new = seq.output_ids[known:]
-        known += len(new)
-        for place, token in enumerate(new):
-            text = detokenizer.push([token]) if detokenizer is not None else ""
-            held.append(Piece(text, token, drafted=place < len(new) - 1))
-        if seq.finished and detokenizer is not None:
-            held.append(Piece(detokenizer.finish(), None, drafted=False))
-        length = len(detokenizer.text) if detokenizer is not None else 0
-        limit = length - hold if not seq.finished else length if seq.text_end is None else seq.text_end
-        while held and (shown + len(held[0].text) <= limit or seq.finished):
-            piece = held.pop(0)
-            text = piece.text[: max(0, limit - shown)]
-            shown += len(piece.text)
-            yield Piece(text, piece.token_id, piece.drafted)
-            if closed.is_set():
-                return
+    pieces = llm.pieces(seq)
+    for events in llm.run([seq], 1):
+        for _, event in events:
+            for piece in pieces.of(event):
+                yield piece
+                if closed.is_set():
+                    return
     if seq.error is not None:
         raise seq.error
 

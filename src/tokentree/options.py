@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
@@ -136,6 +137,16 @@ def megabytes(value: Any, name: str) -> int:
     if not number or not 0 <= value < math.inf:
         raise OptionError(f"{name} must be at least 0: a number of megabytes, and not {_shown(value)}")
     return int(value * 1_000_000)
+
+
+def kv_memory(device: torch.device) -> int | None:
+    """Bytes that the KV of texts may take by default; None where nobody says how much there is."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * 0.9)
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (AttributeError, OSError, ValueError):  # Windows has none
+        return None
 
 
 def folder_in(value: Any, name: str) -> Path | None:

@@ -90,6 +90,8 @@ class SamplingParams(BaseModel):
             ``length_penalty`` and ``early_stopping`` (True, False or "never"). At most 1024, and so many that a step
             ranks no more than 67 million tokens: 441 with a vocabulary of 152,064.
         num_return_sequences: how many of them are returned, the best one first.
+        timeout: None, or seconds after which the text ends as it is, with the finish reason "timeout". They count from
+            when the request is made.
         logprobs: None, or how many top tokens to report beside each emitted one, as raw log-probabilities (before
             temperature, penalties and truncation).
 
@@ -120,6 +122,7 @@ class SamplingParams(BaseModel):
     length_penalty: Float = Field(1.0, ge=-16, le=16, allow_inf_nan=False)
     early_stopping: Annotated[bool | Literal["never"], BeforeValidator(_truth_or_never)] = False
     num_return_sequences: Int = Field(1, ge=1)
+    timeout: Float | None = Field(None, ge=0, allow_inf_nan=False)
     logprobs: Int | None = Field(None, ge=0)
 
     def __init__(self, **options: Any) -> None:
@@ -167,6 +170,8 @@ class SamplingParams(BaseModel):
             raise ValueError("num_return_sequences is at most num_beams; n says how many samples to draw")
         if self.num_beams > 1 and not (self.is_greedy and self.n == 1 and not self.stop and self.logprobs is None):
             raise ValueError("num_beams goes with temperature=0, n=1, and neither stop strings nor logprobs")
+        if self.num_beams > 1 and self.timeout is not None:
+            raise ValueError("num_beams goes without a timeout: its text is certain only at its end")
         return self
 
     @field_validator("logit_bias")

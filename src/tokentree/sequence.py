@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import time
 from collections import abc
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -10,13 +12,13 @@ from typing import Literal
 
 import torch
 
-from tokentree.errors import PromptError, RequestError
+from tokentree.errors import PromptError, RequestError, TokenTreeError
 from tokentree.metrics import Metrics
 from tokentree.sampling import Noise, SamplingParams, process_logits, to_probs
 from tokentree.text import Detokenizer
 from tokentree.top import greedy
 
-FinishReason = Literal["stop", "length", "interrupted", "error"]
+FinishReason = Literal["stop", "length", "timeout", "interrupted", "error"]
 
 ACCEPT, DRAFT = 0, 1  # what the random numbers of a position are for
 
@@ -71,6 +73,7 @@ class Sequence:
     Attributes:
         finish_reason: why it ended, None as long as it goes on.
         error: with the finish reason "error", what ended it.
+        deadline: when ``params.timeout`` is over, on `time.monotonic`'s clock.
     """
 
     prompt_ids: list[int]
@@ -86,7 +89,7 @@ class Sequence:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     text_end: int | None = None
-    error: RequestError | None = None
+    error: TokenTreeError | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
@@ -98,6 +101,8 @@ class Sequence:
             )
         self.tokens = list(self.prompt_ids)
         self.metrics.prompt_tokens = len(self.prompt_ids)
+        timeout = self.params.timeout
+        self.deadline = math.inf if timeout is None else time.monotonic() + timeout
 
     @property
     def output_ids(self) -> list[int]:
@@ -162,7 +167,10 @@ class Sequence:
         detokenizer = self.detokenizer.copy() if self.detokenizer and self.params.stop else None
         for count in range(1, len(accepted.tokens) + 1):
             new = accepted.tokens[:count]
-            stopped, text_end = self._stops(new, detokenizer)
+            try:
+                stopped, text_end = self._stops(new, detokenizer)
+            except RequestError as error:
+                return Accepted(accepted.path[: count - 1], new[:-1], finish_reason="error", error=error)
             if stopped or count == self.room:
                 refused = accepted.refused and count == len(accepted.tokens)
                 return Accepted(accepted.path[:count], new, refused, "stop" if stopped else "length", text_end)
@@ -178,7 +186,11 @@ class Sequence:
         if len(self.tokens) + len(new) - len(self.prompt_ids) < params.min_tokens:
             return False, None
         ends = (token in self.eos_ids and not params.ignore_eos) or token in params.stop_token_ids
-        ends = ends or any(rule([*self.tokens, *new]) for rule in self.stop_rules)
+        try:
+            ends = ends or any(rule([*self.tokens, *new]) for rule in self.stop_rules)
+        except Exception as error:
+            told = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise RequestError(f"a rule that says where the text ends raised {told}") from error
         return ends or text_end is not None, text_end
 
     def extend(self, accepted: Accepted) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,18 +35,17 @@ class TreeMethod:
 
     def run_together(self, prompts: list[list[int]], params: SamplingParams) -> Output:
         """All prompts as one batch: the ids behind one another, the wall time of all steps, counts added up."""
-        llm = copy.copy(self._llm)
-        llm.max_batch = len(prompts)
-        started = time.perf_counter()
-        results = llm.generate(prompts, params)
+        started, seqs = time.perf_counter(), [self._llm.sequence(ids, params) for ids in prompts]
+        for _ in self._llm.run(seqs, len(seqs)):
+            pass
         wall = time.perf_counter() - started
-        if failed := next((result.error for result in results if result.error is not None), None):
+        if failed := next((seq.error for seq in seqs if seq.error is not None), None):
             raise failed
-        counted = [result.metrics.to_dict() for result in results]
+        counted = [seq.metrics.to_dict() for seq in seqs]
         prefill = sum(m["prefill_seconds"] for m in counted)
         names = ("new_tokens", "target_forwards", "drafted_tokens", "accepted_tokens", "refused_steps")
         metrics = {name: sum(m[name] for m in counted) for name in names}
-        ids = [token for result in results for token in result.token_ids]
+        ids = [token for seq in seqs for token in seq.output_ids]
         return Output(ids, prefill, wall - prefill, metrics["new_tokens"], metrics)
 
 

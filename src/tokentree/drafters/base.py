@@ -66,8 +66,9 @@ class Drafter(ABC):
             sampled: draw the children of requests that are not greedy from their distribution, without replacement.
         """
 
-    def prefill(self, seqs: list[Sequence]) -> None:
-        """Reads the prompts of new sequences."""
+    def prefill(self, seqs: list[Sequence], upto: int | None = None) -> None:
+        """Reads the first ``upto`` tokens of new sequences, those of which it hasn't read yet; by default all. The
+        loop calls it whenever the target has read a part of a prompt."""
 
     def observe(self, seqs: list[Sequence], drafts: list[Draft], out: TargetOutput, accepted: list[Accepted]) -> None:
         """Learns from a step. The accepted tokens are not yet part of ``seqs``."""

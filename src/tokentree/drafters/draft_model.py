@@ -56,12 +56,12 @@ class DraftModel(Drafter):
         drafters = [cls(engine, parts.engine.vocab_size, name) for name, engine in parts.draft_engines]
         return drafters[0] if len(drafters) == 1 else Merged(drafters)
 
-    def prefill(self, seqs: list[Sequence]) -> None:
+    def prefill(self, seqs: list[Sequence], upto: int | None = None) -> None:
         for seq in seqs:
             if max(seq.tokens) >= self._engine.vocab_size:
                 self._unknown.add(seq.id)
             elif len(seq.tokens) <= self._engine.context:
-                self._engine.prefill(seq)
+                self._engine.prefill(seq, upto)
 
     def propose(self, seqs: list[Sequence], shape: Shape, sampled: bool) -> list[Draft]:
         drafts = [

@@ -42,9 +42,9 @@ class Merged(Drafter):
     def names(self) -> list[str]:
         return [drafter.name for drafter in self._drafters]
 
-    def prefill(self, seqs: list[Sequence]) -> None:
+    def prefill(self, seqs: list[Sequence], upto: int | None = None) -> None:
         for drafter in self._drafters:
-            drafter.prefill(seqs)
+            drafter.prefill(seqs, upto)
 
     def propose(self, seqs: list[Sequence], shape: Shape, sampled: bool) -> list[Draft]:
         joined = [_Joined(seq.tokens[-1]) for seq in seqs]

@@ -39,9 +39,9 @@ class NGram(Drafter):
         self._max_n, self._min_n, self._max_branches = max_n, min_n, max_branches
         self._indexes: dict[int, _Index] = {}
 
-    def prefill(self, seqs: list[Sequence]) -> None:
+    def prefill(self, seqs: list[Sequence], upto: int | None = None) -> None:
         for seq in seqs:
-            self._index(seq)
+            self._index(seq, upto)
 
     def propose(self, seqs: list[Sequence], shape: Shape, sampled: bool) -> list[Draft]:
         return [self._lookup(seq, min(shape.max_depth, seq.room - 1)) for seq in seqs]
@@ -50,14 +50,14 @@ class NGram(Drafter):
         for seq in seqs:
             self._indexes.pop(seq.id, None)
 
-    def _index(self, seq: Sequence) -> _Index:
-        """The index over all of ``seq`` as it stands."""
+    def _index(self, seq: Sequence, upto: int | None = None) -> _Index:
+        """The index over all of ``seq`` as it stands, or its first tokens."""
         if seq.id not in self._indexes:
             self._indexes[seq.id] = _Index(self._min_n, self._max_n)
             for reference in seq.references:
                 self._indexes[seq.id].append([*reference, END])
         index = self._indexes[seq.id]
-        index.append(seq.tokens[index.own :], own=True)
+        index.append(seq.tokens[index.own : upto], own=True)
         return index
 
     def _lookup(self, seq: Sequence, depth: int) -> Draft:

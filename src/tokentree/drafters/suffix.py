@@ -49,9 +49,9 @@ class Suffix(Drafter):
     def make(cls, parts: Parts) -> Drafter:
         return cls(parts.engine.vocab_size)
 
-    def prefill(self, seqs: list[Sequence]) -> None:
+    def prefill(self, seqs: list[Sequence], upto: int | None = None) -> None:
         for seq in seqs:
-            self._follow(seq)
+            self._follow(seq, upto)
 
     def propose(self, seqs: list[Sequence], shape: Shape, sampled: bool) -> list[Draft]:
         return [self._grow(seq, shape.max_nodes - 1, min(shape.max_depth, seq.room - 1)) for seq in seqs]
@@ -84,11 +84,11 @@ class Suffix(Drafter):
         """Memory of the store, in bytes."""
         return self._store.automaton.nbytes + 4 * len(self._store.tokens)
 
-    def _follow(self, seq: Sequence) -> _Request:
-        """What is known of ``seq``, up to its last token."""
+    def _follow(self, seq: Sequence, upto: int | None = None) -> _Request:
+        """What is known of ``seq``, up to its last token, or of its first tokens."""
         if seq.id not in self._requests:
             self._requests[seq.id] = _Request(seq)
-        self._requests[seq.id].follow(seq, self._store)
+        self._requests[seq.id].follow(seq.tokens[:upto], self._store)
         return self._requests[seq.id]
 
     def _grow(self, seq: Sequence, nodes: int, depth: int) -> Draft:
@@ -114,13 +114,13 @@ class _Request:
         self.state = self.length = 0
         self.store: _Store | None = None
 
-    def follow(self, seq: Sequence, store: _Store) -> None:
-        """Takes in the tokens that are new."""
-        new = seq.tokens[self.known :]
+    def follow(self, tokens: list[int], store: _Store) -> None:
+        """Takes in those of ``tokens`` that are new."""
+        new = tokens[self.known :]
         self.automaton.extend(new)
-        self.known = len(seq.tokens)
+        self.known = max(self.known, len(tokens))
         if self.store is not store:
-            self.store, self.state, self.length, new = store, 0, 0, seq.tokens[-REMATCHED:]
+            self.store, self.state, self.length, new = store, 0, 0, tokens[-REMATCHED:]
         self.state, self.length = store.automaton.match(self.state, self.length, new)
 
 

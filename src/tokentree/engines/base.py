@@ -142,7 +142,7 @@ class DraftEngine(Protocol):
     vocab_size: int
     context: int
 
-    def prefill(self, seq: Sequence) -> int: ...
+    def prefill(self, seq: Sequence, upto: int | None = None) -> int: ...
 
     def verify(
         self, seqs: SequenceOf[Sequence], trees: SequenceOf[TokenTree], firsts: SequenceOf[int] | None = None
@@ -168,18 +168,27 @@ class Engine(Protocol):
     context: int
     lock: Exclusive
 
-    def prefill(self, seq: Sequence) -> int:
-        """Commits KV for all tokens of ``seq`` but the last, as far as it isn't there; returns how many rows of it
-        were taken over from a text that begins alike."""
+    def begin(self, seq: Sequence) -> int:
+        """Makes room for a new ``seq``, and takes over the rows of a text that begins alike; returns how many."""
+        ...
+
+    def prefill(self, seq: Sequence, upto: int | None = None) -> int:
+        """Begins ``seq`` and commits KV for its first ``upto`` tokens, as far as it isn't there; by default for all but
+        the last. Returns what `begin` did."""
         ...
 
     def verify(
-        self, seqs: SequenceOf[Sequence], trees: SequenceOf[TokenTree], firsts: SequenceOf[int] | None = None
-    ) -> TargetOutput:
+        self, seqs: SequenceOf[Sequence], trees: SequenceOf[TokenTree], firsts: SequenceOf[int] | None = None,
+        reading: SequenceOf[tuple[Sequence, int]] = (),
+    ) -> TargetOutput:  # fmt: skip
         """One forward over the nodes of all trees, each under its tree attention mask.
 
         Writes provisional KV; a tree's root takes the position after the committed ones. With ``firsts``, the nodes
         of tree i below ``firsts[i]`` keep the provisional KV of the calls before, and only the others are computed.
+
+        Args:
+            reading: sequences that have begun, none of ``seqs``, each with a number of tokens. So many of its next
+                tokens go through the same forward, and their KV is committed.
         """
         ...
 
@@ -194,6 +203,10 @@ class Engine(Protocol):
 
     def committed(self, seq: Sequence) -> int:
         """How many tokens of ``seq`` have permanent KV."""
+        ...
+
+    def nbytes(self, seq: Sequence, rows: int) -> int:
+        """Bytes of storage that ``seq`` takes when it has so many rows, committed and provisional."""
         ...
 
     def release(self, seqs: SequenceOf[Sequence]) -> None:

@@ -92,7 +92,7 @@ class EagleEngine:
         self._spare_rows = ROWS[-1] if features.recorded else 0  # a recording may write so many more than there are
         self._states: dict[int, _State] = {}
 
-    def prefill(self, seq: Sequence) -> int:
+    def prefill(self, seq: Sequence, upto: int | None = None) -> int:
         """Commits rows as far as the target has read, but for the last one, with which the first tree begins."""
         state, ready = self._state(seq), self._target.committed(seq) - 1
         if not state.kv.length:
@@ -158,7 +158,8 @@ class EagleEngine:
 
     def _state(self, seq: Sequence) -> _State:
         if seq.id not in self._states:
-            rows = min(len(seq.prompt_ids) + seq.params.max_tokens, self.context) + 64
+            most = min(len(seq.prompt_ids) + seq.params.max_tokens, self.context)
+            rows = self._storages.layout.first_rows(min(len(seq.tokens), self.context), most)
             nothing = torch.empty(0, self._head.sizes.hidden_size, dtype=self._features.dtype)
             self._states[seq.id] = _State(seq, self._storages.take(rows), nothing.to(self._features.device))
         return self._states[seq.id]

@@ -52,6 +52,18 @@ class KVLayout:
         """Of the smallest storage for so many rows."""
         return max(LEAST_FIXED, 1 << (rows - 1).bit_length()) if self.fixed else -(-rows // BLOCK) * BLOCK
 
+    def first_rows(self, tokens: int, most: int) -> int:
+        """Rows to begin with for a text of so many tokens, which may get ``most``. A fixed one has all of them at once:
+        recordings belong to a storage."""
+        return (most if self.fixed else tokens) + SLACK
+
+    @property
+    def row_nbytes(self) -> int:
+        """Memory of one row in all layers, in bytes."""
+        step = BLOCK if self.blocked else 1
+        numbers = sum(heads * (key + -(-value // step) * step) for heads, key, value in self.shapes)
+        return numbers * self.dtype.itemsize + self.states * self.width * self.state_dtype.itemsize
+
     def make(self, rows: int) -> SequenceKV:
         """Storage for a sequence of so many rows; it grows when there are more."""
         return (BlockedKV if self.blocked else SequenceKV)(self, rows)
@@ -84,9 +96,9 @@ class SequenceKV:
 
     def reserve(self, rows: int) -> None:
         """Makes room for ``rows`` rows, committed and provisional."""
-        if rows <= self._capacity:
+        capacity = self.grown(rows)
+        if capacity == self._capacity:
             return
-        capacity = self.layout.capacity(max(rows, self._capacity * 3 // 2))
         keys, values = [], []
         for (heads, key_width, value_width), layers in self._groups:
             keys.append(self._empty_keys(layers, heads, capacity, key_width))
@@ -98,6 +110,10 @@ class SequenceKV:
         states[:, : self.states.shape[1]] = self.states
         self._keys, self._values, self.states, self._capacity = keys, values, states, capacity
         self._addresses = {}
+
+    def grown(self, rows: int) -> int:
+        """The capacity with room for ``rows`` rows: as it is, or half as much again."""
+        return self._capacity if rows <= self._capacity else self.layout.capacity(max(rows, self._capacity * 3 // 2))
 
     def _empty_keys(self, layers: int, heads: int, capacity: int, width: int) -> torch.Tensor:
         return torch.zeros(layers, heads, capacity, width, dtype=self.layout.dtype, device=self.layout.device)

@@ -71,8 +71,9 @@ class KVEngine(ABC):
     # -- what a subclass has ---------------------------------------------------------------------------------------
 
     @abstractmethod
-    def _forward(self, segments: SequenceOf[Segment], upto: Upto) -> torch.Tensor:
-        """Logits [rows, vocab], of the last row or none if they aren't asked for. Writes KV and hidden states."""
+    def _forward(self, segments: SequenceOf[Segment], upto: Upto, rows: int | None = None) -> torch.Tensor:
+        """Logits [rows, vocab] of the first ``rows`` rows, by default of all; if they aren't asked for, of any or none.
+        Writes KV and hidden states."""
 
     @abstractmethod
     def _capture(self, places: list[int]) -> None:
@@ -130,19 +131,24 @@ class KVEngine(ABC):
         return f"{self.facts.size}, {self.form}, {numbers}, {device}"
 
     @exclusive
-    def prefill(self, seq: Sequence) -> int:
-        reused = 0
+    def begin(self, seq: Sequence) -> int:
         kv = self._kv_of(seq)
-        if not kv.length:
-            live = [(_ids(other, known), known) for other, known in list(self._kv.values()) if known is not kv]
-            reused = self._prefixes.fill(kv, np.array(seq.tokens[:-1]), live)
-        self._read(kv, seq.tokens[kv.length : -1])
+        if kv.length:
+            return 0
+        live = [(_ids(other, known), known) for other, known in list(self._kv.values()) if known is not kv]
+        return self._prefixes.fill(kv, np.array(seq.tokens[:-1]), live)
+
+    @exclusive
+    def prefill(self, seq: Sequence, upto: int | None = None) -> int:
+        reused, kv = self.begin(seq), self._kv_of(seq)
+        self._read(kv, seq.tokens[kv.length : -1 if upto is None else upto])
         return reused
 
     @exclusive
     def verify(
-        self, seqs: SequenceOf[Sequence], trees: SequenceOf[TokenTree], firsts: SequenceOf[int] | None = None
-    ) -> TargetOutput:
+        self, seqs: SequenceOf[Sequence], trees: SequenceOf[TokenTree], firsts: SequenceOf[int] | None = None,
+        reading: SequenceOf[tuple[Sequence, int]] = (),
+    ) -> TargetOutput:  # fmt: skip
         started = time.perf_counter()
         firsts = [0] * len(seqs) if firsts is None else list(firsts)
         segments, starts, start = [], [], 0
@@ -153,7 +159,14 @@ class KVEngine(ABC):
             if first < len(tree):
                 segments.append(Segment(kv, tree, first, start))
             start += len(tree) - first
-        logits = self._forward(segments, "logits")
+        rows, prompts = start, list[Segment]()
+        for seq, count in reading:
+            kv = self._kv_of(seq)
+            prompts.append(self._chain(kv, seq.tokens[kv.length : kv.length + count], start))
+            start += count
+        logits = self._forward([*segments, *prompts], "logits" if segments else self._upto_kv, rows)
+        for prompt in prompts:
+            prompt.kv.commit(range(prompt.count))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         best = None if self._program is None else self._program.best
@@ -176,6 +189,12 @@ class KVEngine(ABC):
 
     def branch(self, seq: Sequence, of: Sequence, nodes: SequenceOf[int]) -> None:
         self._branches[seq.id] = of, list(nodes)
+
+    def nbytes(self, seq: Sequence, rows: int) -> int:
+        layout = self._storages.layout
+        if seq.id in self._kv:
+            return self._kv[seq.id][1].grown(rows) * layout.row_nbytes
+        return layout.capacity(max(rows, self._first_rows(seq))) * layout.row_nbytes
 
     @exclusive
     def release(self, seqs: SequenceOf[Sequence]) -> None:
@@ -249,23 +268,37 @@ class KVEngine(ABC):
 
     def _kv_of(self, seq: Sequence) -> SequenceKV:
         if seq.id not in self._kv:
-            rows = min(len(seq.prompt_ids) + seq.params.max_tokens, self.context)
-            self._kv[seq.id] = seq, self._storages.take(rows + 64)
+            self._kv[seq.id] = seq, self._storages.take(self._first_rows(seq))
         return self._kv[seq.id][1]
+
+    def _first_rows(self, seq: Sequence) -> int:
+        most = min(len(seq.prompt_ids) + seq.params.max_tokens, self.context)
+        return self._storages.layout.first_rows(len(seq.tokens), most)
 
     def _read(self, kv: SequenceKV, ids: SequenceOf[int]) -> None:
         """Commits rows for ``ids``."""
         for begin in range(0, len(ids), PREFILL_ROWS):
-            chunk = ids[begin : begin + PREFILL_ROWS]
-            kv.reserve(kv.length + len(chunk))
-            last = self.facts.num_layers in self._places
-            self._forward([Segment(kv, TokenTree.chain(chunk[0], chunk[1:]), 0, 0)], "hidden" if last else "kv")
-            kv.commit(range(len(chunk)))
+            chunk = self._chain(kv, ids[begin : begin + PREFILL_ROWS], 0)
+            self._forward([chunk], self._upto_kv)
+            kv.commit(range(chunk.count))
 
-    def _by_program(self, program: Program, segments: SequenceOf[Segment], upto: Upto) -> torch.Tensor:
-        """`_forward`, in one compiled call."""
+    @staticmethod
+    def _chain(kv: SequenceKV, ids: SequenceOf[int], start: int) -> Segment:
+        """The rows of ``ids`` behind those that are committed."""
+        kv.reserve(kv.length + len(ids))
+        return Segment(kv, TokenTree.chain(ids[0], ids[1:]), 0, start)
+
+    @property
+    def _upto_kv(self) -> Upto:
+        """How far a forward goes whose logits nobody needs."""
+        return "hidden" if self.facts.num_layers in self._places else "kv"
+
+    def _by_program(
+        self, program: Program, segments: SequenceOf[Segment], upto: Upto, rows: int | None
+    ) -> torch.Tensor:
+        """`_forward`, by compiled calls."""
         ids, positions = inputs_of(segments)
-        logits = program.forward(ids, positions, segments, upto)
+        logits = program.forward(ids, positions, segments, upto, rows)
         self._keep(segments, program.states)
         return logits
 

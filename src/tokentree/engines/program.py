@@ -42,22 +42,30 @@ class Program(Steps):
         """Keeps the hidden states ``places``, see `base.Engine.capture`, in `states`."""
         self._places, self._capacity = places, 0
 
-    def forward(self, ids: Ints, positions: Ints, segments: SequenceOf[Segment], upto: Upto) -> torch.Tensor:
+    def forward(
+        self, ids: Ints, positions: Ints, segments: SequenceOf[Segment], upto: Upto, rows: int | None = None
+    ) -> torch.Tensor:
         """Writes the KV of all rows of ``segments``, and returns bfloat16[rows, vocab], or [0, vocab] if it ends before
         the logits.
 
         Args:
-            ids, positions: int64[rows].
+            ids, positions: int64[n].
+            rows: how many of them have logits, the first ones, which are whole segments; by default all.
         """
         self.reserve(len(ids))
-        logits = torch.empty(len(ids) if upto == "logits" else 0, len(self._head.start), dtype=torch.bfloat16)
-        count = {"kv": self._up_to_kv, "hidden": len(self._steps) - 2, "logits": len(self._steps)}[upto]
-        if upto == "logits":
-            values, tokens = (torch.empty(len(ids), self._kept, dtype=kind) for kind in (torch.float32, torch.int64))
+        rows = 0 if upto != "logits" else len(ids) if rows is None else rows
+        logits = torch.empty(rows, len(self._head.start), dtype=torch.bfloat16)
+        last, before_head = len(self._steps), len(self._steps) - 2
+        whole = last if rows == len(ids) else self._up_to_kv if upto == "kv" else before_head
+        if rows:
+            values, tokens = (torch.empty(rows, self._kept, dtype=kind) for kind in (torch.float32, torch.int64))
             self._steps[-2, 1 + self._head.RESULT] = self._steps[-1, 1] = logits.data_ptr()
             self._steps[-1, 5:7] = values.data_ptr(), tokens.data_ptr()
             self.best = values.numpy(), tokens.numpy()
-        self.run(count, segments, self._turns.at(positions, end_of(segments)), ids)
+        cos, sin, places = self._turns.at(positions, end_of(segments))
+        self.run(whole, segments, (cos, sin, places), ids)
+        if rows and whole < last:
+            self.run(last, [one for one in segments if one.start < rows], (cos, sin, places[:rows]), first=before_head)
         return logits if logits.shape[1] == self._head.num_outputs else logits[:, : self._head.num_outputs].contiguous()
 
     def build(self) -> list[list[int]]:

@@ -70,8 +70,8 @@ class ReadyEngine(KVEngine):
     def config(self) -> PreTrainedConfig:
         return config_of(self._settings)
 
-    def _forward(self, segments: SequenceOf[Segment], upto: Upto) -> torch.Tensor:
-        return self._by_program(self._run, segments, upto)
+    def _forward(self, segments: SequenceOf[Segment], upto: Upto, rows: int | None = None) -> torch.Tensor:
+        return self._by_program(self._run, segments, upto, rows)
 
     def _capture(self, places: list[int]) -> None:
         """The program does."""

@@ -46,13 +46,18 @@ class TableEngine:
         """[vocab], the logits after ``tokens``."""
         return self.table[tuple(([0] * self._order + list(tokens))[-self._order :])]
 
-    def prefill(self, seq: Sequence) -> int:
-        self._committed[seq.id] = seq.tokens[:-1]
+    def begin(self, seq: Sequence) -> int:
+        self._committed[seq.id] = []
+        return 0
+
+    def prefill(self, seq: Sequence, upto: int | None = None) -> int:
+        self._committed[seq.id] = seq.tokens[: -1 if upto is None else upto]
         return 0
 
     def verify(
-        self, seqs: SequenceOf[Sequence], trees: SequenceOf[TokenTree], firsts: SequenceOf[int] | None = None
-    ) -> TargetOutput:
+        self, seqs: SequenceOf[Sequence], trees: SequenceOf[TokenTree], firsts: SequenceOf[int] | None = None,
+        reading: SequenceOf[tuple[Sequence, int]] = (),
+    ) -> TargetOutput:  # fmt: skip
         firsts = [0] * len(seqs) if firsts is None else list(firsts)
         rows: list[torch.Tensor] = []
         starts: list[int] = []
@@ -68,7 +73,9 @@ class TableEngine:
             rows += [
                 self.logits_after([*before, *tree.tokens[tree.path(node)].tolist()]) for node in range(first, len(tree))
             ]
-        self.forwards += 1
+        for seq, count in reading:
+            self._committed[seq.id] = seq.tokens[: len(self._committed[seq.id]) + count]
+        self.forwards += bool(seqs)
         return TargetOutput(
             torch.stack(rows) if rows else self.table.new_zeros(0, self.vocab_size), starts, firsts, 0.0
         )
@@ -88,6 +95,9 @@ class TableEngine:
 
     def branch(self, seq: Sequence, of: Sequence, nodes: SequenceOf[int]) -> None:
         self._branches[seq.id] = of, len(nodes)
+
+    def nbytes(self, seq: Sequence, rows: int) -> int:
+        return rows
 
     def release(self, seqs: SequenceOf[Sequence]) -> None:
         for seq in seqs:

@@ -91,7 +91,9 @@ class TorchEngine(KVEngine):
         self._looked = False  # at the model, since the last step
         self._model, self._config = private_copy(model, owns_model), model.config
         set_attention(self._model, own_attention)
-        self._keeps_logits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+        option = inspect.signature(type(model).forward).parameters.get("logits_to_keep")
+        self._keeps_logits = option is not None
+        self._picks_logits = option is not None and "Tensor" in str(option.annotation)  # rows by their numbers
         packing = _packing(self._model, quantization, file, kept) if device.type == "cpu" else None
         own = self._said_by(model, packing, own_attention)
         self._check_unchanged()
@@ -133,12 +135,12 @@ class TorchEngine(KVEngine):
         return None if self._watch is None else self._watch.change()
 
     @exclusive
-    def prefill(self, seq: Sequence) -> int:
+    def begin(self, seq: Sequence) -> int:
         watch = None if self._looked else self._watch
         if watch is not None and (told := watch.change(briefly=bool(self._kv))):  # briefly where others are decoded
             raise ModelError(f"{self.facts.name} has changed since it was given ({told}): make a new LLM of it")
         self._looked = True  # for those that join before the next step too
-        return super().prefill(seq)
+        return super().begin(seq)
 
     @exclusive
     def release(self, seqs: SequenceOf[Sequence]) -> None:
@@ -189,7 +191,7 @@ class TorchEngine(KVEngine):
 
     # -- one forward -----------------------------------------------------------------------------------------------
 
-    def _forward(self, segments: SequenceOf[Segment], upto: Upto) -> torch.Tensor:
+    def _forward(self, segments: SequenceOf[Segment], upto: Upto, rows: int | None = None) -> torch.Tensor:
         if upto == "logits":
             self._looked = False
         if upto != "kv" and self._shared is not None and self._shared.changed():  # prompts are looked at before
@@ -197,20 +199,20 @@ class TorchEngine(KVEngine):
                 f"weights of {self.facts.name} were changed while a text was decoded: make a new LLM of it"
             )
         if self._program is not None:
-            return self._by_program(self._program, segments, upto)
+            return self._by_program(self._program, segments, upto, rows)
         if self._graph is not None and upto != "kv" and self._graph.fits(segments):
             logits, states = self._graph.forward(segments)
             self._keep(segments, states)
-            return logits
-        rows = sum(segment.count for segment in segments)
-        padding = max(0, self._min_rows - rows)
+            return logits[:rows]
+        there = sum(segment.count for segment in segments)
+        padding = max(0, self._min_rows - there)
         ids, positions = inputs_of(segments, padding)
         cache = ForwardKV(segments, self._attends_itself)
-        options: dict[str, Any] = {"logits_to_keep": int(upto == "kv")} if self._keeps_logits else {}
+        options = self._to_keep(upto, there if rows is None else rows, there)
         mask: Any = None
         if self._attends_itself:
             by_kind = {
-                kind: dense_mask(segments, rows + padding, window, self.dtype, self.device)
+                kind: dense_mask(segments, there + padding, window, self.dtype, self.device)
                 for kind, window in self.facts.windows.items()
             }
             mask = by_kind if len(by_kind) > 1 else next(iter(by_kind.values()))
@@ -228,7 +230,18 @@ class TorchEngine(KVEngine):
             self._noted[self.facts.num_layers] = self._graph.head_input()
         self._keep(segments, [self._noted[place] for place in self._places])
         said: torch.Tensor = out.logits[0]
-        return said if upto == "kv" else said[:rows]
+        return said if upto == "kv" else said[: there if rows is None else rows]
+
+    def _to_keep(self, upto: Upto, rows: int, there: int) -> dict[str, Any]:
+        """What the model is told of the rows that need logits: of ``there``, the first ``rows`` ones."""
+        noted = self.facts.num_layers in self._places  # at the output layer, which must see all rows then
+        if not self._keeps_logits or noted:
+            return {}
+        if upto == "kv":
+            return {"logits_to_keep": 1}
+        if rows == there or not self._picks_logits:
+            return {}
+        return {"logits_to_keep": torch.arange(max(rows, self._min_rows), device=self.device)}
 
     def _outer_layers(self) -> tuple[Any, Any]:
         return self._model.get_input_embeddings(), self._model.get_output_embeddings()

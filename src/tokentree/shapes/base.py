@@ -63,7 +63,8 @@ class Shape(ABC):
         self, seqs: list[Sequence], drafts: list[Draft], accepted: list[Accepted], draft_seconds: float,
         verify_seconds: float,
     ) -> None:  # fmt: skip
-        """Learns from a step of the batch: what was accepted of the cut drafts, and what it took."""
+        """Learns from a step of the batch: what was accepted of the cut drafts, and what it took. The seconds of a
+        forward that had other rows too are given as 0."""
 
     def branch(self, seq: Sequence, of: Sequence) -> None:
         """``seq`` goes on from ``of``, a text in the batch: what holds for that one holds for it."""

@@ -170,7 +170,7 @@ class Cost(Shape):
         verify_seconds: float,
     ) -> None:  # fmt: skip
         rows = sum(map(len, drafts))
-        if not self.measured:
+        if not self.measured and verify_seconds:
             self.curve.first_seen(rows, verify_seconds)
             self.measured = True
         self.curve.observe(rows, len(seqs), verify_seconds)
