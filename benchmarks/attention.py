@@ -23,7 +23,7 @@ from rich.table import Table
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from tokentree.engines.attention import ForwardKV, Rule, attend_rows, dense_mask
+from tokentree.engines.cpu.attention import ForwardKV, Rule, attend_rows, dense_mask
 from tokentree.engines.kv import KVLayout
 from tokentree.engines.segment import Segment
 from tokentree.tree import TokenTree

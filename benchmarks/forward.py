@@ -23,8 +23,8 @@ from rich.progress import Progress
 from rich.table import Table
 from transformers import DynamicCache, PreTrainedModel
 
-from tokentree.engines.linear import PackedLinear
-from tokentree.engines.quantized import QuantizedLinear
+from tokentree.engines.cpu.linear import PackedLinear
+from tokentree.engines.cpu.quantized import QuantizedLinear
 from tokentree.engines.torch import TorchEngine
 from tokentree.loading import load_model
 from tokentree.sampling import SamplingParams, seeded_noise

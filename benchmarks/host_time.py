@@ -20,7 +20,7 @@ from typing import Any
 
 from tokentree import LLM, SamplingParams
 from tokentree.draft import Draft
-from tokentree.engines import steps
+from tokentree.engines.cpu import steps
 from tokentree.prompts import read_prompts
 
 WARM = 1  # prompts that are decoded before any is measured

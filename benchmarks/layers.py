@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn.functional import linear
 
-from tokentree.engines.linear import PackedLinear
-from tokentree.engines.quantized import Groups, QuantizedLinear
+from tokentree.engines.cpu.linear import PackedLinear
+from tokentree.engines.cpu.quantized import Groups, QuantizedLinear
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 COPIES = 8

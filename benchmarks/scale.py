@@ -16,9 +16,9 @@ from rich.progress import track
 from rich.table import Table
 
 from tokentree.draft import Draft
-from tokentree.drafters.ngram import NGram
-from tokentree.drafters.recycling import Recycling
-from tokentree.drafters.suffix import Suffix
+from tokentree.drafters.lookup.ngram import NGram
+from tokentree.drafters.lookup.recycling import Recycling
+from tokentree.drafters.lookup.suffix import Suffix
 from tokentree.sampling import SamplingParams, seeded_noise
 from tokentree.sequence import Accepted, Sequence
 from tokentree.shapes import Cost

@@ -49,7 +49,7 @@ def test_its_own_class_loads_what_is_written(tmp_path: Path, known: int | None) 
     expected = theirs.lm_head(theirs.norm(said[0] if isinstance(said, tuple) else said))[0]
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        query, key = head.turn(query, positions), head.turn(key, positions)
+        query, key = head.rotate(query, positions), head.rotate(key, positions)
         query, key, value = (part.transpose(0, 1)[None] for part in (query, key, value))
         out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         return out[0].transpose(0, 1).flatten(1)

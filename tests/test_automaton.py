@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokentree.automaton import SuffixAutomaton
-from tokentree.compiled import COUNT, LENGTH, LINK
+from tokentree.drafters.lookup.automaton import SuffixAutomaton
+from tokentree.drafters.lookup.automaton_loops import COUNT, LENGTH, LINK
 
 Text = list[int]
 

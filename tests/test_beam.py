@@ -18,12 +18,12 @@ from tests.test_medusa import random_heads
 from tests.tiny_models import CONTEXT, save_model, some_tokens, tiny, tiny_pair, tiny_tokenizer
 from tokentree import LLM, SamplingParams
 from tokentree.beam import BeamDecoder, BeamSearch
-from tokentree.cli import app
+from tokentree.cli.main import app
 from tokentree.drafters.base import Drafter
+from tokentree.drafters.lookup.ngram import NGram
+from tokentree.drafters.lookup.suffix import Suffix
 from tokentree.drafters.medusa import Medusa
 from tokentree.drafters.merged import Merged
-from tokentree.drafters.ngram import NGram
-from tokentree.drafters.suffix import Suffix
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import OptionError
 from tokentree.shapes import shape

@@ -28,7 +28,7 @@ from tokentree.cache import cache_folder
 from tokentree.converted import converted
 from tokentree.costs import Measured, _add
 from tokentree.loading import load_engine
-from tokentree.storage import read_arrays, write_arrays
+from tokentree.drafters.lookup.storage import read_arrays, write_arrays
 
 transformers.utils.logging.disable_progress_bar()
 folder, model, me = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])

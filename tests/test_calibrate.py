@@ -10,7 +10,7 @@ from tests.tiny_models import some_tokens, tiny, tiny_pair
 from tokentree import busy
 from tokentree.calibrate import BATCHES, SIZES, Calibration, Pick, Rate, calibrate, certainty, tables
 from tokentree.llm import LLM
-from tokentree.plots import plot_calibration
+from tokentree.plots.cost import plot_calibration
 from tokentree.shapes import CostCurve, Static, shape
 
 PROMPTS = [some_tokens(9, seed) for seed in range(3)]

@@ -53,8 +53,9 @@ def _tampered(monkeypatch: pytest.MonkeyPatch, tamper: Tamper) -> None:
         seqs: SequenceOf[Sequence],
         trees: SequenceOf[TokenTree],
         firsts: SequenceOf[int] | None = None,
+        reading: SequenceOf[tuple[Sequence, int]] = (),
     ) -> TargetOutput:
-        out = honest(self, seqs, trees, firsts)
+        out = honest(self, seqs, trees, firsts, reading)
         return TargetOutput(tamper(out.all_logits.clone(), trees), out.starts, out.firsts, out.seconds)
 
     monkeypatch.setattr(TorchEngine, "verify", verify)

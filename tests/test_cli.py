@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.tiny_models import save_model, tiny, tiny_tokenizer
-from tokentree import cli
 from tokentree.calibrate import Calibration
 from tokentree.check import Verdict
+from tokentree.cli import main as cli
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -310,11 +310,11 @@ def test_an_interrupted_stream_prints_what_it_had(run: Command, folder: Path, mo
 
     steps, step = [], Decoder.step
 
-    def interrupt(self: Decoder, seqs: list[object]) -> None:
+    def interrupt(self: Decoder, *args: object) -> None:
         steps.append(1)
-        if len(steps) == 4:
+        if len(steps) == 5:
             raise KeyboardInterrupt
-        step(self, seqs)  # type: ignore[arg-type]
+        step(self, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Decoder, "step", interrupt)
     code, out, err = run("generate", "one two", "-m", folder, "--drafter", "none", "--max-tokens", 30, "--stats")

@@ -15,8 +15,8 @@ from tests.conftest import decode, make_sequence, random_table
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter
 from tokentree.drafters.draft_model import DraftModel
+from tokentree.drafters.lookup.ngram import NGram
 from tokentree.drafters.merged import Merged
-from tokentree.drafters.ngram import NGram
 from tokentree.engines.base import TargetOutput
 from tokentree.engines.table import TableEngine
 from tokentree.sequence import Sequence

@@ -25,7 +25,7 @@ from tests.conftest import decode
 from tests.test_medusa import random_heads
 from tests.tiny_models import TEXTS, request, save_model, some_tokens, tiny, tiny_pair, tiny_tokenizer
 from tokentree import LLM
-from tokentree.cli import app
+from tokentree.cli.main import app
 from tokentree.engines.torch import TorchEngine
 from tokentree.heads.saved import About, write_heads
 

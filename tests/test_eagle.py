@@ -18,8 +18,8 @@ from tests.tiny_models import CONTEXT, VOCAB, full_logits, request, some_tokens,
 from tokentree import LLM
 from tokentree.draft import Draft
 from tokentree.drafters.eagle import Eagle
+from tokentree.drafters.lookup.ngram import NGram
 from tokentree.drafters.merged import Merged
-from tokentree.drafters.ngram import NGram
 from tokentree.engines.eagle import EagleEngine
 from tokentree.engines.segment import Segment
 from tokentree.engines.torch import TorchEngine
@@ -27,9 +27,9 @@ from tokentree.errors import PairingError
 from tokentree.heads.eagle import EagleHead, EagleSizes
 from tokentree.heads.eagle_files import write_eagle
 from tokentree.heads.saved import About
+from tokentree.kernels.topk import top_logprobs
 from tokentree.sequence import Accepted, Sequence
 from tokentree.shapes import shape
-from tokentree.top import top_logprobs
 from tokentree.tree import TokenTree
 
 SHAPES = ["cost", "3x2x1", "chain:4", "dynamic:nodes=12", "paths:[[0],[1],[0,0],[4],[1,2],[1,2,0]]"]
@@ -72,7 +72,7 @@ def said_by(head: EagleHead, model: PreTrainedModel, tokens: list[int], path: li
         positions = torch.arange(end)
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: torch.Tensor = positions) -> torch.Tensor:
-            q, k = head.turn(q, at), head.turn(k, at)
+            q, k = head.rotate(q, at), head.rotate(k, at)
             q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
             out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             return out[0].transpose(0, 1).flatten(1)
@@ -115,7 +115,7 @@ def test_each_node_has_the_probability_that_computing_it_anew_gives(
 def test_so_it_does_where_forwards_are_recorded(
     version: int, known: int | None, family: str, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("tokentree.engines.recording.Recording", Played)
+    monkeypatch.setattr("tokentree.engines.gpu.recording.Recording", Played)
     monkeypatch.setattr("tokentree.engines.kv.LEAST_FIXED", 16)  # so that storage grows
     model, head, capture = tiny(family), some_head(version, known), TorchEngine.capture
     monkeypatch.setattr(TorchEngine, "capture", lambda *args: dataclasses.replace(capture(*args), recorded=True))

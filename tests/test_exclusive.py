@@ -19,14 +19,15 @@ import torch
 from transformers import LogitsProcessor, PreTrainedModel
 
 from tests.tiny_models import request, some_tokens, some_tree, tiny
-from tokentree import LLM, ModelError, OptionError, SamplingParams, exclusive, generator, threads
+from tokentree import LLM, ModelError, OptionError, SamplingParams, exclusive, generator
 from tokentree.drafters.medusa import Medusa
+from tokentree.engines.cpu.linear import PackedLinear
 from tokentree.engines.kv import KVLayout
-from tokentree.engines.linear import PackedLinear
 from tokentree.engines.segment import Segment
 from tokentree.engines.torch import TorchEngine
 from tokentree.exclusive import Exclusive
 from tokentree.heads.medusa import MedusaHeads
+from tokentree.kernels import threads
 from tokentree.tree import TokenTree
 
 
@@ -248,7 +249,7 @@ def test_a_fork_behind_a_forward_is_refused_at_once_and_leaves_the_parent_alone(
 
 
 def test_a_fork_before_any_forward_is_no_trouble() -> None:
-    code = "import os, tokentree.llm, tokentree.threads as t; os.fork(); t.check_fork(); os._exit(0)"
+    code = "import os, tokentree.llm, tokentree.kernels.threads as t; os.fork(); t.check_fork(); os._exit(0)"
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], timeout=120, check=False).returncode == 0
 
 

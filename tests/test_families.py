@@ -18,12 +18,12 @@ from transformers import DogeConfig, DogeForCausalLM, PreTrainedModel
 
 from tests.test_engine import assert_near, decoded_alone, of_transformers, verified
 from tests.tiny_models import OTHERS, randomised, request, some_tokens, some_tree, tiny, tiny_other, tiny_vision
-from tokentree.engines.attention import ForwardKV, Rule, attend_rows
+from tokentree.engines.cpu.attention import ForwardKV, Rule, attend_rows
+from tokentree.engines.cpu.linear import PackedLinear
+from tokentree.engines.cpu.prepare import private_copy, set_attention
+from tokentree.engines.cpu.steady import SteadyWeight, steady_weights
 from tokentree.engines.kv import KVLayout
-from tokentree.engines.linear import PackedLinear
-from tokentree.engines.prepare import private_copy, set_attention
 from tokentree.engines.segment import Segment
-from tokentree.engines.steady import SteadyWeight, steady_weights
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import ModelError
 from tokentree.tree import TokenTree

@@ -12,12 +12,12 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from tests.tiny_models import tiny
-from tokentree.engines.fused import FusedAttention, FusedMLP, FusedNorm
-from tokentree.engines.linear import PackedLinear
-from tokentree.engines.packing import Packing
-from tokentree.engines.quantized import QuantizedLinear
+from tokentree.engines.cpu.fused import FusedAttention, FusedMLP, FusedNorm
+from tokentree.engines.cpu.linear import PackedLinear
+from tokentree.engines.cpu.packing import Packing
+from tokentree.engines.cpu.quantized import QuantizedLinear
 from tokentree.engines.torch import TorchEngine
-from tokentree.numbers import exponentials, narrow, widen
+from tokentree.kernels.bfloat16 import exponentials, narrow, widen
 
 AS_IT_IS = Packing(PackedLinear)
 

@@ -14,7 +14,7 @@ from tests.gguf_files import write_gguf
 from tests.tiny_models import some_tokens, tiny, tiny_tokenizer
 from tokentree import LLM, SamplingParams
 from tokentree.errors import ModelError, TokenTreeError
-from tokentree.gguf_header import GgufError, read_header
+from tokentree.gguf.header import GgufError, read_header
 
 PROMPT = some_tokens(12)
 

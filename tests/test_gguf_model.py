@@ -34,7 +34,7 @@ from tests.test_engine import verified
 from tests.tiny_models import _GROUPED, CONTEXT, WINDOW, full_logits, randomised, request, some_tokens, tiny
 from tokentree import LLM, SamplingParams
 from tokentree.errors import ModelError
-from tokentree.gguf_settings import FAMILIES
+from tokentree.gguf.settings import FAMILIES
 from tokentree.loading import load_engine, load_model
 from tokentree.tree import TokenTree
 

@@ -19,15 +19,15 @@ from tests.test_medusa import random_heads
 from tests.test_writing import PROMPTS, greedily
 from tests.tiny_models import FAMILIES, request, save_model, some_tokens, some_tree, tiny, tiny_pair, tiny_tokenizer
 from tokentree import LLM, SamplingParams
-from tokentree.cli import app
+from tokentree.cli.main import app
 from tokentree.drafters.base import Drafter
 from tokentree.drafters.draft_model import DraftModel
 from tokentree.drafters.eagle import Eagle
+from tokentree.drafters.lookup.ngram import NGram
+from tokentree.drafters.lookup.recycling import Recycling
+from tokentree.drafters.lookup.suffix import Suffix
 from tokentree.drafters.medusa import Medusa
 from tokentree.drafters.merged import Merged
-from tokentree.drafters.ngram import NGram
-from tokentree.drafters.recycling import Recycling
-from tokentree.drafters.suffix import Suffix
 from tokentree.engines.torch import TorchEngine
 from tokentree.train import writing
 from tokentree.train.features import keep_features

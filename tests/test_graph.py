@@ -13,8 +13,9 @@ from tests.played import Played
 from tests.test_engine import assert_near, decoded_alone, of_transformers, verified
 from tests.tiny_models import request, some_tokens, some_tree, tiny
 from tokentree import LLM
-from tokentree.drafters.recycling import Recycling
-from tokentree.engines import graph, kv
+from tokentree.drafters.lookup.recycling import Recycling
+from tokentree.engines import kv
+from tokentree.engines.gpu import graph
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import ModelError
 from tokentree.tree import TokenTree
@@ -139,7 +140,7 @@ def test_inductor_compiles_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) ->
 def test_recordings_of_several_sequences_play_one_after_another(
     graphs: Graphs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tokentree.engines.recording.Recording", Played)
+    monkeypatch.setattr("tokentree.engines.gpu.recording.Recording", Played)
     engine = compiled("gemma3")
     assert engine._graph is not None
     engine.capture()

@@ -14,7 +14,7 @@ import typer
 
 from tests.test_cli import Command, run  # noqa: F401  a fixture
 from tokentree.acceptance import acceptance
-from tokentree.cli import app
+from tokentree.cli.main import app
 from tokentree.drafters.names import DRAFTERS, LOOKUPS
 from tokentree.errors import OptionError
 from tokentree.loading import DTYPES

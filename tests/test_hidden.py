@@ -7,7 +7,7 @@ import torch
 
 from tests.conftest import random_table
 from tests.tiny_models import FAMILIES, request, some_tokens, some_tree, tiny
-from tokentree.engines.linear import weights_of
+from tokentree.engines.cpu.linear import weights_of
 from tokentree.engines.table import TableEngine
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import PairingError

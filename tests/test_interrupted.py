@@ -44,7 +44,7 @@ def test_a_text_that_is_interrupted_stays(
     number: signal.Signals,
     more: list[str],
 ) -> None:
-    from tokentree import show, terminal
+    from tokentree.cli import show, terminal
     from tokentree.llm import LLM
 
     whole = run("generate", "-m", folder, *GENERATE)[1]
@@ -66,7 +66,7 @@ def test_an_interruption_while_a_model_loads_says_nothing(
     monkeypatch: pytest.MonkeyPatch,
     number: signal.Signals,
 ) -> None:
-    from tokentree import cli_generate
+    from tokentree.cli import generate as cli_generate
 
     monkeypatch.setattr(cli_generate, "load", _signalled(lambda *_, **__: None, number, 1))
     code, out, err = run("generate", "-m", folder, *GENERATE)
@@ -96,8 +96,8 @@ def test_a_run_that_is_interrupted_is_gone_on_with(
 
 def test_a_process_listens_to_signals_while_the_command_runs_alone() -> None:
     code = (
-        "import signal, tokentree.cli, tokentree.__main__ as m;"
-        "tokentree.cli.main = lambda: print(signal.getsignal(signal.SIGINT) is signal.SIG_DFL);"
+        "import signal, tokentree.cli.main, tokentree.__main__ as m;"
+        "tokentree.cli.main.main = lambda: print(signal.getsignal(signal.SIGINT) is signal.SIG_DFL);"
         "m.start()"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

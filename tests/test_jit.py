@@ -21,10 +21,10 @@ from tokentree import jit
 from tokentree.jit import KeptCode, compiled_folder, imported, njit
 from tokentree.tree import Ints
 
-# calls a kernel of `engines/fused.py` into which one of `engines/rows.py` is compiled
+# calls a kernel of `engines/cpu/fused.py` into which one of `kernels/rowwise.py` is compiled
 NORM = """
 import numpy as np
-from tokentree.engines import fused
+from tokentree.engines.cpu import fused
 rows = np.arange(8, dtype=np.float32).view(np.int32) >> 16
 bits, out = rows.astype(np.int16)[None], np.zeros((1, 8), np.int16)
 fused._norm(bits, np.ones(8, np.float32), np.float32(0), out)
@@ -58,7 +58,7 @@ def test_a_kernel_that_another_file_s_holds_is_compiled_again_once_its_source_ch
     folder: Path, tmp_path: Path
 ) -> None:  # fmt: skip
     shutil.copytree(SOURCE, tmp_path / "src" / "tokentree", ignore=shutil.ignore_patterns("__pycache__"))
-    rows = tmp_path / "src" / "tokentree" / "engines" / "rows.py"
+    rows = tmp_path / "src" / "tokentree" / "kernels" / "rowwise.py"
     before = rows.read_text()
     after = before.replace("x[i] *= weight[i]", "x[i] *= weight[i] + np.float32(1)")
     assert after != before
@@ -83,9 +83,10 @@ def test_all_that_a_file_imports_counts() -> None:
     for name, path in MODULES.items():
         direct = {MODULES[part] for part in _imports(ast.parse(path.read_text())) if part}
         assert direct <= imported([path]), name
-    steps = {names[path] for path in imported([MODULES["engines.steps"]])}
-    assert steps >= {"engines.steps", "engines.rows", "numbers", "threads", "engines.attend", "jit"}
-    assert "cli" not in steps
+    steps = {names[path] for path in imported([MODULES["engines.cpu.steps"]])}
+    kernels = {f"kernels.{name}" for name in ("rowwise", "bfloat16", "threads", "attention")}
+    assert steps >= {*kernels, "engines.cpu.steps", "jit"}
+    assert "cli.main" not in steps
 
 
 def test_all_compiled_code_is_kept_here() -> None:

@@ -20,12 +20,12 @@ from tests.gguf_files import write_gguf
 from tests.tiny_models import request, some_tokens, some_tree, tiny
 from tokentree.cache import DIGEST, intact, seal
 from tokentree.converted import packed_place
-from tokentree.engines import kept
-from tokentree.engines.kept import Place
+from tokentree.engines.cpu import packed_file as kept
+from tokentree.engines.cpu.linear import PackedLinear
+from tokentree.engines.cpu.packed_file import Place
+from tokentree.engines.cpu.packing import GgufPacking, Packing
 from tokentree.engines.kv_engine import KVEngine
-from tokentree.engines.linear import PackedLinear
-from tokentree.engines.packing import GgufPacking, Packing
-from tokentree.engines.proof import OWN
+from tokentree.engines.self_check import OWN
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import ModelError
 from tokentree.loading import load_model

@@ -9,8 +9,9 @@ import numba
 import numpy as np
 import pytest
 
-from tokentree.engines import kernels, quants
-from tokentree.engines.kernels import BLOCK, TILE_ROWS, has
+from tokentree.kernels import tile as kernels
+from tokentree.kernels import tile_quantized as quants
+from tokentree.kernels.tile import BLOCK, TILE_ROWS, has
 
 STEPS = 37
 

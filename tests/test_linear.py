@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from tests.conftest import each_two
-from tokentree.engines.linear import OneDNNLinear, PackedLinear
-from tokentree.engines.quantized import GROUP, Groups, QuantizedLinear
+from tokentree.engines.cpu.linear import OneDNNLinear, PackedLinear
+from tokentree.engines.cpu.quantized import GROUP, Groups, QuantizedLinear
 
 Layer = PackedLinear | QuantizedLinear
 Kind = Callable[[torch.Tensor, torch.Tensor | None], Layer]
@@ -108,7 +108,7 @@ def test_the_number_of_threads_does_not_change_the_bits(kind: Kind) -> None:
 def test_without_torch_s_pool_one_thread_does_it_all(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = kind(numbers(2048, 512), None), numbers(5, 512, seed=1)
     expected = layer(x)
-    monkeypatch.setattr("tokentree.threads._pool", lambda: None)
+    monkeypatch.setattr("tokentree.kernels.threads._pool", lambda: None)
     assert torch.equal(layer(x), expected)
 
 

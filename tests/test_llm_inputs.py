@@ -11,7 +11,7 @@ import torch
 
 from tests.test_medusa import random_heads
 from tests.tiny_models import tiny, tiny_pair, tiny_tokenizer
-from tokentree.engines.quantized import QuantizedLinear
+from tokentree.engines.cpu.quantized import QuantizedLinear
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import ModelError, OptionError, PairingError, PromptError
 from tokentree.heads.saved import About, write_heads

@@ -22,16 +22,16 @@ from tokentree.acceptance import Match
 from tokentree.decoder import Decoder
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter
+from tokentree.drafters.lookup.ngram import NGram
+from tokentree.drafters.lookup.recycling import HOLDS_ALONE, HOLDS_IN_PAIR, LEAST_PROB, Recycling, _row
+from tokentree.drafters.lookup.storage import write_arrays
+from tokentree.drafters.lookup.suffix import END, Suffix
 from tokentree.drafters.merged import Merged
-from tokentree.drafters.ngram import NGram
-from tokentree.drafters.recycling import HOLDS_ALONE, HOLDS_IN_PAIR, LEAST_PROB, Recycling, _row
-from tokentree.drafters.suffix import END, Suffix
 from tokentree.engines.base import TargetOutput
 from tokentree.engines.table import TableEngine
 from tokentree.errors import OptionError
 from tokentree.sequence import Accepted, Sequence
 from tokentree.shapes import Shape, shape
-from tokentree.storage import write_arrays
 from tokentree.tree import TokenTree
 
 CHAIN = shape("chain:4")

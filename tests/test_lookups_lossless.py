@@ -18,10 +18,10 @@ from tokentree.acceptance import Match, NodeLogits
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter
 from tokentree.drafters.draft_model import DraftModel
+from tokentree.drafters.lookup.ngram import NGram
+from tokentree.drafters.lookup.recycling import Recycling
+from tokentree.drafters.lookup.suffix import Suffix
 from tokentree.drafters.merged import Merged
-from tokentree.drafters.ngram import NGram
-from tokentree.drafters.recycling import Recycling
-from tokentree.drafters.suffix import Suffix
 from tokentree.engines.base import Engine
 from tokentree.engines.table import TableEngine
 from tokentree.engines.torch import TorchEngine

@@ -16,10 +16,10 @@ from tests.tiny_models import FAMILIES, VOCAB, request, save_model, some_tokens,
 from tokentree import LLM, MedusaModel, build_tree_from_heads, medusa_decode
 from tokentree.acceptance import Typical, acceptance
 from tokentree.draft import Draft
+from tokentree.drafters.lookup.ngram import NGram
+from tokentree.drafters.lookup.recycling import Recycling
 from tokentree.drafters.medusa import LEAST_PROB, TOP, FastHeads, Medusa, _grow
 from tokentree.drafters.merged import Merged
-from tokentree.drafters.ngram import NGram
-from tokentree.drafters.recycling import Recycling
 from tokentree.engines.table import TableEngine
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import ModelError, OptionError, PairingError, TreeError

@@ -12,8 +12,8 @@ from tokentree.acceptance import Match
 from tokentree.decoder import Decoder
 from tokentree.draft import Draft
 from tokentree.drafters.draft_model import DraftModel
+from tokentree.drafters.lookup.ngram import NGram
 from tokentree.drafters.merged import Merged
-from tokentree.drafters.ngram import NGram
 from tokentree.engines.table import TableEngine
 from tokentree.metrics import Metrics
 from tokentree.sequence import Accepted, Sequence

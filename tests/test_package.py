@@ -22,5 +22,5 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 
 def test_help_does_not_wait_for_torch() -> None:
-    code = "import sys, tokentree.cli; sys.exit('torch' in sys.modules)"
+    code = "import sys, tokentree.cli.main; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -13,8 +13,8 @@ import torch
 from tests.gguf_files import write_gguf
 from tests.test_engine import decoded_alone, verified
 from tests.tiny_models import request, some_tokens, some_tree, tiny
-from tokentree.engines.packing import IN_GGUF, _read
-from tokentree.engines.quantized import QuantizedLinear
+from tokentree.engines.cpu.packing import IN_GGUF, _read
+from tokentree.engines.cpu.quantized import QuantizedLinear
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import ModelError
 from tokentree.loading import load_model

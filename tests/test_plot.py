@@ -24,16 +24,14 @@ from PIL import Image
 from tests.test_medusa import random_heads
 from tests.test_report import sample, some_run
 from tests.tiny_models import save_model, tiny, tiny_pair, tiny_tokenizer
-from tokentree import cli
 from tokentree.bench.pictures import draw_acceptance, draw_speed
 from tokentree.bench.results import Run
-from tokentree.drawing import BLUE, GREEN, GREY, INKS, ON_DARK, PAGE, SLATE, STYLE, readable, width, wrapped
+from tokentree.cli import main as cli
 from tokentree.errors import OptionError
 from tokentree.heads.saved import About, write_heads
-from tokentree.plots import plot_cost
-from tokentree.shapes import CostCurve
-from tokentree.tree import TokenTree
-from tokentree.tree_pictures import (
+from tokentree.plots.cost import plot_cost
+from tokentree.plots.drawing import BLUE, GREEN, GREY, INKS, ON_DARK, PAGE, SLATE, STYLE, readable, width, wrapped
+from tokentree.plots.trees import (
     Panel,
     Recorder,
     Step,
@@ -43,6 +41,8 @@ from tokentree.tree_pictures import (
     draw_methods,
     draw_tree,
 )
+from tokentree.shapes import CostCurve
+from tokentree.tree import TokenTree
 
 Command = Callable[..., tuple[int | str | None, str]]
 
@@ -137,7 +137,7 @@ def test_any_two_drafters_are_drawn_side_by_side(tmp_path: Path, run: Command, m
         write_heads(tmp_path / name / "medusa", random_heads(48), "tiny", 300, About())
     one, two = (["--heads", tmp_path / name / "medusa"] for name in ("a", "b"))
     drawn = list[list[Panel]]()
-    monkeypatch.setattr("tokentree.tree_pictures.draw_methods", lambda panels, _: drawn.append(panels))
+    monkeypatch.setattr("tokentree.plots.trees.draw_methods", lambda panels, _: drawn.append(panels))
     out = tmp_path / "methods.svg"
     args = ["methods", "one two three", "-m", folder, "--no-chat", "--max-tokens", 9, "--out", out]
     for options, titles in (
@@ -350,7 +350,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             found[-1].shown = {}
             FigureCanvasAgg(found[-1]).draw()  # type: ignore[no-untyped-call]
 
-    for module in ("tree_pictures", "bench.pictures", "plots"):
+    for module in ("plots.trees", "bench.pictures", "plots.cost"):
         monkeypatch.setattr(f"tokentree.{module}.draw", draw)
     return found
 

@@ -12,8 +12,8 @@ import pytest
 from tests.tiny_models import some_tokens, tiny
 from tokentree import LLM, OptionError, SamplingParams
 from tokentree.drafters.base import Drafter
+from tokentree.drafters.lookup.ngram import NGram
 from tokentree.drafters.names import DRAFTERS, fitting, installed
-from tokentree.drafters.ngram import NGram
 from tokentree.registry import drafter_class
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "echo_drafter"

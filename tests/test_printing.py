@@ -22,9 +22,10 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.test_cli import Command, run  # noqa: F401  a fixture
 from tests.tiny_models import save_model, tiny
-from tokentree import cli, terminal
+from tokentree.cli import main as cli
+from tokentree.cli import terminal
+from tokentree.cli.show import comparison
 from tokentree.metrics import Metrics
-from tokentree.show import comparison
 
 # What formatters change: markup, emoji, links, numbers; what they expand, strip, wrap or end lines at.
 ODD = (
@@ -241,7 +242,7 @@ def test_green_is_what_was_drafted_and_is_explained(
     monkeypatch: pytest.MonkeyPatch, calm: Path, run: Command  # noqa: F811
 ) -> None:  # fmt: skip
     monkeypatch.setattr(terminal, "coloured", lambda stream: True)
-    monkeypatch.setattr("tokentree.show.coloured", lambda stream: True)
+    monkeypatch.setattr("tokentree.cli.show.coloured", lambda stream: True)
     words = ["generate", "one two", "-m", calm, "--max-tokens", 40, "--no-chat"]
     code, out, err = run(*words, "-d", calm, "--shape", "2x2")
     shown = json.loads(run(*words, "-d", calm, "--shape", "2x2", "--json")[1])

@@ -8,12 +8,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tests.tiny_models import VOCAB, request, some_tokens, some_tree, tiny
-from tokentree import threads
-from tokentree.engines.linear import PackedLinear
-from tokentree.engines.llama import Llama
-from tokentree.engines.packing import Packing
-from tokentree.engines.steps import ATTEND, BEST, MULTIPLY, NORM
+from tokentree.engines.cpu.linear import PackedLinear
+from tokentree.engines.cpu.llama import Llama
+from tokentree.engines.cpu.packing import Packing
+from tokentree.engines.cpu.steps import ATTEND, BEST, MULTIPLY, NORM
 from tokentree.engines.torch import TorchEngine
+from tokentree.kernels import threads
 from tokentree.tree import TokenTree
 
 AS_IT_IS = Packing(PackedLinear)

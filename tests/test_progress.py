@@ -14,12 +14,12 @@ from rich.console import Console
 from tests.gguf_files import write_gguf
 from tests.tiny_models import tiny, tiny_tokenizer
 from tokentree import LLM, SamplingParams
+from tokentree.cli.terminal import working
 from tokentree.converted import converted
 from tokentree.costs import cost_curve
-from tokentree.engines.kept import Place
+from tokentree.engines.cpu.packed_file import Place
 from tokentree.engines.torch import TorchEngine
 from tokentree.progress import told
-from tokentree.terminal import working
 
 
 class Saved:

@@ -174,7 +174,7 @@ def test_no_prompts_have_no_results(llm: LLM) -> None:
         (torch.tensor([5, 0, 6]).to_sparse(), "the values of this tensor can't be read: give a dense one"),
         (torch.zeros(3, dtype=torch.long, device="meta"), "can't be read: give a dense one"),
         ({"input_ids": [5], "attention_mask": torch.zeros(1, device="meta")}, "attention_mask .* can't be read"),
-        ({"input_ids": [5], "attention_mask": ["x"]}, "'x' is no token id"),
+        ({"input_ids": [5], "attention_mask": ["x"]}, "must have 0 or 1 for each token, and not 'x'"),
         ([torch.tensor(1.5)], "is no token id"),
         ([np.float64(1.5)], "is no token id"),
         ({"text": "hi"}, "this dict has text"),

@@ -18,9 +18,9 @@ from tests.gguf_files import write_gguf
 from tests.test_kept import logits_of, rewrite
 from tests.tiny_models import request, some_tokens, tiny, tiny_tokenizer
 from tokentree import LLM, SamplingParams
+from tokentree.engines.cpu.llama import Rotary, Rotation
+from tokentree.engines.from_cache import READY, ReadyEngine
 from tokentree.engines.kv_engine import KVEngine
-from tokentree.engines.llama import Rotary, Rotation
-from tokentree.engines.ready import READY, ReadyEngine
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import ModelError
 from tokentree.heads.saved import Fingerprint

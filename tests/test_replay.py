@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from tests.test_report import sample
 from tokentree.bench.replay import replay
 from tokentree.bench.results import Run, new_run
-from tokentree.cli import app
+from tokentree.cli.main import app
 from tokentree.errors import OptionError
 from tokentree.shapes.curve import CostCurve
 

@@ -13,13 +13,13 @@ import pytest
 from markdown_it import MarkdownIt
 from rich.console import Console
 
-from tokentree import cli
 from tokentree.bench.figures import acceptance_by_depth, best_chain, gain, group_of, short_names
 from tokentree.bench.live import watched
 from tokentree.bench.markdown import block, code, plain
 from tokentree.bench.page import insert, main_table, page
 from tokentree.bench.report import summarise, table
 from tokentree.bench.results import Run, Sample, new_run, peak_memory
+from tokentree.cli import main as cli
 from tokentree.errors import OptionError
 
 

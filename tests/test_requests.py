@@ -13,7 +13,7 @@ from tests.conftest import decode, make_sequence, random_table
 from tests.tiny_models import tiny, tiny_pair, tiny_tokenizer
 from tokentree import LLM, OptionError, PromptError, RequestError, SamplingParams, TokenTreeError
 from tokentree.drafters.draft_model import DraftModel
-from tokentree.drafters.ngram import NGram
+from tokentree.drafters.lookup.ngram import NGram
 from tokentree.engines.table import TableEngine
 from tokentree.errors import DeadEnd
 from tokentree.sampling import check_vocabulary

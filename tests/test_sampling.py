@@ -24,8 +24,8 @@ from transformers import (
 from tests.conftest import make_sequence
 from tests.strategies import numbers
 from tokentree.errors import OptionError
+from tokentree.kernels.topk import greedy
 from tokentree.sampling import SamplingParams, SeededNoise, process_logits, seeded_noise, to_probs
-from tokentree.top import greedy
 
 VOCAB = 40
 PROMPT, OUTPUT = [3, 5, 3], [7, 5, 9, 5]

@@ -23,12 +23,12 @@ from tokentree.decoder import Decoder
 from tokentree.drafters.base import Drafter
 from tokentree.drafters.draft_model import DraftModel
 from tokentree.drafters.eagle import Eagle
+from tokentree.drafters.lookup.ngram import NGram
+from tokentree.drafters.lookup.recycling import Recycling
+from tokentree.drafters.lookup.suffix import Suffix
 from tokentree.drafters.medusa import Medusa
 from tokentree.drafters.merged import Merged
-from tokentree.drafters.ngram import NGram
 from tokentree.drafters.none import NoDrafter
-from tokentree.drafters.recycling import Recycling
-from tokentree.drafters.suffix import Suffix
 from tokentree.engines.table import TableEngine
 from tokentree.engines.torch import TorchEngine
 from tokentree.scheduler import Event, Scheduler

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from tokentree import cli
-from tokentree.cli import app
+from tokentree.cli import main as cli
+from tokentree.cli.main import app
 from tokentree.errors import OptionError
 from tokentree.theory import (
     expected,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tokentree.top import greedy, top_logits, top_logprobs
+from tokentree.kernels.topk import greedy, top_logits, top_logprobs
 
 
 @pytest.mark.parametrize("vocab", [8, 9, 31, 32, 50, 64, 100, 448, 577, 640, 1000, 4096, 10_001])

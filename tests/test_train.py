@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from tests.tiny_models import request, save_model, some_tokens, tiny, tiny_tokenizer
 from tokentree import LLM, SamplingParams, train_medusa_heads
-from tokentree.cli import app
+from tokentree.cli.main import app
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import OptionError, PromptError
 from tokentree.heads.medusa import MedusaHeads

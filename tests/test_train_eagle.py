@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from tests.test_eagle import KINDS, said_by, some_head
 from tests.tiny_models import VOCAB, save_model, some_tokens, tiny, tiny_tokenizer
 from tokentree import LLM
-from tokentree.cli import app
+from tokentree.cli.main import app
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import OptionError
 from tokentree.heads.eagle import EagleHead

@@ -22,7 +22,8 @@ from tokentree.train.keeping import whole
 # first time that standard error has a word in it.
 SERVER = """
 import json, os, signal, sys, time
-import torch, transformers, accelerate, tokentree.cli, tokentree.llm, tokentree.train.run, tokentree.train.run_eagle
+import torch, transformers, accelerate
+import tokentree.cli.main, tokentree.llm, tokentree.train.run, tokentree.train.run_eagle
 torch.set_num_threads(1)
 for line in sys.stdin:
     args, said, number, word, delay = json.loads(line)
@@ -32,7 +33,7 @@ for line in sys.stdin:
         os.dup2(out, 1), os.dup2(out, 2)
         sys.argv, code = ["tokentree", *args], 0
         try:
-            tokentree.cli.main()
+            tokentree.cli.main.main()
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
         sys.stdout.flush(), sys.stderr.flush()

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from tests.tiny_models import save_model, some_tokens, tiny, tiny_tokenizer
 from tokentree import LLM
-from tokentree.cli import app
+from tokentree.cli.main import app
 from tokentree.errors import OptionError, PairingError, PromptError, TokenTreeError
 from tokentree.train import job
 from tokentree.train.features import keep_features

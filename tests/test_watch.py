@@ -24,8 +24,8 @@ from transformers.models.llama import modeling_llama
 
 from tests.tiny_models import full_logits, request, some_tokens, tiny
 from tokentree import LLM, SamplingParams
+from tokentree.engines.cpu.linear import PackedLinear
 from tokentree.engines.foreign import is_own, same_forward
-from tokentree.engines.linear import PackedLinear
 from tokentree.engines.torch import TorchEngine
 from tokentree.engines.watch import Shared, Watch
 from tokentree.errors import ModelError

@@ -20,7 +20,7 @@ from tests.tiny_models import save_model, tiny, tiny_tokenizer
 from tokentree import LLM, Draft, SamplingParams, TokenTree, TokenTreeError
 from tokentree.acceptance import acceptance
 from tokentree.decoder import Decoder
-from tokentree.drafters.ngram import NGram
+from tokentree.drafters.lookup.ngram import NGram
 from tokentree.drafters.none import NoDrafter
 from tokentree.sequence import Sequence
 from tokentree.shapes import Static

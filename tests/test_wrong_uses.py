@@ -349,7 +349,7 @@ def test_what_a_machine_refuses_is_one_sentence(
     code: int,
     says: str,
 ) -> None:
-    monkeypatch.setattr("tokentree.cli_generate.load", _raises(error))
+    monkeypatch.setattr("tokentree.cli.generate.load", _raises(error))
     found, out, err = run("generate", "a", "-m", place / "model")
     assert (found, out) == (code, "")
     assert says in err
@@ -361,7 +361,7 @@ def test_an_error_of_this_program_is_not_hidden(
     place: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("tokentree.cli_generate.load", _raises(AssertionError("a mistake of ours")))
+    monkeypatch.setattr("tokentree.cli.generate.load", _raises(AssertionError("a mistake of ours")))
     with pytest.raises(AssertionError, match="a mistake of ours"):
         run("generate", "a", "-m", place / "model")
 

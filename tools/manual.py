@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-from tokentree.cli import app
+from tokentree.cli.main import app
 
 PAGE, PLACE = "reference/command.md", "<!-- commands -->"
 REPORTS = "results/"

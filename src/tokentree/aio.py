@@ -12,12 +12,12 @@ from types import TracebackType
 
 from tokentree.errors import OptionError, StepError
 from tokentree.inputs import Prompt
+from tokentree.kernels.threads import check_fork
 from tokentree.llm import LLM, Result
 from tokentree.pieces import Piece
 from tokentree.sampling import SamplingParams
 from tokentree.scheduler import Event
 from tokentree.sequence import Sequence
-from tokentree.threads import check_fork
 
 __all__ = ["AsyncLLM", "AsyncStream"]
 

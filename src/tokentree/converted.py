@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 from safetensors import SafetensorError
 
 from tokentree.cache import cache_folder, damaged, digest_of, locked, ours, private, replacing, unkept
-from tokentree.engines.kept import Place
+from tokentree.engines.cpu.packed_file import Place
 from tokentree.errors import ModelError
-from tokentree.gguf_settings import RULES
+from tokentree.gguf.settings import RULES
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 
-from tokentree.threads import forked, use_here
+from tokentree.kernels.threads import forked, use_here
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -119,7 +119,7 @@ def _of_mapping(given: Mapping[str, Any], what: str) -> list[Read]:
         return [read_prompt(given["prompt"], what)]
     rows, mask = _rows(given[name], what), given.get("attention_mask")
     if mask is not None:
-        masks = _rows(_counted(mask), f"attention_mask of the {what}")
+        masks = _rows(_counted(mask, what), f"attention_mask of the {what}")
         if [len(row) for row in rows] != [len(row) for row in masks]:
             raise PromptError(f"the attention_mask of the {what} has not the form of its {name}")
         rows = [_seen(ids, seen, what) for ids, seen in zip(rows, masks, strict=True)]
@@ -133,15 +133,21 @@ def _rows(given: Any, what: str) -> list[list[int]]:
     return [token_ids(items, what)] if single else [token_ids(row, what) for row in items]
 
 
-def _counted(mask: Any) -> Any:
-    """A mask as 0 and 1, whatever its type: what isn't 0 is seen, as in transformers."""
+def _counted(mask: Any, what: str) -> Any:
+    """A mask as 0 and 1, whatever its type: what isn't 0 is seen, as in transformers.
+
+    Raises:
+        PromptError: if something in it is no number.
+    """
     if isinstance(mask, torch.Tensor):
         return mask if _no_values(mask) else (mask != 0).long()
     if isinstance(mask, np.ndarray):
         return (mask != 0).astype(np.int64)
     if isinstance(mask, list | tuple):
-        return [_counted(one) for one in mask]
-    return int(bool(mask)) if isinstance(mask, bool | int | float | np.number | np.bool_) else mask
+        return [_counted(one, what) for one in mask]
+    if not isinstance(mask, bool | int | float | np.number | np.bool_):
+        raise PromptError(f"the attention_mask of the {what} must have 0 or 1 for each token, and not {_shown(mask)}")
+    return int(bool(mask))
 
 
 def _no_values(given: Any) -> bool:

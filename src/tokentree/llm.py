@@ -22,13 +22,14 @@ from tokentree.chat import chat_ids, read_messages
 from tokentree.costs import cost_curve
 from tokentree.decoder import Decoder, Watcher
 from tokentree.drafters.base import Parts
-from tokentree.engines.facts import ends_of
 from tokentree.engines.kv_engine import KVEngine
+from tokentree.engines.model_facts import ends_of
 from tokentree.engines.support import check_quantization
 from tokentree.errors import DeadEnd, ModelError, OptionError, PromptError, RequestError, TokenTreeError
 from tokentree.exclusive import neutral
 from tokentree.heads.saved import Fingerprint
 from tokentree.inputs import Chat, Prompt, Read, read_prompt, read_prompts
+from tokentree.kernels.threads import check_fork, set_threads
 from tokentree.loading import find_tokenizer, load_engine, load_tokenizer, pick_device
 from tokentree.metrics import Metrics
 from tokentree.options import (
@@ -56,7 +57,6 @@ from tokentree.sequence import Accepted, FinishReason, Sequence, TokenLogprobs
 from tokentree.shapes import Cost, CostCurve, Shape
 from tokentree.sharing import Events, Shared
 from tokentree.text import Detokenizer
-from tokentree.threads import check_fork, set_threads
 
 if TYPE_CHECKING:
     import torch

@@ -14,10 +14,10 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from tokentree.converted import converted, packed_place
+from tokentree.engines.from_cache import ready_engine
 from tokentree.engines.kv_engine import KVEngine
-from tokentree.engines.ready import ready_engine
 from tokentree.errors import ModelError, OptionError
-from tokentree.gguf_header import has_tokenizer, read_header
+from tokentree.gguf.header import has_tokenizer, read_header
 from tokentree.names import Found, find
 
 if TYPE_CHECKING:  # its model classes take seconds to import, and aren't needed where a model was packed before
@@ -113,7 +113,7 @@ def load_model(name: str | Path, dtype: str | torch.dtype | None, device: torch.
 
 def _gguf_model(name: str | Path, file: Path, dtype: torch.dtype) -> PreTrainedModel:
     with _told(f"can't load the model {str(name)!r}"):
-        from tokentree.gguf_model import gguf_model
+        from tokentree.gguf.model import gguf_model
 
         return gguf_model(file, dtype)
 
@@ -180,7 +180,7 @@ def load_tokenizer(name: str | Path, local_only: bool = False) -> PreTrainedToke
 
 def _gguf_tokenizer(name: str | Path, file: Path) -> PreTrainedTokenizerBase:
     with _told(f"can't load the tokenizer of {str(name)!r}"):
-        from tokentree.gguf_tokenizer import gguf_tokenizer
+        from tokentree.gguf.tokenizer import gguf_tokenizer
 
         return gguf_tokenizer(file)
 

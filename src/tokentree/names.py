@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tokentree.errors import ModelError
-from tokentree.gguf_header import is_gguf
+from tokentree.gguf.header import is_gguf
 
 REACHED_WITHIN = 5  # seconds, in which the hub must answer
 

@@ -13,10 +13,10 @@ from typing import Literal
 import torch
 
 from tokentree.errors import PromptError, RequestError, TokenTreeError
+from tokentree.kernels.topk import greedy
 from tokentree.metrics import Metrics
 from tokentree.sampling import Noise, SamplingParams, process_logits, to_probs
 from tokentree.text import Detokenizer
-from tokentree.top import greedy
 
 FinishReason = Literal["stop", "length", "timeout", "interrupted", "error"]
 

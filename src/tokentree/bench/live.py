@@ -11,7 +11,7 @@ from rich.progress import Progress
 
 from tokentree.bench.report import table
 from tokentree.bench.results import Run, Sample
-from tokentree.terminal import spelled
+from tokentree.cli.terminal import spelled
 
 NARROW = 70  # columns, in which the table has no room
 

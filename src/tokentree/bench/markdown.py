@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from tokentree.terminal import spelled
+from tokentree.cli.terminal import spelled
 
 MARKS = re.compile(r"[\\`*{}\[\]<>|$~]|&(?=#?\w+;)|(?<![^\W_])_|_(?![^\W_])|^\s*[#+\-](?=\s)")
 SHORTCODE = re.compile(r":(?=[\w+-]+:)")  # what GitHub makes an emoji of

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tokentree.bench.figures import PEERS, Gain, acceptance, by_task, gain, methods_of, prompts_of, short_names
 from tokentree.bench.results import Run
-from tokentree.drawing import BLUE, GREY, HEAD, PAGE, SMALL, draw, readable, width, wrapped
+from tokentree.plots.drawing import BLUE, GREY, HEAD, PAGE, SMALL, draw, readable, width, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

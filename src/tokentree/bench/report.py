@@ -10,7 +10,7 @@ from rich.text import Text
 
 from tokentree.bench.loops import first_loop
 from tokentree.bench.results import Run, Sample
-from tokentree.terminal import spelled
+from tokentree.cli.terminal import spelled
 
 
 @dataclass(frozen=True)

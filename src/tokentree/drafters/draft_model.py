@@ -17,10 +17,10 @@ from tokentree.drafters.merged import Merged
 from tokentree.engines.base import DraftEngine, TargetOutput
 from tokentree.errors import PairingError, RequestError
 from tokentree.growing import DEPTH, PARENT, TOKEN
+from tokentree.kernels.topk import top_logprobs
 from tokentree.sampling import to_probs
 from tokentree.sequence import DRAFT, Accepted, Sequence
 from tokentree.shapes.base import Shape
-from tokentree.top import top_logprobs
 from tokentree.tree import Ints, TokenTree
 
 

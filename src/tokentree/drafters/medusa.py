@@ -8,17 +8,17 @@ import numpy as np
 import torch
 from torch.nn.functional import silu
 
-from tokentree.compiled import most_probable
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter, Parts
+from tokentree.drafters.lookup.automaton_loops import most_probable
 from tokentree.engines.base import Engine, Features
 from tokentree.errors import PairingError
 from tokentree.heads.medusa import Layer, MedusaHeads
 from tokentree.heads.saved import read_heads
 from tokentree.jit import njit
+from tokentree.kernels.topk import top_logprobs
 from tokentree.sequence import Sequence
 from tokentree.shapes.base import Shape
-from tokentree.top import top_logprobs
 from tokentree.tree import Floats, Ints
 
 TOP = 10  # tokens that are kept of each head

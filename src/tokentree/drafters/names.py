@@ -34,9 +34,9 @@ DRAFTERS = {
     "draft_model": Entry("tokentree.drafters.draft_model:DraftModel", DRAFT_MODELS),
     "eagle": Entry("tokentree.drafters.eagle:Eagle", EAGLE_HEADS),
     "medusa": Entry("tokentree.drafters.medusa:Medusa", MEDUSA_HEADS),
-    "recycling": Entry("tokentree.drafters.recycling:Recycling", TEXT),
-    "suffix": Entry("tokentree.drafters.suffix:Suffix", TEXT),
-    "ngram": Entry("tokentree.drafters.ngram:NGram", TEXT),
+    "recycling": Entry("tokentree.drafters.lookup.recycling:Recycling", TEXT),
+    "suffix": Entry("tokentree.drafters.lookup.suffix:Suffix", TEXT),
+    "ngram": Entry("tokentree.drafters.lookup.ngram:NGram", TEXT),
     "merged": Entry("tokentree.drafters.merged:Merged", OTHERS),
 }
 LOOKUPS = tuple(name for name, entry in DRAFTERS.items() if entry.drafts_from == TEXT)

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from tokentree.errors import RequestError
 from tokentree.exclusive import Exclusive
 from tokentree.growing import walk
+from tokentree.kernels.topk import top_logits
 from tokentree.sampling import NOT_NUMBERS
 from tokentree.sequence import Accepted, Sequence
-from tokentree.top import top_logits
 from tokentree.tree import Ints, TokenTree
 
 if TYPE_CHECKING:

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from tokentree.engines.attention import ForwardKV, Rule, dense_mask
 from tokentree.engines.base import Engine, Features, TargetOutput
-from tokentree.engines.eagle_program import EagleProgram
+from tokentree.engines.cpu.attention import ForwardKV, Rule, dense_mask
+from tokentree.engines.cpu.eagle_program import EagleProgram
+from tokentree.engines.gpu.recording import ROWS, Recordings, padded
 from tokentree.engines.kv import KVLayout, SequenceKV, Storages
 from tokentree.engines.prefix import shared_length
-from tokentree.engines.recording import ROWS, Recordings, padded
 from tokentree.engines.segment import Segment, inputs_of
 from tokentree.errors import PairingError
 from tokentree.heads.eagle import EagleHead
@@ -211,7 +211,7 @@ class EagleEngine:
             (ids, positions, places), mask, known = kept
 
             def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-                query, key = self._head.turn(query, positions), self._head.turn(key, positions)
+                query, key = self._head.rotate(query, positions), self._head.rotate(key, positions)
                 keys.index_copy_(1, places, key.transpose(0, 1))
                 values.index_copy_(1, places, value.transpose(0, 1))
                 return _attend(query.transpose(0, 1), keys, values, mask)
@@ -228,7 +228,7 @@ class EagleEngine:
         value: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
         """[rows, heads x width], of queries, keys and values [rows, heads, width]."""
-        query, key = self._head.turn(query, positions), self._head.turn(key, positions)
+        query, key = self._head.rotate(query, positions), self._head.rotate(key, positions)
         cache, scale = ForwardKV(segments, not self._blocked), query.shape[2] ** -0.5
         query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         if self._blocked:

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tokentree.engines.kernels import BLOCK
 from tokentree.errors import ModelError
 from tokentree.jit import njit
+from tokentree.kernels.tile import BLOCK
 from tokentree.tree import Ints
 
 Floats32 = NDArray[np.float32]

@@ -13,19 +13,19 @@ import numpy as np
 import torch
 
 from tokentree.engines.base import KEPT, DraftEngine, Features, TargetOutput
-from tokentree.engines.facts import Facts
+from tokentree.engines.cpu.linear import weights_of
+from tokentree.engines.cpu.program import Program
+from tokentree.engines.cpu.quantized import draft_linear
 from tokentree.engines.kv import KVLayout, SequenceKV, Storages
-from tokentree.engines.linear import weights_of
+from tokentree.engines.model_facts import Facts
 from tokentree.engines.prefix import PrefixCache
-from tokentree.engines.program import Program
-from tokentree.engines.proof import compare, in_trees
-from tokentree.engines.quantized import draft_linear
 from tokentree.engines.segment import Segment, Upto, inputs_of
+from tokentree.engines.self_check import compare, in_trees
 from tokentree.errors import ModelError, PairingError
 from tokentree.exclusive import Exclusive, exclusive
+from tokentree.kernels.threads import num_threads
+from tokentree.kernels.topk import top_logits
 from tokentree.sequence import Sequence
-from tokentree.threads import num_threads
-from tokentree.top import top_logits
 from tokentree.tree import Ints, TokenTree
 
 if TYPE_CHECKING:

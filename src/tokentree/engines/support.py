@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tokentree.errors import ModelError, OptionError
-from tokentree.gguf_header import is_gguf
+from tokentree.gguf.header import is_gguf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -14,23 +14,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from tokentree.engines.attending import adapt, attended
-from tokentree.engines.attention import TREE, ForwardKV, attending, dense_mask
-from tokentree.engines.facts import Facts, settings_of
+from tokentree.engines.cpu.attending import adapt, attended
+from tokentree.engines.cpu.attention import TREE, ForwardKV, attending, dense_mask
+from tokentree.engines.cpu.linear import PackedLinear
+from tokentree.engines.cpu.llama import Llama
+from tokentree.engines.cpu.packed_file import KeptPacking, Place
+from tokentree.engines.cpu.packing import GgufPacking, Packing
+from tokentree.engines.cpu.prepare import in_float32, pack, private_copy, set_attention, steady_activations
+from tokentree.engines.cpu.program import Program
+from tokentree.engines.cpu.quantized import QuantizedLinear
+from tokentree.engines.cpu.steady import foreign_layers, steady_weights
 from tokentree.engines.foreign import check_runs_in_a_copy, explained, inner_model, runs_more
-from tokentree.engines.kept import KeptPacking, Place
+from tokentree.engines.from_cache import READY
 from tokentree.engines.kv import KVLayout, Storages
 from tokentree.engines.kv_engine import KVEngine
-from tokentree.engines.linear import PackedLinear
-from tokentree.engines.llama import Llama
-from tokentree.engines.packing import GgufPacking, Packing
-from tokentree.engines.prepare import in_float32, pack, private_copy, set_attention, steady_activations
-from tokentree.engines.program import Program
-from tokentree.engines.proof import ATTENDED, OWN, own_forward
-from tokentree.engines.quantized import QuantizedLinear
-from tokentree.engines.ready import READY
+from tokentree.engines.model_facts import Facts, settings_of
 from tokentree.engines.segment import Segment, Upto, inputs_of
-from tokentree.engines.steady import foreign_layers, steady_weights
+from tokentree.engines.self_check import ATTENDED, OWN, own_forward
 from tokentree.engines.support import check_quantization, check_supported, decoder_layers, has_softcap
 from tokentree.engines.watch import Shared, Watch, in_common
 from tokentree.errors import ModelError, PairingError
@@ -38,7 +38,7 @@ from tokentree.exclusive import exclusive, neutral
 from tokentree.sequence import Sequence
 
 if TYPE_CHECKING:
-    from tokentree.engines.graph import Graph
+    from tokentree.engines.gpu.graph import Graph
 
 FEW_BITS = (torch.bfloat16, torch.float16)  # what numbers are rounded to, so that an engine can't be compared exactly
 
@@ -350,7 +350,7 @@ class TorchEngine(KVEngine):
         if self._compiles and (attention == "tree" or quantization):
             other = "attention='tree'" if attention == "tree" else f"quantization={quantization!r}"
             raise ModelError(f"compile=True and {other} don't go together for {facts.name}")
-        from tokentree.engines.graph import Graph  # few need what it imports
+        from tokentree.engines.gpu.graph import Graph  # few need what it imports
 
         graph = Graph(self._model, facts.windows, self._noted, self._compiles)
         if not graph.works(KVLayout(shapes, dtype, device, fixed=True)):

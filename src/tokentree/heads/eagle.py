@@ -150,7 +150,7 @@ class EagleHead(nn.Module):
             return output_layer(known)
         return (output_layer if self.lm_head is None else self.lm_head)(self.norm(known))
 
-    def turn(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """``x`` [..., rows, heads, head_dim] turned to ``positions`` int64[..., rows] (Su et al. 2021,
         arXiv:2104.09864)."""
         flat = positions.reshape(1, -1)

@@ -130,7 +130,7 @@ class _Attended:
         sizes, number = self._head.sizes, len(self._keys)
         rows = query.shape[1]
         positions = torch.arange(rows, device=query.device).expand(len(query), rows) + number
-        query, key = self._head.turn(query, positions), self._head.turn(key, positions)
+        query, key = self._head.rotate(query, positions), self._head.rotate(key, positions)
         groups = sizes.num_heads // sizes.num_kv_heads
         key, value = (x.repeat_interleave(groups, 2).transpose(1, 2) for x in (key, value))
         query = query.transpose(1, 2) * sizes.head_dim**-0.5  # [texts, heads, rows, width]

@@ -15,10 +15,10 @@ from accelerate import PartialState
 from filelock import FileLock, Timeout
 from rich.console import Console
 
+from tokentree.cli.terminal import consoles
 from tokentree.errors import OptionError, PromptError
 from tokentree.heads.saved import Fingerprint
 from tokentree.llm import LLM
-from tokentree.terminal import consoles
 from tokentree.train.keeping import keep_text, whole, writing
 from tokentree.train.loop import CHECKPOINT, Figures, Recipe, Watch
 from tokentree.train.progress import Phases

@@ -11,7 +11,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from tokentree.terminal import spelled
+from tokentree.cli.terminal import spelled
 
 
 class Show(Protocol):

@@ -17,7 +17,7 @@ import torch
 from transformers import AttentionInterface, Cache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from tokentree.engines.recording import Recording
+from tokentree.engines.gpu.recording import Recording
 from tokentree.engines.support import layer_windows
 
 COLUMNS = 128  # KV rows that a step reads are a multiple of it

@@ -1,0 +1,191 @@
+"""What the commands share: options, prompts, loading."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tokentree.cli.terminal import consoles, working
+from tokentree.drafters.names import DRAFTERS, LOOKUPS
+from tokentree.errors import OptionError, PromptError
+from tokentree.prompts import checked_text, text_of
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tokentree.llm import LLM
+    from tokentree.sampling import SamplingParams
+
+__all__ = ["consoles", "encode", "load", "params_of", "prompt_text", "working"]
+
+MODEL, DRAFTING = "Model", "Drafting"  # headings of the help
+SINGLE = [name for name in DRAFTERS if name not in ("none", "merged")]
+
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        help="A GGUF file, a folder of safetensors, or a name on the hub, as org/name.",
+        rich_help_panel=MODEL,
+    ),
+]
+DraftOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--draft-model",
+        "-d",
+        help="A smaller model of the same family, named likewise; may be repeated.",
+        rich_help_panel=DRAFTING,
+    ),
+]
+HeadsOption = Annotated[
+    Path | None, typer.Option(help="Folder with Medusa or EAGLE heads for this model.", rich_help_panel=DRAFTING)
+]
+DrafterOption = Annotated[
+    str | None,
+    typer.Option(
+        help=f"{', '.join(SINGLE)}, one of an installed package, several joined by '+', merged (all that can be), or "
+        f"none; default: draft_model where one is given, else heads that are given and the "
+        f"lookups ({', '.join(LOOKUPS)}), merged.",
+        rich_help_panel=DRAFTING,
+    ),
+]
+ShapeOption = Annotated[
+    str | None,
+    typer.Option(
+        help="cost (default: sized by measured cost), 2x2x2, chain:4, paths:[[0],[0,0],[1]], "
+        "dynamic:nodes=16,depth=6,top_k=8, adaptive:mass=0.8,width=4, optimal:nodes=16,depth=6, or choices (kept "
+        "beside heads).",
+        rich_help_panel=DRAFTING,
+    ),
+]
+MemoryOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder: what lookups learnt is read from there, and written there in the end.", rich_help_panel=DRAFTING
+    ),
+]
+DepthOption = Annotated[
+    int | None,
+    typer.Option(help="Depth of a static tree; 3 where only --branching is given.", rich_help_panel=DRAFTING),
+]
+BranchingOption = Annotated[
+    int | None,
+    typer.Option(help="Children per node of a static tree; 2 where only --depth is given.", rich_help_panel=DRAFTING),
+]
+AcceptOption = Annotated[
+    str,
+    typer.Option(help="match or rejection (both lossless), best_path or typical (lossy).", rich_help_panel=DRAFTING),
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        help="float32, bfloat16 or float16; default: bfloat16 on CPUs, elsewhere the checkpoint's.",
+        rich_help_panel=MODEL,
+    ),
+]
+QuantizationOption = Annotated[
+    str | None,
+    typer.Option(
+        help="CPUs: linear layers in 8 bits (int8), or in those of the GGUF file (gguf). Both lossy against bfloat16.",
+        rich_help_panel=MODEL,
+    ),
+]
+CompileOption = Annotated[
+    bool,
+    typer.Option(
+        "--compile",
+        help="Compile the forward where it isn't one compiled call anyway (GPUs).",
+        rich_help_panel=MODEL,
+    ),
+]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, …; default: the first GPU, if any.", rich_help_panel=MODEL)
+]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads.", rich_help_panel=MODEL)]
+MaxTokensOption = Annotated[int, typer.Option(help="The most tokens to write for a prompt.")]
+PerCategoryOption = Annotated[int | None, typer.Option(min=1, help="At most so many prompts of each category.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+
+
+def params_of(**options: Any) -> SamplingParams:
+    from tokentree.sampling import SamplingParams
+
+    return SamplingParams(**options)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder that is written to in the end, so that what can't be is told before anything is loaded.
+
+    Raises:
+        OptionError: if there can be none.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OptionError(f"{str(folder)!r} is a file: name a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(f"can't write to the folder {str(folder)!r}: {error.strerror}") from None
+
+
+def prompt_text(prompt: str) -> str:
+    """The prompt that an argument is, or with '-' what stands on standard input, without the newline at its end: `echo`
+    gives what the argument does.
+
+    Raises:
+        PromptError: if there is no text.
+    """
+    if prompt != "-":
+        return _filled(checked_text(prompt, "the prompt"))
+    if sys.stdin is None:
+        raise PromptError("can't read standard input: it is closed")
+    if sys.stdin.isatty():
+        raise PromptError(
+            "'-' reads a pipe or a file, and standard input is a terminal: give the prompt as an argument"
+        )
+    return _filled(text_of(sys.stdin.buffer, "standard input").removesuffix("\n").removesuffix("\r"))
+
+
+def _filled(text: str) -> str:
+    if not text.strip():
+        raise PromptError("the prompt is empty: give at least one token")
+    return text
+
+
+def encode(llm: LLM, text: str, chat: bool | None) -> list[int]:
+    """The ids of a prompt, through the chat template if asked to or, by default, if there is one."""
+    text = _filled(checked_text(text, "the prompt"))
+    has_template = llm.tokenizer is not None and bool(llm.tokenizer.chat_template)
+    if chat or (chat is None and has_template):
+        return llm.chat_prompt([{"role": "user", "content": text}])
+    from tokentree.sampling import SamplingParams
+
+    return llm.sequence(text, SamplingParams()).prompt_ids
+
+
+def name_of(model: str) -> str:
+    """The last part of a model's name; of a folder that is named from where the command runs, its own."""
+    return Path(model).name if Path(model).name not in ("", "..") else Path(model).resolve().name
+
+
+def load(
+    console: Console, model: str, drafter: str | None, threads: int | None, *, compile: bool = False,
+    draft_model: list[str] | None = None, **options: Any,
+) -> LLM:  # fmt: skip
+    """An `LLM` with these ``options``."""
+    # a forward that is compiled shows its own progress
+    with nullcontext() if compile else working(console, f"loading {name_of(model)}"):
+        import transformers
+
+        from tokentree.llm import LLM
+
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        names = drafter.split("+") if drafter and "+" in drafter else drafter
+        # no prefixes are kept, as what is compared reads the same prompts
+        return LLM(model, names, list(draft_model or []), compile=compile, threads=threads, prefix_mb=0, **options)

@@ -1,0 +1,1 @@
+"""Drafters that look up what was read or written before."""

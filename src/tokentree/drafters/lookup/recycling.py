@@ -1,0 +1,189 @@
+"""Token Recycling: what the target last thought would follow each token (Luo et al. 2024, arXiv:2408.08696)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokentree.draft import Draft
+from tokentree.drafters.base import Drafter, Parts
+from tokentree.drafters.lookup.automaton_loops import most_probable
+from tokentree.drafters.lookup.storage import Array, read_arrays, write_arrays
+from tokentree.engines.base import TargetOutput
+from tokentree.errors import OptionError
+from tokentree.growing import PARENT, TOKEN
+from tokentree.jit import njit
+from tokentree.sequence import Accepted, Sequence
+from tokentree.shapes.base import Shape
+from tokentree.tree import Floats, Ints
+
+PAIRS = 1 << 17  # rows for pairs of tokens
+HASH = 0x9E3779B1
+HOLDS_ALONE, HOLDS_IN_PAIR = 0.5, 0.7  # how far a successor's probability holds in another context
+LEAST_PROB = 0.01
+
+
+class Recycling(Drafter):
+    """An adjacency matrix: for each token the k most probable successors when the target last scored it, on the
+    accepted path or beside it, with their probabilities among those k. Trees grow best-first along it.
+
+    Beyond the paper, the last scores of a *pair* of tokens are kept too, in a table of fixed size in which a newer
+    pair takes the place of an older one, and go before those of the single token.
+
+    The matrix is shared by all requests: vocabulary + 131,072 rows of k entries, 8 bytes each.
+
+    Args:
+        vocab_size: width of the target's logits.
+        k: successors kept for each token.
+
+    Raises:
+        OptionError: if ``k`` is below 1 or above the vocabulary.
+    """
+
+    name = "recycling"
+
+    def __init__(self, vocab_size: int, k: int = 8) -> None:
+        if not 1 <= k <= vocab_size:
+            raise OptionError("recycling needs k of at least 1, and no more than there are tokens")
+        self._k, self._vocab_size = k, vocab_size
+        self._successors = np.full((vocab_size + PAIRS, k), -1, np.int32)
+        self._probs = np.zeros((vocab_size + PAIRS, k), np.float32)
+        self._pairs = np.full(PAIRS, -1, np.int64)  # which pair a row belongs to
+        self._compile()
+
+    @classmethod
+    def make(cls, parts: Parts) -> Drafter:
+        return cls(parts.engine.vocab_size)
+
+    def propose(self, seqs: list[Sequence], shape: Shape, sampled: bool) -> list[Draft]:
+        return [self._grow(seq, shape.max_nodes - 1, min(shape.max_depth, seq.room - 1)) for seq in seqs]
+
+    def observe(self, seqs: list[Sequence], drafts: list[Draft], out: TargetOutput, accepted: list[Accepted]) -> None:
+        logits, successors = out.top(self._k)
+        logits, successors = np.ascontiguousarray(logits), np.ascontiguousarray(successors)
+        for i, (seq, draft, step) in enumerate(zip(seqs, drafts, accepted, strict=True)):
+            first, path = out.starts[i], np.array(step.path, np.int64)
+            _remember(
+                self._successors, self._probs, self._pairs, self._vocab_size, successors[first:], logits[first:],
+                _before(seq), draft.ints, len(draft), path,
+            )  # fmt: skip
+
+    def save(self, folder: Path) -> None:
+        arrays: dict[str, Array] = {"successors": self._successors, "probs": self._probs, "pairs": self._pairs}
+        write_arrays(folder / "recycling.safetensors", arrays)
+
+    def load(self, folder: Path) -> None:
+        dtypes: dict[str, np.dtype[np.generic]] = {
+            "successors": np.dtype(np.int32),
+            "probs": np.dtype(np.float32),
+            "pairs": np.dtype(np.int64),
+        }
+        arrays = read_arrays(folder / "recycling.safetensors", dtypes)
+        if arrays is None:
+            return
+        shapes = [self._successors.shape, self._probs.shape, self._pairs.shape]
+        if [arrays[name].shape for name in dtypes] != shapes:
+            raise OptionError(
+                f"{str(folder / 'recycling.safetensors')!r} was written with another model: it holds "
+                f"{'x'.join(map(str, arrays['successors'].shape))} successors, and this one has "
+                f"{'x'.join(map(str, self._successors.shape))}"
+            )
+        successors, probs, pairs = (np.asarray(arrays[name], dtype) for name, dtype in dtypes.items())
+        if not self._makes_sense(successors, probs, pairs):
+            raise OptionError(
+                f"{str(folder / 'recycling.safetensors')!r} doesn't hold successors out of {self._vocab_size} tokens "
+                f"and their probabilities: it is damaged, or was not written by this drafter"
+            )
+        self._successors[:], self._probs[:], self._pairs[:] = successors, probs, pairs
+
+    def _makes_sense(self, successors: NDArray[Any], probs: NDArray[Any], pairs: NDArray[Any]) -> bool:
+        """Whether these are what compiled loops may read: tokens index arrays there."""
+        ranked = np.sort(successors, 1)
+        twice = (ranked[:, 1:] == ranked[:, :-1]) & (ranked[:, 1:] >= 0)
+        known = (successors >= -1).all() and (successors < self._vocab_size).all()
+        known = known and (pairs >= -1).all() and (pairs < self._vocab_size**2).all()
+        return bool(known and not twice.any() and ((probs >= 0) & (probs <= 1)).all())  # nor is it NaN
+
+    def _compile(self) -> None:
+        """Before any request waits for it."""
+        none, draft = np.zeros(0, np.int64), Draft(0)
+        rows = self._successors, self._probs, self._pairs, self._vocab_size
+        _grow(*rows, 0, 0, 1, 1)
+        _remember(*rows, np.zeros((0, self._k), np.int64), self._probs[:0], 0, draft.ints, 0, none)
+
+    def _grow(self, seq: Sequence, nodes: int, depth: int) -> Draft:
+        root = seq.tokens[-1]
+        if nodes < 1 or depth < 1:
+            return Draft(root)
+        rows = self._successors, self._probs, self._pairs
+        return Draft.grown(root, *_grow(*rows, self._vocab_size, _before(seq), root, nodes, depth))
+
+
+def _before(seq: Sequence) -> int:
+    """The token before the root; a text's first token has none, and counts as standing after token 0."""
+    return seq.tokens[-2] if len(seq.tokens) > 1 else 0
+
+
+@njit(cache=True)
+def _row(pairs: Ints, vocab_size: int, before: int, token: int) -> int:
+    """The row of the pair, or of the single token where the pair is not known."""
+    pair = before * vocab_size + token
+    slot = pair * HASH % PAIRS
+    return vocab_size + slot if pairs[slot] == pair else token
+
+
+@njit(cache=True)
+def _remember(
+    successors: NDArray[np.int32], chances: NDArray[np.float32], pairs: Ints, vocab_size: int, ids: Ints,
+    logits: NDArray[np.float32], before: int, ints: Ints, size: int, path: Ints,
+) -> None:  # fmt: skip
+    """Writes what the target said after the nodes of a draft, ``ids`` and ``logits`` [nodes, k]; of one token's rows,
+    the one on the ``path`` stays."""
+    for turn in range(size + len(path)):
+        node = turn if turn < size else path[turn - size]
+        token = ints[TOKEN, node]
+        probs = np.exp(logits[node] - logits[node].max())
+        probs /= probs.sum()
+        pair = (before if node == 0 else ints[TOKEN, ints[PARENT, node]]) * vocab_size + token
+        slot = pair * HASH % PAIRS
+        pairs[slot] = pair
+        for row in (token, vocab_size + slot):
+            successors[row], chances[row] = ids[node], probs
+
+
+@njit(cache=True)
+def _grow(
+    successors: NDArray[np.int32], chances: NDArray[np.float32], pairs: Ints, vocab_size: int, before: int, root: int,
+    max_nodes: int, max_depth: int,
+) -> tuple[Ints, Ints, Floats]:  # fmt: skip
+    """The most probable nodes, best first: tokens, parents (0 is the root, node i is ``i + 1``), probabilities."""
+    k = successors.shape[1]
+    room = (max_nodes + 1) * k
+    token, parent, depth = np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room, np.int64)
+    prob, joint, waits = np.empty(room), np.empty(room), np.ones(room, np.bool_)
+    taken, parents, probs = np.empty(max_nodes, np.int64), np.empty(max_nodes, np.int64), np.empty(max_nodes)
+    size, count = 0, 0
+    node, row, node_token, node_joint, node_depth = 0, _row(pairs, vocab_size, before, root), root, 1.0, 0
+    while count < max_nodes:
+        if node_depth < max_depth:
+            holds = HOLDS_IN_PAIR if row >= vocab_size else HOLDS_ALONE
+            for rank in range(k):
+                chance = holds * chances[row, rank]
+                if successors[row, rank] < 0 or node_joint * chance < LEAST_PROB:
+                    break
+                token[size], parent[size], depth[size] = successors[row, rank], node, node_depth + 1
+                prob[size], joint[size] = chance, node_joint * chance
+                size += 1
+        best = most_probable(joint, waits, size)
+        if best < 0:
+            break
+        waits[best] = False
+        taken[count], parents[count], probs[count] = token[best], parent[best], prob[best]
+        count += 1
+        before_token = root if parent[best] == 0 else taken[parent[best] - 1]
+        node, node_token, node_joint, node_depth = count, token[best], joint[best], depth[best]
+        row = _row(pairs, vocab_size, before_token, node_token)
+    return taken[:count], parents[:count], probs[:count]

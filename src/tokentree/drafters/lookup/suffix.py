@@ -1,0 +1,153 @@
+"""Suffix matching: what followed the longest end of the text that was seen before."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from tokentree.draft import Draft
+from tokentree.drafters.base import Drafter, Parts
+from tokentree.drafters.lookup.automaton import SuffixAutomaton, warm_up
+from tokentree.drafters.lookup.automaton_loops import expected_tokens
+from tokentree.drafters.lookup.storage import read_arrays, write_arrays
+from tokentree.errors import OptionError
+from tokentree.sequence import Sequence
+from tokentree.shapes.base import Shape
+
+END = -1
+REMATCHED = 64  # tokens that are matched again when the store was rebuilt
+LEAST_PROB = 0.01
+
+
+class Suffix(Drafter):
+    """Grows the most probable continuations of the longest match (SuffixDecoding, Oliaro et al. 2024,
+    arXiv:2411.04975), in the request itself with its references, or in what earlier requests have answered, whichever
+    expects more tokens.
+
+    Args:
+        vocab_size: the target's; a store that holds other tokens is another model's.
+        max_store: tokens of finished outputs that are remembered; when there are more, the older half is forgotten.
+
+    Raises:
+        OptionError: if ``max_store`` is negative.
+    """
+
+    name = "suffix"
+
+    def __init__(self, vocab_size: int | None = None, max_store: int = 5_000_000) -> None:
+        if max_store < 0:
+            raise OptionError("suffix needs max_store of at least 0 tokens")
+        self._vocab_size, self._max_store = vocab_size, max_store
+        self._store = _Store()
+        self._requests: dict[int, _Request] = {}
+        warm_up()
+
+    @classmethod
+    def make(cls, parts: Parts) -> Drafter:
+        return cls(parts.engine.vocab_size)
+
+    def prefill(self, seqs: list[Sequence], upto: int | None = None) -> None:
+        for seq in seqs:
+            self._follow(seq, upto)
+
+    def propose(self, seqs: list[Sequence], shape: Shape, sampled: bool) -> list[Draft]:
+        return [self._grow(seq, shape.max_nodes - 1, min(shape.max_depth, seq.room - 1)) for seq in seqs]
+
+    def release(self, seqs: list[Sequence]) -> None:
+        for seq in seqs:
+            if self._requests.pop(seq.id, None) is not None and self._max_store:
+                self._store = self._store.with_text(seq.output_ids, self._max_store)
+
+    def save(self, folder: Path) -> None:
+        write_arrays(folder / "suffix.safetensors", {"tokens": np.array(self._store.tokens, np.int32)})
+
+    def load(self, folder: Path) -> None:
+        arrays = read_arrays(folder / "suffix.safetensors", {"tokens": np.dtype(np.int32)})
+        if arrays is not None:
+            tokens, file = arrays["tokens"], str(folder / "suffix.safetensors")
+            if tokens.ndim != 1 or (tokens.size and tokens.min() < END):
+                raise OptionError(f"{file!r} holds no texts: it is damaged, or was not written by this drafter")
+            if self._vocab_size is not None and tokens.size and tokens.max() >= self._vocab_size:
+                raise OptionError(
+                    f"{file!r} was written with another model: it holds token {tokens.max()}, and this one's "
+                    f"vocabulary has {self._vocab_size}"
+                )
+            texts = np.split(tokens, np.flatnonzero(tokens == END) + 1)
+            for text in texts:
+                self._store = self._store.with_text(text[text != END].tolist(), self._max_store)
+
+    @property
+    def store_nbytes(self) -> int:
+        """Memory of the store, in bytes."""
+        return self._store.automaton.nbytes + 4 * len(self._store.tokens)
+
+    def _follow(self, seq: Sequence, upto: int | None = None) -> _Request:
+        """What is known of ``seq``, up to its last token, or of its first tokens."""
+        if seq.id not in self._requests:
+            self._requests[seq.id] = _Request(seq)
+        self._requests[seq.id].follow(seq.tokens[:upto], self._store)
+        return self._requests[seq.id]
+
+    def _grow(self, seq: Sequence, nodes: int, depth: int) -> Draft:
+        request = self._follow(seq)
+        if nodes < 1 or depth < 1:
+            return Draft(seq.tokens[-1])
+        grown = request.automaton.grow(*request.automaton.repeated, nodes, depth, LEAST_PROB)
+        if request.length:
+            stored = self._store.automaton.grow(request.state, request.length, nodes, depth, LEAST_PROB)
+            grown = max(grown, stored, key=lambda nodes: expected_tokens(nodes[1], nodes[2]))
+        return Draft.grown(seq.tokens[-1], *grown)
+
+
+class _Request:
+    """An automaton over one request, and where the request stands in the store."""
+
+    def __init__(self, seq: Sequence) -> None:
+        self.automaton = SuffixAutomaton(len(seq.tokens) + sum(map(len, seq.references)) + 64)
+        for reference in seq.references:
+            self.automaton.extend(reference)
+            self.automaton.start_text()
+        self.known = 0
+        self.state = self.length = 0
+        self.store: _Store | None = None
+
+    def follow(self, tokens: list[int], store: _Store) -> None:
+        """Takes in those of ``tokens`` that are new."""
+        new = tokens[self.known :]
+        self.automaton.extend(new)
+        self.known = max(self.known, len(tokens))
+        if self.store is not store:
+            self.store, self.state, self.length, new = store, 0, 0, tokens[-REMATCHED:]
+        self.state, self.length = store.automaton.match(self.state, self.length, new)
+
+
+@dataclass(eq=False)
+class _Store:
+    """What finished requests have answered: the tokens, each text closed by `END`, and an automaton over them."""
+
+    tokens: array[int] = field(default_factory=lambda: array("i"))
+    automaton: SuffixAutomaton = field(default_factory=SuffixAutomaton)
+
+    def with_text(self, text: list[int], most: int) -> _Store:
+        """The store with one more text: itself, or one rebuilt from its newer half when it is full."""
+        store = self
+        if len(self.tokens) + len(text) >= most:
+            store = _Store()
+            kept = self.tokens[len(self.tokens) // 2 :]
+            store._append(kept[kept.index(END) + 1 :] if END in kept else kept[:0])
+            text = text[max(0, len(text) - most // 2) :]
+        if text:
+            store._append(array("i", [*text, END]))
+        return store
+
+    def _append(self, tokens: array[int]) -> None:
+        self.tokens.extend(tokens)
+        ids = np.array(tokens, np.int32)
+        begin = 0
+        for end in np.flatnonzero(ids == END).tolist():
+            self.automaton.start_text()
+            self.automaton.extend(ids[begin:end])
+            begin = end + 1

@@ -1,0 +1,1 @@
+"""Forwards on CPUs: packed weights, own attention, whole forwards in one compiled call."""

@@ -1,0 +1,249 @@
+"""Attention over a committed prefix and a token tree, for all sequences of a forward at once.
+
+`tree_attention` gives a row the same bits however many rows go with it and wherever its ancestors' KV happens to lie,
+so that a tree's logits are those of plain decoding, bit for bit: see `attend`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceOf
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, Cache
+
+from tokentree.engines.segment import Segment
+from tokentree.errors import ModelError
+from tokentree.kernels.attention import attend_worker
+from tokentree.kernels.threads import num_threads, run
+
+TREE = "tokentree"  # the name of `tree_attention` among transformers' attentions
+UNKNOWN = -1  # stands for a mask that no tree has
+KNOWN = {"position_ids", "cache_position"}  # what attention may be given, and has no use for
+
+
+Sees = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of rows and columns: which rows see which
+
+
+class ForwardKV(Cache):
+    """What transformers' modules see as the cache of one forward: the KV of several sequences, side by side.
+
+    The rows of all segments form one batch row; nothing is padded. A model that attends by itself has its new rows
+    stored by `update`, and gets all rows back, one sequence behind another, to be seen through a block-diagonal mask.
+    For any other, `update` hands on what it is given, and `attend` stores what attention is given: a model's cache may
+    hold something else, such as latents, or nothing for some of its layers.
+    """
+
+    def __init__(self, segments: SequenceOf[Segment], attends_itself: bool) -> None:
+        super().__init__(layers=[])
+        self.segments = segments
+        self._attends_itself = attends_itself
+        self._calls = 0  # of attention so far: layers attend in one order
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self._attends_itself:
+            return key_states, value_states
+        self.write(layer_idx, key_states[0], value_states[0])
+        stored = [(segment.kv.layer(layer_idx), segment.prefix + len(segment.tree)) for segment in self.segments]
+        if len(stored) == 1:
+            ((keys, values), end), *_ = stored
+            return keys[None, :, :end], values[None, :, :end]
+        all_keys = [keys[:, :end] for (keys, _), end in stored]
+        all_values = [values[:, :end] for (_, values), end in stored]
+        # a padding row, if there is one, sees row 0 of the first sequence
+        return torch.cat(all_keys, 1)[None], torch.cat(all_values, 1)[None]
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: Rule
+    ) -> torch.Tensor:  # fmt: skip
+        """See `Attending`."""
+        layer = self._calls
+        self._calls += 1
+        self.write(layer, key, value)
+        return attend_rows(self, layer, query.float(), len(key), value.shape[2], rule)
+
+    def knows(self, window: int | None, sees: Sees) -> bool:
+        """See `Attending`. `attending.attended` has looked."""
+        return True
+
+    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Stores the new rows of all sequences, [heads, rows, width]."""
+        for segment in self.segments:
+            rows = slice(segment.start, segment.start + segment.count)
+            segment.kv.write(layer, segment.prefix + segment.first, keys[:, rows], values[:, rows])
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return query_length, 0
+
+
+def dense_mask(
+    segments: SequenceOf[Segment], rows: int, window: int | None, dtype: torch.dtype, device: torch.device,
+    columns: int | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """[1, 1, rows, columns], additive: what each row sees, for models that attend by themselves; by default there are
+    as many columns as KV rows of all segments."""
+    seen = np.zeros((rows, columns or sum(s.prefix + len(s.tree) for s in segments)), np.bool_)
+    column = 0
+    for segment in segments:
+        width = segment.prefix + len(segment.tree)
+        seen[segment.start : segment.start + segment.count, column : column + width] = segment.visible(window)
+        column += width
+    seen[~seen.any(1), 0] = True
+    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(torch.from_numpy(~seen), torch.finfo(dtype).min)
+    return mask[None, None].to(device)
+
+
+# -- how a model asks for it -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How queries, keys and values become what attention gives, beside who sees whom.
+
+    Args:
+        scale: products of queries and keys are multiplied by it.
+        window: positions that are seen, or None: all.
+        softcap: scores x become softcap * tanh(x / softcap), or None.
+        sinks: float32[heads], a score for each head that counts among the weights and has no value, or None.
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+    masked: bool = True  # whether a mask tells the window, as where a model attends by itself
+
+
+class Attending(Protocol):
+    """What runs a model's forward, and attends for it."""
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: Rule) -> torch.Tensor:
+        """[rows, heads, value width] of queries [heads, rows, width], and keys and values of the same new rows
+        [KV heads, rows, width]."""
+        ...
+
+    def knows(self, window: int | None, sees: Sees) -> bool:
+        """Whether a mask by which ``sees`` tells who sees whom is that of a tree with this window."""
+        ...
+
+
+_running: ContextVar[Attending | None] = ContextVar("attending", default=None)
+
+
+@contextlib.contextmanager
+def attending(forward: Attending) -> Iterator[None]:
+    """A model that uses `tree_attention` has ``forward`` attend in here."""
+    token = _running.set(forward)
+    try:
+        yield
+    finally:
+        _running.reset(token)
+
+
+def running() -> Attending | None:
+    """What attends for the model that runs now, if it isn't the model itself."""
+    return _running.get()
+
+
+def tree_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention for transformers' `AttentionInterface`; ``query`` is [1, heads, rows, width], and so on.
+
+    Returns:
+        [1, rows, heads, value width], in the model's dtype; padding rows get zeros.
+    """
+    forward = running()
+    if forward is None:
+        raise ModelError(f"{type(module).__name__} is asked to attend outside of an engine's forward")
+    if unknown := sorted(name for name, given in kwargs.items() if name not in KNOWN and torch.is_tensor(given)):
+        raise ModelError(f"{type(module).__name__} gives its attention {', '.join(unknown)}, which is unknown here")
+    window = sliding_window
+    if attention_mask is not None:  # it decides, as it does where a model attends by itself
+        if attention_mask.shape != (1, 1, 1, 1) or attention_mask.dtype is not torch.int64:
+            raise ModelError(f"{type(module).__name__} makes a mask of its own")
+        told = int(attention_mask)
+        if told == UNKNOWN:
+            raise ModelError(f"a row of {type(module).__name__} sees something else than the rows before it")
+        window = told or None
+    scale = query.shape[3] ** -0.5 if scaling is None else float(scaling)
+    sinks = None if s_aux is None else s_aux.detach().float().flatten()
+    out = forward.attend(query[0], key[0], value[0], Rule(scale, window, softcap, sinks, attention_mask is not None))
+    return out[None].to(value.dtype), None
+
+
+def tree_mask(
+    mask_function: Callable[..., torch.Tensor], local_size: int | None = None, **kwargs: Any
+) -> torch.Tensor:  # fmt: skip
+    """For transformers' `AttentionMaskInterface`: a mask that tells `tree_attention` the window, int64[1, 1, 1, 1], 0
+    where there is none. Who sees whom in a tree it knows."""
+    forward, zero = running(), torch.tensor(0)
+    known = forward is None or forward.knows(local_size, lambda row, column: mask_function(zero, zero, row, column))
+    return torch.full((1, 1, 1, 1), (local_size or 0) if known else UNKNOWN)
+
+
+AttentionInterface.register(TREE, tree_attention)
+AttentionMaskInterface.register(TREE, tree_mask)
+
+
+# -- the compiled loop -----------------------------------------------------------------------------------------------
+
+
+def attend_rows(
+    forward_kv: ForwardKV, layer: int, query: torch.Tensor, kv_heads: int, value_width: int, rule: Rule
+) -> torch.Tensor:  # fmt: skip
+    """float32[rows, heads, value width]: attention of all rows of a forward over what `layer` has stored for them.
+
+    Args:
+        query: float32[heads, rows, width].
+
+    Raises:
+        ModelError: if the storage of a sequence is not of these sizes, or its rows are none of these.
+        IndexError: if its storage has no room for its tree.
+    """
+    if query.stride(2) != 1:
+        query = query.contiguous()
+    heads, rows, width = query.shape
+    if query.dtype is not torch.float32 or heads % kv_heads or (rule.sinks is not None and len(rule.sinks) != heads):
+        raise ModelError(f"attention got {query.dtype} queries of {heads} heads for {kv_heads} heads of keys")
+    table = list[int]()
+    for segment in forward_kv.segments:
+        _check(segment, layer, (kv_heads, width, value_width), rows)
+        segment.windows.add(rule.window)
+        table += segment.described(layer)
+    out = torch.zeros(rows, heads, value_width, dtype=torch.float32)  # rows that only fill up get zeros
+    numbers = np.array([rule.scale, rule.softcap or 0.0, *([] if rule.sinks is None else rule.sinks.tolist())])
+    run(
+        attend_worker(),
+        [num_threads(), query.data_ptr(), 4 * query.stride(0), 4 * query.stride(1), out.data_ptr(),
+         4 * out.stride(1), 4 * out.stride(0), width, value_width, heads // kv_heads, rule.window or 0, heads,
+         len(forward_kv.segments), 0, *table, numbers.ctypes.data, len(numbers)],
+    )  # fmt: skip
+    return out
+
+
+def _check(segment: Segment, layer: int, sizes: tuple[int, int, int], rows: int) -> None:
+    """Raises `ModelError` unless ``layer`` of ``segment`` is stored in these sizes, and its rows are among so many."""
+    if (stored := segment.kv.sizes(layer)) != sizes:
+        raise ModelError(f"layer {layer} attends to (heads, key width, value width) {sizes}, and {stored} is stored")
+    if not 0 <= segment.start <= rows - segment.count:
+        raise ModelError(f"rows {segment.start} to {segment.start + segment.count} have no room among {rows}")

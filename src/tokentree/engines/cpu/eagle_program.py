@@ -1,0 +1,169 @@
+"""An EAGLE head's forward in one compiled call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from tokentree.engines.base import KEPT
+from tokentree.engines.cpu.fused import FusedNorm
+from tokentree.engines.cpu.packing import Packing
+from tokentree.engines.cpu.quantized import QuantizedLinear
+from tokentree.engines.cpu.steps import BEST, Behind, RotaryTable, Steps
+from tokentree.engines.segment import Segment, end_of
+from tokentree.heads.eagle import EagleHead
+from tokentree.kernels.tile import BLOCK
+from tokentree.tree import Ints
+
+
+@dataclass
+class _Heads:
+    heads: int
+    kv_heads: int
+    width: int
+    scale: float
+    window: int | None = None
+
+
+class EagleProgram(Steps):
+    """What `EagleHead.forward` and, of heads with an output layer, `EagleHead.logits` do, step by step, in bfloat16 on
+    a CPU, with weights in 8 bits: drafts needn't be exact.
+
+    Args:
+        head: one that `fits`, in bfloat16; it stays as it is.
+        embedding: given token ids int64[rows], bfloat16[rows, hidden size].
+
+    Attributes:
+        best, log_sums: of the last `forward` of a head with an output layer, see `base.TargetOutput`; None of others.
+    """
+
+    def __init__(self, head: EagleHead, embedding: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        sizes = head.sizes
+        self._version, self._rotary, self._width = sizes.version, RotaryTable(head.rotary), sizes.hidden_size
+        self._heads = _Heads(sizes.num_heads, sizes.num_kv_heads, sizes.head_dim, sizes.head_dim**-0.5)
+        self._inner_size = sizes.intermediate_size
+        packing, half = Packing(QuantizedLinear), sizes.intermediate_size
+        halves = [nn.Linear(sizes.hidden_size, half, bias=False, device="meta") for _ in range(2)]
+        for layer, weight in zip(halves, head.gate_up.weight.split(half), strict=True):
+            layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self._qkv, norm = packing.pack(head.qkv), FusedNorm(head.post_attention_layernorm)
+        gate_up, down_proj = packing.pack(*halves, gated=True), packing.pack(head.down_proj)
+        self._behind = Behind(packing.pack(head.o_proj), norm, gate_up, down_proj)
+        self._fc, self._embedding, self._taps = packing.pack(head.fc), embedding, len(sizes.taps)
+        if sizes.version == 3:
+            self._norms = FusedNorm(head.input_layernorm), FusedNorm(head.hidden_norm)
+        self._says = head.lm_head is not None
+        if head.lm_head is not None:
+            self._last, self._lm_head = FusedNorm(head.norm), packing.pack(head.lm_head)
+            self._kept = min(KEPT, self._lm_head.num_outputs)
+        self.best: tuple[NDArray[np.float32], Ints] | None = None
+        self.log_sums: NDArray[np.float32] | None = None
+        widest = max(2, self._taps) * sizes.hidden_size
+        super().__init__(max(widest, sizes.intermediate_size, sizes.num_heads * sizes.head_dim))
+
+    @staticmethod
+    def fits(head: EagleHead) -> bool:
+        """Whether sizes and type suit."""
+        sizes = head.sizes
+        layers = [head.fc, head.qkv, head.o_proj, head.gate_up, head.down_proj]
+        columns = [sizes.hidden_size, sizes.intermediate_size, sizes.num_heads * sizes.head_dim, head.qkv.out_features]
+        return (
+            Packing(QuantizedLinear).fits(*layers)
+            and not any(count % BLOCK for count in columns)
+            and not sizes.norm_before_residual
+            and (sizes.target_hidden_size or sizes.hidden_size) == sizes.hidden_size
+        )
+
+    @property
+    def fuses(self) -> bool:
+        """Whether `forward` can be given the target's hidden states as they are."""
+        return self._version == 3
+
+    def forward(
+        self, ids: Ints, known: torch.Tensor | SequenceOf[torch.Tensor], positions: Ints,
+        segments: SequenceOf[Segment],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+        """Writes the KV of all rows of ``segments``, and returns what is known of the next positions, bfloat16[rows,
+        hidden size]; and, of a head with an output layer, logits bfloat16[rows, tokens], of which `best` and `log_sums`
+        then are.
+
+        Args:
+            ids, positions: int64[rows].
+            known: bfloat16[rows, hidden size]; or, if it `fuses`, the hidden states that this is made of, the same for
+                each tap.
+        """
+        rows = len(ids)
+        first = self._take_in(ids, known)
+        logits = None
+        if self._says:
+            logits = torch.empty(rows, len(self._lm_head.start), dtype=torch.bfloat16)
+            values, tokens = (torch.empty(rows, self._kept, dtype=kind) for kind in (torch.float32, torch.int64))
+            sums = torch.empty(rows, dtype=torch.float32)
+            self._steps[-2, 1 + self._lm_head.RESULT] = self._steps[-1, 1] = logits.data_ptr()
+            self._steps[-1, 5:8] = values.data_ptr(), tokens.data_ptr(), sums.data_ptr()
+            logits = logits[:, : self._lm_head.num_outputs]
+            self.best, self.log_sums = (values.numpy(), tokens.numpy()), sums.numpy()
+        self.run(len(self._steps), segments, self._rotary.at(positions, end_of(segments)), ids, first)
+        return self._residual[:rows].clone(), logits
+
+    def store(
+        self, ids: Ints, known: torch.Tensor | SequenceOf[torch.Tensor], positions: Ints,
+        segments: SequenceOf[Segment],
+    ) -> None:  # fmt: skip
+        """As `forward`, but nothing is wanted of these rows except their KV."""
+        first = self._take_in(ids, known)
+        self.run(self._up_to_kv, segments, self._rotary.at(positions, end_of(segments)), ids, first)
+
+    def _take_in(self, ids: Ints, known: torch.Tensor | SequenceOf[torch.Tensor]) -> int:
+        """Puts what is given where the steps read it; returns the first step to run."""
+        rows = len(ids)
+        self.reserve(rows)
+        if not isinstance(known, torch.Tensor):
+            torch.cat(list(known), -1, out=self._states[:rows])
+        elif self._version == 3:
+            self._residual[:rows] = known
+        else:
+            self._x[:rows, self._width :] = known
+        if not self.embeds(self._embedding):
+            self._embedded[:rows] = self._embedding(torch.from_numpy(ids))
+        return self._fusing if isinstance(known, torch.Tensor) else 0
+
+    def build(self) -> list[list[int]]:
+        width, sizes, steps = self._width, self._heads, list[list[int]]()
+        at = self.rows_of_a_layer(width, self._inner_size, sizes)
+        # in the last step the sum of the residual and what is added is what is known of the next positions
+        self._residual, self._x = at.residual, self.room(2 * width)
+        third = self._version == 3
+        self._embedded = self.room(width) if third else self._x[:, :width]
+        if third:
+            self._states = self.room(self._taps * width)
+            steps += self.prepare(self._fc, self._states)
+            steps += self.multiply(self._fc, self._states, at.residual)
+        self._fusing = len(steps)
+        if self.embeds(self._embedding):
+            steps += self.embed(self._embedding, self._embedded)
+        if third:
+            steps += self.norm(self._norms[0], self._embedded, self._x[:, :width], None)
+            steps += self.norm(self._norms[1], at.residual, self._x[:, width:], None)
+            steps += self.prepare(self._qkv, self._x)
+            steps += self.multiply(self._qkv, self._x, at.qkv)
+        else:
+            steps += self.prepare(self._fc, self._x)
+            steps += self.multiply(self._fc, self._x, at.residual)
+            steps += self.prepare(self._qkv, at.residual)
+            steps += self.multiply(self._qkv, at.residual, at.qkv)
+        steps += self.rotary(0, sizes, at.qkv, at.queries)
+        self._up_to_kv = len(steps)
+        steps += self.after_rotary(0, sizes, self._behind, at)
+        if self._says:
+            steps += self.norm(self._last, at.residual, at.normed, self._lm_head, at.added)
+            steps += self.multiply(self._lm_head, at.normed, None)
+            return [*steps, [BEST, 0, len(self._lm_head.start), self._lm_head.num_outputs, self._kept, 0, 0, 0]]
+        # the sum alone is wanted: what this norm makes of it is not looked at
+        return steps + self.norm(self._behind.norm, at.residual, at.normed, None, at.added)

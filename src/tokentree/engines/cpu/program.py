@@ -1,0 +1,93 @@
+"""The forward of a model whose layers are Llama's, in one compiled call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+
+import numpy as np
+import torch
+
+from tokentree.engines.base import KEPT
+from tokentree.engines.cpu.llama import Llama
+from tokentree.engines.cpu.steps import BEST, Behind, RotaryTable, Steps
+from tokentree.engines.segment import Segment, Upto, end_of
+from tokentree.tree import Ints
+
+
+class Program(Steps):
+    """The forward of a model whose layers are Llama's, in bfloat16 or 8 bits on a CPU.
+
+    Args:
+        llama: its weights.
+
+    Attributes:
+        states: bfloat16[places, rows or more, hidden size], the hidden states of the last forward that `capture` asked
+            for; the last of them only if it went that far.
+        best: of the last forward that had logits, those of the most probable tokens after each row, best first,
+            float32[rows, `KEPT`], and these tokens, int64[rows, `KEPT`].
+    """
+
+    def __init__(self, llama: Llama) -> None:
+        self.llama, self._rotary, self._head = llama, RotaryTable(llama.rotary), llama.head
+        first = llama.layers[0]
+        self._hidden_size = first.attention.o_proj.num_outputs
+        self._inner_size, sizes = first.mlp.gate_up.num_outputs, first.attention
+        super().__init__(max(self._hidden_size, self._inner_size, sizes.heads * sizes.width))
+        self._places: list[int] = []
+        self.states = torch.empty(0, 0, 0)
+        self._kept = min(KEPT, self._head.num_outputs)
+        self.best = np.empty((0, self._kept), np.float32), np.empty((0, self._kept), np.int64)
+
+    def capture(self, places: list[int]) -> None:
+        """Keeps the hidden states ``places``, see `base.Engine.capture`, in `states`."""
+        self._places, self._capacity = places, 0
+
+    def forward(
+        self, ids: Ints, positions: Ints, segments: SequenceOf[Segment], upto: Upto, rows: int | None = None
+    ) -> torch.Tensor:
+        """Writes the KV of all rows of ``segments``, and returns bfloat16[rows, vocab], or [0, vocab] if it ends before
+        the logits.
+
+        Args:
+            ids, positions: int64[n].
+            rows: how many of them have logits, the first ones, which are whole segments; by default all.
+        """
+        self.reserve(len(ids))
+        rows = 0 if upto != "logits" else len(ids) if rows is None else rows
+        logits = torch.empty(rows, len(self._head.start), dtype=torch.bfloat16)
+        last, before_head = len(self._steps), len(self._steps) - 2
+        whole = last if rows == len(ids) else self._up_to_kv if upto == "kv" else before_head
+        if rows:
+            values, tokens = (torch.empty(rows, self._kept, dtype=kind) for kind in (torch.float32, torch.int64))
+            self._steps[-2, 1 + self._head.RESULT] = self._steps[-1, 1] = logits.data_ptr()
+            self._steps[-1, 5:7] = values.data_ptr(), tokens.data_ptr()
+            self.best = values.numpy(), tokens.numpy()
+        cos, sin, places = self._rotary.at(positions, end_of(segments))
+        self.run(whole, segments, (cos, sin, places), ids)
+        if rows and whole < last:
+            self.run(last, [one for one in segments if one.start < rows], (cos, sin, places[:rows]), first=before_head)
+        return logits if logits.shape[1] == self._head.num_outputs else logits[:, : self._head.num_outputs].contiguous()
+
+    def build(self) -> list[list[int]]:
+        llama, hidden, steps, update = self.llama, self._hidden_size, list[list[int]](), None
+        at = self.rows_of_a_layer(hidden, self._inner_size, llama.layers[0].attention)
+        steps += self.embed(llama.embedding, at.residual)
+        self.states = torch.empty(len(self._places), self._capacity, hidden, dtype=torch.bfloat16)
+        for index, layer in enumerate(llama.layers):
+            attention, mlp = layer.attention, layer.mlp
+            steps += self.norm(layer.before, at.residual, at.normed, attention.qkv, update)
+            steps += self._keep(index, at.residual)
+            steps += self.multiply(attention.qkv, at.normed, at.qkv)
+            steps += self.rotary(index, attention, at.qkv, at.queries)
+            self._up_to_kv = len(steps)
+            behind = Behind(attention.o_proj, layer.after, mlp.gate_up, mlp.down_proj)
+            steps += self.after_rotary(index, attention, behind, at)
+            update = at.added
+        steps += self.norm(llama.norm, at.residual, at.normed, self._head, update)
+        steps += self._keep(len(llama.layers), at.normed)
+        steps += self.multiply(self._head, at.normed, None)
+        return [*steps, [BEST, 0, len(self._head.start), self._head.num_outputs, self._kept, 0, 0, 0]]
+
+    def _keep(self, place: int, x: torch.Tensor) -> list[list[int]]:
+        """Keeps ``x``, if it is one of the hidden states that are asked for."""
+        return self.copy(x, self.states[self._places.index(place)]) if place in self._places else []

@@ -1,0 +1,1 @@
+"""Forwards that are recorded as a graph, or compiled by torch."""

@@ -1,0 +1,1 @@
+"""GGUF files: each entry is honoured, or refused by name."""

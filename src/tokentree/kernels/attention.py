@@ -1,0 +1,209 @@
+# numba gives every scalar a type of its own, which annotations can't follow:
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,attr-defined,call-arg"
+"""Attention of a tree's rows over what each of them sees, compiled: the loops under `attention`.
+
+A row sees the committed rows of its sequence and its own ancestors. Its sums, of scores over a key's width, of weights
+and of weighted values over positions, are added up in an order that depends on nothing but absolute positions, each
+for itself: whatever tree, batch or place in storage a row has, its bits are those of decoding its path alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import numba
+import numpy as np
+
+from tokentree.jit import cfunc
+from tokentree.kernels.bfloat16 import exponentials, narrow
+from tokentree.kernels.threads import WORKER, address_of, claim, float32_at, float64_at, int16_at, int64_at, keep
+from tokentree.kernels.tile import BLOCK, LANES, TILE_ROWS, tile_float32
+
+HIDDEN = np.float32(-math.inf)
+
+CALL, SEGMENT = 13, 12  # integers that describe a call, and each segment in it
+
+
+@numba.njit
+def _soften(scores, scale, softcap, sink):
+    """Turns scores into weights relative to the largest, in place, and returns their sum; hidden ones get 0. ``sink``
+    is a score that belongs to no position, -inf where there is none."""
+    lanes = np.full(LANES, HIDDEN, np.float32)
+    for start in range(0, len(scores), LANES):
+        for lane in range(LANES):
+            score = scores[start + lane] * scale
+            if softcap > 0:
+                score = np.float32(math.tanh(score / softcap)) * softcap if score > HIDDEN else score
+            scores[start + lane] = score
+            lanes[lane] = max(lanes[lane], score)
+    top = sink
+    for lane in range(LANES):
+        top = max(top, lanes[lane])
+    for i in range(len(scores)):
+        scores[i] -= top
+    exponentials(scores)
+    lanes[:] = 0
+    for start in range(0, len(scores), LANES):
+        for lane in range(LANES):
+            lanes[lane] += scores[start + lane]
+    total = np.float32(0)
+    for lane in range(LANES):
+        total += lanes[lane]
+    if sink > HIDDEN:
+        lanes[0] = sink - top
+        exponentials(lanes[:1])
+        total += lanes[0]
+    return total
+
+
+@numba.njit
+def _span(path, prefix, window):
+    """The first and the last KV row that any of these rows sees, as whole blocks."""
+    first, last = (1 << 60) if window else 0, 0
+    for i in range(len(path)):
+        if window:
+            first = min(first, prefix + path[i, 0] - window)
+        last = max(last, prefix + path[i, 0], path[i, 1:].max() + 1 if path.shape[1] > 1 else 0)
+    return max(0, first) // BLOCK * BLOCK, -(-last // BLOCK) * BLOCK
+
+
+@numba.njit
+def _attend(call, numbers, segment, layer, head, together, first, count):
+    """Rows ``first`` to ``first + count`` of a segment, for ``together`` heads of queries from ``head`` on, which read
+    the same keys and values. What is by row here has the heads of a row behind one another."""
+    query, query_head, query_row, out, out_head, out_row, width, value_width, group, window = call[:10]
+    keys, values, capacity, prefix, new, start, paths, longest, chain, _, keys_layer, values_layer = segment
+    scale, softcap = np.float32(numbers[0]), np.float32(numbers[1])
+    columns = -(-value_width // BLOCK) * BLOCK
+    keys += layer * keys_layer + head // group * capacity * width * 4
+    values += layer * values_layer + head // group * capacity * columns * 4
+    path = int64_at(paths, (new, 1 + longest))[first : first + count]  # its length, then its KV rows behind the prefix
+    behind = path[0, 0] - 1 if chain else 0  # rows of the tree that all of these see
+    shared = prefix + behind
+    begin, used = _span(path, prefix, window)
+
+    rows = count * together
+    queries = np.empty((rows, width), np.float32)
+    scores = np.empty((rows, used - begin), np.float32)
+    sums, totals = np.zeros((rows, columns), np.float32), np.empty(rows, np.float32)
+    at_queries, at_scores, at_sums = queries.ctypes.data, scores.ctypes.data, sums.ctypes.data
+    stride, wide = 4 * (used - begin), 4 * columns
+
+    for i in range(rows):
+        place = query + (head + i % together) * query_head + (start + first + i // together) * query_row
+        queries[i] = float32_at(place, width)
+    for block in range(begin // BLOCK, used // BLOCK):
+        tile_float32(
+            rows, width, keys + block * width * BLOCK * 4, BLOCK * 4, at_queries, 4 * width, at_sums, 0,
+            at_scores + 4 * (block * BLOCK - begin), stride,
+        )  # fmt: skip
+    for i in range(rows):
+        own, seen = scores[i], path[i // together]
+        end = prefix + seen[0]
+        if not chain:
+            for t in range(max(0, begin - prefix), seen[0]):  # an ancestor never lies before its place on the path
+                own[prefix + t - begin] = own[seen[1 + t] - begin]
+        own[end - begin :] = HIDDEN
+        if window:
+            own[: max(0, end - window - begin)] = HIDDEN
+        sink = np.float32(numbers[2 + head + i % together]) if len(numbers) > 2 else HIDDEN
+        totals[i] = _soften(own, scale, softcap, sink)
+
+    for column in range(0, columns, BLOCK):
+        if shared > begin:
+            tile_float32(
+                rows, shared - begin, values + begin * wide + 4 * column, wide, at_scores, stride, at_sums + 4 * column,
+                wide, at_sums + 4 * column, wide,
+            )  # fmt: skip
+        for i in range(rows):
+            at_sum, seen = at_sums + i * wide + 4 * column, path[i // together]
+            for t in range(max(behind, begin - prefix), seen[0]):
+                row = prefix + t if chain else seen[1 + t]
+                tile_float32(
+                    1, 1, values + row * wide + 4 * column, 0, at_scores + i * stride + 4 * (prefix + t - begin), 0,
+                    at_sum, 0, at_sum, 0,
+                )  # fmt: skip
+    for i in range(rows):
+        sums[i] /= totals[i]
+        place = out + (head + i % together) * out_head + (start + first + i // together) * out_row
+        _store(sums[i, :value_width], place, call[12])
+    keep((queries, scores, sums))
+
+
+@numba.njit
+def _store(x, address, rounds):
+    if rounds:
+        narrow(x, int16_at(address, len(x)))
+    else:
+        float32_at(address, len(x))[:] = x
+
+
+@functools.cache
+def attend_worker() -> Any:
+    """What each thread runs, compiled when first asked for. It is told, in integers:
+
+    - how many threads there are;
+    - of a call: addresses of queries float32[heads, rows, width] and results [heads, rows, value width], each with two
+      strides in bytes; both widths; query heads per KV head; the window or 0; heads; segments; whether results are
+      rounded to bfloat16, or else float32;
+    - of each segment: addresses of its keys and values as `kv.BlockedKV` has them, their capacity, committed rows, new
+      rows, the first of these among the queries, the address of int64[new rows, 1 + longest] (how long a row's path in
+      the tree is, and the KV rows on it), that longest, whether the tree is a chain, whose KV rows are not listed, how
+      many nodes were computed before, and the bytes from one layer's keys and values to the next's;
+    - the address of float64[2]: scale, and softcap or 0; behind them, where there are sinks, one for each head;
+    - how many these are.
+    """
+
+    @cfunc(WORKER, cache=True)
+    def worker(arguments):
+        threads, start = int64_at(address_of(arguments), 1)[0], address_of(arguments) + 8
+        call = int64_at(start, CALL)
+        table = int64_at(start + 8 * CALL, (call[11], SEGMENT))
+        end = start + 8 * (CALL + table.size)
+        at, count = int64_at(end, 2)
+        attend(call, table, 0, float64_at(at, count), threads, end + 16)
+
+    return worker
+
+
+@numba.njit
+def attend(call, table, layer, numbers, threads, counter):
+    """One thread's part. The threads take some rows for some heads, as ``counter`` tells."""
+    together = _together(call, table, threads)
+    tasks = call[10] // together  # of one share of the rows
+    while True:
+        task: int = claim(counter)
+        for segment in table:
+            shares = _shares(segment, together)
+            if task < shares * tasks:
+                size = -(-segment[4] // shares)
+                first, head = task // tasks * size, task % tasks * together
+                _attend(call, numbers, segment, layer, head, together, first, min(size, segment[4] - first))
+                break
+            task -= shares * tasks
+        else:
+            return
+
+
+@numba.njit
+def _together(call, table, threads):
+    """How many query heads to take at a time, of those that read the same keys and values: as many as leave enough
+    shares of the work for all threads to be busy to its end."""
+    group, heads = call[8], call[10]
+    for together in range(min(group, TILE_ROWS), 1, -1):
+        if group % together:
+            continue
+        tasks = 0
+        for segment in table:
+            tasks += _shares(segment, together) * (heads // together)
+        if tasks >= 2 * threads:
+            return together
+    return 1
+
+
+@numba.njit
+def _shares(segment, together):
+    """How many shares the rows of a segment come in, so that a share's rows for these heads fill a tile at most."""
+    return -(-segment[4] // (TILE_ROWS // together))
