@@ -124,8 +124,8 @@ class LLM:
         attention, quantization, compile: see `TorchEngine`; they hold for draft models too.
         tokenizer: by default the one that comes with the model. A name will do, and a processor that has one.
         max_batch: most sequences of one call that are decoded together.
-        prefill_rows: tokens of prompts that are read in one step: what others wait for while a long prompt is read. By
-            default 64 on CPUs, and 512 elsewhere.
+        prefill_rows: tokens of prompts that are read in one step beside texts that are decoded: what these wait for. By
+            default 64 on CPUs, and 512 elsewhere. Where no text is decoded, a step reads four times as many.
         kv_mb: megabytes for the KV of texts that are decoded. When they are full, the youngest text waits, and is read
             again later. By default half of the machine's memory, or nine tenths of what a GPU has left.
         threads: CPU threads; the same as ``torch.set_num_threads``, which sets them for all that torch computes. No

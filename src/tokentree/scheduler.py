@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tokentree.decoder import Decoder
 
 PREFILL_ROWS = 64  # a forward over so many takes 3 to 5 times as long as one over a single row, on two cores
+MORE_ALONE = 4  # times as many prompt tokens go through a step that nobody waits for a token of
 SPARE_ROWS = 64  # that each text must have room for when another one is admitted
 
 
@@ -44,8 +45,9 @@ class Scheduler:
     """Decides what each step of a `Decoder` is about. Any thread may add and cancel; those that step take turns.
 
     A step is one forward: the trees of all texts that are decoded, and up to ``prefill_rows`` tokens of prompts. So a
-    long prompt holds up nobody for longer than that many rows take. Prompts share these rows; a short one is read
-    first. One that begins as another that is being read waits for that, and takes its KV over.
+    long prompt holds up nobody for longer than that many rows take. A step that decodes no text reads four times as
+    many. Prompts share these rows; a short one is read first. One that begins as another that is being read waits for
+    that, and takes its KV over.
 
     Requests are admitted in the order in which they came, as long as there is memory for the KV of what is there and
     what comes next. When memory runs out, the youngest one goes back to waiting, and is read again later. The oldest
@@ -53,7 +55,7 @@ class Scheduler:
 
     Args:
         decoder: the loop.
-        prefill_rows: tokens of prompts that are read in a step.
+        prefill_rows: tokens of prompts that are read in a step beside texts that are decoded.
         kv_bytes: memory for the target's KV of these requests; None: as much as they need.
         max_batch: most requests at a time; None: as many as there is memory for.
     """
@@ -123,7 +125,8 @@ class Scheduler:
             going = [suspect]
         unread = {seq.id: self._decoder.unread(seq) for seq in going}
         decoding = [seq for seq in going if not unread[seq.id]]
-        reading = self._shares([(seq, unread[seq.id]) for seq in going if unread[seq.id]])
+        rows = self._prefill_rows if decoding else MORE_ALONE * self._prefill_rows
+        reading = self._shares([(seq, unread[seq.id]) for seq in going if unread[seq.id]], rows)
         try:
             if decoding or reading:
                 self._decoder.step(decoding, reading)
@@ -190,9 +193,9 @@ class Scheduler:
         self._decoder.release([seq])
         self._waiting.insert(0, seq)
 
-    def _shares(self, unread: list[tuple[Sequence, int]]) -> list[tuple[Sequence, int]]:
-        """How many tokens of each prompt are read: as many of each, but no more than it has left."""
-        rows, reading = self._prefill_rows, list[tuple[Sequence, int]]()
+    def _shares(self, unread: list[tuple[Sequence, int]], rows: int) -> list[tuple[Sequence, int]]:
+        """How many tokens of each prompt are read of ``rows``: as many of each, but no more than it has left."""
+        reading = list[tuple[Sequence, int]]()
         shortest = sorted(unread, key=lambda one: one[1])
         for place, (seq, left) in enumerate(shortest):
             share = min(left, -(-rows // (len(shortest) - place)))
