@@ -13,6 +13,7 @@ from tests.tiny_models import some_tokens, tiny
 from tokentree import LLM, OptionError, SamplingParams
 from tokentree.drafters.base import Drafter
 from tokentree.drafters.lookup.ngram import NGram
+from tokentree.drafters.merged import Merged
 from tokentree.drafters.names import DRAFTERS, fitting, installed
 from tokentree.registry import drafter_class
 
@@ -88,3 +89,9 @@ def test_the_registry_says_what_is_merged() -> None:
         module, _, attribute = entry.where.partition(":")
         found = getattr(__import__(module, fromlist=[attribute]), attribute)
         assert issubclass(found, Drafter), name
+
+
+def test_more_are_merged_than_a_node_s_sources_have_bits_for() -> None:
+    assert len(Merged([NGram() for _ in range(62)]).drafters) == 62
+    with pytest.raises(OptionError, match="at most 62 drafters, and these are 63"):
+        Merged([Merged([NGram() for _ in range(62)]), NGram()])

@@ -12,6 +12,8 @@ from tokentree.errors import OptionError
 from tokentree.sequence import Accepted, Sequence
 from tokentree.shapes.base import Shape
 
+MOST = 62  # drafters: who proposed a node is a bit of an int64
+
 
 class Merged(Drafter):
     """Joins equal paths of all drafts. A node remembers who proposed it, and keeps the highest conditional probability
@@ -32,6 +34,8 @@ class Merged(Drafter):
         self._drafters: list[Drafter] = [
             inner for drafter in drafters for inner in (drafter._drafters if isinstance(drafter, Merged) else [drafter])
         ]
+        if len(self._drafters) > MOST:
+            raise OptionError(f"merged takes at most {MOST} drafters, and these are {len(self._drafters)}")
 
     @property
     def drafters(self) -> list[Drafter]:
