@@ -1,0 +1,353 @@
+"""The engine on kernels of our own: a step is one recording, and bits depend on absolute positions alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from tokentree.engines.base import DraftEngine, Features, TargetOutput
+from tokentree.engines.cpu.quantized import draft_linear
+from tokentree.engines.gpu.attending import CHUNK
+from tokentree.engines.gpu.forward import Forward, Size
+from tokentree.engines.gpu.inputs import MOVES, Inputs, Piece
+from tokentree.engines.gpu.pages import Pages, Text
+from tokentree.engines.gpu.recording import Recording
+from tokentree.engines.gpu.rows import BEST
+from tokentree.engines.gpu.tiles import MANY
+from tokentree.engines.gpu.weights import read, unfit
+from tokentree.engines.model_facts import Facts
+from tokentree.engines.self_check import compare, own_forward
+from tokentree.errors import ModelError, PairingError
+from tokentree.exclusive import Exclusive, exclusive, neutral
+from tokentree.sequence import Sequence
+from tokentree.tree import Ints, TokenTree
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from tokentree.heads.eagle import EagleHead
+
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # numbers of rows that are recorded
+TEXTS = 256  # at a time
+KV_PART = 0.6  # of the memory that is free, at most, for KV
+KV_TOKENS = 1 << 18  # of all texts, at most, by default
+
+
+class TritonEngine:
+    """Verifies trees with kernels of our own, on a CUDA device.
+
+    A row has the same bits in any batch, any tree and any number of rows, prompt or not. So a text is plain decoding's,
+    bit for bit. Nothing of a tree is in a recording: one for each number of rows serves all.
+
+    Args:
+        model: one of `weights.FAMILIES`, in bfloat16. It is not changed.
+        owns_model: nobody else uses ``model``, so weights that are copied may be dropped from it.
+        tokens: of all texts, that there is room for in KV; by default as many as memory allows, up to 262,144.
+
+    Raises:
+        ModelError: if it can't be run so, or gives other logits than by itself.
+    """
+
+    attention = "tree"
+    caveat = ""
+    quantization = None
+
+    @neutral()
+    def __init__(self, model: PreTrainedModel, owns_model: bool = False, tokens: int | None = None) -> None:
+        if reason := unfit(model):
+            raise ModelError(f"no kernels of ours run {type(model).__name__}: {reason}")
+        self.lock = Exclusive()
+        self.facts, self._config = Facts.of(model), model.config
+        self.context, self.device, self.dtype = self.facts.context, model.device, model.dtype
+        own = own_forward(model)
+        self.weights = read(model, self.context, owns_model)
+        self.vocab_size = self.weights.vocab_size
+        w, most = self.weights, -(-self.context // CHUNK)
+        count = 1 + -(-(self._tokens() if tokens is None else tokens) // CHUNK)
+        self.pages = Pages(len(w.layers), w.kv_heads, w.head_size, count, TEXTS, most, self.device)
+        self._inputs = {rows: Inputs(rows, self.device) for rows in ROWS}
+        self._said = torch.zeros(ROWS[-1], 2 * BEST + 1, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        self._places: list[int] = []
+        self._texts: dict[int, tuple[Sequence, Text]] = {}
+        self._branches: dict[int, tuple[Sequence, list[int]]] = {}
+        self._make_forward()
+        self._check(own)
+
+    def _tokens(self) -> int:
+        """Room for KV by default."""
+        w = self.weights
+        row = 2 * len(w.layers) * w.kv_heads * w.head_size * 2
+        if self.device.type != "cuda":
+            return 4 * self.context
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return max(self.context, min(KV_TOKENS, int(KV_PART * free) // row))
+
+    def _make_forward(self) -> None:
+        self._forward = Forward(self.weights, self.pages, ROWS[-1], self._places)
+        self._recordings: dict[Size, Recording[None]] = {}
+
+    # -- one forward -----------------------------------------------------------------------------------------------
+
+    def _run(self, pieces: SequenceOf[Piece], head_rows: int) -> None:
+        """Computes all ``pieces``, and logits of so many rows."""
+        rows = sum(piece.count for piece in pieces)
+        if rows > ROWS[-1]:
+            raise ModelError(f"{rows} rows in one forward, and there may be {ROWS[-1]}")
+        for piece in pieces:
+            self.pages.reserve(piece.text, piece.text.length + len(piece.tree))
+        moves = self._moves()
+        deepest = max(int(piece.tree.depths.max()) for piece in pieces) + 1
+        fits = next(size for size in ROWS if size >= rows)
+        while self._inputs[fits].depth < deepest and any(not piece.tree.is_chain for piece in pieces):
+            fits = next(size for size in ROWS if size > fits)
+        inputs = self._inputs[fits]
+        itemized = inputs.fill(pieces, moves, self.weights.group)
+        head = fits if head_rows and fits <= MANY else next((size for size in ROWS if size >= head_rows > 0), 0)
+        size = Size(fits, head, fits > MANY or not itemized)
+        if self.device.type != "cuda":
+            self._forward.run(inputs, size.rows, size.head_rows, size.long)
+            return
+        if size not in self._recordings:
+            pool = next((one.pool for one in self._recordings.values()), None)
+            self._recordings[size] = Recording(
+                lambda: self._forward.run(inputs, size.rows, size.head_rows, size.long), pool
+            )
+        self._recordings[size].play()
+
+    def _moves(self) -> Ints:
+        """What `Text.keep` left to do, of all texts: done by the forward that comes now, before anything else."""
+        waiting = [text for _, text in self._texts.values() if len(text.moves)]
+        if not waiting:
+            return np.zeros((0, 2), np.int64)
+        moves = np.concatenate([text.moves for text in waiting])
+        for text in waiting:
+            text.moves = text.moves[:0]
+        while len(moves) > MOVES:  # as many as go into one forward's inputs
+            self._move(moves[:MOVES])
+            moves = moves[MOVES:]
+        return moves
+
+    def _move(self, moves: Ints) -> None:
+        inputs = self._inputs[ROWS[0]]
+        inputs.fill([], moves, self.weights.group)
+        self._forward.move(inputs)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    # -- the protocol ----------------------------------------------------------------------------------------------
+
+    @property
+    def signature(self) -> str:
+        """What the cost of a forward depends on: model, engine, dtype and device."""
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "interpreted"
+        return f"{self.facts.size}, kernels of our own, bfloat16, {device}"
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        return self._config
+
+    @property
+    def model(self) -> PreTrainedModel:
+        raise ModelError("here the model doesn't attend by itself: use attention='sdpa'")
+
+    @exclusive
+    def begin(self, seq: Sequence) -> int:
+        self._text(seq)
+        return 0
+
+    @exclusive
+    def prefill(self, seq: Sequence, upto: int | None = None) -> int:
+        reused, text = self.begin(seq), self._text(seq)
+        ids = seq.tokens[text.length : -1 if upto is None else upto]
+        for start in range(0, len(ids), ROWS[-1]):
+            part = ids[start : start + ROWS[-1]]
+            self._run([Piece(text, TokenTree.chain(part[0], part[1:]))], 0)
+            text.length += len(part)
+            self._wait()
+        return reused
+
+    @exclusive
+    def verify(
+        self, seqs: SequenceOf[Sequence], trees: SequenceOf[TokenTree], firsts: SequenceOf[int] | None = None,
+        reading: SequenceOf[tuple[Sequence, int]] = (),
+    ) -> TargetOutput:  # fmt: skip
+        started = time.perf_counter()
+        firsts = [0] * len(seqs) if firsts is None else list(firsts)
+        pieces, starts, rows = list[Piece](), list[int](), 0
+        for seq, tree, first in zip(seqs, trees, firsts, strict=True):
+            starts.append(rows)
+            if first < len(tree):
+                pieces.append(Piece(self._text(seq), tree, first))
+            rows += len(tree) - first
+        for seq, count in reading:
+            text = self._text(seq)
+            ids = seq.tokens[text.length : text.length + count]
+            pieces.append(Piece(text, TokenTree.chain(ids[0], ids[1:])))
+        self._run(pieces, rows)
+        for piece in pieces[len(pieces) - len(reading) :]:
+            piece.text.length += piece.count
+        best = sums = None
+        if rows:
+            self._said[:rows].copy_(self._forward.best[:rows], non_blocking=True)
+        self._wait()
+        if rows:
+            said = self._said[:rows].numpy().copy()
+            floats = said.view(np.float32)
+            best = floats[:, BEST : 2 * BEST].copy(), said[:, :BEST].astype(np.int64)
+            sums = floats[:, 2 * BEST].copy()
+        seconds = time.perf_counter() - started
+        return TargetOutput(self._forward.logits[:rows], starts, firsts, seconds, best, sums)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    @exclusive
+    def commit(self, seqs: SequenceOf[Sequence], paths: SequenceOf[list[int]]) -> None:
+        for seq, path in zip(seqs, paths, strict=True):
+            self._text(seq).keep(path, len(path))
+
+    @exclusive
+    def keep(self, seq: Sequence, nodes: SequenceOf[int], committed: int) -> None:
+        self._text(seq).keep(nodes, committed)
+
+    def committed(self, seq: Sequence) -> int:
+        if seq.id in self._branches:
+            of, nodes = self._branches[seq.id]
+            return self._text(of).length + len(nodes)
+        return self._text(seq).length
+
+    def branch(self, seq: Sequence, of: Sequence, nodes: SequenceOf[int]) -> None:
+        self._branches[seq.id] = of, list(nodes)
+
+    def nbytes(self, seq: Sequence, rows: int) -> int:
+        return -(-rows // CHUNK) * self.pages.page_nbytes
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of the KV, with all layers."""
+        return self.pages.page_nbytes // CHUNK
+
+    @exclusive
+    def release(self, seqs: SequenceOf[Sequence]) -> None:
+        for seq in seqs:
+            self._branches.pop(seq.id, None)
+            if seq.id in self._texts:
+                self.pages.close(self._texts.pop(seq.id)[1])
+
+    def _text(self, seq: Sequence) -> Text:
+        if seq.id not in self._texts:
+            self._texts[seq.id] = seq, self.pages.open()
+        return self._texts[seq.id][1]
+
+    # -- hidden states ---------------------------------------------------------------------------------------------
+
+    @exclusive
+    def capture(self, places: SequenceOf[int] | None = None) -> Features:
+        size, num_layers, w = self.facts.hidden_size, self.facts.num_layers, self.weights
+        asked = [num_layers] if places is None else list(places)
+        if not all(0 <= place <= num_layers for place in asked):
+            raise PairingError(f"{self.facts.name} has hidden states 0 to {num_layers}, not {asked}")
+        if new := sorted({*asked} - {*self._places}):
+            if self._texts:
+                raise PairingError("hidden states can't be asked for while texts are being decoded")
+            self._places = sorted([*self._places, *new])
+            self.pages.keep_states(len(self._places), size)
+            self._make_forward()
+
+        def embedding(ids: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.embedding(ids, w.embedding) * w.embedding_scale
+
+        def head(hidden: torch.Tensor) -> torch.Tensor:
+            logits = torch.nn.functional.linear(hidden, w.head, w.head_bias)
+            return torch.tanh(logits / w.cap) * w.cap if w.cap else logits
+
+        def rows_of_head(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+            return w.head[ids].clone(), None if w.head_bias is None else w.head_bias[ids].clone()
+
+        return Features(
+            size, num_layers, embedding, head, rows_of_head, draft_linear, self.dtype, self.device,
+            self.device.type == "cuda",
+        )  # fmt: skip
+
+    def hidden(self, seq: Sequence, place: int | None = None) -> torch.Tensor:
+        number = self._places.index(self.facts.num_layers if place is None else place)
+        of, nodes = self._branches.get(seq.id, (seq, []))
+        text = self._text(of)
+        if len(text.moves):
+            self._move(text.moves)
+            text.moves = text.moves[:0]
+        rows = np.concatenate([np.arange(text.length), text.length + np.array(nodes, np.int64)])
+        return self.pages.states[number, torch.from_numpy(text.slots(rows)).to(self.device)]
+
+    def head_engine(self, head: EagleHead) -> DraftEngine:
+        from tokentree.engines.eagle import EagleEngine  # few need what it imports
+
+        return EagleEngine(head, self)
+
+    @exclusive
+    def hidden_states(self, ids: SequenceOf[int], places: SequenceOf[int] | None = None) -> torch.Tensor:
+        """[len(ids), places x hidden size]: the hidden states of a text, beside one another, once `capture` was called
+        for them."""
+        text = self.pages.open()
+        try:
+            for start in range(0, len(ids), ROWS[-1]):
+                part = ids[start : start + ROWS[-1]]
+                self._run([Piece(text, TokenTree.chain(part[0], part[1:]))], 0)
+                text.length += len(part)
+                self._wait()
+            slots = torch.from_numpy(text.slots(np.arange(text.length))).to(self.device)
+            picked = [self._places.index(place) for place in ([self.facts.num_layers] if places is None else places)]
+            return self.pages.states[picked][:, slots].transpose(0, 1).flatten(1)
+        finally:
+            self.pages.close(text)
+
+    def hidden_states_of(
+        self, texts: SequenceOf[SequenceOf[int]], places: SequenceOf[int] | None = None
+    ) -> list[torch.Tensor]:
+        """`hidden_states` of several texts."""
+        return [self.hidden_states(ids, places) for ids in texts]
+
+    # -- at construction -------------------------------------------------------------------------------------------
+
+    @exclusive
+    def _check(self, own: Mapping[str, torch.Tensor]) -> None:
+        """Raises `ModelError` unless trees give what the model says by itself, see `self_check.own_forward`, or if a row
+        has other bits alone than in a tree."""
+        a, b, c, d, e, f, g = own["tokens"].tolist()
+        other, text, got = d - 1 if d else 1, self.pages.open(), list[torch.Tensor]()
+
+        def said(nodes: list[int], parents: list[int]) -> torch.Tensor:
+            tree = TokenTree(np.array(nodes), np.array(parents))
+            self._run([Piece(text, tree)], len(tree))
+            self._wait()
+            return self._forward.logits[: len(tree)].float()
+
+        def keep(logits: torch.Tensor, path: list[int]) -> None:
+            got.append(logits[path])
+            text.keep(path, len(path))
+            self._move(text.moves)
+            text.moves = text.moves[:0]
+
+        try:
+            keep(said([a, b, other, c, d, c, d], [-1, 0, 0, 1, 2, 2, 3]), [0, 1, 3, 6])
+            others = range(min(9, self.vocab_size))
+            crowd = said([e, *others], [-1, *(0 for _ in others)])[:1]
+            alone = said([e], [-1])
+            keep(alone, [0])
+            keep(said([f, other, g, g], [-1, 0, 1, 0]), [0, 3])
+        finally:
+            self.pages.close(text)
+        error, allowed, spread = compare(own, torch.cat(got).to(own["logits"].device), False)
+        if not error <= allowed:
+            raise ModelError(
+                f"kernels of our own give other logits than {self.facts.name} "
+                f"(off by {error:.3g} where logits spread by {spread:.3g})"
+            )
+        if not torch.equal(crowd, alone):
+            raise ModelError(f"on this device the bits of {self.facts.name}'s rows depend on how many there are")

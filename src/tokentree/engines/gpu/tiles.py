@@ -1,0 +1,71 @@
+"""How products are cut into programs, by the shape of the weight.
+
+`parts_of` decides the bits: over how many parts of the inputs a sum runs. It depends on the weight's shape alone. The
+rest decides the speed: rows, columns and inputs of a tile, warps, and stages of loads ahead. It was measured on an
+H100 (see the log).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+ENOUGH = 90  # programs that keep a GPU busy
+FEW = 16  # rows up to which the weights are the first operand of a product
+MANY = 64  # rows from which on reading weights takes less time than computing
+LONG = 4096  # inputs of a sum
+SHARED = 227 * 1024  # bytes that a program may have on an H100
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one product is computed.
+
+    Args:
+        parts: of the inputs, whose sums are added up in order.
+        swap: whether weights are multiplied by rows, not rows by weights.
+        rows, columns, inputs: of a program's tile.
+        warps: of a program.
+        stages: of loads ahead.
+        spread: whether each part has a program of its own.
+    """
+
+    parts: int
+    swap: bool
+    rows: int
+    columns: int
+    inputs: int
+    warps: int
+    stages: int
+    spread: bool = False
+
+
+def tile(rows: int, columns: int, width: int, most_columns: int = 128, memory: int = SHARED) -> Tile:
+    """For so many rows and a weight [columns, width].
+
+    Args:
+        most_columns: of a program, such as those of a head.
+        memory: shared memory of a program, in bytes.
+    """
+    way = _fastest(rows, columns, width, most_columns)
+    stage = 2 * way.inputs * (way.rows + way.columns)
+    return replace(way, stages=max(1, min(way.stages, memory // stage)))
+
+
+def _fastest(rows: int, columns: int, width: int, most_columns: int) -> Tile:
+    parts = parts_of(columns, width)
+    share, spread = width // parts, parts > 1 and rows <= MANY
+    inputs = next(size for size in (128, 64, 32, 16) if share % size == 0)
+    if rows > MANY:
+        return Tile(parts, False, 128, min(most_columns, 128), min(inputs, 64), 8, 3)
+    if rows <= FEW and most_columns >= 64 and columns >= 1536:
+        return Tile(parts, True, 16, 64, inputs, 4, 6, spread)
+    fits = (size for size in (64, 32) if size <= most_columns and columns * parts >= ENOUGH * size)
+    wide = next(fits, 16)
+    if wide == 64 and width < LONG:
+        return Tile(parts, False, 64, 64, min(inputs, 64), 4, 6, spread)
+    return Tile(parts, False, 64, wide, inputs, 4, 4 if wide == 64 else 6, spread)
+
+
+def parts_of(columns: int, width: int) -> int:
+    """Parts of the inputs: two where there would be few programs, each of them long."""
+    return 2 if width >= 2 * columns and width % 128 == 0 else 1
