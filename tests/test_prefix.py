@@ -15,13 +15,14 @@ from tests.tiny_models import VOCAB, request, some_tokens, some_tree, tiny, tiny
 from tokentree import LLM, SamplingParams
 from tokentree.drafters.draft_model import DraftModel
 from tokentree.engines.kv import KVLayout, SequenceKV, Storages
-from tokentree.engines.prefix import LEAST, PrefixCache, shared_length
+from tokentree.engines.prefix import LEAST, PrefixCache
+from tokentree.engines.radix import shared_length
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import OptionError
 from tokentree.tree import Ints
 
 LAYOUT = KVLayout(((1, 2, 2),), torch.float32, torch.device("cpu"))
-NBYTES = 2 * 2 * 64 * 4  # keys and values of two numbers in 64 rows
+NBYTES = LAYOUT.make(30).nbytes  # a text of up to so many rows, in storage of no more room than it needs
 
 
 def _kv(rows: int) -> SequenceKV:
@@ -149,11 +150,9 @@ def test_what_was_reserved_and_not_used_doesn_t_count(fixed: bool) -> None:
     kv = layout.make(8000)
     kv.write(0, 0, *(torch.arange(60.0).reshape(1, 30, 2) + part for part in (0, 1000)))
     kv.commit(range(30))
-    room = layout.make(30).nbytes
-    cache = PrefixCache(room)
-    assert room < kv.nbytes // 5
+    cache = PrefixCache(NBYTES)
     assert cache.keep(_tokens((1, 30)), kv) == [kv]  # nobody needs the large one any more
-    assert (len(cache), cache.nbytes) == (1, room)
+    assert (len(cache), cache.nbytes) == (1, NBYTES)
     new = layout.make(64)
     assert cache.fill(new, _tokens((1, 25), (2, 9))) == 25
     for got, expected in zip(new.layer(0), kv.layer(0), strict=True):
