@@ -177,6 +177,26 @@ def test_copied_rows_are_those_of_reading_anew(layout: KVLayout, data: st.DataOb
         _new(layout, cache, text)
 
 
+@each_layout
+def test_rows_before_those_of_a_run_are_left_alone(layout: KVLayout) -> None:
+    text = _tokens((1, 3 * BLOCK))
+    whole, new = _read(layout.make(len(text)), text), layout.make(len(text))
+    part, other = whole.cut(BLOCK + 5, 3 * BLOCK - 2), _read(layout.make(len(text)), text[: BLOCK + 5] + 1)
+    new.copy_rows(other, BLOCK + 5)
+    new.copy_rows(part, 3 * BLOCK - 2, BLOCK)
+    for got, before, after in zip(_rows(new), _rows(other), _rows(whole), strict=True):
+        assert torch.equal(got, torch.cat([before, after[:, BLOCK + 5 : 3 * BLOCK - 2]], 1))
+
+
+def test_a_text_that_is_too_large_drives_nothing_out() -> None:
+    cache = PrefixCache(2 * NBYTES)
+    cache.keep(_tokens((1, 20)), _kv(20))
+    long = _tokens((2, 40 * BLOCK))
+    (kv := LAYOUT.make(len(long))).commit(range(len(long)))
+    assert cache.keep(long, kv) == [kv]
+    assert cache.fill(LAYOUT.make(64), _tokens((1, 20))) == 20
+
+
 def test_a_storage_that_a_text_fills_is_taken_over_and_not_copied() -> None:
     layout, cache = LAYOUTS["blocks"], PrefixCache(10**9)
     text = _tokens((1, 1), (2, 40 * BLOCK))

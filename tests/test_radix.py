@@ -249,6 +249,16 @@ def test_what_is_locked_stays_with_all_that_it_goes_on_from() -> None:
     assert _evicted(tree, 10**9) == [(1, 2), (1,)]
 
 
+def test_what_is_locked_stays_when_what_goes_on_from_it_is_gone() -> None:
+    tree = RadixTree[Named]()
+    for text in ((1, 1), (1, 2)):
+        _insert(tree, text)
+    tree.lock(node := tree.match(_ids((1,)))[0][0])
+    assert _evicted(tree, 10**9) == [(1, 1), (1, 2)]
+    tree.unlock(node)
+    assert _evicted(tree, 10**9) == [(1,)]
+
+
 def test_no_lock_is_taken_back_twice() -> None:
     tree = RadixTree[Named]()
     for text in ((1, 1), (1, 2)):
