@@ -203,6 +203,19 @@ def test_tokens_that_change_later_change_nothing() -> None:
     assert len(_names(tree, (1, 2, 3))) == 3
 
 
+def test_rows_that_can_t_be_had_leave_a_whole_tree() -> None:
+    def no_memory(start: int, end: int) -> Named:
+        raise MemoryError
+
+    tree = RadixTree[Named]()
+    _insert(tree, (1, 2, 3, 4))
+    for text in ((5,), (1, 2, 9)):  # nothing is known, and a run has to be split
+        with pytest.raises(MemoryError):
+            tree.insert(_ids(text), no_memory)
+        tree.check()
+    assert len(_names(tree, (1, 2, 3, 4))) == tree.num_rows == 4
+
+
 # -- eviction ----------------------------------------------------------------------------------------------------------
 
 
