@@ -1,4 +1,4 @@
-"""Everything this library raises for a mistake of its user; all of them are `ValueError`."""
+"""Everything this library raises for a mistake of its user, all of them `ValueError`; and `InvariantError`."""
 
 
 class TokenTreeError(ValueError):
@@ -40,3 +40,7 @@ class PairingError(TokenTreeError):
 
 class ForkError(TokenTreeError):
     """A process that was forked from one that had used a model."""
+
+
+class InvariantError(AssertionError):
+    """What this library keeps is damaged: a fault of the library, not of its user."""

@@ -17,7 +17,7 @@ from tokentree.engines.cpu.attention import ForwardKV, Rule, dense_mask
 from tokentree.engines.cpu.eagle_program import EagleProgram
 from tokentree.engines.gpu.recording import ROWS, Recordings, padded
 from tokentree.engines.kv import KVLayout, SequenceKV, Storages
-from tokentree.engines.prefix import shared_length
+from tokentree.engines.radix import shared_length
 from tokentree.engines.segment import Segment, inputs_of
 from tokentree.errors import PairingError
 from tokentree.heads.eagle import EagleHead

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ from tokentree.tree import Ints
 
 Floats32 = NDArray[np.float32]
 SPARE = 16  # storages kept for the next sequences
-SLACK = 64  # empty rows that are not worth a copy
+SLACK = 64  # rows that a text may grow by before its first storage does
 LEAST_FIXED = 1024  # rows of the smallest storage of a compiled graph
 
 
@@ -165,27 +166,40 @@ class SequenceKV:
         """Memory of the storage, in bytes."""
         return sum(stored.nbytes for stored in [*self._keys, *self._values, self.states])
 
-    @property
-    def committed_nbytes(self) -> int:
-        """Memory that its committed rows need, in bytes."""
-        return self.nbytes * self.layout.capacity(self.length) // self._capacity
+    def nbytes_of(self, first: int, end: int) -> int:
+        """Memory of the blocks that hold rows ``first`` to ``end`` - 1, in bytes."""
+        return self.nbytes * (-(-end // BLOCK) - first // BLOCK) * BLOCK // self._capacity
 
-    def trimmed(self) -> SequenceKV:
-        """A copy with room for the committed rows alone; itself, where little of its room is empty."""
-        if self._capacity - self.layout.capacity(self.length) <= SLACK:
-            return self
-        small = self.layout.make(self.length)
-        small.copy_rows(self, self.length)
+    def cut(self, first: int, end: int) -> SequenceKV:
+        """A copy of the blocks that hold rows ``first`` to ``end`` - 1, in storage of just that room. Row ``first`` is
+        row ``first % BLOCK`` of it, and those before have no meaning. It has the same layout, but is never one that a
+        recording uses."""
+        begin, blocks = first // BLOCK, self._capacity // BLOCK
+        whole = -(-end // BLOCK) - begin
+
+        def part(stored: torch.Tensor, dim: int) -> torch.Tensor:
+            unit = stored.shape[dim] // blocks  # 1 where a block is one entry, otherwise `BLOCK`
+            return stored.narrow(dim, begin * unit, whole * unit).clone(memory_format=torch.contiguous_format)
+
+        small = copy(self)
+        small._keys = [part(stored, 2) for stored in self._keys]
+        small._values = [part(stored, 2) for stored in self._values]
+        small.states = part(self.states, 1)
+        small._capacity, small.length, small._addresses = whole * BLOCK, end - begin * BLOCK, {}
         return small
 
-    def copy_rows(self, other: SequenceKV, rows: int) -> None:
-        """Makes the first ``rows`` committed rows of ``other``, which has the same layout, those of this empty one."""
+    def copy_rows(self, other: SequenceKV, rows: int, behind: int = 0) -> None:
+        """Commits copies of rows up to ``rows``, from the first one that isn't committed. Row 0 of ``other``, which has
+        the same layout, is row ``behind`` here, a multiple of `BLOCK`."""
         self.reserve(rows)
-        for new, old in zip(self._keys + self._values, other._keys + other._values, strict=True):
-            whole = -(-rows * new.shape[2] // self._capacity)  # blocks, where rows lie in blocks
-            new[:, :, :whole] = old[:, :, :whole]
-        self.states[:, :rows] = other.states[:, :rows]
+        self._copy(other, self.length, rows, behind)
+        self.states[:, self.length : rows] = other.states[:, self.length - behind : rows - behind]
         self.length = rows
+
+    def _copy(self, other: SequenceKV, first: int, end: int, behind: int) -> None:
+        """Keys and values of rows ``first`` to ``end`` - 1, as `copy_rows`."""
+        for new, old in zip(self._keys + self._values, other._keys + other._values, strict=True):
+            new[:, :, first:end] = old[:, :, first - behind : end - behind]
 
     def commit(self, path: SequenceOf[int]) -> None:
         """Keeps the provisional rows ``path``, in that order, and drops the others."""
@@ -264,6 +278,16 @@ class BlockedKV(SequenceKV):
             raise ModelError(f"rows {row} to {end} of KV, and there is room for {self._capacity}")
         stored_keys, stored_values = self.layer(layer)
         _write(stored_keys.numpy(), stored_values.numpy(), row, keys.float().numpy(), values.float().numpy())
+
+    def _copy(self, other: SequenceKV, first: int, end: int, behind: int) -> None:
+        block, place = divmod(first, BLOCK)
+        whole, last, skipped = -(-first // BLOCK), -(-end // BLOCK), behind // BLOCK
+        for new, old in zip(self._keys, other._keys, strict=True):
+            if place:
+                new[:, :, block, :, place:] = old[:, :, block - skipped, :, place:]
+            new[:, :, whole:last] = old[:, :, whole - skipped : last - skipped]
+        for new, old in zip(self._values, other._values, strict=True):
+            new[:, :, first:end] = old[:, :, first - behind : end - behind]
 
     def _move(self, rows: Ints, start: int) -> None:
         if not 0 <= start <= int(rows.min()) <= int(rows.max()) < self.capacity:
