@@ -75,7 +75,7 @@ def joined(out, best, total, more, more_best, more_total):
 @triton.jit
 def store(out, o, total, row, head, heads, mine, HEAD: tl.constexpr):
     """out [rows, heads, HEAD] = o / total, in the rows of a tile; rows that are none have no total."""
-    y = rounded(o / tl.maximum(total, 1.0e-30)[:, None])
+    y = rounded(o / tl.where(total > 0.0, total, 1.0)[:, None])
     tl.store(out + (row * heads + head)[:, None] * HEAD + tl.arange(0, HEAD)[None, :], y, mask=mine[:, None])
 
 

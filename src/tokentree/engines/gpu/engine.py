@@ -15,7 +15,7 @@ from tokentree.engines.cpu.quantized import draft_linear
 from tokentree.engines.gpu.attending import CHUNK
 from tokentree.engines.gpu.forward import Forward, Size
 from tokentree.engines.gpu.inputs import MOVES, Inputs, Piece
-from tokentree.engines.gpu.pages import Pages, Text
+from tokentree.engines.gpu.pages import Pages, SharedPages, Text
 from tokentree.engines.gpu.recording import Recording
 from tokentree.engines.gpu.rows import BEST
 from tokentree.engines.gpu.tiles import MANY
@@ -48,6 +48,7 @@ class TritonEngine:
         model: one of `weights.FAMILIES`, in bfloat16. It is not changed.
         owns_model: nobody else uses ``model``, so weights that are copied may be dropped from it.
         tokens: of all texts, that there is room for in KV; by default as many as memory allows, up to 262,144.
+        prefix_bytes: KV of finished texts that is kept for texts that begin alike, in bytes.
 
     Raises:
         ModelError: if it can't be run so, or gives other logits than by itself.
@@ -58,7 +59,9 @@ class TritonEngine:
     quantization = None
 
     @neutral()
-    def __init__(self, model: PreTrainedModel, owns_model: bool = False, tokens: int | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, owns_model: bool = False, tokens: int | None = None, prefix_bytes: int = 0
+    ) -> None:  # fmt: skip
         if reason := unfit(model):
             raise ModelError(f"no kernels of ours run {type(model).__name__}: {reason}")
         self.lock = Exclusive()
@@ -70,6 +73,7 @@ class TritonEngine:
         w, most = self.weights, -(-self.context // CHUNK)
         count = 1 + -(-(self._tokens() if tokens is None else tokens) // CHUNK)
         self.pages = Pages(len(w.layers), w.kv_heads, w.head_size, count, TEXTS, most, self.device)
+        self._shared = SharedPages(self.pages, prefix_bytes)
         self._inputs = {rows: Inputs(rows, self.device) for rows in ROWS}
         self._said = torch.zeros(ROWS[-1], 2 * BEST + 1, dtype=torch.int32, pin_memory=self.device.type == "cuda")
         self._places: list[int] = []
@@ -99,7 +103,7 @@ class TritonEngine:
         if rows > ROWS[-1]:
             raise ModelError(f"{rows} rows in one forward, and there may be {ROWS[-1]}")
         for piece in pieces:
-            self.pages.reserve(piece.text, piece.text.length + len(piece.tree))
+            self._reserve(piece.text, piece.text.length + len(piece.tree))
         moves = self._moves()
         deepest = max(int(piece.tree.depths.max()) for piece in pieces) + 1
         fits = next(size for size in ROWS if size >= rows)
@@ -119,6 +123,16 @@ class TritonEngine:
             )
         self._recordings[size].play()
 
+    def _reserve(self, text: Text, rows: int) -> None:
+        """Makes room for so many rows, if need be by forgetting what is kept of finished texts.
+
+        Raises:
+            ModelError: if there is none.
+        """
+        missing = -(-rows // CHUNK) - len(text.pages) - self.pages.free
+        self._shared.evict(missing * self.pages.page_nbytes)
+        self.pages.reserve(text, rows)
+
     def _moves(self) -> Ints:
         """What `Text.keep` left to do, of all texts: done by the forward that comes now, before anything else."""
         waiting = [text for _, text in self._texts.values() if len(text.moves)]
@@ -131,6 +145,12 @@ class TritonEngine:
             self._move(moves[:MOVES])
             moves = moves[MOVES:]
         return moves
+
+    def _flush(self, text: Text) -> None:
+        """Does what `Text.keep` left to do."""
+        if len(text.moves):
+            self._move(text.moves)
+            text.moves = text.moves[:0]
 
     def _move(self, moves: Ints) -> None:
         inputs = self._inputs[ROWS[0]]
@@ -157,8 +177,11 @@ class TritonEngine:
 
     @exclusive
     def begin(self, seq: Sequence) -> int:
-        self._text(seq)
-        return 0
+        text = self._text(seq)
+        if text.pages:
+            return 0
+        live = [(_ids(other, one), one) for other, one in list(self._texts.values()) if one is not text]
+        return self._shared.fill(text, np.array(seq.tokens[:-1], np.int64), live)
 
     @exclusive
     def prefill(self, seq: Sequence, upto: int | None = None) -> int:
@@ -238,12 +261,20 @@ class TritonEngine:
         for seq in seqs:
             self._branches.pop(seq.id, None)
             if seq.id in self._texts:
-                self.pages.close(self._texts.pop(seq.id)[1])
+                _, text = self._texts.pop(seq.id)
+                self._flush(text)
+                self._shared.keep(_ids(seq, text), text)
+                self.pages.close(text)
 
     def _text(self, seq: Sequence) -> Text:
         if seq.id not in self._texts:
             self._texts[seq.id] = seq, self.pages.open()
         return self._texts[seq.id][1]
+
+    def check(self) -> None:
+        """Raises `InvariantError` if the counts of pages are wrong."""
+        self._shared.check()
+        self.pages.check([text for _, text in self._texts.values()], self._shared)
 
     # -- hidden states ---------------------------------------------------------------------------------------------
 
@@ -256,6 +287,7 @@ class TritonEngine:
         if new := sorted({*asked} - {*self._places}):
             if self._texts:
                 raise PairingError("hidden states can't be asked for while texts are being decoded")
+            self._shared.clear()
             self._places = sorted([*self._places, *new])
             self.pages.keep_states(len(self._places), size)
             self._make_forward()
@@ -279,9 +311,7 @@ class TritonEngine:
         number = self._places.index(self.facts.num_layers if place is None else place)
         of, nodes = self._branches.get(seq.id, (seq, []))
         text = self._text(of)
-        if len(text.moves):
-            self._move(text.moves)
-            text.moves = text.moves[:0]
+        self._flush(text)
         rows = np.concatenate([np.arange(text.length), text.length + np.array(nodes, np.int64)])
         return self.pages.states[number, torch.from_numpy(text.slots(rows)).to(self.device)]
 
@@ -331,8 +361,7 @@ class TritonEngine:
         def keep(logits: torch.Tensor, path: list[int]) -> None:
             got.append(logits[path])
             text.keep(path, len(path))
-            self._move(text.moves)
-            text.moves = text.moves[:0]
+            self._flush(text)
 
         try:
             keep(said([a, b, other, c, d, c, d], [-1, 0, 0, 1, 2, 2, 3]), [0, 1, 3, 6])
@@ -351,3 +380,8 @@ class TritonEngine:
             )
         if not torch.equal(crowd, alone):
             raise ModelError(f"on this device the bits of {self.facts.name}'s rows depend on how many there are")
+
+
+def _ids(seq: Sequence, text: Text) -> Ints:
+    """The tokens of the committed rows."""
+    return np.array(seq.tokens[: text.length], np.int64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
@@ -10,7 +11,8 @@ import numpy as np
 import torch
 
 from tokentree.engines.gpu.attending import CHUNK
-from tokentree.errors import ModelError
+from tokentree.engines.radix import RadixTree, shared_length
+from tokentree.errors import InvariantError, ModelError
 from tokentree.tree import Ints
 
 NOBODY = 0  # the page that rows go to which nobody reads
@@ -88,9 +90,16 @@ class Pages:
             if not self._references[page]:
                 self._free.append(page)
 
-    def references(self, page: int) -> int:
-        """How many refer to it."""
-        return int(self._references[page])
+    def check(self, texts: Iterable[Text], shared: SharedPages) -> None:
+        """Raises `InvariantError` unless every page is free, or has as many references as there are."""
+        found = np.zeros_like(self._references)
+        found[NOBODY] = 1
+        for pages in [*(text.pages for text in texts), *shared.runs()]:
+            np.add.at(found, np.array(pages, np.int64), 1)
+        if not np.array_equal(found, self._references):
+            raise InvariantError("pages of KV are referred to by others than their counts say")
+        if sorted(self._free) != np.flatnonzero(found == 0).tolist():
+            raise InvariantError("the free pages of KV aren't those that nobody refers to")
 
     def reserve(self, text: Text, rows: int) -> None:
         """Makes room for so many rows of ``text``.
@@ -103,15 +112,98 @@ class Pages:
             return
         if wanted > len(self._free):
             raise ModelError(f"no memory is left for the KV of {rows} rows: {len(self._free)} pages are free")
-        self.give(text, [self._free.popleft() for _ in range(wanted)], fresh=True)
+        self.give(text, [self._free.popleft() for _ in range(wanted)])
 
-    def give(self, text: Text, pages: list[int], fresh: bool = False) -> None:
-        """Puts ``pages`` behind those of ``text``, which shares them unless they are ``fresh``."""
+    def give(self, text: Text, pages: list[int]) -> None:
+        """Puts ``pages`` behind those of ``text``, which refers to them from now on."""
         self.share(pages)
         first = len(text.pages)
-        text.pages += pages
-        assert fresh or not text.length % CHUNK
+        text.pages = [*text.pages, *pages]
         self.tables[text.row, first : len(text.pages)] = torch.tensor(pages, dtype=torch.int32).to(self.tables.device)
+
+
+@dataclass(frozen=True)
+class PageRun:
+    """Whole pages as the rows of a run of tokens, for a radix tree.
+
+    Args:
+        pages: in order.
+        page_nbytes: memory of one.
+    """
+
+    pages: tuple[int, ...]
+    page_nbytes: int
+
+    def __len__(self) -> int:
+        return len(self.pages) * CHUNK
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.pages) * self.page_nbytes
+
+    def split(self, at: int) -> tuple[PageRun, PageRun]:
+        """See `Run.split`; ``at`` is a multiple of `CHUNK`."""
+        first, rest = self.pages[: at // CHUNK], self.pages[at // CHUNK :]
+        return PageRun(first, self.page_nbytes), PageRun(rest, self.page_nbytes)
+
+
+class SharedPages:
+    """Whole pages of finished texts, for texts that begin alike: by reference, no row is copied.
+
+    Args:
+        pages: all of them.
+        max_bytes: of those that are kept; with 0 nothing is kept, nor shared.
+    """
+
+    def __init__(self, pages: Pages, max_bytes: int) -> None:
+        self._pages, self._max_bytes = pages, max_bytes
+        self._tree = RadixTree[PageRun](CHUNK)
+
+    def check(self) -> None:
+        """See `RadixTree.check`."""
+        self._tree.check()
+
+    def runs(self) -> list[tuple[int, ...]]:
+        """The pages that are kept, run by run."""
+        return [node.rows.pages for node in self._tree.nodes()]
+
+    def clear(self) -> None:
+        """Forgets all that is kept."""
+        self.evict(self._tree.nbytes)
+
+    def keep(self, tokens: Ints, text: Text) -> None:
+        """Keeps the whole pages of the committed rows of ``text``, which belong to ``tokens``."""
+        if self._max_bytes:
+            self._tree.insert(tokens, lambda start, end: self._taken(text.pages[start // CHUNK : end // CHUNK]))
+            self.evict(self._tree.nbytes - self._max_bytes)
+
+    def fill(self, text: Text, tokens: Ints, live: Iterable[tuple[Ints, Text]]) -> int:
+        """Gives the empty ``text`` the whole pages of the longest beginning of ``tokens`` that is known, from what is
+        kept or from a ``live`` text; returns how many rows that are."""
+        if not self._max_bytes:
+            return 0
+        path = self._tree.match(tokens)
+        pages = [page for node, length in path for page in node.rows.pages[: length // CHUNK]]
+        if path:
+            self._tree.lock(path[-1][0])  # a use of it
+            self._tree.unlock(path[-1][0])
+        for known, other in live:
+            whole = shared_length(known, tokens) // CHUNK
+            if whole > len(pages):
+                pages = other.pages[:whole]
+        self._pages.give(text, pages)
+        text.length = len(pages) * CHUNK
+        return text.length
+
+    def evict(self, nbytes: int) -> None:
+        """Forgets so many bytes, or all there are: what was used longest ago."""
+        if nbytes > 0:
+            for run in self._tree.evict(nbytes):
+                self._pages.drop(run.pages)
+
+    def _taken(self, pages: list[int]) -> PageRun:
+        self._pages.share(pages)
+        return PageRun(tuple(pages), self._pages.page_nbytes)
 
 
 @dataclass(eq=False)
