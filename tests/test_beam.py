@@ -24,6 +24,7 @@ from tokentree.drafters.lookup.ngram import NGram
 from tokentree.drafters.lookup.suffix import Suffix
 from tokentree.drafters.medusa import Medusa
 from tokentree.drafters.merged import Merged
+from tokentree.engines.modules import ModulesEngine
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import OptionError
 from tokentree.shapes import shape
@@ -131,7 +132,7 @@ def test_the_shared_part_is_stored_once() -> None:
     model = model_of("llama", eos=False)
     rows: list[int] = []
 
-    class Watching(TorchEngine):
+    class Watching(ModulesEngine):
         def verify(self, seqs: Any, trees: Any, firsts: Any = None, reading: Any = ()) -> Any:
             out = super().verify(seqs, trees, firsts, reading)
             rows.append(len(out.all_logits))

@@ -23,6 +23,7 @@ from tokentree import LLM, ModelError, OptionError, SamplingParams, exclusive, g
 from tokentree.drafters.medusa import Medusa
 from tokentree.engines.cpu.linear import PackedLinear
 from tokentree.engines.kv import KVLayout
+from tokentree.engines.program import ProgramEngine
 from tokentree.engines.segment import Segment
 from tokentree.engines.torch import TorchEngine
 from tokentree.exclusive import Exclusive
@@ -471,8 +472,8 @@ def test_weights_that_don_t_fit_each_other_are_refused_before_a_loop_reads_them(
     part: str, change: Callable[[Any], None]
 ) -> None:
     engine = TorchEngine(one_call())
+    assert isinstance(engine, ProgramEngine)
     program = engine._program
-    assert program is not None
     change(program.llama)
     program._capacity = 0  # so that the steps are built again
     with pytest.raises(ModelError):
@@ -481,8 +482,8 @@ def test_weights_that_don_t_fit_each_other_are_refused_before_a_loop_reads_them(
 
 def test_kv_and_rows_that_don_t_fit_the_steps_are_refused_before_a_loop_reads_them() -> None:
     engine = TorchEngine(one_call())
+    assert isinstance(engine, ProgramEngine)
     program = engine._program
-    assert program is not None
     tree, cpu = TokenTree.chain(1, [2, 3]), torch.device("cpu")
     ids = tree.tokens
     good = engine._storages.layout

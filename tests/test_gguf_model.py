@@ -241,7 +241,7 @@ def test_a_first_and_a_later_start_decode_as_the_original(
         llm = LLM(tmp_path / "tiny.gguf", quantization=quantization, shape="2x2")
         engines.append(type(llm.engine).__name__)
         texts.append(llm.generate(TOKENS[:40], SamplingParams(max_tokens=30))[0].token_ids)
-    assert engines == ["TorchEngine", "ReadyEngine"]
+    assert engines == ["ProgramEngine", "ReadyEngine"]
     assert texts[0] == texts[1]
     if quantization != "gguf":
         model.save_pretrained(tmp_path / "folder")

@@ -20,7 +20,7 @@ from tests.gguf_files import write_gguf
 from tests.tiny_models import TEXTS, full_logits, save_model, some_tokens, tiny, tiny_pair, tiny_tokenizer
 from tokentree import LLM, ModelError, OptionError, PairingError, Piece, PromptError, Result, SamplingParams
 from tokentree.drafters.none import NoDrafter
-from tokentree.engines.torch import TorchEngine
+from tokentree.engines.kv_engine import KVEngine
 from tokentree.llm import _short
 from tokentree.loading import load_model, load_tokenizer
 
@@ -376,7 +376,7 @@ def test_an_interrupted_stream_keeps_what_there_is_and_forgets_its_kv(world: Wor
     stream.close()
     assert not world.llm.engine._kv
     for _, engine in world.llm._parts.draft_engines:
-        assert isinstance(engine, TorchEngine)
+        assert isinstance(engine, KVEngine)
         assert not engine._kv
     result = stream.result
     assert result.finish_reason == "interrupted"

@@ -12,6 +12,9 @@ from tokentree.engines.cpu.linear import PackedLinear
 from tokentree.engines.cpu.llama import Llama
 from tokentree.engines.cpu.packing import Packing
 from tokentree.engines.cpu.steps import ATTEND, BEST, MULTIPLY, NORM
+from tokentree.engines.kv_engine import KVEngine
+from tokentree.engines.modules import ModulesEngine
+from tokentree.engines.program import ProgramEngine
 from tokentree.engines.torch import TorchEngine
 from tokentree.kernels import threads
 from tokentree.tree import TokenTree
@@ -24,7 +27,7 @@ def wide(family: str = "llama") -> PreTrainedModel:
     return tiny(family, torch.bfloat16, hidden_size=64, intermediate_size=96)
 
 
-def logits_of(engine: TorchEngine, length: int = 40) -> torch.Tensor:
+def logits_of(engine: KVEngine, length: int = 40) -> torch.Tensor:
     seq, tree = request(some_tokens(length)), some_tree(0, 9)
     engine.prefill(seq)
     return engine.verify([seq], [tree]).all_logits
@@ -38,8 +41,8 @@ def test_it_says_what_the_modules_say(
     program = TorchEngine(wide(family), quantization=quantization)
     monkeypatch.setattr(Llama, "fits", staticmethod(lambda *_: False))
     modules = TorchEngine(wide(family), quantization=quantization)
-    assert program._program is not None
-    assert modules._program is None
+    assert isinstance(program, ProgramEngine)
+    assert isinstance(modules, ModulesEngine)
     got, expected = logits_of(program).float(), logits_of(modules).float()
     assert got.shape == expected.shape
     assert float((got - expected).square().mean().sqrt()) < 0.02 * float(expected.std())
@@ -72,8 +75,8 @@ def test_room_grows_for_more_rows_than_there_were_without_a_change() -> None:
     seq, many = request(some_tokens(3)), TokenTree.chain(1, some_tokens(150))
     engine.prefill(seq)
     engine.verify([seq], [many])
+    assert isinstance(engine, ProgramEngine)
     program = engine._program
-    assert program is not None
     assert program._capacity >= 151
     assert torch.equal(logits_of(engine), expected)
 
@@ -81,7 +84,7 @@ def test_room_grows_for_more_rows_than_there_were_without_a_change() -> None:
 @pytest.mark.parametrize("token", [-1, VOCAB, 10**12])
 def test_a_token_that_there_isn_t_is_refused_before_memory_is_read(token: int) -> None:
     engine = TorchEngine(wide())
-    assert engine._program is not None
+    assert isinstance(engine, ProgramEngine)
     seq = request(some_tokens(3))
     engine.prefill(seq)
     with pytest.raises(IndexError, match="outside the embedding"):
@@ -91,8 +94,8 @@ def test_a_token_that_there_isn_t_is_refused_before_memory_is_read(token: int) -
 
 def test_a_prefill_ends_at_the_last_layer_s_kv() -> None:
     engine = TorchEngine(wide())
+    assert isinstance(engine, ProgramEngine)
     program = engine._program
-    assert program is not None
     behind = program._steps[program._up_to_kv :, 0].tolist()
     assert behind[0] == ATTEND
     assert behind.count(ATTEND) == 1

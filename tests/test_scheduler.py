@@ -29,6 +29,7 @@ from tokentree.drafters.lookup.suffix import Suffix
 from tokentree.drafters.medusa import Medusa
 from tokentree.drafters.merged import Merged
 from tokentree.drafters.none import NoDrafter
+from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.table import TableEngine
 from tokentree.engines.torch import TorchEngine
 from tokentree.scheduler import Event, Scheduler
@@ -39,7 +40,7 @@ from tokentree.sharing import AHEAD
 VOCAB = 12
 TABLE = random_table(VOCAB, 2, seed=1, sharpness=2.0)
 
-ENGINES: dict[str, Callable[[], TorchEngine]] = {
+ENGINES: dict[str, Callable[[], KVEngine]] = {
     "one call": lambda: TorchEngine(tiny("llama", torch.bfloat16, hidden_size=64, intermediate_size=96)),
     "llama": lambda: TorchEngine(tiny("llama")),
     "gemma2": lambda: TorchEngine(tiny("gemma2", torch.bfloat16)),
@@ -48,7 +49,7 @@ ENGINES: dict[str, Callable[[], TorchEngine]] = {
         tiny("qwen2", torch.bfloat16, hidden_size=64, intermediate_size=128), quantization="int8"
     ),
 }
-DRAFTERS: dict[str, Callable[[TorchEngine], Drafter]] = {
+DRAFTERS: dict[str, Callable[[KVEngine], Drafter]] = {
     "none": lambda engine: NoDrafter(),
     "lookups": lambda engine: Merged([NGram(min_n=1), Suffix(), Recycling(engine.vocab_size)]),
     "draft model": lambda engine: DraftModel(TorchEngine(tiny("llama", seed=3)), engine.vocab_size),
@@ -454,8 +455,8 @@ def test_a_token_that_is_not_read_shows_in_the_text(monkeypatch: pytest.MonkeyPa
 
 
 def test_rows_beside_the_trees_that_are_stored_elsewhere_show_in_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    own, expected = TorchEngine._chain, written_alone("llama")
-    monkeypatch.setattr(TorchEngine, "_chain", staticmethod(lambda kv, ids, start: own(kv, [*ids[1:], ids[0]], start)))
+    own, expected = KVEngine._chain, written_alone("llama")
+    monkeypatch.setattr(KVEngine, "_chain", staticmethod(lambda kv, ids, start: own(kv, [*ids[1:], ids[0]], start)))
     engine = ENGINES["llama"]()
     seqs = [made(prompt, **options) for prompt, options in MIXED]
     assert decode(engine, seqs) != expected

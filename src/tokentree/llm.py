@@ -22,11 +22,13 @@ from tokentree.chat import chat_ids, read_messages
 from tokentree.costs import cost_curve
 from tokentree.decoder import Decoder, Watcher
 from tokentree.drafters.base import Parts
+from tokentree.engines.base import Branches
 from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.model_facts import ends_of
 from tokentree.engines.support import check_quantization
 from tokentree.errors import DeadEnd, ModelError, OptionError, PromptError, RequestError, TokenTreeError
 from tokentree.exclusive import neutral
+from tokentree.gguf.header import is_gguf
 from tokentree.heads.saved import Fingerprint
 from tokentree.inputs import Chat, Prompt, Read, read_prompt, read_prompts
 from tokentree.kernels.threads import check_fork, set_threads
@@ -194,7 +196,7 @@ class LLM:
         shape_of(shape, drafter, heads)
         check_names(drafter)
         for named in (model, *drafts):
-            check_quantization(quantization, file=named if isinstance(named, str | Path) else None)
+            check_quantization(quantization, isinstance(named, str | Path) and is_gguf(named))
         place = pick_device(device) if isinstance(model, str | Path) else model.device
         options: dict[str, Any] = {"attention": attention, "quantization": quantization, "compile": compile}
         options["prefix_bytes"] = prefix_bytes
@@ -388,6 +390,7 @@ class LLM:
             return [self.result(seq)]
         count = seq.params.num_return_sequences
         try:
+            assert isinstance(self.engine, Branches)  # as `sequence` has seen
             search = BeamDecoder(self.engine, self.decoder.drafter, self.decoder.shape).run(seq, advance)
         except RequestError as error:
             seq.finish_reason, seq.error = "error", error
@@ -461,6 +464,8 @@ class LLM:
         ids = self._ids(prompt, "prompt")
         if params.stop and self.tokenizer is None:
             raise PromptError("stop strings need a tokenizer: pass tokenizer=, or use stop_token_ids")
+        if params.num_beams > 1 and not isinstance(self.engine, Branches):
+            raise OptionError(f"{self.engine.info.name} keeps no branches of a text, which num_beams needs")
         check_vocabulary(params, self.engine.vocab_size)
         seed = params.seed if params.seed is not None else secrets.randbits(63)
         detokenizer = self.detokenizer() if params.stop else None

@@ -14,8 +14,10 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from tokentree.converted import converted, packed_place
+from tokentree.engines.base import EngineOptions
 from tokentree.engines.from_cache import ready_engine
 from tokentree.engines.kv_engine import KVEngine
+from tokentree.engines.plan import may_be_kept
 from tokentree.errors import ModelError, OptionError
 from tokentree.gguf.header import has_tokenizer, read_header
 from tokentree.names import Found, find
@@ -81,9 +83,11 @@ def load_engine(
         numbers = pick_dtype(dtype, device)
         file = find(model).file
         place = packed_place(model, quantization or str(numbers).removeprefix("torch."))
-        plain = attention in (None, "tree") and device.type == "cpu" and numbers is torch.bfloat16
-        if place and plain and (ready := ready_engine(place, quantization, prefix_bytes)):
-            return ready
+        options = EngineOptions(attention=attention, quantization=quantization, compile=compile)
+        if place and may_be_kept(device.type, numbers, options):
+            ready = ready_engine(place, quantization, prefix_bytes)
+            if ready is not None:
+                return ready
         model = load_model(model, dtype, device)
     from tokentree.engines.torch import TorchEngine  # and with it transformers' model classes
 

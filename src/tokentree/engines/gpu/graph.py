@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
@@ -29,6 +28,7 @@ from tokentree.engines.cpu.attention import dense_mask
 from tokentree.engines.gpu.recording import ROWS, Recordings, padded
 from tokentree.engines.kv import KVLayout, SequenceKV
 from tokentree.engines.segment import Segment
+from tokentree.errors import ModelError
 from tokentree.tree import TokenTree
 
 TOGETHER = 7  # sequences whose recordings play one after another: on an H200, launching takes as long as 8 of them
@@ -70,9 +70,12 @@ class Graph:
         self.recordings: Recordings[Said] = Recordings()
 
     @torch.inference_mode()
-    def works(self, layout: KVLayout) -> bool:
-        """Compiles for all numbers of rows, with a progress bar, or records the widest; False, and a warning, where
-        this machine can't, or not this model."""
+    def check(self, layout: KVLayout) -> None:
+        """Compiles for all numbers of rows, with a progress bar, or records the widest.
+
+        Raises:
+            ModelError: if this machine can't, or not this model.
+        """
         kv, console = layout.make(ROWS[-1]), Console(stderr=True)
         sizes, silent = ROWS if self._compiles else ROWS[-1:], not (self._compiles and console.is_terminal)
         try:
@@ -80,11 +83,7 @@ class Graph:
                 self.forward([Segment(kv, TokenTree.chain(0, [0] * (rows - 1)), 0, 0)])
         except RuntimeError as error:  # dynamo's are too
             reason = str(getattr(error, "inner_exception", error)).strip().splitlines()[0]
-            told = "compile=True does nothing here, the forward can't be compiled"
-            told = told if self._compiles else "the forward can't be recorded as a graph, and is slower without"
-            warnings.warn(f"{told}: {reason}", stacklevel=3)
-            return False
-        return True
+            raise ModelError(reason) from error
 
     def fits(self, segments: SequenceOf[Segment]) -> bool:
         """Whether it computes these: no more rows than the widest graph has, of one sequence. Of several it does where
