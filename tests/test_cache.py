@@ -46,7 +46,7 @@ for turn in range(8):
     text = converted(model / "config.json", "text", Text, lambda where: (where / "text").read_text())
     assert isinstance(text, Text) or text == "made"
 for turn in range(2):
-    load_engine(model, None, torch.device("cpu"))
+    load_engine(model, EngineOptions(device=torch.device("cpu")))
 """
 
 

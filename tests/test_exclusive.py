@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import LogitsProcessor, PreTrainedModel
 
-from tests.tiny_models import request, some_tokens, some_tree, tiny
+from tests.tiny_models import kv_engine, request, some_tokens, some_tree, tiny
 from tokentree import LLM, ModelError, OptionError, SamplingParams, exclusive, generator
 from tokentree.drafters.medusa import Medusa
 from tokentree.engines.cpu.linear import PackedLinear
@@ -86,7 +86,7 @@ def test_threads_get_the_texts_that_are_written_alone(kind: str, eager: None) ->
         beams = pool.map(search, range(3))
         assert list(pool.map(write, range(len(jobs)))) == alone
         assert list(beams) == [searched] * 3
-    assert not llm.engine._kv
+    assert not kv_engine(llm)._kv
 
 
 def test_threads_with_models_of_their_own_are_no_trouble_to_each_other(eager: None) -> None:
@@ -198,7 +198,7 @@ def test_a_stream_may_be_closed_by_another_thread() -> None:
         stream.close()
         got = reading.result(timeout=60)
     assert got == stream.result.token_ids[: len(got)]
-    assert not llm.engine._kv
+    assert not kv_engine(llm)._kv
 
 
 def test_threads_may_share_a_stream() -> None:
@@ -237,7 +237,7 @@ for use in (lambda: llm.generate([some_tokens(5)], params), lambda: LLM(model), 
 child = os.fork()
 if not child:
     stream.close()  # nothing of the parent's can be given back here
-    os._exit(7 if len(llm.engine._kv) == 1 else 1)
+    os._exit(7 if len(kv_engine(llm)._kv) == 1 else 1)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 assert llm.generate([some_tokens(5)], params)[0].token_ids == expected
 """

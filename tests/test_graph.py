@@ -133,7 +133,7 @@ def test_inductor_compiles_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) ->
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     model = tiny("qwen3", num_hidden_layers=1)
     llm = LLM(model, compile=True)
-    assert "one graph" in llm.engine.signature
+    assert "one graph" in llm.engine.info.signature
     assert list((tmp_path / "compiled").rglob("*.cpp"))
     prompt = some_tokens(20)
     assert llm.generate([prompt])[0].token_ids == LLM(model).plain().generate([prompt])[0].token_ids

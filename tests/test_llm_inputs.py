@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.test_medusa import random_heads
-from tests.tiny_models import parts_of, tiny, tiny_pair, tiny_tokenizer
+from tests.tiny_models import kv_engine, parts_of, tiny, tiny_pair, tiny_tokenizer
 from tokentree.engines.cpu.quantized import QuantizedLinear
 from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.torch import TorchEngine
@@ -58,7 +58,7 @@ def test_in_8_bits_a_tree_is_lossless_to_the_quantised_model_and_drafts_are_quan
     long = SamplingParams(max_tokens=60)
     (tree,), (plain,) = llm.generate([IDS], long), llm.plain().generate([IDS], long)
     assert tree.token_ids == plain.token_ids
-    assert "int8" in llm.engine.signature
+    assert "int8" in llm.engine.info.signature
     (whole,) = LLM(target, "none").generate([IDS], long)
     assert whole.token_ids[0] == plain.token_ids[0]  # it is still that model
 
@@ -107,9 +107,9 @@ def test_a_folder_that_can_not_be_written_is_told_of(llm: LLM, tmp_path: Path) -
 def test_a_dropped_stream_drops_its_kv_at_once(llm: LLM) -> None:
     stream = llm.stream(IDS, FEW)
     next(iter(stream))
-    assert llm.engine._kv
+    assert kv_engine(llm)._kv
     del stream
-    assert not llm.engine._kv
+    assert not kv_engine(llm)._kv
 
 
 def test_a_model_that_our_attention_does_not_fit_attends_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:

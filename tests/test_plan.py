@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib import import_module
 from itertools import product
 from typing import Any
 
@@ -13,7 +12,8 @@ import torch
 from tokentree import ModelError, OptionError
 from tokentree.engines.base import EngineOptions
 from tokentree.engines.kv_engine import KVEngine
-from tokentree.engines.plan import ENGINES, EnginePlan, Traits, may_be_kept, plan
+from tokentree.engines.plan import KINDS, EnginePlan, Traits, may_be_kept, plan
+from tokentree.plugins import imported
 
 QWEN3 = Traits("Qwen3ForCausalLM", "qwen3", "cpu", torch.float32)
 LLAMA = Traits("LlamaForCausalLM", "llama", "cpu", torch.bfloat16, one_call=True)
@@ -132,7 +132,7 @@ def every() -> list[tuple[Traits, EngineOptions, EnginePlan]]:
 
 def test_plans_hold_what_they_promise() -> None:
     plans = every()
-    assert {planned.engine for *_, planned in plans} == set(ENGINES)
+    assert {planned.engine for *_, planned in plans} == set(KINDS)
     for traits, options, planned in plans:
         assert planned.attention == "sdpa" or traits.device == "cpu"
         assert planned.packs is (traits.device == "cpu" and planned.engine != "compiled")
@@ -147,10 +147,9 @@ def test_plans_hold_what_they_promise() -> None:
         assert planned.own_attention == ("eager" if traits.has_softcap else "sdpa")
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", KINDS)
 def test_each_engine_is_where_the_table_says(name: str) -> None:
-    module, _, attribute = ENGINES[name].partition(":")
-    engine = getattr(import_module(module), attribute)
+    engine = imported(KINDS[name])
     assert issubclass(engine, KVEngine)
     assert callable(engine.of)
     assert engine.attention in ("tree", "sdpa")

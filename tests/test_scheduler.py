@@ -16,7 +16,7 @@ import torch
 from tests.conftest import decode, make_sequence, random_table
 from tests.test_eagle import some_head
 from tests.test_medusa import random_heads
-from tests.tiny_models import CONTEXT, request, some_tokens, some_tree, tiny
+from tests.tiny_models import CONTEXT, kv_engine, request, some_tokens, some_tree, tiny
 from tokentree import LLM, ModelError, OptionError, RequestError, SamplingParams, StepError
 from tokentree.acceptance import acceptance
 from tokentree.decoder import Decoder
@@ -505,7 +505,7 @@ def test_two_streams_of_two_threads_share_forwards() -> None:
         got = list(pool.map(read, range(2)))
     assert widths.count(2) > 40
     assert got == [llm.plain().generate([some_tokens(5 + i)], params)[0].token_ids for i in range(2)]
-    assert not llm.engine._kv
+    assert not kv_engine(llm)._kv
 
 
 def test_a_stream_that_nobody_reads_is_stopped_and_holds_up_nobody() -> None:
@@ -518,7 +518,7 @@ def test_a_stream_that_nobody_reads_is_stopped_and_holds_up_nobody() -> None:
     assert 1 <= len(left_open.result.token_ids) <= AHEAD + 1
     assert [first, *(piece.token_id for piece in stream)] == expected[0].token_ids
     del stream, left_open
-    assert not llm.engine._kv
+    assert not kv_engine(llm)._kv
 
 
 @pytest.mark.parametrize("kind", ["one call", "gemma2"])
@@ -557,6 +557,6 @@ def test_eight_threads_with_mixed_requests(kind: str) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(write, range(len(jobs)))) == expected
-    assert not llm.engine._kv
+    assert not kv_engine(llm)._kv
     assert llm._shared._scheduler.idle
     assert not llm._shared._owned

@@ -22,7 +22,7 @@ from transformers import AttentionInterface, GenerationConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama import modeling_llama
 
-from tests.tiny_models import full_logits, parts_of, request, some_tokens, tiny
+from tests.tiny_models import full_logits, kv_engine, parts_of, request, some_tokens, tiny
 from tokentree import LLM, SamplingParams
 from tokentree.engines.cpu.linear import PackedLinear
 from tokentree.engines.foreign import is_own, same_forward
@@ -237,7 +237,7 @@ def test_what_was_put_into_a_model_is_run(kind: str) -> None:
     if kind != "more layers than count":
         assert expected != unchanged
     assert text(model, made) == expected
-    assert made._llms[model].engine.execution.startswith("tree attention")
+    assert made._llms[model].engine.info.execution.startswith("tree attention")
     assert text(model, drafting()) == expected
     assert own_text(model) == expected  # the model is left as it was
 
@@ -759,7 +759,7 @@ def test_running_the_model_itself_is_no_change() -> None:
     model.zero_grad()
     model.requires_grad_(False)
     model.set_attn_implementation("eager")
-    assert llm.engine.changed() is None
+    assert kv_engine(llm).changed() is None
     model.eval().gradient_checkpointing_disable()
     assert llm.generate([PROMPT], SamplingParams(max_tokens=NEW))[0].token_ids == own_text(model)
 

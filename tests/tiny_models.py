@@ -45,6 +45,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from tokentree import LLM
 from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.model_engine import ModelEngine
 from tokentree.engines.program import ProgramEngine
@@ -320,7 +321,10 @@ def parts_of(engine: KVEngine) -> list[nn.Module]:
     if isinstance(engine, ModelEngine):
         return list(engine._model.modules())
     assert isinstance(engine, ProgramEngine)
-    llama = engine._program.llama
-    layers = [part for layer in llama.layers for part in (layer.before, layer.attention, layer.after, layer.mlp)]
-    roots = [llama.embedding, llama.rotary, *layers, llama.norm, llama.head]
-    return [module for root in roots for module in root.modules()]
+    return list(engine._program.llama.modules())
+
+
+def kv_engine(llm: LLM) -> KVEngine:
+    """The engine of a transformers model."""
+    assert isinstance(llm.engine, KVEngine)
+    return llm.engine

@@ -68,10 +68,7 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.d
     return torch.bfloat16 if device.type == "cpu" else None
 
 
-def load_engine(
-    model: str | Path | PreTrainedModel, dtype: str | torch.dtype | None, device: torch.device,
-    quantization: str | None = None, prefix_bytes: int = 0, attention: str | None = None, compile: bool = False,
-) -> KVEngine:  # fmt: skip
+def load_engine(model: str | Path | PreTrainedModel, options: EngineOptions) -> KVEngine:
     """An engine for a model by its name, or for a loaded one: see `TorchEngine`. Where the weights of a named one are
     kept with all that a forward needs, they are mapped into memory, and nothing else is read.
 
@@ -79,19 +76,20 @@ def load_engine(
         ModelError: if the model can't be loaded, or not be decoded with a tree, with the reason.
     """
     file, place, named = None, None, isinstance(model, str | Path)
+    quantization, prefix_bytes = options.quantization, options.prefix_bytes
     if isinstance(model, str | Path):
-        numbers = pick_dtype(dtype, device)
+        device = pick_device(None) if options.device is None else options.device
+        numbers = pick_dtype(options.dtype, device)
         file = find(model).file
         place = packed_place(model, quantization or str(numbers).removeprefix("torch."))
-        options = EngineOptions(attention=attention, quantization=quantization, compile=compile)
         if place and may_be_kept(device.type, numbers, options):
             ready = ready_engine(place, quantization, prefix_bytes)
             if ready is not None:
                 return ready
-        model = load_model(model, dtype, device)
+        model = load_model(model, options.dtype, device)
     from tokentree.engines.torch import TorchEngine  # and with it transformers' model classes
 
-    return TorchEngine(model, attention, named, quantization, prefix_bytes, file, place, compile)
+    return TorchEngine(model, options.attention, named, quantization, prefix_bytes, file, place, options.compile)
 
 
 def load_model(name: str | Path, dtype: str | torch.dtype | None, device: torch.device) -> PreTrainedModel:

@@ -124,7 +124,7 @@ def check(
     counts = {status: sum(v.status == status for v in verdicts) for status in ("identical", "tie", "WRONG")}
     if as_json:
         cases = [{"prompt": e.name, "category": e.category} | asdict(v) for e, v in zip(entries, verdicts, strict=True)]
-        write_json(counts | {"prompts": cases, "caveat": llm.engine.caveat})
+        write_json(counts | {"prompts": cases, "caveat": llm.engine.info.caveat})
     else:
         for entry, verdict in zip(entries, verdicts, strict=True):
             if verdict.status != "identical":
@@ -134,8 +134,8 @@ def check(
                     f"gaps {gaps}; noise {verdict.noise:.3g}\n"
                 )
         write(f"{counts['identical']} identical, {counts['tie']} ties, {counts['WRONG']} WRONG\n")
-        if llm.engine.caveat:
-            write(f"{llm.engine.caveat}\n")
+        if llm.engine.info.caveat:
+            write(f"{llm.engine.info.caveat}\n")
     if counts["WRONG"]:
         raise typer.Exit(1)
 
@@ -220,12 +220,12 @@ def bench(
         | {"warm": [str(file) for file in warm or ()], "batch": batch}
         | {
             "methods": method,
-            "dtype": str(llm.engine.dtype),
+            "dtype": str(llm.engine.info.dtype),
             "quantization": quantization,
             "heads": [str(folder) for folder in heads or ()],
             "compile": compile,
-            "device": str(llm.engine.device),
-            "attention": llm.engine.attention,
+            "device": str(llm.engine.info.device),
+            "attention": llm.engine.info.attention,
         }
         | {"sampling": params.model_dump(exclude={"logits_processors"})}
     )

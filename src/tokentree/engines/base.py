@@ -168,8 +168,8 @@ class EngineInfo:
         dtype: of logits.
         attention: "tree" where a row has the same bits in any tree and batch; "sdpa" where the model attends by itself.
         execution: how the forward runs, in words.
-        signature: what the cost of a forward depends on: model, engine, dtype, device and threads. Costs are kept
-            under it.
+        signature: what the cost of a forward depends on: model, engine, dtype, device and threads. Measured costs are
+            kept under it; without one they are measured anew.
         caveat: why its text is plain's up to ties, in a sentence, where its attention alone would make it plain's.
     """
 

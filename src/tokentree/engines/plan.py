@@ -14,7 +14,7 @@ from tokentree.errors import ModelError
 Attention = Literal["tree", "sdpa"]
 
 # by the names that plans give them; each is imported when it is made
-ENGINES = {
+KINDS = {
     "program": "tokentree.engines.program:ProgramEngine",
     "modules": "tokentree.engines.modules:ModulesEngine",
     "self_attending": "tokentree.engines.self_attending:SelfAttendingEngine",
@@ -59,7 +59,7 @@ class EnginePlan:
     """What a model becomes.
 
     Args:
-        engine: which of `ENGINES` it is.
+        engine: which of `KINDS` it is.
         attention: "tree", or "sdpa" where the model attends by itself, under a dense mask.
         own_attention: the attention of transformers that the model has when it is asked what it says by itself.
         packs: whether linear layers and modules are exchanged for packed and fused ones.

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokentree.engines.base import EngineOptions
 from tokentree.engines.foreign import inner_model
 from tokentree.engines.kv_engine import KVEngine
-from tokentree.engines.plan import ENGINES, EnginePlan, plan
+from tokentree.engines.plan import KINDS, EnginePlan, plan
 from tokentree.engines.prepared import Prepared
 from tokentree.errors import ModelError
 from tokentree.exclusive import neutral
+from tokentree.plugins import imported
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,6 +87,5 @@ def _first_that_works(prepared: Prepared, best: EnginePlan, prefix_bytes: int) -
 
 
 def _made(prepared: Prepared, planned: EnginePlan, prefix_bytes: int) -> KVEngine:
-    module, _, name = ENGINES[planned.engine].partition(":")
-    made: KVEngine = getattr(import_module(module), name).of(prepared, planned, prefix_bytes)
+    made: KVEngine = imported(KINDS[planned.engine]).of(prepared, planned, prefix_bytes)
     return made
