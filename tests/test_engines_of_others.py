@@ -142,7 +142,7 @@ def test_beside_a_draft_model_they_are_that_ones() -> None:
 
 
 def test_without_a_model_there_must_be_an_engine() -> None:
-    with pytest.raises(ModelError, match="model is of the type NoneType"):
+    with pytest.raises(ModelError, match=r"^there is no model: give one, or an engine$"):
         LLM()
 
 

@@ -251,7 +251,6 @@ def test_the_sweep_is_wide() -> None:
 
 def test_a_wrong_signature_is_a_type_error() -> None:
     calls: list[Callable[[], Any]] = [
-        lambda: LLM(**{}),
         lambda: LLM("model", quantum=True),  # type: ignore[call-arg]
         lambda: SamplingParams(0.5),  # type: ignore[call-arg]
         lambda: tokentree.build_tree(IDS),  # type: ignore[call-arg]

@@ -184,7 +184,10 @@ class LLM:
         check_fork()
         set_threads(threads)
         # what is cheap to tell is told before anything is loaded
-        model = None if model is None and engine is not None else model_in(model)
+        if model is not None:
+            model = model_in(model)
+        elif engine is None:
+            raise ModelError("there is no model: give one, or an engine")
         drafts, batch, prefix_bytes = (
             models_in(draft_model), whole_number(max_batch, "max_batch", 1), megabytes(prefix_mb, "prefix_mb"),
         )  # fmt: skip

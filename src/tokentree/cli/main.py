@@ -22,6 +22,7 @@ from tokentree.cli.options import (
     DrafterOption,
     DraftOption,
     DtypeOption,
+    EngineOption,
     HeadsOption,
     JsonOption,
     MaxTokensOption,
@@ -102,6 +103,7 @@ def check(
     quantization: QuantizationOption = None,
     compile: CompileOption = False,
     device: DeviceOption = None,
+    engine: EngineOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Compare plain decoding with a tree on your own model and prompts; exit status 1 if an output is WRONG."""
@@ -111,7 +113,7 @@ def check(
     _, errors = consoles()
     llm = load(
         errors, model, drafter, threads, draft_model=draft_model, heads=heads, shape=shape, accept=accept, dtype=dtype,
-        quantization=quantization, compile=compile, device=device,
+        quantization=quantization, compile=compile, device=device, engine=engine,
     )  # fmt: skip
     from rich.progress import Progress
 
@@ -263,6 +265,7 @@ def calibrate(
     quantization: QuantizationOption = None,
     compile: CompileOption = False,
     device: DeviceOption = None,
+    engine: EngineOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Measure what a forward costs here and what drafts are worth, and show the trees that pay."""
@@ -276,7 +279,7 @@ def calibrate(
     console, errors = consoles()
     llm = load(
         errors, model, drafter, threads, draft_model=draft_model, heads=heads, dtype=dtype, quantization=quantization,
-        compile=compile, device=device,
+        compile=compile, device=device, engine=engine,
     )  # fmt: skip
 
     from rich.progress import Progress
