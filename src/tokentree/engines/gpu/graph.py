@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
+from torch.utils.hooks import RemovableHandle
 from transformers import Cache, PreTrainedModel
 
 from tokentree.cache import cache_folder
@@ -62,10 +63,11 @@ class Graph:
         self._model, self._windows, self._noted, self._compiles = model, windows, noted, compile
         self._on_cpu, self._head_input = model.device.type == "cpu", torch.empty(0)
         self._run: Callable[..., Said] = self._forward
+        self._hook: RemovableHandle | None = None
         if compile:
             head = model.get_output_embeddings()
             if head is not None:
-                head.register_forward_pre_hook(self._note)
+                self._hook = head.register_forward_pre_hook(self._note)
             self._run = _compiled(self._forward)
         self.recordings: Recordings[Said] = Recordings()
 
@@ -82,6 +84,8 @@ class Graph:
             for rows in track(sizes, "compiling", console=console, transient=True, disable=silent):
                 self.forward([Segment(kv, TokenTree.chain(0, [0] * (rows - 1)), 0, 0)])
         except RuntimeError as error:  # dynamo's are too
+            if self._hook is not None:  # the model goes on without
+                self._hook.remove()
             reason = str(getattr(error, "inner_exception", error)).strip().splitlines()[0]
             raise ModelError(reason) from error
 
