@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import random_table
 from tests.strategies import numbers
 from tests.tiny_models import tiny
 from tokentree.cache import cache_folder
 from tokentree.costs import ROWS, CostFile, cost_curve, measure
+from tokentree.engines.base import EngineInfo
 from tokentree.engines.kv_engine import KVEngine
+from tokentree.engines.table import TableEngine
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import OptionError
 from tokentree.llm import LLM
@@ -205,6 +209,18 @@ def test_it_is_measured_again_when_asked(engine: KVEngine, file: Path, preset: l
     for again, times in ((False, 1), (False, 1), (True, 2)):
         assert _same(cost_curve(engine, again), PRESET)
         assert len(preset) == times
+
+
+def test_an_engine_without_a_signature_is_measured_anew(file: Path, preset: list[KVEngine]) -> None:
+    class Nameless(TableEngine):
+        @property
+        def info(self) -> EngineInfo:
+            return dataclasses.replace(super().info, signature="")
+
+    for times in (1, 2):
+        cost_curve(Nameless(random_table(4)))
+        assert len(preset) == times
+    assert not file.exists()
 
 
 def test_a_curve_belongs_to_a_model_a_dtype_and_so_many_threads(file: Path, preset: list[KVEngine]) -> None:

@@ -43,8 +43,13 @@ def test_a_recording_gives_what_transformers_gives(family: str, as_on_a_gpu: Non
     assert type(engine) is RecordedEngine
     assert (engine.info.attention, engine.info.execution) == ("sdpa", "one recording")
     engine._graph._on_cpu = False
-    engine.capture([1])
     before, tree = some_tokens(9), some_tree(ROOT, 20)
+    first = request([*before, ROOT])
+    verified(engine, first, tree)
+    engine.release([first])
+    assert len(engine._graph.recordings)
+    engine.capture([1])
+    assert not len(engine._graph.recordings)  # which know nothing of hidden states
     seq = request([*before, ROOT])
     assert_near(verified(engine, seq, tree), of_transformers(tiny(family), before, tree))
     assert len(engine._graph.recordings)

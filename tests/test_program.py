@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tests.tiny_models import VOCAB, request, some_tokens, some_tree, tiny
+from tokentree.engines.base import KEPT
 from tokentree.engines.cpu.linear import PackedLinear
 from tokentree.engines.cpu.llama import Llama
 from tokentree.engines.cpu.packing import Packing
@@ -17,6 +18,7 @@ from tokentree.engines.modules import ModulesEngine
 from tokentree.engines.program import ProgramEngine
 from tokentree.engines.torch import TorchEngine
 from tokentree.kernels import threads
+from tokentree.kernels.topk import top_logits
 from tokentree.tree import TokenTree
 
 AS_IT_IS = Packing(PackedLinear)
@@ -67,6 +69,16 @@ def test_without_torch_s_pool_one_thread_does_it_all(missing: str, monkeypatch: 
     assert torch.equal(logits_of(engine), expected)
     monkeypatch.undo()
     threads._pool.cache_clear()
+
+
+def test_the_most_probable_tokens_are_found_in_the_call() -> None:
+    engine, seq = TorchEngine(wide()), request(some_tokens(3))
+    engine.prefill(seq)
+    out = engine.verify([seq], [some_tree(1, 9)])
+    assert out.best_known is not None
+    values, ids = top_logits(out.all_logits, KEPT)
+    assert out.best_known[0].tolist() == values.tolist()
+    assert out.best_known[1].tolist() == ids.tolist()
 
 
 def test_room_grows_for_more_rows_than_there_were_without_a_change() -> None:
