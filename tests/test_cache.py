@@ -27,6 +27,7 @@ import transformers
 from tokentree.cache import cache_folder
 from tokentree.converted import converted
 from tokentree.costs import Measured, _add
+from tokentree.engines.base import EngineOptions
 from tokentree.loading import load_engine
 from tokentree.drafters.lookup.storage import read_arrays, write_arrays
 
