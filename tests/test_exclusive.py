@@ -237,7 +237,7 @@ for use in (lambda: llm.generate([some_tokens(5)], params), lambda: LLM(model), 
 child = os.fork()
 if not child:
     stream.close()  # nothing of the parent's can be given back here
-    os._exit(7 if len(kv_engine(llm)._kv) == 1 else 1)
+    os._exit(7 if len(llm.engine._kv) == 1 else 1)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 assert llm.generate([some_tokens(5)], params)[0].token_ids == expected
 """
