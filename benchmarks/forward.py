@@ -25,6 +25,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from tokentree.engines.cpu.linear import PackedLinear
 from tokentree.engines.cpu.quantized import QuantizedLinear
+from tokentree.engines.kv_engine import KVEngine
+from tokentree.engines.model_engine import ModelEngine
 from tokentree.engines.torch import TorchEngine
 from tokentree.loading import load_model
 from tokentree.sampling import SamplingParams, seeded_noise
@@ -85,7 +87,8 @@ def main() -> None:
     for name, engine in engines.items():
         if name == "graph":
             continue
-        packed = [m for m in engine._model.modules() if isinstance(m, PackedLinear | QuantizedLinear)]
+        parts = engine._model if isinstance(engine, ModelEngine) else engine._program.llama
+        packed = [m for m in parts.modules() if isinstance(m, PackedLinear | QuantizedLinear)]
         own_weights = {weight.data_ptr(): weight.nbytes for weight in model.parameters()}
         weights = sum(layer.weight.nbytes for layer in packed) or sum(own_weights.values())
         console.print(
@@ -111,7 +114,7 @@ def own(model: PreTrainedModel, ids: list[int]) -> Callable[[int], float]:
     return forward
 
 
-def ours(engine: TorchEngine, ids: list[int]) -> Callable[[int], float]:
+def ours(engine: KVEngine, ids: list[int]) -> Callable[[int], float]:
     """An engine's forward over a chain."""
     seq = Sequence(ids, SamplingParams(max_tokens=100), seeded_noise(0, 0), engine.context)
     engine.prefill(seq)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -102,3 +103,20 @@ def decode(
     for _ in decoder.run(seqs, max_batch):
         pass
     return [seq.output_ids for seq in seqs]
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that packages are imported from."""
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    return tmp_path / "site"
+
+
+def package(site: Path, name: str, points: str, source: str = "", group: str = "tokentree.drafters") -> None:
+    """Puts a package there, as an installer would."""
+    about = site / f"{name}-1.0.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(f"[{group}]\n{points}\n")
+    (site / f"{name}.py").write_text(source)
+    sys.modules.pop(name, None)  # of another test

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tiny_models import some_tokens, tiny, tiny_tokenizer
+from tests.tiny_models import kv_engine, some_tokens, tiny, tiny_tokenizer
 from tokentree import LLM, AsyncLLM, OptionError, RequestError, SamplingParams, StepError
 
 FEW, LONG = SamplingParams(max_tokens=12, ignore_eos=True), SamplingParams(max_tokens=250, ignore_eos=True)
@@ -35,7 +35,7 @@ def run(work: Callable[[LLM, AsyncLLM], Coroutine[Any, Any, None]], **options: A
         assert not asked._owners
 
     asyncio.run(inside())
-    assert not llm.engine._kv
+    assert not kv_engine(llm)._kv
     return llm
 
 
@@ -90,7 +90,7 @@ def test_leaving_cancelling_and_aborting_end_a_request_and_no_other() -> None:
         await some(left)
         await left.close()
         task = asyncio.create_task(asked.generate([some_tokens(7)], LONG))
-        while not any(seq.prompt_ids == some_tokens(7) for seq, _ in llm.engine._kv.values()):
+        while not any(seq.prompt_ids == some_tokens(7) for seq, _ in kv_engine(llm)._kv.values()):
             await asyncio.sleep(0.001)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -155,7 +155,7 @@ def test_closing_interrupts_and_nothing_can_be_asked_afterwards() -> None:
         assert not asked._owners
 
     asyncio.run(inside())
-    assert not llm.engine._kv
+    assert not kv_engine(llm)._kv
     assert len(llm.generate([some_tokens(5)], FEW)[0].token_ids) == 12
 
 

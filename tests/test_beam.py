@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from tests.conftest import make_sequence
 from tests.test_eagle import Kept, said_by, some_head
 from tests.test_medusa import random_heads
-from tests.tiny_models import CONTEXT, save_model, some_tokens, tiny, tiny_pair, tiny_tokenizer
+from tests.tiny_models import CONTEXT, kv_engine, save_model, some_tokens, tiny, tiny_pair, tiny_tokenizer
 from tokentree import LLM, SamplingParams
 from tokentree.beam import BeamDecoder, BeamSearch
 from tokentree.cli.main import app
@@ -24,6 +24,7 @@ from tokentree.drafters.lookup.ngram import NGram
 from tokentree.drafters.lookup.suffix import Suffix
 from tokentree.drafters.medusa import Medusa
 from tokentree.drafters.merged import Merged
+from tokentree.engines.modules import ModulesEngine
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import OptionError
 from tokentree.shapes import shape
@@ -103,7 +104,7 @@ def test_a_draft_model_saves_forwards(shape: str) -> None:
         assert sum(step[1] for step in metrics.steps) == NEW
         if drafts is target and shape != "cost":
             assert metrics.target_forwards < NEW
-    assert not llm.engine._kv
+    assert not kv_engine(llm)._kv
 
 
 def test_rules_on_logits_are_those_of_transformers() -> None:
@@ -131,7 +132,7 @@ def test_the_shared_part_is_stored_once() -> None:
     model = model_of("llama", eos=False)
     rows: list[int] = []
 
-    class Watching(TorchEngine):
+    class Watching(ModulesEngine):
         def verify(self, seqs: Any, trees: Any, firsts: Any = None, reading: Any = ()) -> Any:
             out = super().verify(seqs, trees, firsts, reading)
             rows.append(len(out.all_logits))

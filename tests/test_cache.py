@@ -27,6 +27,7 @@ import transformers
 from tokentree.cache import cache_folder
 from tokentree.converted import converted
 from tokentree.costs import Measured, _add
+from tokentree.engines.base import EngineOptions
 from tokentree.loading import load_engine
 from tokentree.drafters.lookup.storage import read_arrays, write_arrays
 
@@ -46,7 +47,7 @@ for turn in range(8):
     text = converted(model / "config.json", "text", Text, lambda where: (where / "text").read_text())
     assert isinstance(text, Text) or text == "made"
 for turn in range(2):
-    load_engine(model, None, torch.device("cpu"))
+    load_engine(model, EngineOptions(device=torch.device("cpu")))
 """
 
 

@@ -13,7 +13,7 @@ from tokentree.check import check
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter
 from tokentree.engines.base import TargetOutput
-from tokentree.engines.torch import TorchEngine
+from tokentree.engines.kv_engine import KVEngine
 from tokentree.errors import OptionError
 from tokentree.llm import LLM
 from tokentree.sequence import Sequence
@@ -46,10 +46,10 @@ def llm() -> LLM:
 
 
 def _tampered(monkeypatch: pytest.MonkeyPatch, tamper: Tamper) -> None:
-    honest = TorchEngine.verify
+    honest = KVEngine.verify
 
     def verify(
-        self: TorchEngine,
+        self: KVEngine,
         seqs: SequenceOf[Sequence],
         trees: SequenceOf[TokenTree],
         firsts: SequenceOf[int] | None = None,
@@ -58,7 +58,7 @@ def _tampered(monkeypatch: pytest.MonkeyPatch, tamper: Tamper) -> None:
         out = honest(self, seqs, trees, firsts, reading)
         return TargetOutput(tamper(out.all_logits.clone(), trees), out.starts, out.firsts, out.seconds)
 
-    monkeypatch.setattr(TorchEngine, "verify", verify)
+    monkeypatch.setattr(KVEngine, "verify", verify)
 
 
 def test_an_untouched_engine_is_identical(llm: LLM) -> None:

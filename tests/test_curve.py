@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +14,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import random_table
 from tests.strategies import numbers
 from tests.tiny_models import tiny
 from tokentree.cache import cache_folder
 from tokentree.costs import ROWS, CostFile, cost_curve, measure
+from tokentree.engines.base import EngineInfo
+from tokentree.engines.kv_engine import KVEngine
+from tokentree.engines.table import TableEngine
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import OptionError
 from tokentree.llm import LLM
@@ -162,7 +167,7 @@ def test_what_is_no_curve_raises(rows: list[int], seconds: list[float]) -> None:
 
 
 @pytest.fixture(scope="module")
-def engine() -> TorchEngine:
+def engine() -> KVEngine:
     return TorchEngine(tiny("llama"))
 
 
@@ -173,11 +178,11 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def preset(monkeypatch: pytest.MonkeyPatch) -> list[TorchEngine]:
+def preset(monkeypatch: pytest.MonkeyPatch) -> list[KVEngine]:
     """Measuring takes no time and finds `PRESET`; the engines that were measured."""
-    measured: list[TorchEngine] = []
+    measured: list[KVEngine] = []
 
-    def fake(engine: TorchEngine) -> CostCurve:
+    def fake(engine: KVEngine) -> CostCurve:
         measured.append(engine)
         return PRESET.copy()
 
@@ -185,13 +190,11 @@ def preset(monkeypatch: pytest.MonkeyPatch) -> list[TorchEngine]:
     return measured
 
 
-def _refuse(_: TorchEngine) -> NoReturn:
+def _refuse(_: KVEngine) -> NoReturn:
     raise AssertionError("it was measured again")
 
 
-def test_a_curve_is_measured_once_and_then_read(
-    engine: TorchEngine, file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_curve_is_measured_once_and_then_read(engine: KVEngine, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     curve = cost_curve(engine)
     assert curve.rows == list(ROWS)
     assert min(curve.points) > 0
@@ -202,13 +205,25 @@ def test_a_curve_is_measured_once_and_then_read(
     assert _same(cost_curve(engine), curve)
 
 
-def test_it_is_measured_again_when_asked(engine: TorchEngine, file: Path, preset: list[TorchEngine]) -> None:
+def test_it_is_measured_again_when_asked(engine: KVEngine, file: Path, preset: list[KVEngine]) -> None:
     for again, times in ((False, 1), (False, 1), (True, 2)):
         assert _same(cost_curve(engine, again), PRESET)
         assert len(preset) == times
 
 
-def test_a_curve_belongs_to_a_model_a_dtype_and_so_many_threads(file: Path, preset: list[TorchEngine]) -> None:
+def test_an_engine_without_a_signature_is_measured_anew(file: Path, preset: list[KVEngine]) -> None:
+    class Nameless(TableEngine):
+        @property
+        def info(self) -> EngineInfo:
+            return dataclasses.replace(super().info, signature="")
+
+    for times in (1, 2):
+        cost_curve(Nameless(random_table(4)))
+        assert len(preset) == times
+    assert not file.exists()
+
+
+def test_a_curve_belongs_to_a_model_a_dtype_and_so_many_threads(file: Path, preset: list[KVEngine]) -> None:
     engines = [
         TorchEngine(tiny("llama")),
         TorchEngine(tiny("llama", torch.bfloat16)),
@@ -253,7 +268,7 @@ def test_a_curve_belongs_to_a_model_a_dtype_and_so_many_threads(file: Path, pres
     ],
 )
 def test_a_file_that_holds_no_curves_is_replaced(
-    engine: TorchEngine, file: Path, preset: list[TorchEngine], content: bytes
+    engine: KVEngine, file: Path, preset: list[KVEngine], content: bytes
 ) -> None:
     file.parent.mkdir(parents=True)
     file.write_bytes(content.replace(b"SIGNATURE", engine.signature.encode()))
@@ -263,7 +278,7 @@ def test_a_file_that_holds_no_curves_is_replaced(
     assert len(preset) == 1
 
 
-def test_other_curves_in_the_file_stay(engine: TorchEngine, file: Path, preset: list[TorchEngine]) -> None:
+def test_other_curves_in_the_file_stay(engine: KVEngine, file: Path, preset: list[KVEngine]) -> None:
     file.parent.mkdir(parents=True)
     file.write_text('{"curves": {"other": {"rows": [1, 2], "seconds": [1.0, 2.0], "per_sequence": 0.5}}}')
     cost_curve(engine)
@@ -271,7 +286,7 @@ def test_other_curves_in_the_file_stay(engine: TorchEngine, file: Path, preset: 
 
 
 def test_a_place_that_cannot_be_written_does_no_harm(
-    engine: TorchEngine, tmp_path: Path, preset: list[TorchEngine], monkeypatch: pytest.MonkeyPatch
+    engine: KVEngine, tmp_path: Path, preset: list[KVEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "folder" / "costs.json").mkdir(parents=True)
@@ -315,7 +330,7 @@ def test_a_short_context_is_measured_as_far_as_it_goes() -> None:
     assert measure(TorchEngine(tiny("gpt2", n_positions=24))).rows == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12]
 
 
-def test_a_model_is_measured_when_a_shape_needs_it_and_once(file: Path, preset: list[TorchEngine]) -> None:
+def test_a_model_is_measured_when_a_shape_needs_it_and_once(file: Path, preset: list[KVEngine]) -> None:
     llm = LLM(tiny("llama"), "none")
     llm.using("ngram", "chain:3")
     assert not preset

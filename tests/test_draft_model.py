@@ -20,6 +20,7 @@ from tokentree.drafters.draft_model import DraftModel
 from tokentree.drafters.merged import Merged
 from tokentree.drafters.none import NoDrafter
 from tokentree.engines.base import TargetOutput
+from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.torch import TorchEngine
 from tokentree.sequence import Accepted
 from tokentree.sequence import Sequence as Request
@@ -33,18 +34,21 @@ PROMPT = some_tokens(11)
 Scores = dict[tuple[int, ...], float]  # candidate path -> joint log-probability
 
 
-class CountingEngine(TorchEngine):
-    """Writes down every text whose last token it computes a row for."""
+class CountingEngine:
+    """A `DraftEngine` that writes down every text whose last token it computes a row for."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__(model, "tree")
+        self._engine = TorchEngine(model, "tree")
+        self.vocab_size, self.context = self._engine.vocab_size, self._engine.context
+        self.committed, self.commit = self._engine.committed, self._engine.commit
+        self.release = self._engine.release
         self.computed: list[tuple[int, ...]] = []
         self.rows_of_calls: list[int] = []
 
     def prefill(self, seq: Request, upto: int | None = None) -> int:
         known, upto = self.committed(seq), len(seq.tokens) - 1 if upto is None else upto
         self.computed += [tuple(seq.tokens[: end + 1]) for end in range(known, upto)]
-        return super().prefill(seq, upto)
+        return self._engine.prefill(seq, upto)
 
     def verify(
         self, seqs: Sequence[Request], trees: Sequence[TokenTree], firsts: Sequence[int] | None = None,
@@ -57,7 +61,7 @@ class CountingEngine(TorchEngine):
                 self.computed.append((*before, *tree.tokens[tree.path(node)].tolist()))
             rows += len(tree) - first
         self.rows_of_calls.append(rows)
-        return super().verify(seqs, trees, firsts, reading)
+        return self._engine.verify(seqs, trees, firsts, reading)
 
 
 class Seen:
@@ -77,7 +81,7 @@ class Seen:
 
 
 def decode(
-    engine: TorchEngine, drafter: Drafter, seqs: list[Request], form: str | Shape, seen: Seen | None = None,
+    engine: KVEngine, drafter: Drafter, seqs: list[Request], form: str | Shape, seen: Seen | None = None,
     accept: str = "match", max_batch: int = 8,
 ) -> list[list[int]]:  # fmt: skip
     for _ in Decoder(engine, drafter, shape(form), acceptance(accept), seen).run(seqs, max_batch):

@@ -21,6 +21,7 @@ from tokentree.drafters.eagle import Eagle
 from tokentree.drafters.lookup.ngram import NGram
 from tokentree.drafters.merged import Merged
 from tokentree.engines.eagle import EagleEngine
+from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.segment import Segment
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import PairingError
@@ -117,13 +118,13 @@ def test_so_it_does_where_forwards_are_recorded(
 ) -> None:  # fmt: skip
     monkeypatch.setattr("tokentree.engines.gpu.recording.Recording", Played)
     monkeypatch.setattr("tokentree.engines.kv.LEAST_FIXED", 16)  # so that storage grows
-    model, head, capture = tiny(family), some_head(version, known), TorchEngine.capture
-    monkeypatch.setattr(TorchEngine, "capture", lambda *args: dataclasses.replace(capture(*args), recorded=True))
+    model, head, capture = tiny(family), some_head(version, known), KVEngine.capture
+    monkeypatch.setattr(KVEngine, "capture", lambda *args: dataclasses.replace(capture(*args), recorded=True))
     drafter = check_what_it_drafts(TorchEngine(model, "sdpa"), model, head, lengths)
     assert len(drafter._engine._recordings) > 0
 
 
-def check_what_it_drafts(engine: TorchEngine, model: PreTrainedModel, head: EagleHead, lengths: Any) -> Any:
+def check_what_it_drafts(engine: KVEngine, model: PreTrainedModel, head: EagleHead, lengths: Any) -> Any:
     drafter = Kept(head, engine)
     prompts = [some_tokens(length, seed=length) for length in lengths]
     plain = decode(engine, [request(prompt, max_tokens=12) for prompt in prompts])

@@ -39,6 +39,7 @@ from tests.conftest import each_two
 from tests.tiny_models import FAMILIES, VOCAB, full_logits, randomised, request, some_tokens, some_tree, tiny
 from tokentree.engines import kv_engine
 from tokentree.engines.cpu.prepare import SteadyActivation
+from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import ModelError
 from tokentree.kernels.tile import BLOCK
@@ -71,13 +72,13 @@ def model_of(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel
 
 
 @functools.cache
-def engine_of(family: str, attention: str, numbers: Numbers = torch.float32) -> TorchEngine:
+def engine_of(family: str, attention: str, numbers: Numbers = torch.float32) -> KVEngine:
     if isinstance(numbers, str):
         return TorchEngine(model_of(family, torch.bfloat16), attention, quantization=numbers)
     return TorchEngine(model_of(family, numbers), attention)
 
 
-def verified(engine: TorchEngine, seq: Request, tree: TokenTree) -> torch.Tensor:
+def verified(engine: KVEngine, seq: Request, tree: TokenTree) -> torch.Tensor:
     """[nodes, vocab] of one tree, verified by itself after what ``seq`` holds."""
     engine.prefill(seq)
     out = engine.verify([seq], [tree])
@@ -85,7 +86,7 @@ def verified(engine: TorchEngine, seq: Request, tree: TokenTree) -> torch.Tensor
 
 
 def decoded_alone(
-    engine: TorchEngine, prefix: Sequence[int], tree: TokenTree, leaves: int | None = None
+    engine: KVEngine, prefix: Sequence[int], tree: TokenTree, leaves: int | None = None
 ) -> tuple[list[int], torch.Tensor]:
     """Nodes and their [nodes, vocab]: paths of ``tree`` (``leaves`` of them, or all) as plain decoding would meet
     them, one row at a time, each row committed."""
@@ -480,7 +481,7 @@ def test_an_embedding_that_is_the_output_layer_too_is_kept_once(quantization: st
         texts.append(verified(engine, request(tokens), tree))
         kept = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
         assert kept == (0 if owned and quantization is None else 128 * 64)
-        assert engine._model.get_input_embeddings().num_embeddings == 128
+        assert engine._outer_layers()[0].num_embeddings == 128
     assert torch.equal(*texts)
 
 

@@ -18,11 +18,12 @@ import pytest
 import torch
 from transformers import LogitsProcessor, PreTrainedModel
 
-from tests.tiny_models import request, some_tokens, some_tree, tiny
+from tests.tiny_models import kv_engine, request, some_tokens, some_tree, tiny
 from tokentree import LLM, ModelError, OptionError, SamplingParams, exclusive, generator
 from tokentree.drafters.medusa import Medusa
 from tokentree.engines.cpu.linear import PackedLinear
 from tokentree.engines.kv import KVLayout
+from tokentree.engines.program import ProgramEngine
 from tokentree.engines.segment import Segment
 from tokentree.engines.torch import TorchEngine
 from tokentree.exclusive import Exclusive
@@ -85,7 +86,7 @@ def test_threads_get_the_texts_that_are_written_alone(kind: str, eager: None) ->
         beams = pool.map(search, range(3))
         assert list(pool.map(write, range(len(jobs)))) == alone
         assert list(beams) == [searched] * 3
-    assert not llm.engine._kv
+    assert not kv_engine(llm)._kv
 
 
 def test_threads_with_models_of_their_own_are_no_trouble_to_each_other(eager: None) -> None:
@@ -197,7 +198,7 @@ def test_a_stream_may_be_closed_by_another_thread() -> None:
         stream.close()
         got = reading.result(timeout=60)
     assert got == stream.result.token_ids[: len(got)]
-    assert not llm.engine._kv
+    assert not kv_engine(llm)._kv
 
 
 def test_threads_may_share_a_stream() -> None:
@@ -471,8 +472,8 @@ def test_weights_that_don_t_fit_each_other_are_refused_before_a_loop_reads_them(
     part: str, change: Callable[[Any], None]
 ) -> None:
     engine = TorchEngine(one_call())
+    assert isinstance(engine, ProgramEngine)
     program = engine._program
-    assert program is not None
     change(program.llama)
     program._capacity = 0  # so that the steps are built again
     with pytest.raises(ModelError):
@@ -481,8 +482,8 @@ def test_weights_that_don_t_fit_each_other_are_refused_before_a_loop_reads_them(
 
 def test_kv_and_rows_that_don_t_fit_the_steps_are_refused_before_a_loop_reads_them() -> None:
     engine = TorchEngine(one_call())
+    assert isinstance(engine, ProgramEngine)
     program = engine._program
-    assert program is not None
     tree, cpu = TokenTree.chain(1, [2, 3]), torch.device("cpu")
     ids = tree.tokens
     good = engine._storages.layout

@@ -23,6 +23,8 @@ from tokentree.engines.cpu.linear import PackedLinear
 from tokentree.engines.cpu.prepare import private_copy, set_attention
 from tokentree.engines.cpu.steady import SteadyWeight, steady_weights
 from tokentree.engines.kv import KVLayout
+from tokentree.engines.kv_engine import KVEngine
+from tokentree.engines.model_engine import ModelEngine
 from tokentree.engines.segment import Segment
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import ModelError
@@ -39,7 +41,7 @@ def model_of(name: str, dtype: torch.dtype) -> PreTrainedModel:
 
 
 @functools.cache
-def engine_of(name: str, dtype: torch.dtype) -> TorchEngine:
+def engine_of(name: str, dtype: torch.dtype) -> KVEngine:
     return TorchEngine(model_of(name, dtype))  # a warning would be an error
 
 
@@ -206,6 +208,7 @@ def test_experts_of_a_model_that_nobody_else_uses_are_there_once(name: str) -> N
     tree = some_tree(tokens[-1], 30)
     expected = verified(TorchEngine(made()), request(tokens), tree)
     engine = TorchEngine(owned, owns_model=True)
+    assert isinstance(engine, ModelEngine)
     assert torch.equal(verified(engine, request(tokens), tree), expected)
     assert not sum(weight.numel() for weight in owned.parameters() if weight.ndim == 3)
     experts = [weight for weight in engine._model.parameters() if isinstance(weight, SteadyWeight) and weight.ndim == 3]
@@ -299,7 +302,7 @@ def test_linear_layers_of_another_library_are_named(name: str) -> None:
     model = in_8_bits(tiny(name))
     with pytest.warns(UserWarning, match=r"linear layers of another kind here \(Linear8bitLt\).*plain's up to ties"):
         engine = TorchEngine(model)
-    assert engine.form == "tree attention, Linear8bitLt"
+    assert engine.execution == "tree attention, Linear8bitLt"
     assert "Linear8bitLt" in engine.signature
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from tests.tiny_models import tiny
+from tests.tiny_models import parts_of, tiny
 from tokentree.engines.cpu.fused import FusedAttention, FusedMLP, FusedNorm
 from tokentree.engines.cpu.linear import PackedLinear
 from tokentree.engines.cpu.packing import Packing
@@ -106,16 +106,16 @@ def test_a_linear_layer_with_an_adapter_is_not_fused_away(name: str) -> None:
     owner = layer.mlp if name == "gate_proj" else layer.self_attn
     getattr(owner, name).__class__ = Adapted
     engine = TorchEngine(model)
-    assert sum(isinstance(module, Adapted) for module in engine._model.modules()) == 1
+    assert sum(isinstance(module, Adapted) for module in parts_of(engine)) == 1
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
 def test_models_that_have_them_get_them(family: str) -> None:
     model = tiny(family, torch.bfloat16, hidden_size=64, intermediate_size=96)
     engine = TorchEngine(model)
-    assert {FusedAttention, FusedMLP, FusedNorm, PackedLinear} <= {type(m) for m in engine._model.modules()}
+    assert {FusedAttention, FusedMLP, FusedNorm, PackedLinear} <= {type(m) for m in parts_of(engine)}
     attends_itself = TorchEngine(model, "sdpa")
-    assert FusedAttention not in {type(m) for m in attends_itself._model.modules()}
+    assert FusedAttention not in {type(m) for m in parts_of(attends_itself)}
 
 
 def test_exponentials_are_those_of_the_mathematics() -> None:

@@ -33,6 +33,7 @@ from tests.gguf_files import finish, write_gguf
 from tests.test_engine import verified
 from tests.tiny_models import _GROUPED, CONTEXT, WINDOW, full_logits, randomised, request, some_tokens, tiny
 from tokentree import LLM, SamplingParams
+from tokentree.engines.base import EngineOptions
 from tokentree.errors import ModelError
 from tokentree.gguf.settings import FAMILIES
 from tokentree.loading import load_engine, load_model
@@ -241,7 +242,7 @@ def test_a_first_and_a_later_start_decode_as_the_original(
         llm = LLM(tmp_path / "tiny.gguf", quantization=quantization, shape="2x2")
         engines.append(type(llm.engine).__name__)
         texts.append(llm.generate(TOKENS[:40], SamplingParams(max_tokens=30))[0].token_ids)
-    assert engines == ["TorchEngine", "ReadyEngine"]
+    assert engines == ["ProgramEngine", "ReadyEngine"]
     assert texts[0] == texts[1]
     if quantization != "gguf":
         model.save_pretrained(tmp_path / "folder")
@@ -338,7 +339,7 @@ def test_in_the_file_s_bits_it_is_the_same_model(case: str, tmp_path: Path) -> N
     path = tmp_path / "tiny.gguf"
     model = make()
     write_gguf(path, model, architecture=architecture, entries=entries)
-    engine: Any = load_engine(path, None, CPU, "gguf")
+    engine: Any = load_engine(path, EngineOptions(device=CPU, quantization="gguf"))
     assert engine.quantization == "gguf"
     expected = full_logits(model, TOKENS[:20])[-1]
     seq = request(TOKENS[:20])

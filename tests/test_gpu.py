@@ -28,6 +28,8 @@ from tokentree.drafters.lookup.recycling import Recycling
 from tokentree.drafters.lookup.suffix import Suffix
 from tokentree.drafters.medusa import Medusa
 from tokentree.drafters.merged import Merged
+from tokentree.engines.gpu.recorded import CompiledEngine, RecordedEngine
+from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.torch import TorchEngine
 from tokentree.train import writing
 from tokentree.train.features import keep_features
@@ -74,7 +76,7 @@ def test_a_tree_has_the_logits_that_transformers_gives_each_path(family: str, at
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="recordings are a GPU's")
 def test_storage_is_used_again_and_nothing_recorded_twice() -> None:
     engine = TorchEngine(on_gpu("llama"))
-    assert engine._graph is not None
+    assert isinstance(engine, RecordedEngine)
     expected = decode(TorchEngine(tiny("llama")), [request(some_tokens(9, seed=i), max_tokens=40) for i in range(4)])
     counts = list[int]()
     for i in range(4):
@@ -84,8 +86,8 @@ def test_storage_is_used_again_and_nothing_recorded_twice() -> None:
     assert counts[0] == counts[-1]
 
 
-def drafters() -> dict[str, Callable[[TorchEngine], Drafter]]:
-    def small(engine: TorchEngine) -> TorchEngine:
+def drafters() -> dict[str, Callable[[KVEngine], Drafter]]:
+    def small(engine: KVEngine) -> KVEngine:
         return TorchEngine(tiny_pair()[1].to(DEVICE))  # type: ignore[arg-type]
 
     return {
@@ -157,7 +159,7 @@ def test_hidden_states_of_texts_are_transformers_own(family: str, tmp_path: Path
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "mistral", "gpt2", "gemma2"])
 def test_texts_are_written_as_each_would_be_alone(family: str) -> None:
-    writer = Writer(TorchEngine(on_gpu(family), "sdpa")._model, 5, 60)
+    writer = Writer(TorchEngine(on_gpu(family), "sdpa").model, 5, 60)
     for prompts in (PROMPTS, PROMPTS[::-1]):
         expected = [greedily(family, prompt, 20, -1) for prompt in prompts]
         assert writer.write(prompts, 20, [0.0] * 3, [], seed=1) == expected
@@ -193,7 +195,7 @@ def test_heads_are_trained_and_draft(
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_the_forward_is_compiled(family: str) -> None:
     engine = TorchEngine(on_gpu(family), compile=True)
-    assert engine._graph is not None
+    assert isinstance(engine, CompiledEngine)
     tree = some_tree(ROOT, 20)
     got = verified(engine, request([*some_tokens(8), ROOT]), tree)
     assert_near(got, of_transformers(tiny(family), some_tokens(8), tree))

@@ -16,6 +16,9 @@ from tokentree import LLM
 from tokentree.drafters.lookup.recycling import Recycling
 from tokentree.engines import kv
 from tokentree.engines.gpu import graph
+from tokentree.engines.gpu.recorded import CompiledEngine
+from tokentree.engines.modules import ModulesEngine
+from tokentree.engines.program import ProgramEngine
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import ModelError
 from tokentree.tree import TokenTree
@@ -39,9 +42,9 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Graphs:
     return found
 
 
-def compiled(family: str) -> TorchEngine:
+def compiled(family: str) -> CompiledEngine:
     engine = TorchEngine(tiny(family), compile=True)
-    assert engine._graph is not None
+    assert isinstance(engine, CompiledEngine)
     return engine
 
 
@@ -106,8 +109,7 @@ def test_what_cannot_be_compiled_runs_as_without(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(graph, "BACKEND", refuse)
     with pytest.warns(UserWarning, match="can't be compiled: .*no compiler at hand"):
         engine = TorchEngine(tiny("qwen3"), compile=True)
-    assert engine._graph is None
-    assert engine.attention == "tree"
+    assert isinstance(engine, ModulesEngine)
     tree, seq = some_tree(ROOT, 9), request([*some_tokens(5), ROOT])
     assert torch.equal(verified(engine, seq, tree), verified(TorchEngine(tiny("qwen3")), seq, tree))
 
@@ -121,7 +123,7 @@ def test_what_does_not_go_with_a_graph_is_said(options: dict[str, Any]) -> None:
 def test_a_forward_that_is_one_call_is_left_as_it_is() -> None:
     model = tiny("llama", torch.bfloat16, hidden_size=64, intermediate_size=96)
     engine = TorchEngine(model, compile=True)
-    assert engine._graph is None
+    assert isinstance(engine, ProgramEngine)
     assert engine.signature == TorchEngine(model).signature
 
 
@@ -131,7 +133,7 @@ def test_inductor_compiles_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) ->
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     model = tiny("qwen3", num_hidden_layers=1)
     llm = LLM(model, compile=True)
-    assert "one graph" in llm.engine.signature
+    assert "one graph" in llm.engine.info.signature
     assert list((tmp_path / "compiled").rglob("*.cpp"))
     prompt = some_tokens(20)
     assert llm.generate([prompt])[0].token_ids == LLM(model).plain().generate([prompt])[0].token_ids
@@ -142,7 +144,6 @@ def test_recordings_of_several_sequences_play_one_after_another(
 ) -> None:
     monkeypatch.setattr("tokentree.engines.gpu.recording.Recording", Played)
     engine = compiled("gemma3")
-    assert engine._graph is not None
     engine.capture()
     engine._graph._on_cpu = False
     seqs = [request([*some_tokens(length), ROOT]) for length in (4, 70, 9)]

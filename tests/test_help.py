@@ -16,6 +16,7 @@ from tests.test_cli import Command, run  # noqa: F401  a fixture
 from tokentree.acceptance import acceptance
 from tokentree.cli.main import app
 from tokentree.drafters.names import DRAFTERS, LOOKUPS
+from tokentree.engines.names import ENGINES
 from tokentree.errors import OptionError
 from tokentree.loading import DTYPES
 from tokentree.shapes.parse import KINDS
@@ -75,6 +76,7 @@ def test_help_names_all_that_there_is(run: Command) -> None:  # noqa: F811
 
     assert [name for name in DRAFTERS if name not in of("drafter")] == []
     assert ", ".join(LOOKUPS) in of("drafter")
+    assert [name for name in ENGINES.ours if name not in of("engine")] == []
     assert [name for name in KINDS if name not in of("shape")] == []
     assert [name for name in DTYPES if name not in of("dtype")] == []
     with pytest.raises(OptionError, match="choose one of") as raised:

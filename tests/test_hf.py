@@ -56,6 +56,7 @@ from tests.tiny_models import (
 )
 from tokentree import LLM, hf_options
 from tokentree.engines import torch as engine_module
+from tokentree.engines.kv_engine import KVEngine
 from tokentree.errors import ModelError, OptionError, PromptError, TokenTreeError
 from tokentree.heads.medusa import MedusaHeads
 from tokentree.heads.saved import About, write_heads
@@ -615,13 +616,13 @@ def test_the_model_is_not_changed() -> None:
 
 def test_the_engine_is_made_once_per_model(monkeypatch: pytest.MonkeyPatch) -> None:
     made = list[PreTrainedModel]()
-    create = engine_module.TorchEngine.__init__
+    create = engine_module.TorchEngine
 
-    def counted(self: Any, model: PreTrainedModel, *args: Any, **options: Any) -> None:
+    def counted(model: PreTrainedModel, *args: Any, **options: Any) -> KVEngine:
         made.append(model)
-        create(self, model, *args, **options)
+        return create(model, *args, **options)
 
-    monkeypatch.setattr(engine_module.TorchEngine, "__init__", counted)
+    monkeypatch.setattr(engine_module, "TorchEngine", counted)
     first, second, tree = tiny("llama"), tiny("gpt2"), generator()
     for model, _ in itertools.product((first, second), range(2)):
         run(model, batch(PROMPT), custom_generate=tree)
@@ -799,16 +800,16 @@ def test_vision_models_without_pictures(make: Callable[[], PreTrainedModel]) -> 
 
 
 def test_threads_share_one_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    count, create = list[int](), engine_module.TorchEngine.__init__
+    count, create = list[int](), engine_module.TorchEngine
     expected = [run(model_of("llama"), batch(prompt)).tolist() for prompt in SEVERAL]
     model = copy.deepcopy(model_of("llama"))
 
-    def counted(self: Any, *args: Any, **options: Any) -> None:
+    def counted(*args: Any, **options: Any) -> KVEngine:
         count.append(1)
         time.sleep(0.05)
-        create(self, *args, **options)
+        return create(*args, **options)
 
-    monkeypatch.setattr(engine_module.TorchEngine, "__init__", counted)
+    monkeypatch.setattr(engine_module, "TorchEngine", counted)
     made, ready = generator(drafter="none"), threading.Barrier(3)
 
     def first() -> LLM:

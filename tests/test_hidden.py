@@ -6,8 +6,14 @@ import pytest
 import torch
 
 from tests.conftest import random_table
+from tests.test_eagle import some_head
+from tests.test_medusa import random_heads
 from tests.tiny_models import FAMILIES, request, some_tokens, some_tree, tiny
+from tokentree.drafters.eagle import Eagle
+from tokentree.drafters.medusa import Medusa
 from tokentree.engines.cpu.linear import weights_of
+from tokentree.engines.kv_engine import KVEngine
+from tokentree.engines.program import ProgramEngine
 from tokentree.engines.table import TableEngine
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import PairingError
@@ -18,7 +24,7 @@ WIDE = {"hidden_size": 64, "intermediate_size": 96}
 FINAL = [family for family in FAMILIES if family != "gemma2"]  # where logits are what the output layer gives
 
 
-def read(engine: TorchEngine, seq: Sequence) -> list[int]:
+def read(engine: KVEngine, seq: Sequence) -> list[int]:
     """Reads a text, and two steps of a tree behind it, along paths that leave nodes out; returns what is committed."""
     engine.prefill(seq)
     tokens = seq.tokens[:-1]
@@ -66,7 +72,7 @@ def test_the_last_ones_are_what_the_output_layer_reads(family: str) -> None:
 def test_a_program_has_them_too(quantization: str | None) -> None:
     model = tiny("qwen2", torch.bfloat16, **WIDE)
     engine = TorchEngine(model, quantization=quantization)
-    assert engine._program is not None
+    assert isinstance(engine, ProgramEngine)
     features, seq = engine.capture(), request(some_tokens(20))
     engine.capture([0, 1])
     tokens = read(engine, seq)
@@ -133,8 +139,14 @@ def test_what_is_not_there_is_refused() -> None:
     engine.capture()
     with pytest.raises(PairingError, match="while texts are being decoded"):
         engine.capture([0])
-    with pytest.raises(PairingError, match="no hidden states"):
-        TableEngine(random_table(4)).capture()
+
+
+def test_heads_are_not_for_an_engine_without_hidden_states() -> None:
+    table = TableEngine(random_table(4))
+    with pytest.raises(PairingError, match=r"^a table has no hidden states, which Medusa heads read$"):
+        Medusa(random_heads(48), table)
+    with pytest.raises(PairingError, match=r"^a table has no hidden states, on which an EAGLE head drafts$"):
+        Eagle(some_head(3), table)
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tests.gguf_files import write_gguf
-from tests.tiny_models import request, some_tokens, some_tree, tiny
+from tests.tiny_models import parts_of, request, some_tokens, some_tree, tiny
 from tokentree.cache import DIGEST, intact, seal
 from tokentree.converted import packed_place
 from tokentree.engines.cpu import packed_file as kept
@@ -87,7 +87,7 @@ def test_the_second_engine_packs_nothing_and_says_the_same(
 
 def test_the_second_engine_needs_no_forward_of_the_model_s_own(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = logits_of(TorchEngine(model(), kept=place))
-    monkeypatch.setattr("tokentree.engines.torch.own_forward", None)
+    monkeypatch.setattr("tokentree.engines.prepared.own_forward", None)
     assert torch.equal(logits_of(TorchEngine(model(), kept=place)), expected)
 
 
@@ -110,7 +110,7 @@ def test_kept_weights_that_say_something_else_are_refused(place: Place) -> None:
 def test_kept_weights_are_mapped_where_vectors_can_be_loaded(place: Place) -> None:
     TorchEngine(model(), kept=place)
     engine = TorchEngine(model(), kept=place)
-    layers = [layer for layer in engine._model.modules() if isinstance(layer, PackedLinear)]
+    layers = [layer for layer in parts_of(engine) if isinstance(layer, PackedLinear)]
     assert layers
     assert all(layer.weight.data_ptr() % 64 == 0 for layer in layers)
 

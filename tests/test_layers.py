@@ -18,6 +18,7 @@ LAYERS = {
         (
             "cache",
             "jit",
+            "plugins",
             "kernels",
             "tree",
             "exclusive",

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from tests.test_medusa import random_heads
-from tests.tiny_models import tiny, tiny_pair, tiny_tokenizer
+from tests.tiny_models import kv_engine, parts_of, tiny, tiny_pair, tiny_tokenizer
 from tokentree.engines.cpu.quantized import QuantizedLinear
+from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import ModelError, OptionError, PairingError, PromptError
 from tokentree.heads.saved import About, write_heads
@@ -52,12 +53,12 @@ def test_in_8_bits_a_tree_is_lossless_to_the_quantised_model_and_drafts_are_quan
     llm = LLM(target, draft_model=draft, shape="2x2", quantization="int8")
     engines = [llm.engine, *(engine for _, engine in llm._parts.draft_engines)]
     for engine in engines:
-        assert isinstance(engine, TorchEngine)
-        assert any(isinstance(m, QuantizedLinear) for m in engine._model.modules())
+        assert isinstance(engine, KVEngine)
+        assert any(isinstance(m, QuantizedLinear) for m in parts_of(engine))
     long = SamplingParams(max_tokens=60)
     (tree,), (plain,) = llm.generate([IDS], long), llm.plain().generate([IDS], long)
     assert tree.token_ids == plain.token_ids
-    assert "int8" in llm.engine.signature
+    assert "int8" in llm.engine.info.signature
     (whole,) = LLM(target, "none").generate([IDS], long)
     assert whole.token_ids[0] == plain.token_ids[0]  # it is still that model
 
@@ -106,21 +107,21 @@ def test_a_folder_that_can_not_be_written_is_told_of(llm: LLM, tmp_path: Path) -
 def test_a_dropped_stream_drops_its_kv_at_once(llm: LLM) -> None:
     stream = llm.stream(IDS, FEW)
     next(iter(stream))
-    assert llm.engine._kv
+    assert kv_engine(llm)._kv
     del stream
-    assert not llm.engine._kv
+    assert not kv_engine(llm)._kv
 
 
 def test_a_model_that_our_attention_does_not_fit_attends_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    checks, check = [], TorchEngine._check_trees
+    checks, check = [], KVEngine._check_trees
 
-    def refuse_ours(self: TorchEngine, own: dict[str, torch.Tensor]) -> None:
+    def refuse_ours(self: KVEngine, own: dict[str, torch.Tensor]) -> None:
         checks.append(self.attention)
         if self.attention == "tree":
             raise ModelError("it does not fit")
         check(self, own)
 
-    monkeypatch.setattr(TorchEngine, "_check_trees", refuse_ours)
+    monkeypatch.setattr(KVEngine, "_check_trees", refuse_ours)
     model = tiny("llama")
     with pytest.warns(UserWarning, match="attends by itself here, and its text is plain's up to ties: it does not fit"):
         assert TorchEngine(model).attention == "sdpa"

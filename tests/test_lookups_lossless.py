@@ -23,6 +23,7 @@ from tokentree.drafters.lookup.recycling import Recycling
 from tokentree.drafters.lookup.suffix import Suffix
 from tokentree.drafters.merged import Merged
 from tokentree.engines.base import Engine
+from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.table import TableEngine
 from tokentree.engines.torch import TorchEngine
 from tokentree.sequence import Accepted, Sequence
@@ -113,7 +114,7 @@ def test_a_memory_of_another_target_changes_no_text(kind: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def engines() -> tuple[TorchEngine, TorchEngine]:
+def engines() -> tuple[KVEngine, KVEngine]:
     target, smaller = tiny_pair()
     return TorchEngine(target, "tree"), TorchEngine(smaller, "tree")
 
@@ -128,14 +129,14 @@ def tiny_requests(temperature: float) -> list[Sequence]:
 
 
 @pytest.fixture(scope="module")
-def plain_of_tiny(engines: tuple[TorchEngine, TorchEngine]) -> Callable[[float], list[list[int]]]:
+def plain_of_tiny(engines: tuple[KVEngine, KVEngine]) -> Callable[[float], list[list[int]]]:
     return cache(lambda temperature: [decode(engines[0], [seq])[0] for seq in tiny_requests(temperature)])
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_s_text_is_plain_s_in_ragged_batches_and_from_memory(
-    kind: str, form: str, engines: tuple[TorchEngine, TorchEngine], plain_of_tiny: Callable[[float], list[list[int]]]
+    kind: str, form: str, engines: tuple[KVEngine, KVEngine], plain_of_tiny: Callable[[float], list[list[int]]]
 ) -> None:
     target, smaller = engines
     drafter, accepted = make_drafter(kind, TINY_VOCAB, smaller), 0

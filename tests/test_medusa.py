@@ -20,6 +20,7 @@ from tokentree.drafters.lookup.ngram import NGram
 from tokentree.drafters.lookup.recycling import Recycling
 from tokentree.drafters.medusa import LEAST_PROB, TOP, FastHeads, Medusa, _grow
 from tokentree.drafters.merged import Merged
+from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.table import TableEngine
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import ModelError, OptionError, PairingError, TreeError
@@ -45,7 +46,7 @@ def some_hidden(rows: int) -> torch.Tensor:
     return torch.randn(rows, 48, generator=torch.Generator().manual_seed(rows))
 
 
-def medusa_for(engine: TorchEngine, heads: MedusaHeads | None = None) -> Medusa:
+def medusa_for(engine: KVEngine, heads: MedusaHeads | None = None) -> Medusa:
     return Medusa(heads or random_heads(engine.capture().hidden_size), engine)
 
 

@@ -306,5 +306,5 @@ def test_a_folder_of_a_model_that_sees_decodes_as_the_loaded_model(case: str, tm
     model.save_pretrained(tmp_path / "model")
     prompt = some_tokens(20, vocab=110)
     llm = LLM(tmp_path / "model", dtype="float32", device=torch.device("cpu"))
-    assert llm.engine.facts.name == kind
+    assert llm.engine.info.name == kind
     assert llm.generate(prompt, PARAMS)[0].token_ids == LLM(model).generate(prompt, PARAMS)[0].token_ids

@@ -15,6 +15,7 @@ from tests.test_engine import decoded_alone, verified
 from tests.tiny_models import request, some_tokens, some_tree, tiny
 from tokentree.engines.cpu.packing import IN_GGUF, _read
 from tokentree.engines.cpu.quantized import QuantizedLinear
+from tokentree.engines.program import ProgramEngine
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import ModelError
 from tokentree.loading import load_model
@@ -67,23 +68,24 @@ def test_layers_have_the_weights_of_the_file(kinds: str, tmp_path: Path) -> None
     write_gguf(path, own, kind_of=kind_of if kinds == "mixed" else lambda _: kinds)
     exact: Any = load_model(path, "float32", CPU)
     engine = TorchEngine(load_model(path, "bfloat16", CPU), owns_model=True, quantization="gguf", file=path)
-    private: Any = engine._model
-    layer, packed = exact.model.layers[1], private.model.layers[1]
+    assert isinstance(engine, ProgramEngine)
+    llama = engine._program.llama
+    layer, packed = exact.model.layers[1], llama.layers[1]
     attention = layer.self_attn
     qkv = torch.cat([part.weight for part in (attention.q_proj, attention.k_proj, attention.v_proj)])
     bits = {"Q4_0": 4, "Q8_0": 8, "F32": 8, "mixed": 8}[kinds]
     for got, weight in [
-        (packed.self_attn.qkv, qkv),
-        (packed.self_attn.o_proj, attention.o_proj.weight),
+        (packed.attention.qkv, qkv),
+        (packed.attention.o_proj, attention.o_proj.weight),
         (packed.mlp.down_proj, layer.mlp.down_proj.weight),
-        (private.lm_head, exact.lm_head.weight),
+        (llama.head, exact.lm_head.weight),
     ]:
         assert isinstance(got, QuantizedLinear)
         assert got.group == IN_GGUF
         ones = torch.eye(weight.shape[1], dtype=torch.bfloat16)
         off = (got(ones).float().t() - weight.detach()).abs().max() / weight.detach().abs().max()
         assert float(off) < 2**-9 + 1 / 255  # bfloat16's rounding, and half a step in 8 bits
-    assert packed.self_attn.qkv.bits == bits
+    assert packed.attention.qkv.bits == bits
     assert packed.mlp.down_proj.bits == (4 if kinds == "mixed" else bits)
 
 
@@ -91,7 +93,7 @@ def test_a_node_has_the_bits_of_decoding_its_path_alone(tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
     write_gguf(path, tiny("llama", hidden_size=64, intermediate_size=96), kind_of=kind_of)
     engine = TorchEngine(load_model(path, "bfloat16", CPU), quantization="gguf", file=path)
-    assert engine._program is not None
+    assert isinstance(engine, ProgramEngine)
     assert "gguf" in engine.signature
     prefix, tree = some_tokens(21), some_tree(5, 17)
     nodes, alone = decoded_alone(engine, prefix, tree)

@@ -9,32 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import package
 from tests.tiny_models import some_tokens, tiny
 from tokentree import LLM, OptionError, SamplingParams
 from tokentree.drafters.base import Drafter
 from tokentree.drafters.lookup.ngram import NGram
 from tokentree.drafters.merged import Merged
-from tokentree.drafters.names import DRAFTERS, fitting, installed
+from tokentree.drafters.names import DRAFTERS, REGISTRY, fitting
 from tokentree.registry import drafter_class
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "echo_drafter"
-
-
-@pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that packages are imported from."""
-    monkeypatch.syspath_prepend(str(tmp_path / "site"))
-    return tmp_path / "site"
-
-
-def package(site: Path, name: str, points: str, source: str = "") -> None:
-    """Puts a package there, as an installer would."""
-    about = site / f"{name}-1.0.dist-info"
-    about.mkdir(parents=True)
-    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text(f"[tokentree.drafters]\n{points}\n")
-    (site / f"{name}.py").write_text(source)
-    sys.modules.pop(name, None)  # of another test
 
 
 def test_the_example_is_installed_and_drafts(site: Path, tmp_path: Path) -> None:
@@ -44,7 +28,7 @@ def test_the_example_is_installed_and_drafts(site: Path, tmp_path: Path) -> None
          "--no-build-isolation", "--no-deps", "--target", str(site), str(copy)],
         check=True,
     )  # fmt: skip
-    assert installed()["echo"] == "tokentree-echo"
+    assert REGISTRY.installed()["echo"] == "tokentree-echo"
     llm, params = LLM(tiny("llama"), drafter="echo", shape="chain:2"), SamplingParams(max_tokens=24)
     prompt = some_tokens(9)
     (result,) = llm.generate([prompt], params)

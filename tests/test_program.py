@@ -8,12 +8,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tests.tiny_models import VOCAB, request, some_tokens, some_tree, tiny
+from tokentree.engines.base import KEPT
 from tokentree.engines.cpu.linear import PackedLinear
 from tokentree.engines.cpu.llama import Llama
 from tokentree.engines.cpu.packing import Packing
 from tokentree.engines.cpu.steps import ATTEND, BEST, MULTIPLY, NORM
+from tokentree.engines.kv_engine import KVEngine
+from tokentree.engines.modules import ModulesEngine
+from tokentree.engines.program import ProgramEngine
 from tokentree.engines.torch import TorchEngine
 from tokentree.kernels import threads
+from tokentree.kernels.topk import top_logits
 from tokentree.tree import TokenTree
 
 AS_IT_IS = Packing(PackedLinear)
@@ -24,7 +29,7 @@ def wide(family: str = "llama") -> PreTrainedModel:
     return tiny(family, torch.bfloat16, hidden_size=64, intermediate_size=96)
 
 
-def logits_of(engine: TorchEngine, length: int = 40) -> torch.Tensor:
+def logits_of(engine: KVEngine, length: int = 40) -> torch.Tensor:
     seq, tree = request(some_tokens(length)), some_tree(0, 9)
     engine.prefill(seq)
     return engine.verify([seq], [tree]).all_logits
@@ -38,8 +43,8 @@ def test_it_says_what_the_modules_say(
     program = TorchEngine(wide(family), quantization=quantization)
     monkeypatch.setattr(Llama, "fits", staticmethod(lambda *_: False))
     modules = TorchEngine(wide(family), quantization=quantization)
-    assert program._program is not None
-    assert modules._program is None
+    assert isinstance(program, ProgramEngine)
+    assert isinstance(modules, ModulesEngine)
     got, expected = logits_of(program).float(), logits_of(modules).float()
     assert got.shape == expected.shape
     assert float((got - expected).square().mean().sqrt()) < 0.02 * float(expected.std())
@@ -66,14 +71,24 @@ def test_without_torch_s_pool_one_thread_does_it_all(missing: str, monkeypatch: 
     threads._pool.cache_clear()
 
 
+def test_the_most_probable_tokens_are_found_in_the_call() -> None:
+    engine, seq = TorchEngine(wide()), request(some_tokens(3))
+    engine.prefill(seq)
+    out = engine.verify([seq], [some_tree(1, 9)])
+    assert out.best_known is not None
+    values, ids = top_logits(out.all_logits, KEPT)
+    assert out.best_known[0].tolist() == values.tolist()
+    assert out.best_known[1].tolist() == ids.tolist()
+
+
 def test_room_grows_for_more_rows_than_there_were_without_a_change() -> None:
     engine = TorchEngine(wide())
     expected = logits_of(engine)
     seq, many = request(some_tokens(3)), TokenTree.chain(1, some_tokens(150))
     engine.prefill(seq)
     engine.verify([seq], [many])
+    assert isinstance(engine, ProgramEngine)
     program = engine._program
-    assert program is not None
     assert program._capacity >= 151
     assert torch.equal(logits_of(engine), expected)
 
@@ -81,7 +96,7 @@ def test_room_grows_for_more_rows_than_there_were_without_a_change() -> None:
 @pytest.mark.parametrize("token", [-1, VOCAB, 10**12])
 def test_a_token_that_there_isn_t_is_refused_before_memory_is_read(token: int) -> None:
     engine = TorchEngine(wide())
-    assert engine._program is not None
+    assert isinstance(engine, ProgramEngine)
     seq = request(some_tokens(3))
     engine.prefill(seq)
     with pytest.raises(IndexError, match="outside the embedding"):
@@ -91,8 +106,8 @@ def test_a_token_that_there_isn_t_is_refused_before_memory_is_read(token: int) -
 
 def test_a_prefill_ends_at_the_last_layer_s_kv() -> None:
     engine = TorchEngine(wide())
+    assert isinstance(engine, ProgramEngine)
     program = engine._program
-    assert program is not None
     behind = program._steps[program._up_to_kv :, 0].tolist()
     assert behind[0] == ATTEND
     assert behind.count(ATTEND) == 1

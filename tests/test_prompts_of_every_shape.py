@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import shown
-from tests.tiny_models import tiny, tiny_tokenizer
+from tests.tiny_models import kv_engine, tiny, tiny_tokenizer
 from tokentree import LLM, PromptError, Result, SamplingParams
 from tokentree.inputs import Chat, read_prompt, read_prompts
 
@@ -215,7 +215,7 @@ def test_what_is_no_prompt_is_refused_in_one_sentence(llm: LLM, given: Any, says
     if not isinstance(given, list) or len(given) == 1:
         with pytest.raises(PromptError):
             llm.stream(given, FEW)
-    assert not llm.engine._kv
+    assert not kv_engine(llm)._kv
 
 
 def test_a_stream_is_of_one_prompt(llm: LLM) -> None:

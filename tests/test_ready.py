@@ -18,10 +18,12 @@ from tests.gguf_files import write_gguf
 from tests.test_kept import logits_of, rewrite
 from tests.tiny_models import request, some_tokens, tiny, tiny_tokenizer
 from tokentree import LLM, SamplingParams
+from tokentree.engines.base import EngineOptions
 from tokentree.engines.cpu.llama import Rotary, Rotation
 from tokentree.engines.from_cache import READY, ReadyEngine
 from tokentree.engines.kv_engine import KVEngine
-from tokentree.engines.torch import TorchEngine
+from tokentree.engines.modules import ModulesEngine
+from tokentree.engines.program import ProgramEngine
 from tokentree.errors import ModelError
 from tokentree.heads.saved import Fingerprint
 from tokentree.loading import load_engine
@@ -69,8 +71,8 @@ def saved(folder: Path, model: PreTrainedModel) -> Path:
 
 def twice(model: Path, quantization: str | None = None) -> tuple[KVEngine, KVEngine]:
     """The engine that packs, and the one that finds what is kept."""
-    first, second = (load_engine(model, None, CPU, quantization) for _ in range(2))
-    assert isinstance(first, TorchEngine)
+    first, second = (load_engine(model, EngineOptions(device=CPU, quantization=quantization)) for _ in range(2))
+    assert type(first) is ProgramEngine
     assert isinstance(second, ReadyEngine)
     return first, second
 
@@ -114,8 +116,8 @@ def test_rotary_positions_are_the_model_s_own(kind: str, tmp_path: Path) -> None
 def test_positions_that_depend_on_a_text_s_length_need_the_model(tmp_path: Path) -> None:
     scaling = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     folder = saved(tmp_path / "model", tiny("llama", torch.bfloat16, rope_parameters=scaling, **WIDE))
-    engines = [load_engine(folder, None, CPU) for _ in range(2)]
-    assert all(isinstance(engine, TorchEngine) for engine in engines)
+    engines = [load_engine(folder, EngineOptions(device=CPU)) for _ in range(2)]
+    assert all(type(engine) is ProgramEngine for engine in engines)
     assert torch.equal(*map(logits_of, engines))
 
 
@@ -160,11 +162,11 @@ def test_nothing_else_is_read_and_no_model_class_imported(tmp_path: Path) -> Non
 def test_with_options_that_need_the_model_it_is_loaded(tmp_path: Path) -> None:
     folder = saved(tmp_path / "model", tiny("llama", torch.bfloat16, vocab_size=300, **WIDE))
     twice(folder)
-    assert isinstance(load_engine(folder, "float32", CPU), TorchEngine)
-    itself = load_engine(folder, None, CPU, attention="sdpa")
+    assert isinstance(load_engine(folder, EngineOptions("float32", CPU)), ModulesEngine)
+    itself = load_engine(folder, EngineOptions(device=CPU, attention="sdpa"))
     assert itself.model is not None
     with pytest.raises(ModelError, match="attention='sdpa'"):
-        _ = load_engine(folder, None, CPU).model
+        _ = load_engine(folder, EngineOptions(device=CPU)).model
 
 
 def test_a_folder_that_changed_is_read_again(tmp_path: Path) -> None:

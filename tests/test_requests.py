@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.conftest import decode, make_sequence, random_table
-from tests.tiny_models import tiny, tiny_pair, tiny_tokenizer
+from tests.tiny_models import kv_engine, tiny, tiny_pair, tiny_tokenizer
 from tokentree import LLM, OptionError, PromptError, RequestError, SamplingParams, TokenTreeError
 from tokentree.drafters.draft_model import DraftModel
 from tokentree.drafters.lookup.ngram import NGram
@@ -274,7 +274,7 @@ def test_beam_search_ends_with_a_typed_error_too(llm: LLM, wrong: Processor) -> 
     assert [result.token_ids for result in results[:2]] == [result.token_ids for result in alone]
     assert results[4].token_ids == llm.generate(IDS, WORKS)[0].token_ids
     assert not kept(llm)
-    assert not llm.engine._branches
+    assert not kv_engine(llm)._branches
 
 
 def test_beams_that_end_dead_leave_the_others_alone(llm: LLM) -> None:

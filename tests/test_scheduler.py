@@ -16,7 +16,7 @@ import torch
 from tests.conftest import decode, make_sequence, random_table
 from tests.test_eagle import some_head
 from tests.test_medusa import random_heads
-from tests.tiny_models import CONTEXT, request, some_tokens, some_tree, tiny
+from tests.tiny_models import CONTEXT, kv_engine, request, some_tokens, some_tree, tiny
 from tokentree import LLM, ModelError, OptionError, RequestError, SamplingParams, StepError
 from tokentree.acceptance import acceptance
 from tokentree.decoder import Decoder
@@ -29,6 +29,7 @@ from tokentree.drafters.lookup.suffix import Suffix
 from tokentree.drafters.medusa import Medusa
 from tokentree.drafters.merged import Merged
 from tokentree.drafters.none import NoDrafter
+from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.table import TableEngine
 from tokentree.engines.torch import TorchEngine
 from tokentree.scheduler import Event, Scheduler
@@ -39,7 +40,7 @@ from tokentree.sharing import AHEAD
 VOCAB = 12
 TABLE = random_table(VOCAB, 2, seed=1, sharpness=2.0)
 
-ENGINES: dict[str, Callable[[], TorchEngine]] = {
+ENGINES: dict[str, Callable[[], KVEngine]] = {
     "one call": lambda: TorchEngine(tiny("llama", torch.bfloat16, hidden_size=64, intermediate_size=96)),
     "llama": lambda: TorchEngine(tiny("llama")),
     "gemma2": lambda: TorchEngine(tiny("gemma2", torch.bfloat16)),
@@ -48,7 +49,7 @@ ENGINES: dict[str, Callable[[], TorchEngine]] = {
         tiny("qwen2", torch.bfloat16, hidden_size=64, intermediate_size=128), quantization="int8"
     ),
 }
-DRAFTERS: dict[str, Callable[[TorchEngine], Drafter]] = {
+DRAFTERS: dict[str, Callable[[KVEngine], Drafter]] = {
     "none": lambda engine: NoDrafter(),
     "lookups": lambda engine: Merged([NGram(min_n=1), Suffix(), Recycling(engine.vocab_size)]),
     "draft model": lambda engine: DraftModel(TorchEngine(tiny("llama", seed=3)), engine.vocab_size),
@@ -454,8 +455,8 @@ def test_a_token_that_is_not_read_shows_in_the_text(monkeypatch: pytest.MonkeyPa
 
 
 def test_rows_beside_the_trees_that_are_stored_elsewhere_show_in_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    own, expected = TorchEngine._chain, written_alone("llama")
-    monkeypatch.setattr(TorchEngine, "_chain", staticmethod(lambda kv, ids, start: own(kv, [*ids[1:], ids[0]], start)))
+    own, expected = KVEngine._chain, written_alone("llama")
+    monkeypatch.setattr(KVEngine, "_chain", staticmethod(lambda kv, ids, start: own(kv, [*ids[1:], ids[0]], start)))
     engine = ENGINES["llama"]()
     seqs = [made(prompt, **options) for prompt, options in MIXED]
     assert decode(engine, seqs) != expected
@@ -504,7 +505,7 @@ def test_two_streams_of_two_threads_share_forwards() -> None:
         got = list(pool.map(read, range(2)))
     assert widths.count(2) > 40
     assert got == [llm.plain().generate([some_tokens(5 + i)], params)[0].token_ids for i in range(2)]
-    assert not llm.engine._kv
+    assert not kv_engine(llm)._kv
 
 
 def test_a_stream_that_nobody_reads_is_stopped_and_holds_up_nobody() -> None:
@@ -517,7 +518,7 @@ def test_a_stream_that_nobody_reads_is_stopped_and_holds_up_nobody() -> None:
     assert 1 <= len(left_open.result.token_ids) <= AHEAD + 1
     assert [first, *(piece.token_id for piece in stream)] == expected[0].token_ids
     del stream, left_open
-    assert not llm.engine._kv
+    assert not kv_engine(llm)._kv
 
 
 @pytest.mark.parametrize("kind", ["one call", "gemma2"])
@@ -556,6 +557,6 @@ def test_eight_threads_with_mixed_requests(kind: str) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(write, range(len(jobs)))) == expected
-    assert not llm.engine._kv
+    assert not kv_engine(llm)._kv
     assert llm._shared._scheduler.idle
     assert not llm._shared._owned

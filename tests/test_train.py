@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from tests.tiny_models import request, save_model, some_tokens, tiny, tiny_tokenizer
 from tokentree import LLM, SamplingParams, train_medusa_heads
 from tokentree.cli.main import app
+from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import OptionError, PromptError
 from tokentree.heads.medusa import MedusaHeads
@@ -223,7 +224,7 @@ def test_a_model_that_writes_nothing_is_told(tmp_path: Path) -> None:
 LAST = [tiny("llama").config.num_hidden_layers]
 
 
-def engine_and_texts(count: int = 70) -> tuple[TorchEngine, list[list[int]]]:
+def engine_and_texts(count: int = 70) -> tuple[KVEngine, list[list[int]]]:
     engine = TorchEngine(tiny("llama"))
     engine.capture()
     return engine, [some_tokens(9 + i % 5, seed=i) for i in range(count)]

@@ -16,6 +16,7 @@ from tests.test_eagle import KINDS, said_by, some_head
 from tests.tiny_models import VOCAB, save_model, some_tokens, tiny, tiny_tokenizer
 from tokentree import LLM
 from tokentree.cli.main import app
+from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import OptionError
 from tokentree.heads.eagle import EagleHead
@@ -209,13 +210,13 @@ def test_heads_share_what_the_model_wrote_and_said(tmp_path: Path, monkeypatch: 
     work = tmp_path / "work"
     trained(tmp_path / "third", 1, work=work)
     read = list[tuple[int, ...]]()
-    hidden_states_of = TorchEngine.hidden_states_of
+    hidden_states_of = KVEngine.hidden_states_of
 
-    def noted(self: TorchEngine, texts: Any, places: Any) -> list[torch.Tensor]:
+    def noted(self: KVEngine, texts: Any, places: Any) -> list[torch.Tensor]:
         read.append(tuple(places))
         return hidden_states_of(self, texts, places)
 
-    monkeypatch.setattr(TorchEngine, "hidden_states_of", noted)
+    monkeypatch.setattr(KVEngine, "hidden_states_of", noted)
     monkeypatch.setattr(written, "_Requests", None)
     shared = trained(tmp_path / "first", 1, work=work, version=1)
     assert not read

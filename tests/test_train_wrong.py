@@ -27,6 +27,7 @@ from tokentree.train.keeping import keep_state, keep_tensors, keep_text, kept_st
 from tokentree.train.loop import CHECKPOINT, Recipe
 from tokentree.train.run import train_medusa
 from tokentree.train.run_eagle import train_eagle
+from tokentree.train.target import engine_of
 from tokentree.train.texts import read_texts
 from tokentree.train.written import Kept
 
@@ -225,17 +226,17 @@ def test_a_damaged_checkpoint_is_told(tmp_path: Path) -> None:
 
 def test_damaged_hidden_states_are_computed_again(tmp_path: Path) -> None:
     model, texts = llm(), [some_tokens(9, seed=n) for n in range(20)]
-    model.engine.capture()
-    whole = keep_features(model.engine, texts, tmp_path, [2]).hidden
+    engine_of(model).capture()
+    whole = keep_features(engine_of(model), texts, tmp_path, [2]).hidden
     for file in sorted(tmp_path.rglob("*.safetensors")):
         content = file.read_bytes()
         for at in (0, 9, len(content) // 2, len(content) - 3):
             flipped = bytearray(content)
             flipped[at] ^= 1
             file.write_bytes(flipped)
-            assert torch.equal(keep_features(model.engine, texts, tmp_path, [2]).hidden, whole)
+            assert torch.equal(keep_features(engine_of(model), texts, tmp_path, [2]).hidden, whole)
         file.write_bytes(content[:-50])
-        assert torch.equal(keep_features(model.engine, texts, tmp_path, [2]).hidden, whole)
+        assert torch.equal(keep_features(engine_of(model), texts, tmp_path, [2]).hidden, whole)
 
 
 # -- a disk that is full -----------------------------------------------------------------------------------------------

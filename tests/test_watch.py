@@ -22,10 +22,11 @@ from transformers import AttentionInterface, GenerationConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama import modeling_llama
 
-from tests.tiny_models import full_logits, request, some_tokens, tiny
+from tests.tiny_models import full_logits, kv_engine, parts_of, request, some_tokens, tiny
 from tokentree import LLM, SamplingParams
 from tokentree.engines.cpu.linear import PackedLinear
 from tokentree.engines.foreign import is_own, same_forward
+from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.torch import TorchEngine
 from tokentree.engines.watch import Shared, Watch
 from tokentree.errors import ModelError
@@ -236,7 +237,7 @@ def test_what_was_put_into_a_model_is_run(kind: str) -> None:
     if kind != "more layers than count":
         assert expected != unchanged
     assert text(model, made) == expected
-    assert made._llms[model].engine.form.startswith("tree attention")
+    assert made._llms[model].engine.info.execution.startswith("tree attention")
     assert text(model, drafting()) == expected
     assert own_text(model) == expected  # the model is left as it was
 
@@ -252,7 +253,7 @@ def test_an_engine_refuses_a_model_that_has_changed(kind: str) -> None:
         llm.generate([PROMPT], SamplingParams(max_tokens=NEW))
 
 
-def said(engine: TorchEngine, tokens: list[int]) -> torch.Tensor:
+def said(engine: KVEngine, tokens: list[int]) -> torch.Tensor:
     """float32[7, vocab], after the last tokens of a text."""
     seq = request(tokens[:-6])
     engine.prefill(seq)
@@ -266,10 +267,10 @@ def said(engine: TorchEngine, tokens: list[int]) -> torch.Tensor:
 def test_in_bfloat16_it_is_run_too(kind: str) -> None:
     """Where a forward is one compiled call as long as nothing is in the way."""
     model, tokens = fresh(dtype=torch.bfloat16), some_tokens(17)
-    assert TorchEngine(model).form == "one call"
+    assert TorchEngine(model).execution == "one call"
     IN_THE_WAY[kind](model)
     engine = TorchEngine(model)
-    assert engine.form.startswith("tree attention")
+    assert engine.execution.startswith("tree attention")
     expected = full_logits(model, tokens)[-7:]
     assert float((said(engine, tokens) - expected).square().mean().sqrt()) < 0.04 * float(expected.std())
 
@@ -543,7 +544,7 @@ def test_an_adapter_in_bfloat16() -> None:
     expected = full_logits(model, tokens)[-7:]
     engine = TorchEngine(model)
     assert float((said(engine, tokens) - expected).square().mean().sqrt()) < 0.04 * float(expected.std())
-    packed = [module for module in engine._model.modules() if isinstance(module, PackedLinear)]
+    packed = [module for module in parts_of(engine) if isinstance(module, PackedLinear)]
     assert len(packed) >= 10  # what has no adapter is as fast as ever
 
 
@@ -758,7 +759,7 @@ def test_running_the_model_itself_is_no_change() -> None:
     model.zero_grad()
     model.requires_grad_(False)
     model.set_attn_implementation("eager")
-    assert llm.engine.changed() is None
+    assert kv_engine(llm).changed() is None
     model.eval().gradient_checkpointing_disable()
     assert llm.generate([PROMPT], SamplingParams(max_tokens=NEW))[0].token_ids == own_text(model)
 
@@ -792,7 +793,8 @@ def test_what_an_engine_reads_stays_where_it_is() -> None:
     """Compiled calls keep addresses."""
     model = fresh(dtype=torch.bfloat16)
     engine = TorchEngine(model)
-    tensors = [*engine._model.parameters(), *engine._model.buffers()]
+    tensors = [tensor for part in parts_of(engine) for tensor in (*part.parameters(), *part.buffers())]
+    assert len(tensors) > 4
     before = [(tensor.data_ptr(), tensor.dtype, tensor.device) for tensor in tensors]
     model.float()
     model.to("meta")

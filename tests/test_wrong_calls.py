@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 import tokentree
 from tests.conftest import shown
-from tests.tiny_models import save_model, tiny, tiny_tokenizer
+from tests.tiny_models import kv_engine, save_model, tiny, tiny_tokenizer
 from tokentree import LLM, Draft, SamplingParams, TokenTree, TokenTreeError
 from tokentree.acceptance import acceptance
 from tokentree.decoder import Decoder
@@ -242,7 +242,7 @@ def test_a_wrong_call_gives_a_typed_error_of_one_sentence(
     assert said
     assert "\n" not in said
     assert len(said) < 600
-    assert not world.llm.engine._kv
+    assert not kv_engine(world.llm)._kv
 
 
 def test_the_sweep_is_wide() -> None:
@@ -251,7 +251,6 @@ def test_the_sweep_is_wide() -> None:
 
 def test_a_wrong_signature_is_a_type_error() -> None:
     calls: list[Callable[[], Any]] = [
-        lambda: LLM(**{}),
         lambda: LLM("model", quantum=True),  # type: ignore[call-arg]
         lambda: SamplingParams(0.5),  # type: ignore[call-arg]
         lambda: tokentree.build_tree(IDS),  # type: ignore[call-arg]

@@ -45,6 +45,10 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from tokentree import LLM
+from tokentree.engines.kv_engine import KVEngine
+from tokentree.engines.model_engine import ModelEngine
+from tokentree.engines.program import ProgramEngine
 from tokentree.sampling import SamplingParams, seeded_noise
 from tokentree.sequence import Sequence as Request
 from tokentree.tree import TokenTree
@@ -310,3 +314,17 @@ def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeni
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return folder
+
+
+def parts_of(engine: KVEngine) -> list[nn.Module]:
+    """All modules that an engine computes with."""
+    if isinstance(engine, ModelEngine):
+        return list(engine._model.modules())
+    assert isinstance(engine, ProgramEngine)
+    return list(engine._program.llama.modules())
+
+
+def kv_engine(llm: LLM) -> KVEngine:
+    """The engine of a transformers model."""
+    assert isinstance(llm.engine, KVEngine)
+    return llm.engine

@@ -17,7 +17,7 @@ import torch
 
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter
-from tokentree.engines.base import Engine, TargetOutput
+from tokentree.engines.base import Branches, TargetOutput
 from tokentree.errors import DeadEnd
 from tokentree.exclusive import Exclusive, exclusive
 from tokentree.sampling import process_logits
@@ -193,7 +193,7 @@ class BeamDecoder:
         shape: how they grow and are cut.
     """
 
-    def __init__(self, engine: Engine, drafter: Drafter, shape: Shape) -> None:
+    def __init__(self, engine: Branches, drafter: Drafter, shape: Shape) -> None:
         self._engine, self._drafter, self._shape = engine, drafter, shape
         self._known: set[int] = set()  # texts that the drafter was told of
 

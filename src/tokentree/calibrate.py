@@ -125,7 +125,7 @@ def calibrate(
                      by_size=gains)
             )  # fmt: skip
     return Calibration(
-        engine=llm.engine.signature, rows=curve.rows, seconds=curve.points, per_sequence=curve.per_sequence,
+        engine=llm.engine.info.signature, rows=curve.rows, seconds=curve.points, per_sequence=curve.per_sequence,
         drafting_seconds=drafting, rates=rates, by_rank=by_rank, picks=picks,
         measured_speed_up=spent["plain"] / spent["tree"] if spent["tree"] else 1.0,
         mean_accepted_length=tokens / max(1, forwards),

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
 from tokentree.cache import cache_folder, damaged, locked, ours, private, replacing
-from tokentree.engines.kv_engine import KVEngine
+from tokentree.engines.base import Engine
 from tokentree.errors import OptionError
 from tokentree.sampling import SamplingParams, seeded_noise
 from tokentree.sequence import Sequence
@@ -35,7 +35,7 @@ class Measured(BaseModel):
 
 
 class CostFile(BaseModel):
-    """The cache file: curves by `KVEngine.signature`."""
+    """The cache file: curves by `EngineInfo.signature`."""
 
     curves: dict[str, Measured] = {}
 
@@ -48,25 +48,27 @@ class CostFile(BaseModel):
             return None
 
 
-def cost_curve(engine: KVEngine, again: bool = False) -> CostCurve:
+def cost_curve(engine: Engine, again: bool = False) -> CostCurve:
     """T(n) of ``engine`` on this machine: from the cache file, or measured (some 60 forwards) and put there.
 
     Args:
         again: measure even if the file has it.
     """
-    file = cache_folder() / "costs.json"
+    file, signature = cache_folder() / "costs.json", engine.info.signature
+    if not signature:
+        return measure(engine)
     known = _read(file)
-    kept = None if again else known.curve(engine.signature)
+    kept = None if again else known.curve(signature)
     if kept is None:
         logger.info("measuring what a forward costs here (once)")
         curve = measure(engine)
         found = Measured(rows=curve.rows, seconds=curve.points, per_sequence=curve.per_sequence)
-        _add(file, engine.signature, found)
+        _add(file, signature, found)
         return curve
     return kept
 
 
-def measure(engine: KVEngine) -> CostCurve:
+def measure(engine: Engine) -> CostCurve:
     """Times forwards over chains of `ROWS` nodes behind a prefix, and over four sequences at once, in rounds, so that a
     drift meets all of them, and keeps the fastest of each. A tree costs what a chain of as many nodes does."""
     most = max(4, engine.context // 2)

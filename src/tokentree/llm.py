@@ -22,11 +22,13 @@ from tokentree.chat import chat_ids, read_messages
 from tokentree.costs import cost_curve
 from tokentree.decoder import Decoder, Watcher
 from tokentree.drafters.base import Parts
+from tokentree.engines.base import Branches, Engine, EngineOptions
 from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.model_facts import ends_of
 from tokentree.engines.support import check_quantization
 from tokentree.errors import DeadEnd, ModelError, OptionError, PromptError, RequestError, TokenTreeError
 from tokentree.exclusive import neutral
+from tokentree.gguf.header import is_gguf
 from tokentree.heads.saved import Fingerprint
 from tokentree.inputs import Chat, Prompt, Read, read_prompt, read_prompts
 from tokentree.kernels.threads import check_fork, set_threads
@@ -50,7 +52,7 @@ from tokentree.options import (
 )
 from tokentree.pairing import check_same_tokenizer
 from tokentree.pieces import Piece, Pieces
-from tokentree.registry import Named, check_names, make_drafter
+from tokentree.registry import Named, check_engine, check_names, make_drafter, make_engine
 from tokentree.sampling import SamplingParams, check_vocabulary, seeded_noise
 from tokentree.scheduler import PREFILL_ROWS, Scheduler
 from tokentree.sequence import Accepted, FinishReason, Sequence, TokenLogprobs
@@ -111,10 +113,13 @@ class LLM:
     Args:
         model: a hub name, a folder of safetensors, a GGUF file, or a loaded transformers model (which stays as it is,
             also in peft's wrapping). What was put into a loaded one is run: adapters, hooks, replaced forwards. If it
-            changes later, the next request is refused: make a new `LLM` of it.
+            changes later, the next request is refused: make a new `LLM` of it. Left out where ``engine`` needs none.
         drafter: a name from the registry, a list of names to be merged, or a `Drafter`. Without one, ``draft_model`` if
             draft models are given and no heads; otherwise all that is given and all lookups, merged.
         draft_model: one draft model or several (merged into one tree).
+        engine: an engine that is made already (`tokentree.engines.base.Engine`), or the name of one, such as an
+            installed package adds, which is made of ``model`` and the options below. By default ``torch``: see
+            `TorchEngine`.
         heads: a folder with Medusa or EAGLE heads for this model.
         shape: how trees grow: see `tokentree.shapes.shape`; or ``choices``, the static tree that is kept beside heads.
         accept: ``match`` or ``rejection`` (both lossless), ``best_path`` or ``typical`` (both lossy).
@@ -144,12 +149,13 @@ class LLM:
     @neutral()
     def __init__(
         self,
-        model: Model,
+        model: Model | None = None,
         drafter: Named = None,
         draft_model: Model | SequenceOf[Model] | None = None,
         shape: str | Shape | None = None,
         accept: str = "match",
         *,
+        engine: Engine | str | None = None,
         heads: str | Path | None = None,
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
@@ -178,13 +184,16 @@ class LLM:
         check_fork()
         set_threads(threads)
         # what is cheap to tell is told before anything is loaded
-        model = model_in(model)
+        if model is not None:
+            model = model_in(model)
+        elif engine is None:
+            raise ModelError("there is no model: give one, or an engine")
         drafts, batch, prefix_bytes = (
             models_in(draft_model), whole_number(max_batch, "max_batch", 1), megabytes(prefix_mb, "prefix_mb"),
         )  # fmt: skip
         rows = None if prefill_rows is None else whole_number(prefill_rows, "prefill_rows", 1)
         kv_bytes = None if kv_mb is None else megabytes(kv_mb, "kv_mb")
-        check_placed(model, dtype, device)
+        check_placed("" if model is None else model, dtype, device)
         check_attention(attention)
         check_callable(watch, "watch")
         if not isinstance(compile, bool):
@@ -193,30 +202,31 @@ class LLM:
         acceptance(accept)
         shape_of(shape, drafter, heads)
         check_names(drafter)
-        for named in (model, *drafts):
-            check_quantization(quantization, file=named if isinstance(named, str | Path) else None)
-        place = pick_device(device) if isinstance(model, str | Path) else model.device
-        options: dict[str, Any] = {"attention": attention, "quantization": quantization, "compile": compile}
-        options["prefix_bytes"] = prefix_bytes
+        for one in (model, *drafts):
+            check_quantization(quantization, isinstance(one, str | Path) and is_gguf(one))
+        asked: dict[str, Any] = {"dtype": dtype, "device": device, "attention": attention, "quantization": quantization}
+        asked |= {"compile": compile or None}
+        check_engine(engine, {"model": model} | ({} if drafts else asked))  # else they are for the draft models
+        place = pick_device(device) if model is None or isinstance(model, str | Path) else model.device
+        options = EngineOptions(dtype, place, attention, quantization, compile, prefix_bytes)
         own_tokenizer = tokenizer_in(tokenizer)
-        self.engine, self.max_batch = load_engine(model, dtype, place, **options), batch
-        self.tokenizer = _tokenizer_of(model) if own_tokenizer is None else own_tokenizer
-        ends = {*self.engine.facts.ends, *ends_of(self.tokenizer)}  # some write -1 for none
+        self.engine, self.max_batch = make_engine(engine, model, options), batch
+        self.tokenizer = _tokenizer_of(model) if own_tokenizer is None and model is not None else own_tokenizer
+        ends = {*self.engine.info.ends, *ends_of(self.tokenizer)}  # some write -1 for none
         self.eos_ids = frozenset(token for token in ends if 0 <= token < self.engine.vocab_size)
         draft_engines = list[tuple[str, KVEngine]]()
         for draft in drafts:
             name = str(draft) if isinstance(draft, str | Path) else draft.config._name_or_path
             if self.tokenizer is not None:
                 check_same_tokenizer(self.tokenizer, _tokenizer_of(draft), name)
-            engine = load_engine(draft, dtype, place, **options)
-            draft_engines.append((_short(name, [known for known, _ in draft_engines]), engine))
-        fingerprint = None if heads is None else Fingerprint.of(self.config, self.tokenizer)
-        self._parts = Parts(self.engine, tuple(draft_engines), heads, fingerprint)
+            short = _short(name, [known for known, _ in draft_engines])
+            draft_engines.append((short, load_engine(draft, options)))
+        self._parts = Parts(self.engine, tuple(draft_engines), heads, self._fingerprint_for(heads))
         self._curve: CostCurve | None = None
         self._way = _Way(drafter, shape, accept, watch)
         self._limits: dict[str, Any] = {
-            "prefill_rows": rows or (PREFILL_ROWS if self.engine.device.type == "cpu" else 8 * PREFILL_ROWS),
-            "kv_bytes": kv_memory(self.engine.device) if kv_bytes is None else kv_bytes,
+            "prefill_rows": rows or (PREFILL_ROWS if self.engine.info.device.type == "cpu" else 8 * PREFILL_ROWS),
+            "kv_bytes": kv_memory(self.engine.info.device) if kv_bytes is None else kv_bytes,
         }
         self._make_decoder()
         if known is not None and known.is_dir():
@@ -224,8 +234,21 @@ class LLM:
 
     @property
     def config(self) -> PreTrainedConfig:
-        """The target's configuration."""
-        return self.engine.config
+        """The target's configuration.
+
+        Raises:
+            ModelError: if its engine has none: it runs no transformers model.
+        """
+        config: PreTrainedConfig | None = getattr(self.engine, "config", None)
+        if config is None:
+            raise ModelError(f"{self.engine.info.name} has no configuration of transformers")
+        return config
+
+    def _fingerprint_for(self, heads: Path | None) -> Fingerprint | None:
+        """What heads must have been made for; None without heads, or for a target that they are no use to."""
+        if heads is None or not isinstance(self.engine, KVEngine):
+            return None
+        return Fingerprint.of(self.config, self.tokenizer)
 
     @property
     def engines(self) -> list[KVEngine]:
@@ -260,7 +283,7 @@ class LLM:
         )  # fmt: skip
         parts, folder = self._parts, heads_in(heads)
         if folder is not None:
-            parts = replace(parts, heads=folder, fingerprint=Fingerprint.of(self.config, self.tokenizer))
+            parts = replace(parts, heads=folder, fingerprint=self._fingerprint_for(folder))
         return self._twin(way, parts)
 
     def plain(self) -> LLM:
@@ -388,6 +411,7 @@ class LLM:
             return [self.result(seq)]
         count = seq.params.num_return_sequences
         try:
+            assert isinstance(self.engine, Branches)  # as `sequence` has seen
             search = BeamDecoder(self.engine, self.decoder.drafter, self.decoder.shape).run(seq, advance)
         except RequestError as error:
             seq.finish_reason, seq.error = "error", error
@@ -461,6 +485,8 @@ class LLM:
         ids = self._ids(prompt, "prompt")
         if params.stop and self.tokenizer is None:
             raise PromptError("stop strings need a tokenizer: pass tokenizer=, or use stop_token_ids")
+        if params.num_beams > 1 and not isinstance(self.engine, Branches):
+            raise OptionError(f"{self.engine.info.name} keeps no branches of a text, which num_beams needs")
         check_vocabulary(params, self.engine.vocab_size)
         seed = params.seed if params.seed is not None else secrets.randbits(63)
         detokenizer = self.detokenizer() if params.stop else None

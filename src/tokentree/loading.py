@@ -14,8 +14,10 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from tokentree.converted import converted, packed_place
+from tokentree.engines.base import EngineOptions
 from tokentree.engines.from_cache import ready_engine
 from tokentree.engines.kv_engine import KVEngine
+from tokentree.engines.plan import may_be_kept
 from tokentree.errors import ModelError, OptionError
 from tokentree.gguf.header import has_tokenizer, read_header
 from tokentree.names import Found, find
@@ -66,10 +68,7 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.d
     return torch.bfloat16 if device.type == "cpu" else None
 
 
-def load_engine(
-    model: str | Path | PreTrainedModel, dtype: str | torch.dtype | None, device: torch.device,
-    quantization: str | None = None, prefix_bytes: int = 0, attention: str | None = None, compile: bool = False,
-) -> KVEngine:  # fmt: skip
+def load_engine(model: str | Path | PreTrainedModel, options: EngineOptions) -> KVEngine:
     """An engine for a model by its name, or for a loaded one: see `TorchEngine`. Where the weights of a named one are
     kept with all that a forward needs, they are mapped into memory, and nothing else is read.
 
@@ -77,17 +76,20 @@ def load_engine(
         ModelError: if the model can't be loaded, or not be decoded with a tree, with the reason.
     """
     file, place, named = None, None, isinstance(model, str | Path)
+    quantization, prefix_bytes = options.quantization, options.prefix_bytes
     if isinstance(model, str | Path):
-        numbers = pick_dtype(dtype, device)
+        device = pick_device(None) if options.device is None else options.device
+        numbers = pick_dtype(options.dtype, device)
         file = find(model).file
         place = packed_place(model, quantization or str(numbers).removeprefix("torch."))
-        plain = attention in (None, "tree") and device.type == "cpu" and numbers is torch.bfloat16
-        if place and plain and (ready := ready_engine(place, quantization, prefix_bytes)):
-            return ready
-        model = load_model(model, dtype, device)
+        if place and may_be_kept(device.type, numbers, options):
+            ready = ready_engine(place, quantization, prefix_bytes)
+            if ready is not None:
+                return ready
+        model = load_model(model, options.dtype, device)
     from tokentree.engines.torch import TorchEngine  # and with it transformers' model classes
 
-    return TorchEngine(model, attention, named, quantization, prefix_bytes, file, place, compile)
+    return TorchEngine(model, options.attention, named, quantization, prefix_bytes, file, place, options.compile)
 
 
 def load_model(name: str | Path, dtype: str | torch.dtype | None, device: torch.device) -> PreTrainedModel:

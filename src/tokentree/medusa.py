@@ -11,6 +11,7 @@ import torch
 from tokentree.acceptance import acceptance
 from tokentree.draft import Draft
 from tokentree.drafters.medusa import FastHeads
+from tokentree.engines.base import HasHiddenStates
 from tokentree.errors import OptionError, PromptError, TreeError
 from tokentree.heads.saved import read_heads
 from tokentree.llm import LLM, Model
@@ -87,6 +88,7 @@ class MedusaModel:
         tokens that the heads don't know."""
         engine, ids = self.llm.engine, _token_ids(tokens)
         _check_tokens(ids, engine.vocab_size)
+        assert isinstance(engine, HasHiddenStates)  # as its drafter has seen
         features = engine.capture()
         seq = self.llm.sequence(ids[:1], SamplingParams(max_tokens=len(ids)))
         out = engine.verify([seq], [TokenTree.chain(ids[0], ids[1:])])

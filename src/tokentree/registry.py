@@ -1,12 +1,16 @@
-"""Drafters by name (`drafters.names`), imported when asked for."""
+"""Drafters and engines by name (`drafters.names`, `engines.names`), imported when asked for."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
+from typing import Any
 
 from tokentree.drafters.base import Drafter, Parts
 from tokentree.drafters.merged import Merged
-from tokentree.drafters.names import DRAFT_MODELS, EAGLE_HEADS, MEDUSA_HEADS, fitting, named
+from tokentree.drafters.names import DRAFT_MODELS, EAGLE_HEADS, MEDUSA_HEADS, REGISTRY, fitting
+from tokentree.engines.base import Engine, EngineOptions
+from tokentree.engines.names import ENGINES, TORCH
 from tokentree.errors import OptionError
 from tokentree.heads.saved import is_eagle
 
@@ -19,7 +23,7 @@ def drafter_class(name: str) -> type[Drafter]:
     Raises:
         OptionError: if there is none, or what is there is no drafter.
     """
-    found = named(name)
+    found = REGISTRY.named(name)
     if not (isinstance(found, type) and issubclass(found, Drafter)):
         raise OptionError(f"the drafter {name!r} is no class of drafters: {found!r}")
     return found
@@ -64,3 +68,51 @@ def make_drafter(drafter: Named, parts: Parts) -> Drafter:
     if isinstance(drafter, str):
         return drafter_class(drafter).make(parts)
     return Merged([make_drafter(name, parts) for name in drafter])
+
+
+def engine_maker(name: str) -> Callable[[Any, EngineOptions], Any]:
+    """What makes engines of that name: ours, or an installed package's (entry points ``tokentree.engines``).
+
+    Raises:
+        OptionError: if there is none, or what is there can't be called.
+    """
+    found = ENGINES.named(name)
+    if not callable(found):
+        raise OptionError(f"the engine {name!r} is nothing that makes engines: {found!r}")
+    maker: Callable[[Any, EngineOptions], Any] = found
+    return maker
+
+
+def check_engine(engine: Any, given: Mapping[str, Any]) -> None:
+    """Raises `OptionError` unless ``engine`` is None, the name of an engine, or one that is made already: then nothing
+    may be ``given`` by its name that an engine is made of."""
+    if engine is None:
+        return
+    if isinstance(engine, str):
+        engine_maker(engine)
+        return
+    _check_complete(engine, f"engine={type(engine).__name__}")
+    if extra := [name for name, value in given.items() if value is not None]:
+        raise OptionError(f"an engine that is made already takes no {', '.join(extra)}: leave that out")
+
+
+def make_engine(engine: Engine | str | None, model: Any, options: EngineOptions) -> Engine:
+    """``engine``, or the one of that name for ``model``, by default ours.
+
+    Raises:
+        OptionError: if there is none of that name, or what is made is none.
+        ModelError: if it can't be made of ``model``.
+    """
+    if engine is not None and not isinstance(engine, str):
+        return engine
+    name = TORCH if engine is None else engine
+    made: Engine = engine_maker(name)(model, options)
+    _check_complete(made, f"what engine={name!r} makes")
+    return made
+
+
+def _check_complete(engine: object, what: str) -> None:
+    """Raises `OptionError` if ``engine`` lacks something that the protocol `Engine` asks for."""
+    members = [*Engine.__annotations__, *(name for name in vars(Engine) if not name.startswith("_"))]
+    if missing := [name for name in members if not hasattr(engine, name)]:
+        raise OptionError(f"{what} is no engine, it has no {', '.join(missing)}: see tokentree.engines.base.Engine")

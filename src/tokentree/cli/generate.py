@@ -17,6 +17,7 @@ from tokentree.cli.options import (
     DrafterOption,
     DraftOption,
     DtypeOption,
+    EngineOption,
     HeadsOption,
     MaxTokensOption,
     MemoryOption,
@@ -95,6 +96,7 @@ def generate(
     quantization: QuantizationOption = None,
     compile: CompileOption = False,
     device: DeviceOption = None,
+    engine: EngineOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Continue a prompt, or answer it."""
@@ -113,7 +115,7 @@ def generate(
     _, errors = consoles()
     llm = load(
         errors, model, drafter, threads, draft_model=draft_model, heads=heads, shape=form, accept=accept, dtype=dtype,
-        quantization=quantization, compile=compile, device=device, memory=memory,
+        quantization=quantization, compile=compile, device=device, engine=engine, memory=memory,
     )  # fmt: skip
     ids = encode(llm, text, chat)
     if chat is None and llm.tokenizer is not None and not llm.tokenizer.chat_template:

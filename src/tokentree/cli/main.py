@@ -22,6 +22,7 @@ from tokentree.cli.options import (
     DrafterOption,
     DraftOption,
     DtypeOption,
+    EngineOption,
     HeadsOption,
     JsonOption,
     MaxTokensOption,
@@ -102,6 +103,7 @@ def check(
     quantization: QuantizationOption = None,
     compile: CompileOption = False,
     device: DeviceOption = None,
+    engine: EngineOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Compare plain decoding with a tree on your own model and prompts; exit status 1 if an output is WRONG."""
@@ -111,7 +113,7 @@ def check(
     _, errors = consoles()
     llm = load(
         errors, model, drafter, threads, draft_model=draft_model, heads=heads, shape=shape, accept=accept, dtype=dtype,
-        quantization=quantization, compile=compile, device=device,
+        quantization=quantization, compile=compile, device=device, engine=engine,
     )  # fmt: skip
     from rich.progress import Progress
 
@@ -124,7 +126,7 @@ def check(
     counts = {status: sum(v.status == status for v in verdicts) for status in ("identical", "tie", "WRONG")}
     if as_json:
         cases = [{"prompt": e.name, "category": e.category} | asdict(v) for e, v in zip(entries, verdicts, strict=True)]
-        write_json(counts | {"prompts": cases, "caveat": llm.engine.caveat})
+        write_json(counts | {"prompts": cases, "caveat": llm.engine.info.caveat})
     else:
         for entry, verdict in zip(entries, verdicts, strict=True):
             if verdict.status != "identical":
@@ -134,8 +136,8 @@ def check(
                     f"gaps {gaps}; noise {verdict.noise:.3g}\n"
                 )
         write(f"{counts['identical']} identical, {counts['tie']} ties, {counts['WRONG']} WRONG\n")
-        if llm.engine.caveat:
-            write(f"{llm.engine.caveat}\n")
+        if llm.engine.info.caveat:
+            write(f"{llm.engine.info.caveat}\n")
     if counts["WRONG"]:
         raise typer.Exit(1)
 
@@ -220,12 +222,12 @@ def bench(
         | {"warm": [str(file) for file in warm or ()], "batch": batch}
         | {
             "methods": method,
-            "dtype": str(llm.engine.dtype),
+            "dtype": str(llm.engine.info.dtype),
             "quantization": quantization,
             "heads": [str(folder) for folder in heads or ()],
             "compile": compile,
-            "device": str(llm.engine.device),
-            "attention": llm.engine.attention,
+            "device": str(llm.engine.info.device),
+            "attention": llm.engine.info.attention,
         }
         | {"sampling": params.model_dump(exclude={"logits_processors"})}
     )
@@ -263,6 +265,7 @@ def calibrate(
     quantization: QuantizationOption = None,
     compile: CompileOption = False,
     device: DeviceOption = None,
+    engine: EngineOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Measure what a forward costs here and what drafts are worth, and show the trees that pay."""
@@ -276,7 +279,7 @@ def calibrate(
     console, errors = consoles()
     llm = load(
         errors, model, drafter, threads, draft_model=draft_model, heads=heads, dtype=dtype, quantization=quantization,
-        compile=compile, device=device,
+        compile=compile, device=device, engine=engine,
     )  # fmt: skip
 
     from rich.progress import Progress

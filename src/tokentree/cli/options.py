@@ -11,6 +11,7 @@ import typer
 
 from tokentree.cli.terminal import consoles, working
 from tokentree.drafters.names import DRAFTERS, LOOKUPS
+from tokentree.engines.names import ENGINES
 from tokentree.errors import OptionError, PromptError
 from tokentree.prompts import checked_text, text_of
 
@@ -106,6 +107,13 @@ CompileOption = Annotated[
 ]
 DeviceOption = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, …; default: the first GPU, if any.", rich_help_panel=MODEL)
+]
+EngineOption = Annotated[
+    str | None,
+    typer.Option(
+        help=f"{', '.join(ENGINES.ours)} (default), or one of an installed package.",
+        rich_help_panel=MODEL,
+    ),
 ]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads.", rich_help_panel=MODEL)]
 MaxTokensOption = Annotated[int, typer.Option(help="The most tokens to write for a prompt.")]

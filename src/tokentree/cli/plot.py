@@ -206,7 +206,7 @@ def cost(
     llm = load(errors, model, "none", threads, dtype=dtype, quantization=quantization, device=device)
     with working(errors, "measuring"):
         curve = cost_curve(llm.engine)
-    plot_cost(curve, llm.engine.signature, out)
+    plot_cost(curve, llm.engine.info.signature, out)
     _tell(out)
 
 

@@ -11,7 +11,7 @@ from torch.nn.functional import silu
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter, Parts
 from tokentree.drafters.lookup.automaton_loops import most_probable
-from tokentree.engines.base import Engine, Features
+from tokentree.engines.base import Engine, Features, HasHiddenStates
 from tokentree.errors import PairingError
 from tokentree.heads.medusa import Layer, MedusaHeads
 from tokentree.heads.saved import read_heads
@@ -45,6 +45,8 @@ class Medusa(Drafter):
     name = "medusa"
 
     def __init__(self, heads: MedusaHeads, engine: Engine, temperatures: SequenceOf[float] | None = None) -> None:
+        if not isinstance(engine, HasHiddenStates):
+            raise PairingError(f"{engine.info.name} has no hidden states, which Medusa heads read")
         features = engine.capture()
         if heads.hidden_size != features.hidden_size:
             raise PairingError(

@@ -1,15 +1,11 @@
-"""The registry of drafters: where each one is, imported when it is asked for, and what it drafts from."""
+"""The registry of drafters: where each one is, what it drafts from, and those that installed packages add."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.metadata import entry_points
-from typing import Any
 
-from tokentree.errors import OptionError
+from tokentree.plugins import Registry
 
-GROUP = "tokentree.drafters"  # of the entry points by which other packages add drafters
 NOTHING, DRAFT_MODELS, EAGLE_HEADS, MEDUSA_HEADS, TEXT, OTHERS = (
     "nothing", "draft models", "EAGLE heads", "Medusa heads", "the text", "other drafters",
 )  # fmt: skip
@@ -47,27 +43,4 @@ def fitting(has: set[str]) -> list[str]:
     return [name for name, entry in DRAFTERS.items() if entry.drafts_from in {TEXT, *has}]
 
 
-def installed() -> dict[str, str]:
-    """The drafters of other packages that are installed here, with the package of each."""
-    return {point.name: point.dist.name if point.dist else "?" for point in entry_points(group=GROUP)}
-
-
-def named(name: str) -> Any:
-    """What the registry, or else an installed package, has under that name.
-
-    Raises:
-        OptionError: if there is nothing, if two packages have it, or if it can't be imported.
-    """
-    if isinstance(name, str) and name in DRAFTERS:
-        module, _, attribute = DRAFTERS[name].where.partition(":")
-        return getattr(import_module(module), attribute)
-    found = [point for point in entry_points(group=GROUP) if point.name == name]
-    if not found:
-        raise OptionError(f"unknown drafter {name!r}: choose one of {', '.join(sorted({*DRAFTERS, *installed()}))}")
-    packages = [point.dist.name if point.dist else point.value for point in found]
-    if len(found) > 1:
-        raise OptionError(f"the drafter {name!r} is in several packages: {', '.join(sorted(packages))}")
-    try:
-        return found[0].load()
-    except (ImportError, AttributeError) as error:
-        raise OptionError(f"the drafter {name!r} of {packages[0]} can't be imported: {error}") from error
+REGISTRY = Registry("drafter", "tokentree.drafters", {name: entry.where for name, entry in DRAFTERS.items()})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from tokentree.tree import Ints, TokenTree
 if TYPE_CHECKING:
     from tokentree.heads.eagle import EagleHead
 
+CPU = torch.device("cpu")
 KEPT = 8  # of the most probable tokens after each node, which the rules and Token Recycling read
 
 
@@ -136,6 +137,54 @@ class Features:
     recorded: bool = False
 
 
+@dataclass(frozen=True)
+class EngineOptions:
+    """How an engine is to be made: what `LLM` was given, under the same names.
+
+    Args:
+        dtype, device: of a model that is given by its name.
+        attention, quantization, compile: see `TorchEngine`.
+        prefix_bytes: KV of finished texts that may be kept for those that begin alike, in bytes.
+    """
+
+    dtype: str | torch.dtype | None = None
+    device: torch.device | None = None
+    attention: str | None = None
+    quantization: str | None = None
+    compile: bool = False
+    prefix_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What an engine is.
+
+    Args:
+        name: of the model, as messages call it.
+        vocab_size: width of the logits.
+        context: the most positions that the model can take.
+        ends: the tokens that end a text, by the model's configuration.
+        device: where it computes; "cpu" or elsewhere decides how many rows of prompts go into a step.
+        dtype: of logits.
+        attention: "tree" where a row has the same bits in any tree and batch; "sdpa" where the model attends by itself.
+        execution: how the forward runs, in words.
+        signature: what the cost of a forward depends on: model, engine, dtype, device and threads. Measured costs are
+            kept under it; without one they are measured anew.
+        caveat: why its text is plain's up to ties, in a sentence, where its attention alone would make it plain's.
+    """
+
+    name: str
+    vocab_size: int
+    context: int
+    ends: tuple[int, ...] = ()
+    device: torch.device = CPU
+    dtype: torch.dtype = torch.float32
+    attention: str = "tree"
+    execution: str = ""
+    signature: str = ""
+    caveat: str = ""
+
+
 class DraftEngine(Protocol):
     """What is asked of an engine that holds a draft model; see `Engine`."""
 
@@ -158,6 +207,9 @@ class DraftEngine(Protocol):
 class Engine(Protocol):
     """Owns weights and KV. Batch-first: a batch of one is a list of one. KV is kept per `Sequence.id`.
 
+    This is all that decoding needs. What only some engines have is in `HasHiddenStates`, `HeadEngines` and `Branches`;
+    who needs that asks for it with ``isinstance``.
+
     Attributes:
         vocab_size: width of the logits.
         context: the most positions that the model can take.
@@ -167,6 +219,11 @@ class Engine(Protocol):
     vocab_size: int
     context: int
     lock: Exclusive
+
+    @property
+    def info(self) -> EngineInfo:
+        """What it is."""
+        ...
 
     def begin(self, seq: Sequence) -> int:
         """Makes room for a new ``seq``, and takes over the rows of a text that begins alike; returns how many."""
@@ -196,11 +253,6 @@ class Engine(Protocol):
         """Makes the KV of ``paths`` permanent (nodes of the last trees, root included) and drops the rest."""
         ...
 
-    def keep(self, seq: Sequence, nodes: SequenceOf[int], committed: int) -> None:
-        """Keeps the KV of ``nodes`` of the last tree, ascending, and drops the rest: the first so many of them become
-        permanent, the others are the first nodes of the next tree."""
-        ...
-
     def committed(self, seq: Sequence) -> int:
         """How many tokens of ``seq`` have permanent KV."""
         ...
@@ -212,6 +264,11 @@ class Engine(Protocol):
     def release(self, seqs: SequenceOf[Sequence]) -> None:
         """Forgets the KV of ``seqs``."""
         ...
+
+
+@runtime_checkable
+class HasHiddenStates(Engine, Protocol):
+    """An engine that keeps the target's hidden states for drafters that read them: Medusa's."""
 
     def capture(self, places: SequenceOf[int] | None = None) -> Features:
         """From now on the hidden states ``places`` of all rows are kept, beside those asked for before; by default the
@@ -227,15 +284,30 @@ class Engine(Protocol):
         """[committed rows, hidden size]: the hidden state ``place`` of the committed rows, by default the last one."""
         ...
 
-    def branch(self, seq: Sequence, of: Sequence, nodes: SequenceOf[int]) -> None:
-        """What `committed` and `hidden` tell of ``seq``, which has no KV of its own, are from now on the committed rows
-        of ``of``, and behind them ``nodes`` of those that `keep` kept: until that is called again, or `release`."""
-        ...
+
+@runtime_checkable
+class HeadEngines(HasHiddenStates, Protocol):
+    """An engine on whose hidden states an EAGLE head drafts."""
 
     def head_engine(self, head: EagleHead) -> DraftEngine:
         """An engine that drafts with ``head``, on this one's hidden states.
 
         Raises:
-            PairingError: if it doesn't fit, or this engine has no hidden states.
+            PairingError: if it doesn't fit.
         """
+        ...
+
+
+@runtime_checkable
+class Branches(Engine, Protocol):
+    """An engine that decodes the beams of one text over KV that they share."""
+
+    def keep(self, seq: Sequence, nodes: SequenceOf[int], committed: int) -> None:
+        """Keeps the KV of ``nodes`` of the last tree, ascending, and drops the rest: the first so many of them become
+        permanent, the others are the first nodes of the next tree."""
+        ...
+
+    def branch(self, seq: Sequence, of: Sequence, nodes: SequenceOf[int]) -> None:
+        """``seq`` has no KV of its own. From now on `committed` and `hidden` answer for it with the committed rows of
+        ``of``, followed by ``nodes`` of those that `keep` kept: until the next call, or `release`."""
         ...

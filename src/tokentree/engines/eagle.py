@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from tokentree.engines.base import Engine, Features, TargetOutput
+from tokentree.engines.base import Features, HasHiddenStates, TargetOutput
 from tokentree.engines.cpu.attention import ForwardKV, Rule, dense_mask
 from tokentree.engines.cpu.eagle_program import EagleProgram
 from tokentree.engines.gpu.recording import ROWS, Recordings, padded
@@ -63,7 +63,7 @@ class EagleEngine:
         PairingError: if the head doesn't fit the target.
     """
 
-    def __init__(self, head: EagleHead, target: Engine) -> None:
+    def __init__(self, head: EagleHead, target: HasHiddenStates) -> None:
         sizes, features = head.sizes, target.capture(head.sizes.taps)
         if (sizes.target_hidden_size or sizes.hidden_size) != features.hidden_size:
             raise PairingError(

@@ -96,34 +96,35 @@ def same_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
     return alike and is_own(type(module)) and is_own(kind)
 
 
-def check_runs_in_a_copy(model: PreTrainedModel) -> None:
-    """Raises `ModelError`, with the reason, if ``model`` has code that a copy of it would leave out."""
+def not_in_a_copy(model: PreTrainedModel) -> str | None:
+    """Why ``model`` can't be run as a copy: it has code that a copy would leave out. None if it can be."""
     name = type(model).__name__
     if global_hooks():
-        raise ModelError(
+        return (
             "a hook for all modules is set (register_module_forward_hook), and an engine runs a copy of a model's: "
             "register it on the modules that it is for, or remove it"
         )
     kind = model.config.get_text_config()._attn_implementation
     attends = ALL_ATTENTION_FUNCTIONS.get(kind) if kind else None
     if attends is not None and "/" not in kind and not at_home(attends):
-        raise ModelError(
+        return (
             f"{name} attends by the function {_name(attends)!r} that was registered as {kind!r}, and it can't be told "
             "of a tree: use model.set_attn_implementation('sdpa')"
         )
     if told := drops(model):
-        raise ModelError(f"{name} would give another text each time: {told}; call model.eval() first")
+        return f"{name} would give another text each time: {told}; call model.eval() first"
     for module in model.modules():
         if getattr(module, "merged", False) and getattr(module, "disable_adapters", False):
-            raise ModelError(
+            return (
                 f"{name} has adapters that are merged and disabled at once, so that its next forward would change its "
                 "weights: call unmerge_adapter() first"
             )
         if kind in (None, "eager") and "eager_attention_forward" in _replaced(unwrap(type(module).forward)):
-            raise ModelError(
+            return (
                 f"the eager attention of {name} was replaced by a function of another library, which can't be told of "
                 "a tree: use model.set_attn_implementation('sdpa')"
             )
+    return None
 
 
 def drops(model: nn.Module) -> str | None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence as SequenceOf
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -16,23 +14,18 @@ from tokentree.engines.cpu.llama import Kind, Llama
 from tokentree.engines.cpu.packed_file import Place, kept
 from tokentree.engines.cpu.program import Program
 from tokentree.engines.cpu.quantized import QuantizedLinear
-from tokentree.engines.kv import KVLayout
-from tokentree.engines.kv_engine import KVEngine
+from tokentree.engines.guard import Unwatched
 from tokentree.engines.model_facts import Facts, config_of
-from tokentree.engines.segment import Segment, Upto
+from tokentree.engines.program import ProgramEngine
 from tokentree.engines.self_check import OWN
 from tokentree.errors import ModelError
 from tokentree.exclusive import neutral
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
 READY = "ready"  # the name by which that is kept
 
 
-class ReadyEngine(KVEngine):
-    """Does what `TorchEngine` does with a model whose forward is one compiled call, and begins at once: transformers'
-    model classes alone take two seconds to import.
+class ReadyEngine(ProgramEngine):
+    """A `ProgramEngine` that begins at once: transformers' model classes alone take two seconds to import.
 
     Args:
         found: what `kept.kept` has of the model.
@@ -43,41 +36,22 @@ class ReadyEngine(KVEngine):
         ModelError: if it gives other logits than the model gave by itself.
     """
 
-    attention = "tree"
-
     @neutral()
     def __init__(self, found: dict[str, dict[str, Any]], quantization: str | None, prefix_bytes: int) -> None:
         ready, own = found[READY], found[OWN]
         kind: Kind = QuantizedLinear if quantization else PackedLinear
         program = Program(Llama.of_state(ready["llama"], kind))
-        self._settings = ready["settings"]
+        settings, facts, llama = ready["settings"], _facts(ready["facts"]), program.llama
         shapes = tuple((heads, keys, values) for heads, keys, values in own["shapes"].tolist())
-        facts, llama = _facts(ready["facts"]), program.llama
         sizes = tuple(
             (layer.attention.kv_heads, layer.attention.width, layer.attention.width) for layer in llama.layers
         )
         expect("a model", shapes == sizes, own["logits"].shape[1] == llama.head.num_outputs)
         expect("a model", (facts.num_layers, facts.hidden_size) == (len(sizes), len(llama.norm.weight)))
-        layout = KVLayout(shapes, torch.float32, torch.device("cpu"), blocked=True)
-        vocab_size = own["logits"].shape[1]
         super().__init__(
-            facts, vocab_size, layout, program, torch.bfloat16, quantization, prefix_bytes
+            program, facts, own, lambda: config_of(settings), quantization, prefix_bytes, Unwatched()
         )  # fmt: skip
-        self._run = program
         self._check_trees(own)
-
-    @functools.cached_property
-    def config(self) -> PreTrainedConfig:
-        return config_of(self._settings)
-
-    def _forward(self, segments: SequenceOf[Segment], upto: Upto, rows: int | None = None) -> torch.Tensor:
-        return self._by_program(self._run, segments, upto, rows)
-
-    def _capture(self, places: list[int]) -> None:
-        """The program does."""
-
-    def _outer_layers(self) -> tuple[Any, Any]:
-        return self._run.llama.embedding, self._run.llama.head
 
 
 def _facts(found: Any) -> Facts:

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from tokentree.engines.base import KEPT, DraftEngine, Features, TargetOutput
+from tokentree.engines.base import KEPT, DraftEngine, EngineInfo, Features, TargetOutput
 from tokentree.engines.cpu.linear import weights_of
-from tokentree.engines.cpu.program import Program
 from tokentree.engines.cpu.quantized import draft_linear
+from tokentree.engines.guard import Unwatched
 from tokentree.engines.kv import KVLayout, SequenceKV, Storages
 from tokentree.engines.model_facts import Facts
 from tokentree.engines.prefix import PrefixCache
-from tokentree.engines.segment import Segment, Upto, inputs_of
+from tokentree.engines.segment import Segment, Upto
 from tokentree.engines.self_check import compare, in_trees
 from tokentree.errors import ModelError, PairingError
 from tokentree.exclusive import Exclusive, exclusive
@@ -45,22 +46,31 @@ class KVEngine(ABC):
         facts: of the model.
         vocab_size: width of its logits.
         layout: of its KV.
-        program: its forward, where that is one compiled call.
+        dtype: of its logits.
         quantization: see `TorchEngine`.
         prefix_bytes: KV of finished sequences that is kept for texts that begin alike, in bytes.
+        guard: tells whether a loaded model is still what this engine was made of.
+
+    Attributes:
+        attention: "tree", or "sdpa" where the model attends by itself.
+        caveat: see `EngineInfo`.
+        recorded: whether forwards are recordings on a GPU.
+        traced: whether torch has compiled the forward, or will.
     """
 
-    attention: str  # "tree", or "sdpa" where the model attends by itself
-    caveat = ""  # why its text is plain's up to ties, in a sentence, where its attention alone would make it plain's
+    attention: str
+    caveat = ""
+    recorded = False
+    traced = False
 
     def __init__(
-        self, facts: Facts, vocab_size: int, layout: KVLayout, program: Program | None, dtype: torch.dtype,
-        quantization: str | None, prefix_bytes: int,
+        self, facts: Facts, vocab_size: int, layout: KVLayout, dtype: torch.dtype, quantization: str | None,
+        prefix_bytes: int, guard: Unwatched,
     ) -> None:  # fmt: skip
         self.lock = Exclusive()
         self.facts, self.vocab_size, self.context = facts, vocab_size, facts.context
         self.device, self.dtype, self.quantization = layout.device, dtype, quantization
-        self._program, self._storages = program, Storages(layout)
+        self._guard, self._storages = guard, Storages(layout)
         self._places: list[int] = []  # of the hidden states that are kept
         self._kv: dict[int, tuple[Sequence, SequenceKV]] = {}
         self._branches: dict[int, tuple[Sequence, list[int]]] = {}
@@ -77,7 +87,7 @@ class KVEngine(ABC):
 
     @abstractmethod
     def _capture(self, places: list[int]) -> None:
-        """Keeps the hidden states ``places`` too, from now on.
+        """Keeps the hidden states ``places`` from now on: all of `_places`, and new ones.
 
         Raises:
             PairingError: if it can't.
@@ -93,6 +103,18 @@ class KVEngine(ABC):
         """The model's configuration."""
 
     @property
+    @abstractmethod
+    def execution(self) -> str:
+        """How the forward runs, in words."""
+
+    def _most_probable(self) -> tuple[NDArray[np.float32], Ints] | None:
+        """What the last forward found of `TargetOutput.top` beside its logits."""
+        return None
+
+    def _check_windows(self, windows: set[int | None]) -> None:
+        """Raises `ModelError` if layers asked for other sliding ``windows`` than the model's configuration has."""
+
+    @property
     def model(self) -> PreTrainedModel:
         """What it runs, where that is a transformers model that attends by itself.
 
@@ -103,24 +125,16 @@ class KVEngine(ABC):
 
     def changed(self) -> str | None:
         """What has changed, in words, in a loaded model since this engine was made of it; None if nothing has."""
-        return None
-
-    @property
-    def form(self) -> str:
-        """How the forward runs, for `signature`."""
-        return "one call" if self._program else f"{self.attention} attention"
-
-    @property
-    def recorded(self) -> bool:
-        """Whether forwards are recordings on a GPU."""
-        return False
-
-    @property
-    def traced(self) -> bool:
-        """Whether torch has compiled the forward, or will."""
-        return False
+        return self._guard.changed()
 
     # -- the protocol ----------------------------------------------------------------------------------------------
+
+    @property
+    def info(self) -> EngineInfo:
+        return EngineInfo(
+            self.facts.name, self.vocab_size, self.context, tuple(self.facts.ends), self.device, self.dtype,
+            self.attention, self.execution, self.signature, self.caveat,
+        )  # fmt: skip
 
     @property
     def signature(self) -> str:
@@ -128,7 +142,7 @@ class KVEngine(ABC):
         on_cpu = self.device.type == "cpu"
         device = f"cpu {num_threads()} threads" if on_cpu else torch.cuda.get_device_name(self.device)
         numbers = self.quantization or str(self.dtype).removeprefix("torch.")
-        return f"{self.facts.size}, {self.form}, {numbers}, {device}"
+        return f"{self.facts.size}, {self.execution}, {numbers}, {device}"
 
     @exclusive
     def begin(self, seq: Sequence) -> int:
@@ -164,13 +178,12 @@ class KVEngine(ABC):
             kv = self._kv_of(seq)
             prompts.append(self._chain(kv, seq.tokens[kv.length : kv.length + count], start))
             start += count
-        logits = self._forward([*segments, *prompts], "logits" if segments else self._upto_kv, rows)
+        logits = self._guarded([*segments, *prompts], "logits" if segments else self._upto_kv, rows)
         for prompt in prompts:
             prompt.kv.commit(range(prompt.count))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        best = None if self._program is None else self._program.best
-        return TargetOutput(logits, starts, firsts, time.perf_counter() - started, best)
+        return TargetOutput(logits, starts, firsts, time.perf_counter() - started, self._most_probable())
 
     @exclusive
     def commit(self, seqs: SequenceOf[Sequence], paths: SequenceOf[list[int]]) -> None:
@@ -216,11 +229,10 @@ class KVEngine(ABC):
         if new := sorted({*asked} - {*self._places}):
             if self._kv:
                 raise PairingError("hidden states can't be asked for while texts are being decoded")
-            self._capture(new)
+            places = sorted([*self._places, *new])
+            self._capture(places)
             self._prefixes.clear()
-            self._places = sorted([*self._places, *new])
-            if self._program is not None:
-                self._program.capture(self._places)
+            self._places = places
             layout = replace(self._storages.layout, states=len(self._places), width=size, state_dtype=self.dtype)
             self._storages = Storages(layout)
 
@@ -268,6 +280,7 @@ class KVEngine(ABC):
 
     def _kv_of(self, seq: Sequence) -> SequenceKV:
         if seq.id not in self._kv:
+            self._guard.before_text(busy=bool(self._kv))
             self._kv[seq.id] = seq, self._storages.take(self._first_rows(seq))
         return self._kv[seq.id][1]
 
@@ -279,7 +292,7 @@ class KVEngine(ABC):
         """Commits rows for ``ids``."""
         for begin in range(0, len(ids), PREFILL_ROWS):
             chunk = self._chain(kv, ids[begin : begin + PREFILL_ROWS], 0)
-            self._forward([chunk], self._upto_kv)
+            self._guarded([chunk], self._upto_kv)
             kv.commit(range(chunk.count))
 
     @staticmethod
@@ -293,14 +306,10 @@ class KVEngine(ABC):
         """How far a forward goes whose logits nobody needs."""
         return "hidden" if self.facts.num_layers in self._places else "kv"
 
-    def _by_program(
-        self, program: Program, segments: SequenceOf[Segment], upto: Upto, rows: int | None
-    ) -> torch.Tensor:
-        """`_forward`, by compiled calls."""
-        ids, positions = inputs_of(segments)
-        logits = program.forward(ids, positions, segments, upto, rows)
-        self._keep(segments, program.states)
-        return logits
+    def _guarded(self, segments: SequenceOf[Segment], upto: Upto, rows: int | None = None) -> torch.Tensor:
+        """`_forward`, if the model is still what it was."""
+        self._guard.before_forward(upto)
+        return self._forward(segments, upto, rows)
 
     def _keep(self, segments: SequenceOf[Segment], states: torch.Tensor | SequenceOf[torch.Tensor]) -> None:
         """Puts hidden states [rows, hidden size] of each place beside the KV of their rows."""
@@ -311,7 +320,7 @@ class KVEngine(ABC):
 
     @exclusive
     def _check_trees(self, own: Mapping[str, torch.Tensor]) -> None:
-        """Raises `ModelError` unless trees give what the model says by itself, see `proof.own_forward`."""
+        """Raises `ModelError` unless trees give what the model says by itself, see `self_check.own_forward`."""
         got, windows, steady = in_trees(
             own, lambda segment: self._forward([segment], "logits"), self._storages.layout.make(64), not self.traced
         )
@@ -328,10 +337,7 @@ class KVEngine(ABC):
                 f"the bits of {self.facts.name}'s logits depend here on the rows beside one: its text is plain's up "
                 "to ties"
             )
-        if self._program is not None and windows != set(self.facts.windows.values()):
-            raise ModelError(
-                f"{self.facts.name} does not tell its attention of the sliding window that its configuration has"
-            )
+        self._check_windows(windows)
 
 
 def _ids(seq: Sequence, kv: SequenceKV) -> Ints:

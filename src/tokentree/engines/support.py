@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from tokentree.errors import ModelError, OptionError
-from tokentree.gguf.header import is_gguf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -21,44 +18,45 @@ SEEN = {"full_attention", "sliding_attention", "chunked_attention"}  # layers th
 STATES = {"linear_attention", "conv", "hybrid", "hybrid_sliding", "mamba", "recurrent", "attention_and_mamba"}
 
 
-def check_supported(model: PreTrainedModel) -> None:
-    """Raises `ModelError`, with the reason, unless ``model`` can verify a tree."""
+def unsupported(model: PreTrainedModel) -> str | None:
+    """Why ``model`` can't verify a tree; None if it may."""
     config, name = model.config, type(model).__name__
     if getattr(config, "is_encoder_decoder", False) or model.get_output_embeddings() is None:
-        raise ModelError(f"{name} is not a decoder-only language model with an output layer")
+        return f"{name} is not a decoder-only language model with an output layer"
     if config.model_type in ALIBI or getattr(config, "alibi", False):
-        raise ModelError(
-            f"{name} uses ALiBi, which reads positions off the order of rows, and a tree's rows are not in order"
-        )
+        return f"{name} uses ALiBi, which reads positions off the order of rows, and a tree's rows are not in order"
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or ())
     if getattr(type(model), "_is_stateful", False) or kinds & STATES:
         what = ", ".join(sorted(kinds & STATES)) or "a recurrent state"
-        raise ModelError(f"{name} has {what}: a state that can't be rolled back to an accepted path of a tree")
+        return f"{name} has {what}: a state that can't be rolled back to an accepted path of a tree"
     if "chunked_attention" in kinds or getattr(config.get_text_config(), "attention_chunk_size", None):
-        raise ModelError(f"{name} attends in chunks, which this library has no mask for")
+        return f"{name} attends in chunks, which this library has no mask for"
     if kinds - SEEN:
         what = ", ".join(sorted(kinds - SEEN))
-        raise ModelError(f"{name} has layers of the kind {what}, which this library has neither masks nor KV for")
+        return f"{name} has layers of the kind {what}, which this library has neither masks nor KV for"
     missing = {"position_ids", "attention_mask", "past_key_values"} - set(
         inspect.signature(type(model).forward).parameters
     )
     if missing:
-        raise ModelError(f"{name} takes no {', '.join(sorted(missing))}, without which a tree can't be verified")
+        return f"{name} takes no {', '.join(sorted(missing))}, without which a tree can't be verified"
+    return None
 
 
-def check_quantization(
-    quantization: str | None, model: PreTrainedModel | None = None, file: str | Path | None = None
-) -> None:  # fmt: skip
-    """Raises `OptionError` if there is no such quantization, or none of ``file`` where a model comes from one;
-    `ModelError` if ``model`` is not made for it."""
+def check_supported(model: PreTrainedModel) -> None:
+    """Raises `ModelError`, with the reason, unless ``model`` can verify a tree."""
+    if reason := unsupported(model):
+        raise ModelError(reason)
+
+
+def check_quantization(quantization: str | None, from_gguf: bool) -> None:
+    """Raises `OptionError` if there is no such quantization, or none of a model whose weights, other than
+    ``from_gguf``, don't come from a GGUF file."""
     if quantization is None:
         return
     if quantization not in QUANTIZATIONS:
         raise OptionError(f"unknown quantization {quantization!r}: there are {', '.join(map(repr, QUANTIZATIONS))}")
-    if quantization == "gguf" and (file is None or not is_gguf(file)):
+    if quantization == "gguf" and not from_gguf:
         raise OptionError("quantization='gguf' takes weights as a GGUF file has them: name a model by its .gguf file")
-    if model is not None and (model.device.type != "cpu" or model.dtype is not torch.bfloat16):
-        raise ModelError(f"quantization={quantization!r} is for models on a CPU with dtype='bfloat16'")
 
 
 def context_length(config: PreTrainedConfig) -> int:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from typing import TYPE_CHECKING
 
 import torch
 
-from tokentree.engines.base import DraftEngine, Features, TargetOutput
-from tokentree.errors import OptionError, PairingError
+from tokentree.engines.base import EngineInfo, TargetOutput
+from tokentree.errors import OptionError
 from tokentree.exclusive import Exclusive
 from tokentree.sequence import Sequence
 from tokentree.tree import TokenTree
-
-if TYPE_CHECKING:
-    from tokentree.heads.eagle import EagleHead
 
 
 class TableEngine:
@@ -41,6 +37,14 @@ class TableEngine:
         self._trees: dict[int, TokenTree] = {}
         self._branches: dict[int, tuple[Sequence, int]] = {}
         self._kept: dict[int, list[int]] = {}  # tokens of the nodes that the next tree must begin with
+
+    @property
+    def info(self) -> EngineInfo:
+        size = "x".join(map(str, self.table.shape))
+        return EngineInfo(
+            "a table", self.vocab_size, self.context, dtype=self.table.dtype, execution="look-ups",
+            signature=f"table {size}",
+        )  # fmt: skip
 
     def logits_after(self, tokens: SequenceOf[int]) -> torch.Tensor:
         """[vocab], the logits after ``tokens``."""
@@ -105,12 +109,3 @@ class TableEngine:
             self._committed.pop(seq.id, None)
             self._trees.pop(seq.id, None)
             self._kept.pop(seq.id, None)
-
-    def capture(self, places: SequenceOf[int] | None = None) -> Features:
-        raise PairingError("a table has no hidden states")
-
-    def hidden(self, seq: Sequence, place: int | None = None) -> torch.Tensor:
-        raise PairingError("a table has no hidden states")
-
-    def head_engine(self, head: EagleHead) -> DraftEngine:
-        raise PairingError("a table has no hidden states")

@@ -16,6 +16,7 @@ from tokentree.train.talks import (
     said_params,
     tasks_for,
 )
+from tokentree.train.target import engine_of
 from tokentree.train.writing import Writer, rows_for
 
 SCORES = 32  # bytes that drawing a token takes for each one of the vocabulary
@@ -52,9 +53,10 @@ class Batches:
         self._each, opened = answer_tokens + ROUND, len(open_turn(self._tokenizer, self._bos_ids))
         longest = opened + prompt_tokens + self._each + max(turns - 1, 0) * (said + self._each)
         self._longest = min(longest, llm.engine.context)
-        bytes_each = self._longest * llm.engine.bytes_per_token + SCORES * llm.engine.vocab_size
-        self.size = min(rows_for(llm.engine.device, bytes_each), 1 << max(1, (tokens // EACH).bit_length()))
-        self._writer = Writer(llm.engine.model, self.size, self._longest)
+        engine = engine_of(llm)
+        bytes_each = self._longest * engine.bytes_per_token + SCORES * engine.vocab_size
+        self.size = min(rows_for(engine.device, bytes_each), 1 << max(1, (tokens // EACH).bit_length()))
+        self._writer = Writer(engine.model, self.size, self._longest)
 
     def write(self, numbers: Sequence[int]) -> dict[int, list[int]]:
         """The texts with these numbers, at most `size`; empty ones of which nothing came."""

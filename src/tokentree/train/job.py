@@ -22,6 +22,7 @@ from tokentree.llm import LLM
 from tokentree.train.keeping import keep_text, whole, writing
 from tokentree.train.loop import CHECKPOINT, Figures, Recipe, Watch
 from tokentree.train.progress import Phases
+from tokentree.train.target import engine_of
 from tokentree.train.texts import Texts, read_texts
 from tokentree.train.written import Kept, write_texts
 
@@ -131,7 +132,7 @@ def work_folder(work: Path, llm: LLM, data: str | Path, recipe: Recipe, force: b
     Raises:
         OptionError: if it belongs to others.
     """
-    kind = str(llm.engine.dtype).removeprefix("torch.")
+    kind = str(llm.engine.info.dtype).removeprefix("torch.")
     owner = Fingerprint.of(llm.config, llm.tokenizer).model_dump() | {
         "data": str(data), "seed": recipe.seed, "dtype": kind
     }  # fmt: skip
@@ -172,9 +173,10 @@ def texts_for(llm: LLM, data: str | Path, work: Path, tokens: int, seed: int, ph
 
 def check_space(work: Path, llm: LLM, tokens: int, places: int) -> None:
     """Raises `OptionError` if the hidden states of so many ``tokens`` at so many ``places`` don't fit on the disk."""
-    if llm.engine.device.type != "cpu":
+    engine = engine_of(llm)
+    if engine.device.type != "cpu":
         return
-    needed = tokens * places * llm.engine.facts.hidden_size * llm.engine.dtype.itemsize
+    needed = tokens * places * engine.facts.hidden_size * engine.dtype.itemsize
     there = sum(file.stat().st_size for file in work.rglob("*.safetensors"))
     free = shutil.disk_usage(work).free
     if needed - there > free:

@@ -41,6 +41,7 @@ from tokentree.train.keeping import whole, writing
 from tokentree.train.loop import CHECKPOINT, Figures, Recipe, train
 from tokentree.train.medusa import HeadsWithLoss, MedusaTask, frequent_tokens
 from tokentree.train.progress import Phases
+from tokentree.train.target import engine_of
 from tokentree.train.texts import Texts
 
 CHOICES = 64  # nodes of the static tree that is kept beside the heads
@@ -91,7 +92,7 @@ def train_medusa(
     """
     recipe, folder = recipe or Recipe(), Path(folder)
     check(llm, held_back, known_tokens=known_tokens, tokens=tokens, num_heads=num_heads)
-    size = llm.engine.capture().hidden_size
+    size = engine_of(llm).capture().hidden_size
     _check_heads(num_heads, num_layers, size, llm.engine.context)
     heads = MedusaHeads(num_heads, num_layers, size)
     settings = {"method": "medusa", "num_heads": num_heads, "num_layers": num_layers, "known_tokens": known_tokens}
@@ -157,7 +158,7 @@ def train_medusa2(
             llm = LLM(base_model, max_batch=batch, dtype=dtype, device=device)
         check(llm, held_back, known_tokens=known_tokens, tokens=tokens, num_heads=num_heads, max_tokens=max_tokens)
         assert llm.tokenizer is not None
-        tokenizer, size = llm.tokenizer, llm.engine.capture().hidden_size
+        tokenizer, size = llm.tokenizer, engine_of(llm).capture().hidden_size
         _check_heads(num_heads, num_layers, size, llm.engine.context)
         heads = MedusaHeads(num_heads, num_layers, size)
         if start is not None:
@@ -206,8 +207,8 @@ def _prepared(
     llm: LLM, heads: MedusaHeads, texts: Texts, folder: Path, held_back: float, phases: Phases
 ) -> tuple[HeadsWithLoss, MedusaTask]:
     """Heads with the output layer that they share, and their task, for which ``llm`` reads ``texts``."""
-    features, vocab_size = llm.engine.capture(), llm.engine.vocab_size
-    hidden = keep_features(llm.engine, texts.ids, folder, [features.num_layers], phases)
+    features, vocab_size = engine_of(llm).capture(), llm.engine.vocab_size
+    hidden = keep_features(engine_of(llm), texts.ids, folder, [features.num_layers], phases)
     known = torch.arange(vocab_size) if heads.token_map is None else heads.token_map
     weight, bias = features.output_weights(known.to(features.device))
     model = HeadsWithLoss(heads, weight.float(), None if bias is None else bias.float())

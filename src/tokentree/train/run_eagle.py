@@ -37,6 +37,7 @@ from tokentree.train.job import (
 from tokentree.train.loop import Figures, Recipe, train
 from tokentree.train.medusa import frequent_tokens
 from tokentree.train.run import Trained
+from tokentree.train.target import engine_of
 from tokentree.train.texts import Texts
 
 
@@ -70,12 +71,12 @@ def train_eagle(
     if version not in (1, 3):
         raise OptionError("there are EAGLE versions 1 (which version 2 drafts with too) and 3")
     check(llm, held_back, known_tokens=known_tokens, tokens=tokens, unroll=unroll)
-    last = llm.engine.capture([]).num_layers
+    last = engine_of(llm).capture([]).num_layers
     if unroll > llm.engine.context:
         raise OptionError(f"unroll={unroll} goes farther than a text of this model has tokens ({llm.engine.context})")
     read = (last,) if version == 1 else tuple(taps or _taps(last))
     places = read if version == 1 else (*read, last)
-    features = llm.engine.capture(places)
+    features = engine_of(llm).capture(places)
     settings = {"method": f"EAGLE-{version}", "known_tokens": known_tokens, "unroll": unroll, "taps": read}
     settings |= {"data": str(data), "tokens": tokens if str(data) == "self" else None, "held_back": held_back}
     with phases_on(console) as phases:
@@ -87,7 +88,7 @@ def train_eagle(
                 if str(data) == "self":
                     check_space(shared, llm, tokens, len(set(places)))
                 texts = texts_for(llm, data, shared, tokens, recipe.seed, phases)
-                hidden = keep_features(llm.engine, texts.ids, shared / "hidden", places, phases)
+                hidden = keep_features(engine_of(llm), texts.ids, shared / "hidden", places, phases)
         known = frequent_tokens(texts.ids, known_tokens, llm.engine.vocab_size)
         model = _fresh(llm, features, version, read, known, unroll, recipe.seed)
         first, rest = hidden.split(held_back)

@@ -164,7 +164,7 @@ def write_texts(
     kept.check()
     if kept.has(tokens):
         return kept.first(tokens)
-    if llm.engine.device.type != "cpu":
+    if llm.engine.info.device.type != "cpu":
         from tokentree.train.batches import Batches
 
         batches, numbers = Batches(llm, tokens, seed), kept.missing()

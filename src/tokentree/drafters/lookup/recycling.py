@@ -20,6 +20,7 @@ from tokentree.sequence import Accepted, Sequence
 from tokentree.shapes.base import Shape
 from tokentree.tree import Floats, Ints
 
+SUCCESSORS = 8  # of a token or a pair that are kept, where there are as many
 PAIRS = 1 << 17  # rows for pairs of tokens
 HASH = 0x9E3779B1
 HOLDS_ALONE, HOLDS_IN_PAIR = 0.5, 0.7  # how far a successor's probability holds in another context
@@ -45,7 +46,7 @@ class Recycling(Drafter):
 
     name = "recycling"
 
-    def __init__(self, vocab_size: int, k: int = 8) -> None:
+    def __init__(self, vocab_size: int, k: int = SUCCESSORS) -> None:
         if not 1 <= k <= vocab_size:
             raise OptionError("recycling needs k of at least 1, and no more than there are tokens")
         self._k, self._vocab_size = k, vocab_size
@@ -56,7 +57,7 @@ class Recycling(Drafter):
 
     @classmethod
     def make(cls, parts: Parts) -> Drafter:
-        return cls(parts.engine.vocab_size)
+        return cls(parts.engine.vocab_size, min(SUCCESSORS, parts.engine.vocab_size))
 
     def propose(self, seqs: list[Sequence], shape: Shape, sampled: bool) -> list[Draft]:
         return [self._grow(seq, shape.max_nodes - 1, min(shape.max_depth, seq.room - 1)) for seq in seqs]

@@ -174,12 +174,17 @@ def weights_of(
     return weight.clone(), start.clone() if bool(start.any()) else None
 
 
+def packed_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear | OneDNNLinear | None:
+    """The fastest layer with weights packed for this CPU that there is for these, if there is any."""
+    kinds: tuple[type[PackedLinear | OneDNNLinear], ...] = (PackedLinear, OneDNNLinear)
+    kind = next((kind for kind in kinds if weight.device.type == "cpu" and kind.fits(weight)), None)
+    return None if kind is None else kind(weight, bias)
+
+
 def linear_of(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
     """The fastest linear layer that there is for these."""
-    kinds = (PackedLinear, OneDNNLinear) if weight.device.type == "cpu" else ()
-    for kind in kinds:
-        if kind.fits(weight):
-            return kind(weight, bias)
+    if (packed := packed_linear(weight, bias)) is not None:
+        return packed
     layer = nn.Linear(weight.shape[1], len(weight), bias is not None, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +88,12 @@ class Llama:
             for layer in body.layers
         ]
         return cls(body.embed_tokens, body.rotary_emb, layers, body.norm, model.lm_head)
+
+    def modules(self) -> Iterator[nn.Module]:
+        """All modules, those inside of others too."""
+        layers = (part for layer in self.layers for part in (layer.before, layer.attention, layer.after, layer.mlp))
+        for part in (self.embedding, self.rotary, *layers, self.norm, self.head):
+            yield from part.modules()
 
     def state(self) -> dict[str, Any] | None:
         """What `of_state` makes a model of: tensors, numbers and their names. None if its positions depend on the

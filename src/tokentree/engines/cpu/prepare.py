@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tokentree.engines.cpu.attention import TREE
 from tokentree.engines.cpu.fused import FusedAttention, FusedMLP, FusedNorm
-from tokentree.engines.cpu.linear import OneDNNLinear, PackedEmbedding, PackedLinear, ReadableLinear
+from tokentree.engines.cpu.linear import PackedEmbedding, PackedLinear, ReadableLinear, packed_linear
 from tokentree.engines.cpu.llama import Llama
 from tokentree.engines.cpu.packing import Packing, is_plain
 from tokentree.engines.cpu.program import Program
@@ -232,10 +232,7 @@ def _packed(layer: nn.Module, packing: Packing) -> nn.Module | None:
     if not is_plain(layer.weight):
         return None
     plain = layer if type(layer) is nn.Linear else _plain(layer)
-    if packing.fits(plain):
-        return packing.pack(plain)
-    kind = next((kind for kind in (PackedLinear, OneDNNLinear) if kind.fits(plain.weight)), None)
-    return None if kind is None else kind(plain.weight, plain.bias)
+    return packing.pack(plain) if packing.fits(plain) else packed_linear(plain.weight, plain.bias)
 
 
 def _plain(layer: nn.Linear | Conv1D) -> nn.Linear:

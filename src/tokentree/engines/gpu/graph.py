@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
+from torch.utils.hooks import RemovableHandle
 from transformers import Cache, PreTrainedModel
 
 from tokentree.cache import cache_folder
@@ -29,6 +29,7 @@ from tokentree.engines.cpu.attention import dense_mask
 from tokentree.engines.gpu.recording import ROWS, Recordings, padded
 from tokentree.engines.kv import KVLayout, SequenceKV
 from tokentree.engines.segment import Segment
+from tokentree.errors import ModelError
 from tokentree.tree import TokenTree
 
 TOGETHER = 7  # sequences whose recordings play one after another: on an H200, launching takes as long as 8 of them
@@ -62,29 +63,31 @@ class Graph:
         self._model, self._windows, self._noted, self._compiles = model, windows, noted, compile
         self._on_cpu, self._head_input = model.device.type == "cpu", torch.empty(0)
         self._run: Callable[..., Said] = self._forward
+        self._hook: RemovableHandle | None = None
         if compile:
             head = model.get_output_embeddings()
             if head is not None:
-                head.register_forward_pre_hook(self._note)
+                self._hook = head.register_forward_pre_hook(self._note)
             self._run = _compiled(self._forward)
         self.recordings: Recordings[Said] = Recordings()
 
     @torch.inference_mode()
-    def works(self, layout: KVLayout) -> bool:
-        """Compiles for all numbers of rows, with a progress bar, or records the widest; False, and a warning, where
-        this machine can't, or not this model."""
+    def check(self, layout: KVLayout) -> None:
+        """Compiles for all numbers of rows, with a progress bar, or records the widest.
+
+        Raises:
+            ModelError: if this machine can't, or not this model.
+        """
         kv, console = layout.make(ROWS[-1]), Console(stderr=True)
         sizes, silent = ROWS if self._compiles else ROWS[-1:], not (self._compiles and console.is_terminal)
         try:
             for rows in track(sizes, "compiling", console=console, transient=True, disable=silent):
                 self.forward([Segment(kv, TokenTree.chain(0, [0] * (rows - 1)), 0, 0)])
         except RuntimeError as error:  # dynamo's are too
+            if self._hook is not None:  # the model goes on without
+                self._hook.remove()
             reason = str(getattr(error, "inner_exception", error)).strip().splitlines()[0]
-            told = "compile=True does nothing here, the forward can't be compiled"
-            told = told if self._compiles else "the forward can't be recorded as a graph, and is slower without"
-            warnings.warn(f"{told}: {reason}", stacklevel=3)
-            return False
-        return True
+            raise ModelError(reason) from error
 
     def fits(self, segments: SequenceOf[Segment]) -> bool:
         """Whether it computes these: no more rows than the widest graph has, of one sequence. Of several it does where

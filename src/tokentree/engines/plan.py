@@ -1,0 +1,134 @@
+"""Which engine a model gets: decided here alone, from what is known of the model before its weights are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from tokentree.engines.base import EngineOptions
+from tokentree.engines.support import check_quantization
+from tokentree.errors import ModelError
+
+Attention = Literal["tree", "sdpa"]
+
+# by the names that plans give them; each is imported when it is made
+KINDS = {
+    "program": "tokentree.engines.program:ProgramEngine",
+    "modules": "tokentree.engines.modules:ModulesEngine",
+    "self_attending": "tokentree.engines.self_attending:SelfAttendingEngine",
+    "recorded": "tokentree.engines.gpu.recorded:RecordedEngine",
+    "compiled": "tokentree.engines.gpu.recorded:CompiledEngine",
+}
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a plan depends on.
+
+    Args:
+        name: of the model's class.
+        family: its ``model_type``.
+        device: where it is: "cpu", "cuda", or another of torch's.
+        dtype: of its weights.
+        unsupported: why no tree can be verified with it, None where one can.
+        from_gguf: whether its weights come from a GGUF file.
+        supports_sdpa: whether transformers has torch's attention for it.
+        has_softcap: whether its attention caps scores, which torch's can't.
+        one_call: whether its layers are Llama's, as they came, and can be packed: see `Llama.fits`.
+        runs_more: whether hooks or replaced forwards run with it.
+        has_triton: whether kernels in Triton can be compiled.
+    """
+
+    name: str
+    family: str
+    device: str
+    dtype: torch.dtype | None
+    unsupported: str | None = None
+    from_gguf: bool = False
+    supports_sdpa: bool = True
+    has_softcap: bool = False
+    one_call: bool = False
+    runs_more: bool = False
+    has_triton: bool = False
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """What a model becomes.
+
+    Args:
+        engine: which of `KINDS` it is.
+        attention: "tree", or "sdpa" where the model attends by itself, under a dense mask.
+        own_attention: the attention of transformers that the model has when it is asked what it says by itself.
+        packs: whether linear layers and modules are exchanged for packed and fused ones.
+        otherwise: the plan that is tried if this engine can't be made: some things are known only then.
+        failing: what the user is told then, before the reason.
+        hint: what an error says behind the reason, where nothing else is tried.
+    """
+
+    engine: str
+    attention: Attention
+    own_attention: str = "sdpa"
+    packs: bool = False
+    otherwise: EnginePlan | None = None
+    failing: str = ""
+    hint: str = ""
+
+
+def plan(traits: Traits, options: EngineOptions) -> EnginePlan:
+    """The best engine for such a model, under ``options`` (`attention`, `quantization`, `compile`).
+
+    Raises:
+        OptionError: if an option is none.
+        ModelError: if the model can't be decoded with a tree, or not so, with the reason.
+    """
+    if traits.unsupported is not None:
+        raise ModelError(traits.unsupported)
+    attention, on_cpu, quantization = options.attention, traits.device == "cpu", options.quantization
+    check_quantization(quantization, traits.from_gguf)
+    if quantization is not None and not (on_cpu and traits.dtype is torch.bfloat16):
+        raise ModelError(f"quantization={quantization!r} is for models on a CPU with dtype='bfloat16'")
+    if attention not in (None, "tree", "sdpa") or (attention == "tree" and not on_cpu):
+        raise ModelError(f"attention={attention!r} can't be used with {traits.name}: use attention='sdpa'")
+    own_attention = "sdpa" if traits.supports_sdpa and not traits.has_softcap else "eager"
+    itself = EnginePlan("self_attending", "sdpa", own_attention, packs=on_cpu)
+    if on_cpu:
+        return _on_cpu(traits, options, itself)
+    return _elsewhere(traits, options, itself)
+
+
+def may_be_kept(device: str, dtype: torch.dtype | None, options: EngineOptions) -> bool:
+    """Whether all of a `ProgramEngine` may have been kept when its model was packed before: a `ReadyEngine` is made of
+    that, before anything is known of the model."""
+    return device == "cpu" and dtype is torch.bfloat16 and options.attention in (None, "tree")
+
+
+def _on_cpu(traits: Traits, options: EngineOptions, itself: EnginePlan) -> EnginePlan:
+    tree = replace(itself, engine="modules", attention="tree", hint=": use attention='sdpa'")
+    if options.attention != "sdpa" and traits.one_call:
+        return replace(tree, engine="program")
+    best = itself if options.attention == "sdpa" else tree
+    if options.attention is None:
+        told = f"{traits.name} attends by itself here, and its text is plain's up to ties"
+        best = replace(tree, otherwise=itself, failing=told)
+    return _compiled(traits, options, best) if options.compile else best
+
+
+def _elsewhere(traits: Traits, options: EngineOptions, itself: EnginePlan) -> EnginePlan:
+    """On GPUs, and other devices of torch's: the engines from best to worst."""
+    if options.compile:
+        return _compiled(traits, options, itself)
+    if traits.device == "cuda" and options.attention is None and not traits.runs_more:  # a recording has kernels alone
+        told = "the forward can't be recorded as a graph, and is slower without"
+        return replace(itself, engine="recorded", otherwise=itself, failing=told)
+    return itself
+
+
+def _compiled(traits: Traits, options: EngineOptions, otherwise: EnginePlan) -> EnginePlan:
+    if options.attention == "tree" or options.quantization:
+        other = "attention='tree'" if options.attention == "tree" else f"quantization={options.quantization!r}"
+        raise ModelError(f"compile=True and {other} don't go together for {traits.name}")
+    told = "compile=True does nothing here, the forward can't be compiled"
+    return EnginePlan("compiled", "sdpa", otherwise.own_attention, otherwise=otherwise, failing=told)

@@ -1,0 +1,180 @@
+"""A loaded model, made ready for an engine: a private copy, how that is packed, and what the model says by itself."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tokentree.engines.cpu.attending import adapt, attended
+from tokentree.engines.cpu.linear import PackedLinear
+from tokentree.engines.cpu.llama import Llama
+from tokentree.engines.cpu.packed_file import KeptPacking, Place
+from tokentree.engines.cpu.packing import GgufPacking, Packing
+from tokentree.engines.cpu.prepare import in_float32, pack, private_copy, set_attention
+from tokentree.engines.cpu.program import Program
+from tokentree.engines.cpu.quantized import QuantizedLinear
+from tokentree.engines.foreign import explained, not_in_a_copy, runs_more
+from tokentree.engines.from_cache import READY
+from tokentree.engines.guard import Guard, Unwatched
+from tokentree.engines.model_facts import Facts, settings_of
+from tokentree.engines.plan import Traits
+from tokentree.engines.self_check import ATTENDED, OWN, own_forward
+from tokentree.engines.support import has_softcap, unsupported
+from tokentree.engines.watch import Shared, Watch, in_common
+from tokentree.gguf.header import is_gguf
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FEW_BITS = (torch.bfloat16, torch.float16)  # what numbers are rounded to, so that an engine can't be compared exactly
+
+Shapes = tuple[tuple[int, int, int], ...]  # of the KV of each layer: heads, key width, value width
+
+
+class Prepared:
+    """A model from which engines are made, one after another until one works. It is not changed; its copy is.
+
+    Args:
+        model: a transformers model.
+        owned: nobody else uses it, so its weights may be dropped once they are packed.
+        quantization, file, kept: see `TorchEngine`.
+
+    Attributes:
+        name, config, device, dtype: the model's.
+        owned, quantization: as given.
+        guard: tells whether the model is still what it was.
+        own: what it says by itself, see `own_forward`; there once it was asked.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, owned: bool, quantization: str | None, file: Path | None, kept: Place | None
+    ) -> None:  # fmt: skip
+        self._model, self.owned, self._file, self._kept = model, owned, file, kept
+        self.name, self.config, self.quantization = type(model).__name__, model.config, quantization
+        self.device, self.dtype = model.device, model.dtype
+        self.guard = Unwatched()
+        self.own: dict[str, torch.Tensor] = {}
+        self._packed = False
+
+    @functools.cached_property
+    def facts(self) -> Facts:
+        return Facts.of(self._model)
+
+    @functools.cached_property
+    def copy(self) -> PreTrainedModel:
+        """Its private copy, which engines run and change."""
+        return private_copy(self._model, self.owned)
+
+    @functools.cached_property
+    def packing(self) -> Packing:
+        """How linear layers are packed on a CPU."""
+
+        def make() -> Packing:
+            if self.quantization == "gguf" and self._file:
+                return GgufPacking(self.copy, self._file)
+            return Packing(self._kind)
+
+        return make() if self._kept is None else KeptPacking(self._kind, make, self.copy, self._kept)
+
+    @property
+    def _kind(self) -> type[PackedLinear] | type[QuantizedLinear]:
+        return QuantizedLinear if self.quantization else PackedLinear
+
+    @functools.cached_property
+    def traits(self) -> Traits:
+        """What `plan` reads. Nothing is computed, and no weight is read."""
+        known = Traits(
+            self.name, self.config.model_type, self.device.type, self.dtype,
+            unsupported=unsupported(self._model) or not_in_a_copy(self._model),
+            from_gguf=self._file is not None and is_gguf(self._file),
+            supports_sdpa=bool(getattr(type(self._model), "_supports_sdpa", False)),
+            has_softcap=has_softcap(self.config.get_text_config()),
+            has_triton=find_spec("triton") is not None,
+        )  # fmt: skip
+        if known.unsupported is not None:
+            return known
+        one_call = self.device.type == "cpu" and Llama.fits(self.copy, Packing(self._kind))
+        return replace(known, one_call=one_call, runs_more=runs_more(self.copy))
+
+    def ask(self, attention: str) -> None:
+        """Asks the model what it says by itself, with transformers' attention of that name.
+
+        Raises:
+            ModelError: if it can't read a text, or its forward leaves a trace.
+        """
+        guard = None if self.owned else Guard(self.name, Watch(self._model))
+        set_attention(self.copy, attention)
+        with explained(self.copy):
+            if self.device.type == "cpu":
+                few, exact = self.dtype in FEW_BITS, functools.partial(in_float32, self._model, attention)
+                self.own = self.packing.recall(OWN, lambda: own_forward(self.copy, exact if few else None))
+            else:
+                self.own = own_forward(self.copy)
+        if guard is not None:
+            guard.check_forward_of_its_own()
+            self.guard = guard
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.own["logits"].shape[1])
+
+    @property
+    def shapes(self) -> Shapes:
+        """Of the KV that the model keeps by itself."""
+        return shapes_of(self.own)
+
+    def attended(self) -> Shapes:
+        """Of what attention is given in each layer, for an attention of ours.
+
+        Raises:
+            ModelError: if the model has to attend by itself.
+        """
+        adapt(self.copy)
+        return shapes_of(self.packing.recall(ATTENDED, lambda: attended(self.copy)))
+
+    def pack(self) -> None:
+        """Exchanges modules of the copy for packed and fused ones, once."""
+        if not self._packed:
+            pack(self.copy, self.packing, self.owned, whole=False)
+            self.packing.keep()
+            self._packed = True
+
+    def program(self) -> Program:
+        """The whole forward as a program, for a model with the trait `one_call`; the copy can't run by itself then."""
+        program = pack(self.copy, self.packing, self.owned, whole=True)
+        assert program is not None
+        self.packing.remember(READY, lambda: self._state(program))
+        self.packing.keep()
+        return program
+
+    def _state(self, program: Program) -> dict[str, Any] | None:
+        """What a `ReadyEngine` is made of the next time."""
+        llama = program.llama.state()
+        return llama and {"facts": asdict(self.facts), "settings": settings_of(self.config), "llama": llama}
+
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """See `foreign.explained`."""
+        with explained(self.copy):
+            yield
+
+    def finish(self) -> None:
+        """An engine is made of it: from now on the model must stay as it is.
+
+        Raises:
+            ModelError: if it has changed meanwhile.
+        """
+        if isinstance(self.guard, Guard):
+            self.guard.share(Shared(in_common(self._model, self.copy)))
+            self.guard.check_forward_of_its_own()
+
+
+def shapes_of(found: dict[str, torch.Tensor]) -> Shapes:
+    return tuple((heads, keys, values) for heads, keys, values in found["shapes"].tolist())
