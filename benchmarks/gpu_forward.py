@@ -3,9 +3,9 @@ tiles are fastest. Random weights of the shapes of real models.
 
     python -m benchmarks.gpu_forward --out FILE [--sizes smollm2 1.5b 8b] [--sweep] [--warm I/N]
 
-Times are medians in ms of a recording that plays, with 512 tokens before. A floor is the bytes of weights over the speed
-of a copy on the device. With --sweep, tiles of each product are tried, with the weights of as many layers as don't fit
-into a cache; --warm I/N only compiles every Nth of them, which several processes do at once.
+Times are medians in ms of a recording that plays, with 512 tokens before. A floor is the bytes of weights over the
+speed of a copy on the device. With --sweep, tiles of each product are tried, with the weights of as many layers as
+don't fit into a cache; --warm I/N only compiles every Nth of them, which several processes do at once.
 """
 
 from __future__ import annotations
@@ -187,6 +187,13 @@ def timed(play: Callable[[], Any], count: int = 25) -> float:
     return 1e3 * statistics.median(seconds)
 
 
+def copy_speed(device: torch.device) -> float:
+    """Bytes read and written a second."""
+    source = torch.randn(1 << 29, device=device).bfloat16()
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / timed(lambda: target.copy_(source)) * 1e3
+
+
 def times(model: Model, rows: tuple[int, ...], texts: int) -> dict[str, float]:
     """Of recordings: trees of so many rows in one text, and a row each of so many texts."""
     found, vocab = dict[str, float](), model.weights.vocab_size
@@ -338,10 +345,7 @@ def main() -> None:
         tell(name, "seconds to compile and compare", round(time.perf_counter() - started, 1))
         if small:
             continue
-        source = torch.empty(1 << 29, dtype=torch.bfloat16, device=device)
-        target = torch.empty_like(source)
-        speed = 2 * source.nbytes / timed(lambda: target.copy_(source)) * 1e3
-        del source, target
+        speed = copy_speed(device)
         tell(name, "floor", round(1e3 * w.nbytes / speed, 3))
         tell(name, "copy TB/s", round(speed / 1e12, 2))
         tell(name, "ms", times(Model(w), ROWS, 32))
@@ -354,4 +358,3 @@ def main() -> None:
 if __name__ == "__main__":
     main()
     sys.stdout.flush()
-

@@ -8,12 +8,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tests.tiny_models import VOCAB, request, some_tokens, some_tree, tiny
-from tokentree.engines.base import KEPT
+from tokentree.engines.base import KEPT, Engine
 from tokentree.engines.cpu.linear import PackedLinear
 from tokentree.engines.cpu.llama import Llama
 from tokentree.engines.cpu.packing import Packing
 from tokentree.engines.cpu.steps import ATTEND, BEST, MULTIPLY, NORM
-from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.modules import ModulesEngine
 from tokentree.engines.program import ProgramEngine
 from tokentree.engines.torch import TorchEngine
@@ -29,7 +28,7 @@ def wide(family: str = "llama") -> PreTrainedModel:
     return tiny(family, torch.bfloat16, hidden_size=64, intermediate_size=96)
 
 
-def logits_of(engine: KVEngine, length: int = 40) -> torch.Tensor:
+def logits_of(engine: Engine, length: int = 40) -> torch.Tensor:
     seq, tree = request(some_tokens(length)), some_tree(0, 9)
     engine.prefill(seq)
     return engine.verify([seq], [tree]).all_logits

@@ -164,9 +164,12 @@ def test_with_options_that_need_the_model_it_is_loaded(tmp_path: Path) -> None:
     twice(folder)
     assert isinstance(load_engine(folder, EngineOptions("float32", CPU)), ModulesEngine)
     itself = load_engine(folder, EngineOptions(device=CPU, attention="sdpa"))
+    assert isinstance(itself, KVEngine)
     assert itself.model is not None
+    program = load_engine(folder, EngineOptions(device=CPU))
+    assert isinstance(program, KVEngine)
     with pytest.raises(ModelError, match="attention='sdpa'"):
-        _ = load_engine(folder, EngineOptions(device=CPU)).model
+        _ = program.model
 
 
 def test_a_folder_that_changed_is_read_again(tmp_path: Path) -> None:

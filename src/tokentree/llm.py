@@ -22,8 +22,7 @@ from tokentree.chat import chat_ids, read_messages
 from tokentree.costs import cost_curve
 from tokentree.decoder import Decoder, Watcher
 from tokentree.drafters.base import Parts
-from tokentree.engines.base import Branches, Engine, EngineOptions
-from tokentree.engines.kv_engine import KVEngine
+from tokentree.engines.base import Branches, Engine, EngineOptions, TransformersEngine
 from tokentree.engines.model_facts import ends_of
 from tokentree.engines.support import check_quantization
 from tokentree.errors import DeadEnd, ModelError, OptionError, PromptError, RequestError, TokenTreeError
@@ -214,7 +213,7 @@ class LLM:
         self.tokenizer = _tokenizer_of(model) if own_tokenizer is None and model is not None else own_tokenizer
         ends = {*self.engine.info.ends, *ends_of(self.tokenizer)}  # some write -1 for none
         self.eos_ids = frozenset(token for token in ends if 0 <= token < self.engine.vocab_size)
-        draft_engines = list[tuple[str, KVEngine]]()
+        draft_engines = list[tuple[str, TransformersEngine]]()
         for draft in drafts:
             name = str(draft) if isinstance(draft, str | Path) else draft.config._name_or_path
             if self.tokenizer is not None:
@@ -226,7 +225,7 @@ class LLM:
         self._way = _Way(drafter, shape, accept, watch)
         self._limits: dict[str, Any] = {
             "prefill_rows": rows or (PREFILL_ROWS if self.engine.info.device.type == "cpu" else 8 * PREFILL_ROWS),
-            "kv_bytes": kv_memory(self.engine.info.device) if kv_bytes is None else kv_bytes,
+            "kv_bytes": self._kv_bytes(kv_bytes),
         }
         self._make_decoder()
         if known is not None and known.is_dir():
@@ -244,17 +243,24 @@ class LLM:
             raise ModelError(f"{self.engine.info.name} has no configuration of transformers")
         return config
 
+    def _kv_bytes(self, asked: int | None) -> int | None:
+        """Memory for KV: as much as was asked for, or as there is; no more than the engine has."""
+        info = self.engine.info
+        if info.kv_bytes is None:
+            return kv_memory(info.device) if asked is None else asked
+        return info.kv_bytes if asked is None else min(asked, info.kv_bytes)
+
     def _fingerprint_for(self, heads: Path | None) -> Fingerprint | None:
         """What heads must have been made for; None without heads, or for a target that they are no use to."""
-        if heads is None or not isinstance(self.engine, KVEngine):
+        if heads is None or not isinstance(self.engine, TransformersEngine):
             return None
         return Fingerprint.of(self.config, self.tokenizer)
 
     @property
-    def engines(self) -> list[KVEngine]:
+    def engines(self) -> list[TransformersEngine]:
         """Those of the target and of the draft models."""
         parts = [self.engine, *(engine for _, engine in self._parts.draft_engines)]
-        return [engine for engine in parts if isinstance(engine, KVEngine)]
+        return [engine for engine in parts if isinstance(engine, TransformersEngine)]
 
     # -- other ways to decode with the same model -----------------------------------------------------------------
 

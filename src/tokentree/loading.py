@@ -14,9 +14,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from tokentree.converted import converted, packed_place
-from tokentree.engines.base import EngineOptions
+from tokentree.engines.base import EngineOptions, TransformersEngine
 from tokentree.engines.from_cache import ready_engine
-from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.plan import may_be_kept
 from tokentree.errors import ModelError, OptionError
 from tokentree.gguf.header import has_tokenizer, read_header
@@ -68,7 +67,7 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.d
     return torch.bfloat16 if device.type == "cpu" else None
 
 
-def load_engine(model: str | Path | PreTrainedModel, options: EngineOptions) -> KVEngine:
+def load_engine(model: str | Path | PreTrainedModel, options: EngineOptions) -> TransformersEngine:
     """An engine for a model by its name, or for a loaded one: see `TorchEngine`. Where the weights of a named one are
     kept with all that a forward needs, they are mapped into memory, and nothing else is read.
 

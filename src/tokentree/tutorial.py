@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from tokentree.acceptance import acceptance
 from tokentree.decoder import Decoder
 from tokentree.drafters.draft_model import DraftModel
-from tokentree.engines.kv_engine import KVEngine
+from tokentree.engines.base import TransformersEngine
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import ModelError, OptionError, PromptError, TreeError
 from tokentree.inputs import read_prompt
@@ -165,7 +165,7 @@ def _static(depth: int, branching: int) -> Static:
     return Static([branching] * depth)
 
 
-def _engine(model: PreTrainedModel, what: str) -> KVEngine:
+def _engine(model: PreTrainedModel, what: str) -> TransformersEngine:
     """An engine for a loaded model."""
     if not isinstance(model, PreTrainedModel):
         raise ModelError(f"the {what} must be a loaded transformers model, and not of the type {type(model).__name__}")
@@ -183,7 +183,9 @@ def _token_ids(context: Context) -> list[int]:
     return ids
 
 
-def _sequence(ids: list[int], engine: KVEngine, max_tokens: int, eos_ids: frozenset[int] = frozenset()) -> Sequence:
+def _sequence(
+    ids: list[int], engine: TransformersEngine, max_tokens: int, eos_ids: frozenset[int] = frozenset()
+) -> Sequence:
     if any(not 0 <= token < engine.vocab_size for token in ids):
         raise PromptError(f"a token id of the context is outside the vocabulary of {engine.vocab_size}")
     params = SamplingParams(max_tokens=max_tokens)  # greedy: the random stream is never asked

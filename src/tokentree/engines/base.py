@@ -20,6 +20,9 @@ from tokentree.sequence import Accepted, Sequence
 from tokentree.tree import Ints, TokenTree
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from tokentree.engines.model_facts import Facts
     from tokentree.heads.eagle import EagleHead
 
 CPU = torch.device("cpu")
@@ -171,6 +174,7 @@ class EngineInfo:
         signature: what the cost of a forward depends on: model, engine, dtype, device and threads. Measured costs are
             kept under it; without one they are measured anew.
         caveat: why its text is plain's up to ties, in a sentence, where its attention alone would make it plain's.
+        kv_bytes: memory that it has for the KV of all texts, in bytes; None if it takes as much as they need.
     """
 
     name: str
@@ -183,6 +187,7 @@ class EngineInfo:
     execution: str = ""
     signature: str = ""
     caveat: str = ""
+    kv_bytes: int | None = None
 
 
 class DraftEngine(Protocol):
@@ -310,4 +315,50 @@ class Branches(Engine, Protocol):
     def branch(self, seq: Sequence, of: Sequence, nodes: SequenceOf[int]) -> None:
         """``seq`` has no KV of its own. From now on `committed` and `hidden` answer for it with the committed rows of
         ``of``, followed by ``nodes`` of those that `keep` kept: until the next call, or `release`."""
+        ...
+
+
+@runtime_checkable
+class TransformersEngine(HeadEngines, Branches, Protocol):
+    """An engine of a transformers model.
+
+    Attributes:
+        facts: of the model.
+        dtype, device: of its weights.
+        caveat: see `EngineInfo`.
+    """
+
+    facts: Facts
+    dtype: torch.dtype
+    device: torch.device
+    caveat: str
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The model's configuration."""
+        ...
+
+    @property
+    def signature(self) -> str:
+        """What the cost of a forward depends on."""
+        ...
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of the KV, with all layers."""
+        ...
+
+    def changed(self) -> str | None:
+        """What has changed, in words, in a loaded model since this engine was made of it; None if nothing has."""
+        ...
+
+    def hidden_states(self, ids: SequenceOf[int], places: SequenceOf[int] | None = None) -> torch.Tensor:
+        """[len(ids), places x hidden size]: the hidden states of a text, beside one another, once `capture` was called
+        for them."""
+        ...
+
+    def hidden_states_of(
+        self, texts: SequenceOf[SequenceOf[int]], places: SequenceOf[int] | None = None
+    ) -> list[torch.Tensor]:
+        """`hidden_states` of several texts."""
         ...

@@ -20,6 +20,7 @@ KINDS = {
     "self_attending": "tokentree.engines.self_attending:SelfAttendingEngine",
     "recorded": "tokentree.engines.gpu.recorded:RecordedEngine",
     "compiled": "tokentree.engines.gpu.recorded:CompiledEngine",
+    "kernels": "tokentree.engines.gpu.engine:TritonEngine",
 }
 
 
@@ -38,7 +39,7 @@ class Traits:
         has_softcap: whether its attention caps scores, which torch's can't.
         one_call: whether its layers are Llama's, as they came, and can be packed: see `Llama.fits`.
         runs_more: whether hooks or replaced forwards run with it.
-        has_triton: whether kernels in Triton can be compiled.
+        has_kernels: whether kernels of our own run it on a GPU: `weights.unfit` says why they don't.
     """
 
     name: str
@@ -51,7 +52,7 @@ class Traits:
     has_softcap: bool = False
     one_call: bool = False
     runs_more: bool = False
-    has_triton: bool = False
+    has_kernels: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def plan(traits: Traits, options: EngineOptions) -> EnginePlan:
     check_quantization(quantization, traits.from_gguf)
     if quantization is not None and not (on_cpu and traits.dtype is torch.bfloat16):
         raise ModelError(f"quantization={quantization!r} is for models on a CPU with dtype='bfloat16'")
-    if attention not in (None, "tree", "sdpa") or (attention == "tree" and not on_cpu):
+    if attention not in (None, "tree", "sdpa") or (attention == "tree" and not (on_cpu or traits.has_kernels)):
         raise ModelError(f"attention={attention!r} can't be used with {traits.name}: use attention='sdpa'")
     own_attention = "sdpa" if traits.supports_sdpa and not traits.has_softcap else "eager"
     itself = EnginePlan("self_attending", "sdpa", own_attention, packs=on_cpu)
@@ -120,10 +121,15 @@ def _elsewhere(traits: Traits, options: EngineOptions, itself: EnginePlan) -> En
     """On GPUs, and other devices of torch's: the engines from best to worst."""
     if options.compile:
         return _compiled(traits, options, itself)
-    if traits.device == "cuda" and options.attention is None and not traits.runs_more:  # a recording has kernels alone
-        told = "the forward can't be recorded as a graph, and is slower without"
-        return replace(itself, engine="recorded", otherwise=itself, failing=told)
-    return itself
+    if traits.device != "cuda" or options.attention == "sdpa" or traits.runs_more:  # a recording has kernels alone
+        return itself
+    told = "the forward can't be recorded as a graph, and is slower without"
+    recorded = replace(itself, engine="recorded", otherwise=itself, failing=told)
+    if not traits.has_kernels:
+        return recorded
+    kernels = replace(itself, engine="kernels", attention="tree")
+    told = f"{traits.name} attends by itself here, and its text is plain's up to ties"
+    return kernels if options.attention else replace(kernels, otherwise=recorded, failing=told)
 
 
 def _compiled(traits: Traits, options: EngineOptions, otherwise: EnginePlan) -> EnginePlan:

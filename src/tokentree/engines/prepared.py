@@ -20,7 +20,7 @@ from tokentree.engines.cpu.packing import GgufPacking, Packing
 from tokentree.engines.cpu.prepare import in_float32, pack, private_copy, set_attention
 from tokentree.engines.cpu.program import Program
 from tokentree.engines.cpu.quantized import QuantizedLinear
-from tokentree.engines.foreign import explained, not_in_a_copy, runs_more
+from tokentree.engines.foreign import ForeignCode, explained, not_in_a_copy, runs_more
 from tokentree.engines.from_cache import READY
 from tokentree.engines.guard import Guard, Unwatched
 from tokentree.engines.model_facts import Facts, settings_of
@@ -96,12 +96,23 @@ class Prepared:
             from_gguf=self._file is not None and is_gguf(self._file),
             supports_sdpa=bool(getattr(type(self._model), "_supports_sdpa", False)),
             has_softcap=has_softcap(self.config.get_text_config()),
-            has_triton=find_spec("triton") is not None,
         )  # fmt: skip
         if known.unsupported is not None:
             return known
         one_call = self.device.type == "cpu" and Llama.fits(self.copy, Packing(self._kind))
-        return replace(known, one_call=one_call, runs_more=runs_more(self.copy))
+        runs = replace(known, one_call=one_call, runs_more=runs_more(self.copy))
+        return replace(runs, has_kernels=self.device.type == "cuda" and self.without_kernels is None)
+
+    @functools.cached_property
+    def without_kernels(self) -> str | None:
+        """Why no kernels of our own run it on a GPU; None if they do."""
+        if find_spec("triton") is None:
+            return "triton isn't installed: pip install 'tokentree[gpu]'"
+        if ForeignCode.of(self._model).at:
+            return "there is code in it that isn't its class's own"
+        from tokentree.engines.gpu.weights import unfit  # needs triton
+
+        return unfit(self._model)
 
     def ask(self, attention: str) -> None:
         """Asks the model what it says by itself, with transformers' attention of that name.

@@ -1,7 +1,7 @@
 """Tree attention on paged KV, as a Triton kernel.
 
-A row sees the positions up to its own. They lie in chunks of `CHUNK`, which are pages of KV. A page of committed rows is
-read once for all rows of a tile. In the pages of a tree each row finds its ancestors by its path, in their logical
+A row sees the positions up to its own. They lie in chunks of `CHUNK`, which are pages of KV. A page of committed rows
+is read once for all rows of a tile. In the pages of a tree each row finds its ancestors by its path, in their logical
 places. Sums run over a chunk, and chunks are joined in order. So bits depend on absolute positions alone: a node of
 a tree gets those of its path decoded alone.
 """

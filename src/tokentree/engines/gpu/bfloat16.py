@@ -1,5 +1,5 @@
-"""bfloat16 in kernels. Triton's interpreter, which runs them in tests, multiplies no bfloat16 and cuts numbers off where
-GPUs round them: there it is spelled out."""
+"""bfloat16 in kernels. Triton's interpreter, which runs them in tests, multiplies no bfloat16 and cuts numbers off
+where GPUs round them: there it is spelled out."""
 
 from __future__ import annotations
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
 
-from tokentree.engines.base import DraftEngine, Features, TargetOutput
+from tokentree.engines.base import DraftEngine, EngineInfo, Features, TargetOutput
 from tokentree.engines.cpu.quantized import draft_linear
 from tokentree.engines.gpu.attending import CHUNK
 from tokentree.engines.gpu.forward import Forward, Size
@@ -19,16 +19,17 @@ from tokentree.engines.gpu.pages import Pages, SharedPages, Text
 from tokentree.engines.gpu.recording import Recording
 from tokentree.engines.gpu.rows import BEST
 from tokentree.engines.gpu.tiles import MANY
-from tokentree.engines.gpu.weights import read, unfit
-from tokentree.engines.model_facts import Facts
-from tokentree.engines.self_check import compare, own_forward
+from tokentree.engines.gpu.weights import read
+from tokentree.engines.plan import EnginePlan
+from tokentree.engines.prepared import Prepared
+from tokentree.engines.self_check import compare
 from tokentree.errors import ModelError, PairingError
 from tokentree.exclusive import Exclusive, exclusive, neutral
 from tokentree.sequence import Sequence
 from tokentree.tree import Ints, TokenTree
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from tokentree.heads.eagle import EagleHead
 
@@ -45,32 +46,30 @@ class TritonEngine:
     bit for bit. Nothing of a tree is in a recording: one for each number of rows serves all.
 
     Args:
-        model: one of `weights.FAMILIES`, in bfloat16. It is not changed.
-        owns_model: nobody else uses ``model``, so weights that are copied may be dropped from it.
-        tokens: of all texts, that there is room for in KV; by default as many as memory allows, up to 262,144.
+        prepared: a model of `weights.FAMILIES` in bfloat16, which was asked what it says by itself.
         prefix_bytes: KV of finished texts that is kept for texts that begin alike, in bytes.
+        tokens: of all texts, that there is room for in KV; by default as many as memory allows, up to 262,144.
+
+    Attributes:
+        caveat: see `EngineInfo`.
+        pages: the KV of all texts.
 
     Raises:
-        ModelError: if it can't be run so, or gives other logits than by itself.
+        ModelError: if the model can't be run so.
     """
 
-    attention = "tree"
-    caveat = ""
-    quantization = None
+    attention, execution, quantization = "tree", "kernels of our own", None
+    recorded = traced = False
 
     @neutral()
-    def __init__(
-        self, model: PreTrainedModel, owns_model: bool = False, tokens: int | None = None, prefix_bytes: int = 0
-    ) -> None:  # fmt: skip
-        if reason := unfit(model):
-            raise ModelError(f"no kernels of ours run {type(model).__name__}: {reason}")
-        self.lock = Exclusive()
-        self.facts, self._config = Facts.of(model), model.config
-        self.context, self.device, self.dtype = self.facts.context, model.device, model.dtype
-        own = own_forward(model)
-        self.weights = read(model, self.context, owns_model)
-        self.vocab_size = self.weights.vocab_size
-        w, most = self.weights, -(-self.context // CHUNK)
+    def __init__(self, prepared: Prepared, prefix_bytes: int = 0, tokens: int | None = None) -> None:
+        if reason := prepared.without_kernels:
+            raise ModelError(f"no kernels of ours run {prepared.name}: {reason}")
+        self.lock, self._guard, self.caveat = Exclusive(), prepared.guard, ""
+        self.facts, self.config = prepared.facts, prepared.config
+        self.context, self.device, self.dtype = self.facts.context, prepared.device, prepared.dtype
+        self.weights = w = read(prepared.copy, self.context, prepared.owned)
+        self.vocab_size, most = w.vocab_size, -(-self.context // CHUNK)
         count = 1 + -(-(self._tokens() if tokens is None else tokens) // CHUNK)
         self.pages = Pages(len(w.layers), w.kv_heads, w.head_size, count, TEXTS, most, self.device)
         self._shared = SharedPages(self.pages, prefix_bytes)
@@ -80,7 +79,11 @@ class TritonEngine:
         self._texts: dict[int, tuple[Sequence, Text]] = {}
         self._branches: dict[int, tuple[Sequence, list[int]]] = {}
         self._make_forward()
-        self._check(own)
+
+    @classmethod
+    def of(cls, prepared: Prepared, plan: EnginePlan, prefix_bytes: int) -> Self:
+        """As ``plan`` has it."""
+        return cls(prepared, prefix_bytes)
 
     def _tokens(self) -> int:
         """Room for KV by default."""
@@ -168,8 +171,15 @@ class TritonEngine:
         return f"{self.facts.size}, kernels of our own, bfloat16, {device}"
 
     @property
-    def config(self) -> PreTrainedConfig:
-        return self._config
+    def info(self) -> EngineInfo:
+        return EngineInfo(
+            self.facts.name, self.vocab_size, self.context, tuple(self.facts.ends), self.device, self.dtype,
+            "tree", self.execution, self.signature, self.caveat, self.pages.nbytes,
+        )  # fmt: skip
+
+    def changed(self) -> str | None:
+        """What has changed, in words, in a loaded model since this engine was made of it; None if nothing has."""
+        return self._guard.changed()
 
     @property
     def model(self) -> PreTrainedModel:
@@ -177,6 +187,7 @@ class TritonEngine:
 
     @exclusive
     def begin(self, seq: Sequence) -> int:
+        self._guard.before_text(bool(self._texts))
         text = self._text(seq)
         if text.pages:
             return 0
@@ -211,6 +222,7 @@ class TritonEngine:
             text = self._text(seq)
             ids = seq.tokens[text.length : text.length + count]
             pieces.append(Piece(text, TokenTree.chain(ids[0], ids[1:])))
+        self._guard.before_forward("logits" if rows else "kv")
         self._run(pieces, rows)
         for piece in pieces[len(pieces) - len(reading) :]:
             piece.text.length += piece.count
@@ -346,9 +358,9 @@ class TritonEngine:
     # -- at construction -------------------------------------------------------------------------------------------
 
     @exclusive
-    def _check(self, own: Mapping[str, torch.Tensor]) -> None:
-        """Raises `ModelError` unless trees give what the model says by itself, see `self_check.own_forward`, or if a row
-        has other bits alone than in a tree."""
+    def _check_trees(self, own: Mapping[str, torch.Tensor]) -> None:
+        """Raises `ModelError` unless trees give what the model says by itself, see `self_check.own_forward`, or if a
+        row has other bits alone than in a tree."""
         a, b, c, d, e, f, g = own["tokens"].tolist()
         other, text, got = d - 1 if d else 1, self.pages.open(), list[torch.Tensor]()
 

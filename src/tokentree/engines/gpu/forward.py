@@ -46,17 +46,16 @@ class Forward:
     Attributes:
         hidden: bfloat16[most_rows, hidden size], what the layers gave.
         logits: bfloat16[most_rows, vocab].
-        best: int32[most_rows, 2 x BEST + 1]: the most probable tokens, their logits as float32, and the logarithm of the
-            sum of all exponentials.
+        best: int32[most_rows, 2 x BEST + 1]: the most probable tokens, their logits as float32, and the logarithm of
+            the sum of all exponentials.
     """
 
-    def __init__(
-        self, weights: Weights, pages: Pages, most_rows: int, places: SequenceOf[int] = ()
-    ) -> None:
+    def __init__(self, weights: Weights, pages: Pages, most_rows: int, places: SequenceOf[int] = ()) -> None:
         device, w = weights.embedding.device, weights
         self.weights, self.pages, self.places = weights, pages, list(places)
         self._cuda = device.type == "cuda"
-        self._shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin if self._cuda else SHARED
+        properties: Any = torch.cuda.get_device_properties(device) if self._cuda else None
+        self._shared = properties.shared_memory_per_block_optin if self._cuda else SHARED
 
         def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=device)

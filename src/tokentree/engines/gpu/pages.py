@@ -54,6 +54,11 @@ class Pages:
         return sum(part.numel() * part.element_size() for part in parts)
 
     @property
+    def nbytes(self) -> int:
+        """Memory of the pages that texts can have, in bytes."""
+        return self.page_nbytes * (len(self._references) - 1)
+
+    @property
     def free(self) -> int:
         """Pages that nobody has."""
         return len(self._free)

@@ -62,7 +62,7 @@ def heads_kernel(
 
 @triton.jit
 def ordered(x, ids):
-    """int64 keys: a greater logit has a greater one, and of equal ones the smaller id. What is no number comes first."""
+    """int64 keys: a greater logit has a greater one, of equal ones the smaller id. What is no number comes first."""
     bits = x.to(tl.int32, bitcast=True)
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     bits = tl.where(x != x, 0x7FFFFFFF, bits)
@@ -88,20 +88,22 @@ def best_of_block_kernel(
     """found int64[rows, BEST, BEST]: the keys of the most probable tokens in one of the parts of a row that have the
     most probable ones: no other part can have one of the best."""
     row, number, b = tl.program_id(0), tl.program_id(1), tl.arange(0, BLOCKS)
-    most = tl.load(sums + (row * blocks + b) * 2, mask=b < blocks, other=float("-inf"))
-    part = tl.where(b < blocks, ordered(most, b), -9223372036854775808)
-    for _ in range(0, number):
-        part = tl.where(part == tl.max(part, 0), -9223372036854775808, part)
-    best = tl.max(part, 0)
-    block = 0x7FFFFFFF - (best & 0x7FFFFFFF).to(tl.int32)
-    ids = block * BLOCK + tl.arange(0, BLOCK)
-    there = (ids < vocab) & (best != -9223372036854775808)
-    x = widened(tl.load(logits + row.to(tl.int64) * vocab + ids, mask=there, other=float("-inf")))
-    key = tl.where(there, ordered(x, ids), -9223372036854775808)
-    for i in tl.static_range(BEST):
-        best = tl.max(key, 0)
-        tl.store(found + (row * BEST + number) * BEST + i, best)
-        key = tl.where(key == best, -9223372036854775808, key)
+    found += (row * BEST + number) * BEST
+    if number < blocks:
+        most = tl.load(sums + (row * blocks + b) * 2, mask=b < blocks, other=float("-inf"))
+        part = tl.where(b < blocks, ordered(most, b), -9223372036854775808)
+        for _ in range(0, number):
+            part = tl.where(part == tl.max(part, 0), -9223372036854775808, part)
+        block = 0x7FFFFFFF - (tl.max(part, 0) & 0x7FFFFFFF).to(tl.int32)
+        ids = block * BLOCK + tl.arange(0, BLOCK)
+        x = widened(tl.load(logits + row.to(tl.int64) * vocab + ids, mask=ids < vocab, other=float("-inf")))
+        key = tl.where(ids < vocab, ordered(x, ids), -9223372036854775808)
+        for i in tl.static_range(BEST):
+            best = tl.max(key, 0)
+            tl.store(found + i, best)
+            key = tl.where(key == best, -9223372036854775808, key)
+    else:
+        tl.store(found + tl.arange(0, BEST), tl.full((BEST,), -9223372036854775808, tl.int64))
 
 
 @triton.jit
@@ -166,7 +168,13 @@ def move_kernel(
 
 @triton.jit
 def move_states_kernel(
-    states, moves, count, size, width, BLOCK: tl.constexpr, MOVES: tl.constexpr,
+    states,
+    moves,
+    count,
+    size,
+    width,
+    BLOCK: tl.constexpr,
+    MOVES: tl.constexpr,
 ):
     """`move_kernel` for hidden states [places, slots, width]."""
     place, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)

@@ -146,11 +146,12 @@ def read(model: PreTrainedModel, positions: int, drop: bool) -> Weights:
 
     def gain(norm: Any) -> torch.Tensor:
         weight = norm.weight.detach().float()
-        return (1.0 + weight if gemma else weight).contiguous()
+        found: torch.Tensor = (1.0 + weight if gemma else weight).contiguous()
+        return found
 
     def owned(*modules: Any) -> None:
         for module in modules if drop else ():
-            module.weight = None
+            module.weight.data = module.weight.data.new_empty(0)
 
     kinds = list(dict.fromkeys(_rotary_kind(config, layer) for layer in range(len(body.layers))))
     tables, turned = _rotary_tables(body.rotary_emb, kinds, head, positions, model.device)

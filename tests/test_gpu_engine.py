@@ -1,0 +1,238 @@
+"""The engine on kernels of our own: its bits, its pages, and the loop on it."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import decode
+from tests.test_engine import of_transformers
+from tests.tiny_models import request, some_tokens, some_tree
+from tests.triton_here import DEVICE, FAMILIES, small
+from tokentree.drafters.lookup.ngram import NGram
+from tokentree.drafters.lookup.recycling import Recycling
+from tokentree.engines.base import Branches, HeadEngines, TransformersEngine
+from tokentree.engines.gpu.attending import CHUNK
+from tokentree.engines.gpu.engine import TritonEngine
+from tokentree.engines.prepared import Prepared
+from tokentree.engines.self_check import own_forward
+from tokentree.errors import InvariantError, ModelError
+from tokentree.sampling import SamplingParams
+from tokentree.sequence import Sequence
+from tokentree.tree import TokenTree
+
+ROOT = 5
+
+
+def engine_of(family: str = "llama", prefix_bytes: int = 0, tokens: int = 2000, **options: object) -> TritonEngine:
+    prepared = Prepared(small(family, **options), False, None, None, None)
+    prepared.ask("eager" if family.startswith("gemma2") else "sdpa")
+    engine = TritonEngine(prepared, prefix_bytes, tokens)
+    engine._check_trees(prepared.own)
+    return engine
+
+
+@functools.cache
+def llama() -> TritonEngine:
+    return engine_of(prefix_bytes=1 << 30)
+
+
+def verified(engine: TritonEngine, seq: Sequence, tree: TokenTree, first: int = 0) -> torch.Tensor:
+    engine.prefill(seq)
+    out = engine.verify([seq], [tree], [first])
+    return out.all_logits.clone()
+
+
+def alone(engine: TritonEngine, before: list[int], tree: TokenTree, node: int) -> torch.Tensor:
+    """The logits after ``node``, when its path was decoded token by token."""
+    path = [node]
+    while path[0]:
+        path.insert(0, int(tree.parents[path[0]]))
+    seq = request([*before, ROOT])
+    engine.prefill(seq)
+    for place in path:
+        said = engine.verify([seq], [TokenTree.chain(int(tree.tokens[place]), [])]).all_logits[0].clone()
+        engine.commit([seq], [[0]])
+    engine.release([seq])
+    return said
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tree_has_transformers_logits_and_the_bits_of_each_path_alone(family: str) -> None:
+    engine, before, tree = engine_of(family), some_tokens(9), some_tree(ROOT, 6)
+    seq = request([*before, ROOT])
+    got = verified(engine, seq, tree)
+    expected = of_transformers(small(family).float().cpu(), before, tree)
+    error = float((got.cpu().float() - expected).square().mean().sqrt())
+    assert error < 0.05 * float(expected.std())
+    for node in (0, 3, 5):
+        assert torch.equal(alone(engine, before, tree, node), got[node])
+
+
+def test_a_protocol_s_parts_are_there() -> None:
+    for kind in (TransformersEngine, HeadEngines, Branches):
+        assert isinstance(llama(), kind)
+    assert llama().info.attention == "tree"
+    assert llama().info.kv_bytes == 16 * llama().pages.page_nbytes
+
+
+def test_a_ragged_batch_has_the_bits_of_each_text_alone_and_prompts_beside_it_too() -> None:
+    engine = engine_of()
+    texts = [[*some_tokens(n, seed=n), ROOT] for n in (3, 126, 20)]
+    trees = [some_tree(ROOT, n) for n in (4, 9, 1)]
+    expected = [verified(engine, request(ids), tree) for ids, tree in zip(texts, trees, strict=True)]
+    seqs = [request(ids) for ids in texts]
+    for seq in seqs:
+        engine.prefill(seq)
+    reading = request(some_tokens(60, seed=4))
+    engine.begin(reading)
+    out = engine.verify(seqs, trees, reading=[(reading, 55)])
+    assert torch.equal(out.all_logits, torch.cat(expected))
+    assert engine.committed(reading) == 55
+    tree = some_tree(int(reading.tokens[-1]), 3)
+    apart = verified(engine, request(reading.tokens), tree)
+    assert torch.equal(verified(engine, reading, tree), apart)
+
+
+def test_after_commits_over_pages_a_text_is_like_one_prefilled_with_the_same_tokens() -> None:
+    engine, before = engine_of(), some_tokens(CHUNK - 3)
+    seq, tokens = request([*before, ROOT], max_tokens=90), [*before, ROOT]
+    engine.prefill(seq)
+    for path, size in (([0, 2, 4], 7), ([0], 1), ([0, 1, 4], 6), ([0, 3], 9)):
+        tree = some_tree(tokens[-1], size)
+        engine.verify([seq], [tree])
+        kept = [node for node in path if node == 0 or int(tree.parents[node]) in path]
+        engine.commit([seq], [kept])
+        tokens += [*tree.tokens[kept[1:]].tolist(), 7]
+    assert engine.committed(seq) == len(tokens) - 1
+    tree = some_tree(7, 5)
+    got = engine.verify([seq], [tree]).all_logits.clone()
+    assert torch.equal(verified(engine, request(tokens), tree), got)
+    engine.check()
+
+
+def test_a_tree_grown_over_several_calls_equals_one_call() -> None:
+    engine, before, tree = engine_of(), some_tokens(20), some_tree(ROOT, 9)
+    whole = verified(engine, request([*before, ROOT]), tree)
+    seq = request([*before, ROOT])
+    engine.prefill(seq)
+    parts = []
+    for end, first in ((3, 0), (4, 3), (9, 4)):
+        part = TokenTree(tree.tokens[:end], tree.parents[:end])
+        parts.append(engine.verify([seq], [part], [first]).all_logits.clone())
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_the_most_probable_tokens_are_those_of_the_logits() -> None:
+    engine, tree = llama(), some_tree(ROOT, 4)
+    seq = request([*some_tokens(5), ROOT])
+    engine.prefill(seq)
+    out = engine.verify([seq], [tree])
+    values, ids = out.top(8)
+    logits = out.all_logits.float().cpu()
+    assert np.array_equal(values, logits.topk(8).values.numpy())
+    assert np.array_equal(ids[:, 0], logits.argmax(1).numpy())
+    assert out.log_sums is not None
+    assert np.allclose(out.log_sums, logits.logsumexp(1).numpy(), atol=1e-4)
+    engine.release([seq])
+
+
+# -- pages -------------------------------------------------------------------------------------------------------------
+
+
+def test_texts_that_begin_alike_share_pages_and_keep_their_bits() -> None:
+    engine, common = engine_of(prefix_bytes=1 << 30), some_tokens(2 * CHUNK + 20)
+    first, tree = request([*common, ROOT]), some_tree(ROOT, 4)
+    expected = verified(engine, first, tree)
+    live = request([*common, ROOT])
+    assert engine.begin(live) == 2 * CHUNK
+    assert torch.equal(verified(engine, live, tree), expected)
+    used = engine.pages.free
+    engine.check()
+    engine.release([first, live])
+    again, other = request([*common, ROOT]), request([*common[: CHUNK + 5], 3, 4, ROOT])
+    assert engine.begin(again) == 2 * CHUNK
+    assert engine.begin(other) == CHUNK
+    assert torch.equal(verified(engine, again, tree), expected)
+    assert torch.equal(verified(engine, other, tree), verified(engine_of(), request(other.tokens), tree))
+    engine.check()
+    engine.release([again, other])
+    engine.check()
+    assert engine.pages.free >= used
+
+
+def test_what_is_kept_gives_way_to_texts_and_a_full_engine_says_so() -> None:
+    engine = engine_of(prefix_bytes=1 << 30, tokens=3 * CHUNK)
+    for seed in range(4):
+        seq = request([*some_tokens(CHUNK + 9, seed=seed), ROOT])
+        engine.prefill(seq)
+        engine.release([seq])
+        engine.check()
+    seq = request([*some_tokens(2 * CHUNK + 5, seed=9), ROOT])
+    engine.prefill(seq)
+    more = request([*some_tokens(5, seed=9), ROOT])
+    with pytest.raises(ModelError, match="no memory is left"):
+        engine.prefill(more)
+    engine.release([seq, more])
+    engine.prefill(more)
+    engine.check()
+
+
+def test_damaged_counts_are_found() -> None:
+    engine = engine_of()
+    engine.check()
+    page = engine.pages._free.popleft()
+    with pytest.raises(InvariantError):
+        engine.check()
+    engine.pages._free.appendleft(page)
+    engine.pages._references[page] += 1
+    with pytest.raises(InvariantError):
+        engine.check()
+
+
+# -- the loop ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_texts_are_plain_s_whatever_is_drafted_alone_and_in_a_batch(temperature: float) -> None:
+    def texts() -> list[Sequence]:
+        params = SamplingParams(max_tokens=12, temperature=temperature, seed=3)
+        prompts = [[5, 6, 7, 8] * 8, some_tokens(40), [9, 9, 9, 9, 9]]
+        return [request(ids, params=params) for ids in prompts]
+
+    expected = [decode(llama(), [seq])[0] for seq in texts()]
+    for drafter in (NGram(), Recycling(llama().vocab_size)):
+        assert decode(llama(), texts(), drafter) == expected
+    llama().check()
+
+
+def test_hidden_states_are_transformers_and_those_of_accepted_nodes_lie_in_order() -> None:
+    engine = engine_of()
+    places = [0, 1, 2]
+    engine.capture(places)
+    seq, tree = request([*some_tokens(7), ROOT]), some_tree(ROOT, 6)
+    engine.prefill(seq)
+    engine.verify([seq], [tree])
+    path = [0]
+    while len(path) < 3:
+        path.append(next(n for n in range(5, 0, -1) if tree.parents[n] == path[-1]))
+    engine.commit([seq], [path])
+    ids = torch.tensor([*some_tokens(7), *tree.tokens[path].tolist()])
+    model = small()
+    with torch.inference_mode():
+        expected = model(input_ids=ids[None].to(DEVICE), output_hidden_states=True).hidden_states
+    for place in places:
+        got, wanted = engine.hidden(seq, place).float(), expected[place][0].float()
+        assert float((got - wanted).square().mean().sqrt()) < 0.03 * float(wanted.std())
+    whole = engine.hidden_states(ids.tolist(), places)
+    assert torch.equal(whole, torch.cat([engine.hidden(seq, place) for place in places], 1))
+
+
+def test_a_model_with_no_kernels_is_refused_with_the_reason() -> None:
+    prepared = Prepared(small("llama").float(), False, None, None, None)
+    prepared.own = own_forward(prepared.copy)
+    with pytest.raises(ModelError, match="float32, not bfloat16"):
+        TritonEngine(prepared)
