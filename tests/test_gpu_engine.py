@@ -20,7 +20,6 @@ from tokentree.engines.gpu.engine import TritonEngine
 from tokentree.engines.prepared import Prepared
 from tokentree.engines.self_check import own_forward
 from tokentree.errors import InvariantError, ModelError
-from tokentree.sampling import SamplingParams
 from tokentree.sequence import Sequence
 from tokentree.tree import TokenTree
 
@@ -46,11 +45,13 @@ def verified(engine: TritonEngine, seq: Sequence, tree: TokenTree, first: int = 
     return out.all_logits.clone()
 
 
+def path_to(tree: TokenTree, node: int) -> list[int]:
+    return [] if node < 0 else [*path_to(tree, int(tree.parents[node])), node]
+
+
 def alone(engine: TritonEngine, before: list[int], tree: TokenTree, node: int) -> torch.Tensor:
     """The logits after ``node``, when its path was decoded token by token."""
-    path = [node]
-    while path[0]:
-        path.insert(0, int(tree.parents[path[0]]))
+    path = path_to(tree, node)
     seq = request([*before, ROOT])
     engine.prefill(seq)
     for place in path:
@@ -68,7 +69,7 @@ def test_a_tree_has_transformers_logits_and_the_bits_of_each_path_alone(family: 
     expected = of_transformers(small(family).float().cpu(), before, tree)
     error = float((got.cpu().float() - expected).square().mean().sqrt())
     assert error < 0.05 * float(expected.std())
-    for node in (0, 3, 5):
+    for node in (3, 5):
         assert torch.equal(alone(engine, before, tree, node), got[node])
 
 
@@ -101,12 +102,12 @@ def test_after_commits_over_pages_a_text_is_like_one_prefilled_with_the_same_tok
     engine, before = engine_of(), some_tokens(CHUNK - 3)
     seq, tokens = request([*before, ROOT], max_tokens=90), [*before, ROOT]
     engine.prefill(seq)
-    for path, size in (([0, 2, 4], 7), ([0], 1), ([0, 1, 4], 6), ([0, 3], 9)):
+    for last, size in ((6, 7), (0, 1), (4, 6), (8, 9)):
         tree = some_tree(tokens[-1], size)
         engine.verify([seq], [tree])
-        kept = [node for node in path if node == 0 or int(tree.parents[node]) in path]
-        engine.commit([seq], [kept])
-        tokens += [*tree.tokens[kept[1:]].tolist(), 7]
+        path = path_to(tree, last)
+        engine.commit([seq], [path])
+        tokens += [*tree.tokens[path[1:]].tolist(), 7]
     assert engine.committed(seq) == len(tokens) - 1
     tree = some_tree(7, 5)
     got = engine.verify([seq], [tree]).all_logits.clone()
@@ -199,9 +200,8 @@ def test_damaged_counts_are_found() -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_texts_are_plain_s_whatever_is_drafted_alone_and_in_a_batch(temperature: float) -> None:
     def texts() -> list[Sequence]:
-        params = SamplingParams(max_tokens=12, temperature=temperature, seed=3)
         prompts = [[5, 6, 7, 8] * 8, some_tokens(40), [9, 9, 9, 9, 9]]
-        return [request(ids, params=params) for ids in prompts]
+        return [request(ids, max_tokens=12, temperature=temperature, seed=3) for ids in prompts]
 
     expected = [decode(llama(), [seq])[0] for seq in texts()]
     for drafter in (NGram(), Recycling(llama().vocab_size)):
@@ -216,9 +216,7 @@ def test_hidden_states_are_transformers_and_those_of_accepted_nodes_lie_in_order
     seq, tree = request([*some_tokens(7), ROOT]), some_tree(ROOT, 6)
     engine.prefill(seq)
     engine.verify([seq], [tree])
-    path = [0]
-    while len(path) < 3:
-        path.append(next(n for n in range(5, 0, -1) if tree.parents[n] == path[-1]))
+    path = path_to(tree, 5)
     engine.commit([seq], [path])
     ids = torch.tensor([*some_tokens(7), *tree.tokens[path].tolist()])
     model = small()

@@ -20,11 +20,11 @@ from tests.gguf_files import write_gguf
 from tests.tiny_models import parts_of, request, some_tokens, some_tree, tiny
 from tokentree.cache import DIGEST, intact, seal
 from tokentree.converted import packed_place
+from tokentree.engines.base import Engine
 from tokentree.engines.cpu import packed_file as kept
 from tokentree.engines.cpu.linear import PackedLinear
 from tokentree.engines.cpu.packed_file import Place
 from tokentree.engines.cpu.packing import GgufPacking, Packing
-from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.self_check import OWN
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import ModelError
@@ -60,7 +60,7 @@ def rewrite(file: Path, content: object) -> None:
     seal(file)
 
 
-def logits_of(engine: KVEngine) -> torch.Tensor:
+def logits_of(engine: Engine) -> torch.Tensor:
     seq = request(some_tokens(20))
     engine.prefill(seq)
     return engine.verify([seq], [some_tree(0, 9)]).all_logits

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tokentree.engines.kv_engine import KVEngine
+from tokentree.errors import ModelError
 from tokentree.llm import LLM
 from tokentree.sampling import SamplingParams
 from tokentree.train.talks import (
@@ -56,6 +58,8 @@ class Batches:
         engine = engine_of(llm)
         bytes_each = self._longest * engine.bytes_per_token + SCORES * engine.vocab_size
         self.size = min(rows_for(engine.device, bytes_each), 1 << max(1, (tokens // EACH).bit_length()))
+        if not isinstance(engine, KVEngine):
+            raise ModelError("texts are written by a model that attends by itself: use attention='sdpa'")
         self._writer = Writer(engine.model, self.size, self._longest)
 
     def write(self, numbers: Sequence[int]) -> dict[int, list[int]]:

@@ -41,7 +41,7 @@ from tokentree.train.keeping import whole, writing
 from tokentree.train.loop import CHECKPOINT, Figures, Recipe, train
 from tokentree.train.medusa import HeadsWithLoss, MedusaTask, frequent_tokens
 from tokentree.train.progress import Phases
-from tokentree.train.target import engine_of
+from tokentree.train.target import attention_for, engine_of
 from tokentree.train.texts import Texts
 
 CHOICES = 64  # nodes of the static tree that is kept beside the heads
@@ -155,7 +155,7 @@ def train_medusa2(
     settings |= {"tokens": tokens if str(data) == "self" else None, "max_tokens": max_tokens, "held_back": held_back}
     with phases_on(console) as phases:
         with phases.phase("loading the model"):
-            llm = LLM(base_model, max_batch=batch, dtype=dtype, device=device)
+            llm = LLM(base_model, max_batch=batch, dtype=dtype, device=device, attention=attention_for(device))
         check(llm, held_back, known_tokens=known_tokens, tokens=tokens, num_heads=num_heads, max_tokens=max_tokens)
         assert llm.tokenizer is not None
         tokenizer, size = llm.tokenizer, engine_of(llm).capture().hidden_size
@@ -185,7 +185,7 @@ def train_medusa2(
                     merged.save_pretrained(new)
                     tokenizer.save_pretrained(new)
                 with phases.phase("loading the changed model"):
-                    changed = LLM(folder / "model", dtype=dtype, device=device)
+                    changed = LLM(folder / "model", dtype=dtype, device=device, attention=attention_for(device))
                 heads.token_map = frequent_tokens(texts.ids, known_tokens, changed.engine.vocab_size)
                 some = Texts(texts.ids[-max(2, len(texts.ids) // 20) :])
                 # of this model, which training again changes: they are not kept

@@ -64,7 +64,8 @@ class Forward:
         inner = max(len(layer.gate_up) for layer in w.layers) // 2
         self.hidden, self._q = empty(most_rows, width), empty(most_rows, w.heads, w.head_size)
         self._normed, self._block = empty(most_rows, width), triton.next_power_of_2(width)
-        self._attended, self._gated = empty(most_rows, w.heads * w.head_size), empty(most_rows, inner)
+        self._attended = empty(most_rows, w.heads * w.head_size).zero_()  # rows that are padding are never written
+        self._gated = empty(most_rows, inner)
         normed = any(layer.attention_end_gain is not None for layer in w.layers)
         self._between = empty(most_rows if normed else 0, width)
         self._raw = empty(most_rows if any(layer.q_gain is not None for layer in w.layers) else 0, columns)
