@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -169,12 +167,6 @@ class Prepared:
         """What a `ReadyEngine` is made of the next time."""
         llama = program.llama.state()
         return llama and {"facts": asdict(self.facts), "settings": settings_of(self.config), "llama": llama}
-
-    @contextmanager
-    def explaining(self) -> Iterator[None]:
-        """See `foreign.explained`."""
-        with explained(self.copy):
-            yield
 
     def finish(self) -> None:
         """An engine is made of it: from now on the model must stay as it is.

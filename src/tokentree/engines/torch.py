@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokentree.engines.base import EngineOptions
-from tokentree.engines.foreign import inner_model
+from tokentree.engines.foreign import explained, inner_model
 from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.plan import KINDS, EnginePlan, plan
 from tokentree.engines.prepared import Prepared
@@ -70,7 +70,7 @@ def _first_that_works(prepared: Prepared, best: EnginePlan, prefix_bytes: int) -
     while True:
         try:
             engine = _made(prepared, now, prefix_bytes)
-            with prepared.explaining():
+            with explained(prepared.copy):
                 engine._check_trees(prepared.own)
         except ModelError as error:
             if now.otherwise is None:
