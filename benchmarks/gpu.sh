@@ -12,8 +12,7 @@ warm() {  # $1: its options
 }
 
 if has forward; then
-    timeout 200 python3 -m benchmarks.gpu_forward --sizes smollm2 1.5b 8b --out "$out/forward.json" 2>&1 | tail -60
-    grep -q "floor" "$out/forward.json" || timeout 100 python3 -m benchmarks.gpu_forward --late --sizes smollm2 --out "$out/late.json" 2>&1 | tail -30
+    timeout 120 python3 -m benchmarks.gpu_forward --sizes smollm2 1.5b 8b --out "$out/forward.json" 2>&1 | tail -60
 fi
 if has tiles; then
     warm "--sweep"

@@ -33,5 +33,6 @@ def widened(x):
 def dot(a, b, total):
     """total + a times b, of bfloat16 with sums in float32."""
     if INTERPRETED:
-        return tl.dot(widened(a), widened(b), total)
+        exact = tl.dot(widened(a).to(tl.float64), widened(b).to(tl.float64), out_dtype=tl.float64)
+        return total + exact.to(tl.float32)  # numpy's own sums depend on where a row stands
     return tl.dot(a, b, total)
