@@ -54,7 +54,7 @@ def main() -> None:
         ways["EAGLE and look-ups"] = llm.using("merged", heads=options.heads)
     for name, way in ways.items():  # compiles, records, measures costs
         begun = time.perf_counter()
-        way.generate(prompts[0][1], SamplingParams(max_tokens=24))
+        way.generate([prompts[0][1]], SamplingParams(max_tokens=24))
         tell(f"seconds to begin, {name}", round(time.perf_counter() - begun, 1))
     params = SamplingParams(max_tokens=options.max_tokens)
     if "speed" in options.parts:
@@ -90,7 +90,7 @@ def speed(ways: dict[str, LLM], prompts: list[tuple[str, Any]], params: Sampling
         ids: dict[str, list[int]] = {}
         for name, way in ways.items():
             begun = time.perf_counter()
-            result = way.generate(prompt, params)
+            [result] = way.generate([prompt], params)
             whole = time.perf_counter() - begun
             metrics, ids[name] = result.metrics, result.token_ids
             each = (
@@ -117,11 +117,9 @@ def speed(ways: dict[str, LLM], prompts: list[tuple[str, Any]], params: Sampling
 
 def batches(ways: dict[str, LLM], prompts: list[Any], params: SamplingParams) -> dict[str, Any]:
     """All at once: tokens a second, and texts that are those written alone."""
-    alone = [ways["plain"].generate(prompt, params).token_ids for prompt in prompts]
+    alone = [ways["plain"].generate([prompt], params)[0].token_ids for prompt in prompts]
     found = {}
     for name, way in ways.items():
-        wide = way.scheduler(len(prompts))
-        del wide
         way.max_batch = len(prompts)
         way.generate(prompts, SamplingParams(max_tokens=8))
         begun = time.perf_counter()

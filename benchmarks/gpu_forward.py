@@ -273,7 +273,7 @@ def sweep(model: Model, rows: tuple[int, ...], warm: tuple[int, int] | None) -> 
         given.normal_()
     works: dict[str, tuple[str, torch.Tensor, int, Callable[[Any, int, int], None]]] = {
         "qkv": ("norm", first.qkv, min(128, w.head_size), lambda layer, i, n: model.forward._heads(
-            layer, i, many[n].device, n)),
+            layer, i, many[n].device, n, model.forward._normed)),
         "o": ("residual", first.o, 128, lambda layer, i, n: model.forward._add(
             model.forward._attended, layer.o, None, None, n)),
         "gate_up": ("norm", first.gate_up, 256, lambda layer, i, n: model.forward._gate(layer, n)),

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import time
+
+from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter, Parts
 from tokentree.drafters.draft_model import DraftModel
-from tokentree.engines.base import Engine, HeadEngines
+from tokentree.engines.base import DraftLevels, Engine, GrowsDrafts, HeadEngines
 from tokentree.errors import PairingError
 from tokentree.heads.eagle import EagleHead
 from tokentree.heads.eagle_files import read_eagle
+from tokentree.sequence import Sequence
+from tokentree.shapes.base import Shape
 
 
 class Eagle(DraftModel):
@@ -26,6 +31,36 @@ class Eagle(DraftModel):
         if known is not None and int(known.max()) >= target.vocab_size:
             raise PairingError("this EAGLE head knows tokens that the target doesn't have")
         super().__init__(_with_states(target).head_engine(head), target.vocab_size, "eagle", known)
+
+    def propose(self, seqs: list[Sequence], shape: Shape, sampled: bool) -> list[Draft]:
+        engine = self._engine
+        if sampled or not isinstance(engine, GrowsDrafts):
+            return super().propose(seqs, shape, sampled)
+        growing = [seq for seq in seqs if self._may_grow(seq, Draft(seq.tokens[-1]), 0, shape)]
+        room = max((min(seq.room - 1, engine.context - len(seq.tokens)) for seq in growing), default=0)
+        started = time.perf_counter()
+        grown = engine.grow(growing, min(shape.max_depth, room)) if room > 0 else None
+        if grown is None:
+            return [Draft(seq.tokens[-1]) for seq in seqs]
+        self._learn_pace((time.perf_counter() - started) / len(grown[0].tokens))
+        drafts = {seq.id: self._draft(seq, one, shape, len(seqs)) for seq, one in zip(growing, grown, strict=True)}
+        return [drafts.get(seq.id) or Draft(seq.tokens[-1]) for seq in seqs]
+
+    def _draft(self, seq: Sequence, grown: DraftLevels, shape: Shape, texts: int) -> Draft:
+        """All candidates of ``grown`` as a draft, as many below each node as the shape wants."""
+        draft = Draft(seq.tokens[-1], None, self._level_seconds / texts)
+        nodes, places, width = [0], [0], grown.tokens.shape[2]  # parents, and their places in the level
+        for tokens, log_probs, chosen in zip(grown.tokens, grown.log_probs, grown.chosen, strict=True):
+            counts = [min(count, width) for count in shape.counts(seq, draft, nodes)]
+            added = draft.add_level(nodes, counts, tokens[places], log_probs[places])
+            draft.levels += 1
+            ranks = [place * width + rank for place, count in zip(places, counts, strict=True) for rank in range(count)]
+            known = dict(zip(ranks, added, strict=True))
+            going = [(known[number], place) for place, number in enumerate(chosen.tolist()) if number in known]
+            if not going:
+                break
+            nodes, places = [node for node, _ in going], [place for _, place in going]
+        return draft
 
     @classmethod
     def make(cls, parts: Parts) -> Drafter:

@@ -209,6 +209,31 @@ class DraftEngine(Protocol):
     def release(self, seqs: SequenceOf[Sequence]) -> None: ...
 
 
+@dataclass(frozen=True, eq=False)
+class DraftLevels:
+    """A draft that grew without its drafter: levels of at most W nodes with W candidates each.
+
+    Args:
+        tokens, log_probs: int64 and float32[levels, W, W], of each level's parents the most probable tokens, best
+            first, and their log-probabilities. The first level has one parent, the root.
+        chosen: int64[levels, W], the candidates of a level that are the next one's parents, by their numbers in the
+            flattened level; without meaning in the last.
+    """
+
+    tokens: Ints
+    log_probs: NDArray[np.float32]
+    chosen: Ints
+
+
+@runtime_checkable
+class GrowsDrafts(DraftEngine, Protocol):
+    """An engine that grows whole drafts by itself, on its device."""
+
+    def grow(self, seqs: SequenceOf[Sequence], levels: int) -> list[DraftLevels] | None:
+        """So many levels below the last token of each of ``seqs``; None if there are too many of them."""
+        ...
+
+
 class Engine(Protocol):
     """Owns weights and KV. Batch-first: a batch of one is a list of one. KV is kept per `Sequence.id`.
 

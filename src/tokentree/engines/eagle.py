@@ -82,9 +82,9 @@ class EagleEngine:
         self._head, self._target, self._features = _fast(head, features), target, features
         own = self._head.embed_tokens
         self._embedding = features.embedding if own is None else own
-        self._blocked, converted = features.device.type == "cpu" and not features.recorded, _converted(head, features)
-        fits = self._blocked and EagleProgram.fits(converted)
-        self._program = EagleProgram(converted, self._embedding) if fits else None
+        self._blocked, whole = features.device.type == "cpu" and not features.recorded, converted(head, features)
+        fits = self._blocked and EagleProgram.fits(whole)
+        self._program = EagleProgram(whole, self._embedding) if fits else None
         shape, dtype = (sizes.num_kv_heads, sizes.head_dim, sizes.head_dim), features.dtype
         self._recordings: Recordings[tuple[torch.Tensor, torch.Tensor]] = Recordings()
         layout = KVLayout((shape,), dtype, features.device, blocked=self._blocked, fixed=features.recorded)
@@ -246,14 +246,14 @@ def _attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask:
 
 def _fast(head: EagleHead, features: Features) -> EagleHead:
     """A copy of ``head`` on the linear layers that the target's engine runs fastest, in its type."""
-    fast = _converted(head, features)
+    fast = converted(head, features)
     for name, layer in list(fast.named_children()):
         if isinstance(layer, nn.Linear):
             setattr(fast, name, features.linear(layer.weight.detach(), layer.bias))
     return fast
 
 
-def _converted(head: EagleHead, features: Features) -> EagleHead:
+def converted(head: EagleHead, features: Features) -> EagleHead:
     """A copy of ``head`` in the target's type, where the target is."""
     made = copy.deepcopy(head).to(features.device, features.dtype).requires_grad_(False).eval()
     made.rotary = copy.deepcopy(head.rotary).to(features.device)  # its frequencies need float32

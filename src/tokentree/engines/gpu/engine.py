@@ -328,9 +328,23 @@ class TritonEngine:
         return self.pages.states[number, torch.from_numpy(text.slots(rows)).to(self.device)]
 
     def head_engine(self, head: EagleHead) -> DraftEngine:
-        from tokentree.engines.eagle import EagleEngine  # few need what it imports
+        from tokentree.engines.eagle import EagleEngine  # few need what these import
+        from tokentree.engines.gpu.eagle import TritonEagle
 
-        return EagleEngine(head, self)
+        return TritonEagle(head, self) if TritonEagle.fits(head, self) else EagleEngine(head, self)
+
+    @property
+    def places(self) -> list[int]:
+        """The hidden states that are kept, in their order in `Pages.states`."""
+        return self._places
+
+    def slots_of(self, seq: Sequence, rows: Ints) -> Ints:
+        """Where the hidden states of these committed rows lie now."""
+        text = self._text(seq)
+        slots = text.slots(rows)
+        for source, target in text.moves:
+            slots[slots == target] = source
+        return slots
 
     @exclusive
     def hidden_states(self, ids: SequenceOf[int], places: SequenceOf[int] | None = None) -> torch.Tensor:

@@ -96,7 +96,7 @@ class Forward:
         for number, layer in enumerate(w.layers):
             self._store(number, self.hidden, x, rows)
             self._norm(layer.attention_gain, rows)
-            self._heads(layer, number, x, rows)
+            self._heads(layer, number, x, rows, self._normed)
             self._attend(layer, number, inputs, rows, long)
             self._add(self._attended, layer.o, layer.o_bias, layer.attention_end_gain, rows)
             self._norm(layer.mlp_gain, rows)
@@ -134,21 +134,23 @@ class Forward:
         w = self.weights
         norm_kernel[(rows,)](self.hidden, gain, self._normed, w.width, w.eps, BLOCK=self._block, num_warps=4)
 
-    def _heads(self, layer: Layer, number: int, x: dict[str, torch.Tensor], rows: int) -> None:
-        """Queries, and keys and values in their pages."""
+    def _heads(
+        self, layer: Layer, number: int, x: dict[str, torch.Tensor], rows: int, source: torch.Tensor
+    ) -> None:  # fmt: skip
+        """Queries, and keys and values in their pages, of ``source`` [rows, inputs]."""
         w, pages = self.weights, self.pages
-        columns, raw = len(layer.qkv), layer.q_gain is not None
+        (columns, width), raw = layer.qkv.shape, layer.q_gain is not None
         way, options = self._way(rows, layer.qkv, 128 if raw else min(w.head_size, 64))
         bias = layer.qkv if layer.qkv_bias is None else layer.qkv_bias
         to = *w.rotary[layer.rotary], x["positions"], x["slots"], self._q, pages.keys[number], pages.values[number]
         if not raw:
             rotary_kernel[_grid(way, rows, columns)](
-                self._normed, layer.qkv, bias, *to, rows, w.width, w.heads, w.kv_heads,
+                source, layer.qkv, bias, *to, rows, width, w.heads, w.kv_heads,
                 BIAS=layer.qkv_bias is not None, HEAD=w.head_size, CHUNK=CHUNK, **options,
             )  # fmt: skip
             return
         output_kernel[_grid(way, rows, columns)](
-            self._normed, layer.qkv, bias, self._raw, rows, columns, w.width, 0.0,
+            source, layer.qkv, bias, self._raw, rows, columns, width, 0.0,
             BIAS=layer.qkv_bias is not None, CAP=False, PARTS=way.parts, **options,
         )  # fmt: skip
         heads_kernel[(rows, w.heads + 2 * w.kv_heads)](

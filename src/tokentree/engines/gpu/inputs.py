@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +40,34 @@ class Piece:
         return len(self.tree) - self.first
 
 
+class Memory(NamedTuple):
+    """The same int32 numbers in the host's memory and on a device."""
+
+    host: torch.Tensor
+    device: torch.Tensor
+
+    @classmethod
+    def make(cls, size: int, device: torch.device) -> Memory:
+        """So many zeros."""
+        host = torch.zeros(size, dtype=torch.int32, pin_memory=device.type == "cuda")
+        return cls(host, host.to(device, copy=True))
+
+    def copy(self, size: int | None = None) -> None:
+        """Copies the first so many, or all, to the device."""
+        self.device[:size].copy_(self.host[:size], non_blocking=True)
+
+
+def _sizes(rows: int, most_items: int | None) -> dict[str, int]:
+    """How many numbers each of `Inputs`' attributes has."""
+    if most_items is None:
+        most_items = MOST_ITEMS if rows <= MANY else 0
+    return {
+        "ids": rows, "positions": rows, "slots": rows, "firsts": rows, "tiles": 3 * rows, "num_tiles": 1,
+        "num_items": 1, "num_moves": 1, "moves": 2 * MOVES, "items": most_items * FIELDS,
+        "tails": rows * max(64, rows),
+    }  # fmt: skip
+
+
 class Inputs:
     """The numbers of a forward over at most ``rows`` rows.
 
@@ -51,24 +80,28 @@ class Inputs:
         moves: int32[2, MOVES]: slots of rows that are moved first, and where they go.
     """
 
-    def __init__(self, rows: int, device: torch.device) -> None:
+    def __init__(
+        self, rows: int, device: torch.device, most_items: int | None = None, memory: Memory | None = None
+    ) -> None:  # fmt: skip
         self.rows, self.depth = rows, max(64, rows)
-        most_items = MOST_ITEMS if rows <= MANY else 0
-        sizes = {
-            "ids": rows, "positions": rows, "slots": rows, "firsts": rows, "tiles": 3 * rows, "num_tiles": 1,
-            "num_items": 1, "num_moves": 1, "moves": 2 * MOVES, "items": most_items * FIELDS,
-            "tails": rows * self.depth,
-        }  # fmt: skip
-        total = sum(sizes.values())
-        self._host = torch.zeros(total, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._device = self._host.to(device, copy=True)
+        sizes = _sizes(rows, most_items)
+        host, there = Memory.make(sum(sizes.values()), device) if memory is None else memory
         self.host: dict[str, np.ndarray] = {}
         self.device: dict[str, torch.Tensor] = {}
-        start, numbers = 0, self._host.numpy()
+        start, numbers = 0, host.numpy()
         for name, size in sizes.items():
-            self.host[name], self.device[name] = numbers[start : start + size], self._device[start : start + size]
+            self.host[name], self.device[name] = numbers[start : start + size], there[start : start + size]
             start += size
-        self._before_items = total - sizes["tails"] - sizes["items"]
+        self._memory = Memory(host, there)
+        self._before_items = start - sizes["tails"] - sizes["items"]
+
+    @staticmethod
+    def several(count: int, rows: int, device: torch.device, most_items: int) -> tuple[list[Inputs], Memory]:
+        """So many, behind one another in memory that is copied at once."""
+        size = sum(_sizes(rows, most_items).values())
+        whole = Memory.make(count * size, device)
+        parts = [slice(size * i, size * (i + 1)) for i in range(count)]
+        return [Inputs(rows, device, most_items, Memory(*(x[part] for x in whole))) for part in parts], whole
 
     def fill(self, pieces: SequenceOf[Piece], moves: Ints, group: int) -> bool:
         """Describes ``pieces``, whose rows lie behind one another, and copies it to the device; returns whether there
@@ -92,8 +125,25 @@ class Inputs:
         host["slots"][row:] = NOBODY * CHUNK
         host["num_tiles"][0], host["num_items"][0], host["num_moves"][0] = tile, counts[0], len(moves)
         host["moves"][: len(moves)], host["moves"][MOVES : MOVES + len(moves)] = moves[:, 0], moves[:, 1]
-        size = len(self._host) if branches else self._before_items + int(counts[0]) * FIELDS
-        self._device[:size].copy_(self._host[:size], non_blocking=True)
+        self._memory.copy(None if branches else self._before_items + int(counts[0]) * FIELDS)
+        return not counts[2]
+
+    def fill_level(self, texts: SequenceOf[tuple[Text, int]], level: int, width: int, group: int) -> bool:
+        """Describes the rows of a draft's level, without copying: ``width`` for each text, whose tokens and ancestors
+        are found on the device. Node ``n`` of a text that has so many rows by then lies that far behind them:
+        ``level * width + n``.
+
+        Returns:
+            whether there are items for all of them.
+        """
+        counts, host = np.zeros(3, np.int64), self.host
+        for number, (text, length) in enumerate(texts):
+            _describe_level(
+                host["positions"], host["slots"], host["firsts"], host["tiles"], host["items"], counts, number, level,
+                width, length, text.row, np.array(text.pages, np.int64), TILE // group,
+            )  # fmt: skip
+        host["num_items"][0] = counts[0]
+        host["slots"][len(texts) * width :] = NOBODY * CHUNK
         return not counts[2]
 
 
@@ -129,6 +179,23 @@ def _describe(
         _itemize(items, counts, tile, begin, count, text, positions, firsts, pages)
         tile += 1
     return row, tile, branched
+
+
+@njit(cache=True)
+def _describe_level(
+    positions: Ints32, slots: Ints32, firsts: Ints32, tiles: Ints32, items: Ints32, counts: Ints, number: int,
+    level: int, width: int, length: int, text: int, pages: Ints, tile_height: int,
+) -> None:  # fmt: skip
+    start = number * width
+    for node in range(width):
+        place = length + level * width + node
+        positions[start + node], firsts[start + node] = length + level, length
+        slots[start + node] = pages[place // CHUNK] * CHUNK + place % CHUNK
+    tile = number * (-(-width // tile_height))
+    for begin in range(start, start + width, tile_height):
+        count = min(tile_height, start + width - begin)
+        _itemize(items, counts, tile, begin, count, text, positions, firsts, pages)
+        tile += 1
 
 
 @njit(cache=True)

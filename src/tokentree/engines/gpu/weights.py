@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Phi3", "Gemma2", "Gemma3")
 GELU = ("gelu_pytorch_tanh", "gelu_tanh")
 LEAST = 16  # inputs that a product takes at a time
-MOST_HEAD = 256
+HEAD_SIZES = (16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,16 +113,8 @@ def unfit(model: PreTrainedModel) -> str | None:
         return f"{name} is none of {', '.join(FAMILIES)}"
     if model.dtype is not torch.bfloat16:
         return f"its weights are {str(model.dtype).removeprefix('torch.')}, not bfloat16"
-    heads, kv_heads, head = _attention_sizes(config)
-    sizes = {
-        "heads for each KV head": heads % kv_heads == 0 and heads // kv_heads <= TILE,
-        "numbers a head": head in (16, 32, 64, 128, MOST_HEAD),
-        "numbers a row": config.hidden_size % LEAST == 0 and heads * head % LEAST == 0,
-        "numbers in an MLP": config.intermediate_size % LEAST == 0,
-        "tokens": config.vocab_size < 1 << 24,
-    }
-    if wrong := [size for size, fits in sizes.items() if not fits]:
-        return f"it has a number of {wrong[0]} that there is no kernel for"
+    if not sizes_fit(*_attention_sizes(config), config.hidden_size, config.intermediate_size):
+        return "it has sizes that there is no kernel for"
     if _activation(config) not in ("silu", *GELU):
         return f"its MLPs use {_activation(config)}"
     kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
@@ -131,6 +123,16 @@ def unfit(model: PreTrainedModel) -> str | None:
     if getattr(config, "use_bidirectional_attention", False):
         return "it attends in both directions"
     return None
+
+
+def sizes_fit(heads: int, kv_heads: int, head_size: int, width: int, inner: int) -> bool:
+    """Whether there are kernels for layers of ``width`` numbers with MLPs of ``inner``."""
+    return (
+        heads % kv_heads == 0
+        and heads // kv_heads <= TILE
+        and head_size in HEAD_SIZES
+        and not any(size % LEAST for size in (width, heads * head_size, inner))
+    )
 
 
 @torch.inference_mode()
@@ -155,7 +157,7 @@ def read(model: PreTrainedModel, positions: int, drop: bool) -> Weights:
 
     kinds = list(dict.fromkeys(_rotary_kind(config, layer) for layer in range(len(body.layers))))
     tables, turned = _rotary_tables(body.rotary_emb, kinds, head, positions, model.device)
-    order = _neighbours(heads, kv_heads, head, turned).to(model.device)
+    order = neighbours(heads, kv_heads, head, turned).to(model.device)
     in_head = order[:head]
     layers = list[Layer]()
     for number, module in enumerate(body.layers):
@@ -261,7 +263,7 @@ def _rotary_tables(
     return tables, turned
 
 
-def _neighbours(heads: int, kv_heads: int, head: int, turned: int) -> torch.Tensor:
+def neighbours(heads: int, kv_heads: int, head: int, turned: int) -> torch.Tensor:
     """int64[(heads + 2 KV heads) x head]: the outputs of queries, keys and values in the kernels' order, if so many of
     a head turn."""
     pairs = torch.stack([torch.arange(turned // 2), torch.arange(turned // 2, turned)], 1).flatten()
