@@ -1,10 +1,11 @@
 """Texts on a GPU, end to end: ids against plain decoding's, tokens a second, and where a step's time goes.
 
     python -m benchmarks.gpu_engine --model MODEL --prompts FILE --out FILE [--heads FOLDER] [--prompts-each N]
-        [--max-tokens N] [--parts ids batch speed seeds transformers profile]
+        [--max-tokens N] [--parts speed seeds batch transformers]
 
-Results are written after each part, as JSON. "speed" is decoding alone, text by text, interleaved by prompt; "batch" has
-32 texts at once; "transformers" is its own `generate` with a static cache and a compiled forward, end to end.
+Results are written after each part, as JSON. "speed" is decoding alone, text by text, interleaved by prompt; "seeds"
+the same with a temperature; "batch" has 32 texts at once; "transformers" is its own `generate` with a static cache and
+a compiled forward, end to end.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--prompts-each", type=int, default=3, help="of each kind")
     parser.add_argument("--seconds", type=float, default=120, help="for the whole run; what is begun ends")
-    parser.add_argument("--parts", nargs="*", default=["speed", "batch", "seeds", "transformers", "profile"])
+    parser.add_argument("--parts", nargs="*", default=["speed", "seeds", "batch", "transformers"])
     options = parser.parse_args()
     started = time.perf_counter()
     found: dict[str, Any] = {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
@@ -46,6 +47,10 @@ def main() -> None:
         return time.perf_counter() - started > options.seconds
 
     prompts = read(options.prompts, options.prompts_each)
+    if "transformers" in options.parts:
+        tell("transformers", of_transformers(options.model, prompts[:13], options.max_tokens, late))
+    if options.parts == ["transformers"]:
+        return
     llm = LLM(options.model, prefix_mb=0)
     tell("engine", llm.engine.info.signature)
     tell("seconds to load", round(time.perf_counter() - started, 1))
@@ -64,8 +69,6 @@ def main() -> None:
         tell("seeds", speed(ways, prompts[:: max(1, len(prompts) // 13)], sampled, late))
     if "batch" in options.parts and not late():
         tell("batch", batches(ways, [text for _, text in prompts][:32], params))
-    if "transformers" in options.parts and not late():
-        tell("transformers", of_transformers(options.model, prompts[:13], options.max_tokens, late))
 
 
 def read(file: Path, each: int) -> list[tuple[str, Any]]:

@@ -27,10 +27,8 @@ from tokentree.engines.gpu.rows import (
     norm_kernel,
     store_kernel,
 )
-from tokentree.engines.gpu.tiles import MANY, SHARED, Tile, parts_of, tile
+from tokentree.engines.gpu.tiles import FEW, MANY, SHARED, Tile, parts_of, tile
 from tokentree.engines.gpu.weights import Layer, Weights
-
-PROGRAMS = 264  # of attention: two for each multiprocessor of a large GPU
 
 
 class Forward:
@@ -56,6 +54,7 @@ class Forward:
         self._cuda = device.type == "cuda"
         properties: Any = torch.cuda.get_device_properties(device) if self._cuda else None
         self._shared = properties.shared_memory_per_block_optin if self._cuda else SHARED
+        self._processors = properties.multi_processor_count if self._cuda else 2
 
         def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
@@ -166,14 +165,14 @@ class Forward:
         sizes = w.heads, w.kv_heads, pages.tables.shape[1], layer.scale, layer.cap
         options: dict[str, Any] = {
             "DEPTH": inputs.depth, "GROUP": w.group, "HEAD": w.head_size, "CHUNK": CHUNK, "WINDOW": layer.window,
-            "CAP": layer.cap > 0, "num_warps": 4, "num_stages": 1,
+            "CAP": layer.cap > 0, "num_warps": 4 if w.head_size < 128 else 8, "num_stages": 1,
         }  # fmt: skip
         if long:
             long_attention_kernel[(rows, w.kv_heads)](
                 *given, x["tiles"], x["num_tiles"], self._attended, *sizes, **options
             )
             return
-        programs = max(1, (PROGRAMS if self._cuda else 4) // w.kv_heads)
+        programs = max(1, (2 if rows <= FEW else 4) * self._processors // w.kv_heads)
         attention_kernel[(programs, w.kv_heads)](
             *given, x["items"], x["num_items"], self._sums, self._bests, self._totals, self._counters, self._attended,
             *sizes, FIELDS=FIELDS, **options,

@@ -235,8 +235,9 @@ class Text:
 
     def keep(self, nodes: SequenceOf[int], committed: int) -> None:
         """Keeps the provisional rows ``nodes``, ascending, and drops the others; the first so many are committed."""
-        kept = self.length + np.array(nodes, np.int64)
-        places = self.length + np.arange(len(nodes))
-        moved = kept != places
-        self.moves = np.concatenate([self.moves, np.stack([self.slots(kept[moved]), self.slots(places[moved])], 1)])
+        first = next((i for i, node in enumerate(nodes) if i != node), len(nodes))
+        if first < len(nodes):
+            kept = self.length + np.array(nodes[first:], np.int64)
+            places = self.length + np.arange(first, len(nodes))
+            self.moves = np.concatenate([self.moves, np.stack([self.slots(kept), self.slots(places)], 1)])
         self.length += committed
