@@ -57,8 +57,10 @@ def _fastest(rows: int, columns: int, width: int, most_columns: int) -> Tile:
     inputs = next(size for size in (128, 64, 32, 16) if share % size == 0)
     if rows > MANY:
         return Tile(parts, False, 128, min(most_columns, 128), min(inputs, 64), 8, 3)
-    if rows <= FEW and most_columns >= 64 and columns >= 1536:
-        return Tile(parts, True, 16, 64, inputs, 4, 6, spread)
+    if most_columns >= 64 and columns >= 1536 and (rows <= 2 * FEW or width >= LONG):
+        height = next(size for size in (16, 32, 64) if size >= rows)
+        wide = 128 if height == 64 and most_columns >= 128 and columns * parts >= 200 * 128 else 64
+        return Tile(parts, True, height, wide, inputs, 4, 3 if wide == 128 else 6, spread)
     fits = (size for size in (64, 32) if size <= most_columns and columns * parts >= ENOUGH * size)
     wide = next(fits, 16)
     if wide == 64 and width < LONG:
