@@ -115,6 +115,27 @@ def test_after_commits_over_pages_a_text_is_like_one_prefilled_with_the_same_tok
     engine.check()
 
 
+def test_more_rows_than_a_forward_takes_go_through_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of()
+    texts = [[*some_tokens(n, seed=n), ROOT] for n in (3, 9, 20)]
+    trees = [some_tree(ROOT, n) for n in (5, 8, 4)]
+    expected = [verified(engine, request(ids), tree) for ids, tree in zip(texts, trees, strict=True)]
+    monkeypatch.setattr("tokentree.engines.gpu.engine.ROWS", (1, 2, 4, 8))
+    seqs, prompts = [request(ids) for ids in texts], [request(some_tokens(30, seed=4)), request(some_tokens(6, seed=5))]
+    for seq in seqs:
+        engine.prefill(seq)
+    out = engine.verify(seqs, trees, reading=[(prompts[0], 25), (prompts[1], 3)])
+    assert torch.equal(out.all_logits, torch.cat(expected))
+    assert out.starts == [0, 5, 13]
+    assert np.array_equal(out.top(1)[1][:, 0], out.all_logits.float().argmax(1).cpu().numpy())
+    assert [engine.committed(seq) for seq in prompts] == [25, 3]
+    for seq in prompts:
+        tree = some_tree(int(seq.tokens[-1]), 3)
+        assert torch.equal(verified(engine, seq, tree), verified(engine, request(seq.tokens), tree))
+    with pytest.raises(ModelError, match="9 rows in one forward"):
+        engine.verify(seqs[:1], [some_tree(ROOT, 9)])
+
+
 def test_a_tree_grown_over_several_calls_equals_one_call() -> None:
     engine, before, tree = engine_of(), some_tokens(20), some_tree(ROOT, 9)
     whole = verified(engine, request([*before, ROOT]), tree)
