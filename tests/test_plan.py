@@ -21,6 +21,7 @@ GEMMA2 = replace(QWEN3, name="Gemma2ForCausalLM", family="gemma2", has_softcap=T
 DOGE = replace(QWEN3, name="DogeForCausalLM", family="doge", supports_sdpa=False)
 HOOKED = replace(QWEN3, runs_more=True)
 ON_GPU: dict[str, Any] = {"device": "cuda", "one_call": False}
+WITH_KERNELS: dict[str, Any] = {**ON_GPU, "has_kernels": True}
 TREE, SDPA = EngineOptions(attention="tree"), EngineOptions(attention="sdpa")
 COMPILED, INT8 = EngineOptions(compile=True), EngineOptions(quantization="int8")
 NONE = EngineOptions()
@@ -56,6 +57,10 @@ def tried(traits: Traits, options: EngineOptions) -> list[str]:
         (replace(LLAMA, **ON_GPU), SDPA, ["self_attending"]),
         (replace(LLAMA, **ON_GPU), COMPILED, ["compiled", "self_attending"]),
         (replace(LLAMA, **ON_GPU), replace(SDPA, compile=True), ["compiled", "self_attending"]),
+        (replace(LLAMA, **WITH_KERNELS), NONE, ["kernels", "recorded", "self_attending"]),
+        (replace(LLAMA, **WITH_KERNELS), TREE, ["kernels"]),
+        (replace(LLAMA, **WITH_KERNELS), INT8, ["kernels"]),
+        (replace(LLAMA, **WITH_KERNELS), replace(TREE, quantization="int8"), ["kernels"]),
         (replace(HOOKED, **ON_GPU), NONE, ["self_attending"]),
         (replace(HOOKED, **ON_GPU), COMPILED, ["compiled", "self_attending"]),
         (replace(QWEN3, device="mps"), NONE, ["self_attending"]),
@@ -76,7 +81,32 @@ def test_engines_are_tried_in_this_order(traits: Traits, options: EngineOptions,
         ),
         (QWEN3, EngineOptions(attention="flash"), "attention='flash' can't be used with Qwen3ForCausalLM"),
         (QWEN3, INT8, "^quantization='int8' is for models on a CPU with dtype='bfloat16'$"),
-        (replace(LLAMA, **ON_GPU), INT8, "^quantization='int8' is for models on a CPU with dtype='bfloat16'$"),
+        (
+            replace(LLAMA, **ON_GPU, without_kernels="it has 3 legs"),
+            INT8,
+            "^quantization='int8' on a GPU takes kernels of our own, and none run LlamaForCausalLM: it has 3 legs$",
+        ),
+        (
+            replace(LLAMA, **WITH_KERNELS, from_gguf=True),
+            EngineOptions(quantization="gguf"),
+            "^quantization='gguf' is for models on a CPU with dtype='bfloat16'$",
+        ),
+        (replace(LLAMA, device="mps"), INT8, "^quantization='int8' is for models on a CPU with dtype='bfloat16'$"),
+        (
+            replace(LLAMA, **WITH_KERNELS),
+            replace(SDPA, quantization="int8"),
+            "^attention='sdpa' and quantization='int8' don't go together for LlamaForCausalLM on a GPU$",
+        ),
+        (
+            replace(LLAMA, **WITH_KERNELS, runs_more=True),
+            INT8,
+            "^quantization='int8' on a GPU is for models without hooks, and LlamaForCausalLM has some$",
+        ),
+        (
+            replace(LLAMA, **WITH_KERNELS),
+            replace(INT8, compile=True),
+            "^compile=True and quantization='int8' don't go together for LlamaForCausalLM$",
+        ),
         (
             QWEN3,
             replace(TREE, compile=True),

@@ -83,8 +83,7 @@ def _fastest_in_8_bits(rows: int, columns: int, width: int, most_columns: int) -
     parts = parts_of(columns, width, 8)
     inputs = 2 * GROUP if width // parts % (2 * GROUP) == 0 else GROUP
     if rows > MANY:
-        wide = min(most_columns, 128)
-        return Tile(parts, True, 128, wide, GROUP, 8 if wide == 128 else 4, 4)
+        return Tile(parts, True, 128, min(most_columns, 128), GROUP, 8, 4)
     height = next(size for size in (16, 32, 64) if size >= rows)
     wide = min(most_columns, 128 if height == 64 and columns >= 128 * ENOUGH else 64)
     return Tile(parts, True, height, wide, inputs, 8 if wide == 128 else 4, 8 if height == 16 else 4, parts > 1)
