@@ -58,7 +58,7 @@ class Recorder:
         return self._launch
 
     def _launch(self, *given: Any, **options: Any) -> None:
-        sizes = {name: options.pop(name) for name in ("num_warps", "num_stages") if name in options}
+        sizes: dict[str, int] = {name: options.pop(name) for name in ("num_warps", "num_stages") if name in options}
         arguments = dict(zip(self._kernel.arg_names, given)) | options
         signature, constants, attributes = dict[str, str](), dict[tuple[int], Any](), dict[tuple[int], Any]()
         for place, parameter in enumerate(self._kernel.params):
@@ -145,9 +145,7 @@ def needs(launch: Launch, capability: int) -> dict[str, Any]:
         ).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", told)
     assert found is not None, told
-    named = {
-        parameter.name: constants[place,] for place, parameter in enumerate(kernel.params) if (place,) in constants
-    }
+    named = {kernel.arg_names[place]: value for (place,), value in constants.items()}
     return {
         "kernel": kernel.__name__, "options": str(named | sizes), "registers": int(found[1]),
         "spilled": int(found[2]) + int(found[3]), "shared": made.metadata.shared, "most": SHARED[capability],

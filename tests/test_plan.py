@@ -143,9 +143,9 @@ def every() -> list[tuple[Traits, EngineOptions, EnginePlan]]:
     found = list[tuple[Traits, EngineOptions, EnginePlan]]()
     for device, dtype in product(("cpu", "cuda", "mps"), (torch.float32, torch.bfloat16)):
         traits = [replace(QWEN3, device=device, dtype=dtype)]
-        for flag in ("one_call", "runs_more", "has_softcap", "has_triton"):
+        for flag in ("one_call", "runs_more", "has_softcap", "has_kernels"):
             on: dict[str, Any] = {flag: True}
-            traits += [replace(one, **on) for one in traits]
+            traits += [replace(one, **on) for one in traits if flag != "has_kernels" or device == "cuda"]
         for one, attention, quantization, compile in product(
             traits, (None, "tree", "sdpa"), (None, "int8"), (False, True)
         ):
@@ -164,23 +164,25 @@ def test_plans_hold_what_they_promise() -> None:
     plans = every()
     assert {planned.engine for *_, planned in plans} == set(KINDS)
     for traits, options, planned in plans:
-        assert planned.attention == "sdpa" or traits.device == "cpu"
+        kernels = planned.engine == "kernels"
+        assert planned.attention == "sdpa" or traits.device == "cpu" or kernels
         assert planned.packs is (traits.device == "cpu" and planned.engine != "compiled")
         assert bool(planned.failing) is (planned.otherwise is not None)  # nobody is left without a word
         if options.attention == "tree":
             assert planned.attention == "tree"
-            assert planned.hint
+            assert planned.hint or kernels
         if options.attention == "sdpa":
             assert planned.attention == "sdpa"
         if options.quantization is not None:
-            assert planned.packs
+            assert planned.packs or kernels
+            assert planned.otherwise is None or planned.packs  # nothing else has 8 bits on a GPU
         assert planned.own_attention == ("eager" if traits.has_softcap else "sdpa")
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_each_engine_is_where_the_table_says(name: str) -> None:
     engine = imported(KINDS[name])
-    assert issubclass(engine, KVEngine)
+    assert issubclass(engine, KVEngine) or name == "kernels"
     assert callable(engine.of)
     assert engine.attention in ("tree", "sdpa")
 
