@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from tests.conftest import decode
 from tests.test_engine import of_transformers
@@ -17,6 +19,7 @@ from tokentree.drafters.lookup.recycling import Recycling
 from tokentree.engines.base import Branches, HeadEngines, TransformersEngine
 from tokentree.engines.gpu.attending import CHUNK
 from tokentree.engines.gpu.engine import TritonEngine
+from tokentree.engines.gpu.quantized import Int8
 from tokentree.engines.prepared import Prepared
 from tokentree.engines.self_check import own_forward
 from tokentree.errors import InvariantError, ModelError
@@ -26,8 +29,11 @@ from tokentree.tree import TokenTree
 ROOT = 5
 
 
-def engine_of(family: str = "llama", prefix_bytes: int = 0, tokens: int = 2000, **options: object) -> TritonEngine:
-    prepared = Prepared(small(family, **options), False, None, None, None)
+def engine_of(
+    family: str = "llama", prefix_bytes: int = 0, tokens: int = 2000, quantization: str | None = None,
+    owned: bool = False, **options: Any,
+) -> TritonEngine:  # fmt: skip
+    prepared = Prepared(small(family, **options), owned, quantization, None, None)
     prepared.ask("eager" if family.startswith("gemma2") else "sdpa")
     engine = TritonEngine(prepared, prefix_bytes, tokens)
     engine._check_trees(prepared.own)
@@ -254,4 +260,64 @@ def test_a_model_with_no_kernels_is_refused_with_the_reason() -> None:
     prepared = Prepared(small("llama").float(), False, None, None, None)
     prepared.own = own_forward(prepared.copy)
     with pytest.raises(ModelError, match="float32, not bfloat16"):
+        TritonEngine(prepared)
+
+
+# -- 8 bits ------------------------------------------------------------------------------------------------------------
+
+GROUPS: dict[str, Any] = {"intermediate_size": 128}  # inputs that come in groups of 64
+
+
+def rounded(family: str) -> PreTrainedModel:
+    """The model whose layers' weights are those that 8 bits have, in float32; its embedding is as it was."""
+    model = small(family, **GROUPS, tie_word_embeddings=False)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight.data = Int8.of(module.weight.data)[:]
+    exact: PreTrainedModel = model.float().cpu()
+    return exact
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_in_8_bits_a_tree_has_the_logits_of_the_rounded_model_and_the_bits_of_each_path_alone(family: str) -> None:
+    engine = engine_of(family, quantization="int8", owned=True, **GROUPS, tie_word_embeddings=False)
+    before, tree = some_tokens(9), some_tree(ROOT, 6)
+    got = verified(engine, request([*before, ROOT]), tree)
+    expected = of_transformers(rounded(family), before, tree)
+    error = float((got.cpu().float() - expected).square().mean().sqrt())
+    assert error < 0.05 * float(expected.std())
+    for node in (3, 5):
+        assert torch.equal(alone(engine, before, tree, node), got[node])
+    assert "int8" in engine.info.signature
+
+
+def test_in_8_bits_texts_are_plain_s_and_prompts_may_be_cut_anywhere() -> None:
+    engine = engine_of(quantization="int8", **GROUPS)
+    prompts = [[5, 6, 7, 8] * 6, [9, 9, 9, 9]]
+    expected = [decode(engine, [request(ids, max_tokens=4)])[0] for ids in prompts]
+    assert decode(engine, [request(ids, max_tokens=4) for ids in prompts], NGram()) == expected
+    seq, cut = request(prompts[0]), request(prompts[0])
+    engine.prefill(cut, 7)
+    tree = some_tree(8, 4)
+    assert torch.equal(verified(engine, cut, tree), verified(engine, seq, tree))
+
+
+def test_in_8_bits_the_embedding_stays_and_heads_get_the_output_layer_s_values() -> None:
+    engine = engine_of(quantization="int8", **GROUPS)
+    assert isinstance(engine.weights.head, Int8)
+    assert torch.equal(engine.weights.embedding.cpu(), small(**GROUPS).model.embed_tokens.weight.cpu())
+    assert engine.weights.nbytes < 0.6 * engine_of(**GROUPS).weights.nbytes
+    features = engine.capture()
+    weight, _ = features.output_weights(torch.tensor([3, 7], device=DEVICE))
+    assert torch.equal(weight, engine.weights.head[:][[3, 7]])
+    seq, tree = request([*some_tokens(5), ROOT]), some_tree(ROOT, 3)
+    got = verified(engine, seq, tree)
+    engine.commit([seq], [[0]])
+    expected = features.output_layer(engine.hidden(seq)[-1]).float()
+    assert float((got[0].float() - expected).abs().max()) < 0.02 * float(expected.std())
+
+
+def test_a_model_whose_inputs_come_in_no_groups_is_refused_in_8_bits() -> None:
+    prepared = Prepared(small(), False, "int8", None, None)
+    with pytest.raises(ModelError, match=r"it has sizes that there is no kernel for in 8 bits$"):
         TritonEngine(prepared)

@@ -99,18 +99,21 @@ class Prepared:
             return known
         one_call = self.device.type == "cpu" and Llama.fits(self.copy, Packing(self._kind))
         runs = replace(known, one_call=one_call, runs_more=runs_more(self.copy))
-        return replace(runs, has_kernels=self.device.type == "cuda" and self.without_kernels is None)
+        if self.device.type != "cuda":
+            return runs
+        reason = self.without_kernels
+        return replace(runs, has_kernels=reason is None, without_kernels=reason or "")
 
     @functools.cached_property
     def without_kernels(self) -> str | None:
-        """Why no kernels of our own run it on a GPU; None if they do."""
+        """Why no kernels of our own run it on a GPU, in 8 bits where those are asked for; None if they do."""
         if find_spec("triton") is None:
             return "triton isn't installed: pip install 'tokentree[gpu]'"
         if ForeignCode.of(self._model).at:
             return "there is code in it that isn't its class's own"
         from tokentree.engines.gpu.weights import unfit  # needs triton
 
-        return unfit(self._model)
+        return unfit(self._model, self.quantization is not None)
 
     def ask(self, attention: str) -> None:
         """Asks the model what it says by itself, with transformers' attention of that name.

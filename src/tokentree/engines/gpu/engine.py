@@ -17,6 +17,7 @@ from tokentree.engines.gpu.attending import CHUNK
 from tokentree.engines.gpu.forward import Forward, Size
 from tokentree.engines.gpu.inputs import MOVES, Inputs, Piece
 from tokentree.engines.gpu.pages import Pages, SharedPages, Text
+from tokentree.engines.gpu.quantized import linear
 from tokentree.engines.gpu.recording import Recording
 from tokentree.engines.gpu.rows import BEST
 from tokentree.engines.gpu.tiles import MANY
@@ -48,7 +49,8 @@ class TritonEngine:
     bit for bit. Nothing of a tree is in a recording: one for each number of rows serves all.
 
     Args:
-        prepared: a model of `weights.FAMILIES` in bfloat16, which was asked what it says by itself.
+        prepared: a model of `weights.FAMILIES` in bfloat16, which was asked what it says by itself. Its weights are
+            taken in 8 bits if it says so, which is lossy; trees are lossless to the model in 8 bits.
         prefix_bytes: KV of finished texts that is kept for texts that begin alike, in bytes.
         tokens: of all texts, that there is room for in KV; by default as many as memory allows, up to 262,144.
 
@@ -60,7 +62,7 @@ class TritonEngine:
         ModelError: if the model can't be run so.
     """
 
-    attention, execution, quantization = "tree", "kernels of our own", None
+    attention, execution = "tree", "kernels of our own"
     recorded = traced = False
 
     @neutral()
@@ -68,9 +70,9 @@ class TritonEngine:
         if reason := prepared.without_kernels:
             raise ModelError(f"no kernels of ours run {prepared.name}: {reason}")
         self.lock, self._guard, self.caveat = Exclusive(), prepared.guard, ""
-        self.facts, self.config = prepared.facts, prepared.config
+        self.facts, self.config, self.quantization = prepared.facts, prepared.config, prepared.quantization
         self.context, self.device, self.dtype = self.facts.context, prepared.device, prepared.dtype
-        self.weights = w = read(prepared.copy, self.context, prepared.owned)
+        self.weights = w = read(prepared.copy, self.context, prepared.owned, self.quantization is not None)
         self.vocab_size, most = w.vocab_size, -(-self.context // CHUNK)
         count = 1 + -(-(self._tokens() if tokens is None else tokens) // CHUNK)
         self.pages = Pages(len(w.layers), w.kv_heads, w.head_size, count, TEXTS, most, self.device)
@@ -170,7 +172,7 @@ class TritonEngine:
     def signature(self) -> str:
         """What the cost of a forward depends on: model, engine, dtype and device."""
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "interpreted"
-        return f"{self.facts.size}, kernels of our own, bfloat16, {device}"
+        return f"{self.facts.size}, kernels of our own, {self.quantization or 'bfloat16'}, {device}"
 
     @property
     def info(self) -> EngineInfo:
@@ -329,7 +331,7 @@ class TritonEngine:
             return torch.nn.functional.embedding(ids, w.embedding) * w.embedding_scale
 
         def head(hidden: torch.Tensor) -> torch.Tensor:
-            logits = torch.nn.functional.linear(hidden, w.head, w.head_bias)
+            logits = linear(hidden, w.head, w.head_bias)
             return torch.tanh(logits / w.cap) * w.cap if w.cap else logits
 
         def rows_of_head(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -415,7 +417,7 @@ class TritonEngine:
             keep(said([f, other, g, g], [-1, 0, 1, 0]), [0, 3])
         finally:
             self.pages.close(text)
-        error, allowed, spread = compare(own, torch.cat(got).to(own["logits"].device), False)
+        error, allowed, spread = compare(own, torch.cat(got).to(own["logits"].device), self.quantization is not None)
         if not error <= allowed:
             raise ModelError(
                 f"kernels of our own give other logits than {self.facts.name} "
