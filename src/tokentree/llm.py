@@ -23,7 +23,6 @@ from tokentree.costs import cost_curve
 from tokentree.decoder import Decoder, Watcher
 from tokentree.drafters.base import Parts
 from tokentree.engines.kv_engine import KVEngine
-from tokentree.engines.model_facts import ends_of
 from tokentree.engines.support import check_quantization
 from tokentree.errors import DeadEnd, ModelError, OptionError, PromptError, RequestError, TokenTreeError
 from tokentree.exclusive import neutral
@@ -201,8 +200,6 @@ class LLM:
         own_tokenizer = tokenizer_in(tokenizer)
         self.engine, self.max_batch = load_engine(model, dtype, place, **options), batch
         self.tokenizer = _tokenizer_of(model) if own_tokenizer is None else own_tokenizer
-        ends = {*self.engine.facts.ends, *ends_of(self.tokenizer)}  # some write -1 for none
-        self.eos_ids = frozenset(token for token in ends if 0 <= token < self.engine.vocab_size)
         draft_engines = list[tuple[str, KVEngine]]()
         for draft in drafts:
             name = str(draft) if isinstance(draft, str | Path) else draft.config._name_or_path
@@ -226,6 +223,16 @@ class LLM:
     def config(self) -> PreTrainedConfig:
         """The target's configuration."""
         return self.engine.config
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """The tokens that end a text, as in transformers' ``generate``: those of the model's generation configuration.
+        What a loaded model's is changed to holds for the requests that come later.
+
+        Raises:
+            ModelError: if it names something else there.
+        """
+        return frozenset(token for token in self.engine.ends if 0 <= token < self.engine.vocab_size)  # -1: no token
 
     @property
     def engines(self) -> list[KVEngine]:

@@ -106,6 +106,11 @@ class KVEngine(ABC):
         return None
 
     @property
+    def ends(self) -> list[int]:
+        """The tokens at which transformers' ``generate`` ends a text of the model."""
+        return self.facts.ends
+
+    @property
     def form(self) -> str:
         """How the forward runs, for `signature`."""
         return "one call" if self._program else f"{self.attention} attention"

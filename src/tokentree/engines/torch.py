@@ -28,7 +28,7 @@ from tokentree.engines.foreign import check_runs_in_a_copy, explained, inner_mod
 from tokentree.engines.from_cache import READY
 from tokentree.engines.kv import KVLayout, Storages
 from tokentree.engines.kv_engine import KVEngine
-from tokentree.engines.model_facts import Facts, settings_of
+from tokentree.engines.model_facts import Facts, ends_of, settings_of
 from tokentree.engines.segment import Segment, Upto, inputs_of
 from tokentree.engines.self_check import ATTENDED, OWN, own_forward
 from tokentree.engines.support import check_quantization, check_supported, decoder_layers, has_softcap
@@ -80,7 +80,7 @@ class TorchEngine(KVEngine):
         facts, device, dtype = Facts.of(model), model.device, model.dtype
         self.attention = attention or ("tree" if device.type == "cpu" else "sdpa")
         self._attends_itself = self.attention == "sdpa"
-        self._name, self._foreign = facts.name, list[str]()
+        self._name, self._foreign, self._ends = facts.name, list[str](), facts.ends
         if self.attention not in ("tree", "sdpa") or (self.attention == "tree" and device.type != "cpu"):
             raise ModelError(f"attention={attention!r} can't be used with {facts.name}: use attention='sdpa'")
 
@@ -133,6 +133,13 @@ class TorchEngine(KVEngine):
 
     def changed(self) -> str | None:
         return None if self._watch is None else self._watch.change()
+
+    @property
+    def ends(self) -> list[int]:
+        model = None if self._watch is None else self._watch.model
+        if model is not None:  # a loaded one may be told others at any time
+            self._ends = ends_of(model)
+        return self._ends
 
     @exclusive
     def begin(self, seq: Sequence) -> int:
