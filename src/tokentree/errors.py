@@ -40,3 +40,13 @@ class PairingError(TokenTreeError):
 
 class ForkError(TokenTreeError):
     """A process that was forked from one that had used a model."""
+
+
+def told(error: BaseException) -> str:
+    """The kind of an error and the first line of what it says, as they stand in the sentence of another one."""
+    try:
+        said = str(error)
+    except Exception:  # noqa: BLE001  it can't even say that
+        said = ""
+    lines = said.strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -24,7 +24,7 @@ from tokentree.decoder import Decoder, Watcher
 from tokentree.drafters.base import Parts
 from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.support import check_quantization
-from tokentree.errors import DeadEnd, ModelError, OptionError, PromptError, RequestError, TokenTreeError
+from tokentree.errors import DeadEnd, ModelError, OptionError, PromptError, TokenTreeError
 from tokentree.exclusive import neutral
 from tokentree.heads.saved import Fingerprint
 from tokentree.inputs import Chat, Prompt, Read, read_prompt, read_prompts
@@ -51,7 +51,7 @@ from tokentree.pairing import check_same_tokenizer
 from tokentree.pieces import Piece, Pieces
 from tokentree.registry import Named, check_names, make_drafter
 from tokentree.sampling import SamplingParams, check_vocabulary, seeded_noise
-from tokentree.scheduler import PREFILL_ROWS, Scheduler
+from tokentree.scheduler import PREFILL_ROWS, Scheduler, fail
 from tokentree.sequence import Accepted, FinishReason, Sequence, TokenLogprobs
 from tokentree.shapes import Cost, CostCurve, Shape
 from tokentree.sharing import Events, Shared
@@ -396,8 +396,8 @@ class LLM:
         count = seq.params.num_return_sequences
         try:
             search = BeamDecoder(self.engine, self.decoder.drafter, self.decoder.shape).run(seq, advance)
-        except RequestError as error:
-            seq.finish_reason, seq.error = "error", error
+        except Exception as error:  # noqa: BLE001  as in a step that it shares with nobody
+            fail(seq, error)
             return [self.result(seq)] * count
         results = []
         for found in search.best(count):
