@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -67,6 +67,16 @@ class KVEngine(ABC):
         self._prefixes = PrefixCache(prefix_bytes)
         for rows in (1, 2):  # compiled before any request waits for it
             top_logits(torch.zeros(rows, vocab_size, dtype=dtype, device=self.device), min(KEPT, vocab_size))
+
+    def __reduce__(self) -> NoReturn:
+        """Neither copied nor sent to another process: compiled loops hold addresses of what an engine has.
+
+        Raises:
+            ModelError: always.
+        """
+        raise ModelError(
+            "an LLM can't be copied, nor sent to another process: make a new one there; its tokenizer can be"
+        )
 
     # -- what a subclass has ---------------------------------------------------------------------------------------
 
