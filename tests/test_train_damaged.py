@@ -72,7 +72,7 @@ TOLD: dict[str, dict[str, str]] = {  # of a file's damage, what is told; else th
     "settings.json": {"missing": "holds config.json already"},
     "about.json": dict.fromkeys(("empty", "half", "zeros", "other"), r"about\.json' is damaged.*remove it if"),
     "checkpoint.pt": dict.fromkeys(("empty", "half", "zeros", "other"), r"checkpoint\.pt' is damaged: remove it"),
-    "texts.jsonl": dict.fromkeys(("zeros", "other"), "doesn't hold what a model wrote"),
+    "texts.jsonl": dict.fromkeys(("empty", "zeros", "other"), "doesn't hold what a model wrote"),
 }
 SETTINGS = dict.fromkeys(("empty", "half", "zeros", "other"), r"settings\.json' is damaged, .* or begin anew")
 

@@ -171,6 +171,31 @@ def texts_for(llm: LLM, data: str | Path, work: Path, tokens: int, seed: int, ph
         )
 
 
+@contextmanager
+def claimed(
+    llm: LLM, data: str | Path, folder: Path, settings: dict[str, Any], recipe: Recipe, work: str | Path | None,
+    tokens: int, places: int, force: bool, phases: Phases,
+) -> Iterator[tuple[Path, Path, Texts]]:  # fmt: skip
+    """Makes ``folder`` that of a training with these ``settings`` and this ``recipe``. Yields its folder for work, the
+    one for hidden states, which is ``work`` if that is given, and the texts; meanwhile no other training works there.
+    Of several processes the first one is here before the others, which then find it all.
+
+    Args:
+        places: how many hidden states of each token are kept.
+
+    Raises:
+        OptionError, PromptError: see `claim`, `work_folder`, `check_space` and `texts_for`.
+    """
+    with PartialState().main_process_first():
+        own = claim(folder, settings | recipe.model_dump(), force)
+        shared = Path(work or own)
+        with working_in(shared, phases):
+            work_folder(shared, llm, data, recipe, force)
+            if str(data) == "self" and places:
+                check_space(shared, llm, tokens, places)
+            yield own, shared, texts_for(llm, data, shared, tokens, recipe.seed, phases)
+
+
 def check_space(work: Path, llm: LLM, tokens: int, places: int) -> None:
     """Raises `OptionError` if the hidden states of so many ``tokens`` at so many ``places`` don't fit on the disk."""
     if llm.engine.device.type != "cpu":

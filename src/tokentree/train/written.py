@@ -69,7 +69,7 @@ class Kept:
         self.tokens = 0  # of all texts that are long enough
         self._first, self._reached, self._count = 0, 0, 0
         header = _line(HEADER, seed)
-        if not file.is_file() or not file.stat().st_size:
+        if not file.is_file():
             keep_text(file, header)
         self._read(header)
 
