@@ -3,8 +3,8 @@
     python -m benchmarks.gpu_engine --model MODEL --prompts FILE --out FILE [--heads FOLDER] [--prompts-each N]
         [--max-tokens N] [--parts ids batch speed seeds transformers profile]
 
-Results are written after each part, as JSON. "speed" is decoding alone, text by text, interleaved by prompt; "batch" has
-32 texts at once; "transformers" is its own `generate` with a static cache and a compiled forward, end to end.
+Results are written after each part, as JSON. "speed" is decoding alone, text by text, interleaved by prompt; "batch"
+has 32 texts at once; "transformers" is its own `generate` with a static cache and a compiled forward, end to end.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tokentree import ModelError, OptionError
-from tokentree.engines.base import EngineOptions
+from tokentree.engines.base import EngineOptions, NotCopied
 from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.plan import KINDS, EnginePlan, Traits, may_be_kept, plan
 from tokentree.plugins import imported
@@ -21,6 +21,7 @@ GEMMA2 = replace(QWEN3, name="Gemma2ForCausalLM", family="gemma2", has_softcap=T
 DOGE = replace(QWEN3, name="DogeForCausalLM", family="doge", supports_sdpa=False)
 HOOKED = replace(QWEN3, runs_more=True)
 ON_GPU: dict[str, Any] = {"device": "cuda", "one_call": False}
+WITH_KERNELS = {**ON_GPU, "has_kernels": True}
 TREE, SDPA = EngineOptions(attention="tree"), EngineOptions(attention="sdpa")
 COMPILED, INT8 = EngineOptions(compile=True), EngineOptions(quantization="int8")
 NONE = EngineOptions()
@@ -56,6 +57,10 @@ def tried(traits: Traits, options: EngineOptions) -> list[str]:
         (replace(LLAMA, **ON_GPU), SDPA, ["self_attending"]),
         (replace(LLAMA, **ON_GPU), COMPILED, ["compiled", "self_attending"]),
         (replace(LLAMA, **ON_GPU), replace(SDPA, compile=True), ["compiled", "self_attending"]),
+        (replace(LLAMA, **WITH_KERNELS), NONE, ["kernels", "recorded", "self_attending"]),
+        (replace(LLAMA, **WITH_KERNELS), TREE, ["kernels"]),
+        (replace(LLAMA, **WITH_KERNELS), SDPA, ["self_attending"]),
+        (replace(LLAMA, **WITH_KERNELS), COMPILED, ["compiled", "self_attending"]),
         (replace(HOOKED, **ON_GPU), NONE, ["self_attending"]),
         (replace(HOOKED, **ON_GPU), COMPILED, ["compiled", "self_attending"]),
         (replace(QWEN3, device="mps"), NONE, ["self_attending"]),
@@ -113,9 +118,10 @@ def every() -> list[tuple[Traits, EngineOptions, EnginePlan]]:
     found = list[tuple[Traits, EngineOptions, EnginePlan]]()
     for device, dtype in product(("cpu", "cuda", "mps"), (torch.float32, torch.bfloat16)):
         traits = [replace(QWEN3, device=device, dtype=dtype)]
-        for flag in ("one_call", "runs_more", "has_softcap", "has_triton"):
+        for flag in ("one_call", "runs_more", "has_softcap"):
             on: dict[str, Any] = {flag: True}
             traits += [replace(one, **on) for one in traits]
+        traits += [replace(one, has_kernels=True) for one in traits if device == "cuda" and not one.runs_more]
         for one, attention, quantization, compile in product(
             traits, (None, "tree", "sdpa"), (None, "int8"), (False, True)
         ):
@@ -134,7 +140,7 @@ def test_plans_hold_what_they_promise() -> None:
     plans = every()
     assert {planned.engine for *_, planned in plans} == set(KINDS)
     for traits, options, planned in plans:
-        assert planned.attention == "sdpa" or traits.device == "cpu"
+        assert planned.attention == "sdpa" or traits.device == "cpu" or planned.engine == "kernels"
         assert planned.packs is (traits.device == "cpu" and planned.engine != "compiled")
         assert bool(planned.failing) is (planned.otherwise is not None)  # nobody is left without a word
         if options.attention == "tree":
@@ -150,7 +156,8 @@ def test_plans_hold_what_they_promise() -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_each_engine_is_where_the_table_says(name: str) -> None:
     engine = imported(KINDS[name])
-    assert issubclass(engine, KVEngine)
+    assert issubclass(engine, KVEngine) or name == "kernels"
+    assert issubclass(engine, NotCopied)
     assert callable(engine.of)
     assert engine.attention in ("tree", "sdpa")
 
