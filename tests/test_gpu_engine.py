@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -38,6 +39,19 @@ def engine_of(
     engine = TritonEngine(prepared, prefix_bytes, tokens)
     engine._check_trees(prepared.own)
     return engine
+
+
+@pytest.mark.parametrize("owned", [False, True])
+def test_a_text_ends_where_generate_ends_it_now(owned: bool) -> None:
+    model = small(eos_token_id=5)
+    prepared = Prepared(model, owned, None, None, None)
+    prepared.ask("sdpa")
+    engine = TritonEngine(prepared, tokens=2000)
+    assert engine.ends == [5]
+    model.generation_config.eos_token_id = [7, 3]
+    assert engine.ends == list(engine.info.ends) == ([5] if owned else [3, 7])
+    with pytest.raises(ModelError, match="can't be copied"):
+        copy.deepcopy(engine)
 
 
 @functools.cache

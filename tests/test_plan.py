@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tokentree import ModelError, OptionError
-from tokentree.engines.base import EngineOptions
+from tokentree.engines.base import EngineOptions, NotCopied
 from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.plan import KINDS, EnginePlan, Traits, may_be_kept, plan
 from tokentree.plugins import imported
@@ -61,6 +61,8 @@ def tried(traits: Traits, options: EngineOptions) -> list[str]:
         (replace(LLAMA, **WITH_KERNELS), TREE, ["kernels"]),
         (replace(LLAMA, **WITH_KERNELS), INT8, ["kernels"]),
         (replace(LLAMA, **WITH_KERNELS), replace(TREE, quantization="int8"), ["kernels"]),
+        (replace(LLAMA, **WITH_KERNELS), SDPA, ["self_attending"]),
+        (replace(LLAMA, **WITH_KERNELS), COMPILED, ["compiled", "self_attending"]),
         (replace(HOOKED, **ON_GPU), NONE, ["self_attending"]),
         (replace(HOOKED, **ON_GPU), COMPILED, ["compiled", "self_attending"]),
         (replace(QWEN3, device="mps"), NONE, ["self_attending"]),
@@ -143,9 +145,10 @@ def every() -> list[tuple[Traits, EngineOptions, EnginePlan]]:
     found = list[tuple[Traits, EngineOptions, EnginePlan]]()
     for device, dtype in product(("cpu", "cuda", "mps"), (torch.float32, torch.bfloat16)):
         traits = [replace(QWEN3, device=device, dtype=dtype)]
-        for flag in ("one_call", "runs_more", "has_softcap", "has_kernels"):
+        for flag in ("one_call", "runs_more", "has_softcap"):
             on: dict[str, Any] = {flag: True}
-            traits += [replace(one, **on) for one in traits if flag != "has_kernels" or device == "cuda"]
+            traits += [replace(one, **on) for one in traits]
+        traits += [replace(one, has_kernels=True) for one in traits if device == "cuda" and not one.runs_more]
         for one, attention, quantization, compile in product(
             traits, (None, "tree", "sdpa"), (None, "int8"), (False, True)
         ):
@@ -183,6 +186,7 @@ def test_plans_hold_what_they_promise() -> None:
 def test_each_engine_is_where_the_table_says(name: str) -> None:
     engine = imported(KINDS[name])
     assert issubclass(engine, KVEngine) or name == "kernels"
+    assert issubclass(engine, NotCopied)
     assert callable(engine.of)
     assert engine.attention in ("tree", "sdpa")
 

@@ -23,9 +23,8 @@ from tokentree.costs import cost_curve
 from tokentree.decoder import Decoder, Watcher
 from tokentree.drafters.base import Parts
 from tokentree.engines.base import Branches, Engine, EngineOptions, TransformersEngine
-from tokentree.engines.model_facts import ends_of
 from tokentree.engines.support import check_quantization
-from tokentree.errors import DeadEnd, ModelError, OptionError, PromptError, RequestError, TokenTreeError
+from tokentree.errors import DeadEnd, ModelError, OptionError, PromptError, TokenTreeError
 from tokentree.exclusive import neutral
 from tokentree.gguf.header import is_gguf
 from tokentree.heads.saved import Fingerprint
@@ -53,7 +52,7 @@ from tokentree.pairing import check_same_tokenizer
 from tokentree.pieces import Piece, Pieces
 from tokentree.registry import Named, check_engine, check_names, make_drafter, make_engine
 from tokentree.sampling import SamplingParams, check_vocabulary, seeded_noise
-from tokentree.scheduler import PREFILL_ROWS, Scheduler
+from tokentree.scheduler import PREFILL_ROWS, Scheduler, fail
 from tokentree.sequence import Accepted, FinishReason, Sequence, TokenLogprobs
 from tokentree.shapes import Cost, CostCurve, Shape
 from tokentree.sharing import Events, Shared
@@ -211,8 +210,6 @@ class LLM:
         own_tokenizer = tokenizer_in(tokenizer)
         self.engine, self.max_batch = make_engine(engine, model, options), batch
         self.tokenizer = _tokenizer_of(model) if own_tokenizer is None and model is not None else own_tokenizer
-        ends = {*self.engine.info.ends, *ends_of(self.tokenizer)}  # some write -1 for none
-        self.eos_ids = frozenset(token for token in ends if 0 <= token < self.engine.vocab_size)
         draft_engines = list[tuple[str, TransformersEngine]]()
         for draft in drafts:
             name = str(draft) if isinstance(draft, str | Path) else draft.config._name_or_path
@@ -255,6 +252,17 @@ class LLM:
         if heads is None or not isinstance(self.engine, TransformersEngine):
             return None
         return Fingerprint.of(self.config, self.tokenizer)
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """The tokens that end a text, as in transformers' ``generate``: those of the model's generation configuration.
+        What a loaded model's is changed to holds for the requests that come later.
+
+        Raises:
+            ModelError: if it names something else there.
+        """
+        ends, vocab_size = self.engine.info.ends, self.engine.vocab_size
+        return frozenset(token for token in ends if 0 <= token < vocab_size)  # some write -1 for none
 
     @property
     def engines(self) -> list[TransformersEngine]:
@@ -419,8 +427,8 @@ class LLM:
         try:
             assert isinstance(self.engine, Branches)  # as `sequence` has seen
             search = BeamDecoder(self.engine, self.decoder.drafter, self.decoder.shape).run(seq, advance)
-        except RequestError as error:
-            seq.finish_reason, seq.error = "error", error
+        except Exception as error:  # noqa: BLE001  as in a step that it shares with nobody
+            fail(seq, error)
             return [self.result(seq)] * count
         results = []
         for found in search.best(count):

@@ -143,9 +143,9 @@ def _elsewhere(traits: Traits, options: EngineOptions, itself: EnginePlan) -> En
     recorded = replace(itself, engine="recorded", otherwise=itself, failing=told)
     if not traits.has_kernels:
         return recorded
-    kernels = replace(itself, engine="kernels", attention="tree")
+    kernels = replace(itself, engine="kernels", attention="tree", hint=": use attention='sdpa'")
     if options.quantization is not None:  # no other engine has 8 bits
-        return kernels
+        return replace(kernels, hint="")
     told = f"{traits.name} attends by itself here, and its text is plain's up to ties"
     return kernels if options.attention else replace(kernels, otherwise=recorded, failing=told)
 

@@ -47,17 +47,17 @@ class Prepared:
     Attributes:
         name, config, device, dtype: the model's.
         owned, quantization: as given.
+        own: what it says by itself, see `own_forward`; there once it was asked, as is
         guard: tells whether the model is still what it was.
-        own: what it says by itself, see `own_forward`; there once it was asked.
     """
 
     def __init__(
         self, model: PreTrainedModel, owned: bool, quantization: str | None, file: Path | None, kept: Place | None
     ) -> None:  # fmt: skip
+        self.guard: Unwatched
         self._model, self.owned, self._file, self._kept = model, owned, file, kept
         self.name, self.config, self.quantization = type(model).__name__, model.config, quantization
         self.device, self.dtype = model.device, model.dtype
-        self.guard = Unwatched()
         self.own: dict[str, torch.Tensor] = {}
         self._packed = False
 
@@ -121,7 +121,7 @@ class Prepared:
         Raises:
             ModelError: if it can't read a text, or its forward leaves a trace.
         """
-        guard = None if self.owned else Guard(self.name, Watch(self._model))
+        guard = None if self.owned else Guard(self.name, self.facts.ends, Watch(self._model))
         set_attention(self.copy, attention)
         with explained(self.copy):
             if self.device.type == "cpu":
@@ -131,7 +131,7 @@ class Prepared:
                 self.own = own_forward(self.copy)
         if guard is not None:
             guard.check_forward_of_its_own()
-            self.guard = guard
+        self.guard = guard or Unwatched(self.facts.ends)
 
     @property
     def vocab_size(self) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tokentree.engines.base import DraftEngine, EngineInfo, Features, TargetOutput
+from tokentree.engines.base import DraftEngine, EngineInfo, Features, NotCopied, TargetOutput
 from tokentree.engines.cpu.quantized import draft_linear
 from tokentree.engines.gpu.attending import CHUNK
 from tokentree.engines.gpu.forward import Forward, Size
@@ -42,7 +42,7 @@ KV_PART = 0.6  # of the memory that is free, at most, for KV
 KV_TOKENS = 1 << 18  # of all texts, at most, by default
 
 
-class TritonEngine:
+class TritonEngine(NotCopied):
     """Verifies trees with kernels of our own, on a CUDA device.
 
     A row has the same bits in any batch, any tree and any number of rows, prompt or not. So a text is plain decoding's,
@@ -177,13 +177,18 @@ class TritonEngine:
     @property
     def info(self) -> EngineInfo:
         return EngineInfo(
-            self.facts.name, self.vocab_size, self.context, tuple(self.facts.ends), self.device, self.dtype,
+            self.facts.name, self.vocab_size, self.context, tuple(self.ends), self.device, self.dtype,
             "tree", self.execution, self.signature, self.caveat, self.pages.nbytes,
         )  # fmt: skip
 
     def changed(self) -> str | None:
         """What has changed, in words, in a loaded model since this engine was made of it; None if nothing has."""
         return self._guard.changed()
+
+    @property
+    def ends(self) -> list[int]:
+        """See `TransformersEngine`."""
+        return self._guard.ends
 
     @property
     def model(self) -> PreTrainedModel:
