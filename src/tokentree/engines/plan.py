@@ -93,7 +93,8 @@ def plan(traits: Traits, options: EngineOptions) -> EnginePlan:
     check_quantization(quantization, traits.from_gguf)
     if quantization is not None and not (on_cpu and traits.dtype is torch.bfloat16):
         _check_quantized_on_gpu(traits, options)
-    if attention not in (None, "tree", "sdpa") or (attention == "tree" and not (on_cpu or traits.has_kernels)):
+    attends = on_cpu or (traits.has_kernels and not traits.runs_more)
+    if attention not in (None, "tree", "sdpa") or (attention == "tree" and not attends):
         raise ModelError(f"attention={attention!r} can't be used with {traits.name}: use attention='sdpa'")
     own_attention = "sdpa" if traits.supports_sdpa and not traits.has_softcap else "eager"
     itself = EnginePlan("self_attending", "sdpa", own_attention, packs=on_cpu)
