@@ -218,8 +218,7 @@ class TreeGenerator:
 
     def _run(self, llm: LLM, seqs: list[Sequence], processors: list[_PathProcessor], streamer: Streamer | None) -> None:
         self._last = self._of_thread.last = [seq.metrics for seq in seqs]
-        shown = 0
-        for _ in llm.run(seqs, len(seqs)):
+        for events in llm.run(seqs, len(seqs)):
             for seq in seqs:
                 if seq.error is not None:
                     raise seq.error
@@ -227,9 +226,8 @@ class TreeGenerator:
                 for processor in processors:
                     processor.check()
             if streamer is not None:
-                for token in seqs[0].output_ids[shown:]:
+                for token in [token for seq, event in events if seq is seqs[0] for token in event.tokens]:
                     streamer.put(torch.tensor([token]))
-                    shown += 1
         if streamer is not None:
             streamer.end()
 
