@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import secrets
-import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,15 +20,14 @@ from tokentree.costs import cost_curve
 from tokentree.decoder import Decoder, Watcher
 from tokentree.drafters.base import Parts
 from tokentree.engines.base import Branches, Engine, EngineOptions, TransformersEngine
-from tokentree.engines.model_facts import ends_of
 from tokentree.engines.support import check_quantization
-from tokentree.errors import DeadEnd, ModelError, OptionError, PromptError, RequestError, TokenTreeError
+from tokentree.errors import DeadEnd, ModelError, OptionError, PromptError, RequestError
 from tokentree.exclusive import neutral
 from tokentree.gguf.header import is_gguf
-from tokentree.heads.saved import Fingerprint
-from tokentree.inputs import Chat, Prompt, Read, read_prompt, read_prompts
+from tokentree.inputs import Prompt, Read, read_prompts
 from tokentree.kernels.threads import check_fork, set_threads
-from tokentree.loading import find_tokenizer, load_engine, load_tokenizer, pick_device
+from tokentree.loading import pick_device
+from tokentree.making import draft_engines_of, end_ids, fingerprint_of, kv_bytes_of, prefill_rows_of, tokenizer_of
 from tokentree.metrics import Metrics
 from tokentree.options import (
     Model,
@@ -40,56 +36,33 @@ from tokentree.options import (
     check_placed,
     folder_in,
     heads_in,
-    kv_memory,
     megabytes,
     model_in,
     models_in,
+    params_in,
     shape_in,
     shape_of,
     tokenizer_in,
     whole_number,
 )
-from tokentree.pairing import check_same_tokenizer
 from tokentree.pieces import Piece, Pieces
+from tokentree.progress import token_bar
 from tokentree.registry import Named, check_engine, check_names, make_drafter, make_engine
+from tokentree.result import Result
 from tokentree.sampling import SamplingParams, check_vocabulary, seeded_noise
-from tokentree.scheduler import PREFILL_ROWS, Scheduler
-from tokentree.sequence import Accepted, FinishReason, Sequence, TokenLogprobs
+from tokentree.scheduler import Scheduler
+from tokentree.sequence import Accepted, Sequence, TokenLogprobs
 from tokentree.shapes import Cost, CostCurve, Shape
 from tokentree.sharing import Events, Shared
+from tokentree.stream import Stream
 from tokentree.text import Detokenizer
+from tokentree.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 __all__ = ["LLM", "Model", "Piece", "Prompt", "Result", "Stream", "shape_of"]
-
-
-@dataclass(frozen=True)
-class Result:
-    """One decoded text.
-
-    Args:
-        text: the output, without special tokens and without what a stop string cut off.
-        token_ids: the output's tokens, all of them.
-        finish_reason: "stop" (a stop rule), "length" (a limit), "timeout", "interrupted" (the caller stopped), "error".
-        logprobs: per token, if they were asked for.
-        metrics: what it cost.
-        prompt_token_ids: the prompt.
-        score: with beam search, the text's log-probability, divided by its length to the power of the length penalty.
-        error: what ended it, with the finish reason "error": its rules failed behind the tokens that are there, or it
-            couldn't be begun.
-    """
-
-    text: str
-    token_ids: list[int]
-    finish_reason: FinishReason
-    logprobs: list[TokenLogprobs] | None
-    metrics: Metrics
-    prompt_token_ids: list[int]
-    score: float | None = None
-    error: TokenTreeError | None = None
 
 
 @dataclass(frozen=True)
@@ -210,22 +183,15 @@ class LLM:
         options = EngineOptions(dtype, place, attention, quantization, compile, prefix_bytes)
         own_tokenizer = tokenizer_in(tokenizer)
         self.engine, self.max_batch = make_engine(engine, model, options), batch
-        self.tokenizer = _tokenizer_of(model) if own_tokenizer is None and model is not None else own_tokenizer
-        ends = {*self.engine.info.ends, *ends_of(self.tokenizer)}  # some write -1 for none
-        self.eos_ids = frozenset(token for token in ends if 0 <= token < self.engine.vocab_size)
-        draft_engines = list[tuple[str, TransformersEngine]]()
-        for draft in drafts:
-            name = str(draft) if isinstance(draft, str | Path) else draft.config._name_or_path
-            if self.tokenizer is not None:
-                check_same_tokenizer(self.tokenizer, _tokenizer_of(draft), name)
-            short = _short(name, [known for known, _ in draft_engines])
-            draft_engines.append((short, load_engine(draft, options)))
-        self._parts = Parts(self.engine, tuple(draft_engines), heads, self._fingerprint_for(heads))
+        self.tokenizer = tokenizer_of(model) if own_tokenizer is None and model is not None else own_tokenizer
+        self.eos_ids = end_ids(self.engine, self.tokenizer)
+        draft_engines = draft_engines_of(drafts, self.tokenizer, options)
+        self._parts = Parts(self.engine, draft_engines, heads, fingerprint_of(self.engine, self.tokenizer, heads))
         self._curve: CostCurve | None = None
         self._way = _Way(drafter, shape, accept, watch)
         self._limits: dict[str, Any] = {
-            "prefill_rows": rows or (PREFILL_ROWS if self.engine.info.device.type == "cpu" else 8 * PREFILL_ROWS),
-            "kv_bytes": self._kv_bytes(kv_bytes),
+            "prefill_rows": prefill_rows_of(self.engine, rows),
+            "kv_bytes": kv_bytes_of(self.engine, kv_bytes),
         }
         self._make_decoder()
         if known is not None and known.is_dir():
@@ -242,19 +208,6 @@ class LLM:
         if config is None:
             raise ModelError(f"{self.engine.info.name} has no configuration of transformers")
         return config
-
-    def _kv_bytes(self, asked: int | None) -> int | None:
-        """Memory for KV: as much as was asked for, or as there is; no more than the engine has."""
-        info = self.engine.info
-        if info.kv_bytes is None:
-            return kv_memory(info.device) if asked is None else asked
-        return info.kv_bytes if asked is None else min(asked, info.kv_bytes)
-
-    def _fingerprint_for(self, heads: Path | None) -> Fingerprint | None:
-        """What heads must have been made for; None without heads, or for a target that they are no use to."""
-        if heads is None or not isinstance(self.engine, TransformersEngine):
-            return None
-        return Fingerprint.of(self.config, self.tokenizer)
 
     @property
     def engines(self) -> list[TransformersEngine]:
@@ -289,7 +242,7 @@ class LLM:
         )  # fmt: skip
         parts, folder = self._parts, heads_in(heads)
         if folder is not None:
-            parts = replace(parts, heads=folder, fingerprint=self._fingerprint_for(folder))
+            parts = replace(parts, heads=folder, fingerprint=fingerprint_of(self.engine, self.tokenizer, folder))
         return self._twin(way, parts)
 
     def plain(self) -> LLM:
@@ -374,7 +327,7 @@ class LLM:
         """
         requests = self.requests(prompts, params, reference)
         seqs = [request for request in requests if isinstance(request, Sequence)]
-        with _progress(seqs, progress) as advance:
+        with token_bar(seqs, progress) as advance:
             for _ in self.run(seq for seq in seqs if seq.params.num_beams == 1):
                 advance()
             results = [one for request in requests for one in self._results(request, advance)]
@@ -388,7 +341,7 @@ class LLM:
         texts, given = self._references(reference), read_prompts(prompts)
         return [
             request
-            for prompt, one in zip(given, _params_of(params, len(given)), strict=True)
+            for prompt, one in zip(given, params_in(params, len(given)), strict=True)
             for request in self._requests(prompt, one, texts)
         ]
 
@@ -448,7 +401,7 @@ class LLM:
 
     def streamed(self, prompt: Prompt, params: SamplingParams | None, reference: Any) -> Sequence:
         """The request that `stream` makes of the same."""
-        one = _params_of(params, 1)[0]
+        one = params_in(params, 1)[0]
         if one.num_beams > 1:
             raise OptionError("with num_beams the text is certain only at its end: use generate")
         if one.n > 1:
@@ -488,7 +441,7 @@ class LLM:
         Raises:
             PromptError, OptionError: as `generate`.
         """
-        ids = self._ids(prompt, "prompt")
+        ids = self._vocabulary.ids(prompt, "prompt")
         if params.stop and self.tokenizer is None:
             raise PromptError("stop strings need a tokenizer: pass tokenizer=, or use stop_token_ids")
         if params.num_beams > 1 and not isinstance(self.engine, Branches):
@@ -500,44 +453,13 @@ class LLM:
         context = self.engine.context
         return Sequence(ids, params, noise, context, self.eos_ids, detokenizer, references=references)
 
-    def _ids(self, prompt: Prompt | Read, what: str) -> list[int]:
-        read = prompt if isinstance(prompt, Chat) else read_prompt(prompt, what)
-        if not read:
-            raise PromptError(f"the {what} is empty: give at least one token")
-        if isinstance(read, Chat):
-            ids = chat_ids(self.tokenizer, read.messages)
-        elif isinstance(read, str):
-            if self.tokenizer is None:
-                raise PromptError("this model came without a tokenizer: give token ids, or pass tokenizer=")
-            ids = self.tokenizer(read).input_ids
-        else:
-            ids = read
-        if any(not 0 <= token < self.engine.vocab_size for token in ids):
-            raise PromptError(f"a token id of the {what} is outside the vocabulary of {self.engine.vocab_size}")
-        return ids
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        return Vocabulary(self.tokenizer, self.engine.vocab_size)
 
     def _references(self, reference: Any) -> list[list[int]]:
-        return (
-            [] if reference is None else [self._ids(text, "reference") for text in read_prompts(reference, "reference")]
-        )
-
-    @cached_property
-    def _special(self) -> dict[int, str]:
-        """The tokens that a text is shown without, and how they are written."""
-        tokenizer = self.tokenizer
-        assert tokenizer is not None
-        added = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
-        hidden = (
-            t for t in {*added, *tokenizer.all_special_ids} if not tokenizer.decode([t], skip_special_tokens=True)
-        )
-        return {token: written for token in hidden if (written := str(tokenizer.decode([token])))}
-
-    @cached_property
-    def _raw(self) -> frozenset[int]:
-        """The tokens that stand for a byte each, in tokenizers that have such beside pieces of text."""
-        names = [f"<0x{byte:02X}>" for byte in range(256)]
-        known = self.tokenizer.get_vocab() if self.tokenizer is not None else {}
-        return frozenset(known[name] for name in names if name in known)
+        texts = [] if reference is None else read_prompts(reference, "reference")
+        return [self._vocabulary.ids(text, "reference") for text in texts]
 
     def detokenizer(self, exact: bool = False) -> Detokenizer:
         """What makes text of tokens as they come.
@@ -548,11 +470,7 @@ class LLM:
         Raises:
             PromptError: without a tokenizer.
         """
-        tokenizer = self.tokenizer
-        if tokenizer is None:
-            raise PromptError("this model came without a tokenizer: pass tokenizer=")
-        raw = self._raw if exact else frozenset()
-        return Detokenizer(lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)), self._special, raw)
+        return self._vocabulary.detokenizer(exact)
 
     def pieces(self, seq: Sequence) -> Pieces:
         """What makes pieces of the events of ``seq``."""
@@ -569,100 +487,3 @@ class LLM:
             text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
         logprobs = seq.logprobs[: len(ids)] if seq.params.logprobs is not None else None
         return Result(text, ids, reason, logprobs, seq.metrics, seq.prompt_ids, error=seq.error)
-
-
-class Stream:
-    """The tokens of one request as they come. `result` is what there is so far, also after an interruption or an
-    error. Several threads may read one stream: each token goes to one of them."""
-
-    def __init__(self, llm: LLM, seq: Sequence) -> None:
-        self._llm, self._seq, self._closed, self._turn = llm, seq, threading.Event(), threading.RLock()
-        self._pieces = _pieces(llm, seq, self._closed)
-
-    def __iter__(self) -> Iterator[Piece]:
-        return self
-
-    def __next__(self) -> Piece:
-        check_fork()
-        with self._turn:
-            return next(self._pieces)
-
-    def close(self) -> None:
-        """Stops decoding and forgets the request's KV. Another thread that is waiting for the next token gets it, and
-        no more."""
-        self._closed.set()
-        if self._turn.acquire(blocking=False):
-            try:
-                if inspect.getgeneratorstate(self._pieces) != inspect.GEN_RUNNING:  # as in a step of its own
-                    self._pieces.close()
-            finally:
-                self._turn.release()
-
-    @property
-    def result(self) -> Result:
-        return self._llm.result(self._seq)
-
-
-def _pieces(llm: LLM, seq: Sequence, closed: threading.Event) -> Generator[Piece]:
-    """Decodes ``seq`` step by step. No method of `Stream`, so that a dropped stream drops its KV at once."""
-    pieces = llm.pieces(seq)
-    for events in llm.run([seq], 1):
-        for _, event in events:
-            for piece in pieces.of(event):
-                yield piece
-                if closed.is_set():
-                    return
-    if seq.error is not None:
-        raise seq.error
-
-
-def _tokenizer_of(model: Model) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a named model, if it has one; of a loaded one, if the place it was loaded from still has it."""
-    if isinstance(model, str | Path):
-        return find_tokenizer(model)
-    try:
-        return load_tokenizer(model.config._name_or_path, local_only=True) if model.config._name_or_path else None
-    except ModelError:  # weights alone, or a place that is gone
-        return None
-
-
-def _short(name: str, taken: SequenceOf[str]) -> str:
-    """What a draft model is called in figures: the end of its name, numbered where another one is called so too."""
-    short = Path(name).name.removesuffix(".gguf") or "draft_model"
-    alike = sum(known.split(" #")[0] == short for known in taken)
-    return f"{short} #{alike + 1}" if alike else short
-
-
-def _params_of(params: Any, count: int) -> list[SamplingParams]:
-    """The options of so many requests.
-
-    Raises:
-        OptionError: if these are none, or of another number.
-    """
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    if not isinstance(params, list | tuple) or not all(isinstance(one, SamplingParams) for one in params):
-        raise OptionError(f"params must be SamplingParams(…), or a list of them, and not {type(params).__name__}")
-    if len(params) != count:
-        raise OptionError(f"there are {len(params)} params for {count} prompts: give one, or one for each")
-    return list(params)
-
-
-@contextmanager
-def _progress(seqs: SequenceOf[Sequence], shown: bool) -> Iterator[Callable[[], None]]:
-    """A bar over the tokens of ``seqs``, if it is to be shown, and what to call after each step."""
-    if not shown:
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("decoding", total=sum(seq.params.max_tokens for seq in seqs))
-
-        def advance() -> None:
-            done = sum(seq.params.max_tokens if seq.finished else seq.metrics.new_tokens for seq in seqs)
-            bar.update(task, completed=done)
-
-        yield advance
