@@ -78,44 +78,42 @@ class _Way:
 class LLM:
     """A target model, a drafter and the loop.
 
-    Any number of threads may use one at once, with its twins (`using`, `plain`) and streams. What they ask of one `LLM`
-    shares forwards, and the steps of twins take turns; each text is the one that is written alone. A process that is
-    forked after a model was used can't use any.
+    Several threads may use an `LLM`, its twins (`using`, `plain`) and its streams at the same time. Their requests to
+    one `LLM` share forwards. Steps of twins take turns. A text doesn't depend on other requests. In a process that was
+    forked after a model was used, no model can be used.
 
     Args:
-        model: a hub name, a folder of safetensors, a GGUF file, or a loaded transformers model (which stays as it is,
-            also in peft's wrapping). What was put into a loaded one is run: adapters, hooks, replaced forwards. If it
-            changes later, the next request is refused: make a new `LLM` of it. Left out where ``engine`` needs none.
-        drafter: a name from the registry, a list of names to be merged, or a `Drafter`. Without one, ``draft_model`` if
-            draft models are given and no heads; otherwise all that is given and all lookups, merged.
-        draft_model: one draft model or several (merged into one tree).
-        engine: an engine that is made already (`tokentree.engines.base.Engine`), or the name of one, such as an
-            installed package adds, which is made of ``model`` and the options below. By default ``torch``: see
-            `TorchEngine`.
+        model: a hub name, a folder of safetensors, a GGUF file, or a loaded transformers model, also one that peft
+            wraps. A loaded model isn't changed. Its adapters, hooks and replaced forwards are run. If it changes later,
+            the next request is refused: make a new `LLM` of it. Leave it out if ``engine`` needs no model.
+        drafter: a name from the registry, a list of names to be merged, or a `Drafter`. The default is ``draft_model``
+            if there are draft models and no heads. Otherwise it is all lookups, draft models and heads, merged.
+        draft_model: one draft model or several. Several are merged into one tree.
+        engine: an engine (`tokentree.engines.base.Engine`), or the name of one, which is made of ``model`` and the
+            options below. Installed packages may add names. The default is ``torch``: see `TorchEngine`.
         heads: a folder with Medusa or EAGLE heads for this model.
-        shape: how trees grow: see `tokentree.shapes.shape`; or ``choices``, the static tree that is kept beside heads.
+        shape: how trees grow, see `tokentree.shapes.shape`. ``choices`` is the static tree that is stored beside heads.
         accept: ``match`` or ``rejection`` (both lossless), ``best_path`` or ``typical`` (both lossy).
-        dtype: ``float32``, ``bfloat16`` or ``float16``; by default the checkpoint's, and bfloat16 on CPUs that compute
-            in it.
+        dtype: ``float32``, ``bfloat16`` or ``float16``. The default is bfloat16 on CPUs, and the checkpoint's type
+            elsewhere.
         device: by default the first GPU, if there is one.
-        attention, quantization, compile: see `TorchEngine`; they hold for draft models too.
-        tokenizer: by default the one that comes with the model. A name will do, and a processor that has one.
-        max_batch: most sequences of one call that are decoded together.
-        prefill_rows: tokens of prompts that are read in one step beside texts that are decoded: what these wait for. By
-            default 64 on CPUs, and 512 elsewhere. Where no text is decoded, a step reads four times as many.
-        kv_mb: megabytes for the KV of texts that are decoded. When they are full, the youngest text waits, and is read
-            again later. By default half of the machine's memory, or nine tenths of what a GPU has left.
-        threads: CPU threads; the same as ``torch.set_num_threads``, which sets them for all that torch computes. No
-            text depends on how many there are.
-        prefix_mb: megabytes of KV of finished texts that each engine keeps, so that a text that begins alike (the next
-            turn of a chat, the same instructions) need not be read again.
-        memory: a folder with what drafters learnt earlier, see `save_memory`; one that isn't there is no mistake.
+        attention, quantization, compile: see `TorchEngine`. They apply to draft models too.
+        tokenizer: a tokenizer, its name, or a processor that has one. By default the one that comes with the model.
+        max_batch: the largest number of sequences of one call that are decoded together.
+        prefill_rows: the number of prompt tokens in a step that decodes texts too. These texts wait so much longer. By
+            default 64 on CPUs, and 512 elsewhere. A step that decodes no text reads four times as many.
+        kv_mb: memory for the KV of texts that are decoded, in megabytes. When it is full, the youngest text waits, and
+            is read again later. By default half of the machine's memory, or nine tenths of a GPU's free memory.
+        threads: CPU threads, as ``torch.set_num_threads`` sets them for the whole process. Texts don't depend on them.
+        prefix_mb: the size of each engine's prefix cache in megabytes. It holds KV of finished texts. A text that
+            begins alike (the next turn of a chat, the same instructions) reuses it.
+        memory: a folder with what drafters learnt earlier, see `save_memory`. It need not exist.
         speculative_model, speculative_config: another spelling of ``draft_model`` and ``shape``:
             ``{"mode": "tree", "depth": 3, "branching_factor": 2}`` or ``{"num_speculative_tokens": 4}``.
         watch: called after each step, see `Decoder`.
 
     Raises:
-        OptionError, ModelError, PairingError: all `ValueError`, each with one sentence that says what is wrong.
+        OptionError, ModelError, PairingError: each is a `ValueError` whose message is one sentence.
     """
 
     @neutral()
@@ -202,7 +200,7 @@ class LLM:
         """The target's configuration.
 
         Raises:
-            ModelError: if its engine has none: it runs no transformers model.
+            ModelError: if the engine runs no transformers model.
         """
         config: PreTrainedConfig | None = getattr(self.engine, "config", None)
         if config is None:
@@ -211,7 +209,7 @@ class LLM:
 
     @property
     def engines(self) -> list[TransformersEngine]:
-        """Those of the target and of the draft models."""
+        """The engines of the target and of the draft models."""
         parts = [self.engine, *(engine for _, engine in self._parts.draft_engines)]
         return [engine for engine in parts if isinstance(engine, TransformersEngine)]
 
@@ -225,8 +223,10 @@ class LLM:
         watch: Watcher | None = None,
         heads: str | Path | None = None,
     ) -> LLM:
-        """The same target and draft models with another drafter, shape or rule, other heads or another watcher; what
-        isn't named stays as it is. Nothing learnt is shared, except by a `Drafter` that was given as such.
+        """An `LLM` with the same target and draft models, and another drafter, shape, rule, watcher or heads.
+
+        An argument that is None keeps what this `LLM` has. The two don't share what drafters learn, except where
+        ``drafter`` is a `Drafter`.
 
         Raises:
             OptionError, PairingError, ModelError: as for the constructor.
@@ -246,7 +246,7 @@ class LLM:
         return self._twin(way, parts)
 
     def plain(self) -> LLM:
-        """The same model without speculation: one token per forward, by the rule ``match``, and nobody watches."""
+        """An `LLM` with the same model that decodes plainly: one token per forward, rule ``match``, no watcher."""
         return self._twin(_Way("none"), self._parts)
 
     def _twin(self, way: _Way, parts: Parts) -> LLM:
@@ -265,14 +265,14 @@ class LLM:
         self._shared = Shared(self.scheduler())
 
     def scheduler(self, max_batch: int | None = None) -> Scheduler:
-        """A new scheduler of this loop's steps, for who steps by itself; see `Scheduler`."""
+        """A new `Scheduler` for this model, for programs that make the steps themselves."""
         return Scheduler(self.decoder, max_batch=max_batch, **self._limits)
 
     def save_memory(self, folder: str | Path) -> None:
-        """Writes what the drafters learnt from all requests so far into ``folder``, for ``LLM(..., memory=folder)``.
+        """Writes what the drafters learnt from all requests into ``folder``, for ``LLM(..., memory=folder)``.
 
         Raises:
-            OptionError: if it can't be written.
+            OptionError: if the folder can't be written.
         """
         path = folder_in(folder, "folder")
         if path is None:
@@ -306,24 +306,23 @@ class LLM:
         """Decodes every prompt, `max_batch` at a time.
 
         Args:
-            prompts: one or several. A prompt is a text, a list or an array of token ids, a list of messages, or what a
-                tokenizer returned; see `inputs.read_prompts`.
-            params: how all are decoded, or one for each prompt.
-            reference: texts that outputs may copy from, such as retrieved documents or a file that is edited. They
-                are searched by lookups and never shown to the model.
-            progress: show a progress bar.
+            prompts: one prompt or several. A prompt is a text, a list or an array of token ids, a list of messages, or
+                what a tokenizer returned; see `inputs.read_prompts`.
+            params: options for all prompts, or a list with options for each.
+            reference: texts that outputs may copy from, such as retrieved documents or a file that is edited. Lookups
+                search them. The model doesn't see them.
+            progress: whether to show a progress bar.
 
         Returns:
-            The results in the order of the prompts; with ``params.n`` samples or ``params.num_return_sequences`` beams
-            each, so many results per prompt in a row. What is wrong with one request ends that one alone: its result
-            has the finish reason "error" and an `error`, and the others go on. Before anything is decoded that is a
-            prompt that is empty or leaves no room in the context, or options that this model can't honour; later, rules
-            that fail, or a step.
+            The results in the order of the prompts. A prompt has ``params.n`` results (samples), or
+            ``params.num_return_sequences`` (beams), in a row. A request that fails doesn't affect the others. Its
+            result has the finish reason "error" and an `error`. It may fail at once (an empty or too long prompt,
+            options that the model can't honour), or later (its rules, or a step).
 
         Raises:
-            PromptError, OptionError: before anything is decoded, if these are no prompts or no options.
-            PromptError, OptionError, RequestError, ModelError, StepError: if every request failed (which one does that
-                is alone), the first one's error.
+            PromptError, OptionError: before decoding, if the arguments aren't prompts or options.
+            PromptError, OptionError, RequestError, ModelError, StepError: the first request's error, if all requests
+                failed.
         """
         requests = self.requests(prompts, params, reference)
         seqs = [request for request in requests if isinstance(request, Sequence)]
@@ -336,8 +335,8 @@ class LLM:
         return results
 
     def requests(self, prompts: Any, params: Any = None, reference: Any = None) -> list[Sequence | Result]:
-        """The requests that `generate` makes of the same, one for each prompt and sample; where something is wrong with
-        one, its results."""
+        """The requests that `generate` makes of the same arguments, one for each prompt and sample. Instead of a
+        request that can't begin there are its results."""
         texts, given = self._references(reference), read_prompts(prompts)
         return [
             request
@@ -346,8 +345,8 @@ class LLM:
         ]
 
     def run(self, seqs: Iterable[Sequence], max_batch: int | None = None) -> Generator[Events]:
-        """Decodes ``seqs``, at most `max_batch` of them at a time, in the same steps as what other threads ask of this
-        `LLM`; yields what each step did for them."""
+        """Decodes ``seqs``, at most `max_batch` of them at a time. Yields their events after each step. Requests of
+        other threads to this `LLM` take part in the same steps."""
         return self._shared.run(seqs, self.max_batch if max_batch is None else max_batch)
 
     def _requests(
@@ -390,17 +389,18 @@ class LLM:
         self, prompt: Prompt, params: SamplingParams | None = None, *,
         reference: Prompt | Iterable[Prompt] | None = None,
     ) -> Stream:  # fmt: skip
-        """Decodes one prompt and gives out each token as it comes: iterate over it, then read its `result`. If the
-        request's rules fail, iterating raises the `RequestError` behind the last token.
+        """Decodes one prompt and yields its tokens as they come. Iterate over the stream, then read its `result`.
+
+        If the request's rules fail, the iteration raises the `RequestError` behind the last token.
 
         Raises:
-            OptionError: with beam search, whose text is certain only at its end, or several samples.
+            OptionError: for beam search, whose text is known only at its end, and for several samples.
             PromptError: as `generate`.
         """
         return Stream(self, self.streamed(prompt, params, reference))
 
     def streamed(self, prompt: Prompt, params: SamplingParams | None, reference: Any) -> Sequence:
-        """The request that `stream` makes of the same."""
+        """The request that `stream` makes of the same arguments."""
         one = params_in(params, 1)[0]
         if one.num_beams > 1:
             raise OptionError("with num_beams the text is certain only at its end: use generate")
@@ -424,11 +424,11 @@ class LLM:
         return self.generate([self.chat_prompt(messages)], params, reference=reference)[0]
 
     def chat_prompt(self, messages: SequenceOf[Mapping[str, Any]]) -> list[int]:
-        """The token ids of ``messages`` in the tokenizer's chat template, open for the model's answer. Contents are
-        texts, or lists of parts that are texts.
+        """The token ids of ``messages`` in the tokenizer's chat template, with the beginning of the model's answer.
 
         Raises:
-            PromptError: if these are no messages, or the chat template is missing or refuses them.
+            PromptError: if ``messages`` aren't messages whose contents are texts, or lists of parts that are texts; or
+                if there is no chat template, or it refuses them.
         """
         return chat_ids(self.tokenizer, read_messages(messages))
 
@@ -436,7 +436,7 @@ class LLM:
         self, prompt: Prompt | Read, params: SamplingParams, sample: int = 0,
         references: SequenceOf[list[int]] = (),
     ) -> Sequence:  # fmt: skip
-        """A request ready for the decoder: all that can be wrong with one is told here.
+        """A request for the decoder. All checks of a request are made here.
 
         Raises:
             PromptError, OptionError: as `generate`.
@@ -462,10 +462,11 @@ class LLM:
         return [self._vocabulary.ids(text, "reference") for text in texts]
 
     def detokenizer(self, exact: bool = False) -> Detokenizer:
-        """What makes text of tokens as they come.
+        """A new object that turns tokens into text as they come.
 
         Args:
-            exact: give nothing out that later tokens may change, see `Detokenizer`. Stop strings don't wait for that.
+            exact: whether to hold back text that later tokens may change, see `Detokenizer`. The search for stop
+                strings doesn't need that.
 
         Raises:
             PromptError: without a tokenizer.
@@ -473,11 +474,11 @@ class LLM:
         return self._vocabulary.detokenizer(exact)
 
     def pieces(self, seq: Sequence) -> Pieces:
-        """What makes pieces of the events of ``seq``."""
+        """A new object that turns the events of ``seq`` into pieces."""
         return Pieces(seq, None if self.tokenizer is None else self.detokenizer(exact=True))
 
     def result(self, seq: Sequence) -> Result:
-        """What ``seq`` came to so far. Another thread may be decoding it."""
+        """The result of ``seq`` so far. Another thread may be decoding it."""
         text, reason, ids = "", seq.finish_reason or "interrupted", seq.output_ids
         if seq.text_end is not None and seq.detokenizer is not None:
             whole = seq.detokenizer.copy()
