@@ -53,12 +53,14 @@ class TritonEngine:
     Attributes:
         caveat: see `EngineInfo`.
         pages: the KV of all texts.
+        sizes: numbers of rows that are recorded. A forward is padded to the next one, and the largest is a limit.
 
     Raises:
         ModelError: if the model can't be run so.
     """
 
     attention, execution, quantization = "tree", "kernels of our own", None
+    sizes: tuple[int, ...] = ROWS
     recorded = traced = False
 
     @neutral()
@@ -73,8 +75,8 @@ class TritonEngine:
         count = 1 + -(-(self._tokens() if tokens is None else tokens) // CHUNK)
         self.pages = Pages(len(w.layers), w.kv_heads, w.head_size, count, TEXTS, most, self.device)
         self._shared = SharedPages(self.pages, prefix_bytes)
-        self._inputs = {rows: Inputs(rows, self.device) for rows in ROWS}
-        self._said = torch.zeros(ROWS[-1], 2 * BEST + 1, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        self._inputs = {rows: Inputs(rows, self.device) for rows in self.sizes}
+        self._said = torch.zeros(self.sizes[-1], 2 * BEST + 1, dtype=torch.int32, pin_memory=self.device.type == "cuda")
         self._places: list[int] = []
         self._texts: dict[int, tuple[Sequence, Text]] = {}
         self._branches: dict[int, tuple[Sequence, list[int]]] = {}
@@ -95,7 +97,7 @@ class TritonEngine:
         return max(self.context, min(KV_TOKENS, int(KV_PART * free) // row))
 
     def _make_forward(self) -> None:
-        self._forward = Forward(self.weights, self.pages, ROWS[-1], self._places)
+        self._forward = Forward(self.weights, self.pages, self.sizes[-1], self._places)
         self._recordings: dict[Size, Recording[None]] = {}
 
     # -- one forward -----------------------------------------------------------------------------------------------
@@ -103,18 +105,18 @@ class TritonEngine:
     def _run(self, pieces: SequenceOf[Piece], head_rows: int) -> None:
         """Computes all ``pieces``, and logits of so many rows."""
         rows = sum(piece.count for piece in pieces)
-        if rows > ROWS[-1]:
-            raise ModelError(f"{rows} rows in one forward, and there may be {ROWS[-1]}")
+        if rows > self.sizes[-1]:
+            raise ModelError(f"{rows} rows in one forward, and there may be {self.sizes[-1]}")
         for piece in pieces:
             self._reserve(piece.text, piece.text.length + len(piece.tree))
         moves = self._moves()
         deepest = max(int(piece.tree.depths.max()) for piece in pieces) + 1
-        fits = next(size for size in ROWS if size >= rows)
+        fits = next(size for size in self.sizes if size >= rows)
         while self._inputs[fits].depth < deepest and any(not piece.tree.is_chain for piece in pieces):
-            fits = next(size for size in ROWS if size > fits)
+            fits = next(size for size in self.sizes if size > fits)
         inputs = self._inputs[fits]
         itemized = inputs.fill(pieces, moves, self.weights.group)
-        head = fits if head_rows and fits <= MANY else next((size for size in ROWS if size >= head_rows > 0), 0)
+        head = fits if head_rows and fits <= MANY else next((size for size in self.sizes if size >= head_rows > 0), 0)
         size = Size(fits, head, fits > MANY or not itemized)
         if self.device.type != "cuda":
             self._forward.run(inputs, size.rows, size.head_rows, size.long)
@@ -156,7 +158,7 @@ class TritonEngine:
             text.moves = text.moves[:0]
 
     def _move(self, moves: Ints) -> None:
-        inputs = self._inputs[ROWS[0]]
+        inputs = self._inputs[self.sizes[0]]
         inputs.fill([], moves, self.weights.group)
         self._forward.move(inputs)
         if self.device.type == "cuda":
@@ -198,8 +200,8 @@ class TritonEngine:
     def prefill(self, seq: Sequence, upto: int | None = None) -> int:
         reused, text = self.begin(seq), self._text(seq)
         ids = seq.tokens[text.length : -1 if upto is None else upto]
-        for start in range(0, len(ids), ROWS[-1]):
-            part = ids[start : start + ROWS[-1]]
+        for start in range(0, len(ids), self.sizes[-1]):
+            part = ids[start : start + self.sizes[-1]]
             self._run([Piece(text, TokenTree.chain(part[0], part[1:]))], 0)
             text.length += len(part)
             self._wait()
@@ -352,8 +354,8 @@ class TritonEngine:
         for them."""
         text = self.pages.open()
         try:
-            for start in range(0, len(ids), ROWS[-1]):
-                part = ids[start : start + ROWS[-1]]
+            for start in range(0, len(ids), self.sizes[-1]):
+                part = ids[start : start + self.sizes[-1]]
                 self._run([Piece(text, TokenTree.chain(part[0], part[1:]))], 0)
                 text.length += len(part)
                 self._wait()
