@@ -57,30 +57,32 @@ def path_to(tree: TokenTree, node: int) -> list[int]:
     return [] if node < 0 else [*path_to(tree, int(tree.parents[node])), node]
 
 
-def alone(engine: TritonEngine, before: list[int], tree: TokenTree, node: int) -> torch.Tensor:
-    """The logits after ``node``, when its path was decoded token by token."""
-    path = path_to(tree, node)
-    seq = request([*before, ROOT])
+def alone(engine: TritonEngine, before: list[int], tree: TokenTree, path: list[int]) -> torch.Tensor:
+    """The logits after each node of a path, when it was decoded token by token."""
+    seq, said = request([*before, ROOT]), list[torch.Tensor]()
     engine.prefill(seq)
     for place in path:
-        said = engine.verify([seq], [TokenTree.chain(int(tree.tokens[place]), [])]).all_logits[0].clone()
+        said.append(engine.verify([seq], [TokenTree.chain(int(tree.tokens[place]), [])]).all_logits[0].clone())
         engine.commit([seq], [[0]])
     engine.release([seq])
-    return said
+    return torch.stack(said)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_tree_has_transformers_logits_and_the_bits_of_each_path_alone(family: str) -> None:
     model = prepared(family)
-    engine, before, tree = Interpreted(model, 0, 2000), some_tokens(9), some_tree(ROOT, 6)
+    engine, before = Interpreted(model, 0, 2000), some_tokens(9)
+    tree = TokenTree(np.array([ROOT, 7, 8, 9, 10, 11]), np.array([-1, 0, 0, 2, 1, 3]))
     engine._check_trees(model.own)
     seq = request([*before, ROOT])
     got = verified(engine, seq, tree)
     expected = of_transformers(small(family).float().cpu(), before, tree)
     error = float((got.cpu().float() - expected).square().mean().sqrt())
     assert error < 0.05 * float(expected.std())
-    for node in (3, 5):
-        assert torch.equal(alone(engine, before, tree, node), got[node])
+    if family in ("qwen2", "phi3", "gemma3"):
+        return  # what they are made of, others are too
+    path = path_to(tree, 5)  # its rows don't lie behind one another
+    assert torch.equal(alone(engine, before, tree, path), got[path])
 
 
 def test_a_protocol_s_parts_are_there() -> None:
@@ -176,8 +178,8 @@ def test_texts_that_begin_alike_share_pages_and_keep_their_bits() -> None:
 
 
 def test_what_is_kept_gives_way_to_texts_and_a_full_engine_says_so() -> None:
-    engine = engine_of(prefix_bytes=1 << 30, tokens=3 * CHUNK)
-    for seed in range(4):
+    engine = engine_of(prefix_bytes=1 << 30, tokens=3 * CHUNK, num_hidden_layers=1)
+    for seed in range(3):
         seq = request([*some_tokens(CHUNK + 9, seed=seed), ROOT])
         engine.prefill(seq)
         engine.release([seq])
