@@ -1,11 +1,13 @@
 """A forward by kernels of our own on a GPU: whether bits depend on the rows beside one, how long it takes, and which
 tiles are fastest. Random weights of the shapes of real models.
 
-    python -m benchmarks.gpu_forward --out FILE [--sizes smollm2 1.5b 8b] [--sweep] [--warm I/N]
+    python -m benchmarks.gpu_forward --out FILE [--sizes smollm2 1.5b 8b] [--bits 16|8] [--sweep] [--warm I/N]
 
 Times are medians in ms of a recording that plays, with 512 tokens before. A floor is the bytes of weights over the
-speed of a copy on the device. With --sweep, tiles of each product are tried, with the weights of as many layers as
-don't fit into a cache; --warm I/N only compiles every Nth of them, which several processes do at once.
+speed of a copy on the device. "prompt" is 2,048 tokens read, beside cuBLAS's products of the same sizes. With --bits 8
+weights have 8 bits; 70b, which has them only so, takes a GPU of 96 GB or more. With --sweep, tiles of each product are
+tried, with the weights of as many layers as don't fit into a cache; --warm I/N only compiles every Nth of them, which
+several processes do at once.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from tokentree.engines.gpu import tiles
 from tokentree.engines.gpu.forward import Forward
 from tokentree.engines.gpu.inputs import Inputs, Piece
 from tokentree.engines.gpu.pages import Pages, Text
+from tokentree.engines.gpu.quantized import GROUP, Int8, Matrix
 from tokentree.engines.gpu.recording import Recording
 from tokentree.engines.gpu.tiles import Tile
 from tokentree.engines.gpu.weights import Layer, Weights
@@ -40,12 +43,13 @@ SIZES = {
     "smollm2": (576, 1536, 30, 9, 3, 49152, 64, False),
     "1.5b": (1536, 8960, 28, 12, 2, 151936, 128, True),
     "8b": (4096, 14336, 32, 32, 8, 128256, 128, False),
+    "70b": (8192, 28672, 80, 64, 8, 128256, 128, False),
 }
 BEFORE = 512  # tokens
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
-def weights(name: str, device: torch.device, small: bool = False) -> Weights:
+def weights(name: str, device: torch.device, small: bool = False, bits: int = 16) -> Weights:
     """Random ones; ``small`` has two layers and few tokens."""
     width, inner, layers, heads, kv_heads, vocab, head, biased = SIZES[name]
     layers, vocab = (2, 512) if small else (layers, vocab)
@@ -55,14 +59,22 @@ def weights(name: str, device: torch.device, small: bool = False) -> Weights:
         scale = shape[-1] ** -0.5
         return (torch.randn(*shape, generator=random, device=device) * scale).bfloat16()
 
+    def matrix(outputs: int, inputs: int) -> Matrix:
+        if bits == 16:
+            return make(outputs, inputs)
+        codes = torch.empty(outputs, inputs, dtype=torch.int8, device=device)
+        codes.random_(-127, 128, generator=random)
+        scales = 0.5 + torch.rand(inputs // GROUP, outputs, generator=random, device=device)
+        return Int8(codes, (scales * inputs**-0.5 / 73).bfloat16().float())  # codes spread by 73
+
     def gain() -> torch.Tensor:
         return 1.0 + 0.1 * torch.randn(width, generator=random, device=device)
 
     columns = (heads + 2 * kv_heads) * head
     made = [
         Layer(
-            gain(), make(columns, width), make(1, columns)[0] if biased else None, None, None,
-            make(width, heads * head), None, gain(), make(2 * inner, width), make(width, inner), None, None, 0, 0,
+            gain(), matrix(columns, width), make(1, columns)[0] if biased else None, None, None,
+            matrix(width, heads * head), None, gain(), matrix(2 * inner, width), matrix(width, inner), None, None, 0, 0,
             head**-0.5, 0.0,
         )
         for _ in range(layers)
@@ -72,7 +84,7 @@ def weights(name: str, device: torch.device, small: bool = False) -> Weights:
     )
     embedding = torch.randn(vocab, width, generator=random, device=device).bfloat16()
     tied = name in ("smollm2", "1.5b")
-    output = embedding if tied else make(vocab, width)
+    output = embedding if tied and bits == 16 else matrix(vocab, width)
     return Weights(
         embedding, 1.0, made, gain(), output, None, 0.0, [(turns.cos(), turns.sin())], heads, kv_heads, head, 1e-5,
         False,
@@ -219,6 +231,25 @@ def times(model: Model, rows: tuple[int, ...], texts: int) -> dict[str, float]:
     return found
 
 
+def prompt(model: Model, tokens: int = 2048) -> dict[str, float]:
+    """Milliseconds: reading a prompt, `ROWS` at a time, and cuBLAS's products of the same sizes, all rows at once."""
+    w, text, chunk, took = model.weights, model.text(), ROWS[-1], 0.0
+    for start in range(0, tokens, chunk):
+        text.length = start
+        inputs, size, long = model.prepare([Piece(text, TokenTree.chain(5, [5] * (chunk - 1)))])
+        took += timed(Recording(lambda: model.forward.run(inputs, size, 0, long)).play, 5)  # noqa: B023
+    layer = w.layers[0]
+    weights = [part for part in (layer.qkv, layer.o, layer.gate_up, layer.down) if isinstance(part, torch.Tensor)]
+    rows = [torch.randn(tokens, part.shape[1], device=model.device).bfloat16() for part in weights]
+
+    def multiply() -> None:
+        for x, part in zip(rows, weights, strict=True):
+            torch.matmul(x, part.T)
+
+    model.pages.close(text)
+    return {"prompt": took, "cuBLAS's products": timed(multiply) * len(w.layers)}
+
+
 def profile(model: Model, rows: int) -> dict[str, list[float]]:
     """Microseconds of each kernel, launched one by one, and how many launches it has."""
     from torch.profiler import ProfilerActivity
@@ -244,10 +275,22 @@ def profile(model: Model, rows: int) -> dict[str, list[float]]:
 # -- tiles -------------------------------------------------------------------------------------------------------------
 
 
-def candidates(rows: int, weight: torch.Tensor, most_columns: int, kind: str) -> list[Tile]:
+def candidates(rows: int, weight: Matrix, most_columns: int, kind: str) -> list[Tile]:
+    """Tiles for at most so many rows."""
     columns, width = weight.shape
     found = []
     all_parts = (1,) if kind != "residual" else (1, 2, 4)
+    if isinstance(weight, Int8):
+        height, spread = next(size for size in (16, 32, 64, 128) if size >= min(rows, 128)), rows <= 64
+        ways = ((4, 3), (4, 4), (4, 8), (8, 3), (8, 4), (8, 6))
+        for parts, wide, inputs, (warps, stages) in itertools.product(
+            all_parts if spread else all_parts[:1], (64, 128), (GROUP, 2 * GROUP), ways
+        ):
+            tile = Tile(parts, True, height, wide, inputs, warps, stages, parts > 1 and spread)
+            fits = width % (parts * inputs) == 0 and wide <= most_columns
+            if fits and stages * tiles.stage_nbytes(tile, 8) < 200_000:
+                found.append(tile)
+        return found
     if rows <= 64:
         sizes = itertools.product(all_parts, (16, 32, 64), (64, 128), ((4, 4), (4, 6)))
     else:
@@ -258,7 +301,7 @@ def candidates(rows: int, weight: torch.Tensor, most_columns: int, kind: str) ->
         programs = parts * -(-columns // wide)
         fits = width % (parts * inputs) == 0 and wide <= most_columns and shared < 200_000
         if fits and (rows > 64 or (programs >= 24 and (programs <= 1200 or wide == 64))):
-            found.append(Tile(parts, height, wide, inputs, warps, stages, parts > 1 and rows <= 64))
+            found.append(Tile(parts, False, height, wide, inputs, warps, stages, parts > 1 and rows <= 64))
     return found
 
 
@@ -271,7 +314,7 @@ def sweep(model: Model, rows: tuple[int, ...], warm: tuple[int, int] | None) -> 
     first = w.layers[0]
     for given in (model.forward.hidden, model.forward._attended, model.forward._gated):
         given.normal_()
-    works: dict[str, tuple[str, torch.Tensor, int, Callable[[Any, int, int], None]]] = {
+    works: dict[str, tuple[str, Matrix, int, Callable[[Any, int, int], None]]] = {
         "qkv": ("norm", first.qkv, min(128, w.head_size), lambda layer, i, n: model.forward._heads(
             layer, i, many[n].device, n, model.forward._normed)),
         "o": ("residual", first.o, 128, lambda layer, i, n: model.forward._add(
@@ -282,7 +325,7 @@ def sweep(model: Model, rows: tuple[int, ...], warm: tuple[int, int] | None) -> 
     }  # fmt: skip
     for name, (kind, weight, most, work) in works.items():
         layers = w.layers[: max(2, min(len(w.layers), math.ceil(2e8 / weight.nbytes)))]
-        for tile in candidates(rows[0], weight, most, kind):
+        for tile in candidates(rows[-1], weight, most, kind):
             number += 1
             if warm and number % warm[1] != warm[0]:
                 continue
@@ -317,9 +360,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--sizes", nargs="*", default=["smollm2", "1.5b", "8b"], choices=list(SIZES))
     parser.add_argument("--sweep", action="store_true")
-    parser.add_argument("--prompts", action="store_true", help="sweep tiles of 512 rows instead")
+    parser.add_argument("--bits", type=int, default=16, choices=(16, 8), help="of a weight")
+    parser.add_argument(
+        "--rows", nargs="*", type=int, default=[1, 64], help="numbers of rows that tiles are tried with"
+    )
     parser.add_argument("--warm", default="", metavar="I/N")
     options = parser.parse_args()
+    if "70b" in options.sizes and options.bits == 16:
+        parser.error("70b takes --bits 8")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found: dict[str, Any] = {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}
     warm = tuple(map(int, options.warm.split("/"))) if options.warm else None
@@ -331,10 +379,9 @@ def main() -> None:
             options.out.write_text(json.dumps(found, indent=1))
 
     for name in options.sizes:
-        w = weights(name, device, bool(warm))
+        w = weights(name, device, bool(warm), options.bits)
         if options.sweep:
-            rows = (512,) if options.prompts else (1, 64)
-            said = sweep(Model(w), rows, warm)  # type: ignore[arg-type]
+            said = sweep(Model(w), tuple(options.rows), warm)  # type: ignore[arg-type]
             if not warm:
                 for part, best in said.items():
                     tell(name, f"tiles of {part}", best)
@@ -349,6 +396,8 @@ def main() -> None:
         tell(name, "floor", round(1e3 * w.nbytes / speed, 3))
         tell(name, "copy TB/s", round(speed / 1e12, 2))
         tell(name, "ms", times(Model(w), ROWS, 32))
+        if options.bits == 16:
+            tell(name, "prompt", prompt(Model(w)))
         for count in (1, 64):
             tell(name, f"kernels at {count}", profile(Model(w), count))
         del w

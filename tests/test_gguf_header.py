@@ -9,12 +9,14 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import torch
 
 from tests.gguf_files import write_gguf
 from tests.tiny_models import some_tokens, tiny, tiny_tokenizer
 from tokentree import LLM, SamplingParams
 from tokentree.errors import ModelError, TokenTreeError
 from tokentree.gguf.header import GgufError, read_header
+from tokentree.loading import load_model, load_tokenizer
 
 PROMPT = some_tokens(12)
 
@@ -135,12 +137,42 @@ def test_the_suffix_may_be_in_any_case(whole: bytes, tmp_path: Path) -> None:
     assert texts[0] == texts[1] == texts[2]
 
 
-def test_parts_of_a_split_file_are_named(tmp_path: Path) -> None:
-    for part in (1, 3):
-        path = tmp_path / f"big-{part:05d}-of-00003.gguf"
-        write_gguf(path, tiny("llama"), entries={"split.count": 3, "split.no": part - 1})
-    with pytest.raises(ModelError, match=r"one of 3 parts: join them .*; big-00002-of-00003 isn't here"):
-        LLM(tmp_path / "big-00001-of-00003.gguf")
+@pytest.mark.parametrize("small_first", [False, True])
+def test_parts_of_a_split_file_are_named(small_first: bool, tmp_path: Path) -> None:
+    """As gguf's own writer makes them: the first part alone says what model it is, and may have no weights."""
+    writer = gguf.GGUFWriter(tmp_path / "big.gguf", "llama", split_max_tensors=2, small_first_shard=small_first)
+    writer.add_context_length(16)
+    for number in range(5):
+        writer.add_tensor(f"blk.{number}.attn_q.weight", np.zeros((8, 8), np.float32))
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    count = 4 if small_first else 3
+    parts = [tmp_path / f"big-{part:05d}-of-{count:05d}.gguf" for part in range(1, count + 1)]
+    assert sorted(tmp_path.iterdir()) == parts
+    says = rf"it is one of {count} parts: join them first, with `llama-gguf-split --merge {parts[0].name} big\.gguf`"
+    for part in parts:
+        for way in (LLM, load_model_here, load_tokenizer):
+            with pytest.raises(ModelError, match=rf"^can't load the .*{part.name}': {says}$"):
+                way(part)
+    parts[1].unlink()
+    for part in (parts[0], parts[2]):
+        with pytest.raises(ModelError, match=f"{says}; {parts[1].name} isn't here$"):
+            LLM(part)
+    with pytest.raises(ModelError, match=f"^there is no file .*{parts[1].name}'; did you mean"):
+        LLM(parts[1])
+    with pytest.raises(ModelError, match=rf"^the folder .* has no config\.json, .* such as .*{parts[0].name}'$"):
+        LLM(tmp_path)
+
+
+def load_model_here(path: Path) -> Any:
+    return load_model(path, None, torch.device("cpu"))
+
+
+def test_parts_under_other_names_are_told_too(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "one.gguf", tiny("llama"), entries={"split.count": 2, "split.no": 1})
+    with pytest.raises(ModelError, match=r"--merge FIRST_PART WHOLE_FILE`$"):
+        LLM(tmp_path / "one.gguf")
 
 
 def test_damage_is_refused_or_leaves_a_file_that_loads(whole: bytes, tmp_path: Path) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from tests.conftest import decode
 from tests.test_engine import of_transformers
@@ -17,6 +20,7 @@ from tokentree.drafters.lookup.recycling import Recycling
 from tokentree.engines.base import Branches, HeadEngines, TransformersEngine
 from tokentree.engines.gpu.attending import CHUNK
 from tokentree.engines.gpu.engine import TritonEngine
+from tokentree.engines.gpu.quantized import Int8
 from tokentree.engines.prepared import Prepared
 from tokentree.engines.self_check import own_forward
 from tokentree.errors import InvariantError, ModelError
@@ -32,14 +36,27 @@ class Interpreted(TritonEngine):
     sizes = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
-def prepared(family: str = "llama", **options: object) -> Prepared:
-    made = Prepared(small(family, **options), False, None, None, None)
+def prepared(family: str = "llama", owned: bool = False, quantization: str | None = None, **options: Any) -> Prepared:
+    made = Prepared(small(family, **options), owned, quantization, None, None)
     made.ask("eager" if family.startswith("gemma2") else "sdpa")
     return made
 
 
-def engine_of(family: str = "llama", prefix_bytes: int = 0, tokens: int = 2000, **options: object) -> TritonEngine:
+def engine_of(family: str = "llama", prefix_bytes: int = 0, tokens: int = 2000, **options: Any) -> TritonEngine:
     return Interpreted(prepared(family, **options), prefix_bytes, tokens)
+
+
+@pytest.mark.parametrize("owned", [False, True])
+def test_a_text_ends_where_generate_ends_it_now(owned: bool) -> None:
+    model = small(eos_token_id=5)
+    ready = Prepared(model, owned, None, None, None)
+    ready.ask("sdpa")
+    engine = TritonEngine(ready, tokens=2000)
+    assert engine.ends == [5]
+    model.generation_config.eos_token_id = [7, 3]
+    assert engine.ends == list(engine.info.ends) == ([5] if owned else [3, 7])
+    with pytest.raises(ModelError, match="can't be copied"):
+        copy.deepcopy(engine)
 
 
 @functools.cache
@@ -125,6 +142,27 @@ def test_after_commits_over_pages_a_text_is_like_one_prefilled_with_the_same_tok
     got = engine.verify([seq], [tree]).all_logits.clone()
     assert torch.equal(verified(engine, request(tokens), tree), got)
     engine.check()
+
+
+def test_more_rows_than_a_forward_takes_go_through_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of()
+    texts = [[*some_tokens(n, seed=n), ROOT] for n in (3, 9, 20)]
+    trees = [some_tree(ROOT, n) for n in (5, 8, 4)]
+    expected = [verified(engine, request(ids), tree) for ids, tree in zip(texts, trees, strict=True)]
+    monkeypatch.setattr(Interpreted, "sizes", (1, 2, 4, 8))
+    seqs, prompts = [request(ids) for ids in texts], [request(some_tokens(30, seed=4)), request(some_tokens(6, seed=5))]
+    for seq in seqs:
+        engine.prefill(seq)
+    out = engine.verify(seqs, trees, reading=[(prompts[0], 25), (prompts[1], 3)])
+    assert torch.equal(out.all_logits, torch.cat(expected))
+    assert out.starts == [0, 5, 13]
+    assert np.array_equal(out.top(1)[1][:, 0], out.all_logits.float().argmax(1).cpu().numpy())
+    assert [engine.committed(seq) for seq in prompts] == [25, 3]
+    for seq in prompts:
+        tree = some_tree(int(seq.tokens[-1]), 3)
+        assert torch.equal(verified(engine, seq, tree), verified(engine, request(seq.tokens), tree))
+    with pytest.raises(ModelError, match="9 rows in one forward"):
+        engine.verify(seqs[:1], [some_tree(ROOT, 9)])
 
 
 def test_a_tree_grown_over_several_calls_equals_one_call() -> None:
@@ -244,4 +282,66 @@ def test_a_model_with_no_kernels_is_refused_with_the_reason() -> None:
     model = Prepared(small("llama").float(), False, None, None, None)
     model.own = own_forward(model.copy)
     with pytest.raises(ModelError, match="float32, not bfloat16"):
+        TritonEngine(model)
+
+
+# -- 8 bits ------------------------------------------------------------------------------------------------------------
+
+GROUPS: dict[str, Any] = {"intermediate_size": 128}  # inputs that come in groups of 64
+
+
+def rounded(family: str) -> PreTrainedModel:
+    """The model whose layers' weights are those that 8 bits have, in float32; its embedding is as it was."""
+    model = small(family, **GROUPS, tie_word_embeddings=False)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight.data = Int8.of(module.weight.data)[:]
+    exact: PreTrainedModel = model.float().cpu()
+    return exact
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_in_8_bits_a_tree_has_the_logits_of_the_rounded_model_and_the_bits_of_each_path_alone(family: str) -> None:
+    model = prepared(family, True, "int8", **GROUPS, tie_word_embeddings=False)
+    engine = Interpreted(model, 0, 2000)
+    engine._check_trees(model.own)
+    before, tree = some_tokens(9), some_tree(ROOT, 6)
+    got = verified(engine, request([*before, ROOT]), tree)
+    expected = of_transformers(rounded(family), before, tree)
+    error = float((got.cpu().float() - expected).square().mean().sqrt())
+    assert error < 0.05 * float(expected.std())
+    for path in (path_to(tree, 3), path_to(tree, 5)):
+        assert torch.equal(alone(engine, before, tree, path), got[path])
+    assert "int8" in engine.info.signature
+
+
+def test_in_8_bits_texts_are_plain_s_and_prompts_may_be_cut_anywhere() -> None:
+    engine = engine_of(quantization="int8", **GROUPS)
+    prompts = [[5, 6, 7, 8] * 6, [9, 9, 9, 9]]
+    expected = [decode(engine, [request(ids, max_tokens=4)])[0] for ids in prompts]
+    assert decode(engine, [request(ids, max_tokens=4) for ids in prompts], NGram()) == expected
+    seq, cut = request(prompts[0]), request(prompts[0])
+    engine.prefill(cut, 7)
+    tree = some_tree(8, 4)
+    assert torch.equal(verified(engine, cut, tree), verified(engine, seq, tree))
+
+
+def test_in_8_bits_the_embedding_stays_and_heads_get_the_output_layer_s_values() -> None:
+    engine = engine_of(quantization="int8", **GROUPS)
+    assert isinstance(engine.weights.head, Int8)
+    assert torch.equal(engine.weights.embedding.cpu(), small(**GROUPS).model.embed_tokens.weight.cpu())
+    assert engine.weights.nbytes < 0.6 * engine_of(**GROUPS).weights.nbytes
+    features = engine.capture()
+    weight, _ = features.output_weights(torch.tensor([3, 7], device=DEVICE))
+    assert torch.equal(weight, engine.weights.head[:][[3, 7]])
+    seq, tree = request([*some_tokens(5), ROOT]), some_tree(ROOT, 3)
+    got = verified(engine, seq, tree)
+    engine.commit([seq], [[0]])
+    expected = features.output_layer(engine.hidden(seq)[-1]).float()
+    assert float((got[0].float() - expected).abs().max()) < 0.02 * float(expected.std())
+
+
+def test_a_model_whose_inputs_come_in_no_groups_is_refused_in_8_bits() -> None:
+    model = Prepared(small(), False, "int8", None, None)
+    with pytest.raises(ModelError, match=r"it has sizes that there is no kernel for in 8 bits$"):
         TritonEngine(model)

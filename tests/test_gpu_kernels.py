@@ -14,7 +14,8 @@ from tokentree.engines.gpu import products, rows
 from tokentree.engines.gpu.attending import CHUNK, FIELDS, attention_kernel, long_attention_kernel
 from tokentree.engines.gpu.inputs import MOST_ITEMS, Inputs, Piece
 from tokentree.engines.gpu.pages import Pages, Text
-from tokentree.engines.gpu.tiles import tile
+from tokentree.engines.gpu.quantized import GROUP, Int8, linear
+from tokentree.engines.gpu.tiles import stage_nbytes, tile
 from tokentree.tree import TokenTree
 
 WIDTH, COLUMNS = 64, 48
@@ -97,6 +98,82 @@ def test_a_residual_has_the_bits_of_one_program_when_parts_have_their_own(way: d
     assert torch.equal(got[0], got[1])
     assert torch.equal(got[0], got[2])
     assert not counters.any()
+
+
+# -- weights of 8 bits -------------------------------------------------------------------------------------------------
+
+WIDE = 2 * GROUP  # inputs
+WAYS_IN_8_BITS: list[dict[str, Any]] = [
+    {"SWAP": True, "TILE": 16, "COLUMNS": 64, "INPUTS": GROUP},
+    {"SWAP": True, "TILE": 32, "COLUMNS": 128, "INPUTS": 2 * GROUP},
+    {"SWAP": True, "TILE": 128, "COLUMNS": 64, "INPUTS": GROUP},
+]
+
+
+def test_codes_are_the_nearest_and_scales_fit_the_greatest_weight_of_each_group() -> None:
+    w = some(COLUMNS, 3 * GROUP) * torch.logspace(-3, 3, COLUMNS).bfloat16().to(DEVICE)[:, None]
+    w[3], w[4, :GROUP], w[5, 7] = 0.0, 1e-38, 3e38
+    made = Int8.of(w)
+    assert made.scales.shape == (3, COLUMNS)
+    assert torch.equal(made.scales, made.scales.bfloat16().float())
+    assert int(made.codes.min()) >= -127
+    error = (made.codes.double().unflatten(1, (-1, GROUP)) * made.scales.double().T[..., None]).flatten(1) - w.double()
+    assert bool((error.abs() <= made.scales.double().T.repeat_interleave(GROUP, 1) / 2).all())
+    most = w.double().abs().unflatten(1, (-1, GROUP)).amax(2)[6:]
+    assert bool((made.scales.double().T[6:] <= most / 127 * (1 + 2.0**-7)).all())
+    assert not made[:][3].any()
+    assert made[:].isfinite().all()
+    assert torch.equal(made[torch.tensor([5, 0])], made[:][[5, 0]])
+    w[0, 0] = float("nan")
+    assert Int8.of(w)[:1].isnan().any()  # and so an engine refuses the model
+
+
+def test_torch_s_products_with_8_bits_are_those_of_their_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokentree.engines.gpu.quantized.AT_ONCE", 20)
+    x, made, bias = some(3, WIDE), Int8.of(some(COLUMNS, WIDE, seed=1)), some(COLUMNS, seed=2)
+    near(linear(x, made, bias), x.double() @ made[:].double().T + bias.double())
+
+
+@pytest.mark.parametrize("way", WAYS_IN_8_BITS)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_product_in_8_bits_is_that_of_its_values_and_its_rows_have_the_same_bits_in_any_number_and_tile(
+    way: dict[str, Any], parts: int
+) -> None:  # fmt: skip
+    way = {**way, "INPUTS": min(way["INPUTS"], WIDE // parts)}
+    x, w, bias = some(40, WIDE), Int8.of(some(COLUMNS, WIDE, seed=1)), some(COLUMNS, seed=2)
+    told: dict[str, Any] = {"BIAS": True, "bias": bias, "scales": w.scales}
+    got = output(x, w.codes, way, parts, **told)
+    near(got, x.double() @ w[:].double().T + bias.double())
+    for alone in (0, 5, 39):
+        assert torch.equal(
+            output(x[alone : alone + 1].clone(), w.codes, WAYS_IN_8_BITS[0], parts, **told)[0], got[alone]
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS_IN_8_BITS[:2])
+def test_gated_products_in_8_bits_are_those_of_their_values(way: dict[str, Any]) -> None:
+    x, w = some(5, WIDE), Int8.of(some(COLUMNS, WIDE, seed=1))
+    out = torch.full((5, COLUMNS // 2), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+    products.gated_kernel[grid(5, COLUMNS, way)](
+        x, w.codes, out, 5, COLUMNS, WIDE, GELU=False, scales=w.scales, **way
+    )  # fmt: skip
+    y = x.double() @ w[:].double().T
+    near(out, silu(y[:, ::2]) * y[:, 1::2], bits=6)
+
+
+def test_a_residual_in_8_bits_has_the_bits_of_one_program_when_parts_have_their_own() -> None:
+    x, w, before = some(9, WIDE), Int8.of(some(COLUMNS, WIDE, seed=1)), some(9, COLUMNS, seed=2)
+    partial = torch.full((2, 9, COLUMNS), float("nan"), device=DEVICE)
+    counters, way, got = torch.zeros(16, dtype=torch.int32, device=DEVICE), WAYS_IN_8_BITS[0], []
+    for spread in (False, True):
+        h = before.clone()
+        products.residual_kernel[(*grid(9, COLUMNS, way), 2 if spread else 1)](
+            x, w.codes, w.codes, h, partial, counters, 9, COLUMNS, WIDE, BIAS=False, PARTS=2, SPREAD=spread,
+            scales=w.scales, **way,
+        )  # fmt: skip
+        got.append(h)
+    near(got[0], before.double() + x.double() @ w[:].double().T)
+    assert torch.equal(got[0], got[1])
 
 
 def test_norms_are_torch_s() -> None:
@@ -281,10 +358,12 @@ def test_rows_are_moved_in_order() -> None:
 
 @pytest.mark.parametrize("columns", [576, 960, 3072, 4096, 28672, 49152])
 @pytest.mark.parametrize("width", [64, 576, 1536, 4096, 14336])
-def test_the_parts_of_a_sum_depend_on_the_weight_alone_and_tiles_fit(columns: int, width: int) -> None:
+@pytest.mark.parametrize("bits", [16, 8])
+def test_the_parts_of_a_sum_depend_on_the_weight_alone_and_tiles_fit(columns: int, width: int, bits: int) -> None:
     for memory in (99 * 1024, 227 * 1024):
-        ways = [tile(count, columns, width, 64, memory) for count in (1, 2, 16, 17, 64, 65, 256, 512)]
+        ways = [tile(count, columns, width, 64, memory, bits) for count in (1, 2, 16, 17, 64, 65, 256, 512)]
         assert len({way.parts for way in ways}) == 1
         for way in ways:
             assert width // way.parts % way.inputs == 0
-            assert way.stages * 2 * way.inputs * (way.rows + way.columns) <= memory
+            assert way.stages * stage_nbytes(way, bits) <= memory
+            assert bits == 16 or (way.swap and way.inputs % GROUP == 0)

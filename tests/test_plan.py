@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tokentree import ModelError, OptionError
-from tokentree.engines.base import EngineOptions
+from tokentree.engines.base import EngineOptions, NotCopied
 from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.plan import KINDS, EnginePlan, Traits, may_be_kept, plan
 from tokentree.plugins import imported
@@ -21,6 +21,7 @@ GEMMA2 = replace(QWEN3, name="Gemma2ForCausalLM", family="gemma2", has_softcap=T
 DOGE = replace(QWEN3, name="DogeForCausalLM", family="doge", supports_sdpa=False)
 HOOKED = replace(QWEN3, runs_more=True)
 ON_GPU: dict[str, Any] = {"device": "cuda", "one_call": False}
+WITH_KERNELS: dict[str, Any] = {**ON_GPU, "has_kernels": True}
 TREE, SDPA = EngineOptions(attention="tree"), EngineOptions(attention="sdpa")
 COMPILED, INT8 = EngineOptions(compile=True), EngineOptions(quantization="int8")
 NONE = EngineOptions()
@@ -56,6 +57,12 @@ def tried(traits: Traits, options: EngineOptions) -> list[str]:
         (replace(LLAMA, **ON_GPU), SDPA, ["self_attending"]),
         (replace(LLAMA, **ON_GPU), COMPILED, ["compiled", "self_attending"]),
         (replace(LLAMA, **ON_GPU), replace(SDPA, compile=True), ["compiled", "self_attending"]),
+        (replace(LLAMA, **WITH_KERNELS), NONE, ["kernels", "recorded", "self_attending"]),
+        (replace(LLAMA, **WITH_KERNELS), TREE, ["kernels"]),
+        (replace(LLAMA, **WITH_KERNELS), INT8, ["kernels"]),
+        (replace(LLAMA, **WITH_KERNELS), replace(TREE, quantization="int8"), ["kernels"]),
+        (replace(LLAMA, **WITH_KERNELS), SDPA, ["self_attending"]),
+        (replace(LLAMA, **WITH_KERNELS), COMPILED, ["compiled", "self_attending"]),
         (replace(HOOKED, **ON_GPU), NONE, ["self_attending"]),
         (replace(HOOKED, **ON_GPU), COMPILED, ["compiled", "self_attending"]),
         (replace(QWEN3, device="mps"), NONE, ["self_attending"]),
@@ -76,7 +83,32 @@ def test_engines_are_tried_in_this_order(traits: Traits, options: EngineOptions,
         ),
         (QWEN3, EngineOptions(attention="flash"), "attention='flash' can't be used with Qwen3ForCausalLM"),
         (QWEN3, INT8, "^quantization='int8' is for models on a CPU with dtype='bfloat16'$"),
-        (replace(LLAMA, **ON_GPU), INT8, "^quantization='int8' is for models on a CPU with dtype='bfloat16'$"),
+        (
+            replace(LLAMA, **ON_GPU, without_kernels="it has 3 legs"),
+            INT8,
+            "^quantization='int8' on a GPU takes kernels of our own, and none run LlamaForCausalLM: it has 3 legs$",
+        ),
+        (
+            replace(LLAMA, **WITH_KERNELS, from_gguf=True),
+            EngineOptions(quantization="gguf"),
+            "^quantization='gguf' is for models on a CPU with dtype='bfloat16'$",
+        ),
+        (replace(LLAMA, device="mps"), INT8, "^quantization='int8' is for models on a CPU with dtype='bfloat16'$"),
+        (
+            replace(LLAMA, **WITH_KERNELS),
+            replace(SDPA, quantization="int8"),
+            "^attention='sdpa' and quantization='int8' don't go together for LlamaForCausalLM on a GPU$",
+        ),
+        (
+            replace(LLAMA, **WITH_KERNELS, runs_more=True),
+            INT8,
+            "^quantization='int8' on a GPU is for models without hooks, and LlamaForCausalLM has some$",
+        ),
+        (
+            replace(LLAMA, **WITH_KERNELS),
+            replace(INT8, compile=True),
+            "^compile=True and quantization='int8' don't go together for LlamaForCausalLM$",
+        ),
         (
             QWEN3,
             replace(TREE, compile=True),
@@ -113,9 +145,10 @@ def every() -> list[tuple[Traits, EngineOptions, EnginePlan]]:
     found = list[tuple[Traits, EngineOptions, EnginePlan]]()
     for device, dtype in product(("cpu", "cuda", "mps"), (torch.float32, torch.bfloat16)):
         traits = [replace(QWEN3, device=device, dtype=dtype)]
-        for flag in ("one_call", "runs_more", "has_softcap", "has_triton"):
+        for flag in ("one_call", "runs_more", "has_softcap"):
             on: dict[str, Any] = {flag: True}
             traits += [replace(one, **on) for one in traits]
+        traits += [replace(one, has_kernels=True) for one in traits if device == "cuda" and not one.runs_more]
         for one, attention, quantization, compile in product(
             traits, (None, "tree", "sdpa"), (None, "int8"), (False, True)
         ):
@@ -134,23 +167,26 @@ def test_plans_hold_what_they_promise() -> None:
     plans = every()
     assert {planned.engine for *_, planned in plans} == set(KINDS)
     for traits, options, planned in plans:
-        assert planned.attention == "sdpa" or traits.device == "cpu"
+        kernels = planned.engine == "kernels"
+        assert planned.attention == "sdpa" or traits.device == "cpu" or kernels
         assert planned.packs is (traits.device == "cpu" and planned.engine != "compiled")
         assert bool(planned.failing) is (planned.otherwise is not None)  # nobody is left without a word
         if options.attention == "tree":
             assert planned.attention == "tree"
-            assert planned.hint
+            assert planned.hint or kernels
         if options.attention == "sdpa":
             assert planned.attention == "sdpa"
         if options.quantization is not None:
-            assert planned.packs
+            assert planned.packs or kernels
+            assert planned.otherwise is None or planned.packs  # nothing else has 8 bits on a GPU
         assert planned.own_attention == ("eager" if traits.has_softcap else "sdpa")
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_each_engine_is_where_the_table_says(name: str) -> None:
     engine = imported(KINDS[name])
-    assert issubclass(engine, KVEngine)
+    assert issubclass(engine, KVEngine) or name == "kernels"
+    assert issubclass(engine, NotCopied)
     assert callable(engine.of)
     assert engine.attention in ("tree", "sdpa")
 

@@ -47,11 +47,23 @@ SIZES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "scale": lambda ready: ready["llama"]["layers"][0]["attention"].update(scale=float("nan")),
     "window": lambda ready: ready["llama"]["layers"][0]["attention"].update(window=-3),
     "norm": lambda ready: ready["llama"]["norm"].update(weight=torch.ones(8)),
+    "a scale of positions that torch can't multiply by": lambda ready: ready["llama"]["rotary"].update(
+        scale=-(1 << 70)
+    ),
+    "epsilon": lambda ready: ready["llama"]["norm"].update(eps=1 << 2000),
+    "flat embedding": lambda ready: ready["llama"]["embedding"].update(
+        weight=ready["llama"]["embedding"]["weight"].flatten()
+    ),
+    "embedding in another type": lambda ready: ready["llama"]["embedding"].update(
+        weight=ready["llama"]["embedding"]["weight"].float()
+    ),
+    "an embedding that isn't packed": lambda ready: ready["llama"]["embedding"].update(packed=True),
     "embedding": lambda ready: ready["llama"]["embedding"].update(count=10**6),
     "frequencies": lambda ready: ready["llama"]["rotary"].update(frequencies=torch.ones(1)),
     "product": lambda ready: ready["llama"]["layers"][0].update(o_proj=ready["llama"]["layers"][0]["qkv"]),
     "no layers": lambda ready: ready["llama"].update(layers=[]),
     "context": lambda ready: ready["facts"].update(context="long"),
+    "a context below nothing": lambda ready: ready["facts"].update(context=-(1 << 70)),
     "number of layers": lambda ready: ready["facts"].update(num_layers=7),
 }
 

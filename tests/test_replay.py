@@ -59,6 +59,28 @@ def test_the_command_tells_it(tmp_path: Path) -> None:
     assert "1.72" in CliRunner().invoke(app, args).output
 
 
+def test_plain_is_what_speeds_are_compared_with_wherever_it_stands() -> None:
+    run, again = recorded(), recorded()
+    run.samples.reverse()
+    tree, plain = replay(run, HERE)
+    assert (tree.method, plain.method) == ("merged:dynamic", "plain")
+    assert [plain, tree] == replay(again, HERE)
+
+
+def test_without_plain_nothing_measured_is_compared_with_it(tmp_path: Path) -> None:
+    run = recorded()
+    for one in run.samples:
+        one.method = {"plain": "default"}.get(one.method, one.method)
+    found = replay(run, HERE)
+    assert [one.measured for one in found] == [None, None]
+    assert [one.predicted for one in found] == [one.predicted for one in replay(recorded(), HERE)]
+    run.save(tmp_path / "run")
+    (tmp_path / "curve.json").write_text(json.dumps({"rows": HERE.rows, "seconds": HERE.points}))
+    args = ["simulate", str(tmp_path / "run"), "--curve", str(tmp_path / "curve.json")]
+    assert json.loads(CliRunner().invoke(app, [*args, "--json"]).output)[0]["measured"] is None
+    assert "no speed of the method plain" in CliRunner().invoke(app, args).output
+
+
 def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(OptionError, match="at least 0"):
         replay(recorded(), HERE, -1)

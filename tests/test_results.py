@@ -157,8 +157,7 @@ def test_a_speed_is_compared_with_one_that_was_measured() -> None:
     for one in run.samples:
         if one.method == "plain":
             one.decoded_tokens = 0
-    with pytest.raises(OptionError, match="decoded nothing"):
-        replay(run, CURVE)
+    assert {one.measured for one in replay(run, CURVE)} == {None}
     for drafting in (float("nan"), float("inf"), -1.0):
         with pytest.raises(OptionError, match="at least 0"):
             replay(with_steps(), CURVE, drafting)

@@ -39,7 +39,8 @@ SMALL = {"batch_size": 32, "warmup_steps": 2, "evaluate_every": 5, "learning_rat
 
 
 def llm(**options: Any) -> LLM:
-    return LLM(tiny("llama", vocab_size=300), tokenizer=tiny_tokenizer(), max_batch=4, **options)
+    model = tiny("llama", vocab_size=300, eos_token_id=[0, 2])  # its texts are short
+    return LLM(model, tokenizer=tiny_tokenizer(), max_batch=4, **options)
 
 
 # -- texts -------------------------------------------------------------------------------------------------------------

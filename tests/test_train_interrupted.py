@@ -105,7 +105,7 @@ MEDUSA = "medusa --heads 2 --batch-size 32 --epochs 6"
         (
             EAGLE,
             [
-                (INT, "writing texts", 0.0), (KILL, "writing texts", 0.4), (TERM, "writing texts", 0.6),
+                (INT, "writing texts", 0.0), (KILL, "writing texts", 0.05), (TERM, "writing texts", 0.1),
                 (INT, "reading", 0.02), (INT, "training", 0.1), (KILL, "step 8/", 0.02), (INT, "step 12/", 0.0),
                 (KILL, "step 16/", 0.0),
             ],

@@ -265,7 +265,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _files(root: Path) -> dict[str, bytes]:
-    return {str(file): file.read_bytes() for file in root.rglob("*") if file.is_file()}
+    return {str(file): file.read_bytes() if file.is_file() else b"" for file in root.rglob("*")}
 
 
 @pytest.mark.parametrize(("line", "says"), USES, ids=lambda part: part[:60])

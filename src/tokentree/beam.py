@@ -19,7 +19,7 @@ from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter
 from tokentree.engines.base import Branches, TargetOutput
 from tokentree.errors import DeadEnd
-from tokentree.exclusive import Exclusive, exclusive
+from tokentree.exclusive import Exclusive, stepping
 from tokentree.sampling import process_logits
 from tokentree.scheduler import PREFILL_ROWS
 from tokentree.sequence import Accepted, FinishReason, Sequence
@@ -210,7 +210,7 @@ class BeamDecoder:
         """
         params = seq.params
         ends = frozenset() if params.ignore_eos else seq.eos_ids | {*params.stop_token_ids}
-        with self.lock:
+        with self.lock.step():
             search = BeamSearch(params.num_beams, seq.room, ends, params.length_penalty, params.early_stopping)
         beams, self._prompt = list[_Beam](), seq  # drafters know the prompt as a text of its own
         tokens, parents = list[int](), list[int]()  # of the nodes that are in the KV, the root first
@@ -235,7 +235,7 @@ class BeamDecoder:
             seq.metrics.reused_tokens += self._engine.prefill(seq, upto)
         seq.metrics.prefill_seconds += time.perf_counter() - started
 
-    @exclusive
+    @stepping
     def _begin(self, seq: Sequence) -> list[_Beam]:
         """The first beam."""
         started = time.perf_counter()
@@ -245,7 +245,7 @@ class BeamDecoder:
         seq.metrics.prefill_seconds += time.perf_counter() - started
         return beams
 
-    @exclusive
+    @stepping
     def _step(
         self, seq: Sequence, search: BeamSearch, tokens: list[int], parents: list[int], beams: list[_Beam]
     ) -> tuple[list[int], list[int], list[_Beam]]:

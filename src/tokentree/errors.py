@@ -44,3 +44,13 @@ class ForkError(TokenTreeError):
 
 class InvariantError(AssertionError):
     """An internal structure is damaged. This is a bug of the library."""
+
+
+def told(error: BaseException) -> str:
+    """The kind of an error and the first line of what it says, as they stand in the sentence of another one."""
+    try:
+        said = str(error)
+    except Exception:  # noqa: BLE001  it can't even say that
+        said = ""
+    lines = said.strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -12,6 +12,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 
+from tokentree.errors import RequestError
 from tokentree.kernels.threads import forked, use_here
 
 P = ParamSpec("P")
@@ -31,7 +32,7 @@ class Exclusive:
     def __init__(self) -> None:
         # who waits for the first holds the second, which whoever comes later needs before
         self._held, self._next = threading.RLock(), threading.Lock()
-        self._owner, self._depth = 0, 0
+        self._owner, self._depth, self._stepping = 0, 0, False
         self._state = ExitStack()
         self._left = deque[Callable[[], None]]()
 
@@ -62,6 +63,25 @@ class Exclusive:
 
     def __reduce__(self) -> tuple[type[Exclusive], tuple[()]]:
         return Exclusive, ()  # a copy of what it guards has a lock of its own
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Holds it for a step. What users gave is called there: processors, rules, watchers.
+
+        Raises:
+            RequestError: if these ask for another step of the same engine, which may not begin in the midst of one.
+        """
+        with self:
+            if self._stepping:
+                raise RequestError(
+                    "a model can't write another text in the midst of a step: processors, rules and watchers may use "
+                    "another LLM"
+                )
+            self._stepping = True
+            try:
+                yield
+            finally:
+                self._stepping = False
 
     def when_free(self, work: Callable[[], None]) -> None:
         """Has ``work`` done while the lock is held: now, if nobody holds it, and otherwise by its owner, before it is
@@ -109,6 +129,17 @@ def exclusive(method: Callable[Concatenate[L, P], R]) -> Callable[Concatenate[L,
     @functools.wraps(method)
     def locked(self: L, *args: P.args, **kwargs: P.kwargs) -> R:
         with self.lock:
+            return method(self, *args, **kwargs)
+
+    return cast(Callable[Concatenate[L, P], R], locked)
+
+
+def stepping(method: Callable[Concatenate[L, P], R]) -> Callable[Concatenate[L, P], R]:
+    """A method that is a step under its object's ``lock``."""
+
+    @functools.wraps(method)
+    def locked(self: L, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self.lock.step():
             return method(self, *args, **kwargs)
 
     return cast(Callable[Concatenate[L, P], R], locked)

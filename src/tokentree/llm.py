@@ -21,13 +21,13 @@ from tokentree.decoder import Decoder, Watcher
 from tokentree.drafters.base import Parts
 from tokentree.engines.base import Branches, Engine, EngineOptions, TransformersEngine
 from tokentree.engines.support import check_quantization
-from tokentree.errors import DeadEnd, ModelError, OptionError, PromptError, RequestError
+from tokentree.errors import DeadEnd, ModelError, OptionError, PromptError
 from tokentree.exclusive import neutral
 from tokentree.gguf.header import is_gguf
 from tokentree.inputs import Prompt, Read, read_prompts
 from tokentree.kernels.threads import check_fork, set_threads
 from tokentree.loading import pick_device
-from tokentree.making import draft_engines_of, end_ids, fingerprint_of, kv_bytes_of, prefill_rows_of, tokenizer_of
+from tokentree.making import draft_engines_of, fingerprint_of, kv_bytes_of, prefill_rows_of, tokenizer_of
 from tokentree.metrics import Metrics
 from tokentree.options import (
     Model,
@@ -50,7 +50,7 @@ from tokentree.progress import token_bar
 from tokentree.registry import Named, check_engine, check_names, make_drafter, make_engine
 from tokentree.result import Result
 from tokentree.sampling import SamplingParams, check_vocabulary, seeded_noise
-from tokentree.scheduler import Scheduler
+from tokentree.scheduler import Scheduler, fail
 from tokentree.sequence import Accepted, Sequence, TokenLogprobs
 from tokentree.shapes import Cost, CostCurve, Shape
 from tokentree.sharing import Events, Shared
@@ -182,7 +182,6 @@ class LLM:
         own_tokenizer = tokenizer_in(tokenizer)
         self.engine, self.max_batch = make_engine(engine, model, options), batch
         self.tokenizer = tokenizer_of(model) if own_tokenizer is None and model is not None else own_tokenizer
-        self.eos_ids = end_ids(self.engine, self.tokenizer)
         draft_engines = draft_engines_of(drafts, self.tokenizer, options)
         self._parts = Parts(self.engine, draft_engines, heads, fingerprint_of(self.engine, self.tokenizer, heads))
         self._curve: CostCurve | None = None
@@ -206,6 +205,17 @@ class LLM:
         if config is None:
             raise ModelError(f"{self.engine.info.name} has no configuration of transformers")
         return config
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """The tokens that end a text, as in transformers' ``generate``: those of the model's generation configuration.
+        What a loaded model's is changed to holds for the requests that come later.
+
+        Raises:
+            ModelError: if it names something else there.
+        """
+        ends, vocab_size = self.engine.info.ends, self.engine.vocab_size
+        return frozenset(token for token in ends if 0 <= token < vocab_size)  # some write -1 for none
 
     @property
     def engines(self) -> list[TransformersEngine]:
@@ -371,8 +381,8 @@ class LLM:
         try:
             assert isinstance(self.engine, Branches)  # as `sequence` has seen
             search = BeamDecoder(self.engine, self.decoder.drafter, self.decoder.shape).run(seq, advance)
-        except RequestError as error:
-            seq.finish_reason, seq.error = "error", error
+        except Exception as error:  # noqa: BLE001  as in a step that it shares with nobody
+            fail(seq, error)
             return [self.result(seq)] * count
         results = []
         for found in search.best(count):

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokentree.engines.base import Engine, EngineOptions, TransformersEngine
-from tokentree.engines.model_facts import ends_of
 from tokentree.errors import ModelError
 from tokentree.heads.saved import Fingerprint
 from tokentree.loading import find_tokenizer, load_engine, load_tokenizer
@@ -27,12 +26,6 @@ def tokenizer_of(model: Model) -> PreTrainedTokenizerBase | None:
         return load_tokenizer(model.config._name_or_path, local_only=True) if model.config._name_or_path else None
     except ModelError:  # weights alone, or a place that is gone
         return None
-
-
-def end_ids(engine: Engine, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
-    """The tokens that end a text: the model's and the tokenizer's."""
-    ends = {*engine.info.ends, *ends_of(tokenizer)}  # some write -1 for none
-    return frozenset(token for token in ends if 0 <= token < engine.vocab_size)
 
 
 def draft_engines_of(

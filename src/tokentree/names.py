@@ -45,6 +45,8 @@ def find(name: str | Path, local_only: bool = False) -> Found:
             return _file(name, path)
         if is_folder and str(name):
             return _folder(name, path)
+    except ModelError:
+        raise
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, a folder that may not be read, no home
         raise ModelError(f"{_short(name)} can't be looked up: {_reason(error)}") from None
     if not str(name).strip():

@@ -8,18 +8,20 @@ from __future__ import annotations
 import difflib
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from tokentree.errors import DeadEnd, OptionError, RequestError
+from tokentree.errors import DeadEnd, OptionError, RequestError, told
 
 LogitsProcessor = Callable[[list[int], torch.Tensor], torch.Tensor]
 LARGEST = 1e9  # penalty, and
 LARGEST_BIAS = 1e30  # so that float32 holds what comes of them
+HOTTEST = 1e38  # temperature that float32 holds: by infinity, what is banned would be divided into NaN
+END = 2**63  # of whole numbers
 MOST = 65_536  # samples of one prompt
 MOST_BEAMS = 1024
 MOST_RANKED = 1 << 26  # numbers that a step of beam search ranks: for each beam, the whole vocabulary
@@ -29,10 +31,15 @@ NOT_NUMBERS = (
 )
 
 
+def _is_empty(value: Any) -> bool:
+    """Whether it is a tensor without data."""
+    return isinstance(value, torch.Tensor) and value.is_meta
+
+
 def _plain(value: Any) -> Any:
     """Numbers of numpy and torch as Python's own; texts and truth values are no numbers."""
     if isinstance(value, np.generic) or (isinstance(value, np.ndarray | torch.Tensor) and value.ndim == 0):
-        value = value.item()
+        value = None if _is_empty(value) else value.item()
     if isinstance(value, bool | str | bytes):
         raise ValueError("input should be a number")
     return value
@@ -42,7 +49,7 @@ def _one_or_several(value: Any) -> Any:
     """A tuple of what may come as None, alone, or in any kind of list."""
     if value is None:
         return ()
-    if isinstance(value, np.ndarray | torch.Tensor):
+    if isinstance(value, np.ndarray | torch.Tensor) and not _is_empty(value):
         value = value.tolist()
     if isinstance(value, str) or (callable(value) and not isinstance(value, list)):
         return (value,)
@@ -59,7 +66,7 @@ def _truth(value: Any) -> Any:
 
 
 def _truth_or_never(value: Any) -> Any:
-    return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else _truth(value)
+    return {"true": True, "false": False, "never": "never"}.get(value) if isinstance(value, str) else _truth(value)
 
 
 Float = Annotated[float, BeforeValidator(_plain)]
@@ -103,7 +110,7 @@ class SamplingParams(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
     temperature: Float = Field(0.0, ge=0, allow_inf_nan=False)
-    top_k: Int = Field(0, ge=0)
+    top_k: Int = Field(0, ge=0, lt=END)
     top_p: Float = Field(1.0, gt=0, le=1)
     min_p: Float = Field(0.0, ge=0, le=1)
     repetition_penalty: Float = Field(1.0, gt=1 / LARGEST, le=LARGEST)
@@ -111,19 +118,19 @@ class SamplingParams(BaseModel):
     frequency_penalty: Float = Field(0.0, ge=-LARGEST, le=LARGEST)
     logit_bias: dict[Int, Float] = Field(default_factory=dict)
     logits_processors: Annotated[tuple[LogitsProcessor, ...], BeforeValidator(_one_or_several)] = ()
-    seed: Int | None = Field(None, ge=0, lt=2**63)
+    seed: Int | None = Field(None, ge=0, lt=END)
     n: Int = Field(1, ge=1, le=MOST)
-    max_tokens: Int = Field(256, ge=1)
-    min_tokens: Int = Field(0, ge=0)
+    max_tokens: Int = Field(256, ge=1, lt=END)
+    min_tokens: Int = Field(0, ge=0, lt=END)
     ignore_eos: Annotated[bool, BeforeValidator(_truth)] = False
     stop: Annotated[tuple[str, ...], BeforeValidator(_one_or_several)] = ()
     stop_token_ids: Annotated[tuple[Int, ...], BeforeValidator(_one_or_several)] = ()
     num_beams: Int = Field(1, ge=1, le=MOST_BEAMS)
     length_penalty: Float = Field(1.0, ge=-16, le=16, allow_inf_nan=False)
     early_stopping: Annotated[bool | Literal["never"], BeforeValidator(_truth_or_never)] = False
-    num_return_sequences: Int = Field(1, ge=1)
+    num_return_sequences: Int = Field(1, ge=1, lt=END)
     timeout: Float | None = Field(None, ge=0, allow_inf_nan=False)
-    logprobs: Int | None = Field(None, ge=0)
+    logprobs: Int | None = Field(None, ge=0, lt=END)
 
     def __init__(self, **options: Any) -> None:
         try:
@@ -137,6 +144,15 @@ class SamplingParams(BaseModel):
                 said += f"; did you mean {near[0]}?" if near[0] != name else ""
             shown = _shown(first["input"])
             raise OptionError(f"sampling option {name}={shown}: {said}" if name else said) from None
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> SamplingParams:
+        """The same options but for those of ``update``.
+
+        Raises:
+            OptionError: as for new ones.
+        """
+        mine = super().model_copy(deep=deep)
+        return type(self)(**{**vars(mine), **update}) if update else mine
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise OptionError(f"sampling options are frozen: make new ones with another {name}")
@@ -213,7 +229,7 @@ def check_vocabulary(params: SamplingParams, vocab_size: int) -> None:
     for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
         for token in ids:
             if not 0 <= token < vocab_size:
-                raise OptionError(f"{name} names token {token}, but the vocabulary has {vocab_size}")
+                raise OptionError(f"{name} names token {_shown(token)}, but the vocabulary has {vocab_size}")
 
 
 def process_logits(
@@ -267,28 +283,33 @@ def process_logits(
 def _changed(processor: LogitsProcessor, path_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
     """What a user's ``processor`` makes of ``logits``, float32[vocab] again."""
     name = getattr(processor, "__qualname__", type(processor).__qualname__)
+    wanted = tuple(logits.shape), logits.device, torch.strided
     try:
         changed = processor(path_ids, logits)
     except RequestError:
         raise
     except Exception as error:
-        said = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise RequestError(f"the logits processor {name} raised {said}") from error
+        raise RequestError(f"the logits processor {name} raised {told(error)}") from error
     if not isinstance(changed, torch.Tensor):
         kind = type(changed).__name__
         raise RequestError(f"the logits processor {name} returned {kind}: it must return a tensor float32[vocab]")
-    wanted = tuple(logits.shape), logits.device
-    if (tuple(changed.shape), changed.device) != wanted or not changed.is_floating_point():
+    kind = str(changed.dtype).removeprefix("torch.")
+    if (tuple(changed.shape), changed.device, changed.layout) != wanted or not changed.is_floating_point():
+        form = "" if changed.layout is torch.strided else f"{str(changed.layout).removeprefix('torch.')} "
         raise RequestError(
-            f"the logits processor {name} returned {str(changed.dtype).removeprefix('torch.')}{list(changed.shape)} on "
-            f"{changed.device}: it must return float32{list(logits.shape)} on {logits.device}"
+            f"the logits processor {name} returned {form}{kind}{list(changed.shape)} on {changed.device}: it must "
+            f"return float32{list(wanted[0])} on {wanted[1]}"
         )
-    return changed.float()
+    # what it returns may be its own, for every call, a part of something, or of a class of its own
+    return changed.detach().as_subclass(torch.Tensor).to(torch.float32, copy=True)
 
 
 def _shown(value: Any) -> str:
     """A value as it stands in a message: one line, not long."""
-    text = " ".join(repr(value).split())
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # noqa: BLE001  whatever it is; an integer of 5000 digits can't be written either
+        text = f"<{type(value).__name__}>"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
@@ -301,7 +322,7 @@ def to_probs(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     logits = logits.float()
     if params.is_greedy:
         return torch.nn.functional.one_hot(logits.argmax(), logits.numel()).double()
-    logits = logits / params.temperature
+    logits = logits / min(params.temperature, HOTTEST)
     if 0 < params.top_k < logits.numel():
         logits = logits.masked_fill(logits < logits.topk(params.top_k).values[-1], -math.inf)
     probs = logits.double().softmax(-1)

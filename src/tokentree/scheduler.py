@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tokentree.engines.prefix import LEAST
-from tokentree.errors import OptionError, StepError, TokenTreeError
-from tokentree.exclusive import Exclusive, exclusive
+from tokentree.errors import OptionError, StepError, TokenTreeError, told
+from tokentree.exclusive import Exclusive, stepping
 from tokentree.sequence import FinishReason, Sequence
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class Scheduler:
         if not sys.is_finalizing():  # torch is half gone then, and so is what there is to release
             self.lock.when_free(self._sweep)
 
-    @exclusive
+    @stepping
     def step(self, held: Collection[int] = ()) -> list[Event]:
         """One forward. Who is over its deadline ends before it.
 
@@ -214,11 +214,11 @@ class Scheduler:
         if not isinstance(error, Exception):
             raise error
         if len(seqs) == 1:
-            _fail(seqs[0], error)
+            fail(seqs[0], error)
             return
         self._suspects = [seq.id for seq in seqs]
-        told = f"{type(error).__name__}: {error}"
-        warnings.warn(f"a step of {len(seqs)} requests failed, and each is tried alone now: {told}", stacklevel=4)
+        said = f"a step of {len(seqs)} requests failed, and each is tried alone now: {told(error)}"
+        warnings.warn(said, stacklevel=4)
 
     def _events(self) -> list[Event]:
         """What there is to tell; who has finished is dropped."""
@@ -243,8 +243,9 @@ class Scheduler:
             self._told.pop(one, None)
 
 
-def _fail(seq: Sequence, error: Exception) -> None:
+def fail(seq: Sequence, error: Exception) -> None:
+    """Ends a request that was alone in the step that raised ``error``."""
     if not isinstance(error, TokenTreeError):
-        cause, error = error, StepError(f"a step failed: {type(error).__name__}: {error}")
+        cause, error = error, StepError(f"a step failed: {told(error)}")
         error.__cause__ = cause
     seq.finish_reason, seq.error = "error", error

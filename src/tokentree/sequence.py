@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from tokentree.errors import PromptError, RequestError, TokenTreeError
+from tokentree.errors import PromptError, RequestError, TokenTreeError, told
 from tokentree.kernels.topk import greedy
 from tokentree.metrics import Metrics
 from tokentree.sampling import Noise, SamplingParams, process_logits, to_probs
@@ -189,8 +189,7 @@ class Sequence:
         try:
             ends = ends or any(rule([*self.tokens, *new]) for rule in self.stop_rules)
         except Exception as error:
-            told = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise RequestError(f"a rule that says where the text ends raised {told}") from error
+            raise RequestError(f"a rule that says where the text ends raised {told(error)}") from error
         return ends or text_end is not None, text_end
 
     def extend(self, accepted: Accepted) -> None:

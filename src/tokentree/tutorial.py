@@ -150,7 +150,7 @@ def tree_speculative_decode(
     if len(ids) >= max_tokens:
         return ids
     target, draft = _engine(target_model, "target model"), _engine(draft_model, "draft model")
-    seq = _sequence(ids, target, max_tokens - len(ids), frozenset(target.facts.ends))
+    seq = _sequence(ids, target, max_tokens - len(ids), frozenset(target.ends))
     for _ in Decoder(target, DraftModel(draft, target.vocab_size), shape, rule).run([seq]):
         pass
     if seq.error is not None:

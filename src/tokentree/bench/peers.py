@@ -60,8 +60,8 @@ class TransformersMethod:
             attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.long, device=self._model.device),
             max_new_tokens=params.max_tokens,
             do_sample=False,
-            eos_token_id=self._eos_ids,
-            pad_token_id=self._eos_ids[0],
+            eos_token_id=self._eos_ids or None,
+            pad_token_id=(self._eos_ids or [0])[0],
             streamer=clock,
             **self._options,
         )

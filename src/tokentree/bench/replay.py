@@ -10,6 +10,7 @@ from tokentree.bench.results import Run, Sample
 from tokentree.errors import OptionError
 from tokentree.shapes.curve import CostCurve
 
+PLAIN = "plain"  # the method that all are compared with, wherever it stands
 TIMED = ("draft_seconds", "verify_seconds", "accept_seconds")
 
 
@@ -20,14 +21,14 @@ class Replayed:
     Args:
         tokens_per_forward: as recorded.
         rows: of a forward, on average.
-        measured: times plain's speed, in the run.
+        measured: times plain's speed, in the run; None where plain decoding wasn't measured there.
         predicted: the same under the other cost.
     """
 
     method: str
     tokens_per_forward: float
     rows: float
-    measured: float
+    measured: float | None
     predicted: float
 
 
@@ -39,12 +40,11 @@ def replay(run: Run, cost: CostCurve, drafting: float = 1.0) -> list[Replayed]:
     would grow others. Record fixed ones of several sizes, and see which is best.
 
     Raises:
-        OptionError: if ``drafting`` is negative, no method of the run has steps, or its first one decoded nothing.
+        OptionError: if ``drafting`` is negative, or no method of the run has steps.
     """
     if not 0 <= drafting < math.inf:
         raise OptionError("drafting is a factor of at least 0")
-    first = run.samples[0].method if run.samples else ""
-    base, found = _rate(run.samples, first), list[Replayed]()
+    base, found = _rate(run.samples, PLAIN), list[Replayed]()
     for method in dict.fromkeys(sample.method for sample in run.samples):
         mine = [s for s in run.samples if s.method == method and s.error is None and set(TIMED) <= set(s.metrics)]
         steps = [step for sample in mine for step in sample.metrics.get("steps", ())]
@@ -54,11 +54,8 @@ def replay(run: Run, cost: CostCurve, drafting: float = 1.0) -> list[Replayed]:
         spent = sum(cost.seconds(step[0]) for step in steps)
         spent += drafting * sum(s.metrics["draft_seconds"] + s.metrics["accept_seconds"] for s in mine)
         rows = sum(step[0] for step in steps) / len(steps)
-        if not base:
-            raise OptionError(f"the first method, {first!r}, decoded nothing: there is no speed to compare with")
-        found.append(
-            Replayed(method, tokens / len(steps), rows, _rate(run.samples, method) / base, tokens * plain / spent)
-        )
+        measured = _rate(run.samples, method) / base if base else None
+        found.append(Replayed(method, tokens / len(steps), rows, measured, tokens * plain / spent))
     if not found:
         raise OptionError("this run has no steps of this library's methods to replay")
     return found

@@ -25,9 +25,9 @@ from tokentree.cli.options import (
     QuantizationOption,
     ShapeOption,
     ThreadsOption,
+    check_folder,
     encode,
     load,
-    make_folder,
     params_of,
     prompt_text,
 )
@@ -111,7 +111,7 @@ def generate(
         raise OptionError("--show-tree prints one text's trees: leave it out with --num-beams")
     references = [read_text(file, "the reference") for file in reference or ()]
     if memory is not None:
-        make_folder(memory)
+        check_folder(memory)
     _, errors = consoles()
     llm = load(
         errors, model, drafter, threads, draft_model=draft_model, heads=heads, shape=form, accept=accept, dtype=dtype,

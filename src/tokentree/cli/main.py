@@ -31,9 +31,9 @@ from tokentree.cli.options import (
     QuantizationOption,
     ShapeOption,
     ThreadsOption,
+    check_folder,
     encode,
     load,
-    make_folder,
     params_of,
 )
 from tokentree.cli.plot import plot
@@ -200,7 +200,7 @@ def bench(
     params = params_of(max_tokens=max_tokens, temperature=temperature, seed=seed, ignore_eos=ignore_eos)
     if missing := [str(folder) for folder in heads or () if not folder.is_dir()]:
         raise OptionError(f"there is no folder {missing[0]!r} with heads")
-    make_folder(out)
+    check_folder(out)
     console, errors = consoles()
     llm = load(
         errors, model, "none", threads, draft_model=draft_model, heads=heads[0] if heads else None, dtype=dtype,

@@ -127,16 +127,19 @@ def params_of(**options: Any) -> SamplingParams:
     return SamplingParams(**options)
 
 
-def make_folder(folder: Path) -> None:
-    """Makes a folder that is written to in the end, so that what can't be is told before anything is loaded.
+def check_folder(folder: Path) -> None:
+    """Tells before anything is loaded what can't become a folder that is written to in the end. None is left behind.
 
     Raises:
         OptionError: if there can be none.
     """
     if folder.exists() and not folder.is_dir():
         raise OptionError(f"{str(folder)!r} is a file: name a folder")
+    new = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for one in new:
+            one.rmdir()
     except OSError as error:
         raise OptionError(f"can't write to the folder {str(folder)!r}: {error.strerror}") from None
 

@@ -102,8 +102,10 @@ def simulate(
         table.add_column(column, justify="right")
     for one in found:
         shown = one.tokens_per_forward, one.rows, one.measured, one.predicted
-        table.add_row(one.method, *(f"{value:.2f}" for value in shown))
+        table.add_row(one.method, *("" if value is None else f"{value:.2f}" for value in shown))
     show(consoles()[0], table)
+    if any(one.measured is None for one in found):
+        write("This run has no speed of the method plain: what was measured can't be compared with it.\n")
 
 
 def _numbers(text: str) -> list[float]:

@@ -179,9 +179,9 @@ def _check(learning_rate: float, data: str, out: Path, force: bool, *packages: s
     from tokentree.train.job import check_folder
     from tokentree.train.texts import check_data
 
-    check_folder(out, force)
     if data != "self":
         check_data(data)
+    check_folder(out, force)
 
 
 def _recipe(epochs: int | None, **options: Any) -> Recipe:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NoReturn, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tokentree.errors import RequestError
+from tokentree.errors import ModelError, RequestError
 from tokentree.exclusive import Exclusive
 from tokentree.growing import walk
 from tokentree.kernels.topk import top_logits
@@ -173,7 +173,7 @@ class EngineInfo:
         name: the model's name, for messages.
         vocab_size: the width of the logits.
         context: the largest number of positions that the model can take.
-        ends: the end-of-sequence tokens of the model's configuration.
+        ends: the tokens that end a text. For a transformers model, they are those at which ``generate`` ends it.
         device: where it computes. On "cpu", a step reads fewer rows of prompts than elsewhere.
         dtype: of logits.
         attention: "tree" if a row has the same bits in any tree and any batch; "sdpa" if the model attends by itself.
@@ -195,6 +195,21 @@ class EngineInfo:
     signature: str = ""
     caveat: str = ""
     kv_bytes: int | None = None
+
+
+class NotCopied:
+    """What is neither copied nor sent to another process: compiled loops and recordings hold addresses of what an
+    engine has."""
+
+    def __reduce__(self) -> NoReturn:
+        """It can't be.
+
+        Raises:
+            ModelError: always.
+        """
+        raise ModelError(
+            "an LLM can't be copied, nor sent to another process: make a new one there; its tokenizer can be"
+        )
 
 
 class DraftEngine(Protocol):
@@ -380,6 +395,15 @@ class TransformersEngine(HeadEngines, Branches, Protocol):
     @property
     def config(self) -> PreTrainedConfig:
         """The model's configuration."""
+        ...
+
+    @property
+    def ends(self) -> list[int]:
+        """The tokens at which transformers' ``generate`` ends a text of the model. A loaded one is asked each time.
+
+        Raises:
+            ModelError: if it names something else there.
+        """
         ...
 
     @property

@@ -8,7 +8,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from tokentree.cache import damaged
-from tokentree.engines.cpu.checked import expect
+from tokentree.engines.cpu.checked import expect, is_count
 from tokentree.engines.cpu.linear import PackedLinear
 from tokentree.engines.cpu.llama import Kind, Llama
 from tokentree.engines.cpu.packed_file import Place, kept
@@ -49,16 +49,18 @@ class ReadyEngine(ProgramEngine):
         expect("a model", shapes == sizes, own["logits"].shape[1] == llama.head.num_outputs)
         expect("a model", (facts.num_layers, facts.hidden_size) == (len(sizes), len(llama.norm.weight)))
         super().__init__(
-            program, facts, own, lambda: config_of(settings), quantization, prefix_bytes, Unwatched()
+            program, facts, own, lambda: config_of(settings), quantization, prefix_bytes, Unwatched(facts.ends)
         )  # fmt: skip
         self._check_trees(own)
 
 
 def _facts(found: Any) -> Facts:
     try:
-        return TypeAdapter(Facts).validate_python(found)
+        facts = TypeAdapter(Facts).validate_python(found)
     except ValidationError as error:
         raise ModelError(f"what is kept of a model makes no sense: {error.errors()[0]['msg']}") from None
+    expect("a model", *map(is_count, (facts.context, facts.hidden_size, facts.num_layers, facts.vocab_size)))
+    return facts
 
 
 def ready_engine(place: Place, quantization: str | None, prefix_bytes: int) -> ReadyEngine | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tokentree.engines.model_facts import ends_of
 from tokentree.engines.segment import Upto
 from tokentree.errors import ModelError
 
@@ -12,7 +13,23 @@ if TYPE_CHECKING:  # it imports transformers' model classes
 
 
 class Unwatched:
-    """Of a model that nobody else has, and so nobody changes."""
+    """Of a model that nobody else has, and so nobody changes.
+
+    Args:
+        ends: the tokens at which transformers' ``generate`` ended its texts when an engine was made of it.
+    """
+
+    def __init__(self, ends: list[int]) -> None:
+        self._ends = ends
+
+    @property
+    def ends(self) -> list[int]:
+        """The tokens at which it ends them now.
+
+        Raises:
+            ModelError: if the model names something else there.
+        """
+        return self._ends
 
     def changed(self) -> str | None:
         """What has changed, in words; None if nothing has."""
@@ -30,13 +47,21 @@ class Guard(Unwatched):
 
     Args:
         name: of its class.
+        ends: see `Unwatched`.
         watch: remembers what it was.
     """
 
-    def __init__(self, name: str, watch: Watch) -> None:
+    def __init__(self, name: str, ends: list[int], watch: Watch) -> None:
+        super().__init__(ends)
         self._name, self._watch = name, watch
         self._shared: Shared | None = None
         self._looked = False  # at the model, since the last step
+
+    @property
+    def ends(self) -> list[int]:
+        if (model := self._watch.model) is not None:  # it may be told others at any time
+            self._ends = ends_of(model)
+        return self._ends
 
     def share(self, shared: Shared) -> None:
         """From now on ``shared`` is looked at in every step."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tokentree.engines.base import KEPT, DraftEngine, EngineInfo, Features, TargetOutput
+from tokentree.engines.base import KEPT, DraftEngine, EngineInfo, Features, NotCopied, TargetOutput
 from tokentree.engines.cpu.linear import weights_of
 from tokentree.engines.cpu.quantized import draft_linear
 from tokentree.engines.guard import Unwatched
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 PREFILL_ROWS = 256
 
 
-class KVEngine(ABC):
+class KVEngine(NotCopied, ABC):
     """Verifies trees; a subclass has the forward.
 
     The rows of all sequences go through the model as one batch row, without padding; only attention tells them apart.
@@ -127,12 +127,17 @@ class KVEngine(ABC):
         """What has changed, in words, in a loaded model since this engine was made of it; None if nothing has."""
         return self._guard.changed()
 
+    @property
+    def ends(self) -> list[int]:
+        """See `TransformersEngine`."""
+        return self._guard.ends
+
     # -- the protocol ----------------------------------------------------------------------------------------------
 
     @property
     def info(self) -> EngineInfo:
         return EngineInfo(
-            self.facts.name, self.vocab_size, self.context, tuple(self.facts.ends), self.device, self.dtype,
+            self.facts.name, self.vocab_size, self.context, tuple(self.ends), self.device, self.dtype,
             self.attention, self.execution, self.signature, self.caveat,
         )  # fmt: skip
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
 
 from tokentree.engines.support import context_length, layer_windows
+from tokentree.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -21,7 +25,7 @@ class Facts:
         context: the most positions that it can take.
         hidden_size, num_layers, vocab_size: by its configuration.
         windows: the kinds of its layers, each with its sliding window, None where everything is seen.
-        ends: the tokens that end a text, by its configurations.
+        ends: the tokens at which transformers' ``generate`` ended its texts when these facts were written down.
     """
 
     name: str
@@ -38,7 +42,7 @@ class Facts:
         return cls(
             type(model).__name__, context_length(config), int(config.hidden_size), int(config.num_hidden_layers),
             int(config.vocab_size), layer_windows(config),
-            sorted(ends_of(getattr(model, "generation_config", None)) | ends_of(model.config)),
+            ends_of(model),
         )  # fmt: skip
 
     @property
@@ -47,10 +51,19 @@ class Facts:
         return f"{self.name} {self.num_layers}x{self.hidden_size}x{self.vocab_size}"
 
 
-def ends_of(source: Any) -> set[int]:
-    """The tokens that end a text by a configuration or a tokenizer, or None."""
-    ids = getattr(source, "eos_token_id", None)
-    return {ids} if isinstance(ids, int) else set(ids or ())
+def ends_of(model: PreTrainedModel) -> list[int]:
+    """The tokens at which transformers' ``generate`` ends a text of ``model``: those of its generation configuration
+    alone, which is made of the model's own one where a checkpoint has none.
+
+    Raises:
+        ModelError: if these are no tokens.
+    """
+    said = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    named = said.tolist() if isinstance(said, np.ndarray | torch.Tensor) else said
+    ids = [] if named is None else list(named) if isinstance(named, list | tuple | set | frozenset) else [named]
+    if any(isinstance(token, bool) or not isinstance(token, int | np.integer) for token in ids):
+        raise ModelError(f"generation_config.eos_token_id={said!r} of {type(model).__name__} is no token, nor several")
+    return sorted({int(token) for token in ids})
 
 
 def settings_of(config: PreTrainedConfig) -> str:

@@ -39,7 +39,8 @@ class Traits:
         has_softcap: whether its attention caps scores, which torch's can't.
         one_call: whether its layers are Llama's, as they came, and can be packed: see `Llama.fits`.
         runs_more: whether hooks or replaced forwards run with it.
-        has_kernels: whether kernels of our own run it on a GPU: `weights.unfit` says why they don't.
+        has_kernels: whether kernels of our own run it on a GPU.
+        without_kernels: why they don't, where that is known.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Traits:
     one_call: bool = False
     runs_more: bool = False
     has_kernels: bool = False
+    without_kernels: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,14 +92,29 @@ def plan(traits: Traits, options: EngineOptions) -> EnginePlan:
     attention, on_cpu, quantization = options.attention, traits.device == "cpu", options.quantization
     check_quantization(quantization, traits.from_gguf)
     if quantization is not None and not (on_cpu and traits.dtype is torch.bfloat16):
-        raise ModelError(f"quantization={quantization!r} is for models on a CPU with dtype='bfloat16'")
-    if attention not in (None, "tree", "sdpa") or (attention == "tree" and not (on_cpu or traits.has_kernels)):
+        _check_quantized_on_gpu(traits, options)
+    attends = on_cpu or (traits.has_kernels and not traits.runs_more)
+    if attention not in (None, "tree", "sdpa") or (attention == "tree" and not attends):
         raise ModelError(f"attention={attention!r} can't be used with {traits.name}: use attention='sdpa'")
     own_attention = "sdpa" if traits.supports_sdpa and not traits.has_softcap else "eager"
     itself = EnginePlan("self_attending", "sdpa", own_attention, packs=on_cpu)
     if on_cpu:
         return _on_cpu(traits, options, itself)
     return _elsewhere(traits, options, itself)
+
+
+def _check_quantized_on_gpu(traits: Traits, options: EngineOptions) -> None:
+    """Raises `ModelError` unless kernels of our own are to run the model in 8 bits."""
+    name = f"quantization={options.quantization!r}"
+    if traits.device != "cuda" or options.quantization != "int8":
+        raise ModelError(f"{name} is for models on a CPU with dtype='bfloat16'")
+    if options.attention == "sdpa":
+        raise ModelError(f"attention='sdpa' and {name} don't go together for {traits.name} on a GPU")
+    if not traits.has_kernels:
+        reason = f": {traits.without_kernels}" if traits.without_kernels else ""
+        raise ModelError(f"{name} on a GPU takes kernels of our own, and none run {traits.name}{reason}")
+    if traits.runs_more:
+        raise ModelError(f"{name} on a GPU is for models without hooks, and {traits.name} has some")
 
 
 def may_be_kept(device: str, dtype: torch.dtype | None, options: EngineOptions) -> bool:
@@ -127,7 +144,9 @@ def _elsewhere(traits: Traits, options: EngineOptions, itself: EnginePlan) -> En
     recorded = replace(itself, engine="recorded", otherwise=itself, failing=told)
     if not traits.has_kernels:
         return recorded
-    kernels = replace(itself, engine="kernels", attention="tree")
+    kernels = replace(itself, engine="kernels", attention="tree", hint=": use attention='sdpa'")
+    if options.quantization is not None:  # no other engine has 8 bits
+        return replace(kernels, hint="")
     told = f"{traits.name} attends by itself here, and its text is plain's up to ties"
     return kernels if options.attention else replace(kernels, otherwise=recorded, failing=told)
 

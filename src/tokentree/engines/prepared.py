@@ -47,17 +47,17 @@ class Prepared:
     Attributes:
         name, config, device, dtype: the model's.
         owned, quantization: as given.
+        own: what it says by itself, see `own_forward`; there once it was asked, as is
         guard: tells whether the model is still what it was.
-        own: what it says by itself, see `own_forward`; there once it was asked.
     """
 
     def __init__(
         self, model: PreTrainedModel, owned: bool, quantization: str | None, file: Path | None, kept: Place | None
     ) -> None:  # fmt: skip
+        self.guard: Unwatched
         self._model, self.owned, self._file, self._kept = model, owned, file, kept
         self.name, self.config, self.quantization = type(model).__name__, model.config, quantization
         self.device, self.dtype = model.device, model.dtype
-        self.guard = Unwatched()
         self.own: dict[str, torch.Tensor] = {}
         self._packed = False
 
@@ -99,18 +99,21 @@ class Prepared:
             return known
         one_call = self.device.type == "cpu" and Llama.fits(self.copy, Packing(self._kind))
         runs = replace(known, one_call=one_call, runs_more=runs_more(self.copy))
-        return replace(runs, has_kernels=self.device.type == "cuda" and self.without_kernels is None)
+        if self.device.type != "cuda":
+            return runs
+        reason = self.without_kernels
+        return replace(runs, has_kernels=reason is None, without_kernels=reason or "")
 
     @functools.cached_property
     def without_kernels(self) -> str | None:
-        """Why no kernels of our own run it on a GPU; None if they do."""
+        """Why no kernels of our own run it on a GPU, in 8 bits where those are asked for; None if they do."""
         if find_spec("triton") is None:
             return "triton isn't installed: pip install 'tokentree[gpu]'"
         if ForeignCode.of(self._model).at:
             return "there is code in it that isn't its class's own"
         from tokentree.engines.gpu.weights import unfit  # needs triton
 
-        return unfit(self._model)
+        return unfit(self._model, self.quantization is not None)
 
     def ask(self, attention: str) -> None:
         """Asks the model what it says by itself, with transformers' attention of that name.
@@ -118,7 +121,7 @@ class Prepared:
         Raises:
             ModelError: if it can't read a text, or its forward leaves a trace.
         """
-        guard = None if self.owned else Guard(self.name, Watch(self._model))
+        guard = None if self.owned else Guard(self.name, self.facts.ends, Watch(self._model))
         set_attention(self.copy, attention)
         with explained(self.copy):
             if self.device.type == "cpu":
@@ -128,7 +131,7 @@ class Prepared:
                 self.own = own_forward(self.copy)
         if guard is not None:
             guard.check_forward_of_its_own()
-            self.guard = guard
+        self.guard = guard or Unwatched(self.facts.ends)
 
     @property
     def vocab_size(self) -> int:

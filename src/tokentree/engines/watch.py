@@ -46,6 +46,11 @@ class Watch:
         self._facts, tensors = _look(model)
         self._values, self._sums = values_of(tensors), sums_of(tensors)
 
+    @property
+    def model(self) -> PreTrainedModel | None:
+        """The model, or None if it is gone."""
+        return self._model()
+
     def change(self, briefly: bool = False) -> str | None:
         """What is no longer as it was, in words, or None. A model that is gone can't change.
 

@@ -19,7 +19,7 @@ from tokentree.cli.terminal import consoles
 from tokentree.errors import OptionError, PromptError
 from tokentree.heads.saved import Fingerprint
 from tokentree.llm import LLM
-from tokentree.train.keeping import keep_text, whole, writing
+from tokentree.train.keeping import keep_text, kept_json, whole, writing
 from tokentree.train.loop import CHECKPOINT, Figures, Recipe, Watch
 from tokentree.train.progress import Phases
 from tokentree.train.target import engine_of
@@ -68,18 +68,14 @@ def claim(folder: Path, settings: dict[str, Any], force: bool) -> Path:
     check_folder(folder, force)
     work, text = folder / "work", json.dumps(settings)
     file = work / SETTINGS
-    if file.is_file():
-        try:
-            before = json.loads(file.read_text(encoding="utf-8", errors="replace"))
-        except ValueError:
-            before = None
-        if before != json.loads(text):
-            finished = (work / CHECKPOINT).exists() or any((folder / name).exists() for name in WEIGHTS)
-            if finished and not force:
-                raise OptionError(
-                    f"{_difference(folder, before, json.loads(text))}: name another folder, or begin anew with --force"
-                )
-            (work / CHECKPOINT).unlink(missing_ok=True)
+    before = kept_json(file)
+    if before is not None and before != json.loads(text):
+        finished = (work / CHECKPOINT).exists() or any((folder / name).exists() for name in WEIGHTS)
+        if finished and not force:
+            raise OptionError(
+                f"{_difference(file, before, json.loads(text))}: name another folder, or begin anew with --force"
+            )
+        (work / CHECKPOINT).unlink(missing_ok=True)
     keep_text(file, text)
     return work
 
@@ -87,9 +83,9 @@ def claim(folder: Path, settings: dict[str, Any], force: bool) -> Path:
 def check_folder(folder: Path, force: bool = False) -> None:
     """Raises `OptionError` if heads can't be written into ``folder``, or would replace what no training left there:
     what can be told before a model is loaded."""
-    if folder.exists() and not folder.is_dir():
-        raise OptionError(f"{str(folder)!r} is a file: name a folder for the heads")
     with writing(folder):
+        if folder.exists() and not folder.is_dir():
+            raise OptionError(f"{str(folder)!r} is a file: name a folder for the heads")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -100,10 +96,12 @@ def check_folder(folder: Path, force: bool = False) -> None:
         )
 
 
-def _difference(folder: Path, before: Any, settings: dict[str, Any]) -> str:
-    old = before if isinstance(before, dict) else {}
-    name, value = next(((name, value) for name, value in settings.items() if old.get(name) != value), ("settings", ""))
-    return f"{str(folder)!r} has a training with other settings: {name} {old.get(name)}, not {value}"
+def _difference(file: Path, before: dict[str, Any], settings: dict[str, Any]) -> str:
+    if not before:
+        return f"{str(file)!r} is damaged, and so doesn't say what training is there"
+    names = (name for name in (*settings, *before) if before.get(name) != settings.get(name))
+    name, folder = next(names, "settings"), str(file.parent.parent)
+    return f"{folder!r} has a training with other settings: {name} {before.get(name)}, not {settings.get(name)}"
 
 
 @contextmanager
@@ -137,13 +135,16 @@ def work_folder(work: Path, llm: LLM, data: str | Path, recipe: Recipe, force: b
         "data": str(data), "seed": recipe.seed, "dtype": kind
     }  # fmt: skip
     file, content = work / "about.json", json.dumps(owner)
-    if file.is_file() and file.read_text(encoding="utf-8", errors="replace") != content:
+    before = kept_json(file)
+    if before is not None and before != owner:
         written = (work / "texts.jsonl").exists() or (work / "hidden").exists()
         if written and not force:
             raise OptionError(
                 f"{str(work)!r} is the work of another run, with another model, dtype, data or seed: name another, or "
-                "begin anew with --force"
-            )
+                "begin anew with --force" if before else
+                f"{str(file)!r} is damaged, and so doesn't say whose texts are there: remove it if they are this "
+                "model's, or begin anew with --force"
+            )  # fmt: skip
         shutil.rmtree(work / "hidden", ignore_errors=True)
         for texts in work.glob("texts*.jsonl"):
             texts.unlink()
@@ -169,6 +170,31 @@ def texts_for(llm: LLM, data: str | Path, work: Path, tokens: int, seed: int, ph
         return write_texts(
             llm, kept, tokens, seed, lambda done: show(done, "" if done < tokens else "ending what is begun")
         )
+
+
+@contextmanager
+def claimed(
+    llm: LLM, data: str | Path, folder: Path, settings: dict[str, Any], recipe: Recipe, work: str | Path | None,
+    tokens: int, places: int, force: bool, phases: Phases,
+) -> Iterator[tuple[Path, Path, Texts]]:  # fmt: skip
+    """Makes ``folder`` that of a training with these ``settings`` and this ``recipe``. Yields its folder for work, the
+    one for hidden states, which is ``work`` if that is given, and the texts; meanwhile no other training works there.
+    Of several processes the first one is here before the others, which then find it all.
+
+    Args:
+        places: how many hidden states of each token are kept.
+
+    Raises:
+        OptionError, PromptError: see `claim`, `work_folder`, `check_space` and `texts_for`.
+    """
+    with PartialState().main_process_first():
+        own = claim(folder, settings | recipe.model_dump(), force)
+        shared = Path(work or own)
+        with working_in(shared, phases):
+            work_folder(shared, llm, data, recipe, force)
+            if str(data) == "self" and places:
+                check_space(shared, llm, tokens, places)
+            yield own, shared, texts_for(llm, data, shared, tokens, recipe.seed, phases)
 
 
 def check_space(work: Path, llm: LLM, tokens: int, places: int) -> None:
@@ -249,6 +275,8 @@ def publish(folder: Path, write: Callable[[Path], None]) -> None:
     with whole(), writing(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".heads.") as room:
         write(Path(room))
         files = sorted(Path(room).iterdir(), key=lambda file: file.name in WEIGHTS)
+        if folders := [folder / name for name in MADE if (folder / name).is_dir()]:
+            raise OptionError(f"can't write {str(folders[0])!r}: it is a folder")
         for name in WEIGHTS:
             (folder / name).unlink(missing_ok=True)
         for file in files:

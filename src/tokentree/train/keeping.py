@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
@@ -77,6 +78,17 @@ def keep_text(file: Path, text: str) -> None:
     """
     with whole(), writing(file), replacing(file) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def kept_json(file: Path) -> dict[str, Any] | None:
+    """What the JSON in ``file`` says: nothing if it is damaged, None if there is no such file."""
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8", errors="replace"))
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def keep_tensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:

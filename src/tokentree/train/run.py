@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from rich.console import Console
 
 from tokentree.cache import replacing
@@ -26,16 +23,12 @@ from tokentree.train.job import (
     check,
     check_folder,
     check_parameters,
-    check_space,
-    claim,
+    claimed,
     leading,
     phases_on,
     publish,
-    texts_for,
     training_in,
     watch_with,
-    work_folder,
-    working_in,
 )
 from tokentree.train.keeping import whole, writing
 from tokentree.train.loop import CHECKPOINT, Figures, Recipe, train
@@ -98,16 +91,9 @@ def train_medusa(
     settings = {"method": "medusa", "num_heads": num_heads, "num_layers": num_layers, "known_tokens": known_tokens}
     settings |= {"data": str(data), "tokens": tokens if str(data) == "self" else None, "held_back": held_back}
     with phases_on(console) as phases:
-        with PartialState().main_process_first():  # the others then find it all
-            own = claim(folder, settings | recipe.model_dump(), force)
-            shared = Path(work or own)
-            with working_in(shared, phases):
-                work_folder(shared, llm, data, recipe, force)
-                if str(data) == "self":
-                    check_space(shared, llm, tokens, 1)
-                texts = texts_for(llm, data, shared, tokens, recipe.seed, phases)
-                heads.token_map = frequent_tokens(texts.ids, known_tokens, llm.engine.vocab_size)
-                model, task = _prepared(llm, heads, texts, shared / "hidden", held_back, phases)
+        with claimed(llm, data, folder, settings, recipe, work, tokens, 1, force, phases) as (own, shared, texts):
+            heads.token_map = frequent_tokens(texts.ids, known_tokens, llm.engine.vocab_size)
+            model, task = _prepared(llm, heads, texts, shared / "hidden", held_back, phases)
         groups = [{"params": list(heads.parameters())}]
         watch, about = watch_with(phases, own), _identity(heads, texts)
         told = recipe.model_dump() | {"data": str(data), "texts": len(texts.ids), "tokens": texts.tokens}
@@ -164,13 +150,10 @@ def train_medusa2(
         if start is not None:
             heads = read_heads(start, Fingerprint.of(llm.config, tokenizer)).heads.float()
         heads.token_map = None
-        with PartialState().main_process_first():
-            work = claim(folder, settings | recipe.model_dump(), force)
-            for part in ("model", "heads"):
-                check_folder(folder / part, force or (folder / "work" / CHECKPOINT).is_file())
-            with working_in(work, phases):
-                work_folder(work, llm, data, recipe, force)
-                texts = texts_for(llm, data, work, tokens, recipe.seed, phases)
+        for part in ("model", "heads"):
+            check_folder(folder / part, force or (folder / "work" / CHECKPOINT).is_file())
+        with claimed(llm, data, folder, settings, recipe, None, tokens, 0, force, phases) as (work, _, texts):
+            pass
         del llm
         with phases.phase("loading the model to train it"):
             model = ModelWithHeads(load_model(base_model, dtype or "float32", pick_device(device)), heads, way)
@@ -199,8 +182,7 @@ def train_medusa2(
 def _identity(heads: MedusaHeads, texts: Texts) -> dict[str, Any]:
     """What a checkpoint belongs to beside its recipe."""
     known = None if heads.token_map is None else len(heads.token_map)
-    hashed = hashlib.sha256(json.dumps(texts.ids).encode()).hexdigest()
-    return {"heads": [heads.num_heads, heads.num_layers, heads.hidden_size, known], "texts": hashed}
+    return {"heads": [heads.num_heads, heads.num_layers, heads.hidden_size, known], "texts": texts.digest}
 
 
 def _prepared(

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from rich.console import Console
 from torch import nn
 
@@ -23,16 +20,12 @@ from tokentree.train.eagle import EagleTask, EagleWithLoss
 from tokentree.train.features import keep_features
 from tokentree.train.job import (
     check,
-    check_space,
-    claim,
+    claimed,
     leading,
     phases_on,
     publish,
-    texts_for,
     training_in,
     watch_with,
-    work_folder,
-    working_in,
 )
 from tokentree.train.loop import Figures, Recipe, train
 from tokentree.train.medusa import frequent_tokens
@@ -80,15 +73,9 @@ def train_eagle(
     settings = {"method": f"EAGLE-{version}", "known_tokens": known_tokens, "unroll": unroll, "taps": read}
     settings |= {"data": str(data), "tokens": tokens if str(data) == "self" else None, "held_back": held_back}
     with phases_on(console) as phases:
-        with PartialState().main_process_first():  # the others then find it all
-            own = claim(folder, settings | recipe.model_dump(), force)
-            shared = Path(work or own)
-            with working_in(shared, phases):
-                work_folder(shared, llm, data, recipe, force)
-                if str(data) == "self":
-                    check_space(shared, llm, tokens, len(set(places)))
-                texts = texts_for(llm, data, shared, tokens, recipe.seed, phases)
-                hidden = keep_features(engine_of(llm), texts.ids, shared / "hidden", places, phases)
+        count = len(set(places))
+        with claimed(llm, data, folder, settings, recipe, work, tokens, count, force, phases) as (own, shared, texts):
+            hidden = keep_features(engine_of(llm), texts.ids, shared / "hidden", places, phases)
         known = frequent_tokens(texts.ids, known_tokens, llm.engine.vocab_size)
         model = _fresh(llm, features, version, read, known, unroll, recipe.seed)
         first, rest = hidden.split(held_back)
@@ -158,8 +145,7 @@ def _plain_rope(config: Any) -> dict[str, Any]:
 
 def _identity(head: EagleHead, texts: Texts, unroll: int) -> dict[str, Any]:
     """What a checkpoint belongs to beside its recipe."""
-    hashed = hashlib.sha256(json.dumps(texts.ids).encode()).hexdigest()
-    return {"head": head.sizes.model_dump_json(), "unroll": unroll, "texts": hashed}
+    return {"head": head.sizes.model_dump_json(), "unroll": unroll, "texts": texts.digest}
 
 
 def _coverage(texts: Texts, known: torch.Tensor | None) -> float:

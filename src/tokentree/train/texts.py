@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,6 +30,11 @@ class Texts:
     @property
     def tokens(self) -> int:
         return sum(map(len, self.ids))
+
+    @property
+    def digest(self) -> str:
+        """What tells these texts from others."""
+        return hashlib.sha256(json.dumps(self.ids).encode()).hexdigest()
 
 
 def read_texts(

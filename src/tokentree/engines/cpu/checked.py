@@ -35,5 +35,5 @@ def is_count(value: Any, least: int = 1) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number."""
-    return type(value) in (int, float) and math.isfinite(value)
+    """Whether it is a finite number, and a float: torch computes with no integers of 64 bits or more."""
+    return type(value) is float and math.isfinite(value)

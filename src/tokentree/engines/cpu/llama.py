@@ -126,11 +126,8 @@ class Llama:
             KeyError: if something is missing.
             ModelError: if something doesn't belong to the rest.
         """
-        table, layers = state["embedding"], list[Layer]()
-        if table["packed"]:
-            embedding: Any = restored(PackedEmbedding, {"weight": table["weight"], "num_embeddings": table["count"]})
-        else:
-            embedding = nn.Embedding.from_pretrained(table["weight"])
+        norm, layers = FusedNorm.of_state(state["norm"]), list[Layer]()
+        embedding = _embedding(state["embedding"], len(norm.weight))
         for part in state["layers"]:
             linear = {name: kind.of_state(part[name]) for name in ("qkv", "o_proj", "gate_up", "down_proj")}
             attention = {"qkv": linear["qkv"], "o_proj": linear["o_proj"], **part["attention"]}
@@ -141,21 +138,16 @@ class Llama:
                     FusedNorm.of_state(part["after"]), restored(FusedMLP, mlp),
                 )
             )  # fmt: skip
-        rotation, norm = Rotation(**state["rotary"]), FusedNorm.of_state(state["norm"])
+        rotation = Rotation(**state["rotary"])
         made = cls(embedding, Rotary(rotation), layers, norm, kind.of_state(state["head"]))
-        made._check(table, rotation)
+        made._check(rotation)
         return made
 
-    def _check(self, table: dict[str, Any], rotation: Rotation) -> None:
+    def _check(self, rotation: Rotation) -> None:
         """Raises `ModelError` unless the sizes of all parts fit one another: addresses are computed from them."""
-        hidden, head, count = len(self.norm.weight), self.head, table["count"]
+        hidden, head = len(self.norm.weight), self.head
         expect("an output layer", not head.gated, head.num_inputs == hidden)
-        expect("an embedding", is_count(count), type(table["packed"]) is bool, len(self.layers) > 0)
-        if table["packed"]:
-            blocks = is_tensor(table["weight"], torch.int32, None, hidden // 2, BLOCK)
-            expect("an embedding", blocks, count <= len(table["weight"]) * BLOCK)
-        else:
-            expect("an embedding", is_tensor(table["weight"], torch.bfloat16, count, hidden))
+        expect("layers", len(self.layers) > 0)
         for layer in self.layers:
             sizes: Any = layer.attention
             counts = map(is_count, (sizes.heads, sizes.kv_heads, sizes.width))
@@ -217,6 +209,24 @@ def _is_a(module: nn.Module, part: str) -> bool:
 
 def _norm(norm: FusedNorm) -> dict[str, Any]:
     return {"weight": norm.weight, "eps": float(norm.eps)}
+
+
+def _embedding(state: dict[str, Any], hidden_size: int) -> nn.Embedding | PackedEmbedding:
+    """One that is kept, of rows of so many numbers.
+
+    Raises:
+        KeyError: if something is missing.
+        ModelError: if it is none.
+    """
+    weight, count, packed = state["weight"], state["count"], state["packed"]
+    expect("an embedding", is_count(count), type(packed) is bool)
+    if not packed:
+        expect("an embedding", is_tensor(weight, torch.bfloat16, count, hidden_size))
+        table: nn.Embedding = nn.Embedding.from_pretrained(weight)
+        return table
+    expect("an embedding", is_tensor(weight, torch.int32, None, hidden_size // 2, BLOCK))
+    expect("an embedding", count <= len(weight) * BLOCK)
+    return restored(PackedEmbedding, {"weight": weight, "num_embeddings": count})
 
 
 def _products(layer: Any) -> list[nn.Linear]:

@@ -30,6 +30,14 @@ def widened(x):
 
 
 @triton.jit
+def scaled(codes, scale):
+    """codes, int8, times scale, bfloat16, rounded once to bfloat16."""
+    if INTERPRETED:
+        return rounded(codes.to(tl.float32) * widened(scale))
+    return codes.to(tl.bfloat16) * scale
+
+
+@triton.jit
 def dot(a, b, total):
     """total + a times b, of bfloat16 with sums in float32."""
     if INTERPRETED:

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from tokentree.engines.base import DraftEngine, EngineInfo, Features, TargetOutput
+from tokentree.engines.base import DraftEngine, EngineInfo, Features, NotCopied, TargetOutput
 from tokentree.engines.cpu.quantized import draft_linear
 from tokentree.engines.gpu.attending import CHUNK
 from tokentree.engines.gpu.forward import Forward, Size
 from tokentree.engines.gpu.inputs import MOVES, Inputs, Piece
 from tokentree.engines.gpu.pages import Pages, SharedPages, Text
+from tokentree.engines.gpu.quantized import linear
 from tokentree.engines.gpu.recording import Recording
 from tokentree.engines.gpu.rows import BEST
 from tokentree.engines.gpu.tiles import MANY
@@ -35,18 +37,20 @@ if TYPE_CHECKING:
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # numbers of rows that are recorded
 TEXTS = 256  # at a time
+Said = tuple[torch.Tensor, tuple[NDArray[np.float32], Ints] | None, NDArray[np.float32] | None]
 KV_PART = 0.6  # of the memory that is free, at most, for KV
 KV_TOKENS = 1 << 18  # of all texts, at most, by default
 
 
-class TritonEngine:
+class TritonEngine(NotCopied):
     """Verifies trees with kernels of our own, on a CUDA device.
 
     A row has the same bits in any batch, any tree and any number of rows, prompt or not. So a text is plain decoding's,
     bit for bit. Nothing of a tree is in a recording: one for each number of rows serves all.
 
     Args:
-        prepared: a model of `weights.FAMILIES` in bfloat16, which was asked what it says by itself.
+        prepared: a model of `weights.FAMILIES` in bfloat16, which was asked what it says by itself. Its weights are
+            taken in 8 bits if it says so, which is lossy; trees are lossless to the model in 8 bits.
         prefix_bytes: KV of finished texts that is kept for texts that begin alike, in bytes.
         tokens: of all texts, that there is room for in KV; by default as many as memory allows, up to 262,144.
 
@@ -59,7 +63,7 @@ class TritonEngine:
         ModelError: if the model can't be run so.
     """
 
-    attention, execution, quantization = "tree", "kernels of our own", None
+    attention, execution = "tree", "kernels of our own"
     sizes: tuple[int, ...] = ROWS
     recorded = traced = False
 
@@ -68,9 +72,9 @@ class TritonEngine:
         if reason := prepared.without_kernels:
             raise ModelError(f"no kernels of ours run {prepared.name}: {reason}")
         self.lock, self._guard, self.caveat = Exclusive(), prepared.guard, ""
-        self.facts, self.config = prepared.facts, prepared.config
+        self.facts, self.config, self.quantization = prepared.facts, prepared.config, prepared.quantization
         self.context, self.device, self.dtype = self.facts.context, prepared.device, prepared.dtype
-        self.weights = w = read(prepared.copy, self.context, prepared.owned)
+        self.weights = w = read(prepared.copy, self.context, prepared.owned, self.quantization is not None)
         self.vocab_size, most = w.vocab_size, -(-self.context // CHUNK)
         count = 1 + -(-(self._tokens() if tokens is None else tokens) // CHUNK)
         self.pages = Pages(len(w.layers), w.kv_heads, w.head_size, count, TEXTS, most, self.device)
@@ -170,18 +174,23 @@ class TritonEngine:
     def signature(self) -> str:
         """What the cost of a forward depends on: model, engine, dtype and device."""
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "interpreted"
-        return f"{self.facts.size}, kernels of our own, bfloat16, {device}"
+        return f"{self.facts.size}, kernels of our own, {self.quantization or 'bfloat16'}, {device}"
 
     @property
     def info(self) -> EngineInfo:
         return EngineInfo(
-            self.facts.name, self.vocab_size, self.context, tuple(self.facts.ends), self.device, self.dtype,
+            self.facts.name, self.vocab_size, self.context, tuple(self.ends), self.device, self.dtype,
             "tree", self.execution, self.signature, self.caveat, self.pages.nbytes,
         )  # fmt: skip
 
     def changed(self) -> str | None:
         """What has changed, in words, in a loaded model since this engine was made of it; None if nothing has."""
         return self._guard.changed()
+
+    @property
+    def ends(self) -> list[int]:
+        """See `TransformersEngine`."""
+        return self._guard.ends
 
     @property
     def model(self) -> PreTrainedModel:
@@ -199,12 +208,7 @@ class TritonEngine:
     @exclusive
     def prefill(self, seq: Sequence, upto: int | None = None) -> int:
         reused, text = self.begin(seq), self._text(seq)
-        ids = seq.tokens[text.length : -1 if upto is None else upto]
-        for start in range(0, len(ids), self.sizes[-1]):
-            part = ids[start : start + self.sizes[-1]]
-            self._run([Piece(text, TokenTree.chain(part[0], part[1:]))], 0)
-            text.length += len(part)
-            self._wait()
+        self._read(text, seq.tokens[text.length : -1 if upto is None else upto])
         return reused
 
     @exclusive
@@ -214,31 +218,53 @@ class TritonEngine:
     ) -> TargetOutput:  # fmt: skip
         started = time.perf_counter()
         firsts = [0] * len(seqs) if firsts is None else list(firsts)
-        pieces, starts, rows = list[Piece](), list[int](), 0
-        for seq, tree, first in zip(seqs, trees, firsts, strict=True):
-            starts.append(rows)
-            if first < len(tree):
-                pieces.append(Piece(self._text(seq), tree, first))
-            rows += len(tree) - first
+        self._guard.before_forward("logits" if seqs else "kv")
+        pieces = [Piece(self._text(seq), tree, first) for seq, tree, first in zip(seqs, trees, firsts, strict=True)]
+        starts = np.cumsum([0, *(piece.count for piece in pieces)]).tolist()
+        groups = _groups([piece for piece in pieces if piece.count], self.sizes[-1])
+        rows = sum(piece.count for piece in groups[-1]) if groups else 0
+        prompts = self._prompts(reading, self.sizes[-1] - rows)
+        said = [_copied(self._ask(group)) for group in groups[:-1]]
+        said.append(self._ask([*(groups[-1] if groups else []), *prompts], rows))
+        for prompt in prompts:
+            prompt.text.length += prompt.count
+        logits, best, sums = said[0] if len(said) == 1 else _behind_one_another(said)
+        seconds = time.perf_counter() - started
+        return TargetOutput(logits, starts[:-1], firsts, seconds, best, sums)
+
+    def _prompts(self, reading: SequenceOf[tuple[Sequence, int]], room: int) -> list[Piece]:
+        """So many of the next tokens of each, as far as there is room for rows; what is more is read now."""
+        left, prompts = sum(count for _, count in reading), list[Piece]()
         for seq, count in reading:
             text = self._text(seq)
             ids = seq.tokens[text.length : text.length + count]
-            pieces.append(Piece(text, TokenTree.chain(ids[0], ids[1:])))
-        self._guard.before_forward("logits" if rows else "kv")
-        self._run(pieces, rows)
-        for piece in pieces[len(pieces) - len(reading) :]:
-            piece.text.length += piece.count
-        best = sums = None
-        if rows:
-            self._said[:rows].copy_(self._forward.best[:rows], non_blocking=True)
+            now = min(len(ids), max(0, left - room))
+            self._read(text, ids[:now])
+            left -= now
+            if ids[now:]:
+                prompts.append(Piece(text, TokenTree.chain(ids[now], ids[now + 1 :])))
+        return prompts
+
+    def _read(self, text: Text, ids: SequenceOf[int]) -> None:
+        """Commits rows for ``ids``."""
+        for start in range(0, len(ids), self.sizes[-1]):
+            part = ids[start : start + self.sizes[-1]]
+            self._run([Piece(text, TokenTree.chain(part[0], part[1:]))], 0)
+            text.length += len(part)
+            self._wait()
+
+    def _ask(self, pieces: SequenceOf[Piece], rows: int | None = None) -> Said:
+        """Computes ``pieces``. Logits of the first ``rows`` rows, by default of all, hold until the next forward; then
+        come the most probable tokens, and the logarithms of the sums of exponentials."""
+        rows = sum(piece.count for piece in pieces) if rows is None else rows
+        if pieces:
+            self._run(pieces, rows)
+        self._said[:rows].copy_(self._forward.best[:rows], non_blocking=True)
         self._wait()
-        if rows:
-            said = self._said[:rows].numpy().copy()
-            floats = said.view(np.float32)
-            best = floats[:, BEST : 2 * BEST].copy(), said[:, :BEST].astype(np.int64)
-            sums = floats[:, 2 * BEST].copy()
-        seconds = time.perf_counter() - started
-        return TargetOutput(self._forward.logits[:rows], starts, firsts, seconds, best, sums)
+        said = self._said[:rows].numpy().copy()
+        floats = said.view(np.float32)
+        best = floats[:, BEST : 2 * BEST].copy(), said[:, :BEST].astype(np.int64)
+        return self._forward.logits[:rows], best if rows else None, floats[:, 2 * BEST].copy() if rows else None
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -247,11 +273,13 @@ class TritonEngine:
     @exclusive
     def commit(self, seqs: SequenceOf[Sequence], paths: SequenceOf[list[int]]) -> None:
         for seq, path in zip(seqs, paths, strict=True):
-            self._text(seq).keep(path, len(path))
+            self.keep(seq, path, len(path))
 
     @exclusive
     def keep(self, seq: Sequence, nodes: SequenceOf[int], committed: int) -> None:
-        self._text(seq).keep(nodes, committed)
+        text = self._text(seq)
+        self._flush(text)  # where no forward came between
+        text.keep(nodes, committed)
 
     def committed(self, seq: Sequence) -> int:
         if seq.id in self._branches:
@@ -310,7 +338,7 @@ class TritonEngine:
             return torch.nn.functional.embedding(ids, w.embedding) * w.embedding_scale
 
         def head(hidden: torch.Tensor) -> torch.Tensor:
-            logits = torch.nn.functional.linear(hidden, w.head, w.head_bias)
+            logits = linear(hidden, w.head, w.head_bias)
             return torch.tanh(logits / w.cap) * w.cap if w.cap else logits
 
         def rows_of_head(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -354,11 +382,7 @@ class TritonEngine:
         for them."""
         text = self.pages.open()
         try:
-            for start in range(0, len(ids), self.sizes[-1]):
-                part = ids[start : start + self.sizes[-1]]
-                self._run([Piece(text, TokenTree.chain(part[0], part[1:]))], 0)
-                text.length += len(part)
-                self._wait()
+            self._read(text, ids)
             slots = torch.from_numpy(text.slots(np.arange(text.length))).to(self.device)
             picked = [self._places.index(place) for place in ([self.facts.num_layers] if places is None else places)]
             return self.pages.states[picked][:, slots].transpose(0, 1).flatten(1)
@@ -400,7 +424,7 @@ class TritonEngine:
             keep(said([f, other, g, g], [-1, 0, 1, 0]), [0, 3])
         finally:
             self.pages.close(text)
-        error, allowed, spread = compare(own, torch.cat(got).to(own["logits"].device), False)
+        error, allowed, spread = compare(own, torch.cat(got).to(own["logits"].device), self.quantization is not None)
         if not error <= allowed:
             raise ModelError(
                 f"kernels of our own give other logits than {self.facts.name} "
@@ -408,6 +432,30 @@ class TritonEngine:
             )
         if not torch.equal(crowd, alone):
             raise ModelError(f"on this device the bits of {self.facts.name}'s rows depend on how many there are")
+
+
+def _groups(pieces: list[Piece], most: int) -> list[list[Piece]]:
+    """Pieces that fit into one forward of ``most`` rows, and so on, in order."""
+    groups, rows = list[list[Piece]](), most
+    for piece in pieces:
+        if rows + piece.count > most:
+            groups.append([])
+            rows = 0
+        groups[-1].append(piece)
+        rows += piece.count
+    return groups
+
+
+def _copied(said: Said) -> Said:
+    """What holds longer than until the next forward."""
+    logits, *rest = said
+    return logits.clone(), *rest  # type: ignore[return-value]
+
+
+def _behind_one_another(said: list[Said]) -> Said:
+    parts = [(logits, best, sums) for logits, best, sums in said if best is not None and sums is not None]
+    best = tuple(np.concatenate([best[i] for _, best, _ in parts]) for i in (0, 1))
+    return torch.cat([logits for logits, _, _ in parts]), best, np.concatenate([sums for _, _, sums in parts])  # type: ignore[return-value]
 
 
 def _ids(seq: Sequence, text: Text) -> Ints:

@@ -13,6 +13,7 @@ from tokentree.engines.gpu.attending import CHUNK, FIELDS, TILE, attention_kerne
 from tokentree.engines.gpu.inputs import MOST_ITEMS, MOVES, Inputs
 from tokentree.engines.gpu.pages import Pages
 from tokentree.engines.gpu.products import gated_kernel, output_kernel, residual_kernel, rotary_kernel
+from tokentree.engines.gpu.quantized import Int8, Matrix
 from tokentree.engines.gpu.rows import (
     BEST,
     BLOCK,
@@ -68,7 +69,8 @@ class Forward:
         normed = any(layer.attention_end_gain is not None for layer in w.layers)
         self._between = empty(most_rows if normed else 0, width)
         self._raw = empty(most_rows if any(layer.q_gain is not None for layer in w.layers) else 0, columns)
-        parts = max(parts_of(len(part), part.shape[1]) for layer in w.layers for part in (layer.o, layer.down))
+        added = [part for layer in w.layers for part in (layer.o, layer.down)]
+        parts = max(parts_of(len(part), part.shape[1], _bits(part)) for part in added)
         self._partial = empty(parts if parts > 1 else 0, MANY, width, dtype=torch.float32)
         self._counters = torch.zeros(4096, dtype=torch.int32, device=device)
         sums = MOST_ITEMS * w.kv_heads * TILE
@@ -140,16 +142,17 @@ class Forward:
         w, pages = self.weights, self.pages
         (columns, width), raw = layer.qkv.shape, layer.q_gain is not None
         way, options = self._way(rows, layer.qkv, 128 if raw else min(w.head_size, 64))
-        bias = layer.qkv if layer.qkv_bias is None else layer.qkv_bias
+        given = _numbers(layer.qkv)
+        bias = given if layer.qkv_bias is None else layer.qkv_bias
         to = *w.rotary[layer.rotary], x["positions"], x["slots"], self._q, pages.keys[number], pages.values[number]
         if not raw:
             rotary_kernel[_grid(way, rows, columns)](
-                source, layer.qkv, bias, *to, rows, width, w.heads, w.kv_heads,
+                source, given, bias, *to, rows, width, w.heads, w.kv_heads,
                 BIAS=layer.qkv_bias is not None, HEAD=w.head_size, CHUNK=CHUNK, **options,
             )  # fmt: skip
             return
         output_kernel[_grid(way, rows, columns)](
-            source, layer.qkv, bias, self._raw, rows, columns, width, 0.0,
+            source, given, bias, self._raw, rows, columns, width, 0.0,
             BIAS=layer.qkv_bias is not None, CAP=False, PARTS=way.parts, **options,
         )  # fmt: skip
         heads_kernel[(rows, w.heads + 2 * w.kv_heads)](
@@ -183,44 +186,46 @@ class Forward:
         w, columns = self.weights, len(layer.gate_up)
         way, options = self._way(rows, layer.gate_up)
         gated_kernel[_grid(way, rows, columns)](
-            self._normed, layer.gate_up, self._gated, rows, columns, w.width, GELU=w.gelu, **options
+            self._normed, _numbers(layer.gate_up), self._gated, rows, columns, w.width, GELU=w.gelu, **options
         )  # fmt: skip
 
     def _add(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gain: torch.Tensor | None, rows: int
+        self, x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None, gain: torch.Tensor | None, rows: int
     ) -> None:  # fmt: skip
         """Adds the product of x and ``weight``, behind a norm if it has a ``gain``, to the hidden states."""
         w, (columns, width) = self.weights, weight.shape
         way, options = self._way(rows, weight)
         options |= {"BIAS": bias is not None, "PARTS": way.parts}
-        given = weight if bias is None else bias
+        matrix = _numbers(weight)
+        given = matrix if bias is None else bias
         if gain is None:
             residual_kernel[(*_grid(way, rows, columns), way.parts if way.spread else 1)](
-                x, weight, given, self.hidden, self._partial, self._counters, rows, columns, width, SPREAD=way.spread,
+                x, matrix, given, self.hidden, self._partial, self._counters, rows, columns, width, SPREAD=way.spread,
                 **options,
             )  # fmt: skip
             return
         output_kernel[_grid(way, rows, columns)](
-            x, weight, given, self._between, rows, columns, width, 0.0, CAP=False, **options
+            x, matrix, given, self._between, rows, columns, width, 0.0, CAP=False, **options
         )  # fmt: skip
         add_norm_kernel[(rows,)](
             self.hidden, self._between, gain, columns, w.eps, BLOCK=self._block, num_warps=4
         )  # fmt: skip
 
-    def _way(self, rows: int, weight: torch.Tensor, most_columns: int = 128) -> tuple[Tile, dict[str, Any]]:
+    def _way(self, rows: int, weight: Matrix, most_columns: int = 128) -> tuple[Tile, dict[str, Any]]:
         """The tile of a product, and what a kernel is told of it."""
-        way = tile(rows, len(weight), weight.shape[1], most_columns, self._shared)
-        return way, {
+        way = tile(rows, len(weight), weight.shape[1], most_columns, self._shared, _bits(weight))
+        options: dict[str, Any] = {
             "SWAP": way.swap, "TILE": way.rows, "COLUMNS": way.columns, "INPUTS": way.inputs, "num_warps": way.warps,
             "num_stages": way.stages,
         }  # fmt: skip
+        return way, options | {"scales": weight.scales} if isinstance(weight, Int8) else options
 
     def _head(self, rows: int) -> None:
         """Logits and the most probable tokens, of what the last norm gave."""
         w, blocks = self.weights, self._blocks
-        way, options = self._way(rows, w.head)
+        (way, options), head = self._way(rows, w.head), _numbers(w.head)
         output_kernel[_grid(way, rows, w.vocab_size)](
-            self._normed, w.head, w.head if w.head_bias is None else w.head_bias, self.logits, rows, w.vocab_size,
+            self._normed, head, head if w.head_bias is None else w.head_bias, self.logits, rows, w.vocab_size,
             w.width, w.cap, BIAS=w.head_bias is not None, CAP=w.cap > 0, PARTS=way.parts, **options,
         )  # fmt: skip
         sizes: dict[str, Any] = {"BLOCKS": triton.next_power_of_2(blocks), "BEST": BEST, "num_warps": 4}
@@ -235,6 +240,15 @@ class Forward:
 
 def _grid(way: Tile, rows: int, columns: int) -> tuple[int, int]:
     return triton.cdiv(rows, way.rows), triton.cdiv(columns, way.columns)
+
+
+def _bits(weight: Matrix) -> int:
+    return 8 if isinstance(weight, Int8) else 16
+
+
+def _numbers(weight: Matrix) -> torch.Tensor:
+    """What a kernel reads as the weight."""
+    return weight.codes if isinstance(weight, Int8) else weight
 
 
 @dataclass(frozen=True)

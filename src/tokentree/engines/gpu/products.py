@@ -1,8 +1,11 @@
-"""Products of rows with 16-bit weights, as Triton kernels: what a layer does besides norms and attention.
+"""Products of rows with weights of 16 or 8 bits, as Triton kernels: what a layer does besides norms and attention.
 
 Bits of a row depend on nothing but the row and the weights. Sums over inputs run in one order, in ``PARTS`` parts that
 the weight's shape alone decides. Matrix instructions add up an output in the same way wherever it stands in a tile, and
 whichever operand the weights are. So 1 row and 512 rows, of one text or many, get the same bits.
+
+Weights of 8 bits come with ``scales``, see `quantized.Int8`. They become bfloat16 in registers. From there on a product
+is that of a bfloat16 weight.
 """
 
 from __future__ import annotations
@@ -10,21 +13,35 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokentree.engines.gpu.bfloat16 import dot, rounded, widened
+from tokentree.engines.gpu.bfloat16 import dot, rounded, scaled, widened
 
 
 @triton.jit
 def part_of_product(
-    x, w, rows, columns, num_rows, num_columns, width, first, end,
-    SWAP: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, INPUTS: tl.constexpr,
+    x, w, scales, rows, columns, num_rows, num_columns, width, first, end,
+    SWAP: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, INPUTS: tl.constexpr, GROUP: tl.constexpr = 64,
 ):  # fmt: skip
     """Sums over inputs ``first`` to ``end`` of x [rows, width] times w [columns, width]: float32[TILE, COLUMNS].
 
     With ``SWAP`` weights times rows are computed: a matrix instruction takes at least 64 rows of its first operand, but
-    as few as 8 of its second.
+    as few as 8 of its second. Only the first one may come from registers, so weights of 8 bits are always that.
     """
     inputs = tl.arange(0, INPUTS)
-    if SWAP:
+    if scales is not None:
+        tl.static_assert(SWAP and INPUTS % GROUP == 0)
+        inputs, known = tl.arange(0, GROUP), columns < num_columns
+        total = tl.zeros((COLUMNS, TILE), tl.float32)
+        for k in range(first, end, INPUTS):
+            for group in tl.static_range(INPUTS // GROUP):
+                here = k + group * GROUP + inputs
+                codes = tl.load(
+                    w + columns[:, None].to(tl.int64) * width + here[None, :], mask=known[:, None], other=0
+                )  # fmt: skip
+                scale = tl.load(scales + (k // GROUP + group) * num_columns + columns, mask=known, other=0.0)
+                b = tl.load(x + rows[None, :] * width + here[:, None], mask=(rows < num_rows)[None, :], other=0.0)
+                total = dot(scaled(codes, rounded(scale)[:, None]), b, total)
+        return tl.trans(total)
+    elif SWAP:  # noqa: RET505  the compiler takes one branch or the other
         total = tl.zeros((COLUMNS, TILE), tl.float32)
         for k in range(first, end, INPUTS):
             here = k + inputs
@@ -35,7 +52,7 @@ def part_of_product(
             b = tl.load(x + rows[None, :] * width + here[:, None], mask=(rows < num_rows)[None, :], other=0.0)
             total = dot(a, b, total)
         return tl.trans(total)
-    else:  # noqa: RET505  the compiler takes one branch or the other
+    else:
         total = tl.zeros((TILE, COLUMNS), tl.float32)
         for k in range(first, end, INPUTS):
             here = k + inputs
@@ -50,18 +67,18 @@ def part_of_product(
 
 @triton.jit
 def product(
-    x, w, rows, columns, num_rows, num_columns, width,
+    x, w, scales, rows, columns, num_rows, num_columns, width,
     PARTS: tl.constexpr, SWAP: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, INPUTS: tl.constexpr,
 ):  # fmt: skip
     """x [rows, width] times w [columns, width], in ``PARTS`` parts added up in order: float32[TILE, COLUMNS]."""
     step = width // PARTS
     total = part_of_product(
-        x, w, rows, columns, num_rows, num_columns, width, 0, step, SWAP, TILE, COLUMNS, INPUTS
+        x, w, scales, rows, columns, num_rows, num_columns, width, 0, step, SWAP, TILE, COLUMNS, INPUTS
     )  # fmt: skip
     for part in tl.static_range(1, PARTS):
         total += part_of_product(
-            x, w, rows, columns, num_rows, num_columns, width, part * step, (part + 1) * step, SWAP, TILE, COLUMNS,
-            INPUTS,
+            x, w, scales, rows, columns, num_rows, num_columns, width, part * step, (part + 1) * step, SWAP, TILE,
+            COLUMNS, INPUTS,
         )  # fmt: skip
     return total
 
@@ -80,11 +97,11 @@ def tile_of(TILE: tl.constexpr, COLUMNS: tl.constexpr):
 def output_kernel(
     x, w, bias, out, num_rows, num_columns, width, cap,
     BIAS: tl.constexpr, CAP: tl.constexpr, PARTS: tl.constexpr, SWAP: tl.constexpr, TILE: tl.constexpr,
-    COLUMNS: tl.constexpr, INPUTS: tl.constexpr,
+    COLUMNS: tl.constexpr, INPUTS: tl.constexpr, scales=None,
 ):  # fmt: skip
     """out [rows, columns] = x times w, plus bias; with ``CAP``, cap * tanh(out / cap)."""
     rows, columns = tile_of(TILE, COLUMNS)
-    y = product(x, w, rows, columns, num_rows, num_columns, width, PARTS, SWAP, TILE, COLUMNS, INPUTS)
+    y = product(x, w, scales, rows, columns, num_rows, num_columns, width, PARTS, SWAP, TILE, COLUMNS, INPUTS)
     if BIAS:
         y += widened(tl.load(bias + columns, mask=columns < num_columns, other=0.0))[None, :]
     if CAP:
@@ -97,7 +114,7 @@ def output_kernel(
 def residual_kernel(
     x, w, bias, h, partial, counters, num_rows, num_columns, width,
     BIAS: tl.constexpr, PARTS: tl.constexpr, SPREAD: tl.constexpr, SWAP: tl.constexpr, TILE: tl.constexpr,
-    COLUMNS: tl.constexpr, INPUTS: tl.constexpr,
+    COLUMNS: tl.constexpr, INPUTS: tl.constexpr, scales=None,
 ):  # fmt: skip
     """h [rows, columns] += x times w, plus bias.
 
@@ -114,8 +131,8 @@ def residual_kernel(
     if SPREAD:
         part, step = tl.program_id(2), width // PARTS
         own = part_of_product(
-            x, w, rows, columns, num_rows, num_columns, width, part * step, (part + 1) * step, SWAP, TILE, COLUMNS,
-            INPUTS,
+            x, w, scales, rows, columns, num_rows, num_columns, width, part * step, (part + 1) * step, SWAP, TILE,
+            COLUMNS, INPUTS,
         )  # fmt: skip
         tl.store(partial + part * num_rows * num_columns + at, own, mask=inside)
         tl.debug_barrier()
@@ -129,7 +146,7 @@ def residual_kernel(
             add_to(h, y, bias, at, columns, num_columns, inside, BIAS)
             tl.store(counter, 0)
     else:
-        y = product(x, w, rows, columns, num_rows, num_columns, width, PARTS, SWAP, TILE, COLUMNS, INPUTS)
+        y = product(x, w, scales, rows, columns, num_rows, num_columns, width, PARTS, SWAP, TILE, COLUMNS, INPUTS)
         add_to(h, y, bias, at, columns, num_columns, inside, BIAS)
 
 
@@ -145,11 +162,12 @@ def add_to(h, y, bias, at, columns, num_columns, inside, BIAS: tl.constexpr):
 def gated_kernel(
     x, w, out, num_rows, num_columns, width,
     GELU: tl.constexpr, SWAP: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, INPUTS: tl.constexpr,
+    scales=None,
 ):  # fmt: skip
     """out [rows, columns / 2] = act(gate) * up, of x times w, whose outputs are gate, up, gate, up, …: swiglu, or with
     ``GELU`` geglu (tanh)."""
     rows, columns = tile_of(TILE, COLUMNS)
-    y = product(x, w, rows, columns, num_rows, num_columns, width, 1, SWAP, TILE, COLUMNS, INPUTS)
+    y = product(x, w, scales, rows, columns, num_rows, num_columns, width, 1, SWAP, TILE, COLUMNS, INPUTS)
     gate, up = tl.split(tl.reshape(widened(rounded(y)), (TILE, COLUMNS // 2, 2)))
     if GELU:
         gate = 0.5 * gate * (1.0 + tanh(0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)))
@@ -173,7 +191,7 @@ def tanh(x):
 def rotary_kernel(
     x, w, bias, cosines, sines, positions, slots, q, keys, values, num_rows, width, heads, kv_heads,
     BIAS: tl.constexpr, HEAD: tl.constexpr, CHUNK: tl.constexpr, SWAP: tl.constexpr, TILE: tl.constexpr,
-    COLUMNS: tl.constexpr, INPUTS: tl.constexpr,
+    COLUMNS: tl.constexpr, INPUTS: tl.constexpr, scales=None,
 ):  # fmt: skip
     """Queries, keys and values of x times w, plus bias; queries and keys turned by their positions.
 
@@ -186,7 +204,7 @@ def rotary_kernel(
     """
     num_columns = (heads + 2 * kv_heads) * HEAD
     rows, columns = tile_of(TILE, COLUMNS)
-    y = product(x, w, rows, columns, num_rows, num_columns, width, 1, SWAP, TILE, COLUMNS, INPUTS)
+    y = product(x, w, scales, rows, columns, num_rows, num_columns, width, 1, SWAP, TILE, COLUMNS, INPUTS)
     if BIAS:
         y += widened(tl.load(bias + columns))[None, :]
     y = widened(rounded(y))

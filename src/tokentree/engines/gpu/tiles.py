@@ -1,8 +1,8 @@
 """How products are cut into programs, by the shape of the weight.
 
 `parts_of` decides the bits: over how many parts of the inputs a sum runs. It depends on the weight's shape alone. The
-rest decides the speed: rows, columns and inputs of a tile, warps, and stages of loads ahead. It was measured on an
-H100 (see the log).
+rest decides the speed: rows, columns and inputs of a tile, warps, and stages of loads ahead. For 16 bits it was
+measured on an H100 (see the log).
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ ENOUGH = 90  # programs that keep a GPU busy
 FEW = 16  # rows up to which the weights are the first operand of a product
 MANY = 64  # rows from which on reading weights takes less time than computing
 LONG = 4096  # inputs of a sum
+GROUP = 64  # inputs that share a scale, and fewest columns of a matrix instruction's first operand
+BUSY = 192  # programs with weights of 8 bits that keep a GPU busy: reading as many bytes, they compute twice as much
 SHARED = 227 * 1024  # bytes that a program may have on an H100
 
 
@@ -39,16 +41,24 @@ class Tile:
     spread: bool = False
 
 
-def tile(rows: int, columns: int, width: int, most_columns: int = 128, memory: int = SHARED) -> Tile:
+def tile(
+    rows: int, columns: int, width: int, most_columns: int = 128, memory: int = SHARED, bits: int = 16
+) -> Tile:  # fmt: skip
     """For so many rows and a weight [columns, width].
 
     Args:
         most_columns: of a program, such as those of a head.
         memory: shared memory of a program, in bytes.
+        bits: of a weight, 16 or 8.
     """
-    way = _fastest(rows, columns, width, most_columns)
-    stage = 2 * way.inputs * (way.rows + way.columns)
-    return replace(way, stages=max(1, min(way.stages, memory // stage)))
+    way = (_fastest if bits == 16 else _fastest_in_8_bits)(rows, columns, width, most_columns)
+    return replace(way, stages=max(1, min(way.stages, memory // stage_nbytes(way, bits))))
+
+
+def stage_nbytes(way: Tile, bits: int) -> int:
+    """Shared memory of one stage of loads, in bytes: inputs of rows, weights, and their scales."""
+    scales = 4 * way.columns * way.inputs // GROUP if bits == 8 else 0
+    return 2 * way.inputs * way.rows + bits // 8 * way.inputs * way.columns + scales
 
 
 def _fastest(rows: int, columns: int, width: int, most_columns: int) -> Tile:
@@ -68,6 +78,19 @@ def _fastest(rows: int, columns: int, width: int, most_columns: int) -> Tile:
     return Tile(parts, False, 64, wide, inputs, 4, 4 if wide == 64 else 6, spread)
 
 
-def parts_of(columns: int, width: int) -> int:
+def _fastest_in_8_bits(rows: int, columns: int, width: int, most_columns: int) -> Tile:
+    """Weights are the first operand, however many rows there are."""
+    parts = parts_of(columns, width, 8)
+    inputs = 2 * GROUP if width // parts % (2 * GROUP) == 0 else GROUP
+    if rows > MANY:
+        return Tile(parts, True, 128, min(most_columns, 128), GROUP, 8, 4)
+    height = next(size for size in (16, 32, 64) if size >= rows)
+    wide = min(most_columns, 128 if height == 64 and columns >= 128 * ENOUGH else 64)
+    return Tile(parts, True, height, wide, inputs, 8 if wide == 128 else 4, 8 if height == 16 else 4, parts > 1)
+
+
+def parts_of(columns: int, width: int, bits: int = 16) -> int:
     """Parts of the inputs: two where there would be few programs, each of them long."""
+    if bits == 8:
+        return 2 if width >= max(columns, 1024) and columns < BUSY * GROUP and width % (2 * GROUP) == 0 else 1
     return 2 if width >= 2 * columns and width % 128 == 0 else 1

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tokentree.engines.gpu.attending import TILE
+from tokentree.engines.gpu.quantized import GROUP, Int8, Matrix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,7 +22,7 @@ HEAD_SIZES = (16, 32, 64, 128, 256)
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One layer. Gains are float32, weights [outputs, inputs].
+    """One layer. Gains are float32, weights [outputs, inputs], in bfloat16 or 8 bits.
 
     Args:
         attention_gain, mlp_gain: of the norms before attention and MLP.
@@ -38,15 +39,15 @@ class Layer:
     """
 
     attention_gain: torch.Tensor
-    qkv: torch.Tensor
+    qkv: Matrix
     qkv_bias: torch.Tensor | None
     q_gain: torch.Tensor | None
     k_gain: torch.Tensor | None
-    o: torch.Tensor
+    o: Matrix
     o_bias: torch.Tensor | None
     mlp_gain: torch.Tensor
-    gate_up: torch.Tensor
-    down: torch.Tensor
+    gate_up: Matrix
+    down: Matrix
     attention_end_gain: torch.Tensor | None
     mlp_end_gain: torch.Tensor | None
     rotary: int
@@ -60,7 +61,7 @@ class Weights:
     """A model.
 
     Args:
-        embedding: [vocab, hidden size]; what it gives is multiplied by ``embedding_scale``.
+        embedding: bfloat16[vocab, hidden size]; what it gives is multiplied by ``embedding_scale``.
         layers: in order.
         gain: of the last norm.
         head: [vocab, hidden size], with ``head_bias``; logits are capped with ``cap``, or not if that is 0.
@@ -74,7 +75,7 @@ class Weights:
     embedding_scale: float
     layers: list[Layer]
     gain: torch.Tensor
-    head: torch.Tensor
+    head: Matrix
     head_bias: torch.Tensor | None
     cap: float
     rotary: list[tuple[torch.Tensor, torch.Tensor]]
@@ -105,16 +106,21 @@ class Weights:
         return sum(part.nbytes for part in parts)
 
 
-def unfit(model: PreTrainedModel) -> str | None:
-    """Why the kernels can't run ``model``, which is as its class in transformers says; None if they can."""
+def unfit(model: PreTrainedModel, few_bits: bool = False) -> str | None:
+    """Why the kernels can't run ``model``, which is as its class in transformers says; None if they can.
+
+    Args:
+        few_bits: with weights in 8 bits.
+    """
     name, config = type(model).__name__, model.config.get_text_config()
     family = name.removesuffix("ForCausalLM")
     if family not in FAMILIES or not name.endswith("ForCausalLM"):
         return f"{name} is none of {', '.join(FAMILIES)}"
     if model.dtype is not torch.bfloat16:
         return f"its weights are {str(model.dtype).removeprefix('torch.')}, not bfloat16"
-    if not sizes_fit(*_attention_sizes(config), config.hidden_size, config.intermediate_size):
-        return "it has sizes that there is no kernel for"
+    least = GROUP if few_bits else LEAST
+    if not sizes_fit(*_attention_sizes(config), config.hidden_size, config.intermediate_size, least):
+        return f"it has sizes that there is no kernel for{' in 8 bits' if few_bits else ''}"
     if _activation(config) not in ("silu", *GELU):
         return f"its MLPs use {_activation(config)}"
     kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
@@ -125,22 +131,25 @@ def unfit(model: PreTrainedModel) -> str | None:
     return None
 
 
-def sizes_fit(heads: int, kv_heads: int, head_size: int, width: int, inner: int) -> bool:
-    """Whether there are kernels for layers of ``width`` numbers with MLPs of ``inner``."""
+def sizes_fit(heads: int, kv_heads: int, head_size: int, width: int, inner: int, least: int = LEAST) -> bool:
+    """Whether there are kernels for layers of ``width`` numbers with MLPs of ``inner``, if products take inputs in
+    multiples of ``least``."""
     return (
         heads % kv_heads == 0
         and heads // kv_heads <= TILE
         and head_size in HEAD_SIZES
-        and not any(size % LEAST for size in (width, heads * head_size, inner))
+        and not any(size % least for size in (width, heads * head_size, inner))
     )
 
 
 @torch.inference_mode()
-def read(model: PreTrainedModel, positions: int, drop: bool) -> Weights:
+def read(model: PreTrainedModel, positions: int, drop: bool, few_bits: bool = False) -> Weights:
     """The weights of a model that isn't `unfit`, with tables for so many positions.
 
     Args:
         drop: nobody else uses ``model``: what is copied is dropped from it, layer by layer.
+        few_bits: layers and the output layer are taken in 8 bits. Where the output layer is the embedding, that stays
+            in bfloat16 beside it: a token reads one row of the one, and all of the other.
     """
     config, body = model.config.get_text_config(), model.model
     heads, kv_heads, head = _attention_sizes(config)
@@ -151,9 +160,12 @@ def read(model: PreTrainedModel, positions: int, drop: bool) -> Weights:
         found: torch.Tensor = (1.0 + weight if gemma else weight).contiguous()
         return found
 
-    def owned(*modules: Any) -> None:
+    def matrix(weight: torch.Tensor, *modules: Any) -> Matrix:
+        """``weight``, made of those of ``modules``, which are dropped."""
+        made = Int8.of(weight) if few_bits else weight.contiguous()
         for module in modules if drop else ():
             module.weight.data = module.weight.data.new_empty(0)
+        return made
 
     kinds = list(dict.fromkeys(_rotary_kind(config, layer) for layer in range(len(body.layers))))
     tables, turned = _rotary_tables(body.rotary_emb, kinds, head, positions, model.device)
@@ -164,20 +176,18 @@ def read(model: PreTrainedModel, positions: int, drop: bool) -> Weights:
         attention, mlp = module.self_attn, module.mlp
         fused = hasattr(attention, "qkv_proj")
         parts = [attention.qkv_proj] if fused else [attention.q_proj, attention.k_proj, attention.v_proj]
-        qkv = torch.cat([part.weight.detach() for part in parts])[order]
+        qkv = matrix(torch.cat([part.weight.detach() for part in parts])[order], *parts)
         bias = None
         if parts[0].bias is not None:
             bias = torch.cat([part.bias.detach() for part in parts])[order]
-        owned(*parts)
         if hasattr(mlp, "gate_up_proj"):
             gate, up = mlp.gate_up_proj.weight.detach().chunk(2)
-            owned_mlp = [mlp.gate_up_proj]
+            merged = [mlp.gate_up_proj]
         else:
             gate, up = mlp.gate_proj.weight.detach(), mlp.up_proj.weight.detach()
-            owned_mlp = [mlp.gate_proj, mlp.up_proj]
-        gate_up = torch.stack([gate, up], 1).flatten(0, 1).contiguous()
+            merged = [mlp.gate_proj, mlp.up_proj]
+        gate_up = matrix(torch.stack([gate, up], 1).flatten(0, 1), *merged)
         del gate, up
-        owned(*owned_mlp)
         q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         o_bias = attention.o_proj.bias
         layers.append(
@@ -187,11 +197,11 @@ def read(model: PreTrainedModel, positions: int, drop: bool) -> Weights:
                 qkv_bias=bias,
                 q_gain=None if q_norm is None else gain(q_norm)[in_head].contiguous(),
                 k_gain=None if k_norm is None else gain(k_norm)[in_head].contiguous(),
-                o=attention.o_proj.weight.detach().contiguous(),
+                o=matrix(attention.o_proj.weight.detach(), attention.o_proj),
                 o_bias=None if o_bias is None else o_bias.detach(),
                 mlp_gain=gain(module.pre_feedforward_layernorm if gemma else module.post_attention_layernorm),
                 gate_up=gate_up,
-                down=mlp.down_proj.weight.detach().contiguous(),
+                down=matrix(mlp.down_proj.weight.detach(), mlp.down_proj),
                 attention_end_gain=gain(module.post_attention_layernorm) if gemma else None,
                 mlp_end_gain=gain(module.post_feedforward_layernorm) if gemma else None,
                 rotary=kinds.index(_rotary_kind(config, number)),
@@ -200,12 +210,16 @@ def read(model: PreTrainedModel, positions: int, drop: bool) -> Weights:
                 cap=float(getattr(attention, "attn_logit_softcapping", None) or 0.0),
             )
         )
+    tied = model.lm_head.weight.data_ptr() == body.embed_tokens.weight.data_ptr()
+    output = matrix(model.lm_head.weight.detach(), *(() if tied else [model.lm_head]))
+    if drop and few_bits and model.device.type == "cuda":
+        torch.cuda.empty_cache()  # what was dropped is room for KV
     return Weights(
         embedding=body.embed_tokens.weight.detach(),
         embedding_scale=float(body.embed_tokens.embed_scale.to(torch.bfloat16)) if gemma else 1.0,
         layers=layers,
         gain=gain(body.norm),
-        head=model.lm_head.weight.detach().contiguous(),
+        head=output,
         head_bias=None if model.lm_head.bias is None else model.lm_head.bias.detach(),
         cap=float(getattr(config, "final_logit_softcapping", None) or 0.0),
         rotary=tables,
