@@ -39,8 +39,8 @@ from tokentree.options import (
     megabytes,
     model_in,
     models_in,
+    one_spelling,
     params_in,
-    shape_in,
     shape_of,
     tokenizer_in,
     whole_number,
@@ -143,14 +143,7 @@ class LLM:
         speculative_config: dict[str, Any] | None = None,
         watch: Watcher | None = None,
     ) -> None:
-        if speculative_model is not None:
-            if draft_model is not None:
-                raise OptionError("speculative_model is another word for draft_model: give one of them")
-            draft_model = speculative_model
-        if speculative_config is not None:
-            if shape is not None:
-                raise OptionError("speculative_config says what shape says: give one of them")
-            shape = shape_in(speculative_config)
+        draft_model, shape = one_spelling(draft_model, shape, speculative_model, speculative_config)
         check_fork()
         set_threads(threads)
         # what is cheap to tell is told before anything is loaded

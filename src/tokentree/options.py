@@ -39,6 +39,23 @@ def shape_of(shape: str | Shape | None, drafter: Named, heads: str | Path | None
     return parse_shape(shape)
 
 
+def one_spelling(draft_model: Any, shape: Any, speculative_model: Any, speculative_config: Any) -> tuple[Any, Any]:
+    """``draft_model`` and ``shape``, in whichever of the two spellings they are given.
+
+    Raises:
+        OptionError: if one is given in both.
+    """
+    if speculative_model is not None:
+        if draft_model is not None:
+            raise OptionError("speculative_model is another word for draft_model: give one of them")
+        draft_model = speculative_model
+    if speculative_config is not None:
+        if shape is not None:
+            raise OptionError("speculative_config says what shape says: give one of them")
+        shape = shape_in(speculative_config)
+    return draft_model, shape
+
+
 def shape_in(config: Any) -> str:
     """The shape that a ``speculative_config`` asks for.
 
