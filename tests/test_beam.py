@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from typer.testing import CliRunner
 
-from tests.conftest import make_sequence
+from tests.conftest import each_two, make_sequence
 from tests.test_eagle import Kept, said_by, some_head
 from tests.test_medusa import random_heads
 from tests.tiny_models import CONTEXT, kv_engine, save_model, some_tokens, tiny, tiny_pair, tiny_tokenizer
@@ -69,9 +69,9 @@ def assert_same(got: list[tuple[list[int], float]], wanted: list[tuple[list[int]
     assert [score for _, score in got] == pytest.approx([score for _, score in wanted], rel=1e-5)
 
 
-@pytest.mark.parametrize("early_stopping", [False, True, "never"])
-@pytest.mark.parametrize("num_beams", [2, 4, 8])
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize(
+    ("family", "num_beams", "early_stopping"), each_two(["llama", "gemma3", "gpt2"], [2, 4, 8], [False, True, "never"])
+)
 def test_texts_and_scores_are_those_of_transformers(family: str, num_beams: int, early_stopping: Any) -> None:
     model = model_of(family)
     llms = [LLM(model, "none"), LLM(model, shape="2x2"), LLM(model, shape="dynamic:nodes=8,min_prob=0,min_reach=0")]

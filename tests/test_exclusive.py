@@ -326,10 +326,11 @@ def test_torch_s_global_state_changes_no_text(family: str, dtype: torch.dtype, w
     """Set after the model was made, and before."""
     model = one_call(family) if whole else tiny(family, dtype)
     llm, prompt = LLM(model, "suffix", shape="2x2x1"), some_tokens(40)
-    params = [SamplingParams(max_tokens=6), SamplingParams(max_tokens=6, temperature=0.8, top_p=0.9, seed=1)]
+    greedy, drawn = SamplingParams(max_tokens=6), SamplingParams(max_tokens=6, temperature=0.8, top_p=0.9, seed=1)
+    params = [greedy, greedy, drawn, drawn]
 
     def texts(llm: LLM) -> list[list[int]]:
-        return [result.token_ids for one in params for result in llm.generate([prompt, prompt[:7]], one)]
+        return [result.token_ids for result in llm.generate([prompt, prompt[:7]] * 2, params)]
 
     expected = texts(llm)
     assert texts(llm.plain()) == expected

@@ -30,23 +30,28 @@ from tokentree.tree import TokenTree
 ROOT = 5
 
 
-def engine_of(
-    family: str = "llama", prefix_bytes: int = 0, tokens: int = 2000, quantization: str | None = None,
-    owned: bool = False, **options: Any,
-) -> TritonEngine:  # fmt: skip
-    prepared = Prepared(small(family, **options), owned, quantization, None, None)
-    prepared.ask("eager" if family.startswith("gemma2") else "sdpa")
-    engine = TritonEngine(prepared, prefix_bytes, tokens)
-    engine._check_trees(prepared.own)
-    return engine
+class Interpreted(TritonEngine):
+    """Every row costs Triton's interpreter as much as the one before: prompts aren't padded far."""
+
+    sizes = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+def prepared(family: str = "llama", owned: bool = False, quantization: str | None = None, **options: Any) -> Prepared:
+    made = Prepared(small(family, **options), owned, quantization, None, None)
+    made.ask("eager" if family.startswith("gemma2") else "sdpa")
+    return made
+
+
+def engine_of(family: str = "llama", prefix_bytes: int = 0, tokens: int = 2000, **options: Any) -> TritonEngine:
+    return Interpreted(prepared(family, **options), prefix_bytes, tokens)
 
 
 @pytest.mark.parametrize("owned", [False, True])
 def test_a_text_ends_where_generate_ends_it_now(owned: bool) -> None:
     model = small(eos_token_id=5)
-    prepared = Prepared(model, owned, None, None, None)
-    prepared.ask("sdpa")
-    engine = TritonEngine(prepared, tokens=2000)
+    ready = Prepared(model, owned, None, None, None)
+    ready.ask("sdpa")
+    engine = TritonEngine(ready, tokens=2000)
     assert engine.ends == [5]
     model.generation_config.eos_token_id = [7, 3]
     assert engine.ends == list(engine.info.ends) == ([5] if owned else [3, 7])
@@ -69,28 +74,32 @@ def path_to(tree: TokenTree, node: int) -> list[int]:
     return [] if node < 0 else [*path_to(tree, int(tree.parents[node])), node]
 
 
-def alone(engine: TritonEngine, before: list[int], tree: TokenTree, node: int) -> torch.Tensor:
-    """The logits after ``node``, when its path was decoded token by token."""
-    path = path_to(tree, node)
-    seq = request([*before, ROOT])
+def alone(engine: TritonEngine, before: list[int], tree: TokenTree, path: list[int]) -> torch.Tensor:
+    """The logits after each node of a path, when it was decoded token by token."""
+    seq, said = request([*before, ROOT]), list[torch.Tensor]()
     engine.prefill(seq)
     for place in path:
-        said = engine.verify([seq], [TokenTree.chain(int(tree.tokens[place]), [])]).all_logits[0].clone()
+        said.append(engine.verify([seq], [TokenTree.chain(int(tree.tokens[place]), [])]).all_logits[0].clone())
         engine.commit([seq], [[0]])
     engine.release([seq])
-    return said
+    return torch.stack(said)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_tree_has_transformers_logits_and_the_bits_of_each_path_alone(family: str) -> None:
-    engine, before, tree = engine_of(family), some_tokens(9), some_tree(ROOT, 6)
+    model = prepared(family)
+    engine, before = Interpreted(model, 0, 2000), some_tokens(9)
+    tree = TokenTree(np.array([ROOT, 7, 8, 9, 10, 11]), np.array([-1, 0, 0, 2, 1, 3]))
+    engine._check_trees(model.own)
     seq = request([*before, ROOT])
     got = verified(engine, seq, tree)
     expected = of_transformers(small(family).float().cpu(), before, tree)
     error = float((got.cpu().float() - expected).square().mean().sqrt())
     assert error < 0.05 * float(expected.std())
-    for node in (3, 5):
-        assert torch.equal(alone(engine, before, tree, node), got[node])
+    if family in ("qwen2", "phi3", "gemma3"):
+        return  # what they are made of, others are too
+    path = path_to(tree, 5)  # its rows don't lie behind one another
+    assert torch.equal(alone(engine, before, tree, path), got[path])
 
 
 def test_a_protocol_s_parts_are_there() -> None:
@@ -140,7 +149,7 @@ def test_more_rows_than_a_forward_takes_go_through_several(monkeypatch: pytest.M
     texts = [[*some_tokens(n, seed=n), ROOT] for n in (3, 9, 20)]
     trees = [some_tree(ROOT, n) for n in (5, 8, 4)]
     expected = [verified(engine, request(ids), tree) for ids, tree in zip(texts, trees, strict=True)]
-    monkeypatch.setattr("tokentree.engines.gpu.engine.ROWS", (1, 2, 4, 8))
+    monkeypatch.setattr(Interpreted, "sizes", (1, 2, 4, 8))
     seqs, prompts = [request(ids) for ids in texts], [request(some_tokens(30, seed=4)), request(some_tokens(6, seed=5))]
     for seq in seqs:
         engine.prefill(seq)
@@ -207,8 +216,8 @@ def test_texts_that_begin_alike_share_pages_and_keep_their_bits() -> None:
 
 
 def test_what_is_kept_gives_way_to_texts_and_a_full_engine_says_so() -> None:
-    engine = engine_of(prefix_bytes=1 << 30, tokens=3 * CHUNK)
-    for seed in range(4):
+    engine = engine_of(prefix_bytes=1 << 30, tokens=3 * CHUNK, num_hidden_layers=1)
+    for seed in range(3):
         seq = request([*some_tokens(CHUNK + 9, seed=seed), ROOT])
         engine.prefill(seq)
         engine.release([seq])
@@ -238,11 +247,10 @@ def test_damaged_counts_are_found() -> None:
 # -- the loop ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_texts_are_plain_s_whatever_is_drafted_alone_and_in_a_batch(temperature: float) -> None:
+def test_texts_are_plain_s_whatever_is_drafted_alone_and_in_a_batch() -> None:
     def texts() -> list[Sequence]:
-        prompts = [[5, 6, 7, 8] * 8, some_tokens(40), [9, 9, 9, 9, 9]]
-        return [request(ids, max_tokens=12, temperature=temperature, seed=3) for ids in prompts]
+        prompts = ([5, 6, 7, 8] * 8, 0.0), (some_tokens(30), 1.0), ([9, 9, 9, 9, 9], 1.0)
+        return [request(ids, max_tokens=10, temperature=temperature, seed=3) for ids, temperature in prompts]
 
     expected = [decode(llama(), [seq])[0] for seq in texts()]
     for drafter in (NGram(), Recycling(llama().vocab_size)):
@@ -271,10 +279,10 @@ def test_hidden_states_are_transformers_and_those_of_accepted_nodes_lie_in_order
 
 
 def test_a_model_with_no_kernels_is_refused_with_the_reason() -> None:
-    prepared = Prepared(small("llama").float(), False, None, None, None)
-    prepared.own = own_forward(prepared.copy)
+    model = Prepared(small("llama").float(), False, None, None, None)
+    model.own = own_forward(model.copy)
     with pytest.raises(ModelError, match="float32, not bfloat16"):
-        TritonEngine(prepared)
+        TritonEngine(model)
 
 
 # -- 8 bits ------------------------------------------------------------------------------------------------------------
@@ -294,14 +302,16 @@ def rounded(family: str) -> PreTrainedModel:
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
 def test_in_8_bits_a_tree_has_the_logits_of_the_rounded_model_and_the_bits_of_each_path_alone(family: str) -> None:
-    engine = engine_of(family, quantization="int8", owned=True, **GROUPS, tie_word_embeddings=False)
+    model = prepared(family, True, "int8", **GROUPS, tie_word_embeddings=False)
+    engine = Interpreted(model, 0, 2000)
+    engine._check_trees(model.own)
     before, tree = some_tokens(9), some_tree(ROOT, 6)
     got = verified(engine, request([*before, ROOT]), tree)
     expected = of_transformers(rounded(family), before, tree)
     error = float((got.cpu().float() - expected).square().mean().sqrt())
     assert error < 0.05 * float(expected.std())
-    for node in (3, 5):
-        assert torch.equal(alone(engine, before, tree, node), got[node])
+    for path in (path_to(tree, 3), path_to(tree, 5)):
+        assert torch.equal(alone(engine, before, tree, path), got[path])
     assert "int8" in engine.info.signature
 
 
@@ -332,6 +342,6 @@ def test_in_8_bits_the_embedding_stays_and_heads_get_the_output_layer_s_values()
 
 
 def test_a_model_whose_inputs_come_in_no_groups_is_refused_in_8_bits() -> None:
-    prepared = Prepared(small(), False, "int8", None, None)
+    model = Prepared(small(), False, "int8", None, None)
     with pytest.raises(ModelError, match=r"it has sizes that there is no kernel for in 8 bits$"):
-        TritonEngine(prepared)
+        TritonEngine(model)

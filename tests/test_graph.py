@@ -15,7 +15,7 @@ from tests.tiny_models import request, some_tokens, some_tree, tiny
 from tokentree import LLM
 from tokentree.drafters.lookup.recycling import Recycling
 from tokentree.engines import kv
-from tokentree.engines.gpu import graph
+from tokentree.engines.gpu import graph, recording
 from tokentree.engines.gpu.recorded import CompiledEngine
 from tokentree.engines.modules import ModulesEngine
 from tokentree.engines.program import ProgramEngine
@@ -29,9 +29,16 @@ Graphs = list[torch.fx.GraphModule]
 ROOT = 5
 
 
+def record_only(monkeypatch: pytest.MonkeyPatch, *rows: int) -> None:
+    """Graphs for these numbers of rows alone: each takes seconds."""
+    for module in (graph, recording):
+        monkeypatch.setattr(module, "ROWS", rows)
+
+
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Graphs:
     """What was captured; it runs as it is, which takes no compiler."""
+    record_only(monkeypatch, 2, 16, 64)
     found = Graphs()
 
     def keep(captured: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
@@ -131,6 +138,7 @@ def test_a_forward_that_is_one_call_is_left_as_it_is() -> None:
 def test_inductor_compiles_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setenv("TOKENTREE_CACHE", str(tmp_path))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    record_only(monkeypatch, 2, 32)
     model = tiny("qwen3", num_hidden_layers=1)
     llm = LLM(model, compile=True)
     assert "one graph" in llm.engine.info.signature

@@ -21,8 +21,8 @@ from tests.tiny_models import TEXTS, full_logits, kv_engine, save_model, some_to
 from tokentree import LLM, ModelError, OptionError, PairingError, Piece, PromptError, Result, SamplingParams
 from tokentree.drafters.none import NoDrafter
 from tokentree.engines.kv_engine import KVEngine
-from tokentree.llm import _short
 from tokentree.loading import load_model, load_tokenizer
+from tokentree.making import short_name
 
 CONTEXT, EOS = 96, 0
 PROMPTS = ["The quick brown", "one two three four", "A tree"]
@@ -610,5 +610,5 @@ def test_a_gguf_file_decodes_like_the_folder_it_was_made_from(world: World, tmp_
 def test_draft_models_are_called_by_the_end_of_their_name_and_numbered_where_alike() -> None:
     names = list[str]()
     for name in ("org/small-0.5b", "models/small-0.5b", "small.gguf", "x/small-0.5b", ""):
-        names.append(_short(name, names))
+        names.append(short_name(name, names))
     assert names == ["small-0.5b", "small-0.5b #2", "small", "small-0.5b #3", "draft_model"]

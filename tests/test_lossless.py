@@ -32,7 +32,6 @@ from tokentree.errors import PairingError
 from tokentree.sampling import Noise, SamplingParams, SeededNoise, process_logits, to_probs
 from tokentree.sequence import ACCEPT, DRAFT, Accepted, Sequence
 from tokentree.shapes import Shape, Static, shape
-from tokentree.tree import TokenTree
 
 VOCAB = 4
 PROMPT = [1, 2]
@@ -406,9 +405,8 @@ class MergesDraws(DraftModel):
     def propose(self, seqs: list[Sequence], form: Shape, sampled: bool) -> list[Draft]:
         ours, theirs = super().propose(seqs, form, sampled), self.other.propose(seqs, form, sampled)
         for draft, more in zip(ours, theirs, strict=True):
-            tree, _ = TokenTree.merge([draft.tree, more.tree])
-            for node in range(len(draft), len(tree)):
-                draft.add(0, int(tree.tokens[node]), 0.0, node - 1)
+            for token in sorted({*more.tokens[1:]} - {*draft.tokens[1:]}):
+                draft.add(0, token, 0.0, len(draft) - 1)
         return ours
 
 

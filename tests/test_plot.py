@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, PathPatch
 from PIL import Image
 
+from tests.conftest import shown
 from tests.test_medusa import random_heads
 from tests.test_report import sample, some_run
 from tests.tiny_models import save_model, tiny, tiny_pair, tiny_tokenizer
@@ -301,18 +302,20 @@ STRANGE = ["$x_a$", "$", r"$\nomacro{$", "日本語", "\U0001f680", "a\u2028b", 
            "%s {0}", "العربية", "e\u0301", "x" * 300, ""]  # fmt: skip
 
 
-@pytest.mark.parametrize("text", STRANGE)
-def test_any_text_can_be_drawn(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("texts", [STRANGE[start : start + 3] for start in range(0, len(STRANGE), 3)], ids=shown)
+def test_any_text_can_be_drawn(tmp_path: Path, texts: list[str]) -> None:
     """Where a font lacks a sign matplotlib warns, and a warning is an error here."""
     for ending in ("png", "svg", "pdf"):
-        draw_methods([Panel(text, some_step(), [text] * 6, text)], tmp_path / f"methods.{ending}")
-    draw_mask(some_step(), [text] * 6, text, tmp_path / "mask.png", text)
-    run = some_run()
+        draw_methods([Panel(text, some_step(), [text] * 6, text) for text in texts], tmp_path / f"methods.{ending}")
+    for title, other in zip(texts, texts[1:] + texts[:1], strict=True):
+        draw_mask(some_step(), texts * 2, title, tmp_path / "mask.png", other)
+    run, names = some_run(), {"merged:cost": texts[0] or "x", "merged:chain:3": texts[1] or "y"}
     for one in run.samples:
-        one.method, one.category = one.method.replace("merged:cost", text or "x"), text
+        one.method, one.category = names.get(one.method, one.method), texts[2]
     draw_speed(run, tmp_path / "speed.png")
     assert draw_acceptance(run, tmp_path / "acceptance.png")
-    plot_cost(CostCurve([1, 8, 64], [0.01, 0.011, 0.05]), text, tmp_path / "cost.png")
+    for text in texts:
+        plot_cost(CostCurve([1, 8, 64], [0.01, 0.011, 0.05]), text, tmp_path / "cost.png")
 
 
 def test_a_text_on_one_line_is_as_it_is_or_escaped() -> None:

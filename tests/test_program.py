@@ -12,7 +12,7 @@ from tokentree.engines.base import KEPT, Engine
 from tokentree.engines.cpu.linear import PackedLinear
 from tokentree.engines.cpu.llama import Llama
 from tokentree.engines.cpu.packing import Packing
-from tokentree.engines.cpu.steps import ATTEND, BEST, MULTIPLY, NORM
+from tokentree.engines.cpu.step_loops import ATTEND, BEST, MULTIPLY, NORM
 from tokentree.engines.modules import ModulesEngine
 from tokentree.engines.program import ProgramEngine
 from tokentree.engines.torch import TorchEngine

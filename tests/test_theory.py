@@ -25,7 +25,6 @@ from tokentree.theory import (
     taught_success,
     tokens_of_chain,
     tokens_of_tree,
-    whole_chain,
     whole_path,
 )
 
@@ -56,7 +55,7 @@ def test_expected_tokens_are_those_of_all_cases(rates: list[float], paths: list[
 def test_a_chain_is_a_tree_without_branches(alpha: float, length: int) -> None:
     chain = full_tree(1, length)
     assert tokens_of_chain(alpha, length) == pytest.approx(tokens_of_tree([alpha], chain))
-    assert whole_chain(alpha, length) == pytest.approx(whole_path([alpha], 1, length))
+    assert whole_path([alpha], 1, length) == pytest.approx(alpha**length)
     if alpha < 1:
         assert tokens_of_chain(alpha, length) == pytest.approx((1 - alpha ** (length + 1)) / (1 - alpha), rel=1e-6)
 
@@ -71,13 +70,13 @@ def test_what_is_taught_is_no_bound_in_either_direction() -> None:
     assert taught_success(0.8, 2, 1) == pytest.approx(0.96)
     assert whole_path([0.8, 0.2], 2, 1) == 1  # one of two candidates that exclude each other: above what is taught
     assert whole_path([0.8, 0.0], 2, 3) < taught_success(0.8, 2, 3)  # and below it
-    assert taught_success(0.8, 1, 4) == pytest.approx(whole_chain(0.8, 4))
+    assert taught_success(0.8, 1, 4) == pytest.approx(whole_path([0.8], 1, 4))
 
 
 def test_the_documentation_s_figures_are_those_of_the_formulas() -> None:
     full, rates = full_tree(2, 3), rates_of(0.8, 2)
     assert len(full) == 14
-    assert whole_chain(0.8, 4) == pytest.approx(0.410, abs=5e-4)
+    assert whole_path([0.8], 1, 4) == pytest.approx(0.410, abs=5e-4)
     assert tokens_of_chain(0.8, 4) == pytest.approx(3.36, abs=5e-3)
     assert whole_path(rates, 2, 3) == pytest.approx(0.885, abs=5e-4)
     assert whole_path([0.8, 0.05], 2, 3) == pytest.approx(0.614, abs=5e-4)

@@ -14,8 +14,8 @@ import torch
 
 from tests.tiny_models import save_model, tiny, tiny_tokenizer
 from tokentree import LLM
+from tokentree.cli import main as cli
 
-ONE = [sys.executable, "-m"]
 TWO = [
     sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
     "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "--module",
@@ -28,30 +28,35 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_train_what_one_does(kind: str, tmp_path: Path) -> None:
+def test_two_processes_train_what_one_does(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = save_model(tmp_path / "model", tiny("llama", vocab_size=300, num_hidden_layers=8), tiny_tokenizer())
     data = tmp_path / "data.jsonl"
     texts = [
         " ".join(f"{word} {place}" for word in ("a tree", "an owl", "rain") * (2 + place % 3)) for place in range(80)
     ]
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    said = {}
-    for name, start in (("one", ONE), ("two", TWO)):
-        done = subprocess.run(
-            [*start, "tokentree", "train", *kind.split(), "--model", str(model), "--data", str(data), "--out",
-             str(tmp_path / name), "--epochs", "2", "--evaluate-every", "3", "--dtype", "float32", "--threads", "1",
-             *KINDS[kind]],
-            env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert done.stdout.count("heads are in") == 1
-        said[name] = done
-    looks = {name: re.findall(r"step (\d+)/\d+: loss ([\d.]+)", done.stderr) for name, done in said.items()}
+    words = ["tokentree", "train", *kind.split(), "--model", str(model), "--data", str(data), "--epochs", "2",
+             "--evaluate-every", "3", "--dtype", "float32", "--threads", "1", *KINDS[kind]]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", [*words, "--out", str(tmp_path / "one")])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    one = capsys.readouterr()
+    two = subprocess.run(
+        [*TWO, *words, "--out", str(tmp_path / "two")], env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert two.returncode == 0, two.stderr[-2000:]
+    said = {"one": (one.out, one.err), "two": (two.stdout, two.stderr)}
+    assert [out.count("heads are in") for out, _ in said.values()] == [1, 1]
+    looks = {name: re.findall(r"step (\d+)/\d+: loss ([\d.]+)", err) for name, (_, err) in said.items()}
     assert len(looks["one"]) >= 3
     assert [step for step, _ in looks["one"]] == [step for step, _ in looks["two"]]  # told once
     # losses are told of the first process's half of a step, the weights are those of the whole
-    for (_, one), (_, two) in zip(looks["one"], looks["two"], strict=True):
-        assert float(two) == pytest.approx(float(one), rel=0.2)
+    for (_, alone), (_, shared) in zip(looks["one"], looks["two"], strict=True):
+        assert float(shared) == pytest.approx(float(alone), rel=0.2)
     folders = [tmp_path / name / ("heads" if "--way" in kind else "") for name in said]
     base = tmp_path / "one" / "model" if "--way" in kind else model
     outputs = [LLM(base, heads=folder).generate("a tree")[0].token_ids for folder in folders[:1]]

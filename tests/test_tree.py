@@ -30,10 +30,6 @@ def _named(tree: TokenTree) -> list[tuple[int, ...]]:
     return names
 
 
-def _branchings(max_nodes: int = 40) -> st.SearchStrategy[list[int]]:
-    return st.lists(st.integers(1, 3), max_size=4).filter(lambda b: np.prod(b) * max(1, len(b)) <= max_nodes)
-
-
 # -- ways to make one -----------------------------------------------------------------------------------------------
 
 
@@ -67,36 +63,6 @@ def test_is_chain_means_one_child_per_node_in_order(tree: TokenTree) -> None:
 def test_a_root_alone_is_plain_decoding() -> None:
     tree = TokenTree.root(7)
     assert (len(tree), tree.paths(), tree.depths.tolist(), tree.mask.tolist()) == (1, [[]], [0], [[True]])
-
-
-@given(_branchings())
-def test_from_levels_gives_every_node_its_children_in_level_order(branching: list[int]) -> None:
-    count = sum(int(np.prod(branching[: depth + 1])) for depth in range(len(branching)))
-    tree = TokenTree.from_levels(-1, branching, list(range(count)))
-    assert tree.tokens.tolist() == list(range(-1, count))
-    assert (np.diff(tree.depths) >= 0).all()
-    for node in range(len(tree)):
-        depth = int(tree.depths[node])
-        assert len(tree.children[node]) == (branching[depth] if depth < len(branching) else 0)
-
-
-@given(token_trees())
-def test_from_choices_takes_ranks_as_candidates(tree: TokenTree) -> None:
-    candidates = [[100 * depth + rank for rank in range(6)] for depth in range(12)]
-    made = TokenTree.from_choices(9, tree.paths() if len(tree) > 1 else [], candidates)
-    expected = {tuple(100 * depth + rank for depth, rank in enumerate(name)) for name in _named(tree)}
-    assert set(_named(made)) == expected
-
-
-@given(st.lists(token_trees(root=3), min_size=1, max_size=4))
-def test_merge_holds_every_path_once_and_its_maps_keep_each_node_s_path(trees: list[TokenTree]) -> None:
-    merged, maps = TokenTree.merge(trees)
-    names = _named(merged)
-    assert len(names) == len(set(names))
-    assert set(names) == {name for tree in trees for name in _named(tree)}
-    for tree, where in zip(trees, maps, strict=True):
-        assert where.shape == (len(tree),)
-        assert [names[new] for new in where] == _named(tree)
 
 
 # -- what it looks like ---------------------------------------------------------------------------------------------
@@ -147,23 +113,12 @@ def test_a_tree_can_not_be_changed() -> None:
 
 
 @given(token_trees())
-def test_depth_first_finishes_a_branch_before_its_next_sibling(tree: TokenTree) -> None:
+def test_taking_all_nodes_in_another_order_keeps_the_tree(tree: TokenTree) -> None:
     def below(node: int) -> list[int]:
         return [node, *itertools.chain.from_iterable(below(child) for child in tree.children[node])]
 
-    assert tree.depth_first().tolist() == below(0)
-
-
-@given(token_trees())
-def test_level_order_is_by_depth_then_index(tree: TokenTree) -> None:
-    assert tree.level_order().tolist() == sorted(range(len(tree)), key=lambda node: (tree.depths[node], node))
-
-
-@given(token_trees())
-def test_taking_all_nodes_in_another_order_keeps_the_tree(tree: TokenTree) -> None:
-    for order in (tree.depth_first(), tree.level_order()):
-        taken = tree.take(order)
-        assert _named(taken) == [_named(tree)[node] for node in order]
+    for order in (np.array(below(0)), np.argsort(tree.depths, kind="stable")):
+        assert _named(tree.take(order)) == [_named(tree)[node] for node in order]
 
 
 @given(token_trees(), st.data())
@@ -196,22 +151,6 @@ def test_arrays_that_are_no_tree_raise(node_tokens: list[int], parents: list[int
 
 def test_equal_tokens_below_different_parents_are_fine() -> None:
     assert TokenTree(np.array([2, 2, 3, 2]), np.array([-1, 0, 0, 2])).paths() == [[2], [3, 2]]
-
-
-@pytest.mark.parametrize(
-    ("branching", "count", "says"),
-    [((2, 0), 2, "at least 1"), ((2, 2), 5, "2x2 takes 6 tokens, not 5"), ((2, 2), 7, "2x2 takes 6 tokens, not 7")],
-)
-def test_levels_that_do_not_fill_up_raise(branching: tuple[int, ...], count: int, says: str) -> None:
-    with pytest.raises(TreeError, match=says):
-        TokenTree.from_levels(0, branching, list(range(count)))
-
-
-def test_merging_nothing_or_different_roots_raises() -> None:
-    with pytest.raises(TreeError, match="one and the same root"):
-        TokenTree.merge([])
-    with pytest.raises(TreeError, match="one and the same root"):
-        TokenTree.merge([TokenTree.root(1), TokenTree.root(2)])
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,6 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3")
 
 def small(family: str = "llama", **options: object) -> PreTrainedModel:
     """A tiny model whose sizes there are kernels for."""
-    sizes = {"hidden_size": 64, "intermediate_size": 96, **options}
+    sizes = {"hidden_size": 64, "intermediate_size": 32, **options}
     made: PreTrainedModel = tiny(family, torch.bfloat16, **sizes).to(DEVICE)  # type: ignore[arg-type]
     return made

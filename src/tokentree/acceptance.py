@@ -15,6 +15,7 @@ from tokentree.draft import Draft
 from tokentree.errors import OptionError, PairingError, RequestError
 from tokentree.sampling import to_probs
 from tokentree.sequence import ACCEPT, Accepted, Sequence
+from tokentree.specs import options_of
 from tokentree.tree import TokenTree
 
 
@@ -207,15 +208,7 @@ def acceptance(name: str) -> Acceptance:
     rule, _, rest = name.partition(":")
     if rule not in RULES:
         raise OptionError(f"unknown acceptance rule {rule!r}: choose one of {', '.join(RULES)}")
-    if not rest:
-        return RULES[rule]()
-    try:
-        numbers = {key: float(number) for key, number in (part.split("=") for part in rest.split(","))}
-    except ValueError:
-        raise OptionError(f"can't read {name!r}: write typical:epsilon=0.09,delta=0.3") from None
-    if rule != "typical" or set(numbers) - {"epsilon", "delta"}:
-        raise OptionError(f"{name!r} has options that this rule doesn't have: only typical has any, epsilon and delta")
-    return Typical(**numbers)
+    return RULES[rule](**options_of(rest, RULES[rule], "rule"))
 
 
 def _fit(draft_probs: torch.Tensor, target_probs: torch.Tensor) -> torch.Tensor:

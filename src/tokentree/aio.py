@@ -36,18 +36,19 @@ class _Owner:
 
 
 class AsyncLLM:
-    """An `LLM` whose requests are coroutines: they join and leave between the steps of one thread. Closing it, or
-    leaving ``async with``, ends that thread, and interrupts what is under way.
+    """An `LLM` for asyncio. Its requests are coroutines.
 
-    Other threads may use ``llm`` meanwhile: their steps and those of this one take turns.
+    One thread makes the steps. Requests join and leave between steps. Closing the `AsyncLLM`, or leaving ``async
+    with``, ends that thread and interrupts all requests. Other threads may use ``llm`` at the same time: steps take
+    turns.
 
     Args:
-        llm: stays usable; see `LLM`.
-        max_batch: most requests that are decoded together; others wait, in the order in which they came. By default
-            that of ``llm``.
+        llm: the model. It can still be used by itself.
+        max_batch: the largest number of requests that are decoded together. Others wait, in the order of their arrival.
+            By default that of ``llm``.
 
     Raises:
-        OptionError: if ``llm`` is none, or ``max_batch`` is below 1.
+        OptionError: if ``llm`` isn't an `LLM`, or ``max_batch`` is below 1.
     """
 
     def __init__(self, llm: LLM, max_batch: int | None = None) -> None:
@@ -72,7 +73,7 @@ class AsyncLLM:
         await self.close()
 
     async def close(self) -> None:
-        """Interrupts all requests, and returns when the thread has ended."""
+        """Interrupts all requests, and waits until the thread has ended."""
         self._closed = True
         self._wake.set()
         await asyncio.to_thread(self._thread.join)
@@ -120,7 +121,7 @@ class AsyncLLM:
             owner.tell(Event(request_id, [], "interrupted"))
 
     async def events(self, seqs: SequenceOf[Sequence]) -> AsyncGenerator[Event]:
-        """What becomes of ``seqs``, until all have ended. They are aborted if the caller leaves before that."""
+        """The events of ``seqs``, until all have ended. Requests are aborted if the caller stops iterating earlier."""
         check_fork()
         owner, left = _Owner(asyncio.get_running_loop(), asyncio.Queue()), set[int]()
         try:

@@ -28,15 +28,15 @@ class Decoder:
 
     Args:
         engine: the target model.
-        drafter: who proposes the trees.
-        shape: how they grow and are cut.
-        accept: the rule that picks the new tokens.
-        watch: called after every step of every sequence, with the draft and what was accepted of it. It is a part of
-            the step: it must not decode with this engine, nor wait for a thread that does.
+        drafter: proposes the trees.
+        shape: decides how trees grow and are cut.
+        accept: the acceptance rule. It chooses the new tokens.
+        watch: called after every step with each sequence, its draft and what was accepted of it. It runs inside of the
+            step. So it must not decode with this engine, nor wait for a thread that does.
 
     Raises:
-        PairingError: if the rule needs drawn children and the drafter can't draw any.
-        OptionError: if drafter or shape is none.
+        PairingError: if the rule needs drawn children, and the drafter can't draw any.
+        OptionError: if ``drafter`` isn't a `Drafter`, or ``shape`` isn't a `Shape`.
     """
 
     def __init__(
@@ -57,20 +57,20 @@ class Decoder:
 
     @property
     def lock(self) -> Exclusive:
-        """The engine's. Several threads may decode at once, with this decoder and others of the same engine: their
+        """The engine's lock. Several threads may decode with this decoder, and with others of the same engine. Their
         steps take turns."""
         return self.engine.lock
 
     def run(self, seqs: Iterable[Sequence], max_batch: int = 8) -> Iterator[list[Sequence]]:
-        """Decodes all ``seqs``, at most ``max_batch`` at a time; yields those that grew after each step.
+        """Decodes all ``seqs``, at most ``max_batch`` at a time. Yields the sequences that grew, after each step.
 
-        A finished sequence leaves and a waiting one joins between steps. What is kept for a sequence is forgotten when
-        it finishes, or when the caller stops iterating. One whose rules fail ends alone, with the finish reason "error"
-        and its `error` set. A `Scheduler` of its own decides what each step is about.
+        Finished sequences leave and waiting ones join between steps. The KV and the state of a sequence are dropped
+        when it finishes, or when the caller stops iterating. A sequence whose rules fail ends alone, with the finish
+        reason "error" and its `error` set. A `Scheduler`, made for this call, chooses the sequences of each step.
 
         Raises:
-            OptionError: if ``max_batch`` is below 1, or something else than sequences is given.
-            Exception: whatever else ended a step.
+            OptionError: if ``max_batch`` is below 1, or ``seqs`` holds anything but sequences.
+            Exception: whatever else a step raised.
         """
         for events in Shared(Scheduler(self)).run(seqs, max_batch):
             for _, event in events:
@@ -80,7 +80,7 @@ class Decoder:
 
     @exclusive
     def begin(self, seq: Sequence) -> None:
-        """Makes room for a new sequence, and takes over what is known of its beginning."""
+        """Makes room for a new sequence, and reuses the KV of a text that begins alike."""
         started = time.perf_counter()
         seq.metrics.reused_tokens = self.engine.begin(seq)
         self.drafter.prefill([seq], self.engine.committed(seq))
@@ -88,23 +88,25 @@ class Decoder:
         seq.metrics.lossy = self.accept.lossy
 
     def unread(self, seq: Sequence) -> int:
-        """Tokens of a sequence that has begun which must be read before it can be decoded: all but the last."""
+        """The number of tokens that must still be read before the sequence can be decoded. The last token isn't
+        read."""
         return len(seq.tokens) - 1 - self.engine.committed(seq)
 
     @exclusive
     def prefill(self, seq: Sequence) -> None:
-        """Puts all of a new sequence but its last token into the KV of target and drafter."""
+        """Reads all tokens of a new sequence but the last one into the KV of target and drafter."""
         self.begin(seq)
         if unread := self.unread(seq):
             self.step([], [(seq, unread)])
 
     @exclusive
     def step(self, seqs: list[Sequence], reading: SequenceOf[tuple[Sequence, int]] = ()) -> None:
-        """One target forward for the whole batch.
+        """Makes one step: one target forward for the whole batch.
 
         Args:
-            seqs: these are decoded.
-            reading: these have begun, and so many of their next tokens go through the same forward.
+            seqs: the sequences to decode.
+            reading: pairs of a sequence that has begun and a number of tokens. So many of its next tokens go through
+                the same forward.
         """
         clock = [time.perf_counter()]
         drafts = [draft.cut(seq.room - 1) for seq, draft in zip(seqs, self._draft(seqs), strict=True)]

@@ -21,21 +21,22 @@ ROOM = 64  # nodes that there is room for at first
 
 @dataclass(eq=False, repr=False)
 class Draft:
-    """Candidate tokens with parents, scores and origin; grown parents first, node by node or by arrays.
+    """A token tree that grows: candidate tokens with parents, scores and proposers. Parents come before children.
 
-    What it knows of its nodes is in arrays, `ints` and `floats`, see `growing`; lists of that are copies.
+    The nodes are columns of the arrays `ints` and `floats`. The rows are named in `growing`. The properties that are
+    lists are copies.
 
     Args:
         root: the last token of the text so far.
 
     Attributes:
-        level_seconds: what one more level costs the drafter, where a level takes a forward of its own.
-        levels: how many it has paid for so far.
-        paid: a set of bits: the drafters that pay for levels, if any did.
-        sampled: None if children were picked deterministically. Otherwise, for each node whose children were drawn,
-            the distribution float64[vocab] that the first was drawn from; the others were drawn from the same without
-            replacement, in index order.
-        ints, floats: int64[5, room] and float64[2, room], of which the first ``len(draft)`` columns are its nodes.
+        level_seconds: the seconds that one more level would cost, for a drafter whose levels take a forward each.
+        levels: the number of such levels so far.
+        paid: the drafters that computed such levels, as a set of bits.
+        sampled: None if children were chosen deterministically. Otherwise it holds, for each node whose children were
+            drawn, the distribution float64[vocab] that its first child was drawn from. Further children were drawn from
+            the same distribution without replacement, in index order.
+        ints, floats: int64[5, room] and float64[2, room]. The first ``len(draft)`` columns are the nodes.
     """
 
     root: int
@@ -77,42 +78,42 @@ class Draft:
 
     @property
     def ranks(self) -> list[int]:
-        """Per node, its place among its siblings as the drafter ordered them, from 0."""
+        """Per node, its rank among its siblings in the drafter's order, from 0."""
         return self.ints[RANK, : self._size].tolist()
 
     @property
     def sources(self) -> list[int]:
-        """Per node, a set of bits: the drafters that proposed it."""
+        """Per node, the drafters that proposed it, as a set of bits."""
         return self.ints[SOURCES, : self._size].tolist()
 
     @property
     def log_probs(self) -> list[float]:
-        """Per node, the log-probability that the drafter gives it after its parent."""
+        """Per node, its conditional log-probability after its parent, by the drafter."""
         return self.floats[LOG_PROB, : self._size].tolist()
 
     @property
     def log_scores(self) -> list[float]:
-        """Per node, the joint log-probability that the drafter gives the path to it."""
+        """Per node, the joint log-probability of the path to it, by the drafter."""
         return self.floats[LOG_SCORE, : self._size].tolist()
 
     @property
     def tree(self) -> TokenTree:
-        """The nodes so far as a `TokenTree`, made once for each size."""
+        """The nodes so far as a `TokenTree`. It is made again when the draft has grown."""
         if self._tree is None or len(self._tree) != self._size:
             self._tree = TokenTree(self.ints[TOKEN, : self._size], self.ints[PARENT, : self._size])
         return self._tree
 
     @property
     def depth(self) -> int:
-        """Candidates on the longest path."""
+        """The number of candidates on the longest path."""
         return int(self.ints[DEPTH, : self._size].max())
 
     def path_tokens(self, node: int) -> list[int]:
-        """The tokens below the root on the way to ``node``, which is included."""
+        """The tokens on the path from the root (excluded) to ``node`` (included)."""
         return self._on_the_way(TOKEN, node)
 
     def rank_path(self, node: int) -> tuple[int, ...]:
-        """The ranks below the root on the way to ``node``: Medusa's way to name a node."""
+        """The ranks on the path from the root (excluded) to ``node`` (included). Medusa names nodes so."""
         return tuple(self._on_the_way(RANK, node))
 
     def _on_the_way(self, row: int, node: int) -> list[int]:
@@ -125,10 +126,10 @@ class Draft:
     # -- how it grows ------------------------------------------------------------------------------------------------
 
     def add(self, parent: int, token: int, log_prob: float, rank: int, source: int = 1) -> int:
-        """Adds a child of ``parent`` to which the drafter gives conditional log-probability ``log_prob``.
+        """Adds a child of ``parent`` with the conditional log-probability ``log_prob``, and returns its index.
 
         Raises:
-            TreeError: if there is no such parent, or a number is none that int64 holds.
+            TreeError: if there is no such parent, or a number doesn't fit into int64.
         """
         node = self._size
         if not 0 <= parent < node:
@@ -145,8 +146,12 @@ class Draft:
     def add_level(
         self, frontier: list[int], counts: list[int], tokens: Ints, log_probs: NDArray[np.float32]
     ) -> list[int]:
-        """Adds children below each node of ``frontier``: as many of its ``tokens`` [nodes, k] as its entry of
-        ``counts`` says, the most probable ones, but none whose log-probability is -inf. Returns the new nodes."""
+        """Adds children below each node of ``frontier``, and returns the new nodes.
+
+        Args:
+            counts: the number of children of each node. Those with log-probability -inf are left out.
+            tokens, log_probs: [nodes, k], the candidates below each node, best first.
+        """
         first = self._size
         self._reserve(tokens.size)
         self._size = growing.grow_level(
@@ -156,11 +161,12 @@ class Draft:
         return list(range(first, self._size))
 
     def add_paths(self, paths: list[list[int]], firsts: list[float], others: float) -> None:
-        """Adds paths from the root, equal beginnings once.
+        """Adds paths from the root. Equal beginnings are added once.
 
         Args:
-            firsts: of each path, the log-probability of its first token.
-            others: that of all other tokens.
+            paths: the tokens of each path.
+            firsts: the log-probability of the first token of each path.
+            others: the log-probability of every other token.
         """
         lengths = [len(path) for path in paths]
         tokens = np.array([token for path in paths for token in path], np.int64)
@@ -180,8 +186,8 @@ class Draft:
         return draft
 
     def join(self, other: Draft, source: int) -> None:
-        """Takes in all nodes of ``other``, which has the same root, as proposed by ``source``. Equal paths are one: a
-        node that both have keeps the higher probability and the lower rank."""
+        """Adds all nodes of ``other``, which has the same root, as proposed by ``source``. Equal paths are joined: a
+        node of both drafts keeps the higher probability and the lower rank."""
         self._reserve(len(other))
         self._size = growing.join(self.ints, self.floats, self._size, other.ints, other.floats, len(other), source)
 
@@ -208,7 +214,8 @@ class Draft:
         return self._taken(nodes)
 
     def cut(self, depth: int) -> Draft:
-        """The draft without nodes below ``depth``. Whole levels go, whatever they hold, so drawn children may too."""
+        """The draft without the nodes deeper than ``depth``. Drawn children may be dropped too, since whole levels
+        are."""
         if self._size <= depth + 1 or self.depth <= depth:
             return self
         kept = np.flatnonzero(self.ints[DEPTH, : self._size] <= depth)

@@ -1,49 +1,49 @@
-"""Everything this library raises for a mistake of its user, all of them `ValueError`; and `InvariantError`."""
+"""The errors that this library raises for mistakes of its users. All are `ValueError`, except `InvariantError`."""
 
 
 class TokenTreeError(ValueError):
-    """Base of the errors below: one sentence that says what is wrong and what would be right."""
+    """The base class. Each message is one sentence that says what is wrong and what to do."""
 
 
 class TreeError(TokenTreeError):
-    """Arrays that are not a token tree."""
+    """Arrays don't describe a token tree."""
 
 
 class OptionError(TokenTreeError):
-    """An option that is unknown, out of range or in conflict with another."""
+    """An option is unknown, out of range, or in conflict with another."""
 
 
 class PromptError(TokenTreeError):
-    """A prompt that can't be decoded: empty, too long, unreadable."""
+    """A prompt can't be decoded: it is empty, too long or unreadable."""
 
 
 class RequestError(TokenTreeError):
-    """A request that can't go on: what its processors give can't be chosen from, or they raise. It ends that request
-    alone."""
+    """A request can't go on: a logits processor raised an error, or its logits leave nothing to choose from. Other
+    requests aren't affected."""
 
 
 class DeadEnd(RequestError):
-    """The rules of a request leave no token to choose."""
+    """The rules of a request leave no token to choose from."""
 
 
 class StepError(TokenTreeError):
-    """A step in which this request was alone failed for a reason that is none of the others here: its `__cause__`."""
+    """A step of this request alone raised an error of another kind, which is the `__cause__`."""
 
 
 class ModelError(TokenTreeError):
-    """A model that can't be loaded, or that this library can't decode with a tree."""
+    """A model can't be loaded, or can't be decoded with a tree."""
 
 
 class PairingError(TokenTreeError):
-    """Parts that don't fit each other: two tokenizers, a rule and a shape, a drafter and an engine."""
+    """Two parts don't fit each other: two tokenizers, a rule and a shape, a drafter and an engine."""
 
 
 class ForkError(TokenTreeError):
-    """A process that was forked from one that had used a model."""
+    """A model is used in a process that was forked after another use of a model."""
 
 
 class InvariantError(AssertionError):
-    """What this library keeps is damaged: a fault of the library, not of its user."""
+    """An internal structure is damaged. This is a bug of the library."""
 
 
 def told(error: BaseException) -> str:

@@ -69,41 +69,43 @@ def generator(
     seed: int | None = None,
 ) -> TreeGenerator:
     """A callable for ``model.generate(**inputs, custom_generate=...)`` that decodes with token trees (SpecInfer, Miao
-    et al. 2023, arXiv:2305.09781): the tokens of ``generate`` without it, several per forward. Where two tokens are
-    tied but for rounding, as happens in bfloat16, the engine may round the other way than transformers' own loop; with
-    ``drafter="none"`` the same engine decodes plainly, for comparison.
+    et al. 2023, arXiv:2305.09781).
 
-    Keep it and pass it to every call, from any thread: it holds, per model, the weights in the engine's layout, made at
-    the first call and again when the model has changed: its weights, modules, adapters, hooks or settings, see
-    `engines.watch`. Hooks and replaced forwards are run as they are; they see the rows of trees, several continuations
-    of several texts in one batch row and in no order, so they must do to each row what they do to it alone.
+    It gives the tokens that ``generate`` gives without it, with several tokens per forward. Two tokens may be tied up
+    to rounding, as happens in bfloat16. There the engine may round the other way than transformers' own loop. For a
+    comparison, ``drafter="none"`` decodes plainly with the same engine.
 
-    With a callable, transformers (5.23, `GenerationMixin._extract_generation_mode_kwargs`) throws away what belongs to
-    a generation mode: ``tokenizer``, ``streamer``, ``assistant_model`` and ``synced_gpus``. They are taken from where
-    it does so (see `_Signature`), so that the first two work as ever, and the others are refused with the reason.
+    Keep it, and pass it to every call, from any thread. It stores the weights of each model in the engine's layout. The
+    first call makes them. A later call makes them again if the model has changed: its weights, modules, adapters, hooks
+    or settings, see `engines.watch`. Hooks and replaced forwards are run. They see the rows of trees: several
+    continuations of several texts in one batch row, in any order. So they must treat each row as if it were alone.
+
+    With a callable, transformers (5.23, `GenerationMixin._extract_generation_mode_kwargs`) drops the arguments of
+    generation modes: ``tokenizer``, ``streamer``, ``assistant_model`` and ``synced_gpus``. They are read before that
+    (see `_Signature`). The first two work as usual, and the others are refused with a reason.
 
     Args:
         draft_model: a smaller model with the same tokenizer, loaded or by name; or several.
         drafter, shape, accept, heads: as in `LLM`.
-        streamer: gets ``put(prompt ids [1, n])``, ``put(token [1])`` for each token, and ``end()``. Or give it to
-            ``generate``.
-        seed: the same seed gives the same text at every call; None draws a new one per call. torch's global random
-            state is neither read nor moved.
+        streamer: its ``put(prompt ids [1, n])``, ``put(token [1])`` for each token, and ``end()`` are called. It may be
+            given to ``generate`` instead.
+        seed: the same seed gives the same text at every call. None draws a new seed for each call. torch's global
+            random state is neither read nor changed.
 
-    Honoured, as transformers resolves them: do_sample, temperature, top_k, top_p, min_p, penalties, biases, bans and
+    These options of ``generate`` are honoured: do_sample, temperature, top_k, top_p, min_p, penalties, biases, bans and
     length bounds, ``stop_strings`` (with ``tokenizer=``), the user's ``logits_processor``,
     ``prefix_allowed_tokens_fn``, eos_token_id, pad_token_id, max_time, ``stopping_criteria``, num_return_sequences,
-    left-padded batches, return_dict_in_generate. use_cache and prefill_chunk_size say how, not what, and change
-    nothing. What can't be honoured is refused by name.
+    left-padded batches, return_dict_in_generate. use_cache and prefill_chunk_size change nothing, since they don't
+    affect the text. Every other option is refused by name.
 
-    A logits processor is called with ``input_ids`` [1, n], the path of one node behind its row of the batch (padding
-    included, as in transformers), and ``scores`` [1, vocab]; it must be a function of these, because several
-    continuations are looked at. A stopping criterion is called once after each new token of each row, with
-    ``input_ids`` [1, n] and scores None; a row that it ends is padded from there on.
+    A logits processor is called with ``input_ids`` [1, n] and ``scores`` [1, vocab]. ``input_ids`` are a row of the
+    batch, padding included as in transformers, and the path of one node. The processor must be a function of these two,
+    because several continuations are looked at. A stopping criterion is called once after each new token of each row,
+    with ``input_ids`` [1, n] and scores None. A row that it ends is padded from there on.
 
     Raises:
-        OptionError: here, on an unknown drafter, shape or rule; in ``generate``, on anything that can't be honoured.
-        ModelError, PairingError, PromptError: in ``generate``, if model, draft model or prompt can't be used.
+        OptionError: at once, if the drafter, shape or rule is unknown; in ``generate``, if an option can't be honoured.
+        ModelError, PairingError, PromptError: in ``generate``, if the model, draft model or prompt can't be used.
     """
     return TreeGenerator(draft_model, drafter, shape, accept, heads, streamer, seed)
 
@@ -131,10 +133,11 @@ class _Signature:
 
 
 class TreeGenerator:
-    """What `generator` returns.
+    """The callable that `generator` returns.
 
     Attributes:
-        metrics: what the last call cost, per row of the batch: of this thread, or, where it has called none, of any.
+        metrics: the metrics of the last call, for each row of the batch. It is the last call of this thread, or of any
+            thread if this one made none.
     """
 
     __signature__ = _Signature()
@@ -218,8 +221,7 @@ class TreeGenerator:
 
     def _run(self, llm: LLM, seqs: list[Sequence], processors: list[_PathProcessor], streamer: Streamer | None) -> None:
         self._last = self._of_thread.last = [seq.metrics for seq in seqs]
-        shown = 0
-        for _ in llm.run(seqs, len(seqs)):
+        for events in llm.run(seqs, len(seqs)):
             for seq in seqs:
                 if seq.error is not None:
                     raise seq.error
@@ -227,9 +229,8 @@ class TreeGenerator:
                 for processor in processors:
                     processor.check()
             if streamer is not None:
-                for token in seqs[0].output_ids[shown:]:
+                for token in [token for seq, event in events if seq is seqs[0] for token in event.tokens]:
                     streamer.put(torch.tensor([token]))
-                    shown += 1
         if streamer is not None:
             streamer.end()
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import secrets
-import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,13 +21,13 @@ from tokentree.decoder import Decoder, Watcher
 from tokentree.drafters.base import Parts
 from tokentree.engines.base import Branches, Engine, EngineOptions, TransformersEngine
 from tokentree.engines.support import check_quantization
-from tokentree.errors import DeadEnd, ModelError, OptionError, PromptError, TokenTreeError
+from tokentree.errors import DeadEnd, ModelError, OptionError, PromptError
 from tokentree.exclusive import neutral
 from tokentree.gguf.header import is_gguf
-from tokentree.heads.saved import Fingerprint
-from tokentree.inputs import Chat, Prompt, Read, read_prompt, read_prompts
+from tokentree.inputs import Prompt, Read, read_prompts
 from tokentree.kernels.threads import check_fork, set_threads
-from tokentree.loading import find_tokenizer, load_engine, load_tokenizer, pick_device
+from tokentree.loading import pick_device
+from tokentree.making import draft_engines_of, fingerprint_of, kv_bytes_of, prefill_rows_of, tokenizer_of
 from tokentree.metrics import Metrics
 from tokentree.options import (
     Model,
@@ -39,56 +36,33 @@ from tokentree.options import (
     check_placed,
     folder_in,
     heads_in,
-    kv_memory,
     megabytes,
     model_in,
     models_in,
-    shape_in,
+    one_spelling,
+    params_in,
     shape_of,
     tokenizer_in,
     whole_number,
 )
-from tokentree.pairing import check_same_tokenizer
 from tokentree.pieces import Piece, Pieces
+from tokentree.progress import token_bar
 from tokentree.registry import Named, check_engine, check_names, make_drafter, make_engine
+from tokentree.result import Result
 from tokentree.sampling import SamplingParams, check_vocabulary, seeded_noise
-from tokentree.scheduler import PREFILL_ROWS, Scheduler, fail
-from tokentree.sequence import Accepted, FinishReason, Sequence, TokenLogprobs
+from tokentree.scheduler import Scheduler, fail
+from tokentree.sequence import Accepted, Sequence, TokenLogprobs
 from tokentree.shapes import Cost, CostCurve, Shape
 from tokentree.sharing import Events, Shared
+from tokentree.stream import Stream
 from tokentree.text import Detokenizer
+from tokentree.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 __all__ = ["LLM", "Model", "Piece", "Prompt", "Result", "Stream", "shape_of"]
-
-
-@dataclass(frozen=True)
-class Result:
-    """One decoded text.
-
-    Args:
-        text: the output, without special tokens and without what a stop string cut off.
-        token_ids: the output's tokens, all of them.
-        finish_reason: "stop" (a stop rule), "length" (a limit), "timeout", "interrupted" (the caller stopped), "error".
-        logprobs: per token, if they were asked for.
-        metrics: what it cost.
-        prompt_token_ids: the prompt.
-        score: with beam search, the text's log-probability, divided by its length to the power of the length penalty.
-        error: what ended it, with the finish reason "error": its rules failed behind the tokens that are there, or it
-            couldn't be begun.
-    """
-
-    text: str
-    token_ids: list[int]
-    finish_reason: FinishReason
-    logprobs: list[TokenLogprobs] | None
-    metrics: Metrics
-    prompt_token_ids: list[int]
-    score: float | None = None
-    error: TokenTreeError | None = None
 
 
 @dataclass(frozen=True)
@@ -104,44 +78,42 @@ class _Way:
 class LLM:
     """A target model, a drafter and the loop.
 
-    Any number of threads may use one at once, with its twins (`using`, `plain`) and streams. What they ask of one `LLM`
-    shares forwards, and the steps of twins take turns; each text is the one that is written alone. A process that is
-    forked after a model was used can't use any.
+    Several threads may use an `LLM`, its twins (`using`, `plain`) and its streams at the same time. Their requests to
+    one `LLM` share forwards. Steps of twins take turns. A text doesn't depend on other requests. In a process that was
+    forked after a model was used, no model can be used.
 
     Args:
-        model: a hub name, a folder of safetensors, a GGUF file, or a loaded transformers model (which stays as it is,
-            also in peft's wrapping). What was put into a loaded one is run: adapters, hooks, replaced forwards. If it
-            changes later, the next request is refused: make a new `LLM` of it. Left out where ``engine`` needs none.
-        drafter: a name from the registry, a list of names to be merged, or a `Drafter`. Without one, ``draft_model`` if
-            draft models are given and no heads; otherwise all that is given and all lookups, merged.
-        draft_model: one draft model or several (merged into one tree).
-        engine: an engine that is made already (`tokentree.engines.base.Engine`), or the name of one, such as an
-            installed package adds, which is made of ``model`` and the options below. By default ``torch``: see
-            `TorchEngine`.
+        model: a hub name, a folder of safetensors, a GGUF file, or a loaded transformers model, also one that peft
+            wraps. A loaded model isn't changed. Its adapters, hooks and replaced forwards are run. If it changes later,
+            the next request is refused: make a new `LLM` of it. Leave it out if ``engine`` needs no model.
+        drafter: a name from the registry, a list of names to be merged, or a `Drafter`. The default is ``draft_model``
+            if there are draft models and no heads. Otherwise it is all lookups, draft models and heads, merged.
+        draft_model: one draft model or several. Several are merged into one tree.
+        engine: an engine (`tokentree.engines.base.Engine`), or the name of one, which is made of ``model`` and the
+            options below. Installed packages may add names. The default is ``torch``: see `TorchEngine`.
         heads: a folder with Medusa or EAGLE heads for this model.
-        shape: how trees grow: see `tokentree.shapes.shape`; or ``choices``, the static tree that is kept beside heads.
+        shape: how trees grow, see `tokentree.shapes.shape`. ``choices`` is the static tree that is stored beside heads.
         accept: ``match`` or ``rejection`` (both lossless), ``best_path`` or ``typical`` (both lossy).
-        dtype: ``float32``, ``bfloat16`` or ``float16``; by default the checkpoint's, and bfloat16 on CPUs that compute
-            in it.
+        dtype: ``float32``, ``bfloat16`` or ``float16``. The default is bfloat16 on CPUs, and the checkpoint's type
+            elsewhere.
         device: by default the first GPU, if there is one.
-        attention, quantization, compile: see `TorchEngine`; they hold for draft models too.
-        tokenizer: by default the one that comes with the model. A name will do, and a processor that has one.
-        max_batch: most sequences of one call that are decoded together.
-        prefill_rows: tokens of prompts that are read in one step beside texts that are decoded: what these wait for. By
-            default 64 on CPUs, and 512 elsewhere. Where no text is decoded, a step reads four times as many.
-        kv_mb: megabytes for the KV of texts that are decoded. When they are full, the youngest text waits, and is read
-            again later. By default half of the machine's memory, or nine tenths of what a GPU has left.
-        threads: CPU threads; the same as ``torch.set_num_threads``, which sets them for all that torch computes. No
-            text depends on how many there are.
-        prefix_mb: megabytes of KV of finished texts that each engine keeps, so that a text that begins alike (the next
-            turn of a chat, the same instructions) need not be read again.
-        memory: a folder with what drafters learnt earlier, see `save_memory`; one that isn't there is no mistake.
+        attention, quantization, compile: see `TorchEngine`. They apply to draft models too.
+        tokenizer: a tokenizer, its name, or a processor that has one. By default the one that comes with the model.
+        max_batch: the largest number of sequences of one call that are decoded together.
+        prefill_rows: the number of prompt tokens in a step that decodes texts too. These texts wait so much longer. By
+            default 64 on CPUs, and 512 elsewhere. A step that decodes no text reads four times as many.
+        kv_mb: memory for the KV of texts that are decoded, in megabytes. When it is full, the youngest text waits, and
+            is read again later. By default half of the machine's memory, or nine tenths of a GPU's free memory.
+        threads: CPU threads, as ``torch.set_num_threads`` sets them for the whole process. Texts don't depend on them.
+        prefix_mb: the size of each engine's prefix cache in megabytes. It holds KV of finished texts. A text that
+            begins alike (the next turn of a chat, the same instructions) reuses it.
+        memory: a folder with what drafters learnt earlier, see `save_memory`. It need not exist.
         speculative_model, speculative_config: another spelling of ``draft_model`` and ``shape``:
             ``{"mode": "tree", "depth": 3, "branching_factor": 2}`` or ``{"num_speculative_tokens": 4}``.
         watch: called after each step, see `Decoder`.
 
     Raises:
-        OptionError, ModelError, PairingError: all `ValueError`, each with one sentence that says what is wrong.
+        OptionError, ModelError, PairingError: each is a `ValueError` whose message is one sentence.
     """
 
     @neutral()
@@ -171,14 +143,7 @@ class LLM:
         speculative_config: dict[str, Any] | None = None,
         watch: Watcher | None = None,
     ) -> None:
-        if speculative_model is not None:
-            if draft_model is not None:
-                raise OptionError("speculative_model is another word for draft_model: give one of them")
-            draft_model = speculative_model
-        if speculative_config is not None:
-            if shape is not None:
-                raise OptionError("speculative_config says what shape says: give one of them")
-            shape = shape_in(speculative_config)
+        draft_model, shape = one_spelling(draft_model, shape, speculative_model, speculative_config)
         check_fork()
         set_threads(threads)
         # what is cheap to tell is told before anything is loaded
@@ -209,20 +174,14 @@ class LLM:
         options = EngineOptions(dtype, place, attention, quantization, compile, prefix_bytes)
         own_tokenizer = tokenizer_in(tokenizer)
         self.engine, self.max_batch = make_engine(engine, model, options), batch
-        self.tokenizer = _tokenizer_of(model) if own_tokenizer is None and model is not None else own_tokenizer
-        draft_engines = list[tuple[str, TransformersEngine]]()
-        for draft in drafts:
-            name = str(draft) if isinstance(draft, str | Path) else draft.config._name_or_path
-            if self.tokenizer is not None:
-                check_same_tokenizer(self.tokenizer, _tokenizer_of(draft), name)
-            short = _short(name, [known for known, _ in draft_engines])
-            draft_engines.append((short, load_engine(draft, options)))
-        self._parts = Parts(self.engine, tuple(draft_engines), heads, self._fingerprint_for(heads))
+        self.tokenizer = tokenizer_of(model) if own_tokenizer is None and model is not None else own_tokenizer
+        draft_engines = draft_engines_of(drafts, self.tokenizer, options)
+        self._parts = Parts(self.engine, draft_engines, heads, fingerprint_of(self.engine, self.tokenizer, heads))
         self._curve: CostCurve | None = None
         self._way = _Way(drafter, shape, accept, watch)
         self._limits: dict[str, Any] = {
-            "prefill_rows": rows or (PREFILL_ROWS if self.engine.info.device.type == "cpu" else 8 * PREFILL_ROWS),
-            "kv_bytes": self._kv_bytes(kv_bytes),
+            "prefill_rows": prefill_rows_of(self.engine, rows),
+            "kv_bytes": kv_bytes_of(self.engine, kv_bytes),
         }
         self._make_decoder()
         if known is not None and known.is_dir():
@@ -233,25 +192,12 @@ class LLM:
         """The target's configuration.
 
         Raises:
-            ModelError: if its engine has none: it runs no transformers model.
+            ModelError: if the engine runs no transformers model.
         """
         config: PreTrainedConfig | None = getattr(self.engine, "config", None)
         if config is None:
             raise ModelError(f"{self.engine.info.name} has no configuration of transformers")
         return config
-
-    def _kv_bytes(self, asked: int | None) -> int | None:
-        """Memory for KV: as much as was asked for, or as there is; no more than the engine has."""
-        info = self.engine.info
-        if info.kv_bytes is None:
-            return kv_memory(info.device) if asked is None else asked
-        return info.kv_bytes if asked is None else min(asked, info.kv_bytes)
-
-    def _fingerprint_for(self, heads: Path | None) -> Fingerprint | None:
-        """What heads must have been made for; None without heads, or for a target that they are no use to."""
-        if heads is None or not isinstance(self.engine, TransformersEngine):
-            return None
-        return Fingerprint.of(self.config, self.tokenizer)
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -266,7 +212,7 @@ class LLM:
 
     @property
     def engines(self) -> list[TransformersEngine]:
-        """Those of the target and of the draft models."""
+        """The engines of the target and of the draft models."""
         parts = [self.engine, *(engine for _, engine in self._parts.draft_engines)]
         return [engine for engine in parts if isinstance(engine, TransformersEngine)]
 
@@ -280,8 +226,10 @@ class LLM:
         watch: Watcher | None = None,
         heads: str | Path | None = None,
     ) -> LLM:
-        """The same target and draft models with another drafter, shape or rule, other heads or another watcher; what
-        isn't named stays as it is. Nothing learnt is shared, except by a `Drafter` that was given as such.
+        """An `LLM` with the same target and draft models, and another drafter, shape, rule, watcher or heads.
+
+        An argument that is None keeps what this `LLM` has. The two don't share what drafters learn, except where
+        ``drafter`` is a `Drafter`.
 
         Raises:
             OptionError, PairingError, ModelError: as for the constructor.
@@ -297,11 +245,11 @@ class LLM:
         )  # fmt: skip
         parts, folder = self._parts, heads_in(heads)
         if folder is not None:
-            parts = replace(parts, heads=folder, fingerprint=self._fingerprint_for(folder))
+            parts = replace(parts, heads=folder, fingerprint=fingerprint_of(self.engine, self.tokenizer, folder))
         return self._twin(way, parts)
 
     def plain(self) -> LLM:
-        """The same model without speculation: one token per forward, by the rule ``match``, and nobody watches."""
+        """An `LLM` with the same model that decodes plainly: one token per forward, rule ``match``, no watcher."""
         return self._twin(_Way("none"), self._parts)
 
     def _twin(self, way: _Way, parts: Parts) -> LLM:
@@ -320,14 +268,14 @@ class LLM:
         self._shared = Shared(self.scheduler())
 
     def scheduler(self, max_batch: int | None = None) -> Scheduler:
-        """A new scheduler of this loop's steps, for who steps by itself; see `Scheduler`."""
+        """A new `Scheduler` for this model, for programs that make the steps themselves."""
         return Scheduler(self.decoder, max_batch=max_batch, **self._limits)
 
     def save_memory(self, folder: str | Path) -> None:
-        """Writes what the drafters learnt from all requests so far into ``folder``, for ``LLM(..., memory=folder)``.
+        """Writes what the drafters learnt from all requests into ``folder``, for ``LLM(..., memory=folder)``.
 
         Raises:
-            OptionError: if it can't be written.
+            OptionError: if the folder can't be written.
         """
         path = folder_in(folder, "folder")
         if path is None:
@@ -361,28 +309,27 @@ class LLM:
         """Decodes every prompt, `max_batch` at a time.
 
         Args:
-            prompts: one or several. A prompt is a text, a list or an array of token ids, a list of messages, or what a
-                tokenizer returned; see `inputs.read_prompts`.
-            params: how all are decoded, or one for each prompt.
-            reference: texts that outputs may copy from, such as retrieved documents or a file that is edited. They
-                are searched by lookups and never shown to the model.
-            progress: show a progress bar.
+            prompts: one prompt or several. A prompt is a text, a list or an array of token ids, a list of messages, or
+                what a tokenizer returned; see `inputs.read_prompts`.
+            params: options for all prompts, or a list with options for each.
+            reference: texts that outputs may copy from, such as retrieved documents or a file that is edited. Lookups
+                search them. The model doesn't see them.
+            progress: whether to show a progress bar.
 
         Returns:
-            The results in the order of the prompts; with ``params.n`` samples or ``params.num_return_sequences`` beams
-            each, so many results per prompt in a row. What is wrong with one request ends that one alone: its result
-            has the finish reason "error" and an `error`, and the others go on. Before anything is decoded that is a
-            prompt that is empty or leaves no room in the context, or options that this model can't honour; later, rules
-            that fail, or a step.
+            The results in the order of the prompts. A prompt has ``params.n`` results (samples), or
+            ``params.num_return_sequences`` (beams), in a row. A request that fails doesn't affect the others. Its
+            result has the finish reason "error" and an `error`. It may fail at once (an empty or too long prompt,
+            options that the model can't honour), or later (its rules, or a step).
 
         Raises:
-            PromptError, OptionError: before anything is decoded, if these are no prompts or no options.
-            PromptError, OptionError, RequestError, ModelError, StepError: if every request failed (which one does that
-                is alone), the first one's error.
+            PromptError, OptionError: before decoding, if the arguments aren't prompts or options.
+            PromptError, OptionError, RequestError, ModelError, StepError: the first request's error, if all requests
+                failed.
         """
         requests = self.requests(prompts, params, reference)
         seqs = [request for request in requests if isinstance(request, Sequence)]
-        with _progress(seqs, progress) as advance:
+        with token_bar(seqs, progress) as advance:
             for _ in self.run(seq for seq in seqs if seq.params.num_beams == 1):
                 advance()
             results = [one for request in requests for one in self._results(request, advance)]
@@ -391,18 +338,18 @@ class LLM:
         return results
 
     def requests(self, prompts: Any, params: Any = None, reference: Any = None) -> list[Sequence | Result]:
-        """The requests that `generate` makes of the same, one for each prompt and sample; where something is wrong with
-        one, its results."""
+        """The requests that `generate` makes of the same arguments, one for each prompt and sample. Instead of a
+        request that can't begin there are its results."""
         texts, given = self._references(reference), read_prompts(prompts)
         return [
             request
-            for prompt, one in zip(given, _params_of(params, len(given)), strict=True)
+            for prompt, one in zip(given, params_in(params, len(given)), strict=True)
             for request in self._requests(prompt, one, texts)
         ]
 
     def run(self, seqs: Iterable[Sequence], max_batch: int | None = None) -> Generator[Events]:
-        """Decodes ``seqs``, at most `max_batch` of them at a time, in the same steps as what other threads ask of this
-        `LLM`; yields what each step did for them."""
+        """Decodes ``seqs``, at most `max_batch` of them at a time. Yields their events after each step. Requests of
+        other threads to this `LLM` take part in the same steps."""
         return self._shared.run(seqs, self.max_batch if max_batch is None else max_batch)
 
     def _requests(
@@ -445,18 +392,19 @@ class LLM:
         self, prompt: Prompt, params: SamplingParams | None = None, *,
         reference: Prompt | Iterable[Prompt] | None = None,
     ) -> Stream:  # fmt: skip
-        """Decodes one prompt and gives out each token as it comes: iterate over it, then read its `result`. If the
-        request's rules fail, iterating raises the `RequestError` behind the last token.
+        """Decodes one prompt and yields its tokens as they come. Iterate over the stream, then read its `result`.
+
+        If the request's rules fail, the iteration raises the `RequestError` behind the last token.
 
         Raises:
-            OptionError: with beam search, whose text is certain only at its end, or several samples.
+            OptionError: for beam search, whose text is known only at its end, and for several samples.
             PromptError: as `generate`.
         """
         return Stream(self, self.streamed(prompt, params, reference))
 
     def streamed(self, prompt: Prompt, params: SamplingParams | None, reference: Any) -> Sequence:
-        """The request that `stream` makes of the same."""
-        one = _params_of(params, 1)[0]
+        """The request that `stream` makes of the same arguments."""
+        one = params_in(params, 1)[0]
         if one.num_beams > 1:
             raise OptionError("with num_beams the text is certain only at its end: use generate")
         if one.n > 1:
@@ -479,11 +427,11 @@ class LLM:
         return self.generate([self.chat_prompt(messages)], params, reference=reference)[0]
 
     def chat_prompt(self, messages: SequenceOf[Mapping[str, Any]]) -> list[int]:
-        """The token ids of ``messages`` in the tokenizer's chat template, open for the model's answer. Contents are
-        texts, or lists of parts that are texts.
+        """The token ids of ``messages`` in the tokenizer's chat template, with the beginning of the model's answer.
 
         Raises:
-            PromptError: if these are no messages, or the chat template is missing or refuses them.
+            PromptError: if ``messages`` aren't messages whose contents are texts, or lists of parts that are texts; or
+                if there is no chat template, or it refuses them.
         """
         return chat_ids(self.tokenizer, read_messages(messages))
 
@@ -491,12 +439,12 @@ class LLM:
         self, prompt: Prompt | Read, params: SamplingParams, sample: int = 0,
         references: SequenceOf[list[int]] = (),
     ) -> Sequence:  # fmt: skip
-        """A request ready for the decoder: all that can be wrong with one is told here.
+        """A request for the decoder. All checks of a request are made here.
 
         Raises:
             PromptError, OptionError: as `generate`.
         """
-        ids = self._ids(prompt, "prompt")
+        ids = self._vocabulary.ids(prompt, "prompt")
         if params.stop and self.tokenizer is None:
             raise PromptError("stop strings need a tokenizer: pass tokenizer=, or use stop_token_ids")
         if params.num_beams > 1 and not isinstance(self.engine, Branches):
@@ -508,66 +456,32 @@ class LLM:
         context = self.engine.context
         return Sequence(ids, params, noise, context, self.eos_ids, detokenizer, references=references)
 
-    def _ids(self, prompt: Prompt | Read, what: str) -> list[int]:
-        read = prompt if isinstance(prompt, Chat) else read_prompt(prompt, what)
-        if not read:
-            raise PromptError(f"the {what} is empty: give at least one token")
-        if isinstance(read, Chat):
-            ids = chat_ids(self.tokenizer, read.messages)
-        elif isinstance(read, str):
-            if self.tokenizer is None:
-                raise PromptError("this model came without a tokenizer: give token ids, or pass tokenizer=")
-            ids = self.tokenizer(read).input_ids
-        else:
-            ids = read
-        if any(not 0 <= token < self.engine.vocab_size for token in ids):
-            raise PromptError(f"a token id of the {what} is outside the vocabulary of {self.engine.vocab_size}")
-        return ids
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        return Vocabulary(self.tokenizer, self.engine.vocab_size)
 
     def _references(self, reference: Any) -> list[list[int]]:
-        return (
-            [] if reference is None else [self._ids(text, "reference") for text in read_prompts(reference, "reference")]
-        )
-
-    @cached_property
-    def _special(self) -> dict[int, str]:
-        """The tokens that a text is shown without, and how they are written."""
-        tokenizer = self.tokenizer
-        assert tokenizer is not None
-        added = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
-        hidden = (
-            t for t in {*added, *tokenizer.all_special_ids} if not tokenizer.decode([t], skip_special_tokens=True)
-        )
-        return {token: written for token in hidden if (written := str(tokenizer.decode([token])))}
-
-    @cached_property
-    def _raw(self) -> frozenset[int]:
-        """The tokens that stand for a byte each, in tokenizers that have such beside pieces of text."""
-        names = [f"<0x{byte:02X}>" for byte in range(256)]
-        known = self.tokenizer.get_vocab() if self.tokenizer is not None else {}
-        return frozenset(known[name] for name in names if name in known)
+        texts = [] if reference is None else read_prompts(reference, "reference")
+        return [self._vocabulary.ids(text, "reference") for text in texts]
 
     def detokenizer(self, exact: bool = False) -> Detokenizer:
-        """What makes text of tokens as they come.
+        """A new object that turns tokens into text as they come.
 
         Args:
-            exact: give nothing out that later tokens may change, see `Detokenizer`. Stop strings don't wait for that.
+            exact: whether to hold back text that later tokens may change, see `Detokenizer`. The search for stop
+                strings doesn't need that.
 
         Raises:
             PromptError: without a tokenizer.
         """
-        tokenizer = self.tokenizer
-        if tokenizer is None:
-            raise PromptError("this model came without a tokenizer: pass tokenizer=")
-        raw = self._raw if exact else frozenset()
-        return Detokenizer(lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)), self._special, raw)
+        return self._vocabulary.detokenizer(exact)
 
     def pieces(self, seq: Sequence) -> Pieces:
-        """What makes pieces of the events of ``seq``."""
+        """A new object that turns the events of ``seq`` into pieces."""
         return Pieces(seq, None if self.tokenizer is None else self.detokenizer(exact=True))
 
     def result(self, seq: Sequence) -> Result:
-        """What ``seq`` came to so far. Another thread may be decoding it."""
+        """The result of ``seq`` so far. Another thread may be decoding it."""
         text, reason, ids = "", seq.finish_reason or "interrupted", seq.output_ids
         if seq.text_end is not None and seq.detokenizer is not None:
             whole = seq.detokenizer.copy()
@@ -577,100 +491,3 @@ class LLM:
             text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
         logprobs = seq.logprobs[: len(ids)] if seq.params.logprobs is not None else None
         return Result(text, ids, reason, logprobs, seq.metrics, seq.prompt_ids, error=seq.error)
-
-
-class Stream:
-    """The tokens of one request as they come. `result` is what there is so far, also after an interruption or an
-    error. Several threads may read one stream: each token goes to one of them."""
-
-    def __init__(self, llm: LLM, seq: Sequence) -> None:
-        self._llm, self._seq, self._closed, self._turn = llm, seq, threading.Event(), threading.RLock()
-        self._pieces = _pieces(llm, seq, self._closed)
-
-    def __iter__(self) -> Iterator[Piece]:
-        return self
-
-    def __next__(self) -> Piece:
-        check_fork()
-        with self._turn:
-            return next(self._pieces)
-
-    def close(self) -> None:
-        """Stops decoding and forgets the request's KV. Another thread that is waiting for the next token gets it, and
-        no more."""
-        self._closed.set()
-        if self._turn.acquire(blocking=False):
-            try:
-                if inspect.getgeneratorstate(self._pieces) != inspect.GEN_RUNNING:  # as in a step of its own
-                    self._pieces.close()
-            finally:
-                self._turn.release()
-
-    @property
-    def result(self) -> Result:
-        return self._llm.result(self._seq)
-
-
-def _pieces(llm: LLM, seq: Sequence, closed: threading.Event) -> Generator[Piece]:
-    """Decodes ``seq`` step by step. No method of `Stream`, so that a dropped stream drops its KV at once."""
-    pieces = llm.pieces(seq)
-    for events in llm.run([seq], 1):
-        for _, event in events:
-            for piece in pieces.of(event):
-                yield piece
-                if closed.is_set():
-                    return
-    if seq.error is not None:
-        raise seq.error
-
-
-def _tokenizer_of(model: Model) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a named model, if it has one; of a loaded one, if the place it was loaded from still has it."""
-    if isinstance(model, str | Path):
-        return find_tokenizer(model)
-    try:
-        return load_tokenizer(model.config._name_or_path, local_only=True) if model.config._name_or_path else None
-    except ModelError:  # weights alone, or a place that is gone
-        return None
-
-
-def _short(name: str, taken: SequenceOf[str]) -> str:
-    """What a draft model is called in figures: the end of its name, numbered where another one is called so too."""
-    short = Path(name).name.removesuffix(".gguf") or "draft_model"
-    alike = sum(known.split(" #")[0] == short for known in taken)
-    return f"{short} #{alike + 1}" if alike else short
-
-
-def _params_of(params: Any, count: int) -> list[SamplingParams]:
-    """The options of so many requests.
-
-    Raises:
-        OptionError: if these are none, or of another number.
-    """
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    if not isinstance(params, list | tuple) or not all(isinstance(one, SamplingParams) for one in params):
-        raise OptionError(f"params must be SamplingParams(…), or a list of them, and not {type(params).__name__}")
-    if len(params) != count:
-        raise OptionError(f"there are {len(params)} params for {count} prompts: give one, or one for each")
-    return list(params)
-
-
-@contextmanager
-def _progress(seqs: SequenceOf[Sequence], shown: bool) -> Iterator[Callable[[], None]]:
-    """A bar over the tokens of ``seqs``, if it is to be shown, and what to call after each step."""
-    if not shown:
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("decoding", total=sum(seq.params.max_tokens for seq in seqs))
-
-        def advance() -> None:
-            done = sum(seq.params.max_tokens if seq.finished else seq.metrics.new_tokens for seq in seqs)
-            bar.update(task, completed=done)
-
-        yield advance

@@ -24,15 +24,16 @@ def train_medusa_heads(
     base_model: str, num_heads: int = 3, training_data: str = "self", epochs: int = 1, out: str | Path = "medusa-heads",
     tokens: int = 100_000, force: bool = False,
 ) -> MedusaModel:  # fmt: skip
-    """Trains ``num_heads`` Medusa heads for ``base_model`` and returns both together; `tokentree.train` has more to
-    choose from. What is done is kept as it comes: after an interruption, the same call goes on from there.
+    """Trains ``num_heads`` Medusa heads for ``base_model``, and returns the model with its heads.
+
+    Progress is saved. After an interruption, the same call continues. `tokentree.train` has more options.
 
     Args:
-        base_model: a hub name, a folder or a GGUF file. It stays as it is.
-        training_data: a JSON-lines file of texts, or ``self``: the model writes its own.
+        base_model: a hub name, a folder or a GGUF file. It isn't changed.
+        training_data: a JSON-lines file of texts, or ``self``: the model writes the texts.
         out: the folder that the heads are written into.
-        tokens: how many the model writes.
-        force: begin anew where ``out`` has a training with other settings, and replace what is there.
+        tokens: the number of tokens that the model writes.
+        force: whether to begin again, and replace what is there, if ``out`` has a training with other settings.
 
     Raises:
         OptionError, PromptError, ModelError: see `train.run.train_medusa`.
@@ -59,7 +60,7 @@ class MedusaModel:
 
     Args:
         llm: drafts with the heads alone.
-        heads: the folder that they came from.
+        heads: the folder of the heads.
     """
 
     llm: LLM
@@ -79,7 +80,7 @@ class MedusaModel:
         return cls(llm, Path(heads))
 
     def generate(self, prompt: str | SequenceOf[int], max_tokens: int = 100) -> str:
-        """The text that the model writes after ``prompt``, greedily; without a tokenizer, nothing can be read of it."""
+        """The text that the model writes greedily after ``prompt``. It is empty if there is no tokenizer."""
         return self.llm.generate(prompt, SamplingParams(max_tokens=max_tokens))[0].text
 
     def __call__(self, tokens: Context) -> dict[str, torch.Tensor]:
@@ -106,12 +107,14 @@ class MedusaModel:
         return {"base_logits": out.all_logits} | named
 
     def verify(self, tokens: Context, tree: Pairs | TokenTree) -> list[int]:
-        """The tokens that a greedy step after ``tokens`` gives, in one forward: the path of ``tree`` that the model
-        goes along with, and a bonus token. A tree is a list of pairs, see `tutorial`, or a `TokenTree` whose root is
-        the last of ``tokens``.
+        """The new tokens of a greedy step after ``tokens``, in one forward: those of the accepted path of ``tree``, and
+        a bonus token.
+
+        Args:
+            tree: a list of pairs, see `tutorial`, or a `TokenTree` whose root is the last of ``tokens``.
 
         Raises:
-            TreeError: if it is no tree, or its root is another token.
+            TreeError: if it isn't a tree, or its root is another token.
         """
         ids, whole = _token_ids(tokens), _as_tree(tree)
         if isinstance(tree, TokenTree) and int(tree.tokens[0]) != ids[-1]:
@@ -131,11 +134,10 @@ class MedusaModel:
 
 
 def build_tree_from_heads(logits_list: SequenceOf[torch.Tensor], branching: int = 2) -> list[tuple[int, int]]:
-    """Medusa's Cartesian tree: the ``branching`` most probable tokens of the first head, under each of them those of
-    the second, and so on.
+    """Medusa's Cartesian tree. Level d + 1 has, below each node, the ``branching`` most probable tokens of head d.
 
     Args:
-        logits_list: of each head, [vocab].
+        logits_list: the logits [vocab] of each head.
 
     Returns:
         Pairs in level order, see `tutorial`.
@@ -157,7 +159,7 @@ def build_tree_from_heads(logits_list: SequenceOf[torch.Tensor], branching: int 
 
 
 def medusa_decode(context: Context, medusa_model: MedusaModel, max_tokens: int = 100) -> list[int]:
-    """Greedy decoding with the heads: the ids of the context, and at most ``max_tokens`` new ones."""
+    """Greedy decoding with the heads. Returns the ids of the context and at most ``max_tokens`` new ones."""
     ids = _token_ids(context)
     if not isinstance(medusa_model, MedusaModel):
         raise OptionError(f"medusa_model must be a MedusaModel, and not of the type {type(medusa_model).__name__}")

@@ -1,4 +1,4 @@
-"""What a request cost and what speculation gained on it."""
+"""Counts and times of a request, and what speculation gained."""
 
 from __future__ import annotations
 
@@ -8,11 +8,24 @@ from typing import Any
 
 @dataclass
 class Metrics:
-    """Counts and seconds of one request. In a batch, each request is charged the seconds of the steps it was in.
+    """Counts and times of one request. Each request of a batch is charged the full time of its steps.
 
-    ``offered_by_depth[d]`` counts steps whose tree reached depth d + 1, ``accepted_by_depth[d]`` those that had a
-    node accepted there. ``steps`` holds, per target forward, the rows verified for this request, the tokens emitted
-    and the seconds of the whole step. ``reused_tokens`` are those of the prompt whose KV was known already.
+    Attributes:
+        prompt_tokens: tokens of the prompt.
+        reused_tokens: tokens of the prompt whose KV came from an earlier text.
+        new_tokens: tokens of the output.
+        target_forwards: forwards of the target that decoded this request.
+        drafted_tokens: candidates in all trees.
+        accepted_tokens: candidates that were accepted.
+        refused_steps: steps that ended at a node whose children were all refused, rather than at a leaf.
+        accepted_by_depth: entry d counts the steps that accepted a node at depth d + 1.
+        offered_by_depth: entry d counts the steps whose tree reached depth d + 1.
+        accepted_by_source: accepted tokens by the name of the drafter.
+        steps: for each target forward, the rows verified for this request, the tokens emitted, and the seconds of the
+            whole step.
+        prefill_seconds, draft_seconds, verify_seconds, accept_seconds: the time of each part.
+        decode_seconds: the time of all steps that decoded this request.
+        lossy: whether the acceptance rule may change the text.
     """
 
     prompt_tokens: int = 0
@@ -35,8 +48,10 @@ class Metrics:
 
     @property
     def mean_accepted_length(self) -> float:
-        """Tokens emitted per target forward, bonus included, pooled over steps (the convention of Spec-Bench,
-        Xia et al. 2024, arXiv:2401.07851). Plain decoding has 1."""
+        """Tokens emitted per target forward, bonus tokens included. Plain decoding has 1.
+
+        It is pooled over steps, as Spec-Bench does (Xia et al. 2024, arXiv:2401.07851).
+        """
         return self.new_tokens / self.target_forwards if self.target_forwards else 0.0
 
     @property
@@ -47,7 +62,7 @@ class Metrics:
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens per second of decoding; prefill is not counted."""
+        """New tokens per second of decoding. The time of the prefill isn't counted."""
         return self.new_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
     def count_step(self, depth: int, nodes: int, accepted: int, refused: bool) -> None:
@@ -64,7 +79,7 @@ class Metrics:
             self.accepted_by_depth[level] += level < accepted
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain numbers, the derived figures included."""
+        """All fields and properties as plain numbers, by name."""
         return asdict(self) | {
             "mean_accepted_length": self.mean_accepted_length,
             "acceptance_rate": self.acceptance_rate,

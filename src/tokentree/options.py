@@ -14,6 +14,7 @@ from tokentree.errors import ModelError, OptionError
 from tokentree.heads.saved import saved_choices
 from tokentree.loading import load_tokenizer
 from tokentree.registry import Named
+from tokentree.sampling import SamplingParams
 from tokentree.shapes import Shape, Static
 from tokentree.shapes import shape as parse_shape
 from tokentree.shapes.static import DEEPEST
@@ -36,6 +37,23 @@ def shape_of(shape: str | Shape | None, drafter: Named, heads: str | Path | None
     if shape is None:
         shape = "chain:1" if isinstance(drafter, str) and drafter == "none" else DEFAULT_SHAPE
     return parse_shape(shape)
+
+
+def one_spelling(draft_model: Any, shape: Any, speculative_model: Any, speculative_config: Any) -> tuple[Any, Any]:
+    """``draft_model`` and ``shape``, in whichever of the two spellings they are given.
+
+    Raises:
+        OptionError: if one is given in both.
+    """
+    if speculative_model is not None:
+        if draft_model is not None:
+            raise OptionError("speculative_model is another word for draft_model: give one of them")
+        draft_model = speculative_model
+    if speculative_config is not None:
+        if shape is not None:
+            raise OptionError("speculative_config says what shape says: give one of them")
+        shape = shape_in(speculative_config)
+    return draft_model, shape
 
 
 def shape_in(config: Any) -> str:
@@ -114,6 +132,21 @@ def tokenizer_in(given: Any) -> PreTrainedTokenizerBase | None:
     kind = given.__name__ if isinstance(given, type) else type(given).__name__
     hint = ": wrap it as PreTrainedTokenizerFast(tokenizer_object=…)" if type(given).__module__ == "tokenizers" else ""
     raise OptionError(f"tokenizer={kind} is not a tokenizer of transformers{hint}")
+
+
+def params_in(params: Any, count: int) -> list[SamplingParams]:
+    """The options of so many requests.
+
+    Raises:
+        OptionError: if these are none, or of another number.
+    """
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if not isinstance(params, list | tuple) or not all(isinstance(one, SamplingParams) for one in params):
+        raise OptionError(f"params must be SamplingParams(…), or a list of them, and not {type(params).__name__}")
+    if len(params) != count:
+        raise OptionError(f"there are {len(params)} params for {count} prompts: give one, or one for each")
+    return list(params)
 
 
 def whole_number(value: Any, name: str, least: int) -> int:

@@ -11,8 +11,13 @@ from tokentree.text import Detokenizer
 
 @dataclass(frozen=True)
 class Piece:
-    """What a stream gives out: one token and the text that it made certain (may be empty). ``drafted`` tells an
-    accepted draft token from a bonus token."""
+    """One token of a stream.
+
+    Args:
+        text: the text that this token completed. It may be empty.
+        token_id: None in a last piece that holds the rest of the text only.
+        drafted: True for an accepted draft token, False for a bonus token.
+    """
 
     text: str
     token_id: int | None

@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 
 from numba.core.event import Event, Listener, install_listener
+
+from tokentree.sequence import Sequence
 
 
 class _Phases(logging.Handler):
@@ -45,3 +48,23 @@ def told(listener: Callable[[str], None]) -> Iterator[None]:
         logger.propagate = passed
         logger.setLevel(level)
         logger.removeHandler(phases)
+
+
+@contextmanager
+def token_bar(seqs: SequenceOf[Sequence], shown: bool) -> Iterator[Callable[[], None]]:
+    """A bar over the tokens of ``seqs``, if it is to be shown, and what to call after each step."""
+    if not shown:
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("decoding", total=sum(seq.params.max_tokens for seq in seqs))
+
+        def advance() -> None:
+            done = sum(seq.params.max_tokens if seq.finished else seq.metrics.new_tokens for seq in seqs)
+            bar.update(task, completed=done)
+
+        yield advance

@@ -26,13 +26,13 @@ SPARE_ROWS = 64  # that each text must have room for when another one is admitte
 
 @dataclass(frozen=True)
 class Event:
-    """What a step did for one request.
+    """The result of a step for one request.
 
     Args:
-        request_id: as `Scheduler.add` returned it.
-        tokens: the new ones.
-        finish_reason: set in the last event of a request.
-        error: with the finish reason "error", what ended it.
+        request_id: the id that `Scheduler.add` returned.
+        tokens: the new tokens.
+        finish_reason: why the request ended. It is set in its last event only.
+        error: the error that ended the request, with the finish reason "error".
     """
 
     request_id: int
@@ -42,22 +42,22 @@ class Event:
 
 
 class Scheduler:
-    """Decides what each step of a `Decoder` is about. Any thread may add and cancel; those that step take turns.
+    """Chooses the requests of each step of a `Decoder`. Any thread may add and cancel requests. Steps take turns.
 
-    A step is one forward: the trees of all texts that are decoded, and up to ``prefill_rows`` tokens of prompts. So a
-    long prompt holds up nobody for longer than that many rows take. A step that decodes no text reads four times as
-    many. Prompts share these rows; a short one is read first. One that begins as another that is being read waits for
-    that, and takes its KV over.
+    A step is one forward. It holds the trees of all texts that are decoded, and up to ``prefill_rows`` tokens of
+    prompts. So a long prompt delays others for no longer than so many rows take. A step that decodes no text reads four
+    times as many tokens. Prompts share these rows, the shortest first. A prompt that begins like another one that is
+    being read waits for that one, and reuses its KV.
 
-    Requests are admitted in the order in which they came, as long as there is memory for the KV of what is there and
-    what comes next. When memory runs out, the youngest one goes back to waiting, and is read again later. The oldest
-    one always goes on, whatever it needs.
+    Requests are admitted in the order of their arrival, while memory is left for their KV and for that of the next
+    tokens of all. When memory runs out, the youngest request goes back to waiting, and is read again later. The oldest
+    request always goes on, whatever it needs.
 
     Args:
         decoder: the loop.
-        prefill_rows: tokens of prompts that are read in a step beside texts that are decoded.
-        kv_bytes: memory for the target's KV of these requests; None: as much as they need.
-        max_batch: most requests at a time; None: as many as there is memory for.
+        prefill_rows: the number of prompt tokens in a step that decodes texts too.
+        kv_bytes: the memory for the target's KV of these requests in bytes. None: no limit.
+        max_batch: the largest number of requests at a time. None: as many as memory allows.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Scheduler:
 
     @property
     def lock(self) -> Exclusive:
-        """The engine's."""
+        """The engine's lock."""
         return self._decoder.lock
 
     @property

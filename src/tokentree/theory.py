@@ -41,11 +41,6 @@ def rates_of(alpha: float, branching: int) -> list[float]:
 # -- chains ------------------------------------------------------------------------------------------------------------
 
 
-def whole_chain(alpha: float, length: int) -> float:
-    """The probability that a chain of candidates is accepted to its end: ``alpha ** length``."""
-    return math.pow(alpha, length)
-
-
 def tokens_of_chain(alpha: float, length: int) -> float:
     """Expected tokens per forward, the bonus included: (1 - alpha ** (length + 1)) / (1 - alpha) (Leviathan et al.
     2023, arXiv:2211.17192, equation 1)."""

@@ -79,67 +79,6 @@ class TokenTree:
                 node = known[node, token]
         return cls(np.array(tokens), np.array(parents))
 
-    @classmethod
-    def from_levels(cls, root: int, branching: Sequence[int], tokens: Sequence[int]) -> TokenTree:
-        """The full static tree: every node at depth d has ``branching[d]`` children, tokens given in level order.
-
-        Raises:
-            TreeError: if a branching factor is below 1 or ``tokens`` does not fill the tree exactly.
-        """
-        if any(width < 1 for width in branching):
-            raise TreeError("a branching factor must be at least 1")
-        parents, level = [-1], [0]
-        for width in branching:
-            parents += [node for node in level for _ in range(width)]
-            level = list(range(len(parents) - len(level) * width, len(parents)))
-        if len(tokens) != len(parents) - 1:
-            raise TreeError(
-                f"branching {'x'.join(map(str, branching))} takes {len(parents) - 1} tokens, not {len(tokens)}"
-            )
-        return cls(np.array([root, *tokens]), np.array(parents))
-
-    @classmethod
-    def from_choices(
-        cls, root: int, choices: Iterable[Sequence[int]], candidates: Sequence[Sequence[int]]
-    ) -> TokenTree:
-        """The tree of explicit rank paths, as Medusa writes them (Cai et al. 2024, arXiv:2401.10774).
-
-        ``choices`` holds paths of ranks, ``candidates[d][r]`` the token of rank r at depth d + 1.
-
-        Raises:
-            TreeError: if a choice has no candidate.
-        """
-        try:
-            paths = [[candidates[depth][rank] for depth, rank in enumerate(path)] for path in choices]
-        except IndexError:
-            raise TreeError("a choice names a rank or a depth without a candidate") from None
-        return cls.from_paths(root, paths)
-
-    @classmethod
-    def merge(cls, trees: Sequence[TokenTree]) -> tuple[TokenTree, list[Ints]]:
-        """One tree holding every path of ``trees`` (which share their root), equal paths joined.
-
-        Returns:
-            The merged tree and, for each input, int64[n] with the merged index of each of its nodes.
-
-        Raises:
-            TreeError: if there is no tree, or the roots differ.
-        """
-        if not trees or len({int(tree.tokens[0]) for tree in trees}) != 1:
-            raise TreeError("only trees with one and the same root can be merged")
-        tokens, parents, known, maps = [int(trees[0].tokens[0])], [-1], dict[tuple[int, int], int](), []
-        for tree in trees:
-            where = np.zeros(len(tree), dtype=np.int64)
-            for node in range(1, len(tree)):
-                key = int(where[tree.parents[node]]), int(tree.tokens[node])
-                if key not in known:
-                    known[key] = len(tokens)
-                    parents.append(key[0])
-                    tokens.append(key[1])
-                where[node] = known[key]
-            maps.append(where)
-        return cls(np.array(tokens), np.array(parents)), maps
-
     # -- what it looks like -------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
@@ -194,20 +133,7 @@ class TokenTree:
         """The tokens below the root of every root-to-leaf path, in leaf order."""
         return [self.tokens[self.path(leaf)[1:]].tolist() for leaf in self.leaves]
 
-    # -- other orders and parts ---------------------------------------------------------------------------------
-
-    def depth_first(self) -> Ints:
-        """int64[n]: the nodes in depth-first order, children by index."""
-        order, stack = [], [0]
-        while stack:
-            node = stack.pop()
-            order.append(node)
-            stack.extend(reversed(self.children[node]))
-        return np.array(order, dtype=np.int64)
-
-    def level_order(self) -> Ints:
-        """int64[n]: the nodes by depth, then by index."""
-        return np.argsort(self.depths, kind="stable").astype(np.int64)
+    # -- parts ---------------------------------------------------------------------------------------------------
 
     def take(self, nodes: Ints) -> TokenTree:
         """The tree of ``nodes`` alone, in the order given.

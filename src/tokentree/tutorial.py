@@ -38,8 +38,9 @@ Context = SequenceOf[int] | torch.Tensor
 
 
 def build_tree(context: Context, model: PreTrainedModel, depth: int, branching: int) -> list[tuple[int, int]]:
-    """The ``branching`` most probable tokens after the context, after each of these the most probable ones, and so on,
-    ``depth`` levels deep: one forward per level (SpecInfer's expansion, Miao et al. 2023, arXiv:2305.09781).
+    """A draft tree. Each node has as children the ``branching`` most probable tokens after it, ``depth`` levels deep.
+
+    Each level takes one forward. This is SpecInfer's expansion (Miao et al. 2023, arXiv:2305.09781).
 
     Args:
         context: token ids, a list or a LongTensor [n] or [1, n].
@@ -65,7 +66,7 @@ def build_tree(context: Context, model: PreTrainedModel, depth: int, branching: 
 
 
 def create_tree_mask(tree: Pairs | TokenTree) -> torch.Tensor:
-    """int64[n, n]: 1 where the row's node sees the column's node, that is, itself or one of its ancestors.
+    """The tree attention mask int64[n, n]: 1 where the column's node is the row's node or one of its ancestors.
 
     Raises:
         TreeError: if the pairs are not a tree.
@@ -75,8 +76,7 @@ def create_tree_mask(tree: Pairs | TokenTree) -> torch.Tensor:
 
 
 def extract_all_paths(tree: Pairs | TokenTree) -> list[list[int]]:
-    """Every root-to-leaf path, as indices of nodes from the top down, ordered by leaf. The tokens of a path are
-    ``[tree[i][0] for i in path]``.
+    """The nodes of every root-to-leaf path, ordered by leaf. The tokens of a path are ``[tree[i][0] for i in path]``.
 
     Raises:
         TreeError: if the pairs are not a tree.
@@ -103,10 +103,10 @@ def path_probability(path: SequenceOf[int], probs: SequenceOf[float] | torch.Ten
 
 
 def find_best_path(tree: Pairs | TokenTree, probs: SequenceOf[float] | torch.Tensor) -> list[int]:
-    """The root-to-leaf path with the highest `path_probability`, the first of several.
+    """The root-to-leaf path with the highest `path_probability`. Of equally probable paths it is the first.
 
     Raises:
-        TreeError: if there is none, or a node has no probability.
+        TreeError: if there is no path, or a node has no probability.
     """
     paths = extract_all_paths(tree)
     if not paths:
@@ -128,14 +128,14 @@ def tree_speculative_decode(
     Args:
         context: token ids, a list or a LongTensor [n] or [1, n].
         depth, branching: of the tree, at least 1.
-        max_tokens: how long the text gets **in total**, context included; it ends earlier after an end-of-sequence
-            token of the target, or where the target's own limit lies.
+        max_tokens: the length of the text **in total**, context included. It ends earlier at an end-of-sequence token
+            of the target, or at the target's context limit.
         accept: ``match`` is lossless: the ids are those of the target's own greedy decoding. ``best_path`` is the rule
-            as it is often taught, the most probable path of the tree: it never rejects one, so it is **lossy**: the
-            draft model writes the text, the target only chooses. ``rejection`` is ``match`` here: nothing is drawn.
+            as it is often taught: it accepts the most probable path of the tree. It rejects nothing, so it is
+            **lossy**: the draft model writes the text. ``rejection`` equals ``match`` here, since nothing is drawn.
 
     Returns:
-        The ids, those of the context included; a context of ``max_tokens`` or more comes back as it is.
+        The ids, context included. A context of ``max_tokens`` or more is returned as it is.
 
     Raises:
         OptionError: if depth or branching is below 1, or there is no such rule.

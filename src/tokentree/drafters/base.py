@@ -1,4 +1,4 @@
-"""What every drafter answers."""
+"""The base class of drafters."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tokentree.shapes.base import Shape
 
 @dataclass(frozen=True)
 class Parts:
-    """What a drafter may be made of.
+    """The parts of an `LLM` that a drafter may use.
 
     Args:
-        engine: the target's.
-        draft_engines: those of the draft models, each with the name that is shown beside its tokens.
-        heads: the folder of heads for the target, if there are any.
-        fingerprint: of the target, for which they must have been made.
+        engine: the target's engine.
+        draft_engines: the name and the engine of each draft model. The name is shown beside its tokens.
+        heads: a folder with heads for the target, or None.
+        fingerprint: the fingerprint of the target. Heads must have been made for a model with the same one.
     """
 
     engine: Engine
@@ -31,12 +31,14 @@ class Parts:
 
 
 class Drafter(ABC):
-    """Proposes a tree per sequence. State is kept per `Sequence.id`; what is learnt from all of them may be shared.
+    """Proposes a tree for each sequence.
+
+    A drafter stores the state of a sequence under its `Sequence.id`. What it learns from all sequences may be shared.
 
     Attributes:
-        name: as in the registry; shown beside the tokens it earned.
-        by_levels: whether each level of a draft costs it a forward of its own.
-        draws_children: whether it can draw children from a distribution, as `accept="rejection"` needs.
+        name: its name in the registry. It is shown beside the accepted tokens that this drafter proposed.
+        by_levels: whether each level of a draft takes a forward of its own.
+        draws_children: whether it can draw children from a distribution. The rule ``rejection`` needs that.
     """
 
     name: str
@@ -45,43 +47,48 @@ class Drafter(ABC):
 
     @classmethod
     def make(cls, parts: Parts) -> Drafter:
-        """The drafter that its name in the registry stands for.
+        """Makes the drafter that is registered under this class's name.
 
         Raises:
-            PairingError: if ``parts`` lacks what it needs.
+            PairingError: if ``parts`` lacks something that the drafter needs.
         """
         return cls()
 
     @property
     def names(self) -> list[str]:
-        """Who proposes, in the order of the bits in `Draft.sources`."""
+        """The names of all proposers, in the order of the bits in `Draft.sources`."""
         return [self.name]
 
     @abstractmethod
     def propose(self, seqs: list[Sequence], shape: Shape, sampled: bool) -> list[Draft]:
-        """A draft per sequence, rooted at its last token. The loop cuts it to ``shape`` afterwards; it should hold
-        about `Shape.max_nodes` nodes, none deeper than `Shape.max_depth` or than the sequence has room for.
+        """A draft for each sequence. Its root is the sequence's last token.
+
+        A draft should have about `Shape.max_nodes` nodes. No node may be deeper than `Shape.max_depth`, or than the
+        sequence has room for. The loop cuts the draft to ``shape`` afterwards.
 
         Args:
-            sampled: draw the children of requests that are not greedy from their distribution, without replacement.
+            sampled: whether children must be drawn from the drafter's distribution, without replacement. This holds
+                for requests that aren't greedy.
         """
 
     def prefill(self, seqs: list[Sequence], upto: int | None = None) -> None:
-        """Reads the first ``upto`` tokens of new sequences, those of which it hasn't read yet; by default all. The
-        loop calls it whenever the target has read a part of a prompt."""
+        """Reads the first ``upto`` tokens of new sequences, as far as it hasn't read them yet. By default it reads all.
+
+        The loop calls this each time that the target has read a part of a prompt.
+        """
 
     def observe(self, seqs: list[Sequence], drafts: list[Draft], out: TargetOutput, accepted: list[Accepted]) -> None:
         """Learns from a step. The accepted tokens are not yet part of ``seqs``."""
 
     def release(self, seqs: list[Sequence]) -> None:
-        """Forgets what it keeps for ``seqs``."""
+        """Drops the state of ``seqs``."""
 
     def save(self, folder: Path) -> None:
-        """Writes what it learnt from all sequences into ``folder``, which exists."""
+        """Writes what it learnt from all sequences into the existing ``folder``."""
 
     def load(self, folder: Path) -> None:
-        """Takes in what `save` wrote; nothing, if it wrote nothing.
+        """Reads what `save` wrote. Does nothing if `save` wrote nothing.
 
         Raises:
-            OptionError: if it belongs to a model with another vocabulary, or isn't such a file.
+            OptionError: if a file is damaged, or belongs to a model with another vocabulary.
         """

@@ -10,7 +10,7 @@ from torch.nn.functional import silu
 
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter, Parts
-from tokentree.drafters.lookup.automaton_loops import most_probable
+from tokentree.drafters.best_first import best_first
 from tokentree.engines.base import Engine, Features, HasHiddenStates
 from tokentree.errors import PairingError
 from tokentree.heads.medusa import Layer, MedusaHeads
@@ -156,34 +156,19 @@ def _along(root: int, tokens: Ints, probs: Floats, shape: Shape) -> Draft:
 
 @njit(cache=True)
 def _grow(tokens: Ints, chances: Floats, max_nodes: int, max_depth: int) -> tuple[Ints, Ints, Floats]:
-    """The most probable nodes, best first: tokens, parents (0 is the root, node i is ``i + 1``), probabilities.
-
-    ``tokens`` and ``chances`` are [heads, k], best first; heads know nothing of one another. So a node waits only once
-    its parent and its better sibling are taken: after each node, its first child and its next sibling.
-    """
+    """See `best_first`: the most probable nodes of ``tokens`` with ``chances``, [heads, k], best first. Heads know
+    nothing of one another: the same tokens may follow every node of a depth."""
     heads, k = tokens.shape
-    room = 2 * max_nodes + 1
-    parent, depth, rank = np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room, np.int64)
-    joint, waits = np.empty(room), np.ones(room, np.bool_)
-    taken, parents, probs = np.empty(max_nodes, np.int64), np.empty(max_nodes, np.int64), np.empty(max_nodes)
-    size, count, deepest = 0, 0, min(heads, max_depth)
-    if max_nodes > 0 and deepest > 0:
-        parent[0], depth[0], rank[0], joint[0] = 0, 0, 0, chances[0, 0]
-        size = 1
-    while count < max_nodes:
-        best = most_probable(joint, waits, size)
-        if best < 0 or joint[best] < LEAST_PROB:
-            break
-        waits[best] = False
-        level, place = depth[best], rank[best]
-        taken[count], parents[count], probs[count] = tokens[level, place], parent[best], chances[level, place]
-        count += 1
-        if place + 1 < k:
-            parent[size], depth[size], rank[size] = parent[best], level, place + 1
-            joint[size] = joint[best] / chances[level, place] * chances[level, place + 1]
-            size += 1
-        if level + 1 < deepest:
-            parent[size], depth[size], rank[size] = count, level + 1, 0
-            joint[size] = joint[best] * chances[level + 1, 0]
-            size += 1
-    return taken[:count], parents[:count], probs[:count]
+    return _best_first((tokens, chances), 0, 0, max_nodes, min(heads, max_depth), LEAST_PROB, k)
+
+
+@njit
+def _follow(
+    source: tuple[Ints, Floats], first: int, second: int, depth: int, tokens: Ints, probs: Floats, firsts: Ints,
+    seconds: Ints,
+) -> int:  # fmt: skip
+    tokens[:], probs[:], firsts[:], seconds[:] = source[0][depth], source[1][depth], 0, 0
+    return len(tokens)
+
+
+_best_first = best_first(_follow)

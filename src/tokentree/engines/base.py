@@ -1,4 +1,4 @@
-"""What decoder and drafters know of an engine."""
+"""The engine protocols, and what engines return: all that the decoder and the drafters know of an engine."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ KEPT = 8  # of the most probable tokens after each node, which the rules and Tok
 
 @dataclass(eq=False)
 class TargetOutput:
-    """What one forward says about the nodes of several trees.
+    """The logits of one forward over the nodes of several trees.
 
     Args:
-        all_logits: [rows, vocab], the rows of all trees behind one another.
-        starts: per tree, its first row.
-        firsts: per tree, the node that this row belongs to; earlier nodes were computed by an earlier forward.
-        seconds: the time of the forward.
-        best_known: what `top` gives, where the engine has found it already.
-        log_sums: float32[rows], the logarithms of the sums of all exponentials of a row, where it has those too.
+        all_logits: [rows, vocab]. The rows of a tree are consecutive, and trees come in the order of the batch.
+        starts: the first row of each tree.
+        firsts: the node of each tree that its first row belongs to. Earlier nodes were computed by an earlier forward.
+        seconds: how long the forward took.
+        best_known: the result of `top`, if the engine has computed it already.
+        log_sums: float32[rows], the log-sum-exp of each row of logits, if the engine has computed it.
     """
 
     all_logits: torch.Tensor
@@ -61,33 +61,39 @@ class TargetOutput:
         return self.all_logits[rows]
 
     def top(self, k: int) -> tuple[NDArray[np.float32], Ints]:
-        """The k most probable tokens after each row, best first: logits float32[rows, k] and ids int64[rows, k]. They
-        are looked for once."""
+        """The k most probable tokens after each row, best first: logits float32[rows, k] and ids int64[rows, k].
+
+        The first call computes them. Later calls with the same or a smaller k reuse them.
+        """
         if self.best_known is None or self.best_known[1].shape[1] < min(k, self.all_logits.shape[1]):
             self.best_known = top_logits(self.all_logits, min(max(k, KEPT), self.all_logits.shape[1]))
         values, ids = self.best_known
         return values[:, :k], ids[:, :k]
 
     def top_logprobs(self, tree: int, nodes: SequenceOf[int], k: int) -> tuple[NDArray[np.float32], Ints] | None:
-        """The k most probable tokens after each of ``nodes``, best first, if the engine has found them:
-        log-probabilities float32[nodes, k] and ids int64[nodes, k]."""
+        """The k most probable tokens after each of ``nodes``, best first: log-probabilities float32[nodes, k] and ids
+        int64[nodes, k]. None if the engine hasn't computed them."""
         if self.best_known is None or self.log_sums is None or self.best_known[1].shape[1] < k:
             return None
         rows, (values, ids) = [self.row(tree, node) for node in nodes], self.best_known
         return values[rows, :k] - self.log_sums[rows, None], ids[rows, :k]
 
     def of(self, trees: SequenceOf[int]) -> TargetOutput:
-        """The part that speaks of these ``trees``, numbered anew."""
+        """The output of these ``trees`` alone. Tree ``trees[i]`` gets the number i."""
         if len(trees) == len(self.starts):
             return self
         return replace(self, starts=[self.starts[tree] for tree in trees], firsts=[self.firsts[tree] for tree in trees])
 
     def after(self, tree: int) -> _TreeLogits:
-        """What `acceptance` reads of tree number ``tree``."""
+        """The logits of tree number ``tree``, as an acceptance rule reads them."""
         return _TreeLogits(self, tree)
 
     def row(self, tree: int, node: int) -> int:
-        """Where the logits after ``node`` of tree number ``tree`` lie."""
+        """The row of `all_logits` that follows ``node`` of tree number ``tree``.
+
+        Raises:
+            IndexError: if an earlier forward computed that node.
+        """
         if node < self.firsts[tree]:
             raise IndexError(f"node {node} was computed by an earlier forward")
         return self.starts[tree] + node - self.firsts[tree]
@@ -115,18 +121,19 @@ class _TreeLogits:
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """What drafters that read the target's hidden states need to know of it.
+    """Properties and layers of the target model, for drafters that read its hidden states.
 
     Args:
-        hidden_size: width of a hidden state.
-        num_layers: of the target, and so the number of its last hidden state, that after the final norm.
-        embedding: makes embeddings [..., hidden size] of token ids.
-        output_layer: makes logits [..., vocab] of hidden states [..., hidden size].
-        output_weights: given token ids int64[n], the weight [n, hidden size] and bias [n] (or None) of that layer.
-        linear: given weight [outputs, inputs] and bias [outputs] (or None), the linear layer for drafts that the engine
-            runs fastest; on CPUs it is rounded to 8 bits.
+        hidden_size: the width of a hidden state.
+        num_layers: the number of layers. It is also the place of the last hidden state, which follows the final norm.
+        embedding: maps token ids [...] to embeddings [..., hidden size].
+        output_layer: maps hidden states [..., hidden size] to logits [..., vocab].
+        output_weights: maps token ids int64[n] to their weights [n, hidden size] and biases [n] (or None) in the output
+            layer.
+        linear: makes a linear layer for drafting of a weight [outputs, inputs] and a bias [outputs] (or None). It is
+            the fastest one that the engine has. On CPUs its weights are rounded to 8 bits.
         dtype, device: of hidden states.
-        recorded: whether the engine's forwards are recorded, and those of heads may be too.
+        recorded: whether the engine's forwards are recorded. If so, forwards of heads may be recorded too.
     """
 
     hidden_size: int
@@ -142,12 +149,12 @@ class Features:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How an engine is to be made: what `LLM` was given, under the same names.
+    """Options for making an engine. They have the names that they have in `LLM`.
 
     Args:
-        dtype, device: of a model that is given by its name.
+        dtype, device: for a model that is given by name.
         attention, quantization, compile: see `TorchEngine`.
-        prefix_bytes: KV of finished texts that may be kept for those that begin alike, in bytes.
+        prefix_bytes: the size of the prefix cache in bytes.
     """
 
     dtype: str | torch.dtype | None = None
@@ -160,21 +167,21 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What an engine is.
+    """A description of an engine.
 
     Args:
-        name: of the model, as messages call it.
-        vocab_size: width of the logits.
-        context: the most positions that the model can take.
-        ends: the tokens that end a text; of a transformers model, those at which ``generate`` ends it.
-        device: where it computes; "cpu" or elsewhere decides how many rows of prompts go into a step.
+        name: the model's name, for messages.
+        vocab_size: the width of the logits.
+        context: the largest number of positions that the model can take.
+        ends: the tokens that end a text. For a transformers model, they are those at which ``generate`` ends it.
+        device: where it computes. On "cpu", a step reads fewer rows of prompts than elsewhere.
         dtype: of logits.
-        attention: "tree" where a row has the same bits in any tree and batch; "sdpa" where the model attends by itself.
+        attention: "tree" if a row has the same bits in any tree and any batch; "sdpa" if the model attends by itself.
         execution: how the forward runs, in words.
-        signature: what the cost of a forward depends on: model, engine, dtype, device and threads. Measured costs are
-            kept under it; without one they are measured anew.
-        caveat: why its text is plain's up to ties, in a sentence, where its attention alone would make it plain's.
-        kv_bytes: memory that it has for the KV of all texts, in bytes; None if it takes as much as they need.
+        signature: a text that names all that the cost of a forward depends on: model, engine, dtype, device and
+            threads. Measured costs are stored under it. Without a signature, they are measured in each process.
+        caveat: a sentence that says why texts equal plain decoding's only up to ties, although `attention` is "tree".
+        kv_bytes: the size of the memory for the KV of all texts in bytes. None if that memory grows as needed.
     """
 
     name: str
@@ -206,7 +213,7 @@ class NotCopied:
 
 
 class DraftEngine(Protocol):
-    """What is asked of an engine that holds a draft model; see `Engine`."""
+    """The part of the protocol `Engine` that a draft model needs."""
 
     vocab_size: int
     context: int
@@ -250,15 +257,15 @@ class GrowsDrafts(DraftEngine, Protocol):
 
 
 class Engine(Protocol):
-    """Owns weights and KV. Batch-first: a batch of one is a list of one. KV is kept per `Sequence.id`.
+    """Owns the target's weights and KV. Every method takes a batch. KV is stored per `Sequence.id`.
 
-    This is all that decoding needs. What only some engines have is in `HasHiddenStates`, `HeadEngines` and `Branches`;
-    who needs that asks for it with ``isinstance``.
+    These seven methods are all that decoding needs. The protocols `HasHiddenStates`, `HeadEngines` and `Branches` hold
+    what only some engines have. Test for them with ``isinstance``.
 
     Attributes:
-        vocab_size: width of the logits.
-        context: the most positions that the model can take.
-        lock: whoever decodes holds it for a whole step, since drafters are no use to two threads at once either.
+        vocab_size: the width of the logits.
+        context: the largest number of positions that the model can take.
+        lock: the decoder holds it for a whole step. It protects drafters and shapes too.
     """
 
     vocab_size: int
@@ -267,16 +274,18 @@ class Engine(Protocol):
 
     @property
     def info(self) -> EngineInfo:
-        """What it is."""
+        """A description of this engine."""
         ...
 
     def begin(self, seq: Sequence) -> int:
-        """Makes room for a new ``seq``, and takes over the rows of a text that begins alike; returns how many."""
+        """Makes room for a new ``seq``. Reuses KV rows of a text that begins alike, and returns how many."""
         ...
 
     def prefill(self, seq: Sequence, upto: int | None = None) -> int:
-        """Begins ``seq`` and commits KV for its first ``upto`` tokens, as far as it isn't there; by default for all but
-        the last. Returns what `begin` did."""
+        """Calls `begin` for ``seq``, computes the missing KV of its first ``upto`` tokens, and commits it.
+
+        By default ``upto`` is all tokens but the last. Returns the result of `begin`.
+        """
         ...
 
     def verify(
@@ -285,40 +294,43 @@ class Engine(Protocol):
     ) -> TargetOutput:  # fmt: skip
         """One forward over the nodes of all trees, each under its tree attention mask.
 
-        Writes provisional KV; a tree's root takes the position after the committed ones. With ``firsts``, the nodes
-        of tree i below ``firsts[i]`` keep the provisional KV of the calls before, and only the others are computed.
+        The KV of the nodes is provisional until `commit`. The root's position follows the committed ones.
 
         Args:
-            reading: sequences that have begun, none of ``seqs``, each with a number of tokens. So many of its next
-                tokens go through the same forward, and their KV is committed.
+            firsts: the first node of each tree to compute. Earlier nodes keep the provisional KV of earlier calls.
+            reading: pairs of a sequence, which has begun and is none of ``seqs``, and a number of tokens. So many of
+                its next tokens go through the same forward, and their KV is committed.
         """
         ...
 
     def commit(self, seqs: SequenceOf[Sequence], paths: SequenceOf[list[int]]) -> None:
-        """Makes the KV of ``paths`` permanent (nodes of the last trees, root included) and drops the rest."""
+        """Commits the KV of ``paths``, and drops all other provisional KV. A path lists nodes of the last tree, from
+        the root on."""
         ...
 
     def committed(self, seq: Sequence) -> int:
-        """How many tokens of ``seq`` have permanent KV."""
+        """How many tokens of ``seq`` have committed KV."""
         ...
 
     def nbytes(self, seq: Sequence, rows: int) -> int:
-        """Bytes of storage that ``seq`` takes when it has so many rows, committed and provisional."""
+        """The bytes of KV storage for ``seq`` once it has ``rows`` rows, committed and provisional ones together."""
         ...
 
     def release(self, seqs: SequenceOf[Sequence]) -> None:
-        """Forgets the KV of ``seqs``."""
+        """Frees the KV of ``seqs``."""
         ...
 
 
 @runtime_checkable
 class HasHiddenStates(Engine, Protocol):
-    """An engine that keeps the target's hidden states for drafters that read them: Medusa's."""
+    """An engine that stores the target's hidden states beside the KV. Medusa and EAGLE drafters need one."""
 
     def capture(self, places: SequenceOf[int] | None = None) -> Features:
-        """From now on the hidden states ``places`` of all rows are kept, beside those asked for before; by default the
-        last one. They are numbered as transformers does: i is what layer i reads, and the last one, behind all layers,
-        comes after the final norm.
+        """Stores the hidden states ``places`` of all later rows, in addition to those of earlier calls.
+
+        Args:
+            places: numbers as in transformers' ``hidden_states``: place i is the input of layer i, and the last place
+                is the output of the final norm. By default the last one.
 
         Raises:
             PairingError: if this engine has no such hidden states, or is decoding.
@@ -326,35 +338,42 @@ class HasHiddenStates(Engine, Protocol):
         ...
 
     def hidden(self, seq: Sequence, place: int | None = None) -> torch.Tensor:
-        """[committed rows, hidden size]: the hidden state ``place`` of the committed rows, by default the last one."""
+        """[committed rows, hidden size]: the hidden states ``place`` of ``seq``, by default the last ones."""
         ...
 
 
 @runtime_checkable
 class HeadEngines(HasHiddenStates, Protocol):
-    """An engine on whose hidden states an EAGLE head drafts."""
+    """An engine that can make draft engines of EAGLE heads."""
 
     def head_engine(self, head: EagleHead) -> DraftEngine:
-        """An engine that drafts with ``head``, on this one's hidden states.
+        """A draft engine that runs ``head`` on the hidden states of this engine.
 
         Raises:
-            PairingError: if it doesn't fit.
+            PairingError: if the head doesn't fit the target.
         """
         ...
 
 
 @runtime_checkable
 class Branches(Engine, Protocol):
-    """An engine that decodes the beams of one text over KV that they share."""
+    """An engine whose beams share the KV of one text. Beam search needs one."""
 
     def keep(self, seq: Sequence, nodes: SequenceOf[int], committed: int) -> None:
-        """Keeps the KV of ``nodes`` of the last tree, ascending, and drops the rest: the first so many of them become
-        permanent, the others are the first nodes of the next tree."""
+        """Keeps the KV of ``nodes`` of the last tree, and drops all other provisional KV.
+
+        Args:
+            nodes: in ascending order. Those behind the committed ones become the first nodes of the next tree.
+            committed: how many of ``nodes``, the first ones, are committed.
+        """
         ...
 
     def branch(self, seq: Sequence, of: Sequence, nodes: SequenceOf[int]) -> None:
-        """``seq`` has no KV of its own. From now on `committed` and `hidden` answer for it with the committed rows of
-        ``of``, followed by ``nodes`` of those that `keep` kept: until the next call, or `release`."""
+        """Makes KV rows of ``of`` visible under ``seq``, until the next `branch` or `release` of ``seq``.
+
+        These are the committed rows of ``of``, and behind them ``nodes`` of those that `keep` kept. `committed` and
+        `hidden` of ``seq`` then read them. ``seq`` has no KV of its own.
+        """
         ...
 
 
@@ -363,7 +382,7 @@ class TransformersEngine(HeadEngines, Branches, Protocol):
     """An engine of a transformers model.
 
     Attributes:
-        facts: of the model.
+        facts: properties of the model, beside its weights.
         dtype, device: of its weights.
         caveat: see `EngineInfo`.
     """
@@ -389,25 +408,25 @@ class TransformersEngine(HeadEngines, Branches, Protocol):
 
     @property
     def signature(self) -> str:
-        """What the cost of a forward depends on."""
+        """See `EngineInfo`."""
         ...
 
     @property
     def bytes_per_token(self) -> int:
-        """Of the KV, with all layers."""
+        """The KV of one token, in all layers."""
         ...
 
     def changed(self) -> str | None:
-        """What has changed, in words, in a loaded model since this engine was made of it; None if nothing has."""
+        """What has changed in the loaded model since this engine was made of it, in words. None if nothing has."""
         ...
 
     def hidden_states(self, ids: SequenceOf[int], places: SequenceOf[int] | None = None) -> torch.Tensor:
-        """[len(ids), places x hidden size]: the hidden states of a text, beside one another, once `capture` was called
-        for them."""
+        """[len(ids), places x hidden size]: the hidden states ``places`` of a text. The places are concatenated along
+        the last axis. `capture` must have been called for them."""
         ...
 
     def hidden_states_of(
         self, texts: SequenceOf[SequenceOf[int]], places: SequenceOf[int] | None = None
     ) -> list[torch.Tensor]:
-        """`hidden_states` of several texts."""
+        """`hidden_states` of each of ``texts``."""
         ...

@@ -10,6 +10,7 @@ import numpy as np
 
 from tokentree.engines.kv import SequenceKV
 from tokentree.jit import njit
+from tokentree.kernels.attention import SegmentRows
 from tokentree.tree import Ints, TokenTree
 
 Upto = Literal["kv", "hidden", "logits"]  # how far a forward goes
@@ -66,7 +67,7 @@ class Segment:
                 self._paths = _paths(self.tree.parents, self.tree.depths, self.first, self.prefix)
         return self._paths
 
-    def described(self, layer: int) -> list[int]:
+    def described(self, layer: int) -> SegmentRows:
         """What `attend` is told of a segment, at ``layer``.
 
         Raises:
@@ -77,10 +78,11 @@ class Segment:
                 f"a tree ends at row {self.prefix + len(self.tree)}, and there is room for {self.kv.capacity}"
             )
         (keys, values, keys_step, values_step), paths = self.kv.addresses(layer), self.paths
-        return [
-            keys, values, self.kv.capacity, self.prefix, self.count, self.start,
-            paths.ctypes.data, paths.shape[1] - 1, self.tree.is_chain, self.first, keys_step, values_step,
-        ]  # fmt: skip
+        return SegmentRows(
+            keys=keys, values=values, capacity=self.kv.capacity, prefix=self.prefix, rows=self.count,
+            start=self.start, paths=paths.ctypes.data, longest=paths.shape[1] - 1, chain=int(self.tree.is_chain),
+            first=self.first, keys_layer=keys_step, values_layer=values_step,
+        )  # fmt: skip
 
 
 def inputs_of(segments: SequenceOf[Segment], padding: int = 0) -> tuple[Ints, Ints]:

@@ -11,19 +11,57 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 
 from tokentree.jit import cfunc
 from tokentree.kernels.bfloat16 import exponentials, narrow
+from tokentree.kernels.records import record, record_at, records_at
 from tokentree.kernels.threads import WORKER, address_of, claim, float32_at, float64_at, int16_at, int64_at, keep
 from tokentree.kernels.tile import BLOCK, LANES, TILE_ROWS, tile_float32
 
 HIDDEN = np.float32(-math.inf)
 
-CALL, SEGMENT = 13, 12  # integers that describe a call, and each segment in it
+
+class AttentionCall(NamedTuple):
+    """What `attend` is told of a call, beside its segments. Strides are in bytes."""
+
+    queries: int  # address of float32[heads, rows, width]
+    queries_head: int  # stride from head to head
+    queries_row: int
+    results: int  # address of [heads, rows, value width]
+    results_head: int
+    results_row: int
+    width: int
+    value_width: int
+    group: int  # query heads per KV head
+    window: int  # positions that are seen, or 0: all
+    heads: int
+    segments: int
+    rounded: int  # 1 if results are bfloat16, 0 if they are float32
+
+
+class SegmentRows(NamedTuple):
+    """What `attend` is told of a segment: its KV, as `kv.BlockedKV` has it, and its rows."""
+
+    keys: int  # addresses of the first layer's keys and values
+    values: int
+    capacity: int  # rows that there is room for
+    prefix: int  # committed rows
+    rows: int  # new rows
+    start: int  # the first of these among the queries
+    paths: int  # address of int64[rows, 1 + longest]: how long a row's path is, then the KV rows on it
+    longest: int
+    chain: int  # 1 if the tree is a chain, whose KV rows are not listed
+    first: int  # nodes that were computed before
+    keys_layer: int  # bytes from one layer's keys, and values, to the next's
+    values_layer: int
+
+
+CALL_BYTES, SEGMENT_BYTES = record(AttentionCall).itemsize, record(SegmentRows).itemsize
+call_at, segments_at = record_at(AttentionCall), records_at(SegmentRows)
 
 
 @numba.njit
@@ -73,13 +111,15 @@ def _span(path, prefix, window):
 def _attend(call, numbers, segment, layer, head, together, first, count):
     """Rows ``first`` to ``first + count`` of a segment, for ``together`` heads of queries from ``head`` on, which read
     the same keys and values. What is by row here has the heads of a row behind one another."""
-    query, query_head, query_row, out, out_head, out_row, width, value_width, group, window = call[:10]
-    keys, values, capacity, prefix, new, start, paths, longest, chain, _, keys_layer, values_layer = segment
+    query, query_head, query_row = call.queries, call.queries_head, call.queries_row
+    out, out_head, out_row = call.results, call.results_head, call.results_row
+    width, value_width, group, window = call.width, call.value_width, call.group, call.window
+    capacity, prefix, start, chain = segment.capacity, segment.prefix, segment.start, segment.chain
     scale, softcap = np.float32(numbers[0]), np.float32(numbers[1])
     columns = -(-value_width // BLOCK) * BLOCK
-    keys += layer * keys_layer + head // group * capacity * width * 4
-    values += layer * values_layer + head // group * capacity * columns * 4
-    path = int64_at(paths, (new, 1 + longest))[first : first + count]  # its length, then its KV rows behind the prefix
+    keys = segment.keys + layer * segment.keys_layer + head // group * capacity * width * 4
+    values = segment.values + layer * segment.values_layer + head // group * capacity * columns * 4
+    path = int64_at(segment.paths, (segment.rows, 1 + segment.longest))[first : first + count]
     behind = path[0, 0] - 1 if chain else 0  # rows of the tree that all of these see
     shared = prefix + behind
     begin, used = _span(path, prefix, window)
@@ -128,7 +168,7 @@ def _attend(call, numbers, segment, layer, head, together, first, count):
     for i in range(rows):
         sums[i] /= totals[i]
         place = out + (head + i % together) * out_head + (start + first + i // together) * out_row
-        _store(sums[i, :value_width], place, call[12])
+        _store(sums[i, :value_width], place, call.rounded)
     keep((queries, scores, sums))
 
 
@@ -145,13 +185,7 @@ def attend_worker() -> Any:
     """What each thread runs, compiled when first asked for. It is told, in integers:
 
     - how many threads there are;
-    - of a call: addresses of queries float32[heads, rows, width] and results [heads, rows, value width], each with two
-      strides in bytes; both widths; query heads per KV head; the window or 0; heads; segments; whether results are
-      rounded to bfloat16, or else float32;
-    - of each segment: addresses of its keys and values as `kv.BlockedKV` has them, their capacity, committed rows, new
-      rows, the first of these among the queries, the address of int64[new rows, 1 + longest] (how long a row's path in
-      the tree is, and the KV rows on it), that longest, whether the tree is a chain, whose KV rows are not listed, how
-      many nodes were computed before, and the bytes from one layer's keys and values to the next's;
+    - an `AttentionCall`, and `SegmentRows` of each segment;
     - the address of float64[2]: scale, and softcap or 0; behind them, where there are sinks, one for each head;
     - how many these are.
     """
@@ -159,9 +193,9 @@ def attend_worker() -> Any:
     @cfunc(WORKER, cache=True)
     def worker(arguments):
         threads, start = int64_at(address_of(arguments), 1)[0], address_of(arguments) + 8
-        call = int64_at(start, CALL)
-        table = int64_at(start + 8 * CALL, (call[11], SEGMENT))
-        end = start + 8 * (CALL + table.size)
+        call = call_at(start)
+        table = segments_at(start + CALL_BYTES, call.segments)
+        end = start + CALL_BYTES + SEGMENT_BYTES * call.segments
         at, count = int64_at(end, 2)
         attend(call, table, 0, float64_at(at, count), threads, end + 16)
 
@@ -172,15 +206,15 @@ def attend_worker() -> Any:
 def attend(call, table, layer, numbers, threads, counter):
     """One thread's part. The threads take some rows for some heads, as ``counter`` tells."""
     together = _together(call, table, threads)
-    tasks = call[10] // together  # of one share of the rows
+    tasks = call.heads // together  # of one share of the rows
     while True:
         task: int = claim(counter)
         for segment in table:
             shares = _shares(segment, together)
             if task < shares * tasks:
-                size = -(-segment[4] // shares)
+                size = -(-segment.rows // shares)
                 first, head = task // tasks * size, task % tasks * together
-                _attend(call, numbers, segment, layer, head, together, first, min(size, segment[4] - first))
+                _attend(call, numbers, segment, layer, head, together, first, min(size, segment.rows - first))
                 break
             task -= shares * tasks
         else:
@@ -191,7 +225,7 @@ def attend(call, table, layer, numbers, threads, counter):
 def _together(call, table, threads):
     """How many query heads to take at a time, of those that read the same keys and values: as many as leave enough
     shares of the work for all threads to be busy to its end."""
-    group, heads = call[8], call[10]
+    group, heads = call.group, call.heads
     for together in range(min(group, TILE_ROWS), 1, -1):
         if group % together:
             continue
@@ -206,4 +240,4 @@ def _together(call, table, threads):
 @numba.njit
 def _shares(segment, together):
     """How many shares the rows of a segment come in, so that a share's rows for these heads fill a tile at most."""
-    return -(-segment[4] // (TILE_ROWS // together))
+    return -(-segment.rows // (TILE_ROWS // together))

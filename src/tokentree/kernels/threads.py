@@ -249,7 +249,7 @@ def keep(typingctx, arrays):
     return numba.void(arrays), generate
 
 
-def _arrays(kind):
+def arrays_at(kind):
     """A function that gives the array of that kind and of a given shape at an address."""
 
     @intrinsic
@@ -266,6 +266,6 @@ def _arrays(kind):
     return array
 
 
-float32_at, float64_at = (_arrays(kind) for kind in (numba.float32, numba.float64))
-int16_at, int32_at, int64_at = (_arrays(kind) for kind in (numba.int16, numba.int32, numba.int64))
-int8_at = _arrays(numba.int8)
+float32_at, float64_at = (arrays_at(kind) for kind in (numba.float32, numba.float64))
+int16_at, int32_at, int64_at = (arrays_at(kind) for kind in (numba.int16, numba.int32, numba.int64))
+int8_at = arrays_at(numba.int8)

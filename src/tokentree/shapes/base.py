@@ -1,4 +1,4 @@
-"""What every shape answers."""
+"""The base class of shapes."""
 
 from __future__ import annotations
 
@@ -19,17 +19,23 @@ def check_size(*counts: int) -> None:
 
 
 class Shape(ABC):
-    """How a draft grows, level by level, and how it is cut in the end.
+    """Decides how a draft grows, and how it is cut.
 
-    A drafter that pays for each level (a draft model) asks `select` whether to start, for the root alone; then `counts`
-    for the number of children of each frontier node; adds them; and asks `select` which of them become the next
-    frontier. A drafter that finds whole paths (a lookup) only heeds `max_nodes` and `max_depth`. The loop calls `rests`
-    before, and `cut` after all that.
+    In each step the loop calls `rests` first, then the drafter, then `cut`.
+
+    A drafter that grows level by level (a draft model) works so:
+
+    1. It calls `select` with the root alone. An empty answer means that it shouldn't draft.
+    2. It calls `counts` for the number of children of each frontier node, and adds these children.
+    3. It calls `select` with them. The selected ones are the next frontier. It goes on with 2, until there are none.
+
+    A drafter that finds whole paths (a lookup) reads only `max_nodes` and `max_depth`.
 
     Attributes:
-        max_depth: candidates on the longest path.
-        max_nodes: nodes that are worth proposing, root included.
-        paths: where the tree is the same at every step, the rank path of each node below the root, parents first.
+        max_depth: the number of candidates on the longest path.
+        max_nodes: the number of nodes that a drafter should propose, root included.
+        paths: the rank path of each node below the root, parents first, if the tree is the same at every step. Empty
+            otherwise.
     """
 
     max_depth: int
@@ -38,22 +44,23 @@ class Shape(ABC):
 
     @abstractmethod
     def counts(self, seq: Sequence, draft: Draft, frontier: SequenceOf[int]) -> list[int]:
-        """How many children each node of ``frontier`` gets. Fixed before any is drawn or looked at."""
+        """The number of children of each node of ``frontier``. It must not depend on what these children are."""
 
     @abstractmethod
     def select(self, seq: Sequence, draft: Draft, level: SequenceOf[int]) -> list[int]:
-        """Which of the new nodes ``level`` are expanded next; none ends the growth."""
+        """Those of the new nodes ``level`` that get children next. None of them ends the growth."""
 
     def beside(self, seq: Sequence, draft: Draft) -> None:
-        """Tells what others propose for this step, before a drafter that pays for each level is asked."""
+        """Tells the shape what other drafters propose, before a drafter that grows level by level begins."""
 
     def rests(self, seqs: list[Sequence]) -> bool:
-        """Whether this step goes without drafts, as drafting wouldn't pay for itself. The loop asks once a step."""
+        """Whether this step should do without drafts, because they would cost more than they gain. The loop calls this
+        once a step."""
         return False
 
     @abstractmethod
     def prune(self, seq: Sequence, draft: Draft) -> Draft:
-        """The draft cut to this shape. Drawn children are never dropped."""
+        """``draft``, cut to this shape. Drawn children are never dropped."""
 
     def cut(self, seqs: list[Sequence], drafts: list[Draft]) -> list[Draft]:
         """The drafts of a batch, each cut to this shape."""
@@ -63,11 +70,17 @@ class Shape(ABC):
         self, seqs: list[Sequence], drafts: list[Draft], accepted: list[Accepted], draft_seconds: float,
         verify_seconds: float,
     ) -> None:  # fmt: skip
-        """Learns from a step of the batch: what was accepted of the cut drafts, and what it took. The seconds of a
-        forward that had other rows too are given as 0."""
+        """Learns from a step of the batch.
+
+        Args:
+            drafts: the cut drafts.
+            accepted: what was accepted of each.
+            draft_seconds, verify_seconds: how long drafting and the target's forward took. The latter is 0 if other
+                rows, such as those of prompts, went through the same forward.
+        """
 
     def branch(self, seq: Sequence, of: Sequence) -> None:
-        """``seq`` goes on from ``of``, a text in the batch: what holds for that one holds for it."""
+        """Copies the state of ``of``, a text in the batch, to ``seq``, which continues it."""
 
     def release(self, seqs: list[Sequence]) -> None:
-        """Forgets what it keeps for ``seqs``."""
+        """Drops the state of ``seqs``."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 from collections.abc import Callable
-from typing import Any
 
 from tokentree.errors import OptionError
 from tokentree.shapes.adaptive import Adaptive
@@ -15,6 +13,7 @@ from tokentree.shapes.cost import Cost
 from tokentree.shapes.dynamic import Dynamic
 from tokentree.shapes.optimal import TYPICAL_RATES, optimal_paths
 from tokentree.shapes.static import Static
+from tokentree.specs import options_of
 
 
 def _optimal(nodes: int = 16, depth: int = 6) -> Static:
@@ -58,7 +57,11 @@ def shape(text: str | Shape) -> Shape:
     if name == "paths":
         return Static(paths=_rank_paths(rest))
     if name in KINDS:
-        return KINDS[name](**_numbers(rest, KINDS[name]))
+        options = options_of(rest, KINDS[name], "shape")
+        for number in options.values():
+            if isinstance(number, int):
+                check_size(number)
+        return KINDS[name](**options)
     raise OptionError(f"{text!r} is not a shape: write {FORMS}")
 
 
@@ -70,21 +73,3 @@ def _rank_paths(text: str) -> list[list[int]]:
     if not isinstance(paths, list) or not all(isinstance(p, list) and all(type(r) is int for r in p) for p in paths):
         raise OptionError(f"{text!r} is not a list of rank paths: write paths:[[0],[0,0],[1]]")
     return paths
-
-
-def _numbers(text: str, kind: Callable[..., object]) -> dict[str, Any]:
-    """The options ``name=number,…`` of a shape, each of the type of its default."""
-    defaults = {name: option.default for name, option in inspect.signature(kind).parameters.items()}
-    known = {name: type(default) for name, default in defaults.items() if default is not None}
-    numbers: dict[str, Any] = {}
-    for part in filter(None, text.split(",")):
-        key, _, value = part.partition("=")
-        try:
-            numbers[key] = known[key](value)
-        except (KeyError, ValueError):
-            raise OptionError(
-                f"{part!r} is not an option of this shape: it takes {', '.join(known)}, as numbers"
-            ) from None
-        if isinstance(numbers[key], int):
-            check_size(numbers[key])
-    return numbers

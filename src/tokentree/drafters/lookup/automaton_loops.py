@@ -1,12 +1,13 @@
 # numba gives every scalar a type of its own, which annotations can't follow:
 # mypy: disable-error-code="arg-type,assignment,index,no-any-return"
-"""Loops compiled by numba: those of the suffix automaton over its flat arrays, and best-first growth."""
+"""Loops compiled by numba: those of the suffix automaton over its flat arrays."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tokentree.drafters.best_first import best_first
 from tokentree.jit import njit
 from tokentree.tree import Floats, Ints
 
@@ -129,16 +130,6 @@ def match(states: Int32s, edges: Int32s, slots: Int32s, state: int, length: int,
 
 
 @njit(cache=True)
-def most_probable(joint: Floats, waits: NDArray[np.bool_], size: int) -> int:
-    """The first most probable of ``size`` candidates that still wait, or -1."""
-    best = -1
-    for i in range(size):
-        if waits[i] and (best < 0 or joint[i] > joint[best]):
-            best = i
-    return best
-
-
-@njit(cache=True)
 def expected_tokens(parents: Ints, probs: Floats) -> float:
     """The sum of the nodes' joint probabilities; parents and conditional probabilities are as `grow` returns them."""
     joint, total = np.ones(len(probs) + 1), 0.0
@@ -153,39 +144,32 @@ def grow(
     states: Int32s, edges: Int32s, state: int, length: int, max_nodes: int, max_depth: int, min_prob: float,
     max_children: int,
 ) -> tuple[Ints, Ints, Floats]:  # fmt: skip
-    room = (max_nodes + 1) * max_children  # candidates, in the order they were found
-    token, parent, depth = np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room, np.int64)
-    target, context = np.empty(room, np.int64), np.empty(room, np.int64)
-    prob, joint, waits = np.empty(room), np.empty(room), np.ones(room, np.bool_)
     children, targets, contexts = np.empty(256, np.int64), np.empty(256, np.int64), np.empty(256, np.int64)
-    chances = np.empty(256)
-    taken, parents, probs = np.empty(max_nodes, np.int64), np.empty(max_nodes, np.int64), np.empty(max_nodes)
-    size, count = 0, 0
-    node, node_joint, node_depth = 0, 1.0, 0
-    while count < max_nodes:
-        if node_depth < max_depth:
-            found = predict(states, edges, state, length, children, targets, contexts, chances)
-            for _ in range(min(found, max_children)):
-                best = 0
-                for i in range(1, found):
-                    if chances[i] > chances[best]:
-                        best = i
-                if chances[best] <= 0 or node_joint * chances[best] < min_prob:
-                    break
-                token[size], target[size], context[size] = children[best], targets[best], contexts[best]
-                parent[size], depth[size] = node, node_depth + 1
-                prob[size], joint[size] = chances[best], node_joint * chances[best]
-                chances[best] = -1.0
-                size += 1
-        best = most_probable(joint, waits, size)
-        if best < 0:
-            break
-        waits[best] = False
-        taken[count], parents[count], probs[count] = token[best], parent[best], prob[best]
-        count += 1
-        state, length = target[best], context[best]
-        node, node_joint, node_depth = count, joint[best], depth[best]
-    return taken[:count], parents[:count], probs[:count]
+    source = states, edges, children, targets, contexts, np.empty(256)
+    return _best_first(source, state, length, max_nodes, max_depth, min_prob, max_children)
+
+
+@njit
+def _follow(
+    source: tuple[Int32s, Int32s, Ints, Ints, Ints, Floats], state: int, length: int, depth: int, tokens: Ints,
+    probs: Floats, states: Ints, lengths: Ints,
+) -> int:  # fmt: skip
+    """What may follow the last ``length`` tokens, which ``state`` stands for: these two say which node it is."""
+    children, targets, contexts, chances = source[2:]
+    found = predict(source[0], source[1], state, length, children, targets, contexts, chances)
+    wanted = min(found, len(tokens))
+    for place in range(wanted):
+        best = 0
+        for i in range(1, found):
+            if chances[i] > chances[best]:
+                best = i
+        tokens[place], probs[place] = children[best], chances[best]
+        states[place], lengths[place] = targets[best], contexts[best]
+        chances[best] = -1.0
+    return wanted
+
+
+_best_first = best_first(_follow)
 
 
 @njit(cache=True)

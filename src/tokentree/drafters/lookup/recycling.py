@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter, Parts
-from tokentree.drafters.lookup.automaton_loops import most_probable
+from tokentree.drafters.best_first import best_first
 from tokentree.drafters.lookup.storage import Array, read_arrays, write_arrays
 from tokentree.engines.base import TargetOutput
 from tokentree.errors import OptionError
@@ -160,31 +160,26 @@ def _grow(
     successors: NDArray[np.int32], chances: NDArray[np.float32], pairs: Ints, vocab_size: int, before: int, root: int,
     max_nodes: int, max_depth: int,
 ) -> tuple[Ints, Ints, Floats]:  # fmt: skip
-    """The most probable nodes, best first: tokens, parents (0 is the root, node i is ``i + 1``), probabilities."""
-    k = successors.shape[1]
-    room = (max_nodes + 1) * k
-    token, parent, depth = np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room, np.int64)
-    prob, joint, waits = np.empty(room), np.empty(room), np.ones(room, np.bool_)
-    taken, parents, probs = np.empty(max_nodes, np.int64), np.empty(max_nodes, np.int64), np.empty(max_nodes)
-    size, count = 0, 0
-    node, row, node_token, node_joint, node_depth = 0, _row(pairs, vocab_size, before, root), root, 1.0, 0
-    while count < max_nodes:
-        if node_depth < max_depth:
-            holds = HOLDS_IN_PAIR if row >= vocab_size else HOLDS_ALONE
-            for rank in range(k):
-                chance = holds * chances[row, rank]
-                if successors[row, rank] < 0 or node_joint * chance < LEAST_PROB:
-                    break
-                token[size], parent[size], depth[size] = successors[row, rank], node, node_depth + 1
-                prob[size], joint[size] = chance, node_joint * chance
-                size += 1
-        best = most_probable(joint, waits, size)
-        if best < 0:
-            break
-        waits[best] = False
-        taken[count], parents[count], probs[count] = token[best], parent[best], prob[best]
-        count += 1
-        before_token = root if parent[best] == 0 else taken[parent[best] - 1]
-        node, node_token, node_joint, node_depth = count, token[best], joint[best], depth[best]
-        row = _row(pairs, vocab_size, before_token, node_token)
-    return taken[:count], parents[:count], probs[:count]
+    """See `best_first`."""
+    source = successors, chances, pairs, vocab_size
+    return _best_first(source, before, root, max_nodes, max_depth, LEAST_PROB, successors.shape[1])
+
+
+@njit
+def _follow(
+    source: tuple[NDArray[np.int32], NDArray[np.float32], Ints, int], before: int, token: int, depth: int,
+    tokens: Ints, probs: Floats, befores: Ints, nexts: Ints,
+) -> int:  # fmt: skip
+    """What may follow ``token`` where it follows ``before``; that pair says which node it is."""
+    successors, chances, pairs, vocab_size = source
+    row = _row(pairs, vocab_size, before, token)
+    holds = HOLDS_IN_PAIR if row >= vocab_size else HOLDS_ALONE
+    for rank in range(successors.shape[1]):
+        if successors[row, rank] < 0:
+            return rank
+        tokens[rank] = nexts[rank] = successors[row, rank]
+        probs[rank], befores[rank] = holds * chances[row, rank], token
+    return len(tokens)
+
+
+_best_first = best_first(_follow)

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache
 
 from tokentree.engines.segment import Segment
 from tokentree.errors import ModelError
-from tokentree.kernels.attention import attend_worker
+from tokentree.kernels.attention import AttentionCall, attend_worker
 from tokentree.kernels.threads import num_threads, run
 
 TREE = "tokentree"  # the name of `tree_attention` among transformers' attentions
@@ -232,12 +232,13 @@ def attend_rows(
         table += segment.described(layer)
     out = torch.zeros(rows, heads, value_width, dtype=torch.float32)  # rows that only fill up get zeros
     numbers = np.array([rule.scale, rule.softcap or 0.0, *([] if rule.sinks is None else rule.sinks.tolist())])
-    run(
-        attend_worker(),
-        [num_threads(), query.data_ptr(), 4 * query.stride(0), 4 * query.stride(1), out.data_ptr(),
-         4 * out.stride(1), 4 * out.stride(0), width, value_width, heads // kv_heads, rule.window or 0, heads,
-         len(forward_kv.segments), 0, *table, numbers.ctypes.data, len(numbers)],
+    call = AttentionCall(
+        queries=query.data_ptr(), queries_head=4 * query.stride(0), queries_row=4 * query.stride(1),
+        results=out.data_ptr(), results_head=4 * out.stride(1), results_row=4 * out.stride(0),
+        width=width, value_width=value_width, group=heads // kv_heads, window=rule.window or 0, heads=heads,
+        segments=len(forward_kv.segments), rounded=0,
     )  # fmt: skip
+    run(attend_worker(), [num_threads(), *call, *table, numbers.ctypes.data, len(numbers)])
     return out
 
 

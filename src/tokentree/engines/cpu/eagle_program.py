@@ -15,7 +15,7 @@ from tokentree.engines.base import KEPT
 from tokentree.engines.cpu.fused import FusedNorm
 from tokentree.engines.cpu.packing import Packing
 from tokentree.engines.cpu.quantized import QuantizedLinear
-from tokentree.engines.cpu.steps import BEST, Behind, RotaryTable, Steps
+from tokentree.engines.cpu.steps import Behind, RotaryTable, Step, Steps
 from tokentree.engines.segment import Segment, end_of
 from tokentree.heads.eagle import EagleHead
 from tokentree.kernels.tile import BLOCK
@@ -105,8 +105,7 @@ class EagleProgram(Steps):
             logits = torch.empty(rows, len(self._lm_head.start), dtype=torch.bfloat16)
             values, tokens = (torch.empty(rows, self._kept, dtype=kind) for kind in (torch.float32, torch.int64))
             sums = torch.empty(rows, dtype=torch.float32)
-            self._steps[-2, 1 + self._lm_head.RESULT] = self._steps[-1, 1] = logits.data_ptr()
-            self._steps[-1, 5:8] = values.data_ptr(), tokens.data_ptr(), sums.data_ptr()
+            self.write_to(logits, values, tokens, sums)
             logits = logits[:, : self._lm_head.num_outputs]
             self.best, self.log_sums = (values.numpy(), tokens.numpy()), sums.numpy()
         self.run(len(self._steps), segments, self._rotary.at(positions, end_of(segments)), ids, first)
@@ -134,8 +133,8 @@ class EagleProgram(Steps):
             self._embedded[:rows] = self._embedding(torch.from_numpy(ids))
         return self._fusing if isinstance(known, torch.Tensor) else 0
 
-    def build(self) -> list[list[int]]:
-        width, sizes, steps = self._width, self._heads, list[list[int]]()
+    def build(self) -> list[Step]:
+        width, sizes, steps = self._width, self._heads, list[Step]()
         at = self.rows_of_a_layer(width, self._inner_size, sizes)
         # in the last step the sum of the residual and what is added is what is known of the next positions
         self._residual, self._x = at.residual, self.room(2 * width)
@@ -163,7 +162,6 @@ class EagleProgram(Steps):
         steps += self.after_rotary(0, sizes, self._behind, at)
         if self._says:
             steps += self.norm(self._last, at.residual, at.normed, self._lm_head, at.added)
-            steps += self.multiply(self._lm_head, at.normed, None)
-            return [*steps, [BEST, 0, len(self._lm_head.start), self._lm_head.num_outputs, self._kept, 0, 0, 0]]
+            return steps + self.output(self._lm_head, at.normed, self._kept)
         # the sum alone is wanted: what this norm makes of it is not looked at
         return steps + self.norm(self._behind.norm, at.residual, at.normed, None, at.added)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numba
 import numpy as np
@@ -17,6 +17,7 @@ from tokentree.engines.cpu.checked import expect, is_count, is_tensor
 from tokentree.jit import cfunc
 from tokentree.kernels import rowwise as each
 from tokentree.kernels.bfloat16 import narrow, widen
+from tokentree.kernels.records import record, record_at
 from tokentree.kernels.threads import (
     WORKER,
     address,
@@ -31,12 +32,28 @@ from tokentree.kernels.threads import (
 )
 from tokentree.kernels.tile import BFLOAT16_WIDE, BLOCK, CHUNKS, TILE_ROWS, tile_bfloat16
 
-BFLOAT16_CALL = 9  # integers that describe a product
 STRETCH = 512  # words of a weight that all rows meet before the next ones, so that these stay in the cache
 X_WORD = 8 if BFLOAT16_WIDE else 4  # bytes of a row's inputs for a word of the weight
 
 
 STATE = ("weight", "start", "gated", "num_outputs")  # what is kept of a layer
+
+
+class Product(NamedTuple):
+    """What `multiply_bfloat16` is told. Addresses are those of the first number; strides are bytes from row to row."""
+
+    weight: int
+    inputs: int
+    inputs_stride: int
+    start: int  # address of what sums start at
+    results: int
+    results_stride: int
+    words: int  # of a row's inputs: pairs
+    blocks: int  # of results
+    gated: int  # 1 if blocks of outputs come in pairs, else 0
+
+
+PRODUCT_BYTES, product_at = record(Product).itemsize, record_at(Product)
 
 
 class PackedLinear(nn.Module):
@@ -49,8 +66,6 @@ class PackedLinear(nn.Module):
         weight, bias: bfloat16[outputs, inputs], and [outputs] or None.
         gated: blocks of outputs come in pairs, g and u, and the layer gives silu(g) * u: half as many.
     """
-
-    RESULT = 4  # where the results' address is in `call`
 
     @property
     def num_inputs(self) -> int:
@@ -107,14 +122,17 @@ class PackedLinear(nn.Module):
         expect("a linear layer", weight.shape[1] > 0, holds(start, len(weight), gated, outputs))
         return layer
 
-    def call(self, inputs: int, stride: int, result: int) -> list[int]:
-        """What `multiply_bfloat16` is told, with inputs at this address, so many bytes a row, and such results."""
-        outputs, steps = len(self.start) >> self.gated, self.weight.shape[1]
+    def call(self, inputs: int, stride: int, results: int) -> Product:
+        """What `multiply_bfloat16` is told, with inputs and results at these addresses; ``stride``: bytes of a row."""
+        outputs, words = len(self.start) >> self.gated, self.weight.shape[1]
         weight, start = checked_once(self, lambda: (
-            address(self.weight, torch.int32, len(self.start) // BLOCK, steps, BLOCK),
+            address(self.weight, torch.int32, len(self.start) // BLOCK, words, BLOCK),
             address(self.start, torch.float32, (outputs << self.gated) // BLOCK * BLOCK),
         ))  # fmt: skip
-        return [weight, inputs, stride, start, result, 2 * outputs, steps, outputs // BLOCK, self.gated]
+        return Product(
+            weight=weight, inputs=inputs, inputs_stride=stride, start=start, results=results,
+            results_stride=2 * outputs, words=words, blocks=outputs // BLOCK, gated=int(self.gated),
+        )  # fmt: skip
 
 
 class PackedEmbedding(nn.Module):
@@ -258,20 +276,18 @@ def rows_of(x: torch.Tensor, inputs: int) -> torch.Tensor:
 def _bfloat16_worker() -> Any:
     @cfunc(WORKER, cache=True)
     def worker(arguments):
-        call = int64_at(address_of(arguments), 2 + BFLOAT16_CALL)
-        multiply_bfloat16(call[2:], call[0], call[1], address_of(arguments) + 8 * len(call))
+        rows, threads = int64_at(address_of(arguments), 2)
+        call = address_of(arguments) + 16
+        multiply_bfloat16(product_at(call), rows, threads, call + PRODUCT_BYTES)
 
     return worker
 
 
 @numba.njit
-def multiply_bfloat16(call, rows, threads, counter):
-    """One thread's part of a product. The threads take shares of the result's blocks, as ``counter`` tells.
-
-    ``call`` has addresses and strides in bytes of the weight, of the inputs, of what sums start at, of the results;
-    words of inputs, blocks of results, and whether they are gated.
-    """
-    weights, x, x_stride, start, y, y_stride, steps, blocks, gated = call[:BFLOAT16_CALL]
+def multiply_bfloat16(product, rows, threads, counter):
+    """One thread's part of a `Product`. The threads take shares of the result's blocks, as ``counter`` tells."""
+    weights, start, steps, blocks, gated = product.weight, product.start, product.words, product.blocks, product.gated
+    x, x_stride, y, y_stride = product.inputs, product.inputs_stride, product.results, product.results_stride
     sums = np.empty((1 + gated, rows, BLOCK), np.float32)
     share = max(1, blocks // (CHUNKS * threads))
     while True:

@@ -9,7 +9,7 @@ import torch
 
 from tokentree.engines.base import KEPT
 from tokentree.engines.cpu.llama import Llama
-from tokentree.engines.cpu.steps import BEST, Behind, RotaryTable, Steps
+from tokentree.engines.cpu.steps import Behind, RotaryTable, Step, Steps
 from tokentree.engines.segment import Segment, Upto, end_of
 from tokentree.tree import Ints
 
@@ -59,8 +59,7 @@ class Program(Steps):
         whole = last if rows == len(ids) else self._up_to_kv if upto == "kv" else before_head
         if rows:
             values, tokens = (torch.empty(rows, self._kept, dtype=kind) for kind in (torch.float32, torch.int64))
-            self._steps[-2, 1 + self._head.RESULT] = self._steps[-1, 1] = logits.data_ptr()
-            self._steps[-1, 5:7] = values.data_ptr(), tokens.data_ptr()
+            self.write_to(logits, values, tokens)
             self.best = values.numpy(), tokens.numpy()
         cos, sin, places = self._rotary.at(positions, end_of(segments))
         self.run(whole, segments, (cos, sin, places), ids)
@@ -68,8 +67,8 @@ class Program(Steps):
             self.run(last, [one for one in segments if one.start < rows], (cos, sin, places[:rows]), first=before_head)
         return logits if logits.shape[1] == self._head.num_outputs else logits[:, : self._head.num_outputs].contiguous()
 
-    def build(self) -> list[list[int]]:
-        llama, hidden, steps, update = self.llama, self._hidden_size, list[list[int]](), None
+    def build(self) -> list[Step]:
+        llama, hidden, steps, update = self.llama, self._hidden_size, list[Step](), None
         at = self.rows_of_a_layer(hidden, self._inner_size, llama.layers[0].attention)
         steps += self.embed(llama.embedding, at.residual)
         self.states = torch.empty(len(self._places), self._capacity, hidden, dtype=torch.bfloat16)
@@ -85,9 +84,8 @@ class Program(Steps):
             update = at.added
         steps += self.norm(llama.norm, at.residual, at.normed, self._head, update)
         steps += self._keep(len(llama.layers), at.normed)
-        steps += self.multiply(self._head, at.normed, None)
-        return [*steps, [BEST, 0, len(self._head.start), self._head.num_outputs, self._kept, 0, 0, 0]]
+        return steps + self.output(self._head, at.normed, self._kept)
 
-    def _keep(self, place: int, x: torch.Tensor) -> list[list[int]]:
+    def _keep(self, place: int, x: torch.Tensor) -> list[Step]:
         """Keeps ``x``, if it is one of the hidden states that are asked for."""
         return self.copy(x, self.states[self._places.index(place)]) if place in self._places else []

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -27,6 +27,7 @@ from tokentree.engines.cpu.linear import (
 )
 from tokentree.jit import cfunc, njit
 from tokentree.kernels import rowwise as each
+from tokentree.kernels.records import record, record_at
 from tokentree.kernels.threads import WORKER, address, address_of, claim, float32_at, int64_at, keep, num_threads, run
 from tokentree.kernels.tile import BLOCK, CHUNKS
 from tokentree.kernels.tile_quantized import WIDE, tile_int4, tile_int8
@@ -36,7 +37,27 @@ INPUTS = torch.int16 if WIDE else torch.int8  # what it takes of x
 GROUP = 64  # inputs that share a scale where nothing else is given
 AT_ONCE = 8192  # outputs that are packed at a time
 STRETCH = 32  # groups that all rows meet before the next ones, so that these stay in the cache
-CALL = 12  # integers that describe a product
+
+
+class QuantizedProduct(NamedTuple):
+    """What a product on few bits is told. Addresses are those of the first number; strides are bytes from row to
+    row."""
+
+    weight: int
+    inputs: int
+    inputs_stride: int
+    results: int
+    results_stride: int
+    groups: int
+    words: int  # of a weight in a group
+    blocks: int  # of results
+    gated: int  # 1 if blocks of outputs come in pairs, else 0
+    scales: int  # addresses of the inputs' scales and totals, float32[rows, groups]
+    totals: int
+    start: int  # address of what sums start at
+
+
+PRODUCT_BYTES, product_at = record(QuantizedProduct).itemsize, record_at(QuantizedProduct)
 
 
 @dataclass(frozen=True)
@@ -98,8 +119,6 @@ class QuantizedLinear(nn.Module):
         bias, gated: as for `PackedLinear`.
         num_inputs: where the groups hold more than that.
     """
-
-    RESULT = 3  # where the results' address is in `call`
 
     def __init__(
         self, weight: Groups | torch.Tensor, bias: torch.Tensor | None, gated: bool = False,
@@ -173,7 +192,7 @@ class QuantizedLinear(nn.Module):
         expect("a linear layer", holds(start, len(weight), gated, outputs))
         return restored(cls, state)
 
-    def call(self, inputs: int, scales: int, totals: int, result: int) -> list[int]:
+    def call(self, inputs: int, scales: int, totals: int, results: int) -> QuantizedProduct:
         """What a product is told, with these addresses."""
         outputs, words = len(self.start) >> self.gated, self.group * self.bits // 32
         size = 4 * (words + 1) * BLOCK  # of a strip: its words, then scales and least weights
@@ -181,10 +200,11 @@ class QuantizedLinear(nn.Module):
             address(self.weight, torch.uint8, len(self.start) // BLOCK, self.groups, size),
             address(self.start, torch.float32, (outputs << self.gated) // BLOCK * BLOCK),
         ))  # fmt: skip
-        return [
-            weight, inputs, self.groups * self.group * INPUTS.itemsize, result, 2 * outputs,
-            self.groups, words, outputs // BLOCK, self.gated, scales, totals, start,
-        ]  # fmt: skip
+        return QuantizedProduct(
+            weight=weight, inputs=inputs, inputs_stride=self.groups * self.group * INPUTS.itemsize, results=results,
+            results_stride=2 * outputs, groups=self.groups, words=words, blocks=outputs // BLOCK,
+            gated=int(self.gated), scales=scales, totals=totals, start=start,
+        )  # fmt: skip
 
 
 def draft_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
@@ -200,8 +220,9 @@ def draft_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
 def _int8_worker() -> Any:
     @cfunc(WORKER, cache=True)
     def worker(arguments):
-        call = int64_at(address_of(arguments), 2 + CALL)
-        multiply_int8(call[2:], call[0], call[1], address_of(arguments) + 8 * len(call))
+        rows, threads = int64_at(address_of(arguments), 2)
+        call = address_of(arguments) + 16
+        multiply_int8(product_at(call), rows, threads, call + PRODUCT_BYTES)
 
     return worker
 
@@ -210,22 +231,21 @@ def _int8_worker() -> Any:
 def _int4_worker() -> Any:
     @cfunc(WORKER, cache=True)
     def worker(arguments):
-        call = int64_at(address_of(arguments), 2 + CALL)
-        multiply_int4(call[2:], call[0], call[1], address_of(arguments) + 8 * len(call))
+        rows, threads = int64_at(address_of(arguments), 2)
+        call = address_of(arguments) + 16
+        multiply_int4(product_at(call), rows, threads, call + PRODUCT_BYTES)
 
     return worker
 
 
 def _multiply(tile):
     @numba.njit
-    def multiply(call, rows, threads, counter):
-        """One thread's part of a product. The threads take shares of the result's blocks, as ``counter`` tells.
-
-        ``call`` has the address of the weight, address and stride in bytes of the inputs and of the results; groups,
-        words of a weight in a group, blocks of results, and whether they are gated; the addresses of the inputs'
-        scales and totals, and of the bias.
-        """
-        weights, x, x_stride, y, y_stride, groups, steps, blocks, gated, scales, totals, start = call[:CALL]
+    def multiply(product, rows, threads, counter):
+        """One thread's part of a `QuantizedProduct`. The threads take shares of the result's blocks, as ``counter``
+        tells."""
+        weights, start, groups, steps = product.weight, product.start, product.groups, product.words
+        x, x_stride, y, y_stride = product.inputs, product.inputs_stride, product.results, product.results_stride
+        blocks, gated, scales, totals = product.blocks, product.gated, product.scales, product.totals
         strip = steps * 4 * BLOCK + 4 * BLOCK
         sums = np.empty((1 + gated, rows, BLOCK), np.float32)
         share = max(1, blocks // (CHUNKS * threads))

@@ -59,12 +59,14 @@ class TritonEngine(NotCopied):
     Attributes:
         caveat: see `EngineInfo`.
         pages: the KV of all texts.
+        sizes: numbers of rows that are recorded. A forward is padded to the next one, and the largest is a limit.
 
     Raises:
         ModelError: if the model can't be run so.
     """
 
     attention, execution = "tree", "kernels of our own"
+    sizes: tuple[int, ...] = ROWS
     recorded = traced = False
 
     @neutral()
@@ -81,8 +83,8 @@ class TritonEngine(NotCopied):
         count = 1 + -(-(self._tokens() if tokens is None else tokens) // CHUNK)
         self.pages = Pages(len(w.layers), w.kv_heads, w.head_size, count, TEXTS, most, self.device)
         self._shared = SharedPages(self.pages, prefix_bytes)
-        self._inputs = {rows: Inputs(rows, self.device) for rows in ROWS}
-        self._said = torch.zeros(ROWS[-1], 2 * BEST + 1, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        self._inputs = {rows: Inputs(rows, self.device) for rows in self.sizes}
+        self._said = torch.zeros(self.sizes[-1], 2 * BEST + 1, dtype=torch.int32, pin_memory=self.device.type == "cuda")
         self._places: list[int] = []
         self._texts: dict[int, tuple[Sequence, Text]] = {}
         self._branches: dict[int, tuple[Sequence, list[int]]] = {}
@@ -104,7 +106,7 @@ class TritonEngine(NotCopied):
         return max(self.context, min(KV_TOKENS, int(KV_PART * free) // row))
 
     def _make_forward(self) -> None:
-        self._forward = Forward(self.weights, self.pages, ROWS[-1], self._places)
+        self._forward = Forward(self.weights, self.pages, self.sizes[-1], self._places)
         self._recordings: dict[Size, Recording[None]] = {}
 
     # -- one forward -----------------------------------------------------------------------------------------------
@@ -112,18 +114,18 @@ class TritonEngine(NotCopied):
     def _run(self, pieces: SequenceOf[Piece], head_rows: int) -> None:
         """Computes all ``pieces``, and logits of so many rows."""
         rows = sum(piece.count for piece in pieces)
-        if rows > ROWS[-1]:
-            raise ModelError(f"{rows} rows in one forward, and there may be {ROWS[-1]}")
+        if rows > self.sizes[-1]:
+            raise ModelError(f"{rows} rows in one forward, and there may be {self.sizes[-1]}")
         for piece in pieces:
             self._reserve(piece.text, piece.text.length + len(piece.tree))
         moves = self._moves()
         deepest = max(int(piece.tree.depths.max()) for piece in pieces) + 1
-        fits = next(size for size in ROWS if size >= rows)
+        fits = next(size for size in self.sizes if size >= rows)
         while self._inputs[fits].depth < deepest and any(not piece.tree.is_chain for piece in pieces):
-            fits = next(size for size in ROWS if size > fits)
+            fits = next(size for size in self.sizes if size > fits)
         inputs = self._inputs[fits]
         itemized = inputs.fill(pieces, moves, self.weights.group)
-        head = fits if head_rows and fits <= MANY else next((size for size in ROWS if size >= head_rows > 0), 0)
+        head = fits if head_rows and fits <= MANY else next((size for size in self.sizes if size >= head_rows > 0), 0)
         size = Size(fits, head, fits > MANY or not itemized)
         if not self._records:
             self._forward.run(inputs, size.rows, size.head_rows, size.long)
@@ -167,7 +169,7 @@ class TritonEngine(NotCopied):
             text.moves = text.moves[:0]
 
     def _move(self, moves: Ints) -> None:
-        inputs = self._inputs[ROWS[0]]
+        inputs = self._inputs[self.sizes[0]]
         inputs.fill([], moves, self.weights.group)
         self._forward.move(inputs)
         if self.device.type == "cuda":
@@ -226,9 +228,9 @@ class TritonEngine(NotCopied):
         self._guard.before_forward("logits" if seqs else "kv")
         pieces = [Piece(self._text(seq), tree, first) for seq, tree, first in zip(seqs, trees, firsts, strict=True)]
         starts = np.cumsum([0, *(piece.count for piece in pieces)]).tolist()
-        groups = _groups([piece for piece in pieces if piece.count])
+        groups = _groups([piece for piece in pieces if piece.count], self.sizes[-1])
         rows = sum(piece.count for piece in groups[-1]) if groups else 0
-        prompts = self._prompts(reading, ROWS[-1] - rows)
+        prompts = self._prompts(reading, self.sizes[-1] - rows)
         said = [_copied(self._ask(group)) for group in groups[:-1]]
         said.append(self._ask([*(groups[-1] if groups else []), *prompts], rows))
         for prompt in prompts:
@@ -252,8 +254,8 @@ class TritonEngine(NotCopied):
 
     def _read(self, text: Text, ids: SequenceOf[int]) -> None:
         """Commits rows for ``ids``."""
-        for start in range(0, len(ids), ROWS[-1]):
-            part = ids[start : start + ROWS[-1]]
+        for start in range(0, len(ids), self.sizes[-1]):
+            part = ids[start : start + self.sizes[-1]]
             self._run([Piece(text, TokenTree.chain(part[0], part[1:]))], 0)
             text.length += len(part)
             self._wait()
@@ -439,11 +441,11 @@ class TritonEngine(NotCopied):
             raise ModelError(f"on this device the bits of {self.facts.name}'s rows depend on how many there are")
 
 
-def _groups(pieces: list[Piece]) -> list[list[Piece]]:
-    """Pieces that fit into one forward, and so on, in order."""
-    groups, rows = list[list[Piece]](), ROWS[-1]
+def _groups(pieces: list[Piece], most: int) -> list[list[Piece]]:
+    """Pieces that fit into one forward of ``most`` rows, and so on, in order."""
+    groups, rows = list[list[Piece]](), most
     for piece in pieces:
-        if rows + piece.count > ROWS[-1]:
+        if rows + piece.count > most:
             groups.append([])
             rows = 0
         groups[-1].append(piece)

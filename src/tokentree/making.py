@@ -1,0 +1,74 @@
+"""What an `LLM` is made of, beside its target's engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tokentree.engines.base import Engine, EngineOptions, TransformersEngine
+from tokentree.errors import ModelError
+from tokentree.heads.saved import Fingerprint
+from tokentree.loading import find_tokenizer, load_engine, load_tokenizer
+from tokentree.options import Model, kv_memory
+from tokentree.pairing import check_same_tokenizer
+from tokentree.scheduler import PREFILL_ROWS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def tokenizer_of(model: Model) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a named model, if it has one; of a loaded one, if the place it was loaded from still has it."""
+    if isinstance(model, str | Path):
+        return find_tokenizer(model)
+    try:
+        return load_tokenizer(model.config._name_or_path, local_only=True) if model.config._name_or_path else None
+    except ModelError:  # weights alone, or a place that is gone
+        return None
+
+
+def draft_engines_of(
+    drafts: SequenceOf[Model], tokenizer: PreTrainedTokenizerBase | None, options: EngineOptions
+) -> tuple[tuple[str, TransformersEngine], ...]:
+    """The engine of each draft model, and what it is called in figures.
+
+    Raises:
+        PairingError: if the tokenizer of one isn't the target's ``tokenizer``.
+        ModelError: if one can't be loaded.
+    """
+    engines = list[tuple[str, TransformersEngine]]()
+    for draft in drafts:
+        name = str(draft) if isinstance(draft, str | Path) else draft.config._name_or_path
+        if tokenizer is not None:
+            check_same_tokenizer(tokenizer, tokenizer_of(draft), name)
+        short = short_name(name, [known for known, _ in engines])
+        engines.append((short, load_engine(draft, options)))
+    return tuple(engines)
+
+
+def short_name(name: str, taken: SequenceOf[str]) -> str:
+    """What a draft model is called in figures: the end of its name, numbered where another one is called so too."""
+    short = Path(name).name.removesuffix(".gguf") or "draft_model"
+    alike = sum(known.split(" #")[0] == short for known in taken)
+    return f"{short} #{alike + 1}" if alike else short
+
+
+def fingerprint_of(engine: Engine, tokenizer: PreTrainedTokenizerBase | None, heads: Path | None) -> Fingerprint | None:
+    """What heads must have been made for; None without heads, or for a target that they are no use to."""
+    if heads is None or not isinstance(engine, TransformersEngine):
+        return None
+    return Fingerprint.of(engine.config, tokenizer)
+
+
+def prefill_rows_of(engine: Engine, asked: int | None) -> int:
+    """Rows of prompts in a step: as many as were asked for, or as suit the device."""
+    return asked or (PREFILL_ROWS if engine.info.device.type == "cpu" else 8 * PREFILL_ROWS)
+
+
+def kv_bytes_of(engine: Engine, asked: int | None) -> int | None:
+    """Memory for KV: as much as was asked for, or as there is; no more than the engine has."""
+    info = engine.info
+    if info.kv_bytes is None:
+        return kv_memory(info.device) if asked is None else asked
+    return info.kv_bytes if asked is None else min(asked, info.kv_bytes)
