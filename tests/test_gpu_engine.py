@@ -341,6 +341,18 @@ def test_in_8_bits_the_embedding_stays_and_heads_get_the_output_layer_s_values()
     assert float((got[0].float() - expected).abs().max()) < 0.02 * float(expected.std())
 
 
+def test_in_8_bits_an_engine_may_be_further_off_from_the_model_by_itself_and_not_much_further() -> None:
+    own = {name: told for name, told in own_forward(small(**GROUPS)).items() if name != "exact"}
+    noise = torch.randn(own["logits"].shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    logits, spread = own["logits"].float(), float(own["logits"].float().std())
+    few, many = engine_of(quantization="int8", **GROUPS), engine_of(**GROUPS)
+    few._check_trees({**own, "logits": logits + 0.2 * spread * noise})
+    with pytest.raises(ModelError, match="other logits"):
+        many._check_trees({**own, "logits": logits.bfloat16() + 0.2 * spread * noise.bfloat16()})
+    with pytest.raises(ModelError, match="other logits"):
+        few._check_trees({**own, "logits": logits + 0.5 * spread * noise})
+
+
 def test_a_model_whose_inputs_come_in_no_groups_is_refused_in_8_bits() -> None:
     model = Prepared(small(), False, "int8", None, None)
     with pytest.raises(ModelError, match=r"it has sizes that there is no kernel for in 8 bits$"):
