@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -189,6 +190,30 @@ def test_the_most_probable_tokens_are_those_of_the_logits() -> None:
     assert out.log_sums is not None
     assert np.allclose(out.log_sums, logits.logsumexp(1).numpy(), atol=1e-4)
     engine.release([seq])
+
+
+class PlayedTwice:
+    """What a recording does: it runs once before it is recorded, and again whenever it plays."""
+
+    pool = None
+
+    def __init__(self, run: Callable[[], None], pool: object) -> None:
+        run()
+        self.play = run
+
+
+def test_rows_that_move_are_moved_once_when_a_forward_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokentree.engines.gpu.engine.Recording", PlayedTwice)
+    engine, plain, before = engine_of(), engine_of(), some_tokens(20)
+    engine._records = True
+    seq, tree = request([*before, ROOT]), TokenTree(np.arange(ROOT, ROOT + 7), np.array([-1, 0, 0, 2, 2, 4, 4]))
+    engine.prefill(seq)
+    engine.verify([seq], [tree])
+    engine.commit([seq], [[0, 2, 4, 6]])  # 2 goes to 1, and 4 to where 2 was
+    last = some_tree(7, 3)
+    got = engine.verify([seq], [last]).all_logits.clone()  # the first forward over so many rows
+    tokens = [*before, *tree.tokens[[0, 2, 4, 6]].tolist(), 7]
+    assert torch.equal(verified(plain, request(tokens), last), got)
 
 
 # -- pages -------------------------------------------------------------------------------------------------------------

@@ -439,6 +439,18 @@ class TritonEngine(NotCopied):
             )
         if not torch.equal(crowd, alone):
             raise ModelError(f"on this device the bits of {self.facts.name}'s rows depend on how many there are")
+        if self._records:
+            self._record_trees()
+
+    def _record_trees(self) -> None:
+        """Records forwards over all numbers of rows that one tree has, before any request waits for it."""
+        for rows in (size for size in self.sizes if size <= MANY):
+            text = self.pages.open()
+            try:
+                self._run([Piece(text, TokenTree.chain(0, [0] * (rows - 1)))], rows)
+                self._wait()
+            finally:
+                self.pages.close(text)
 
 
 def _groups(pieces: list[Piece], most: int) -> list[list[Piece]]:
