@@ -189,7 +189,8 @@ class TritonEagle(EagleEngine):
             self._levels[level].fill_level(then, level, WIDTH, self._engine_group)
         self._level_memory.copy()
         self._extend(parts, find=True)
-        self._play(("levels", count, deeper), lambda: self._grow_levels(count, deeper))
+        if deeper:
+            self._play(("levels", count, deeper), lambda: self._grow_levels(count, deeper))
         self._told[:levels].copy_(self._found[:levels], non_blocking=True)
         if self._pages.keys.is_cuda:
             torch.cuda.synchronize(self._pages.keys.device)
