@@ -13,7 +13,8 @@ from typing import Any
 
 CAPABILITIES = (80, 89, 90, 120)
 FEW = 32  # bytes of a thread that may wait in memory, so that more programs fit: what loops use is far more
-MODELS = ("16:smollm2", "16:8b", "16:70b", "16:odd", "8:smollm2", "8:8b", "8:70b")
+SOME = ("16:8b", "16:odd", "8:8b")
+MODELS = {90: (*SOME, "16:smollm2", "16:70b", "8:smollm2", "8:70b")}  # what is tuned for that one; SOME elsewhere
 
 
 def compiled(capability: int) -> list[dict[str, Any]]:
@@ -21,9 +22,8 @@ def compiled(capability: int) -> list[dict[str, Any]]:
     variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     variables["TRITON_DISABLE_LINE_INFO"] = "1"  # compiles faster
     program = str(Path(__file__).with_name("compiled_gpu.py"))
-    done = subprocess.run(
-        [sys.executable, program, str(capability), *MODELS], env=variables, capture_output=True, text=True, check=False
-    )  # fmt: skip
+    command = [sys.executable, program, str(capability), *MODELS.get(capability, SOME)]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -33,6 +33,6 @@ def test_kernels_of_all_sizes_compile_without_spills_within_the_shared_memory_of
         found = dict(zip(CAPABILITIES, pool.map(compiled, CAPABILITIES), strict=True))
     for capability, kernels in found.items():
         assert len({one["kernel"] for one in kernels}) == 16
-        assert len(kernels) > 100
+        assert len(kernels) > 40
         assert not [one for one in kernels if one["spilled"] > FEW], capability
         assert not [one for one in kernels if one["shared"] > one["most"]], capability

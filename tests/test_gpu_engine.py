@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -191,6 +192,30 @@ def test_the_most_probable_tokens_are_those_of_the_logits() -> None:
     engine.release([seq])
 
 
+class PlayedTwice:
+    """What a recording does: it runs once before it is recorded, and again whenever it plays."""
+
+    pool = None
+
+    def __init__(self, run: Callable[[], None], pool: object) -> None:
+        run()
+        self.play = run
+
+
+def test_rows_that_move_are_moved_once_when_a_forward_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokentree.engines.gpu.engine.Recording", PlayedTwice)
+    engine, plain, before = engine_of(), engine_of(), some_tokens(20)
+    engine._records = True
+    seq, tree = request([*before, ROOT]), TokenTree(np.arange(ROOT, ROOT + 7), np.array([-1, 0, 0, 2, 2, 4, 4]))
+    engine.prefill(seq)
+    engine.verify([seq], [tree])
+    engine.commit([seq], [[0, 2, 4, 6]])  # 2 goes to 1, and 4 to where 2 was
+    last = some_tree(7, 3)
+    got = engine.verify([seq], [last]).all_logits.clone()  # the first forward over so many rows
+    tokens = [*before, *tree.tokens[[0, 2, 4, 6]].tolist(), 7]
+    assert torch.equal(verified(plain, request(tokens), last), got)
+
+
 # -- pages -------------------------------------------------------------------------------------------------------------
 
 
@@ -339,6 +364,18 @@ def test_in_8_bits_the_embedding_stays_and_heads_get_the_output_layer_s_values()
     engine.commit([seq], [[0]])
     expected = features.output_layer(engine.hidden(seq)[-1]).float()
     assert float((got[0].float() - expected).abs().max()) < 0.02 * float(expected.std())
+
+
+def test_in_8_bits_an_engine_may_be_further_off_from_the_model_by_itself_and_not_much_further() -> None:
+    own = {name: told for name, told in own_forward(small(**GROUPS)).items() if name != "exact"}
+    noise = torch.randn(own["logits"].shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    logits, spread = own["logits"].float(), float(own["logits"].float().std())
+    few, many = engine_of(quantization="int8", **GROUPS), engine_of(**GROUPS)
+    few._check_trees({**own, "logits": logits + 0.2 * spread * noise})
+    with pytest.raises(ModelError, match="other logits"):
+        many._check_trees({**own, "logits": logits.bfloat16() + 0.2 * spread * noise.bfloat16()})
+    with pytest.raises(ModelError, match="other logits"):
+        few._check_trees({**own, "logits": logits + 0.5 * spread * noise})
 
 
 def test_a_model_whose_inputs_come_in_no_groups_is_refused_in_8_bits() -> None:

@@ -93,7 +93,7 @@ DtypeOption = Annotated[
 QuantizationOption = Annotated[
     str | None,
     typer.Option(
-        help="CPUs: linear layers in 8 bits (int8), or in those of the GGUF file (gguf). Both lossy against bfloat16.",
+        help="Linear layers in 8 bits (int8), or on CPUs in the GGUF file's (gguf). Both lossy against bfloat16.",
         rich_help_panel=MODEL,
     ),
 ]

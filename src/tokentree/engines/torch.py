@@ -35,10 +35,11 @@ def TorchEngine(
             batch and any tree; ``"sdpa"`` (default elsewhere) lets the model attend by itself under a dense mask.
         owns_model: nobody else uses ``model``, so its weights may be dropped once they are packed.
         prefix_bytes: KV of finished sequences that is kept for texts that begin alike, in bytes.
-        quantization: None, or ``"int8"``: weights in 8 bits with a scale for each output and 64 inputs, and inputs of
-            linear layers in 8 bits with a scale for each row and 64 of them. Lossy against the model as it came; trees
-            remain lossless to the quantised model. Or ``"gguf"``: weights as ``file`` has them, in 4 bits where it has
-            them in 4, else in 8, and inputs in 8; lossy against the file's weights in bfloat16 in the same sense.
+        quantization: None, or ``"int8"``: weights in 8 bits with a scale for each output and 64 inputs. On CPUs, inputs
+            of linear layers are in 8 bits too, with a scale for each row and 64 of them; on GPUs, where kernels of our
+            own run the model or nothing does, they stay bfloat16. Lossy against the model as it came; trees remain
+            lossless to the quantised model. Or ``"gguf"``, on CPUs: weights as ``file`` has them, in 4 bits where it
+            has them in 4, else in 8, and inputs in 8; lossy against the file's weights in bfloat16 in the same sense.
         file: the GGUF file that ``model`` was loaded from.
         kept: where its packed weights are, or are put.
         compile: compile the whole forward, where it isn't one compiled call anyway (`ProgramEngine`), as a `Graph`,

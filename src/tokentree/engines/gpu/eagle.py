@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 WIDTH = BEST  # nodes of a level that go on, and children of each that are found
 LEVELS = 8  # of a draft, at most
+DEEPER = (0, 2, 4, LEVELS)  # numbers of levels below the first that are recorded
 TEXTS = (1, 2, 4, 8)  # numbers of texts that are recorded
 EXTENDED = (1, 2, 4, 8, 16, 32, 64)  # numbers of rows that extend them
 ITEMS = 512  # of attention in a level
@@ -181,7 +182,8 @@ class TritonEagle(EagleEngine):
         for text, seq in zip(texts, seqs, strict=True):
             self._read_up_to(seq, text, MANY // len(seqs))
         parts = list(zip(seqs, texts, strict=True))
-        count, deeper = next(size for size in TEXTS if size >= len(seqs)), levels - 1
+        count = next(size for size in TEXTS if size >= len(seqs))
+        deeper = next(size for size in DEEPER if size >= levels - 1)  # few recordings serve all
         then = [(text, self._reserve(seq, text)) for seq, text in parts]
         for level in range(deeper):
             self._levels[level].fill_level(then, level, WIDTH, self._engine_group)

@@ -53,6 +53,8 @@ class TritonEngine(NotCopied):
             taken in 8 bits if it says so, which is lossy; trees are lossless to the model in 8 bits.
         prefix_bytes: KV of finished texts that is kept for texts that begin alike, in bytes.
         tokens: of all texts, that there is room for in KV; by default as many as memory allows, up to 262,144.
+        drops: whether weights are dropped from an owned model while they are copied: no other engine can be made of it
+            then.
 
     Attributes:
         caveat: see `EngineInfo`.
@@ -68,13 +70,15 @@ class TritonEngine(NotCopied):
     recorded = traced = False
 
     @neutral()
-    def __init__(self, prepared: Prepared, prefix_bytes: int = 0, tokens: int | None = None) -> None:
+    def __init__(
+        self, prepared: Prepared, prefix_bytes: int = 0, tokens: int | None = None, drops: bool = False
+    ) -> None:  # fmt: skip
         if reason := prepared.without_kernels:
             raise ModelError(f"no kernels of ours run {prepared.name}: {reason}")
         self.lock, self._guard, self.caveat = Exclusive(), prepared.guard, ""
         self.facts, self.config, self.quantization = prepared.facts, prepared.config, prepared.quantization
         self.context, self.device, self.dtype = self.facts.context, prepared.device, prepared.dtype
-        self.weights = w = read(prepared.copy, self.context, prepared.owned, self.quantization is not None)
+        self.weights = w = read(prepared.copy, self.context, drops and prepared.owned, self.quantization is not None)
         self.vocab_size, most = w.vocab_size, -(-self.context // CHUNK)
         count = 1 + -(-(self._tokens() if tokens is None else tokens) // CHUNK)
         self.pages = Pages(len(w.layers), w.kv_heads, w.head_size, count, TEXTS, most, self.device)
@@ -84,12 +88,13 @@ class TritonEngine(NotCopied):
         self._places: list[int] = []
         self._texts: dict[int, tuple[Sequence, Text]] = {}
         self._branches: dict[int, tuple[Sequence, list[int]]] = {}
+        self._records = self.device.type == "cuda"
         self._make_forward()
 
     @classmethod
     def of(cls, prepared: Prepared, plan: EnginePlan, prefix_bytes: int) -> Self:
         """As ``plan`` has it."""
-        return cls(prepared, prefix_bytes)
+        return cls(prepared, prefix_bytes, drops=plan.otherwise is None)
 
     def _tokens(self) -> int:
         """Room for KV by default."""
@@ -122,10 +127,12 @@ class TritonEngine(NotCopied):
         itemized = inputs.fill(pieces, moves, self.weights.group)
         head = fits if head_rows and fits <= MANY else next((size for size in self.sizes if size >= head_rows > 0), 0)
         size = Size(fits, head, fits > MANY or not itemized)
-        if self.device.type != "cuda":
+        if not self._records:
             self._forward.run(inputs, size.rows, size.head_rows, size.long)
             return
-        if size not in self._recordings:
+        if size not in self._recordings:  # it runs before it is recorded, and what moved once must not move again
+            self._forward.move(inputs)
+            inputs.device["num_moves"].zero_()
             pool = next((one.pool for one in self._recordings.values()), None)
             self._recordings[size] = Recording(
                 lambda: self._forward.run(inputs, size.rows, size.head_rows, size.long), pool
@@ -432,6 +439,18 @@ class TritonEngine(NotCopied):
             )
         if not torch.equal(crowd, alone):
             raise ModelError(f"on this device the bits of {self.facts.name}'s rows depend on how many there are")
+        if self._records:
+            self._record_trees()
+
+    def _record_trees(self) -> None:
+        """Records forwards over all numbers of rows that one tree has, before any request waits for it."""
+        for rows in (size for size in self.sizes if size <= MANY):
+            text = self.pages.open()
+            try:
+                self._run([Piece(text, TokenTree.chain(0, [0] * (rows - 1)))], rows)
+                self._wait()
+            finally:
+                self.pages.close(text)
 
 
 def _groups(pieces: list[Piece], most: int) -> list[list[Piece]]:

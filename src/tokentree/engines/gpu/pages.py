@@ -31,6 +31,7 @@ class Pages:
         keys, values: [layers, pages, KV heads, CHUNK, head size].
         states: [hidden states kept, pages x CHUNK, hidden size].
         tables: int32[texts, table_width], the pages of each text.
+        page_nbytes: memory of one page in all layers, in bytes.
     """
 
     def __init__(
@@ -42,14 +43,13 @@ class Pages:
         self.values = torch.zeros(shape, dtype=torch.bfloat16, device=device)
         self.states = torch.zeros(0, count * CHUNK, 0, dtype=torch.bfloat16, device=device)
         self.tables = torch.zeros(texts, table_width, dtype=torch.int32, device=device)
+        self.page_nbytes = self._nbytes_of_a_page()
         self._references = np.zeros(count, np.int64)
         self._references[NOBODY] = 1
         self._free = deque(range(1, count))
         self._rows = deque(range(texts))
 
-    @property
-    def page_nbytes(self) -> int:
-        """Memory of one page in all layers, in bytes."""
+    def _nbytes_of_a_page(self) -> int:
         parts = (self.keys[:, 0], self.values[:, 0], self.states[:, :CHUNK])
         return sum(part.numel() * part.element_size() for part in parts)
 
@@ -67,6 +67,7 @@ class Pages:
         """From now on each row has so many hidden states of so many numbers too."""
         rows = self.states.shape[1]
         self.states = torch.zeros(count, rows, width, dtype=torch.bfloat16, device=self.states.device)
+        self.page_nbytes = self._nbytes_of_a_page()
 
     def open(self) -> Text:
         """A text without pages.

@@ -15,6 +15,7 @@ MANY = 64  # rows from which on reading weights takes less time than computing
 LONG = 4096  # inputs of a sum
 GROUP = 64  # inputs that share a scale, and fewest columns of a matrix instruction's first operand
 BUSY = 192  # programs with weights of 8 bits that keep a GPU busy: reading as many bytes, they compute twice as much
+CROWD = 512  # programs of which several share a multiprocessor, if each takes little of its memory
 SHARED = 227 * 1024  # bytes that a program may have on an H100
 
 
@@ -86,7 +87,8 @@ def _fastest_in_8_bits(rows: int, columns: int, width: int, most_columns: int) -
         return Tile(parts, True, 128, min(most_columns, 128), GROUP, 8, 4)
     height = next(size for size in (16, 32, 64) if size >= rows)
     wide = min(most_columns, 128 if height == 64 and columns >= 128 * ENOUGH else 64)
-    return Tile(parts, True, height, wide, inputs, 8 if wide == 128 else 4, 8 if height == 16 else 4, parts > 1)
+    stages = 8 if height == 16 and columns * parts < CROWD * GROUP else 4  # many programs load ahead for one another
+    return Tile(parts, True, height, wide, inputs, 8 if wide == 128 else 4, stages, parts > 1)
 
 
 def parts_of(columns: int, width: int, bits: int = 16) -> int:
