@@ -201,11 +201,11 @@ class LLM:
 
     @property
     def eos_ids(self) -> frozenset[int]:
-        """The tokens that end a text, as in transformers' ``generate``: those of the model's generation configuration.
-        What a loaded model's is changed to holds for the requests that come later.
+        """The tokens that end a text: those of the model's generation configuration, as in transformers' ``generate``.
+        A change of a loaded model's configuration applies to later requests.
 
         Raises:
-            ModelError: if it names something else there.
+            ModelError: if the generation configuration names something that isn't a token.
         """
         ends, vocab_size = self.engine.info.ends, self.engine.vocab_size
         return frozenset(token for token in ends if 0 <= token < vocab_size)  # some write -1 for none

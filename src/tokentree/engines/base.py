@@ -198,11 +198,11 @@ class EngineInfo:
 
 
 class NotCopied:
-    """What is neither copied nor sent to another process: compiled loops and recordings hold addresses of what an
-    engine has."""
+    """Objects of subclasses can't be copied or pickled, because compiled loops and recordings hold addresses of their
+    memory."""
 
     def __reduce__(self) -> NoReturn:
-        """It can't be.
+        """Refuses to copy or pickle.
 
         Raises:
             ModelError: always.
@@ -233,13 +233,13 @@ class DraftEngine(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class DraftLevels:
-    """A draft that grew without its drafter: levels of at most W nodes with W candidates each.
+    """A draft that an engine has grown by itself. A level has at most W parents with W candidates each.
 
     Args:
-        tokens, log_probs: int64 and float32[levels, W, W], of each level's parents the most probable tokens, best
-            first, and their log-probabilities. The first level has one parent, the root.
-        chosen: int64[levels, W], the candidates of a level that are the next one's parents, by their numbers in the
-            flattened level; without meaning in the last.
+        tokens, log_probs: int64 and float32[levels, W, W], the most probable tokens after each parent, best first, and
+            their log-probabilities. The first level has one parent, the root.
+        chosen: int64[levels, W], the candidates that are the parents of the next level, as indices into the flattened
+            level. The last level's entries have no meaning.
     """
 
     tokens: Ints
@@ -249,10 +249,10 @@ class DraftLevels:
 
 @runtime_checkable
 class GrowsDrafts(DraftEngine, Protocol):
-    """An engine that grows whole drafts by itself, on its device."""
+    """A draft engine that grows whole drafts on its device."""
 
     def grow(self, seqs: SequenceOf[Sequence], levels: int) -> list[DraftLevels] | None:
-        """So many levels below the last token of each of ``seqs``; None if there are too many of them."""
+        """A draft of so many levels below the last token of each of ``seqs``. None if there are too many sequences."""
         ...
 
 
@@ -399,10 +399,11 @@ class TransformersEngine(HeadEngines, Branches, Protocol):
 
     @property
     def ends(self) -> list[int]:
-        """The tokens at which transformers' ``generate`` ends a text of the model. A loaded one is asked each time.
+        """The tokens at which transformers' ``generate`` ends a text of the model. They are read from a loaded model at
+        each call.
 
         Raises:
-            ModelError: if it names something else there.
+            ModelError: if the generation configuration names something that isn't a token.
         """
         ...
 
