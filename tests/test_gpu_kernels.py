@@ -227,8 +227,8 @@ class Attention:
         self.pages.keys.copy_(some(*self.pages.keys.shape, seed=1))
         self.pages.values.copy_(some(*self.pages.values.shape, seed=2))
         items = MOST_ITEMS * KV_HEADS * 16
-        self.sums = torch.empty(items, HEAD, device=DEVICE)
-        self.bests, self.totals = torch.empty(items, device=DEVICE), torch.empty(items, device=DEVICE)
+        self.sums = torch.zeros(items, HEAD, device=DEVICE)
+        self.bests, self.totals = torch.zeros(items, device=DEVICE), torch.zeros(items, device=DEVICE)
         self.counters = torch.zeros(256, dtype=torch.int32, device=DEVICE)
 
     def text(self, length: int) -> Text:

@@ -74,8 +74,8 @@ class Forward:
         self._partial = empty(parts if parts > 1 else 0, MANY, width, dtype=torch.float32)
         self._counters = torch.zeros(4096, dtype=torch.int32, device=device)
         sums = MOST_ITEMS * w.kv_heads * TILE
-        self._sums = empty(sums, w.head_size, dtype=torch.float32)
-        self._bests, self._totals = empty(sums, dtype=torch.float32), empty(sums, dtype=torch.float32)
+        self._sums = torch.zeros(sums, w.head_size, device=device)  # what no row has is joined too, and dropped
+        self._bests, self._totals = torch.zeros(sums, device=device), torch.zeros(sums, device=device)
         self._blocks = -(-w.vocab_size // BLOCK)
         self.logits = empty(most_rows, w.vocab_size)
         self.best = empty(most_rows, 2 * BEST + 1, dtype=torch.int32)
