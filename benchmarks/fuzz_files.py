@@ -196,8 +196,6 @@ def _eagle(version: int) -> Callable[[Path], Files]:
         from tokentree.heads.saved import About
 
         head = some_head(version, 40 if version == 3 else None, hidden_size=64, vocab_size=300)
-        if head.token_map is not None:
-            head.token_map = head.token_map * 2
         write_eagle(head, folder, "tiny", about=About(taps=list(head.sizes.taps)))
         options = {**_both(folder), "drafter": "eagle"}
         plain = _texts(**{**options, "drafter": "none"})

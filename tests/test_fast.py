@@ -12,7 +12,8 @@ TESTS = {
     name: {f"{name}::{part.name}" for part in tree.body if isinstance(part, ast.FunctionDef) and "test_" in part.name}
     for name, tree in FILES.items()
 }
-WHOLE = {"test_train_interrupted.py", "test_train_processes.py"}  # processes that train, and nothing else
+# processes that train, read damaged files, or compile, and nothing else
+WHOLE = {"test_fuzz.py", "test_gpu_compiled.py", "test_train_interrupted.py", "test_train_processes.py"}
 
 
 def test_all_that_is_left_out_is_there() -> None:
