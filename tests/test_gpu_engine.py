@@ -303,6 +303,20 @@ def test_hidden_states_are_transformers_and_those_of_accepted_nodes_lie_in_order
     assert torch.equal(whole, torch.cat([engine.hidden(seq, place) for place in places], 1))
 
 
+def test_a_gpu_on_which_kernels_fail_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = Prepared(small("llama"), False, None, None, None)
+    prepared.ask("sdpa")
+    engine = TritonEngine(prepared, tokens=500)
+
+    def fail(*given: object) -> None:
+        raise TritonError("out of resource: shared memory\nand more")
+
+    monkeypatch.setattr(engine._forward, "run", fail)
+    with pytest.raises(ModelError, match="can't be run here: out of resource: shared memory$"):
+        engine._check_trees(prepared.own)
+    engine.check()
+
+
 def test_a_model_with_no_kernels_is_refused_with_the_reason() -> None:
     model = Prepared(small("llama").float(), False, None, None, None)
     model.own = own_forward(model.copy)

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 FEW_BITS = (torch.bfloat16, torch.float16)  # what numbers are rounded to, so that an engine can't be compared exactly
 
+OLDEST = (8, 0)  # compute capability of the first GPUs that multiply bfloat16
+
 Shapes = tuple[tuple[int, int, int], ...]  # of the KV of each layer: heads, key width, value width
 
 
@@ -111,6 +113,8 @@ class Prepared:
             return "triton isn't installed: pip install 'tokentree[gpu]'"
         if ForeignCode.of(self._model).at:
             return "there is code in it that isn't its class's own"
+        if self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) < OLDEST:
+            return "this GPU multiplies no bfloat16"
         from tokentree.engines.gpu.weights import unfit  # needs triton
 
         return unfit(self._model, self.quantization is not None)

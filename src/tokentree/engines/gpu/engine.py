@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from triton.errors import TritonError
 
 from tokentree.engines.base import DraftEngine, EngineInfo, Features, NotCopied, TargetOutput
 from tokentree.engines.cpu.quantized import draft_linear
@@ -413,8 +414,11 @@ class TritonEngine(NotCopied):
 
         def said(nodes: list[int], parents: list[int]) -> torch.Tensor:
             tree = TokenTree(np.array(nodes), np.array(parents))
-            self._run([Piece(text, tree)], len(tree))
-            self._wait()
+            try:
+                self._run([Piece(text, tree)], len(tree))
+                self._wait()
+            except (RuntimeError, TritonError) as error:  # this GPU, or this version of Triton, can't
+                raise ModelError(f"kernels of our own can't be run here: {_first_line(error)}") from error
             return self._forward.logits[: len(tree)].float()
 
         def keep(logits: torch.Tensor, path: list[int]) -> None:
@@ -451,6 +455,11 @@ class TritonEngine(NotCopied):
                 self._wait()
             finally:
                 self.pages.close(text)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _groups(pieces: list[Piece], most: int) -> list[list[Piece]]:
