@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
+from triton.errors import TritonError
 
 from tests.conftest import decode
 from tests.test_engine import of_transformers
@@ -312,7 +313,7 @@ def test_a_gpu_on_which_kernels_fail_is_told_in_a_sentence(monkeypatch: pytest.M
         raise TritonError("out of resource: shared memory\nand more")
 
     monkeypatch.setattr(engine._forward, "run", fail)
-    with pytest.raises(ModelError, match="can't be run here: out of resource: shared memory$"):
+    with pytest.raises(ModelError, match=r"can't be run here: out of resource: shared memory$"):
         engine._check_trees(prepared.own)
     engine.check()
 
