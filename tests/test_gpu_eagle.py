@@ -86,6 +86,40 @@ def test_a_draft_is_the_same_in_a_batch_and_behind_any_history() -> None:
     assert np.array_equal(alone[0].chosen[:-1], batch[1].chosen[:-1])
 
 
+def test_a_draft_is_the_same_where_a_program_has_all_chunks_of_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, head = engine_of(), head_of()
+    drafts = []
+    for items in (512, 9):  # more than that are needed for the levels of one text
+        monkeypatch.setattr("tokentree.engines.gpu.eagle.ITEMS", items)
+        own = engine.head_engine(head)
+        assert isinstance(own, GrowsDrafts)
+        seq = begun(engine, some_tokens(140))
+        drafts.append(own.grow([seq], 3))
+        own.release([seq])
+        engine.release([seq])
+    one, other = drafts
+    assert one is not None
+    assert other is not None
+    assert np.array_equal(one[0].tokens, other[0].tokens)
+    assert np.array_equal(one[0].log_probs, other[0].log_probs)
+
+
+def test_where_pages_are_short_nothing_is_drafted_and_texts_go_on_up_to_the_context() -> None:
+    engine = engine_of()
+    drafter = Eagle(head_of(), engine)
+    own = drafter._engine
+    assert isinstance(own, TritonEagle)
+    seq = begun(engine, some_tokens(20))
+    free, own._pages._free = own._pages._free, type(own._pages._free)()
+    assert own.grow([seq], 3) is None
+    own._pages._free = free
+    assert own.grow([seq], 3) is not None
+    ids = some_tokens(engine.context - 6)
+    expected = decode(engine, [request(ids)])[0]
+    assert len(expected) == 6
+    assert decode(engine, [request(ids)], drafter, "dynamic:nodes=60,depth=9,top_k=8")[0] == expected
+
+
 def test_texts_are_plain_s_alone_and_in_a_batch() -> None:
     engine = engine_of()
     drafter = Eagle(head_of(), engine)
@@ -96,6 +130,13 @@ def test_texts_are_plain_s_alone_and_in_a_batch() -> None:
     expected = [decode(engine, [seq])[0] for seq in texts()]
     assert decode(engine, texts(), drafter) == expected
     assert decode(engine, texts()[:1], drafter) == expected[:1]
+    engine.check()
+
+
+def test_rejection_draws_level_by_level_in_torch() -> None:
+    engine = engine_of()
+    seq = request(some_tokens(9), max_tokens=4, temperature=1.0, seed=1)
+    assert len(decode(engine, [seq], Eagle(head_of(), engine), accept="rejection")[0]) == 4
     engine.check()
 
 

@@ -15,7 +15,7 @@ from triton.errors import TritonError
 
 from tests.conftest import decode
 from tests.test_engine import of_transformers
-from tests.tiny_models import request, some_tokens, some_tree
+from tests.tiny_models import CONTEXT, request, some_tokens, some_tree
 from tests.triton_here import DEVICE, FAMILIES, small
 from tokentree.drafters.lookup.ngram import NGram
 from tokentree.drafters.lookup.recycling import Recycling
@@ -256,6 +256,30 @@ def test_what_is_kept_gives_way_to_texts_and_a_full_engine_says_so() -> None:
     engine.release([seq, more])
     engine.prefill(more)
     engine.check()
+
+
+def test_what_is_kept_gives_way_though_live_texts_have_the_oldest_of_it_too() -> None:
+    engine = engine_of(prefix_bytes=1 << 30, tokens=4 * CHUNK)
+    first, second = ([*some_tokens(CHUNK + 2, seed=seed), ROOT] for seed in (1, 2))
+    for ids in (first, second):
+        seq = request(ids)
+        engine.prefill(seq)
+        engine.release([seq])
+    live = request(first)
+    assert engine.begin(live) == CHUNK  # so forgetting that page frees none
+    again = request(second)
+    engine.begin(again)  # used later than the first
+    engine.release([again])
+    more = request([*some_tokens(2 * CHUNK + 2, seed=3), ROOT])
+    engine.prefill(more)
+    engine.check()
+
+
+def test_a_tree_may_reach_beyond_the_context_s_rows() -> None:
+    engine, ids = engine_of(), some_tokens(CONTEXT - 3)
+    tree = TokenTree(np.arange(70), np.array([-1, *([0] * 34), *range(1, 36)]))
+    got = verified(engine, request([*ids, 0]), tree)  # its rows need a page more than the context has
+    assert torch.equal(alone(engine, ids, tree, path_to(tree, 69)), got[path_to(tree, 69)])
 
 
 def test_damaged_counts_are_found() -> None:

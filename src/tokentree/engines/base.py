@@ -252,7 +252,8 @@ class GrowsDrafts(DraftEngine, Protocol):
     """A draft engine that grows whole drafts on its device."""
 
     def grow(self, seqs: SequenceOf[Sequence], levels: int) -> list[DraftLevels] | None:
-        """A draft of so many levels below the last token of each of ``seqs``. None if there are too many sequences."""
+        """A draft of so many levels below the last token of each of ``seqs``. None if there are too many sequences, or
+        no memory is left for their rows."""
         ...
 
 

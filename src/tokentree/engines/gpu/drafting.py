@@ -44,7 +44,7 @@ def input_kernel(
 
 @triton.jit
 def select_kernel(
-    best, parents, scores, tails, token_map, lengths, ids, sources, next_scores, next_tails, found, level, texts,
+    best, parents, scores, tails, token_map, lengths, ids, sources, next_scores, next_tails, found, level,
     FIRST: tl.constexpr, LAST: tl.constexpr, MAP: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """The most probable nodes of a level, over all of it: `WIDTH` of its candidates go on, those with the greatest

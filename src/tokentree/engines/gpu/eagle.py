@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from tokentree.engines.base import DraftLevels
 from tokentree.engines.eagle import EagleEngine, converted
+from tokentree.engines.gpu.attending import CHUNK
 from tokentree.engines.gpu.drafting import gather_kernel, input_kernel, select_kernel
 from tokentree.engines.gpu.forward import Forward
 from tokentree.engines.gpu.inputs import Inputs, Memory, Piece
@@ -70,8 +70,8 @@ class DraftForward(Forward):
         self._hidden = [self.hidden, torch.empty_like(self.hidden)]
 
     def extend(
-        self, inputs: Inputs, states: torch.Tensor, places: torch.Tensor, slots: torch.Tensor, rows: int
-    ) -> None:
+        self, inputs: Inputs, states: torch.Tensor, places: torch.Tensor, slots: torch.Tensor, rows: int, long: bool
+    ) -> None:  # fmt: skip
         """Rows whose ``slots`` of the target's hidden ``states`` are known."""
         count, size, wide = len(places), states.shape[1], states.shape[2]
         gather_kernel[(rows, count)](
@@ -85,12 +85,12 @@ class DraftForward(Forward):
             inner, 0.0, BIAS=self._fc_bias is not None, CAP=False, PARTS=way.parts, **options,
         )  # fmt: skip
         self.hidden = self._hidden[0]
-        self._layer(inputs, self._fused, self._same, rows, rows > MANY)
+        self._layer(inputs, self._fused, self._same, rows, long)
 
-    def level(self, number: int, inputs: Inputs, sources: torch.Tensor, rows: int) -> None:
+    def level(self, number: int, inputs: Inputs, sources: torch.Tensor, rows: int, long: bool) -> None:
         """Rows whose parents are ``sources`` of the rows before."""
         known, self.hidden = self._hidden[number % 2], self._hidden[(number + 1) % 2]
-        self._layer(inputs, known, sources, rows, False)
+        self._layer(inputs, known, sources, rows, long)
         self.find(rows)
 
     def find(self, rows: int) -> None:
@@ -112,14 +112,6 @@ class DraftForward(Forward):
         self._add(self._gated, layer.down, None, None, rows)
 
 
-@dataclass(eq=False)
-class _State:
-    """A text's rows of the head: row i is that of token i + 1."""
-
-    seq: Sequence
-    text: Text
-
-
 class TritonEagle(EagleEngine):
     """Drafts whole trees with `grow`. Draws and rules need logits level by level: these are `EagleEngine`'s, in torch.
 
@@ -139,11 +131,12 @@ class TritonEagle(EagleEngine):
         self._pages = Pages(
             1, sizes.num_kv_heads, sizes.head_dim, pages.keys.shape[1], len(pages.tables), pages.tables.shape[1], device
         )  # fmt: skip
-        self._kernels = DraftForward(own, _weights(own, target, self.context), self._pages)
+        positions = self.context + LEVELS  # there are more levels recorded than asked for
+        self._kernels = DraftForward(own, _weights(own, target, positions), self._pages)
         known = own.token_map
         self._map = torch.zeros(1, dtype=torch.int32, device=device) if known is None else known.int()
         self._mapped = known is not None
-        self._texts: dict[int, _State] = {}
+        self._texts: dict[int, Text] = {}  # row i is that of token i + 1
         self._extending = {rows: Inputs(rows, device) for rows in (*EXTENDED, PROMPT)}
         self._slots = Memory.make(PROMPT, device)
         self._roots, self._lengths = Memory.make(TEXTS[-1], device), Memory.make(TEXTS[-1], device)
@@ -179,18 +172,21 @@ class TritonEagle(EagleEngine):
             return None
         levels = min(levels, LEVELS + 1)
         texts = [self._text(seq) for seq in seqs]
+        if not self._has_room(seqs, texts):
+            return None
         for text, seq in zip(texts, seqs, strict=True):
             self._read_up_to(seq, text, MANY // len(seqs))
         parts = list(zip(seqs, texts, strict=True))
         count = next(size for size in TEXTS if size >= len(seqs))
         deeper = next(size for size in DEEPER if size >= levels - 1)  # few recordings serve all
         then = [(text, self._reserve(seq, text)) for seq, text in parts]
-        for level in range(deeper):
-            self._levels[level].fill_level(then, level, WIDTH, self._engine_group)
+        going = enumerate(self._levels[:deeper])
+        filled = [inputs.fill_level(then, level, WIDTH, self._group) for level, inputs in going]
         self._level_memory.copy()
         self._extend(parts, find=True)
         if deeper:
-            self._play(("levels", count, deeper), lambda: self._grow_levels(count, deeper))
+            long = not all(filled)
+            self._play(("levels", count, deeper, long), lambda: self._grow_levels(count, deeper, long))
         self._told[:levels].copy_(self._found[:levels], non_blocking=True)
         if self._pages.keys.is_cuda:
             torch.cuda.synchronize(self._pages.keys.device)
@@ -200,18 +196,23 @@ class TritonEagle(EagleEngine):
         super().release(seqs)
         for seq in seqs:
             if seq.id in self._texts:
-                self._pages.close(self._texts.pop(seq.id).text)
+                self._pages.close(self._texts.pop(seq.id))
 
     # -- the parts of it -------------------------------------------------------------------------------------------
 
+    def _has_room(self, seqs: SequenceOf[Sequence], texts: SequenceOf[Text]) -> bool:
+        """Whether there are pages for all rows: texts that share the target's have each their own here."""
+        rows = [self._engine.committed(seq) + LEVELS * WIDTH for seq in seqs]
+        return sum(-(-n // CHUNK) - len(text.pages) for n, text in zip(rows, texts, strict=True)) <= self._pages.free
+
     @property
-    def _engine_group(self) -> int:
+    def _group(self) -> int:
         return self._kernels.weights.group
 
     def _text(self, seq: Sequence) -> Text:
         if seq.id not in self._texts:
-            self._texts[seq.id] = _State(seq, self._pages.open())
-        text = self._texts[seq.id].text
+            self._texts[seq.id] = self._pages.open()
+        text = self._texts[seq.id]
         text.length = min(text.length, self._engine.committed(seq) - 1)  # the root's row is always new
         return text
 
@@ -239,27 +240,27 @@ class TritonEagle(EagleEngine):
             self._roots.host[number], self._lengths.host[number] = row - 1, end
         fits = next(size for size in (*EXTENDED, PROMPT) if size >= row)
         inputs = self._extending[fits]
-        inputs.fill(pieces, np.zeros((0, 2), np.int64), self._engine_group)
+        long = not inputs.fill(pieces, np.zeros((0, 2), np.int64), self._group) or fits > MANY
         self._slots.host.numpy()[:row] = np.concatenate(slots)
         self._slots.host.numpy()[row:fits] = 0
         for memory, size in ((self._slots, fits), (self._roots, None), (self._lengths, None)):
             memory.copy(size)
         texts = next(size for size in TEXTS if size >= len(parts)) if find else 0
-        self._play(("extend", fits, texts), lambda: self._extend_rows(inputs, fits, texts))
+        self._play(("extend", fits, texts, long), lambda: self._extend_rows(inputs, fits, texts, long))
         if not find and self._pages.keys.is_cuda:
             torch.cuda.synchronize(self._pages.keys.device)  # before the numbers are written anew
         for piece in pieces:
             piece.text.length += piece.count
 
-    def _extend_rows(self, inputs: Inputs, rows: int, texts: int) -> None:
-        self._kernels.extend(inputs, self._engine.pages.states, self._places, self._slots.device, rows)
+    def _extend_rows(self, inputs: Inputs, rows: int, texts: int, long: bool) -> None:
+        self._kernels.extend(inputs, self._engine.pages.states, self._places, self._slots.device, rows, long)
         if texts:
             self._kernels.find(rows)
             self._select(-1, texts)
 
-    def _grow_levels(self, texts: int, levels: int) -> None:
+    def _grow_levels(self, texts: int, levels: int, long: bool) -> None:
         for level in range(levels):
-            self._kernels.level(level, self._levels[level], self._sources[level], texts * WIDTH)
+            self._kernels.level(level, self._levels[level], self._sources[level], texts * WIDTH, long)
             self._select(level, texts, last=level == levels - 1)
 
     def _select(self, level: int, texts: int, last: bool = False) -> None:
@@ -269,7 +270,7 @@ class TritonEagle(EagleEngine):
         select_kernel[(texts,)](
             self._kernels.best, self._roots.device, self._scores[max(level, 0)], here["tails"], self._map,
             self._lengths.device, there["ids"], self._sources[after], self._scores[after], there["tails"],
-            self._found[level + 1], level + 1, texts, FIRST=first, LAST=last, MAP=self._mapped, WIDTH=WIDTH,
+            self._found[level + 1], level + 1, FIRST=first, LAST=last, MAP=self._mapped, WIDTH=WIDTH,
             DEPTH=self._levels[0].depth, num_warps=1,
         )  # fmt: skip
 

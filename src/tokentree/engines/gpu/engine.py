@@ -80,8 +80,9 @@ class TritonEngine(NotCopied):
         self.facts, self.config, self.quantization = prepared.facts, prepared.config, prepared.quantization
         self.context, self.device, self.dtype = self.facts.context, prepared.device, prepared.dtype
         self.weights = w = read(prepared.copy, self.context, drops and prepared.owned, self.quantization is not None)
-        self.vocab_size, most = w.vocab_size, -(-self.context // CHUNK)
-        count = 1 + -(-(self._tokens() if tokens is None else tokens) // CHUNK)
+        self.vocab_size = w.vocab_size
+        longest = self.context + self.sizes[-1]  # rows of a text, with a tree behind the last one
+        most, count = -(-longest // CHUNK), 1 + -(-(self._tokens(longest) if tokens is None else tokens) // CHUNK)
         self.pages = Pages(len(w.layers), w.kv_heads, w.head_size, count, TEXTS, most, self.device)
         self._shared = SharedPages(self.pages, prefix_bytes)
         self._inputs = {rows: Inputs(rows, self.device) for rows in self.sizes}
@@ -97,14 +98,14 @@ class TritonEngine(NotCopied):
         """As ``plan`` has it."""
         return cls(prepared, prefix_bytes, drops=plan.otherwise is None)
 
-    def _tokens(self) -> int:
-        """Room for KV by default."""
+    def _tokens(self, least: int) -> int:
+        """Room for KV by default: as much as memory allows, but no less than so much."""
         w = self.weights
         row = 2 * len(w.layers) * w.kv_heads * w.head_size * 2
         if self.device.type != "cuda":
-            return 4 * self.context
+            return 4 * least
         free, _ = torch.cuda.mem_get_info(self.device)
-        return max(self.context, min(KV_TOKENS, int(KV_PART * free) // row))
+        return max(least, min(KV_TOKENS, int(KV_PART * free) // row))
 
     def _make_forward(self) -> None:
         self._forward = Forward(self.weights, self.pages, self.sizes[-1], self._places)
@@ -121,9 +122,10 @@ class TritonEngine(NotCopied):
             self._reserve(piece.text, piece.text.length + len(piece.tree))
         moves = self._moves()
         deepest = max(int(piece.tree.depths.max()) for piece in pieces) + 1
-        fits = next(size for size in self.sizes if size >= rows)
-        while self._inputs[fits].depth < deepest and any(not piece.tree.is_chain for piece in pieces):
-            fits = next(size for size in self.sizes if size > fits)
+        branched = any(not piece.tree.is_chain for piece in pieces)
+        wide = (one for one in self.sizes if one >= rows and (not branched or self._inputs[one].depth >= deepest))
+        if (fits := next(wide, None)) is None:
+            raise ModelError(f"a tree of depth {deepest}, and one with branches may have {self.sizes[-1]}")
         inputs = self._inputs[fits]
         itemized = inputs.fill(pieces, moves, self.weights.group)
         head = fits if head_rows and fits <= MANY else next((size for size in self.sizes if size >= head_rows > 0), 0)
@@ -146,8 +148,9 @@ class TritonEngine(NotCopied):
         Raises:
             ModelError: if there is none.
         """
-        missing = -(-rows // CHUNK) - len(text.pages) - self.pages.free
-        self._shared.evict(missing * self.pages.page_nbytes)
+        wanted = -(-rows // CHUNK) - len(text.pages)
+        while wanted > self.pages.free and self._shared.nbytes:  # what live texts have too frees nothing
+            self._shared.evict((wanted - self.pages.free) * self.pages.page_nbytes)
         self.pages.reserve(text, rows)
 
     def _moves(self) -> Ints:
@@ -414,11 +417,7 @@ class TritonEngine(NotCopied):
 
         def said(nodes: list[int], parents: list[int]) -> torch.Tensor:
             tree = TokenTree(np.array(nodes), np.array(parents))
-            try:
-                self._run([Piece(text, tree)], len(tree))
-                self._wait()
-            except (RuntimeError, TritonError) as error:  # this GPU, or this version of Triton, can't
-                raise ModelError(f"kernels of our own can't be run here: {_first_line(error)}") from error
+            self._try(text, tree)
             return self._forward.logits[: len(tree)].float()
 
         def keep(logits: torch.Tensor, path: list[int]) -> None:
@@ -451,10 +450,21 @@ class TritonEngine(NotCopied):
         for rows in (size for size in self.sizes if size <= MANY):
             text = self.pages.open()
             try:
-                self._run([Piece(text, TokenTree.chain(0, [0] * (rows - 1)))], rows)
-                self._wait()
+                self._try(text, TokenTree.chain(0, [0] * (rows - 1)))
             finally:
                 self.pages.close(text)
+
+    def _try(self, text: Text, tree: TokenTree) -> None:
+        """A forward over ``tree``.
+
+        Raises:
+            ModelError: if this GPU, or this version of Triton, can't.
+        """
+        try:
+            self._run([Piece(text, tree)], len(tree))
+            self._wait()
+        except (RuntimeError, TritonError) as error:
+            raise ModelError(f"kernels of our own can't be run here: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

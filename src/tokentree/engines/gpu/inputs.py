@@ -142,7 +142,7 @@ class Inputs:
                 host["positions"], host["slots"], host["firsts"], host["tiles"], host["items"], counts, number, level,
                 width, length, text.row, np.array(text.pages, np.int64), TILE // group,
             )  # fmt: skip
-        host["num_items"][0] = counts[0]
+        host["num_items"][0], host["num_tiles"][0] = counts[0], len(texts) * -(-width // (TILE // group))
         host["slots"][len(texts) * width :] = NOBODY * CHUNK
         return not counts[2]
 
@@ -194,6 +194,7 @@ def _describe_level(
     tile = number * (-(-width // tile_height))
     for begin in range(start, start + width, tile_height):
         count = min(tile_height, start + width - begin)
+        tiles[3 * tile], tiles[3 * tile + 1], tiles[3 * tile + 2] = begin, count, text
         _itemize(items, counts, tile, begin, count, text, positions, firsts, pages)
         tile += 1
 

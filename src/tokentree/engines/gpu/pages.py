@@ -165,6 +165,11 @@ class SharedPages:
         self._pages, self._max_bytes = pages, max_bytes
         self._tree = RadixTree[PageRun](CHUNK)
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of what is kept, in bytes."""
+        return self._tree.nbytes
+
     def check(self) -> None:
         """See `RadixTree.check`."""
         self._tree.check()
