@@ -277,9 +277,11 @@ def test_what_is_kept_gives_way_though_live_texts_have_the_oldest_of_it_too() ->
 
 def test_a_tree_may_reach_beyond_the_context_s_rows() -> None:
     engine, ids = engine_of(), some_tokens(CONTEXT - 3)
-    tree = TokenTree(np.arange(70), np.array([-1, *([0] * 34), *range(1, 36)]))
+    tree = TokenTree(np.arange(70), np.array([-1, *([0] * 35), *range(1, 35)]))
     got = verified(engine, request([*ids, 0]), tree)  # its rows need a page more than the context has
     assert torch.equal(alone(engine, ids, tree, path_to(tree, 69)), got[path_to(tree, 69)])
+    with pytest.raises(ModelError, match=f"behind the last of the model's {CONTEXT} positions"):
+        verified(engine, request([*ids, 0]), TokenTree.chain(0, [1, 2, 3]))
 
 
 def test_damaged_counts_are_found() -> None:

@@ -115,13 +115,16 @@ class TritonEngine(NotCopied):
 
     def _run(self, pieces: SequenceOf[Piece], head_rows: int) -> None:
         """Computes all ``pieces``, and logits of so many rows."""
-        rows = sum(piece.count for piece in pieces)
+        rows, deepest = sum(piece.count for piece in pieces), 0
         if rows > self.sizes[-1]:
             raise ModelError(f"{rows} rows in one forward, and there may be {self.sizes[-1]}")
         for piece in pieces:
+            levels = int(piece.tree.depths.max()) + 1
+            deepest = max(deepest, levels)
+            if piece.text.length + levels > self.context:
+                raise ModelError(f"a node behind the last of the model's {self.context} positions")
             self._reserve(piece.text, piece.text.length + len(piece.tree))
         moves = self._moves()
-        deepest = max(int(piece.tree.depths.max()) for piece in pieces) + 1
         branched = any(not piece.tree.is_chain for piece in pieces)
         wide = (one for one in self.sizes if one >= rows and (not branched or self._inputs[one].depth >= deepest))
         if (fits := next(wide, None)) is None:
