@@ -45,7 +45,7 @@ wheel: .venv/ready
 	rm -rf dist .venv/wheel
 	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 	$(PYTHON) -m venv .venv/wheel
-	.venv/wheel/bin/pip install --quiet --disable-pip-version-check -c constraints.txt "$$(ls dist/*.whl)[gguf,train,plot]"
+	.venv/wheel/bin/pip install --quiet --disable-pip-version-check -c constraints.txt "$$(ls dist/*.whl)[gguf,train,plot,serve,chat]"
 	cd .venv/wheel && bin/python -W ignore ../../tools/check_wheel.py
 
 format: .venv/ready
@@ -54,7 +54,7 @@ format: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf,gpu,plot,train,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf,gpu,plot,train,grammar,serve,chat,dev]'
 	touch $@
 
 .venv/peers/ready: tests/peers.txt .venv/ready
