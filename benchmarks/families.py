@@ -3,8 +3,10 @@ refused, and why: a tiny model of each, with random weights, in float32 and bflo
 
     python benchmarks/families.py --out families.json
     python benchmarks/families.py --only gpt_oss,falcon
+    TRITON_INTERPRET=1 python benchmarks/families.py --kernels --out kernels.json
 
-For each that can be decoded it says how many of some texts, decoded with trees, differ from plain decoding's.
+For each that can be decoded it says how many of some texts, decoded with trees, differ from plain decoding's. With
+``--kernels`` it says which have the kernels of GPUs in their modules, in Triton's interpreter and bfloat16.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
+KERNELS = "--kernels"
 TIMEOUT = 300  # seconds for one family
 MOST = 40_000_000  # parameters of a model that is still tiny
 VOCAB, CONTEXT, SEED = 160, 512, 0
@@ -199,6 +202,50 @@ def tried(family: str, name: str) -> Iterator[Found]:
         yield Found(*about, kind, getattr(engine, "caveat", None) or "", differing, texts)
 
 
+def tried_on_kernels(family: str, name: str) -> Iterator[Found]:
+    """What becomes of a family on the kernels of GPUs."""
+    import torch
+    from tests.tiny_models import request, some_tokens, some_tree
+
+    from tokentree.engines.base import EngineOptions
+    from tokentree.engines.gpu.modules import TritonModulesEngine
+    from tokentree.engines.plan import plan
+    from tokentree.engines.prepared import Prepared
+    from tokentree.errors import ModelError
+    from tokentree.tree import TokenTree
+
+    class Interpreted(TritonModulesEngine):
+        sizes = (1, 2, 4, 8, 16, 32, 64, 128)
+        crowds = (1, 9)
+
+    torch.set_num_threads(1)
+    about = (family, name, "bfloat16")
+    try:
+        model = build(family, name).to(torch.bfloat16).eval()
+    except Exception as error:  # noqa: BLE001 - other people's constructors raise anything
+        yield Found(*about, "not built", _line(error))
+        return
+    try:
+        prepared = Prepared(model, False, None, None, None)
+        prepared.ask(plan(prepared.traits, EngineOptions()).own_attention)
+        engine = Interpreted(prepared, 0, 2000)
+        engine._check_trees(prepared.own)
+        tokens = some_tokens(12)
+        tree, seq, differing = some_tree(tokens[-1], 8), request(tokens), False
+        engine.prefill(seq)
+        logits = engine.verify([seq], [tree]).all_logits.clone()
+        for node in tree.path(int(tree.leaves[-1])):
+            alone = engine.verify([seq], [TokenTree.root(int(tree.tokens[node]))]).all_logits[0]
+            engine.commit([seq], [[0]])
+            differing |= not torch.equal(alone, logits[node])
+    except ModelError as error:
+        yield Found(*about, "refused", _line(error))
+    except Exception as error:  # noqa: BLE001 - what isn't a ModelError is a fault of ours, and listed
+        yield Found(*about, "FAULT", _line(error))
+    else:
+        yield Found(*about, "own", "", int(differing), 1)
+
+
 def apart(family: str, name: str) -> list[Found]:
     """`tried` in a process of its own: one that crashes or hangs is a finding."""
     fork = multiprocessing.get_context("fork")
@@ -212,7 +259,7 @@ def apart(family: str, name: str) -> list[Found]:
     found = []
     while not results.empty():
         found.append(results.get())
-    if len(found) < 2:
+    if len(found) < (1 if KERNELS in sys.argv else 2):
         status = f"took more than {TIMEOUT} s" if hung else f"ended with status {process.exitcode}"
         found.append(Found(family, name, "", "FAULT", status))
     return found
@@ -220,7 +267,7 @@ def apart(family: str, name: str) -> list[Found]:
 
 def _tell(family: str, name: str, results: multiprocessing.SimpleQueue[Found]) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    for found in tried(family, name):
+    for found in (tried_on_kernels if KERNELS in sys.argv else tried)(family, name):
         results.put(found)
 
 
@@ -242,6 +289,7 @@ def table(found: list[Found]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="these families, with commas between them")
+    parser.add_argument(KERNELS, action="store_true", help="only whether the kernels of GPUs run them")
     parser.add_argument("--out", type=Path, help="write what was found as JSON, and as Markdown beside it")
     asked = parser.parse_args()
     known = families()

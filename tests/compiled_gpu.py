@@ -23,9 +23,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tokentree.engines.gpu import forward as launching
+from tokentree.engines.gpu import forward, kv_forward, modules, steady
 from tokentree.engines.gpu.forward import Forward
 from tokentree.engines.gpu.inputs import Inputs
+from tokentree.engines.gpu.kv_forward import KVForward, Rules
 from tokentree.engines.gpu.pages import Pages
 from tokentree.engines.gpu.quantized import GROUP, Int8, Matrix
 from tokentree.engines.gpu.weights import Layer, Weights
@@ -120,16 +121,39 @@ def weights(name: str, bits: int) -> Weights:
 def launches(name: str, bits: int, capability: int) -> dict[str, Launch]:
     """What a forward over several numbers of rows launches, each kind once; with 8 bits, the products alone."""
     found, w = dict[str, Launch](), weights(name, bits)
-    for kernel in [one for one in vars(launching) if one.endswith("_kernel")]:
-        given = getattr(launching, kernel)
-        setattr(launching, kernel, Recorder(given._kernel if isinstance(given, Recorder) else given, found))
+    for home in (forward, kv_forward, modules, steady):
+        for kernel in [one for one in vars(home) if one.endswith("_kernel")]:
+            given = getattr(home, kernel)
+            setattr(home, kernel, Recorder(given._kernel if isinstance(given, Recorder) else given, found))
     pages = Pages(len(w.layers), w.kv_heads, w.head_size, 8, 4, 32, META)
     pages.keep_states(2, w.width)
-    forward = Forward(w, pages, ROWS[-1], (0, len(w.layers)))
-    forward._cuda, forward._shared = True, SHARED[capability]
+    whole = Forward(w, pages, ROWS[-1], (0, len(w.layers)))
+    whole._shared = SHARED[capability]
     for rows in ROWS:
-        forward.run(Inputs(rows, torch.device("cpu")), rows, rows, rows > 64)
+        whole.run(Inputs(rows, torch.device("cpu")), rows, rows, rows > 64)
+    if name == "odd" and bits == 16:
+        of_modules(w, pages, SHARED[capability])
     return {what: one for what, one in found.items() if bits == 16 or "scales" in one[1]}
+
+
+def of_modules(w: Weights, pages: Pages, memory: int) -> None:
+    """Launches what only modules of transformers need."""
+
+    def made(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16, device=META)
+
+    attends = modules.ModulesForward.__new__(modules.ModulesForward)
+    KVForward.__init__(attends, w.sizes, pages, ROWS[-1])
+    rules = Rules(0.125, sinks=torch.empty(w.heads, device=META))
+    for rows in ROWS:
+        q, kv = made(w.heads, rows, w.head_size), made(w.kv_heads, rows, w.head_size)
+        attends.attend(0, q, kv, kv, rules, Inputs(rows, torch.device("cpu")), rows > 64)
+        steady.product(made(rows, w.width), made(w.width, w.width), made(w.width), memory)
+        steady.row_sums(made(rows, w.width), True, True)
+        ids = torch.empty(2 * rows, dtype=torch.int32, device=META)
+        for turned in (False, True):
+            weights = made(8, w.width, 2048) if turned else made(8, 2048, w.width)
+            steady.expert_product(made(rows, w.width), weights, made(8, 2048), ids, 2, turned)
 
 
 def needs(launch: Launch, capability: int) -> dict[str, Any]:

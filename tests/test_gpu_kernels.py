@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from tokentree.engines.gpu.attending import CHUNK, FIELDS, attention_kernel, lon
 from tokentree.engines.gpu.inputs import MOST_ITEMS, Inputs, Piece
 from tokentree.engines.gpu.pages import Pages, Text
 from tokentree.engines.gpu.quantized import GROUP, Int8, linear
+from tokentree.engines.gpu.steady import Steady, expert_product
 from tokentree.engines.gpu.tiles import stage_nbytes, tile
 from tokentree.tree import TokenTree
 
@@ -238,16 +240,17 @@ class Attention:
         return text
 
     def __call__(
-        self, q: torch.Tensor, pieces: list[Piece], long: bool = False, window: int = 0, cap: float = 0.0
+        self, q: torch.Tensor, pieces: list[Piece], long: bool = False, window: int = 0, cap: float = 0.0,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:  # fmt: skip
         inputs = Inputs(64, DEVICE)
         assert inputs.fill(pieces, np.zeros((0, 2), np.int64), HEADS // KV_HEADS)
         out, x = torch.full_like(q, float("nan")), inputs.device
         given = q, self.pages.keys[0], self.pages.values[0], self.pages.tables, x["tails"], x["firsts"], x["positions"]
-        sizes = HEADS, KV_HEADS, self.pages.tables.shape[1], HEAD**-0.5, cap
+        sizes = self.bests if sinks is None else sinks, HEADS, KV_HEADS, self.pages.tables.shape[1], HEAD**-0.5, cap
         options = {
             "DEPTH": inputs.depth, "GROUP": HEADS // KV_HEADS, "HEAD": HEAD, "CHUNK": CHUNK, "WINDOW": window,
-            "CAP": cap > 0,
+            "CAP": cap > 0, "SINKS": sinks is not None,
         }  # fmt: skip
         if long:
             long_attention_kernel[(64, KV_HEADS)](*given, x["tiles"], x["num_tiles"], out, *sizes, **options)
@@ -259,7 +262,10 @@ class Attention:
             assert not self.counters.any()
         return out
 
-    def expected(self, q: torch.Tensor, text: Text, rows: list[int], window: int = 0, cap: float = 0.0) -> torch.Tensor:
+    def expected(
+        self, q: torch.Tensor, text: Text, rows: list[int], window: int = 0, cap: float = 0.0,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """Of one query [heads, head size] whose positions lie in these rows of the text, in float64."""
         slots = torch.from_numpy(text.slots(np.array(rows)))
         keys, values = (
@@ -271,7 +277,9 @@ class Attention:
             scores = cap * torch.tanh(scores / cap)
         if window:
             scores[:, : max(0, len(rows) - window)] = float("-inf")
-        return torch.einsum("hp,phd->hd", scores.softmax(1), values)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.cpu().double()[:, None]], 1)
+        return torch.einsum("hp,phd->hd", scores.softmax(1)[:, : len(rows)], values)
 
 
 def tree_of(parents: list[int]) -> TokenTree:
@@ -285,24 +293,29 @@ def path_of(node: int) -> list[int]:
     return [] if node < 0 else [*path_of(PARENTS[node]), node]
 
 
-@pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (5, 0.0), (0, 0.7)])
+SINKS = torch.tensor([-3.0, 0.5, 4.0, 30.0], device=DEVICE)
+
+
+@pytest.mark.parametrize(
+    "rules", [{}, {"window": 5}, {"cap": 0.7}, {"sinks": SINKS}], ids=["", "window", "cap", "sinks"]
+)
 @pytest.mark.parametrize("length", [3, 124, 300])
-def test_a_node_attends_to_its_path_and_has_the_bits_of_decoding_it_alone(length: int, window: int, cap: float) -> None:
+def test_a_node_attends_to_its_path_and_has_the_bits_of_decoding_it_alone(length: int, rules: dict[str, Any]) -> None:
     attention, q = Attention(), some(len(PARENTS), HEADS, HEAD, seed=4)
     text = attention.text(length)
-    got = attention(q, [Piece(text, tree_of(PARENTS))], window=window, cap=cap)
-    long = attention(q, [Piece(text, tree_of(PARENTS))], long=True, window=window, cap=cap)
+    got = attention(q, [Piece(text, tree_of(PARENTS))], **rules)
+    long = attention(q, [Piece(text, tree_of(PARENTS))], long=True, **rules)
     assert torch.equal(got, long)
     kept = attention.pages.keys.clone(), attention.pages.values.clone()
     for node in range(len(PARENTS)):
         rows = [*range(length), *(length + one for one in path_of(node))]
-        near(got[node].cpu(), attention.expected(q[node], text, rows, window, cap), bits=6)
+        near(got[node].cpu(), attention.expected(q[node], text, rows, **rules), bits=6)
         for place, row in enumerate(rows):  # as if it had been decoded alone
             source, target = text.slots(np.array([row, place]))
             for stored, before in zip((attention.pages.keys, attention.pages.values), kept, strict=True):
                 stored[0, target // CHUNK, :, target % CHUNK] = before[0, source // CHUNK, :, source % CHUNK]
         text.length = len(rows) - 1
-        alone = attention(q[node : node + 1].clone(), [Piece(text, tree_of([-1]))], window=window, cap=cap)
+        alone = attention(q[node : node + 1].clone(), [Piece(text, tree_of([-1]))], **rules)
         assert torch.equal(alone[0], got[node])
         text.length = length
         attention.pages.keys.copy_(kept[0])
@@ -367,3 +380,46 @@ def test_the_parts_of_a_sum_depend_on_the_weight_alone_and_tiles_fit(columns: in
             assert width // way.parts % way.inputs == 0
             assert way.stages * stage_nbytes(way, bits) <= memory
             assert bits == 16 or (way.swap and way.inputs % GROUP == 0)
+
+
+# -- what modules of transformers compute ------------------------------------------------------------------------------
+
+
+def alike(function: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """What ``function`` makes of rows, which must be what it makes of each alone, in bits."""
+    whole = function(x)
+    for row in range(len(x)):
+        assert torch.equal(function(x[row : row + 1].clone())[0], whole[row])
+    return whole
+
+
+def test_products_and_sums_in_a_steady_mode_are_torch_s_and_steady() -> None:
+    x, weight, bias = some(5, 48), some(40, 48, seed=1), some(40, seed=2)
+    with Steady():
+        linear = alike(lambda x: torch.nn.functional.linear(x, weight, bias=bias), x)
+        assert torch.equal(linear, alike(lambda x: torch.addmm(bias, x, weight.t()), x))
+        turned = weight.t().contiguous()
+        assert torch.equal(alike(lambda x: x @ weight.t(), x), alike(lambda x: torch.matmul(x, turned), x))
+        for axis in (-1, 1, (-1,)):
+            near(
+                alike(lambda x, axis=axis: x.float().mean(axis, keepdim=True), x),
+                x.double().mean(1, keepdim=True),
+                bits=20,
+            )
+        near(alike(lambda x: x.float().sum(-1), x), x.double().sum(1), bits=20)
+        near(x.sum(0), x.double().sum(0), bits=6)  # as without it
+        near(x.mean(dim=(0, 1)), x.double().mean(), bits=6)
+        assert (x.float() @ weight.float().t()).dtype is torch.float32
+    near(linear, x.double() @ weight.double().t() + bias.double(), bits=6)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_experts_are_multiplied_row_by_row(turned: bool, biased: bool) -> None:
+    x, weights, ids = some(3, 32), some(4, 70, 32, seed=1), torch.tensor([3, 0, 1, 3, 2, 2], dtype=torch.int32)
+    bias = some(4, 70, seed=2) if biased else None
+    given = weights.transpose(1, 2).contiguous() if turned else weights
+    got = expert_product(x, given, bias, ids.to(DEVICE), 2, turned)
+    for place, expert in enumerate(ids.tolist()):
+        expected = weights[expert].double() @ x[place // 2].double()
+        near(got[place], expected if bias is None else expected + bias[expert].double(), bits=6)

@@ -59,6 +59,8 @@ def tried(traits: Traits, options: EngineOptions) -> list[str]:
         (replace(LLAMA, **ON_GPU), replace(SDPA, compile=True), ["compiled", "self_attending"]),
         (replace(LLAMA, **WITH_KERNELS), NONE, ["kernels", "recorded", "self_attending"]),
         (replace(LLAMA, **WITH_KERNELS), TREE, ["kernels"]),
+        (replace(QWEN3, **ON_GPU, has_module_kernels=True), NONE, ["module_kernels", "recorded", "self_attending"]),
+        (replace(QWEN3, **ON_GPU, has_module_kernels=True), TREE, ["module_kernels"]),
         (replace(LLAMA, **WITH_KERNELS), INT8, ["kernels"]),
         (replace(LLAMA, **WITH_KERNELS), replace(TREE, quantization="int8"), ["kernels"]),
         (replace(LLAMA, **WITH_KERNELS), SDPA, ["self_attending"]),
@@ -140,6 +142,12 @@ def test_the_attention_that_a_model_has_by_itself() -> None:
     assert plan(GEMMA2, NONE).own_attention == "eager"  # of any plan: it is what an engine is compared with
 
 
+def test_it_is_said_why_no_kernels_of_ours_run() -> None:
+    told = plan(replace(LLAMA, **ON_GPU, without_kernels="triton isn't installed"), NONE).caveat
+    assert told == "LlamaForCausalLM attends by itself here, and its text is plain's up to ties: triton isn't installed"
+    assert not plan(replace(LLAMA, **WITH_KERNELS), NONE).caveat
+
+
 def every() -> list[tuple[Traits, EngineOptions, EnginePlan]]:
     """All plans there are, those that are tried instead too."""
     found = list[tuple[Traits, EngineOptions, EnginePlan]]()
@@ -148,7 +156,9 @@ def every() -> list[tuple[Traits, EngineOptions, EnginePlan]]:
         for flag in ("one_call", "runs_more", "has_softcap"):
             on: dict[str, Any] = {flag: True}
             traits += [replace(one, **on) for one in traits]
-        traits += [replace(one, has_kernels=True) for one in traits if device == "cuda" and not one.runs_more]
+        here = [one for one in traits if device == "cuda" and not one.runs_more]
+        traits += [replace(one, has_kernels=True) for one in here]
+        traits += [replace(one, has_module_kernels=True) for one in here]
         for one, attention, quantization, compile in product(
             traits, (None, "tree", "sdpa"), (None, "int8"), (False, True)
         ):
@@ -167,7 +177,7 @@ def test_plans_hold_what_they_promise() -> None:
     plans = every()
     assert {planned.engine for *_, planned in plans} == set(KINDS)
     for traits, options, planned in plans:
-        kernels = planned.engine == "kernels"
+        kernels = planned.engine in ("kernels", "module_kernels")
         assert planned.attention == "sdpa" or traits.device == "cpu" or kernels
         assert planned.packs is (traits.device == "cpu" and planned.engine != "compiled")
         assert bool(planned.failing) is (planned.otherwise is not None)  # nobody is left without a word
@@ -185,7 +195,7 @@ def test_plans_hold_what_they_promise() -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_each_engine_is_where_the_table_says(name: str) -> None:
     engine = imported(KINDS[name])
-    assert issubclass(engine, KVEngine) or name == "kernels"
+    assert issubclass(engine, KVEngine) or name in ("kernels", "module_kernels")
     assert issubclass(engine, NotCopied)
     assert callable(engine.of)
     assert engine.attention in ("tree", "sdpa")

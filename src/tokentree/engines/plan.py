@@ -21,6 +21,7 @@ KINDS = {
     "recorded": "tokentree.engines.gpu.recorded:RecordedEngine",
     "compiled": "tokentree.engines.gpu.recorded:CompiledEngine",
     "kernels": "tokentree.engines.gpu.engine:TritonEngine",
+    "module_kernels": "tokentree.engines.gpu.modules:TritonModulesEngine",
 }
 
 
@@ -39,8 +40,9 @@ class Traits:
         has_softcap: whether its attention caps scores, which torch's can't.
         one_call: whether its layers are Llama's, as they came, and can be packed: see `Llama.fits`.
         runs_more: whether hooks or replaced forwards run with it.
-        has_kernels: whether kernels of our own run it on a GPU.
+        has_kernels: whether kernels of our own run all of it on a GPU.
         without_kernels: why they don't, where that is known.
+        has_module_kernels: whether they may run what decides a row's bits in its modules, where they don't run all.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Traits:
     runs_more: bool = False
     has_kernels: bool = False
     without_kernels: str = ""
+    has_module_kernels: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class EnginePlan:
         otherwise: the plan that is tried if this engine can't be made: some things are known only then.
         failing: what the user is told then, before the reason.
         hint: what an error says behind the reason, where nothing else is tried.
+        caveat: what the user is told of this engine.
     """
 
     engine: str
@@ -78,6 +82,7 @@ class EnginePlan:
     otherwise: EnginePlan | None = None
     failing: str = ""
     hint: str = ""
+    caveat: str = ""
 
 
 def plan(traits: Traits, options: EngineOptions) -> EnginePlan:
@@ -93,7 +98,7 @@ def plan(traits: Traits, options: EngineOptions) -> EnginePlan:
     check_quantization(quantization, traits.from_gguf)
     if quantization is not None and not (on_cpu and traits.dtype is torch.bfloat16):
         _check_quantized_on_gpu(traits, options)
-    attends = on_cpu or (traits.has_kernels and not traits.runs_more)
+    attends = on_cpu or ((traits.has_kernels or traits.has_module_kernels) and not traits.runs_more)
     if attention not in (None, "tree", "sdpa") or (attention == "tree" and not attends):
         raise ModelError(f"attention={attention!r} can't be used with {traits.name}: use attention='sdpa'")
     own_attention = "sdpa" if traits.supports_sdpa and not traits.has_softcap else "eager"
@@ -142,12 +147,13 @@ def _elsewhere(traits: Traits, options: EngineOptions, itself: EnginePlan) -> En
         return itself
     told = "the forward can't be recorded as a graph, and is slower without"
     recorded = replace(itself, engine="recorded", otherwise=itself, failing=told)
-    if not traits.has_kernels:
-        return recorded
-    kernels = replace(itself, engine="kernels", attention="tree", hint=": use attention='sdpa'")
+    told = f"{traits.name} attends by itself here, and its text is plain's up to ties"
+    if not traits.has_kernels and not traits.has_module_kernels:
+        return replace(recorded, caveat=f"{told}: {traits.without_kernels}" if traits.without_kernels else "")
+    engine = "kernels" if traits.has_kernels else "module_kernels"
+    kernels = replace(itself, engine=engine, attention="tree", hint=": use attention='sdpa'")
     if options.quantization is not None:  # no other engine has 8 bits
         return replace(kernels, hint="")
-    told = f"{traits.name} attends by itself here, and its text is plain's up to ties"
     return kernels if options.attention else replace(kernels, otherwise=recorded, failing=told)
 
 

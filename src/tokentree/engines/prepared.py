@@ -103,18 +103,30 @@ class Prepared:
         runs = replace(known, one_call=one_call, runs_more=runs_more(self.copy))
         if self.device.type != "cuda":
             return runs
-        reason = self.without_kernels
-        return replace(runs, has_kernels=reason is None, without_kernels=reason or "")
+        reason, none = self.without_kernels, self.without_any_kernels
+        modules = none is None and self.dtype is torch.bfloat16
+        return replace(
+            runs, has_kernels=reason is None, without_kernels=reason or "",
+            has_module_kernels=reason is not None and modules,
+        )  # fmt: skip
 
     @functools.cached_property
-    def without_kernels(self) -> str | None:
-        """Why no kernels of our own run it on a GPU, in 8 bits where those are asked for; None if they do."""
+    def without_any_kernels(self) -> str | None:
+        """Why no kernels of our own run here, or on a model with such code; None if some may."""
         if find_spec("triton") is None:
             return "triton isn't installed: pip install 'tokentree[gpu]'"
         if ForeignCode.of(self._model).at:
             return "there is code in it that isn't its class's own"
         if self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) < OLDEST:
             return "this GPU multiplies no bfloat16"
+        return None
+
+    @functools.cached_property
+    def without_kernels(self) -> str | None:
+        """Why no kernels of our own run the whole model on a GPU, in 8 bits where those are asked for; None if they
+        do."""
+        if self.without_any_kernels is not None:
+            return self.without_any_kernels
         from tokentree.engines.gpu.weights import unfit  # needs triton
 
         return unfit(self._model, self.quantization is not None)

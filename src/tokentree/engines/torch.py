@@ -67,7 +67,7 @@ def _first_that_works(prepared: Prepared, best: EnginePlan, prefix_bytes: int) -
     Raises:
         ModelError: the last one's.
     """
-    now, caveat = best, ""
+    now, caveat = best, best.caveat
     while True:
         try:
             engine = _made(prepared, now, prefix_bytes)

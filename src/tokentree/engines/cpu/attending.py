@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @torch.inference_mode()
 def attended(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """What attention is given in a forward of ``model`` (a `private_copy`), which uses `tree_attention` from now on:
-    ``shapes`` int64[layers, 3] of it, KV heads, key width, value width.
+    ``shapes`` int64[layers, 3] of it, KV heads, key width, value width; and ``heads`` int64[layers], of queries.
 
     Raises:
         ModelError: if not all of it comes to `tree_attention`, or a row is to see something else than the rows before
@@ -38,7 +38,7 @@ def attended(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     set_attention(model, TREE)
     try:
         with attending(given):
-            model(input_ids=torch.tensor([probe(model)]), use_cache=False, return_dict=True)
+            model(input_ids=torch.tensor([probe(model)], device=model.device), use_cache=False, return_dict=True)
     except ModelError:
         raise
     except (RuntimeError, TypeError, ValueError) as error:  # it takes masks for what they are elsewhere
@@ -48,26 +48,27 @@ def attended(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         raise ModelError(f"{type(model).__name__} attends by itself in some of its layers")
     if given.untold and given.untold != set(layer_windows(config).values()):
         raise ModelError(f"{type(model).__name__} does not tell its attention of its sliding window")
-    return {"shapes": torch.tensor(given.shapes)}
+    return {"shapes": torch.tensor(given.shapes), "heads": torch.tensor(given.heads)}
 
 
 class _Given:
     """Notes what attention is given.
 
     Attributes:
-        shapes: of each layer.
+        shapes, heads: of each layer.
         untold: the windows of layers that no mask tells.
     """
 
     def __init__(self) -> None:
-        self.shapes = list[tuple[int, int, int]]()
+        self.shapes, self.heads = list[tuple[int, int, int]](), list[int]()
         self.untold = set[int | None]()
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: Rule) -> torch.Tensor:
         self.shapes.append((len(key), key.shape[2], value.shape[2]))
+        self.heads.append(len(query))
         if not rule.masked:
             self.untold.add(rule.window)
-        return torch.zeros(query.shape[1], len(query), value.shape[2], dtype=torch.float32)
+        return torch.zeros(query.shape[1], len(query), value.shape[2], dtype=torch.float32, device=query.device)
 
     def knows(self, window: int | None, sees: Sees) -> bool:
         if window is not None and window < 1:

@@ -131,8 +131,16 @@ def set_attention(model: PreTrainedModel, name: str) -> None:
         for value in module.__dict__.values():
             if isinstance(value, PreTrainedConfig):
                 value._attn_implementation = name
-                if name == TREE:  # experts one after another, as they are in any batch
-                    value._experts_implementation = "eager"
+    if name == TREE:  # experts one after another, as they are in any batch
+        set_experts(model, "eager")
+
+
+def set_experts(model: PreTrainedModel, name: str) -> None:
+    """Makes all modules of ``model``, a `private_copy`, use the implementation of experts of that name."""
+    for module in model.modules():
+        for value in module.__dict__.values():
+            if isinstance(value, PreTrainedConfig):
+                value._experts_implementation = name
 
 
 def in_float32(model: PreTrainedModel, attention: str) -> PreTrainedModel:

@@ -73,8 +73,11 @@ def joined(out, best, total, more, more_best, more_total):
 
 
 @triton.jit
-def store(out, o, total, row, head, heads, mine, HEAD: tl.constexpr):
-    """out [rows, heads, HEAD] = o / total, in the rows of a tile; rows that are none have no total."""
+def store(out, o, best, total, sinks, row, head, heads, mine, HEAD: tl.constexpr, SINKS: tl.constexpr):
+    """out [rows, heads, HEAD] = o / total, in the rows of a tile; rows that are none have no total. With ``SINKS``, a
+    score of each head counts in the total."""
+    if SINKS:
+        total += tl.exp(tl.load(sinks + head, mask=mine, other=-1.0e30) - best)
     y = rounded(o / tl.where(total > 0.0, total, 1.0)[:, None])
     tl.store(out + (row * heads + head)[:, None] * HEAD + tl.arange(0, HEAD)[None, :], y, mask=mine[:, None])
 
@@ -82,9 +85,9 @@ def store(out, o, total, row, head, heads, mine, HEAD: tl.constexpr):
 @triton.jit
 def attention_kernel(
     q, keys, values, page_tables, tails, firsts, positions, items, num_items, partial, partial_best, partial_total,
-    counters, out, heads, kv_heads, table_width, scale, cap,
+    counters, out, sinks, heads, kv_heads, table_width, scale, cap,
     DEPTH: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, CHUNK: tl.constexpr, WINDOW: tl.constexpr,
-    CAP: tl.constexpr, FIELDS: tl.constexpr,
+    CAP: tl.constexpr, SINKS: tl.constexpr, FIELDS: tl.constexpr,
 ):  # fmt: skip
     """out [rows, heads, HEAD], attention of queries [rows, heads, HEAD]. An item is a chunk for a tile of rows, or for
     one row of it, where rows see different things there. The last program that finishes an item of a tile joins its
@@ -100,6 +103,7 @@ def attention_kernel(
         num_items: int32[1].
         partial, partial_best, partial_total: float32[chunks of all tiles, KV heads, 16(, HEAD)].
         counters: int32[tiles, KV heads], zeros before and after.
+        sinks: float32[heads], with ``SINKS``: scores that count among the weights, and have no value.
     """
     i, d, kv = tl.arange(0, 16), tl.arange(0, HEAD), tl.program_id(1)
     for item in range(tl.program_id(0), tl.load(num_items), tl.num_programs(0)):
@@ -141,7 +145,7 @@ def attention_kernel(
                     tl.load(partial_best + to, cache_modifier=".cg"),
                     tl.load(partial_total + to, cache_modifier=".cg"),
                 )  # fmt: skip
-            store(out, o, total, row, head, heads, mine, HEAD)
+            store(out, o, best, total, sinks, row, head, heads, mine, HEAD, SINKS)
             tl.store(counters + counter * kv_heads + kv, 0)
 
 
@@ -169,10 +173,10 @@ def attend_chunk(
 
 @triton.jit
 def long_attention_kernel(
-    q, keys, values, page_tables, tails, firsts, positions, tiles, num_tiles, out, heads, kv_heads, table_width, scale,
-    cap,
+    q, keys, values, page_tables, tails, firsts, positions, tiles, num_tiles, out, sinks, heads, kv_heads, table_width,
+    scale, cap,
     DEPTH: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, CHUNK: tl.constexpr, WINDOW: tl.constexpr,
-    CAP: tl.constexpr,
+    CAP: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """`attention_kernel` with all chunks of a tile in one program, for many rows: prompts, and wide batches.
 
@@ -196,4 +200,4 @@ def long_attention_kernel(
                 scale, cap, DEPTH, HEAD, CHUNK, WINDOW, CAP,
             )  # fmt: skip
             o, best, total = joined(o, best, total, more, more_best, more_total)
-        store(out, o, total, row, head, heads, mine, HEAD)
+        store(out, o, best, total, sinks, row, head, heads, mine, HEAD, SINKS)

@@ -105,7 +105,7 @@ class DraftForward(Forward):
             w.width, w.embedding_scale, w.eps, NORMED=self._normed_residual, BLOCK=self._block, num_warps=4,
         )  # fmt: skip
         self._heads(layer, 0, x, rows, self._x)
-        self._attend(layer, 0, inputs, rows, long)
+        self._attend(layer.rules, 0, inputs, rows, long)
         self._add(self._attended, layer.o, None, None, rows)
         self._norm(layer.mlp_gain, rows)
         self._gate(layer, rows)
@@ -207,7 +207,7 @@ class TritonEagle(EagleEngine):
 
     @property
     def _group(self) -> int:
-        return self._kernels.weights.group
+        return self._kernels.sizes.group
 
     def _text(self, seq: Sequence) -> Text:
         if seq.id not in self._texts:

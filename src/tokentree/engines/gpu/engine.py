@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import TYPE_CHECKING, Self
 
@@ -15,8 +15,9 @@ from triton.errors import TritonError
 from tokentree.engines.base import DraftEngine, EngineInfo, Features, NotCopied, TargetOutput
 from tokentree.engines.cpu.quantized import draft_linear
 from tokentree.engines.gpu.attending import CHUNK
-from tokentree.engines.gpu.forward import Forward, Size
+from tokentree.engines.gpu.forward import Forward
 from tokentree.engines.gpu.inputs import MOVES, Inputs, Piece
+from tokentree.engines.gpu.kv_forward import KVForward, Size, Sizes
 from tokentree.engines.gpu.pages import Pages, SharedPages, Text
 from tokentree.engines.gpu.quantized import linear
 from tokentree.engines.gpu.recording import Recording
@@ -25,7 +26,7 @@ from tokentree.engines.gpu.tiles import MANY
 from tokentree.engines.gpu.weights import read
 from tokentree.engines.plan import EnginePlan
 from tokentree.engines.prepared import Prepared
-from tokentree.engines.self_check import compare
+from tokentree.engines.self_check import Routes, compare
 from tokentree.errors import ModelError, PairingError
 from tokentree.exclusive import Exclusive, exclusive, neutral
 from tokentree.sequence import Sequence
@@ -38,6 +39,10 @@ if TYPE_CHECKING:
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # numbers of rows that are recorded
 TEXTS = 256  # at a time
+OuterLayers = tuple[
+    Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor],
+    Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]],
+]  # fmt: skip
 Said = tuple[torch.Tensor, tuple[NDArray[np.float32], Ints] | None, NDArray[np.float32] | None]
 KV_PART = 0.6  # of the memory that is free, at most, for KV
 KV_TOKENS = 1 << 18  # of all texts, at most, by default
@@ -69,21 +74,22 @@ class TritonEngine(NotCopied):
     attention, execution = "tree", "kernels of our own"
     sizes: tuple[int, ...] = ROWS
     recorded = traced = False
+    crowds: tuple[int, ...] = (9,)  # rows beside which a row's bits are compared with those that it has alone
 
     @neutral()
     def __init__(
         self, prepared: Prepared, prefix_bytes: int = 0, tokens: int | None = None, drops: bool = False
     ) -> None:  # fmt: skip
-        if reason := prepared.without_kernels:
+        if reason := self._without_kernels(prepared):
             raise ModelError(f"no kernels of ours run {prepared.name}: {reason}")
         self.lock, self._guard, self.caveat = Exclusive(), prepared.guard, ""
         self.facts, self.config, self.quantization = prepared.facts, prepared.config, prepared.quantization
         self.context, self.device, self.dtype = self.facts.context, prepared.device, prepared.dtype
-        self.weights = w = read(prepared.copy, self.context, drops and prepared.owned, self.quantization is not None)
-        self.vocab_size = w.vocab_size
+        self._sizes = sizes = self._read_model(prepared, drops and prepared.owned)
+        self.vocab_size = sizes.vocab_size
         longest = self.context + self.sizes[-1]  # rows of a text, with a tree behind the last one
         most, count = -(-longest // CHUNK), 1 + -(-(self._tokens(longest) if tokens is None else tokens) // CHUNK)
-        self.pages = Pages(len(w.layers), w.kv_heads, w.head_size, count, TEXTS, most, self.device)
+        self.pages = Pages(sizes.layers, sizes.kv_heads, sizes.head_size, count, TEXTS, most, self.device)
         self._shared = SharedPages(self.pages, prefix_bytes)
         self._inputs = {rows: Inputs(rows, self.device) for rows in self.sizes}
         self._said = torch.zeros(self.sizes[-1], 2 * BEST + 1, dtype=torch.int32, pin_memory=self.device.type == "cuda")
@@ -100,15 +106,44 @@ class TritonEngine(NotCopied):
 
     def _tokens(self, least: int) -> int:
         """Room for KV by default: as much as memory allows, but no less than so much."""
-        w = self.weights
-        row = 2 * len(w.layers) * w.kv_heads * w.head_size * 2
+        row = 2 * self._sizes.layers * self._sizes.kv_heads * self._sizes.head_size * 2
         if self.device.type != "cuda":
             return 4 * least
         free, _ = torch.cuda.mem_get_info(self.device)
         return max(least, min(KV_TOKENS, int(KV_PART * free) // row))
 
+    # -- what runs: another engine has another forward ---------------------------------------------------------------
+
+    @staticmethod
+    def _without_kernels(prepared: Prepared) -> str | None:
+        """Why it can't be run so."""
+        return prepared.without_kernels
+
+    def _read_model(self, prepared: Prepared, drops: bool) -> Sizes:
+        """Takes what the forward needs of a model."""
+        self.weights = read(prepared.copy, self.context, drops, self.quantization is not None)
+        return self.weights.sizes
+
+    def _new_forward(self) -> KVForward:
+        return Forward(self.weights, self.pages, self.sizes[-1], self._places)
+
+    def _outer_layers(self) -> OuterLayers:
+        w = self.weights
+
+        def embedding(ids: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.embedding(ids, w.embedding) * w.embedding_scale
+
+        def head(hidden: torch.Tensor) -> torch.Tensor:
+            logits = linear(hidden, w.head, w.head_bias)
+            return torch.tanh(logits / w.cap) * w.cap if w.cap else logits
+
+        def rows_of_head(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+            return w.head[ids].clone(), None if w.head_bias is None else w.head_bias[ids].clone()
+
+        return embedding, head, rows_of_head
+
     def _make_forward(self) -> None:
-        self._forward = Forward(self.weights, self.pages, self.sizes[-1], self._places)
+        self._forward = self._new_forward()
         self._recordings: dict[Size, Recording[None]] = {}
 
     # -- one forward -----------------------------------------------------------------------------------------------
@@ -130,7 +165,7 @@ class TritonEngine(NotCopied):
         if (fits := next(wide, None)) is None:
             raise ModelError(f"a tree of depth {deepest}, and one with branches may have {self.sizes[-1]}")
         inputs = self._inputs[fits]
-        itemized = inputs.fill(pieces, moves, self.weights.group)
+        itemized = inputs.fill(pieces, moves, self._sizes.group)
         head = fits if head_rows and fits <= MANY else next((size for size in self.sizes if size >= head_rows > 0), 0)
         size = Size(fits, head, fits > MANY or not itemized)
         if not self._records:
@@ -177,7 +212,7 @@ class TritonEngine(NotCopied):
 
     def _move(self, moves: Ints) -> None:
         inputs = self._inputs[self.sizes[0]]
-        inputs.fill([], moves, self.weights.group)
+        inputs.fill([], moves, self._sizes.group)
         self._forward.move(inputs)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -336,7 +371,7 @@ class TritonEngine(NotCopied):
 
     @exclusive
     def capture(self, places: SequenceOf[int] | None = None) -> Features:
-        size, num_layers, w = self.facts.hidden_size, self.facts.num_layers, self.weights
+        size, num_layers = self.facts.hidden_size, self.facts.num_layers
         asked = [num_layers] if places is None else list(places)
         if not all(0 <= place <= num_layers for place in asked):
             raise PairingError(f"{self.facts.name} has hidden states 0 to {num_layers}, not {asked}")
@@ -348,18 +383,8 @@ class TritonEngine(NotCopied):
             self.pages.keep_states(len(self._places), size)
             self._make_forward()
 
-        def embedding(ids: torch.Tensor) -> torch.Tensor:
-            return torch.nn.functional.embedding(ids, w.embedding) * w.embedding_scale
-
-        def head(hidden: torch.Tensor) -> torch.Tensor:
-            logits = linear(hidden, w.head, w.head_bias)
-            return torch.tanh(logits / w.cap) * w.cap if w.cap else logits
-
-        def rows_of_head(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-            return w.head[ids].clone(), None if w.head_bias is None else w.head_bias[ids].clone()
-
         return Features(
-            size, num_layers, embedding, head, rows_of_head, draft_linear, self.dtype, self.device,
+            size, num_layers, *self._outer_layers(), draft_linear, self.dtype, self.device,
             self.device.type == "cuda",
         )  # fmt: skip
 
@@ -417,10 +442,13 @@ class TritonEngine(NotCopied):
         row has other bits alone than in a tree."""
         a, b, c, d, e, f, g = own["tokens"].tolist()
         other, text, got = d - 1 if d else 1, self.pages.open(), list[torch.Tensor]()
+        records, self._records = self._records, False  # a recording would keep what routers choose here
 
-        def said(nodes: list[int], parents: list[int]) -> torch.Tensor:
-            tree = TokenTree(np.array(nodes), np.array(parents))
-            self._try(text, tree)
+        def said(nodes: list[int], parents: list[int], path: SequenceOf[int]) -> torch.Tensor:
+            tree, rows = TokenTree(np.array(nodes), np.array(parents)), np.full(len(nodes), -1)
+            rows[list(path)] = sum(map(len, got)) + np.arange(len(path))
+            with Routes(own, rows):
+                self._try(text, tree)
             return self._forward.logits[: len(tree)].float()
 
         def keep(logits: torch.Tensor, path: list[int]) -> None:
@@ -429,21 +457,23 @@ class TritonEngine(NotCopied):
             self._flush(text)
 
         try:
-            keep(said([a, b, other, c, d, c, d], [-1, 0, 0, 1, 2, 2, 3]), [0, 1, 3, 6])
-            others = range(min(9, self.vocab_size))
-            crowd = said([e, *others], [-1, *(0 for _ in others)])[:1]
-            alone = said([e], [-1])
+            keep(said([a, b, other, c, d, c, d], [-1, 0, 0, 1, 2, 2, 3], [0, 1, 3, 6]), [0, 1, 3, 6])
+            beside = [[token % self.vocab_size for token in range(count)] for count in self.crowds]
+            crowd = [said([e, *others], [-1, *(0 for _ in others)], [0])[:1] for others in beside]
+            alone = said([e], [-1], [0])
+            steady = all(torch.equal(one, alone) for one in crowd)
             keep(alone, [0])
-            keep(said([f, other, g, g], [-1, 0, 1, 0]), [0, 3])
+            keep(said([f, other, g, g], [-1, 0, 1, 0], [0, 3]), [0, 3])
         finally:
             self.pages.close(text)
+            self._records = records
         error, allowed, spread = compare(own, torch.cat(got).to(own["logits"].device), self.quantization is not None)
         if not error <= allowed:
             raise ModelError(
                 f"kernels of our own give other logits than {self.facts.name} "
                 f"(off by {error:.3g} where logits spread by {spread:.3g})"
             )
-        if not torch.equal(crowd, alone):
+        if not steady:
             raise ModelError(f"on this device the bits of {self.facts.name}'s rows depend on how many there are")
         if self._records:
             self._record_trees()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tokentree.engines.gpu.attending import TILE
+from tokentree.engines.gpu.kv_forward import Rules, Sizes
 from tokentree.engines.gpu.quantized import GROUP, Int8, Matrix
 
 if TYPE_CHECKING:
@@ -55,6 +56,11 @@ class Layer:
     scale: float
     cap: float
 
+    @property
+    def rules(self) -> Rules:
+        """How it attends."""
+        return Rules(self.scale, self.window, self.cap)
+
 
 @dataclass(frozen=True, eq=False)
 class Weights:
@@ -95,9 +101,8 @@ class Weights:
         return len(self.head)
 
     @property
-    def group(self) -> int:
-        """Heads of queries that share one of keys."""
-        return self.heads // self.kv_heads
+    def sizes(self) -> Sizes:
+        return Sizes(len(self.layers), self.heads, self.kv_heads, self.head_size, self.width, self.vocab_size)
 
     @property
     def nbytes(self) -> int:
