@@ -20,6 +20,7 @@ from platformdirs import user_cache_path
 
 DIGEST = hashlib.sha256().digest_size  # bytes
 PART = 1 << 24  # bytes of a file that one thread takes
+READ = 1 << 18  # bytes that are read at a time: what a thread has allocated stays its own
 PATIENCE = 60.0  # seconds that another process may keep one waiting
 
 
@@ -135,7 +136,10 @@ def digest_of(file: Path, size: int | None = None) -> bytes:
     def checksum(start: int) -> int:
         with file.open("rb", buffering=0) as part:
             part.seek(start)
-            return zlib.crc32(part.read(min(PART, size - start)))
+            view, left, found = memoryview(bytearray(min(READ, PART, size - start))), min(PART, size - start), 0
+            while left and (count := part.readinto(view[:left])):
+                found, left = zlib.crc32(view[:count], found), left - count
+            return found
 
     starts = range(0, size, PART)
     if len(starts) < 2:
