@@ -152,15 +152,14 @@ def find_tokenizer(name: str | Path) -> PreTrainedTokenizerBase | None:
         ModelError: if it can't be loaded, with the reason.
     """
     found = find(name)
-    if found.file is not None:
-        with _told(f"can't load the tokenizer of {str(name)!r}"):
-            if not has_tokenizer(read_header(found.file)):
-                return None
-    elif Path(found.where).is_dir() and not any(
+    if found.file is None and Path(found.where).is_dir() and not any(
         (Path(found.where) / one).exists() for one in TOKENIZER_FILES
     ):  # fmt: skip
         return None
-    return load_tokenizer(name)
+    try:
+        return load_tokenizer(name)
+    except _NoTokenizer:
+        return None
 
 
 def load_tokenizer(name: str | Path, local_only: bool = False) -> PreTrainedTokenizerBase:
@@ -179,8 +178,14 @@ def load_tokenizer(name: str | Path, local_only: bool = False) -> PreTrainedToke
     return _load_tokenizer(name, found)
 
 
+class _NoTokenizer(ModelError):
+    """Raised of a GGUF file that holds none."""
+
+
 def _gguf_tokenizer(name: str | Path, file: Path) -> PreTrainedTokenizerBase:
     with _told(f"can't load the tokenizer of {str(name)!r}"):
+        if not has_tokenizer(read_header(file)):
+            raise _NoTokenizer(f"{str(name)!r} has no tokenizer")
         from tokentree.gguf.tokenizer import gguf_tokenizer
 
         return gguf_tokenizer(file)
