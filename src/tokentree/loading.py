@@ -173,7 +173,7 @@ def load_tokenizer(name: str | Path, local_only: bool = False) -> PreTrainedToke
         file = found.file
         return converted(
             file, "tokenizer", lambda: _gguf_tokenizer(name, file),
-            lambda folder: _load_tokenizer(name, Found(str(folder), local_only=True)),
+            lambda folder: _converted_tokenizer(name, folder),
         )  # fmt: skip
     return _load_tokenizer(name, found)
 
@@ -189,6 +189,15 @@ def _gguf_tokenizer(name: str | Path, file: Path) -> PreTrainedTokenizerBase:
         from tokentree.gguf.tokenizer import gguf_tokenizer
 
         return gguf_tokenizer(file)
+
+
+def _converted_tokenizer(name: str | Path, folder: Path) -> PreTrainedTokenizerBase:
+    """What `_gguf_tokenizer` made: of a kind that is known, so that nothing else is imported."""
+    with _told(f"can't load the tokenizer of {str(name)!r}"):
+        from transformers import PreTrainedTokenizerFast
+
+        tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        return tokenizer
 
 
 def _load_tokenizer(name: str | Path, found: Found) -> PreTrainedTokenizerBase:
