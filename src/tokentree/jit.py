@@ -155,8 +155,14 @@ def _imports(file: Path) -> list[Path]:
     modules = list[str]()
     for package, names, module in IMPORTS.findall(_text(file)):
         modules += [module or package, *(f"{package}.{name}" for name in re.findall(r"\w+", names))]
-    paths = [PACKAGE.joinpath(*module.split(".")) for module in modules]
-    return [file for path in paths for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()]
+    return [_files()[module] for module in modules if module in _files()]
+
+
+@functools.cache
+def _files() -> dict[str, Path]:
+    """The files of this package, by the names of their modules in it."""
+    known = ((file.relative_to(PACKAGE).with_suffix("").parts, file) for file in PACKAGE.rglob("*.py"))
+    return {".".join(parts[:-1] if parts[-1] == "__init__" else parts): file for parts, file in known}
 
 
 @functools.cache
