@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from tokentree.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+CLASS = "tokentree_class"  # in settings, the name of a configuration's class
 
 
 @dataclass(frozen=True)
@@ -67,14 +69,18 @@ def ends_of(model: PreTrainedModel) -> list[int]:
 
 
 def settings_of(config: PreTrainedConfig) -> str:
-    """A configuration as JSON."""
-    return json.dumps(config.to_dict())
+    """A configuration as JSON, with the name of its class."""
+    return json.dumps(config.to_dict() | {CLASS: type(config).__name__})
 
 
 def config_of(settings: str) -> PreTrainedConfig:
     """The configuration that these are the settings of."""
-    from transformers import AutoConfig
+    import transformers
 
     found = json.loads(settings)
-    made: PreTrainedConfig = AutoConfig.for_model(found.pop("model_type"), **found)
+    family = found.pop("model_type")
+    kind: Any = getattr(transformers, found.pop(CLASS, ""), None)
+    if getattr(kind, "model_type", None) != family:  # of all that there are, which takes longer to import
+        kind = transformers.CONFIG_MAPPING[family]
+    made: PreTrainedConfig = kind(**found)
     return made
