@@ -190,7 +190,7 @@ def _medusa(layout: str) -> Callable[[Path], Files]:
 
 def _eagle(version: int) -> Callable[[Path], Files]:
     def make(folder: Path) -> Files:
-        from tests.test_eagle import some_head
+        from tests.drafters.test_eagle import some_head
 
         from tokentree.heads.eagle_files import write_eagle
         from tokentree.heads.saved import About
