@@ -16,7 +16,7 @@ from triton.errors import TritonError
 from tests.conftest import decode
 from tests.engines.gpu.triton_here import DEVICE, FAMILIES, small
 from tests.engines.test_engine import of_transformers
-from tests.tiny_models import CONTEXT, request, some_tokens, some_tree
+from tests.tiny_models import request, some_tokens, some_tree
 from tokentree.drafters.lookup.ngram import NGram
 from tokentree.drafters.lookup.recycling import Recycling
 from tokentree.engines.base import Branches, HeadEngines, TransformersEngine
@@ -259,7 +259,7 @@ def test_what_is_kept_gives_way_to_texts_and_a_full_engine_says_so() -> None:
 
 
 def test_what_is_kept_gives_way_though_live_texts_have_the_oldest_of_it_too() -> None:
-    engine = engine_of(prefix_bytes=1 << 30, tokens=4 * CHUNK)
+    engine = engine_of(prefix_bytes=1 << 30, tokens=4 * CHUNK, num_hidden_layers=1)
     first, second = ([*some_tokens(CHUNK + 2, seed=seed), ROOT] for seed in (1, 2))
     for ids in (first, second):
         seq = request(ids)
@@ -276,11 +276,11 @@ def test_what_is_kept_gives_way_though_live_texts_have_the_oldest_of_it_too() ->
 
 
 def test_a_tree_may_reach_beyond_the_context_s_rows() -> None:
-    engine, ids = engine_of(), some_tokens(CONTEXT - 3)
+    engine, ids = engine_of(max_position_embeddings=CHUNK // 2), some_tokens(CHUNK // 2 - 3)
     tree = TokenTree(np.arange(70), np.array([-1, *([0] * 35), *range(1, 35)]))
     got = verified(engine, request([*ids, 0]), tree)  # its rows need a page more than the context has
     assert torch.equal(alone(engine, ids, tree, path_to(tree, 69)), got[path_to(tree, 69)])
-    with pytest.raises(ModelError, match=f"behind the last of the model's {CONTEXT} positions"):
+    with pytest.raises(ModelError, match=f"behind the last of the model's {CHUNK // 2} positions"):
         verified(engine, request([*ids, 0]), TokenTree.chain(0, [1, 2, 3]))
 
 

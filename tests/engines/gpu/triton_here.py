@@ -27,8 +27,8 @@ def small(family: str = "llama", **options: object) -> PreTrainedModel:
 
 
 def quicken() -> None:
-    """Has Triton's interpreter do once what it would do in each call, and leave what it does for nothing: that takes three
-    quarters of its time.
+    """Has Triton's interpreter do once what it would do in each call, and leave what it does for nothing: two thirds of
+    its time.
 
     - It puts its functions into Triton's modules in each launch, and in each call of a function from a kernel.
     - It looks up numpy's types in a table that it makes for each.
