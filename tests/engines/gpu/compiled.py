@@ -1,10 +1,10 @@
-"""Compiles the kernels of a forward for a GPU that needn't be there, as a program of its own: Triton's interpreter must
+"""Compiles the kernels of a forward for GPUs that needn't be there, as a program of its own: Triton's interpreter must
 be off, which the tests have on.
 
-    python tests/engines/gpu/compiled.py COMPUTE_CAPABILITY BITS:SIZE...
+    python tests/engines/gpu/compiled.py COMPUTE_CAPABILITY...
 
-Prints what each kernel needs, one JSON object a line: name, options, registers of a thread, bytes of these that were
-spilled to memory, bytes of shared memory, and how many there may be.
+Prints what each kernel needs, one JSON object a line: compute capability, name, options, registers of a thread, bytes
+of these that were spilled to memory, bytes of shared memory, and how many there may be.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ SIZES = {
     "70b": (8192, 28672, 64, 8, 128, 128256, False),
     "odd": (1024, 4096, 8, 4, 128, 32000, True),
 }
+SOME = ("16:8b", "16:odd", "8:8b")  # bits and size
+MODELS = {90: (*SOME, "16:smollm2", "16:70b", "8:smollm2", "8:70b")}  # what is tuned for that one; SOME elsewhere
 TYPES = {
     torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64", torch.int8: "*i8"
 }  # fmt: skip
@@ -147,14 +149,14 @@ def needs(launch: Launch, capability: int) -> dict[str, Any]:
     assert found is not None, told
     named = {kernel.arg_names[place]: value for (place,), value in constants.items()}
     return {
-        "kernel": kernel.__name__, "options": str(named | sizes), "registers": int(found[1]),
+        "capability": capability, "kernel": kernel.__name__, "options": str(named | sizes), "registers": int(found[1]),
         "spilled": int(found[2]) + int(found[3]), "shared": made.metadata.shared, "most": SHARED[capability],
     }  # fmt: skip
 
 
-def main(capability: int, *models: str) -> None:
+def main(capability: int) -> None:
     found = dict[str, Launch]()
-    for model in models:
+    for model in MODELS.get(capability, SOME):
         bits, name = model.split(":")
         found |= launches(name, int(bits), capability)
     for launch in found.values():
@@ -162,4 +164,5 @@ def main(capability: int, *models: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), *sys.argv[2:])
+    for number in sys.argv[1:]:
+        main(int(number))
