@@ -16,7 +16,7 @@ TESTS = {
     for name, tree in FILES.items()
 }
 # processes that train, read damaged files, or compile, and nothing else
-WHOLE = {"test_fuzz.py", "engines/gpu/test_compiled.py", "train/test_interrupted.py", "train/test_processes.py"}
+WHOLE = {"test_fuzz.py", "engines/gpu/test_compiled.py", "train/test_processes.py"}
 
 
 def test_all_that_is_left_out_is_there() -> None:

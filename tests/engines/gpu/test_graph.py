@@ -138,7 +138,7 @@ def test_a_forward_that_is_one_call_is_left_as_it_is() -> None:
 def test_inductor_compiles_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setenv("TOKENTREE_CACHE", str(tmp_path))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    record_only(monkeypatch, 2, 32)
+    record_only(monkeypatch, 32)
     model = tiny("qwen3", num_hidden_layers=1)
     llm = LLM(model, compile=True)
     assert "one graph" in llm.engine.info.signature
