@@ -25,7 +25,7 @@ coverage: .venv/ready
 
 # Other projects' own classes load what is written for them.
 peers: .venv/peers/ready
-	PYTHONPATH=.venv/peers $(BIN)/pytest -W ignore tests/peer_speculators.py
+	PYTHONPATH=.venv/peers $(BIN)/pytest -W ignore tests/heads/peer_speculators.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -57,8 +57,8 @@ format: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf,gpu,plot,train,grammar,serve,chat,dev]'
 	touch $@
 
-.venv/peers/ready: tests/peers.txt .venv/ready
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/peers --upgrade -r tests/peers.txt
+.venv/peers/ready: tests/heads/peers.txt .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/peers --upgrade -r tests/heads/peers.txt
 	touch $@
 
 .venv/docs/ready: tools/docs.txt .venv/ready

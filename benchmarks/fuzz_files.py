@@ -5,7 +5,7 @@
 From the root of the repository, as tiny models come from its tests. For each kind of file that compiled code reads, a
 good one is made, changed, and used, so many times: cut, flipped, overwritten, exchanged for noise, and with values that
 no program would write. A file must be refused in one sentence or made again, or the text be plain decoding's. All
-happens in processes of their own, so that one that crashes is seen; it goes on behind the file that it crashed on.
+happens in processes of their own, so that one that crashes is seen; another goes on behind the file.
 Exit status 1 if anything went wrong; a file is made again by its kind, seed and number.
 
 A new kind is one more entry of `KINDS`: what makes good files, and what uses them.
@@ -14,19 +14,21 @@ A new kind is one more entry of `KINDS`: what makes good files, and what uses th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +192,7 @@ def _medusa(layout: str) -> Callable[[Path], Files]:
 
 def _eagle(version: int) -> Callable[[Path], Files]:
     def make(folder: Path) -> Files:
-        from tests.test_eagle import some_head
+        from tests.drafters.test_eagle import some_head
 
         from tokentree.heads.eagle_files import write_eagle
         from tokentree.heads.saved import About
@@ -301,9 +303,12 @@ KINDS: dict[str, Callable[[Path], Files]] = {
 
 # -- the processes -----------------------------------------------------------------------------------------------------
 
+# what all kinds need, imported once; each process is forked from there
+IMPORTED = ["torch", "transformers", "tokentree.llm", "tokentree.loading", "tests.tiny_models", "tests.gguf_files"]
 
-def child(kind: str, seed: int, first: int, count: int) -> None:
-    """Prints a line before and behind each file."""
+
+def child(told: Connection, kind: str, seed: int, first: int, count: int) -> None:
+    """Sends a file's number before it is used, and behind it what became of it."""
     import torch
     import transformers
 
@@ -322,12 +327,12 @@ def child(kind: str, seed: int, first: int, count: int) -> None:
         files = KINDS[kind](folder)
         shutil.copytree(files.folder, good)
         for index in range(first, first + count):
-            print(f"{index} begins", flush=True)
+            told.send((index, "begins"))
             shutil.rmtree(files.folder)
             shutil.copytree(good, files.folder)
             spoil(files, np.random.default_rng([seed, index, len(kind)]))
             said = "as plain"
-            with warnings.catch_warnings(record=True) as told:
+            with warnings.catch_warnings(record=True) as warned:
                 warnings.simplefilter("always")
                 try:
                     got = files.use()
@@ -337,39 +342,38 @@ def child(kind: str, seed: int, first: int, count: int) -> None:
                     said = "refused"
                     if "\n" in str(error).strip():
                         said = f"UNCLEAR {error!r}"
-            if said == "as plain" and any("is made again" in str(warning.message) for warning in told):
+                except Exception as error:  # noqa: BLE001
+                    said = f"UNTYPED {error!r}"
+            if said == "as plain" and any("is made again" in str(warning.message) for warning in warned):
                 said = "made again"
-            print(f"{index} {' '.join(said.split())}", flush=True)
+            told.send((index, " ".join(said.split())))
 
 
-def outcomes(kind: str, count: int, seed: int) -> Iterator[tuple[int, str]]:
+def outcomes(kind: str, count: int, seed: int, first: int = 0) -> Iterator[tuple[int, str]]:
     """What became of each file: "refused", "made again", "as plain", or what went wrong."""
-    done = 0
-    while done < count:
-        command = [sys.executable, "-m", "benchmarks.fuzz_files", "--child", kind, "--seed", str(seed)]
-        command += ["--first", str(done), "--files", str(count - done)]
-        root = Path(__file__).parent.parent
-        before = done
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root) as process:
-            assert process.stdout is not None
-            assert process.stderr is not None
-            began = -1
-            for line in process.stdout:
-                index, said = line.rstrip("\n").split(" ", 1)
+    done, processes = first, multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(IMPORTED)
+    while done < first + count:
+        told, tells = processes.Pipe(duplex=False)
+        process = processes.Process(target=child, args=(tells, kind, seed, done, first + count - done))
+        process.start()
+        tells.close()
+        began = -1
+        with told, contextlib.suppress(EOFError):
+            while True:
+                index, said = told.recv()
                 if said == "begins":
-                    began = int(index)
+                    began = index
                 else:
-                    done = int(index) + 1
-                    yield int(index), said
-            tail = process.stderr.read()[-800:]
-        if done < count and began == done:
-            if process.returncode < 0:
-                yield done, f"CRASHED {signal.Signals(-process.returncode).name}"
-            else:
-                yield done, f"UNTYPED {tail.strip().splitlines()[-1] if tail.strip() else process.returncode}"
+                    done = index + 1
+                    yield index, said
+        process.join()
+        code = process.exitcode or 0
+        if done < first + count:
+            if began != done:
+                raise RuntimeError(f"{kind}: no files could be made: exit status {code}")
+            yield done, f"CRASHED {signal.Signals(-code).name if code < 0 else code}"
             done += 1
-        elif done == before:
-            raise RuntimeError(f"{kind}: no files could be made: {tail}")
 
 
 def failures(kind: str, count: int, seed: int) -> tuple[Counter[str], list[str]]:
@@ -390,19 +394,15 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=1000, help="of each kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="*", choices=list(KINDS), default=list(KINDS), metavar="KIND")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--first", type=int, default=0, help="number of the first file, to see one again")
     asked = parser.parse_args()
-    if asked.child:
-        child(asked.child, asked.seed, asked.first, asked.files)
-        return
     console, wrong = Console(highlight=False), 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     for kind in asked.kinds:
         counts = Counter[str]()
         with Progress(*columns, console=console, transient=True) as progress:
             task = progress.add_task(kind, total=asked.files)
-            for index, said in outcomes(kind, asked.files, asked.seed):
+            for index, said in outcomes(kind, asked.files, asked.seed, asked.first):
                 counts[said.split()[0] if said[:1].isupper() else said] += 1
                 if said[:1].isupper():
                     wrong += 1

@@ -13,8 +13,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from typer.testing import CliRunner
 
 from tests.conftest import each_two, make_sequence
-from tests.test_eagle import Kept, said_by, some_head
-from tests.test_medusa import random_heads
+from tests.drafters.test_eagle import Kept, said_by, some_head
+from tests.drafters.test_medusa import random_heads
 from tests.tiny_models import CONTEXT, kv_engine, save_model, some_tokens, tiny, tiny_pair, tiny_tokenizer
 from tokentree import LLM, SamplingParams
 from tokentree.beam import BeamDecoder, BeamSearch

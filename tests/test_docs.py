@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 import tokentree
 from tests.conftest import decode
-from tests.test_medusa import random_heads
+from tests.drafters.test_medusa import random_heads
 from tests.tiny_models import TEXTS, request, save_model, some_tokens, tiny, tiny_pair, tiny_tokenizer
 from tokentree import LLM
 from tokentree.cli.main import app

@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 from tests.conftest import decode
-from tests.test_eagle import some_head
-from tests.test_engine import of_transformers, verified
-from tests.test_medusa import random_heads
-from tests.test_writing import PROMPTS, greedily
+from tests.drafters.test_eagle import some_head
+from tests.drafters.test_medusa import random_heads
+from tests.engines.test_engine import of_transformers, verified
 from tests.tiny_models import FAMILIES, request, save_model, some_tokens, some_tree, tiny, tiny_pair, tiny_tokenizer
+from tests.train.test_writing import PROMPTS, greedily
 from tokentree import LLM, SamplingParams
 from tokentree.cli.main import app
 from tokentree.drafters.base import Drafter

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_medusa import random_heads
+from tests.drafters.test_medusa import random_heads
 from tests.tiny_models import kv_engine, parts_of, tiny, tiny_pair, tiny_tokenizer
 from tokentree.engines.cpu.quantized import QuantizedLinear
 from tokentree.engines.kv_engine import KVEngine

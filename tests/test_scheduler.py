@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from tests.conftest import decode, make_sequence, random_table
-from tests.test_eagle import some_head
-from tests.test_medusa import random_heads
+from tests.drafters.test_eagle import some_head
+from tests.drafters.test_medusa import random_heads
 from tests.tiny_models import CONTEXT, kv_engine, request, some_tokens, some_tree, tiny
 from tokentree import LLM, ModelError, OptionError, RequestError, SamplingParams, StepError
 from tokentree.acceptance import acceptance

@@ -252,9 +252,10 @@ def full_logits(model: PreTrainedModel, tokens: Sequence[int]) -> torch.Tensor:
 
 
 def request(tokens: Sequence[int], max_tokens: int = 64, **options: Any) -> Request:
-    """A sequence that holds ``tokens`` as its prompt."""
+    """A sequence that holds ``tokens`` as its prompt. Its ``context`` is that of the models here, without another."""
+    context = options.pop("context", CONTEXT)
     params = SamplingParams(max_tokens=max_tokens, **options)
-    return Request([int(token) for token in tokens], params, seeded_noise(params.seed or 0, 0), CONTEXT)
+    return Request([int(token) for token in tokens], params, seeded_noise(params.seed or 0, 0), context)
 
 
 def some_tokens(count: int, seed: int = 0, vocab: int = VOCAB) -> list[int]:

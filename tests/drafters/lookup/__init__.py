@@ -1,0 +1,1 @@
+"""Tests of what looks up what was read or written before."""

@@ -1,0 +1,1 @@
+"""Tests of packed layers and own attention."""

@@ -1,0 +1,38 @@
+"""What compiling for GPUs shows without one: no kernel of the engine spills registers, and each has the shared memory
+that it needs. Triton's interpreter, in which other tests run kernels, knows neither."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+PROCESSES = (80, 90), (89, 120)  # compute capabilities that one process compiles for: as much work as the other's
+FEW = 32  # bytes of a thread that may wait in memory, so that more programs fit: what loops use is far more
+
+
+def compiled(capabilities: tuple[int, ...]) -> list[dict[str, Any]]:
+    """What each kernel needs on such GPUs, see compiled.py."""
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    variables["TRITON_DISABLE_LINE_INFO"] = "1"  # compiles faster
+    program = str(Path(__file__).with_name("compiled.py"))
+    done = subprocess.run(
+        [sys.executable, program, *map(str, capabilities)], env=variables, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_kernels_of_all_sizes_compile_without_spills_within_the_shared_memory_of_each_gpu() -> None:
+    with ThreadPoolExecutor(len(PROCESSES)) as pool:
+        found = [one for kernels in pool.map(compiled, PROCESSES) for one in kernels]
+    for capability in sum(PROCESSES, ()):
+        kernels = [one for one in found if one["capability"] == capability]
+        assert len({one["kernel"] for one in kernels}) == 19
+        assert len(kernels) > 40
+        assert not [one for one in kernels if one["spilled"] > FEW], capability
+        assert not [one for one in kernels if one["shared"] > one["most"]], capability

@@ -1,0 +1,1 @@
+"""Tests of Medusa and EAGLE heads and their files."""

@@ -1,0 +1,1 @@
+"""Tests of how trees grow and are cut."""
