@@ -27,6 +27,7 @@ from tests.test_medusa import random_heads
 from tests.tiny_models import save_model, tiny_pair, tiny_tokenizer
 from tokentree import LLM, AsyncLLM, OptionError, RequestError, SamplingParams, StructuredOutputs
 from tokentree.acceptance import Match, Rejection
+from tokentree.cli import main as cli
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter
 from tokentree.drafters.eagle import Eagle
@@ -78,7 +79,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def under(schema: Any, **options: Any) -> SamplingParams:
-    return SamplingParams(**{"max_tokens": 120, "structured_outputs": {"json": schema}} | options)
+    return SamplingParams(**{"max_tokens": 280, "structured_outputs": {"json": schema}} | options)
 
 
 def ids(llm: LLM, prompts: Any, params: SamplingParams) -> list[list[int]]:
@@ -346,7 +347,7 @@ def test_stop_strings_and_stop_tokens_cut_a_text_short(world: World) -> None:
 def test_a_model_without_end_tokens_stops_where_the_grammar_does(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     model, _ = tiny_pair(len(tokenizer), len(tokenizer), eos_token_id=None, bos_token_id=None, pad_token_id=None)
-    llm = LLM(model, tokenizer=tokenizer, shape="2x2x1", dtype="float32")
+    llm = LLM(model, tokenizer=tokenizer, shape="2x2x1")
     assert not llm.eos_ids
     for way in WAYS:
         params = SamplingParams(max_tokens=60, structured_outputs={"regex": REGEX}, **way)
@@ -404,6 +405,7 @@ def test_grammars_of_every_kind(world: World, given: Any) -> None:
         ("regex", "or a dict"),
         ({"json": "{"}, "no JSON"),
         ({"json": [1]}, "is an object"),
+        ({"json": False}, "no value"),
         ({"json": {"minimum": float("nan")}}, "can't be written"),
         ({"json": {"const": object()}}, "can't be written"),
         ({"regex": ""}, "empty"),
@@ -436,7 +438,7 @@ def test_schemas_without_end_are_refused() -> None:
     [
         ({"json": {"not": {}}}, 'can\'t be compiled: Unimplemented keys: \\["not"\\]'),
         ({"json": {"type": "strin"}}, "Invalid type"),
-        ({"json": False}, "schema is false"),
+        ({"json": {"type": "array", "items": False, "minItems": 1}}, "Unsatisfiable"),
         ({"json": {"$ref": "#/$defs/none"}}, "does not exist"),
         ({"json": {"$ref": "http://127.0.0.1:9/schema"}}, "does not fetch"),
         ({"json": {"$ref": "#"}}, "allows no text"),
@@ -598,18 +600,25 @@ def test_lossy_rules_stay_within_the_grammar(world: World) -> None:
             assert fits(json.loads(result.text), SCHEMAS["tagged"]), accept
 
 
-def test_the_command_writes_under_a_schema(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from tokentree.__main__ import main
+def test_the_command_writes_under_a_schema(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*options: object) -> Any:
+        words = ["generate", PROMPTS[0], "--model", world.folder, "--no-chat", "--json", "--compare", *options]
+        monkeypatch.setattr(sys, "argv", ["tokentree", *map(str, words)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        said = capsys.readouterr()
+        return json.loads(said.out) if not stopped.value.code else said.err
 
     file = tmp_path / "schema.json"
     file.write_text(json.dumps(SCHEMAS["enums"]))
-    begin = ["generate", "--model", str(world.folder), "--no-chat", "--json", "--compare", PROMPTS[0]]
-    for options, check in (
-        (["--json-schema", str(file)], lambda text: fits(json.loads(text), SCHEMAS["enums"])),
-        (["--regex", "[0-9]{3}"], lambda text: re.fullmatch("[0-9]{3}", text)),
-        (["--choice", "yes", "--choice", "no"], lambda text: text in ("yes", "no")),
-    ):
-        assert main([*begin, *options]) == 0  # type: ignore[call-arg]
-        said = json.loads(capsys.readouterr().out)
-        assert said["identical"]
-        assert check(said["text"])
+    found = run("--json-schema", file)
+    assert found["identical"]
+    assert fits(json.loads(found["text"]), SCHEMAS["enums"])
+    assert re.fullmatch("[0-9]{3}", run("--regex", "[0-9]{3}")["text"])
+    assert run("--choice", "yes", "--choice", "no")["text"] in ("yes", "no")
+    file.write_text('start: "x" | "y"')
+    assert run("--grammar", file)["text"] in ("x", "y")
+    assert "exactly one" in " ".join(run("--grammar", file, "--regex", "a").split())
+    assert "no JSON" in " ".join(run("--json-schema", file).split())

@@ -124,7 +124,11 @@ def _schema(schema: Any) -> str:
             schema = json_of.loads(schema, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
             raise OptionError(f"structured_outputs: json is no JSON: {str(error).splitlines()[0]}") from None
-    if not isinstance(schema, dict | bool):
+    if schema is True:  # any value
+        schema = {}
+    if schema is False:
+        raise OptionError("structured_outputs: the JSON schema allows no value")
+    if not isinstance(schema, dict):
         raise OptionError(f"structured_outputs: a JSON schema is an object, not {type(schema).__name__}")
     if _is_deeper(schema, DEEPEST):
         raise OptionError(f"structured_outputs: the JSON schema has more than {DEEPEST} levels")
