@@ -58,7 +58,12 @@ SCHEMAS: dict[str, Schema] = {
     "date": _object(date=_pattern("^[0-9]{4}-(0[1-9]|1[0-2])-[0-3][0-9]$")),
     "email": _object(email=_pattern("^[a-z]{1,8}@[a-z]{1,8}\\.(com|org|net)$")),
     "union": {"anyOf": [_object(circle=_number(1, 9)), _object(square=_number(1, 9), unit={"enum": ["cm", "m"]})]},
-    "tagged": {"anyOf": [_object(kind={"const": "cat"}, lives=_number(1, 9)), _object(kind={"const": "dog"}, tricks=_list(_text(10)))]},
+    "tagged": {
+        "anyOf": [
+            _object(kind={"const": "cat"}, lives=_number(1, 9)),
+            _object(kind={"const": "dog"}, tricks=_list(_text(10))),
+        ]
+    },
     "types": _object(value={"type": ["integer", "null", "boolean"]}),
     "optional": {**_object(id=_number(0, 9), note=_text(), flag={"type": "boolean"}), "required": ["id"]},
     "unicode_keys": _object(**{"имя": _text(12), "città": {"enum": ["Köln", "São Paulo", "北京"]}}),
@@ -66,14 +71,14 @@ SCHEMAS: dict[str, Schema] = {
     "recursive": {"$defs": {"leaf": _object(value=_number(0, 9))}, **_TREE},
     "price": _object(price=_pattern("^[0-9]{1,3}\\.[0-9]{2}$"), paid={"type": ["null", "boolean"]}),
     "bounds": _object(xs=_list(_number(0, 100), 5, 3), s=_text(9, 3)),
-    "long_keys": _object(customer_identification_number=_number(1, 9999), customer_shipping_country={"enum": ["DE", "FR"]}),
+    "long_keys": _object(customer_identification_number=_number(1, 9999), shipping_country={"enum": ["DE", "FR"]}),
     "wide": _object(**{f"field_{i}": [{"type": "boolean"}, _number(0, 9), {"type": "null"}][i % 3] for i in range(12)}),
-    "call": _object(name={"const": "get_weather"}, arguments=_object(city=_text(16), unit={"enum": ["celsius", "fahrenheit"]})),
+    "call": _object(name={"const": "get_weather"}, arguments=_object(city=_text(16), unit={"enum": ["C", "F"]})),
 }  # fmt: skip
 PROMPTS = (
     "Write one example as JSON.", "Answer in JSON.", "Describe a customer.", "What is in the basket?", "Call the tool.",
-    "Give me a record, and nothing else.", "Make up some data about an animal.", "Fill in the form.", "List what you know.",
-    "Say hello.",
+    "Give me a record, and nothing else.", "Make up some data about an animal.", "Fill in the form.",
+    "List what you know.", "Say hello.",
 )  # fmt: skip
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {}, "seeded": {"temperature": 0.9, "top_p": 0.95, "seed": 11}, "penalised": {"repetition_penalty": 1.1},

@@ -63,6 +63,11 @@ class Decoder:
         steps take turns."""
         return self.engine.lock
 
+    @property
+    def names(self) -> list[str]:
+        """The names of all proposers, in the order of the bits in `Draft.sources`: the drafters, and grammars."""
+        return [*self.drafter.names, NAME]
+
     def run(self, seqs: Iterable[Sequence], max_batch: int = 8) -> Iterator[list[Sequence]]:
         """Decodes all ``seqs``, at most ``max_batch`` at a time. Yields the sequences that grew, after each step.
 
@@ -172,7 +177,7 @@ class Decoder:
         metrics.decode_seconds += clock[4] - clock[0]
         metrics.steps.append((len(draft), len(step.tokens), clock[4] - clock[0]))
         for node in step.path[1:]:
-            for bit, name in enumerate([*self.drafter.names, NAME]):
+            for bit, name in enumerate(self.names):
                 if draft.ints[SOURCES, node] >> bit & 1:
                     metrics.accepted_by_source[name] = metrics.accepted_by_source.get(name, 0) + 1
         if seq.params.logprobs is not None:

@@ -105,7 +105,7 @@ def generate(
     ] = None,
     grammar: Annotated[
         Path | None,
-        typer.Option(help="A grammar in Lark's syntax that the text has to follow, in a file.", rich_help_panel=GRAMMAR),
+        typer.Option(help="A grammar of the text, in Lark's syntax, in a file.", rich_help_panel=GRAMMAR),
     ] = None,
     dtype: DtypeOption = None,
     quantization: QuantizationOption = None,

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tokentree.errors import OptionError
-from tokentree.grammars.guide import Guide
-from tokentree.grammars.options import JSON_FORM, StructuredOutputs
+from tokentree.grammars.guide import Beginning, Bits, Guide
+from tokentree.grammars.options import StructuredOutputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,7 +32,7 @@ class Grammars:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         self._tokenizer, self._lock = tokenizer, threading.Lock()
-        self._kept = OrderedDict[tuple[str, str], Any]()
+        self._kept = OrderedDict[tuple[str, str], Beginning]()
         self._tokens: _Tokens | None = None
 
     def guide(self, wanted: StructuredOutputs, eos_ids: frozenset[int], stop_ids: Sequence[int] = ()) -> Guide:
@@ -50,8 +50,8 @@ class Grammars:
             if self._tokens is None:
                 self._tokens = _read(self._tokenizer)
             key = wanted.source
-            if key not in self._kept:
-                self._kept[key] = _compiled(*key, self._tokens)
+            if key not in self._kept or self._kept[key].worn:
+                self._kept[key] = Beginning(_compiled(*key, self._tokens))
                 if len(self._kept) > KEPT:
                     self._kept.popitem(last=False)
             self._kept.move_to_end(key)
@@ -72,7 +72,7 @@ class _Tokens:
 
     tokens: Any
     end: int
-    hidden: np.ndarray[Any, np.dtype[np.uint8]]
+    hidden: Bits
 
 
 def _read(tokenizer: PreTrainedTokenizerBase | None) -> _Tokens:
@@ -111,7 +111,10 @@ def _compiled(kind: str, text: str, tokens: _Tokens) -> Any:
 
     try:
         if kind == "json":
-            grammar = LLMatcher.grammar_from_json_schema(text, defaults=JSON_FORM)
+            # as Python's json.dumps writes it, so that all that isn't content is certain
+            grammar = LLMatcher.grammar_from_json_schema(
+                text, defaults={"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+            )
         elif kind == "regex":
             grammar = LLMatcher.grammar_from_regex(text)
         elif text.lstrip()[:1] in ("{", "["):  # llguidance would take it for a format of its own

@@ -12,7 +12,7 @@ NAME = "grammar"  # of the proposer of forced tokens, in figures
 
 def guided(draft: Draft, guide: Guide, source: int, depth: int) -> Draft:
     """``draft`` without the nodes that ``guide`` doesn't allow, and what hangs below them; below its leaves, the tokens
-    that must come there. Ranks are counted anew.
+    that must come there. Ranks are counted anew. What must come has probability 1, whoever proposed it.
 
     Nothing is lost by it: a node that isn't allowed is never accepted. Where the matcher fails, nothing is proposed.
 
@@ -22,15 +22,16 @@ def guided(draft: Draft, guide: Guide, source: int, depth: int) -> Draft:
         depth: no forced token is deeper.
     """
     part = Draft(draft.root, None, draft.level_seconds, draft.levels, draft.paid)
-    places, paths, counts = {0: 0}, [list[int]()], [0]  # in ``part``: where a node is, and of each its path and children
-    ints, floats = draft.ints, draft.floats
+    places = {0: 0}  # of the draft's nodes, in ``part``
+    paths, counts = [list[int]()], [0]  # of the nodes of ``part``: the path, and the number of children
     for node in range(1, len(draft)):
-        parent, token = places.get(int(ints[PARENT, node])), int(ints[TOKEN, node])
+        parent, token = places.get(int(draft.ints[PARENT, node])), int(draft.ints[TOKEN, node])
         if parent is None or not _allows(guide, paths[parent], token):
             continue
-        places[node] = part.add(
-            parent, token, float(floats[LOG_PROB, node]), counts[parent], int(ints[SOURCES, node])
-        )  # fmt: skip
+        log_prob, sources = float(draft.floats[LOG_PROB, node]), int(draft.ints[SOURCES, node])
+        if not counts[parent] and guide.has_one(paths[parent]):
+            log_prob, sources = 0.0, sources | source
+        places[node] = part.add(parent, token, log_prob, counts[parent], sources)
         counts[parent] += 1
         paths.append([*paths[parent], token])
         counts.append(0)

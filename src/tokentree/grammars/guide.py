@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,19 @@ from numpy.typing import NDArray
 from tokentree.errors import RequestError
 
 Bits = NDArray[np.uint8]
+
+
+@dataclass
+class Beginning:
+    """A compiled grammar.
+
+    Args:
+        matcher: an `LLMatcher` at the beginning of a text. It is copied for each text.
+        worn: whether a copy failed. Copies share what they find out, which has a limit.
+    """
+
+    matcher: Any
+    worn: bool = False
 
 
 class Guide:
@@ -22,7 +36,7 @@ class Guide:
     A token that ends the text is allowed where the grammar may end, and nothing else where it can't go on.
 
     Args:
-        start: an `LLMatcher` at the beginning of a text. It is copied.
+        start: the compiled grammar.
         ends: tokens that end the text.
         end: the token by which the matcher says that the text may end. No model has it.
         hidden: uint8, a bit for each token that is never allowed.
@@ -31,7 +45,7 @@ class Guide:
         ends: tokens that end the text.
     """
 
-    def __init__(self, start: Any, ends: frozenset[int], end: int, hidden: Bits) -> None:
+    def __init__(self, start: Beginning, ends: frozenset[int], end: int, hidden: Bits) -> None:
         self.ends, self._start, self._end, self._hidden = ends, start, end, hidden
         self._text = list[int]()  # the tokens of the output
         self._path = list[int]()  # where the matcher is, below them
@@ -50,8 +64,8 @@ class Guide:
             self._unread += new[shared:]
 
     def allowed(self, path: Sequence[int]) -> Bits | None:
-        """uint8[n]: a bit for each token, the lowest of a byte first: whether it may come after the output and ``path``.
-        None behind the end of the text, where nothing is asked.
+        """uint8[n]: a bit for each token, the lowest of a byte first: whether it may come after the output and
+        ``path``. None behind the end of the text, where nothing is asked.
 
         Raises:
             RequestError: if the matcher fails there, for instance because its limits are reached.
@@ -69,6 +83,15 @@ class Guide:
         """
         bits = self.allowed(path)
         return bits is not None and 0 <= token < 8 * len(bits) and bool(bits[token >> 3] >> (token & 7) & 1)
+
+    def has_one(self, path: Sequence[int]) -> bool:
+        """Whether only one token may come after ``path``.
+
+        Raises:
+            RequestError: as `allowed`.
+        """
+        bits = self.allowed(path)
+        return bits is not None and int(np.bitwise_count(bits).sum()) == 1
 
     def forced(self, path: Sequence[int], count: int) -> list[int]:
         """The tokens that must come after ``path`` one after another, at most ``count``; none where there is a choice.
@@ -122,7 +145,7 @@ class Guide:
     def _go(self, path: Sequence[int]) -> None:
         """Moves the matcher below the output, to the end of ``path``."""
         if self._matcher is None:
-            self._matcher, self._path, self._unread = self._start.deep_copy(), [], [*self._text]
+            self._matcher, self._path, self._unread = self._start.matcher.deep_copy(), [], [*self._text]
         if self._unread:
             unread, self._unread = self._unread, []
             self._read(unread)
@@ -145,10 +168,12 @@ class Guide:
         if tokens and self._matcher.try_consume_tokens(list(tokens)) < len(tokens):
             self._check()
             self._matcher = None
-            raise RequestError(f"after {len(self._text)} new tokens the request's grammar doesn't go on as the text does")
+            raise RequestError(
+                f"after {len(self._text)} new tokens the request's grammar doesn't go on as the text does"
+            )
 
     def _check(self) -> None:
         """A matcher that failed stays so: the next one begins anew."""
         if self._matcher.is_error():
-            said, self._matcher = self._matcher.get_error().strip().splitlines(), None
+            said, self._matcher, self._start.worn = self._matcher.get_error().strip().splitlines(), None, True
             raise RequestError(f"the request's grammar failed after {len(self._text)} new tokens: {said[0][:200]}")

@@ -10,10 +10,9 @@ from pydantic import BaseModel
 
 from tokentree.errors import OptionError
 
+
 LARGEST = 1 << 17  # characters of a schema, an expression or a grammar: the largest ones take a second or two
 DEEPEST = 64  # levels of objects and arrays in a schema
-# JSON is written as Python's `json.dumps` writes it, so that all that isn't content is certain
-JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,9 @@ class StructuredOutputs:
         given = [one.name for one in fields(self) if self._has(one.name)]
         if len(given) != 1:
             names = "json, regex, choice, grammar, json_object"
-            raise OptionError(f"structured_outputs takes exactly one of {names}, and has {' and '.join(given) or 'none'}")
+            raise OptionError(
+                f"structured_outputs takes exactly one of {names}, and has {' and '.join(given) or 'none'}"
+            )
         for name in ("regex", "grammar"):
             if getattr(self, name) is not None:
                 _check_text(getattr(self, name), name)
