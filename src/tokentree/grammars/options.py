@@ -10,7 +10,6 @@ from pydantic import BaseModel
 
 from tokentree.errors import OptionError
 
-
 LARGEST = 1 << 17  # characters of a schema, an expression or a grammar: the largest ones take a second or two
 DEEPEST = 64  # levels of objects and arrays in a schema
 
