@@ -317,17 +317,13 @@ def test_forced_tokens_come_as_a_chain_though_nobody_proposes_them(world: World)
 
 
 def test_kernels_on_gpus_give_plains_ids_too() -> None:
-    engine = engine_of()
-    for way in WAYS[:2]:
-        texts = list[list[list[int]]]()
-        for drafter in (None, Anything()):
-            seqs = [
-                make_sequence(some_tokens(5), guide=letters_guide(regex), eos_ids=frozenset({3}), max_tokens=6, **way)
-                for regex in ("a(ab|b){1,9}", "bb?a")
-            ]
-            texts.append(decode(engine, seqs, drafter, "2x2"))
-        assert texts[0] == texts[1]
-        assert max(token for text in texts[0] for token in text) <= 3
+    engine, texts = engine_of(), list[list[list[int]]]()
+    for drafter in (None, Anything()):
+        guide = letters_guide("a(ab|b){1,9}")
+        seq = make_sequence(some_tokens(3), guide=guide, eos_ids=frozenset({3}), max_tokens=4, temperature=1.0)
+        texts.append(decode(engine, [seq], drafter, "2x1"))
+    assert texts[0] == texts[1]
+    assert max(texts[0][0]) <= 3
 
 
 # -- where texts end -------------------------------------------------------------------------------------------------
