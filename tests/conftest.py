@@ -20,6 +20,7 @@ from tokentree.decoder import Decoder
 from tokentree.drafters.base import Drafter
 from tokentree.drafters.none import NoDrafter
 from tokentree.engines.base import Engine
+from tokentree.grammars.guide import Guide
 from tokentree.jit import compiled_folder
 from tokentree.sampling import Noise, SamplingParams, seeded_noise
 from tokentree.sequence import Sequence
@@ -82,12 +83,13 @@ def make_sequence(
     eos_ids: frozenset[int] = frozenset(),
     detokenizer: Detokenizer | None = None,
     stop_rules: tuple[Callable[[list[int]], bool], ...] = (),
+    guide: Guide | None = None,
     **params: Any,
 ) -> Sequence:
     """A request with the sampling options ``params``; without ``noise``, its stream is that of the seed and sample."""
     options = SamplingParams(**params)
     noise = noise or seeded_noise(options.seed or 0, sample)
-    return Sequence(prompt, options, noise, context, eos_ids, detokenizer, stop_rules)
+    return Sequence(prompt, options, noise, context, eos_ids, detokenizer, stop_rules, guide=guide)
 
 
 def decode(

@@ -28,6 +28,7 @@ LAYERS = {
             "inputs",
             "metrics",
             "sampling",
+            "grammars",
             "draft",
             "growing",
             "sequence",

@@ -29,6 +29,7 @@ from tokentree.drafters.merged import Merged
 from tokentree.engines.base import TargetOutput
 from tokentree.engines.table import TableEngine
 from tokentree.errors import PairingError
+from tokentree.grammars.guide import Guide
 from tokentree.sampling import Noise, SamplingParams, SeededNoise, process_logits, to_probs
 from tokentree.sequence import ACCEPT, DRAFT, Accepted, Sequence
 from tokentree.shapes import Shape, Static, shape
@@ -124,7 +125,9 @@ def _outcomes(run: Callable[[Numbers], Sequence], start: list[int]) -> Iterator[
         script = [*script[:-1], script[-1] + 1]
 
 
-def text_law(make: Callable[[], Decoder], **params: Any) -> Law:
+def text_law(
+    make: Callable[[], Decoder], guide: Callable[[], Guide | None] = lambda: None, **params: Any
+) -> Law:  # fmt: skip
     """The probability of each text that decoders from ``make`` write, by enumeration.
 
     Goes step by step. What a decoder does next depends on the tokens so far and on what is known of later numbers, so
@@ -132,7 +135,7 @@ def text_law(make: Callable[[], Decoder], **params: Any) -> Law:
     """
 
     def run(numbers: Numbers) -> Sequence:
-        seq = make_sequence(PROMPT, noise=numbers.noise, **params)
+        seq = make_sequence(PROMPT, noise=numbers.noise, guide=guide(), **params)
         decoder = make()
         decoder.prefill(seq)
         for _ in range(steps):

@@ -11,9 +11,11 @@ import torch
 from tokentree.acceptance import Acceptance
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter
+from tokentree.drafters.none import NoDrafter
 from tokentree.engines.base import Engine, TargetOutput
 from tokentree.errors import OptionError, PairingError, RequestError
 from tokentree.exclusive import Exclusive, exclusive
+from tokentree.grammars.drafting import NAME, guided
 from tokentree.growing import SOURCES, compile_loops
 from tokentree.scheduler import Scheduler
 from tokentree.sequence import Accepted, Sequence, TokenLogprobs
@@ -60,6 +62,11 @@ class Decoder:
         """The engine's lock. Several threads may decode with this decoder, and with others of the same engine. Their
         steps take turns."""
         return self.engine.lock
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all proposers, in the order of the bits in `Draft.sources`: the drafters, and grammars."""
+        return [*self.drafter.names, NAME]
 
     def run(self, seqs: Iterable[Sequence], max_batch: int = 8) -> Iterator[list[Sequence]]:
         """Decodes all ``seqs``, at most ``max_batch`` at a time. Yields the sequences that grew, after each step.
@@ -140,7 +147,16 @@ class Decoder:
     def _draft(self, seqs: list[Sequence]) -> list[Draft]:
         if not seqs or self.shape.rests(seqs):
             return [Draft(seq.tokens[-1]) for seq in seqs]
-        return self.shape.cut(seqs, self.drafter.propose(seqs, self.shape, self.accept.draws_children))
+        drafts = self.drafter.propose(seqs, self.shape, self.accept.draws_children)
+        return self.shape.cut(seqs, [self._guided(seq, draft) for seq, draft in zip(seqs, drafts, strict=True)])
+
+    def _guided(self, seq: Sequence, draft: Draft) -> Draft:
+        """``draft``, without what the request's grammar forbids, and with what it forces. Children that were drawn were
+        drawn from what it allows. Plain decoding has no drafts."""
+        if seq.guide is None or draft.sampled is not None or isinstance(self.drafter, NoDrafter):
+            return draft
+        depth = min(self.shape.max_depth, seq.room - 1)
+        return guided(draft, seq.followed(seq.guide), 1 << len(self.drafter.names), depth)
 
     def _accept(self, i: int, seq: Sequence, draft: Draft, out: TargetOutput) -> Accepted:
         """Stops and limits cut before anything is permanent."""
@@ -161,7 +177,7 @@ class Decoder:
         metrics.decode_seconds += clock[4] - clock[0]
         metrics.steps.append((len(draft), len(step.tokens), clock[4] - clock[0]))
         for node in step.path[1:]:
-            for bit, name in enumerate(self.drafter.names):
+            for bit, name in enumerate(self.names):
                 if draft.ints[SOURCES, node] >> bit & 1:
                     metrics.accepted_by_source[name] = metrics.accepted_by_source.get(name, 0) + 1
         if seq.params.logprobs is not None:

@@ -24,6 +24,7 @@ from tokentree.engines.support import check_quantization
 from tokentree.errors import DeadEnd, ModelError, OptionError, PromptError
 from tokentree.exclusive import neutral
 from tokentree.gguf.header import is_gguf
+from tokentree.grammars.compiler import Grammars
 from tokentree.inputs import Prompt, Read, read_prompts
 from tokentree.kernels.threads import check_fork, set_threads
 from tokentree.loading import pick_device
@@ -175,6 +176,7 @@ class LLM:
         own_tokenizer = tokenizer_in(tokenizer)
         self.engine, self.max_batch = make_engine(engine, model, options), batch
         self.tokenizer = tokenizer_of(model) if own_tokenizer is None and model is not None else own_tokenizer
+        self._grammars = Grammars(self.tokenizer)
         draft_engines = draft_engines_of(drafts, self.tokenizer, options)
         self._parts = Parts(self.engine, draft_engines, heads, fingerprint_of(self.engine, self.tokenizer, heads))
         self._curve: CostCurve | None = None
@@ -453,8 +455,11 @@ class LLM:
         seed = params.seed if params.seed is not None else secrets.randbits(63)
         detokenizer = self.detokenizer() if params.stop else None
         noise = seeded_noise(seed, sample)
+        guide = None
+        if params.structured_outputs is not None:
+            guide = self._grammars.guide(params.structured_outputs, self.eos_ids, params.stop_token_ids)
         context = self.engine.context
-        return Sequence(ids, params, noise, context, self.eos_ids, detokenizer, references=references)
+        return Sequence(ids, params, noise, context, self.eos_ids, detokenizer, references=references, guide=guide)
 
     @cached_property
     def _vocabulary(self) -> Vocabulary:

@@ -20,7 +20,7 @@ class Metrics:
         refused_steps: steps that ended at a node whose children were all refused, rather than at a leaf.
         accepted_by_depth: entry d counts the steps that accepted a node at depth d + 1.
         offered_by_depth: entry d counts the steps whose tree reached depth d + 1.
-        accepted_by_source: accepted tokens by the name of the drafter.
+        accepted_by_source: accepted tokens by the name of the drafter; "grammar" for those that had to come.
         steps: for each target forward, the rows verified for this request, the tokens emitted, and the seconds of the
             whole step.
         prefill_seconds, draft_seconds, verify_seconds, accept_seconds: the time of each part.

@@ -1,6 +1,7 @@
 """From logits to a distribution, once per visited node; and the random numbers a sequence may use.
 
-The order is that of transformers: penalties and bias, the user's processors, temperature, top-k, top-p, min-p.
+The order is that of transformers: penalties and bias, the user's processors, temperature, top-k, top-p, min-p. What a
+grammar forbids is banned behind the processors, so that no rule brings it back.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tokentree.errors import DeadEnd, OptionError, RequestError, told
+from tokentree.grammars.options import StructuredOutputs
 
 LogitsProcessor = Callable[[list[int], torch.Tensor], torch.Tensor]
 LARGEST = 1e9  # penalty, and
@@ -65,6 +68,10 @@ def _truth(value: Any) -> Any:
     return bool(value)
 
 
+def _structured(value: Any) -> Any:
+    return None if value is None else StructuredOutputs.of(value)
+
+
 def _truth_or_never(value: Any) -> Any:
     return {"true": True, "false": False, "never": "never"}.get(value) if isinstance(value, str) else _truth(value)
 
@@ -101,6 +108,8 @@ class SamplingParams(BaseModel):
             when the request is made.
         logprobs: None, or how many top tokens to report beside each emitted one, as raw log-probabilities (before
             temperature, penalties and truncation).
+        structured_outputs: None, or what the text has to be: `StructuredOutputs`, or a dict such as
+            ``{"json": schema}``. It goes neither with beam search nor with ``ignore_eos``.
 
     Raises:
         OptionError: on an unknown name or a value out of range. Numbers of numpy and torch are numbers; texts and truth
@@ -131,6 +140,7 @@ class SamplingParams(BaseModel):
     num_return_sequences: Int = Field(1, ge=1, lt=END)
     timeout: Float | None = Field(None, ge=0, allow_inf_nan=False)
     logprobs: Int | None = Field(None, ge=0, lt=END)
+    structured_outputs: Annotated[StructuredOutputs | None, BeforeValidator(_structured)] = None
 
     def __init__(self, **options: Any) -> None:
         try:
@@ -188,6 +198,8 @@ class SamplingParams(BaseModel):
             raise ValueError("num_beams goes with temperature=0, n=1, and neither stop strings nor logprobs")
         if self.num_beams > 1 and self.timeout is not None:
             raise ValueError("num_beams goes without a timeout: its text is certain only at its end")
+        if self.structured_outputs is not None and (self.num_beams > 1 or self.ignore_eos):
+            raise ValueError("structured_outputs goes neither with num_beams nor with ignore_eos")
         return self
 
     @field_validator("logit_bias")
@@ -234,14 +246,16 @@ def check_vocabulary(params: SamplingParams, vocab_size: int) -> None:
 
 def process_logits(
     logits: torch.Tensor, params: SamplingParams, prompt_ids: Sequence[int], output_ids: Sequence[int],
-    banned: Sequence[int] = (),
+    banned: Sequence[int] = (), allowed: NDArray[np.uint8] | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """float32[vocab]: ``logits`` after penalties, bias and the user's processors.
+    """float32[vocab]: ``logits`` after penalties, bias, the user's processors and bans.
 
     Args:
         logits: [vocab], raw, of any float type.
         prompt_ids, output_ids: what precedes the token to be drawn; the output includes the node's own path.
         banned: ids that may not be drawn here (end-of-sequence tokens before ``min_tokens``).
+        allowed: None, or uint8[n], a bit for each id, the lowest of a byte first: those that a grammar allows. Ids
+            behind them are not allowed.
 
     Raises:
         DeadEnd: if no token is left.
@@ -249,7 +263,7 @@ def process_logits(
         OptionError: if a token is named that is not there.
     """
     logits = logits.float()
-    if not params.changes_logits and not banned:
+    if not params.changes_logits and not banned and allowed is None:
         return logits
     check_vocabulary(params, logits.numel())
     logits = logits.clone()
@@ -267,6 +281,9 @@ def process_logits(
         logits[token] += bias
     for processor in params.logits_processors:
         logits = _changed(processor, [*prompt_ids, *output_ids], logits)
+    if allowed is not None:
+        may = torch.from_numpy(np.unpackbits(allowed, count=logits.numel(), bitorder="little").view(np.bool_))
+        logits.masked_fill_(~may.to(logits.device), -math.inf)
     if there := [token for token in banned if 0 <= token < logits.numel()]:
         logits[there] = -math.inf
     best = float(logits.max())  # NaN if there is one

@@ -12,7 +12,8 @@ from typing import Literal
 
 import torch
 
-from tokentree.errors import PromptError, RequestError, TokenTreeError, told
+from tokentree.errors import OptionError, PromptError, RequestError, TokenTreeError, told
+from tokentree.grammars.guide import Guide
 from tokentree.kernels.topk import greedy
 from tokentree.metrics import Metrics
 from tokentree.sampling import Noise, SamplingParams, process_logits, to_probs
@@ -66,9 +67,11 @@ class Sequence:
         detokenizer: needed for stop strings.
         references: texts that the output may copy from; lookups search them.
         stop_rules: further rules, called with all ids after each new token; any True ends the text.
+        guide: what ``params.structured_outputs`` allows; without such an option there is none.
 
     Raises:
         PromptError: if the prompt is empty or leaves no room in the context.
+        OptionError: if ``params.structured_outputs`` is there without a guide.
 
     Attributes:
         finish_reason: why it ended, None as long as it goes on.
@@ -84,6 +87,7 @@ class Sequence:
     detokenizer: Detokenizer | None = None
     stop_rules: abc.Sequence[Callable[[list[int]], bool]] = ()
     references: abc.Sequence[list[int]] = ()
+    guide: Guide | None = None
     id: int = field(default_factory=itertools.count().__next__)
     metrics: Metrics = field(default_factory=Metrics)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -99,6 +103,8 @@ class Sequence:
                 f"the prompt has {len(self.prompt_ids)} tokens and the context holds {self.context}: "
                 "no room for an answer"
             )
+        if self.params.structured_outputs is not None and self.guide is None:
+            raise OptionError("structured_outputs needs a guide: LLM.sequence makes such a request")
         self.tokens = list(self.prompt_ids)
         self.metrics.prompt_tokens = len(self.prompt_ids)
         timeout = self.params.timeout
@@ -132,11 +138,22 @@ class Sequence:
         banned: tuple[int, ...] = ()
         if len(output) < self.params.min_tokens:
             banned = tuple({*self.eos_ids, *self.params.stop_token_ids})
-        return process_logits(logits, self.params, self.prompt_ids, output, banned)
+        allowed = None if self.guide is None else self.followed(self.guide).allowed(path)
+        return process_logits(logits, self.params, self.prompt_ids, output, banned, allowed)
+
+    def followed(self, guide: Guide) -> Guide:
+        """``guide``, behind all tokens of the output."""
+        guide.follow(self.tokens, len(self.prompt_ids))
+        return guide
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether anything but temperature, truncation and ``min_tokens`` touches the logits."""
+        return self.params.changes_logits or self.guide is not None
 
     @property
     def _has_rules(self) -> bool:
-        return self.params.changes_logits or bool(self.params.min_tokens)
+        return self.changes_logits or bool(self.params.min_tokens)
 
     @property
     def takes_best(self) -> bool:
@@ -183,6 +200,8 @@ class Sequence:
             before = detokenizer.place
             detokenizer.push([token])
             text_end = detokenizer.first_stop(params.stop, before)
+        if self.guide is not None and self.followed(self.guide).completes(new):
+            return True, text_end
         if len(self.tokens) + len(new) - len(self.prompt_ids) < params.min_tokens:
             return False, None
         ends = (token in self.eos_ids and not params.ignore_eos) or token in params.stop_token_ids

@@ -88,7 +88,15 @@ def test_help_names_all_that_there_is(run: Command) -> None:  # noqa: F811
 def test_options_stand_under_what_they_are_about(run: Command) -> None:  # noqa: F811
     told = run("generate", "-h")[1]
     headings = [line for line in told.splitlines() if line.endswith(":") and not line.startswith(" ")]
-    assert headings == ["Arguments:", "Model:", "Options:", "Drafting:", "Sampling:", "Beam search:"]
+    assert headings == [
+        "Arguments:",
+        "Model:",
+        "Options:",
+        "Drafting:",
+        "Sampling:",
+        "Beam search:",
+        "Structured outputs:",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from tokentree.llm import LLM, Result, Stream
     from tokentree.sampling import SamplingParams
 
-SAMPLING, BEAMS = "Sampling", "Beam search"  # headings of the help
+SAMPLING, BEAMS, GRAMMAR = "Sampling", "Beam search", "Structured outputs"  # headings of the help
 
 
 def generate(
@@ -92,6 +92,21 @@ def generate(
     ] = 1,
     length_penalty: Annotated[float, typer.Option(help="Above 0, longer texts gain.", rich_help_panel=BEAMS)] = 1.0,
     early_stopping: Annotated[str, typer.Option(help="false, true or never.", rich_help_panel=BEAMS)] = "false",
+    json_schema: Annotated[
+        Path | None,
+        typer.Option(help="A JSON schema that the text has to fit, in a file.", rich_help_panel=GRAMMAR),
+    ] = None,
+    regex: Annotated[
+        str | None, typer.Option(help="A regular expression that the text has to match.", rich_help_panel=GRAMMAR)
+    ] = None,
+    choice: Annotated[
+        list[str] | None,
+        typer.Option(help="The text is this one or another choice; may be repeated.", rich_help_panel=GRAMMAR),
+    ] = None,
+    grammar: Annotated[
+        Path | None,
+        typer.Option(help="A grammar of the text, in Lark's syntax, in a file.", rich_help_panel=GRAMMAR),
+    ] = None,
     dtype: DtypeOption = None,
     quantization: QuantizationOption = None,
     compile: CompileOption = False,
@@ -105,7 +120,7 @@ def generate(
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,
         seed=seed, max_tokens=max_tokens, stop=tuple(checked_text(text, "--stop") for text in stop or ()),
         num_beams=num_beams, num_return_sequences=num_return_sequences, length_penalty=length_penalty,
-        early_stopping=early_stopping,
+        early_stopping=early_stopping, structured_outputs=_structured(json_schema, regex, choice, grammar),
     )  # fmt: skip
     if params.num_beams > 1 and show_tree:
         raise OptionError("--show-tree prints one text's trees: leave it out with --num-beams")
@@ -217,6 +232,20 @@ def _as_json(results: dict[str, Result]) -> dict[str, Any]:
         shown["plain"] = {"token_ids": plain.token_ids, "metrics": plain.metrics.to_dict()}
         shown["identical"] = plain.token_ids == tree.token_ids
     return shown
+
+
+def _structured(
+    json_schema: Path | None, regex: str | None, choice: list[str] | None, grammar: Path | None
+) -> dict[str, Any] | None:  # fmt: skip
+    """The option of the same name, of those that were given."""
+    given = {
+        "json": None if json_schema is None else read_text(json_schema, "the JSON schema"),
+        "regex": None if regex is None else checked_text(regex, "--regex"),
+        "choice": tuple(checked_text(text, "--choice") for text in choice or ()) or None,
+        "grammar": None if grammar is None else read_text(grammar, "the grammar"),
+    }
+    known = {name: value for name, value in given.items() if value is not None}
+    return known or None
 
 
 def _shape(shape: str | None, depth: int | None, branching: int | None) -> str | None:

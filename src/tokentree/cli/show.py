@@ -92,9 +92,9 @@ def comparison(tree: Result, plain: Result) -> str:
 
 def tree_printer(llm: LLM) -> Watcher:
     """Prints the tree of each step to standard error, the accepted path marked."""
-    names = llm.decoder.drafter.names
+    drafters, names = llm.decoder.drafter.names, llm.decoder.names
     step = 0
-    say(_scale(names))
+    say(_scale(drafters))
 
     def text_of(token: int) -> str:
         return repr(llm.tokenizer.decode([token])) if llm.tokenizer is not None else str(token)
@@ -107,7 +107,7 @@ def tree_printer(llm: LLM) -> Watcher:
         for node in range(1, len(draft)):
             label = _paint(text_of(draft.tokens[node]), f"{BOLD};{GREEN}" if node in kept else DIM)
             label += _paint(f"  {math.exp(draft.log_probs[node]):.2f}", DIM)
-            if len(names) > 1:
+            if len(drafters) > 1 or seq.guide is not None:
                 proposers = [name for bit, name in enumerate(names) if draft.sources[node] >> bit & 1]
                 label += _paint(f"  {'+'.join(proposers)}", DIM)
             labels[node] = label + (_paint("  accepted", GREEN) if node in kept else "")

@@ -56,7 +56,7 @@ class Drafter(ABC):
 
     @property
     def names(self) -> list[str]:
-        """The names of all proposers, in the order of the bits in `Draft.sources`."""
+        """The names of all who propose here, in the order of the bits in `Draft.sources`."""
         return [self.name]
 
     @abstractmethod

@@ -141,7 +141,7 @@ class DraftModel(Drafter):
                 level += self._draw(seq, draft, node, count, row)
             return level
         token_map = self._token_map
-        if seq.params.changes_logits:  # rules name tokens by the target's ids
+        if seq.changes_logits:  # rules name tokens by the target's ids
             ruled = [
                 (i, row)
                 for i, (node, logit) in enumerate(zip(frontier, self._whole(logits), strict=True))
