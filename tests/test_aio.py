@@ -164,7 +164,7 @@ def test_nobody_waits_for_a_thread_that_has_ended(monkeypatch: pytest.MonkeyPatc
 
     async def inside() -> None:
         async with AsyncLLM(llm) as asked:
-            monkeypatch.setattr(asked._scheduler, "step", lambda: 1 / 0)
+            monkeypatch.setattr(asked._scheduler, "step", lambda held: 1 / 0)
             for _ in range(2):
                 with pytest.raises(StepError, match="division"):
                     await asyncio.wait_for(asked.generate([some_tokens(5)], FEW), 60)
