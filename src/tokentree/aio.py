@@ -51,10 +51,12 @@ class _Owner:
 class AsyncLLM:
     """An `LLM` for asyncio. Its requests are coroutines.
 
-    One thread makes the steps. Requests join and leave between steps. A request whose events nobody reads stops 16
-    steps ahead of its reader, takes no part in steps then, and is the first to lose its memory. Closing the `AsyncLLM`, or leaving ``async
+    One thread makes the steps. Requests join and leave between steps. Closing the `AsyncLLM`, or leaving ``async
     with``, ends that thread and interrupts all requests. Other threads may use ``llm`` at the same time: steps take
     turns.
+
+    A request whose events nobody reads stops 16 steps ahead of its reader. It takes no part in steps then, and is the
+    first to lose its memory.
 
     Args:
         llm: the model. It can still be used by itself.
