@@ -230,7 +230,8 @@ def check_vocabulary(params: SamplingParams, vocab_size: int) -> None:
     for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
         for token in ids:
             if not 0 <= token < vocab_size:
-                raise OptionError(f"{name} names token {_shown(token)}, but the vocabulary has {vocab_size}")
+                said = f"{name} names token {_shown(token)}, but the vocabulary has {vocab_size}"
+                raise OptionError(said, name)
 
 
 def process_logits(

@@ -30,10 +30,7 @@ def create_app(settings: Settings, llm: LLM | None = None) -> FastAPI:
     service = Service(settings)
     if llm is not None:
         service.start(llm)
-    app = FastAPI(
-        title="tokentree", version=version("tokentree"), docs_url=None, redoc_url=None,
-        max_body_size=settings.body_bytes,
-    )  # fmt: skip
+    app = FastAPI(title="tokentree", version=version("tokentree"), docs_url=None, redoc_url=None)
     app.state.service = service
     for part in (chat, completions, facts):
         app.include_router(part.router)

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from tokentree.serve.answers import Answer, answer
-from tokentree.serve.errors import BAD, ApiError
+from tokentree.serve.errors import BAD, ApiError, blamed
 from tokentree.serve.logprobs import chat_logprobs
 from tokentree.serve.messages import messages_of, text_of
 from tokentree.serve.params import check_logprobs, check_sizes, params_of, tokens_asked
@@ -49,7 +49,8 @@ def _check(asked: ChatRequest, service: Service) -> None:
 
 def _planned(service: Service, asked: ChatRequest) -> list[Planned]:
     llm = service.llm
-    ids = llm.chat_prompt(messages_of(asked.messages, getattr(llm.tokenizer, "chat_template", None)))
+    with blamed("messages"):
+        ids = llm.chat_prompt(messages_of(asked.messages, service.tokenizer.chat_template))
     service.check_length(ids, "messages")
     name = "max_tokens" if asked.max_completion_tokens is None else "max_completion_tokens"
     most = tokens_asked(getattr(asked, name), name, service.settings, llm.engine.info.context - len(ids))

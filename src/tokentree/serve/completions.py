@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from tokentree.serve.answers import Answer, answer
-from tokentree.serve.errors import BAD, ApiError
+from tokentree.serve.errors import BAD, ApiError, blamed
 from tokentree.serve.logprobs import completion_logprobs
 from tokentree.serve.params import check_logprobs, check_sizes, params_of, tokens_asked
 from tokentree.serve.protocol import CompletionRequest
@@ -53,7 +53,8 @@ def _prompts(asked: CompletionRequest) -> Prompts:
 def _planned(service: Service, asked: CompletionRequest, prompts: Prompts) -> list[Planned]:
     most = tokens_asked(asked.max_tokens, "max_tokens", service.settings, SHORT)
     params = params_of(asked, service.settings, service.texts.special, most, asked.logprobs)
-    plans = [Planned(service.llm.prompt_ids(prompt), params) for prompt in prompts]
+    with blamed("prompt"):
+        plans = [Planned(service.llm.prompt_ids(prompt), params) for prompt in prompts]
     for planned in plans:
         service.check_length(planned.ids, "prompt")
     return plans

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any
 
@@ -12,7 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from tokentree.errors import ForkError, ModelError, OptionError, StepError, TokenTreeError
+from tokentree.errors import ForkError, ModelError, OptionError, PromptError, StepError, TokenTreeError
 from tokentree.serve.protocol import FIELDS
 
 LOG = logging.getLogger("tokentree.serve")
@@ -70,6 +71,15 @@ def api_error(error: Exception) -> ApiError:
     return ApiError(BROKEN, "the server failed: its log says why")
 
 
+@contextmanager
+def blamed(param: str) -> Iterator[None]:
+    """What is wrong with a prompt in this block is told of the field ``param``."""
+    try:
+        yield
+    except PromptError as error:
+        raise ApiError(BAD, str(error), param, "invalid_value") from None
+
+
 def _of_validation(found: Sequence[Mapping[str, Any]]) -> ApiError:
     """Of all that is wrong, what lies deepest in the first field that is."""
     first = [one for one in found if one["loc"][:2] == found[0]["loc"][:2]]
@@ -94,17 +104,21 @@ async def _answer(_: Request, error: Exception) -> JSONResponse:
     if isinstance(error, RequestValidationError):
         return _of_validation(error.errors()).response
     if isinstance(error, HTTPException):
-        told = ApiError(error.status_code, _sentence(error))
-        told.headers |= dict(error.headers or {})
-        return told.response
+        return of_http(error).response
     return api_error(error).response
 
 
-def _sentence(error: HTTPException) -> str:
-    if error.status_code == TOO_LARGE:
-        return "the body of the request is larger than this server takes"
-    known = {NOT_FOUND: "there is no such page", 405: "this page takes other methods", BAD: "the body can't be read"}
-    return known.get(error.status_code) or HTTPStatus(error.status_code).phrase.lower()
+def of_http(error: HTTPException) -> ApiError:
+    """What a client is told of an ``error`` of the framework."""
+    known = {
+        BAD: "the body can't be read",
+        NOT_FOUND: "there is no such page",
+        405: "this page takes other methods",
+        TOO_LARGE: "the body of the request is larger than this server takes",
+    }
+    told = ApiError(error.status_code, known.get(error.status_code) or HTTPStatus(error.status_code).phrase.lower())
+    told.headers |= dict(error.headers or {})
+    return told
 
 
 def tell_errors(app: FastAPI) -> None:

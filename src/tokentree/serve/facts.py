@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from tokentree.serve.errors import BAD, NOT_FOUND, NOT_READY, ApiError
+from tokentree.serve.errors import BAD, NOT_FOUND, NOT_READY, ApiError, blamed
 from tokentree.serve.messages import messages_of
 from tokentree.serve.protocol import DetokenizeRequest, TokenizeRequest
 from tokentree.serve.service import Service, service_of
@@ -75,8 +75,7 @@ def tokenize(asked: TokenizeRequest, request: Request) -> Response:
     """The tokens of a text, or of messages in the chat template."""
     service = service_of(request)
     service.check_model(asked.model)
-    tokenizer = service.llm.tokenizer
-    assert tokenizer is not None
+    tokenizer = service.tokenizer
     if (asked.prompt is None) == (asked.messages is None):
         raise ApiError(BAD, "give either prompt or messages", "prompt", "invalid_value")
     if asked.messages is not None:
@@ -85,7 +84,8 @@ def tokenize(asked: TokenizeRequest, request: Request) -> Response:
                 BAD, "add_special_tokens is for a text: messages have those of the template", "add_special_tokens",
                 "invalid_value",
             )  # fmt: skip
-        ids = service.llm.chat_prompt(messages_of(asked.messages, tokenizer.chat_template))
+        with blamed("messages"):
+            ids = service.llm.chat_prompt(messages_of(asked.messages, tokenizer.chat_template))
     else:
         special = asked.add_special_tokens is not False
         ids = list(tokenizer(asked.prompt, add_special_tokens=special).input_ids)
@@ -98,8 +98,7 @@ def detokenize(asked: DetokenizeRequest, request: Request) -> Response:
     """The text of tokens, special ones included."""
     service = service_of(request)
     service.check_model(asked.model)
-    tokenizer, size = service.llm.tokenizer, service.llm.engine.vocab_size
-    assert tokenizer is not None
+    size = service.llm.engine.vocab_size
     if wrong := [token for token in asked.tokens if not 0 <= token < size]:
         raise ApiError(BAD, f"tokens: {wrong[0]} is outside the vocabulary of {size}", "tokens", "invalid_value")
-    return JSONResponse({"prompt": str(tokenizer.decode(asked.tokens))})
+    return JSONResponse({"prompt": str(service.tokenizer.decode(asked.tokens))})

@@ -43,5 +43,11 @@ def completion_logprobs(tokens: Sequence[Written], texts: TokenTexts) -> dict[st
         found["tokens"].append(text)
         found["token_logprobs"].append(logprob)
         found["top_logprobs"].append(top | {text: logprob})
-        found["text_offset"].append(written.offset)
+        found["text_offset"].append(_offset(written, texts.text(known.token)))
     return found
+
+
+def _offset(written: Written, text: str) -> int:
+    """Where the ``text`` of a token begins in the output."""
+    behind = len(written.text) - len(text) if HALF not in text and written.text.endswith(text) else 0
+    return written.offset + behind

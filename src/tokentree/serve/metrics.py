@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from tokentree.scheduler import Event
-from tokentree.sequence import Sequence
+from tokentree.sequence import Sequence as Request
 
 FIRST = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)  # seconds
 BETWEEN = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
@@ -80,8 +81,17 @@ class Meter:
         self._last: dict[int, float] = {}  # of each text, when its last tokens came
         self._steps: dict[int, int] = {}  # and how many of its steps are counted
         self._sources: dict[int, dict[str, int]] = {}
+        self._ended = set[int]()
 
-    def count(self, seq: Sequence, event: Event) -> None:
+    @contextmanager
+    def counting(self, seqs: Sequence[Request]) -> Iterator[Sequence[Request]]:
+        """Counts those of ``seqs`` as aborted that haven't ended when the block does."""
+        try:
+            yield seqs
+        finally:
+            self._metrics.finished(REASONS["interrupted"], sum(seq.id not in self._ended for seq in seqs))
+
+    def count(self, seq: Request, event: Event) -> None:
         """Counts what ``event`` tells of ``seq``."""
         metrics, now = self._metrics, time.monotonic()
         if event.tokens:
@@ -95,10 +105,11 @@ class Meter:
             metrics.generation_tokens.inc(len(event.tokens))
         self._speculated(seq)
         if event.finish_reason is not None:
+            self._ended.add(seq.id)
             metrics.finished(REASONS[event.finish_reason])
             metrics.whole.observe(now - self._came)
 
-    def _begun(self, seq: Sequence, now: float) -> None:
+    def _begun(self, seq: Request, now: float) -> None:
         metrics = self._metrics
         metrics.first_token.observe(now - self._came)
         metrics.queued.observe(seq.metrics.queue_seconds)
@@ -106,7 +117,7 @@ class Meter:
         metrics.prefix_queries.inc(len(seq.prompt_ids))
         metrics.prefix_hits.inc(min(seq.metrics.reused_tokens, len(seq.prompt_ids)))
 
-    def _speculated(self, seq: Sequence) -> None:
+    def _speculated(self, seq: Request) -> None:
         metrics, counted = self._metrics, self._steps.get(seq.id, 0)
         new = seq.metrics.steps[counted:]
         self._steps[seq.id] = counted + len(new)

@@ -80,9 +80,9 @@ def _stops(asked: Sampled, settings: Settings, special: Mapping[str, int]) -> tu
     """Stop strings and stop tokens. What is exactly one special token becomes that token."""
     stops = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
     ids = asked.stop_token_ids or []
-    for name, given in (("stop", stops), ("stop_token_ids", ids)):
-        if len(given) > settings.stops:
-            raise _too_many(name, len(given), settings.stops, "of them")
+    for name, given, most in (("stop", stops, settings.stops), ("stop_token_ids", ids, settings.named_tokens)):
+        if len(given) > most:
+            raise _too_many(name, len(given), most, "of them")
     longest = max(map(len, stops), default=0)
     if longest > settings.stop_chars:
         raise _too_many("stop", longest, settings.stop_chars, "characters")
@@ -92,8 +92,8 @@ def _stops(asked: Sampled, settings: Settings, special: Mapping[str, int]) -> tu
 
 def _bias(asked: Sampled, settings: Settings) -> dict[int, float]:
     given = asked.logit_bias or {}
-    if len(given) > settings.logit_biases:
-        raise _too_many("logit_bias", len(given), settings.logit_biases, "tokens")
+    if len(given) > settings.named_tokens:
+        raise _too_many("logit_bias", len(given), settings.named_tokens, "tokens")
     try:
         return {int(token): bias for token, bias in given.items()}
     except ValueError:

@@ -26,7 +26,7 @@ class Settings:
         messages: the most messages of a request.
         stops, stop_chars: the most stop strings, and their longest length.
         top_logprobs: the most tokens whose log-probabilities are told at each place.
-        logit_biases: the most tokens that a request may bias.
+        named_tokens: the most tokens that a request may bias, or end at.
         twins: the most ways of speculation, beside the server's own, that are kept ready at a time.
         tree_nodes: the most nodes of a tree that a request may ask for.
         cors_origins: web pages from these origins may use the server.
@@ -49,7 +49,7 @@ class Settings:
     stops: int = 16
     stop_chars: int = 256
     top_logprobs: int = 20
-    logit_biases: int = 1024
+    named_tokens: int = 1024
     twins: int = 4
     tree_nodes: int = 128
     cors_origins: tuple[str, ...] = ()

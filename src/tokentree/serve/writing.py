@@ -34,11 +34,13 @@ class Written:
 
     Args:
         token: its id.
-        offset: where its text begins in the output, in characters.
+        text: what it made certain, which may begin with text of earlier tokens.
+        offset: where that begins in the output, in characters.
         logprobs: if they were asked for.
     """
 
     token: int
+    text: str
     offset: int
     logprobs: TokenLogprobs | None
 
@@ -88,7 +90,7 @@ class Choice:
         for piece in self._pieces.of(event):
             if piece.token_id is not None:
                 known = self.seq.logprobs[self._tokens] if self.seq.params.logprobs is not None else None
-                update.tokens.append(Written(piece.token_id, self._offset, known))
+                update.tokens.append(Written(piece.token_id, piece.text, self._offset, known))
                 self._tokens += 1
             update.text += piece.text
             self._offset += len(piece.text)
@@ -124,19 +126,15 @@ class Job:
             TokenTreeError: if it failed.
         """
         known = {choice.seq.id: choice for choice in self.choices}
-        async with aclosing(self.backend.asked.events([choice.seq for choice in self.choices])) as events:
-            async for event in events:
-                choice = known[event.request_id]
-                self._meter.count(choice.seq, event)
-                if event.error is not None:
-                    raise event.error
-                if event.finish_reason == "timeout":
-                    raise ApiError(TOO_LATE, "the request took longer than this server allows", code="timeout")
-                if event.finish_reason == "interrupted":
-                    raise ApiError(NOT_READY, "the server is shutting down", code="shutting_down")
-                if event.finish_reason is not None and self._logs:
-                    LOG.info("text: %r", self.backend.llm.result(choice.seq).text)
-                yield choice.update(event)
+        with self._meter.counting([choice.seq for choice in self.choices]) as seqs:
+            async with aclosing(self.backend.asked.events(seqs)) as events:
+                async for event in events:
+                    choice = known[event.request_id]
+                    self._meter.count(choice.seq, event)
+                    _check(event)
+                    if event.finish_reason is not None and self._logs:
+                        LOG.info("text: %r", self.backend.llm.result(choice.seq).text)
+                    yield choice.update(event)
 
     async def whole(self) -> list[Update]:
         """All that is written, of each text at once. Errors as those of `updates`."""
@@ -147,3 +145,13 @@ class Job:
         for one in found:
             one.text = self.backend.llm.result(one.choice.seq).text
         return found
+
+
+def _check(event: Event) -> None:
+    """Raises what a request failed with."""
+    if event.error is not None:
+        raise event.error
+    if event.finish_reason == "timeout":
+        raise ApiError(TOO_LATE, "the request took longer than this server allows", code="timeout")
+    if event.finish_reason == "interrupted":
+        raise ApiError(NOT_READY, "the server is shutting down", code="shutting_down")
