@@ -1,4 +1,4 @@
-"""A server that the tests share."""
+"""A server that the tests share, and what tests of the command have."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.serve.serving import Served, serving, tiny_llm
+from tests.test_cli import folder, run  # noqa: F401  fixtures
 
 
 @pytest.fixture(scope="package")

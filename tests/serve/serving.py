@@ -123,4 +123,5 @@ def slowed(llm: LLM, seconds: float) -> None:
         time.sleep(seconds)
         step(*args)
 
-    llm.decoder.step = slow  # type: ignore[method-assign]
+    monkey: Any = llm.decoder
+    monkey.step = slow

@@ -17,7 +17,7 @@ import pytest
 from tests.serve.serving import NAME, Served, error_of, events_of, serving, slowed, tiny_llm, until
 from tests.tiny_models import kv_engine, some_tokens
 from tokentree import SamplingParams
-from tokentree.serve import protection, streaming
+from tokentree.serve import streaming
 from tokentree.sharing import AHEAD
 
 LONG: dict[str, Any] = {"prompt": [5, 6], "max_tokens": 300, "ignore_eos": True, "temperature": 0}
@@ -49,7 +49,7 @@ def test_keys_are_needed_but_for_health(monkeypatch: pytest.MonkeyPatch) -> None
         compared.append((one, other))
         return one == other
 
-    monkeypatch.setattr(protection.hmac, "compare_digest", compare)
+    monkeypatch.setattr("tokentree.serve.protection.hmac.compare_digest", compare)
     with serving(tiny_llm(), keys=("first", "zweiter-ä")) as served:
         assert served.client.models.list().data[0].id == NAME
         assert compared == [(b"first", key.encode()) for key in ("first", "zweiter-ä")]  # all of them, each time
@@ -68,7 +68,7 @@ def test_keys_are_needed_but_for_health(monkeypatch: pytest.MonkeyPatch) -> None
                     assert error_of(answer)["code"] == "invalid_api_key"
                     assert answer.headers["www-authenticate"] == "Bearer"
             assert stranger.post("/v1/completions", json=LONG).status_code == 401
-            second = {"Authorization": "bearer zweiter-ä".encode()}
+            second = {b"Authorization": "bearer zweiter-ä".encode()}
             assert stranger.get("/v1/models", headers=second).status_code == 200
         with pytest.raises(openai.AuthenticationError):
             served.client.with_options(api_key="wrong").models.list()

@@ -128,7 +128,7 @@ def test_several_prompts_have_their_samples_in_a_row(served: Served, prompts: An
     same(whole.choices, results, lambda choice: choice.text)
     assert whole.usage is not None
     assert whole.usage.prompt_tokens == sum(len(result.prompt_token_ids) for result in results[::2])
-    assert [choice.prompt_token_ids for choice in whole.choices] == [one.prompt_token_ids for one in results]  # type: ignore[attr-defined]
+    assert [choice.prompt_token_ids for choice in whole.choices] == [one.prompt_token_ids for one in results]
 
 
 def test_token_ids_are_a_prompt(served: Served) -> None:
@@ -224,7 +224,7 @@ def test_a_prediction_is_drafted_from_and_changes_nothing(served: Served) -> Non
     plain = served.client.chat.completions.create(**options)
     text = plain.choices[0].message.content
     for content in (text, [{"type": "text", "text": text}]):
-        prediction = {"type": "content", "content": f"one two three {content if content is text else text}"}
+        prediction: Any = {"type": "content", "content": f"one two three {content if content is text else text}"}
         predicted = served.client.chat.completions.create(**options, prediction=prediction)
         assert predicted.choices[0].message.content == text
 

@@ -160,7 +160,7 @@ def test_ways_of_speculation_are_bounded_and_the_oldest_makes_room() -> None:
         for length in (1, 2, 3, 4):
             body = {"prompt": "a", "max_tokens": 2, "speculation": {"drafter": "ngram", "shape": f"chain:{length}"}}
             assert served.post("/v1/completions", body).status_code == 200
-        assert [key[1] for key in served.service.backends._twins] == ["chain:3", "chain:4"]  # type: ignore[union-attr]
+        assert [key[1] for key in served.service.backends._twins] == ["chain:3", "chain:4"]
         for twin in served.service.backends._twins.values():
             twin.users += 1
         error = served.refused("/v1/completions", body | {"speculation": "off"}, 429)
