@@ -11,6 +11,9 @@ from tests.serve.serving import NAME, Served
 from tests.tiny_models import some_tokens
 from tokentree import SamplingParams
 from tokentree.result import Result
+from tokentree.serve.params import params_of
+from tokentree.serve.protocol import CompletionRequest
+from tokentree.serve.settings import Settings
 
 PROMPT = "one two three one two"
 MESSAGES: list[Any] = [{"role": "system", "content": "one"}, {"role": "user", "content": "two three"}]
@@ -178,7 +181,11 @@ def test_a_prompt_is_echoed(served: Served) -> None:
 
 
 def test_a_stop_string_that_is_one_special_token_is_that_token(served: Served) -> None:
+    asked = CompletionRequest(prompt="a", stop=["b", "<|user|>"], stop_token_ids=[7])
+    params = params_of(asked, Settings(NAME), served.service.texts.special, 5, None)
+    assert params.stop == ("b",)
     end = served.llm.tokenizer.convert_tokens_to_ids("<|user|>")  # type: ignore[union-attr]
+    assert params.stop_token_ids == (7, end)
     bias = {str(end): 7.0}
     results = expected(
         served, PROMPT, max_tokens=60, temperature=1.0, seed=1, stop_token_ids=[end], logit_bias={end: 7.0}, stop="zz"
