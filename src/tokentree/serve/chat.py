@@ -14,6 +14,7 @@ from tokentree.serve.logprobs import chat_logprobs
 from tokentree.serve.messages import messages_of, text_of
 from tokentree.serve.params import check_logprobs, check_sizes, params_of, tokens_asked
 from tokentree.serve.protocol import ChatRequest
+from tokentree.serve.replies import ChatCompletion, ChatCompletionChunk, told
 from tokentree.serve.service import Service, service_of
 from tokentree.serve.tools import check_tools, message_of
 from tokentree.serve.writing import Job, Planned, Update
@@ -21,7 +22,7 @@ from tokentree.serve.writing import Job, Planned, Update
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions", summary="Answer messages")
+@router.post("/v1/chat/completions", summary="Answer messages", responses=told(ChatCompletion, ChatCompletionChunk))
 async def chat_completions(asked: ChatRequest, request: Request) -> Response:
     """Answers a conversation, through the model's chat template."""
     service = service_of(request)

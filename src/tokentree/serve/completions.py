@@ -13,6 +13,7 @@ from tokentree.serve.errors import BAD, ApiError, blamed
 from tokentree.serve.logprobs import completion_logprobs
 from tokentree.serve.params import check_logprobs, check_sizes, params_of, tokens_asked
 from tokentree.serve.protocol import CompletionRequest
+from tokentree.serve.replies import Completion, told
 from tokentree.serve.service import Service, service_of
 from tokentree.serve.writing import Job, Planned, Update
 
@@ -22,7 +23,7 @@ SHORT = 16  # new tokens where none are asked for, as in OpenAI's interface
 Prompts = list[str] | list[list[int]]
 
 
-@router.post("/v1/completions", summary="Continue prompts")
+@router.post("/v1/completions", summary="Continue prompts", responses=told(Completion, Completion))
 async def completions(asked: CompletionRequest, request: Request) -> Response:
     """Continues each prompt ``n`` times."""
     service = service_of(request)

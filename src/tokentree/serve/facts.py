@@ -6,24 +6,25 @@ from importlib.metadata import version
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from tokentree.serve.errors import BAD, NOT_FOUND, NOT_READY, ApiError, blamed
 from tokentree.serve.messages import messages_of
 from tokentree.serve.protocol import DetokenizeRequest, TokenizeRequest
+from tokentree.serve.replies import ERRORS, Detokenized, Model, Models, Tokenized, Version, told
 from tokentree.serve.service import Service, service_of
 
 router = APIRouter()
 
 
-@router.get("/health", summary="Whether the server answers")
+@router.get("/health", summary="Whether the server answers", response_class=Response)
 async def health() -> Response:
     """Answers at once, also while the model is being loaded."""
     return Response()
 
 
-@router.get("/ready", summary="Whether requests are taken")
+@router.get("/ready", summary="Whether requests are taken", response_class=Response, responses=ERRORS)
 async def ready(request: Request) -> Response:
     """The status is 200, or 503 while the model is being loaded and at the end."""
     service = service_of(request)
@@ -33,25 +34,25 @@ async def ready(request: Request) -> Response:
     return Response()
 
 
-@router.get("/version", summary="The version of the server")
+@router.get("/version", summary="The version of the server", responses=told(Version), response_model=None)
 async def server_version() -> dict[str, str]:
     """The version of tokentree."""
     return {"version": version("tokentree")}
 
 
-@router.get("/metrics", summary="Figures for Prometheus")
+@router.get("/metrics", summary="Figures for Prometheus", response_class=PlainTextResponse, responses=ERRORS)
 async def metrics(request: Request) -> Response:
     """All figures, in Prometheus' text format."""
     return Response(service_of(request).metrics.scrape(), media_type=CONTENT_TYPE_LATEST)
 
 
-@router.get("/v1/models", summary="The models")
+@router.get("/v1/models", summary="The models", responses=told(Models), response_model=None)
 async def models(request: Request) -> dict[str, Any]:
     """The one model that is served."""
     return {"object": "list", "data": [_model(service_of(request))]}
 
 
-@router.get("/v1/models/{name:path}", summary="A model")
+@router.get("/v1/models/{name:path}", summary="A model", responses=told(Model), response_model=None)
 async def model(name: str, request: Request) -> dict[str, Any]:
     """The model of that name."""
     service = service_of(request)
@@ -70,7 +71,7 @@ def _model(service: Service) -> dict[str, Any]:
     }
 
 
-@router.post("/tokenize", summary="Texts to tokens")
+@router.post("/tokenize", summary="Texts to tokens", responses=told(Tokenized))
 def tokenize(asked: TokenizeRequest, request: Request) -> Response:
     """The tokens of a text, or of messages in the chat template."""
     service = service_of(request)
@@ -93,7 +94,7 @@ def tokenize(asked: TokenizeRequest, request: Request) -> Response:
     return JSONResponse({"count": len(ids), "max_model_len": service.llm.engine.info.context, "tokens": ids} | names)
 
 
-@router.post("/detokenize", summary="Tokens to a text")
+@router.post("/detokenize", summary="Tokens to a text", responses=told(Detokenized))
 def detokenize(asked: DetokenizeRequest, request: Request) -> Response:
     """The text of tokens, special ones included."""
     service = service_of(request)
