@@ -15,6 +15,7 @@ import torch
 
 from tests.tiny_models import kv_engine, some_tokens, tiny, tiny_tokenizer
 from tokentree import LLM, AsyncLLM, OptionError, RequestError, SamplingParams, StepError
+from tokentree.sharing import AHEAD
 
 FEW, LONG = SamplingParams(max_tokens=12, ignore_eos=True), SamplingParams(max_tokens=250, ignore_eos=True)
 
@@ -137,6 +138,51 @@ def test_what_fails_raises_and_the_others_go_on() -> None:
     run(work)
 
 
+def test_a_request_that_nobody_reads_waits_for_its_reader_and_holds_up_no_other() -> None:
+    async def work(llm: LLM, asked: AsyncLLM) -> None:
+        expected = [one.token_ids for one in llm.plain().generate([some_tokens(5), some_tokens(6)], LONG)]
+        unread = [asked.stream(some_tokens(5), LONG) for _ in range(2)]
+        first = [(await anext(aiter(stream))).token_id for stream in unread]
+        (other,) = await asked.generate([some_tokens(6)], LONG)
+        assert other.token_ids == expected[1]
+        for stream in unread:
+            steps = stream._seq.metrics.target_forwards
+            await asyncio.sleep(0.05)
+            assert AHEAD <= stream._seq.metrics.target_forwards == steps <= AHEAD + 2
+        for stream, token in zip(unread, first, strict=True):
+            assert [token, *await read(stream)] == expected[0]
+
+    run(work)
+
+
+def test_a_request_that_nobody_reads_ends_at_its_deadline() -> None:
+    async def work(llm: LLM, asked: AsyncLLM) -> None:
+        stream = asked.stream(some_tokens(5), LONG.model_copy(update={"timeout": 0.5}))
+        await anext(aiter(stream))
+        while stream.result.finish_reason != "timeout":
+            await asyncio.sleep(0.01)
+        assert 0 < len(stream.result.token_ids) < 250
+        await read(stream)
+
+    run(work)
+
+
+def test_what_is_running_and_waiting_is_counted() -> None:
+    async def work(llm: LLM, asked: AsyncLLM) -> None:
+        scheduler, seqs = asked.scheduler, [llm.sequence(some_tokens(4 + i), LONG) for i in range(3)]
+        seen, used = set[tuple[int, int]](), set[int]()
+        async for _ in asked.events(seqs):
+            seen.add((scheduler.running, scheduler.waiting))
+            used.add(scheduler.kv_used)
+        assert (2, 1) in seen
+        assert max(used) > 0
+        assert (scheduler.running, scheduler.waiting, scheduler.kv_used) == (0, 0, 0)
+        queued = [seq.metrics.queue_seconds for seq in seqs]
+        assert 0 < queued[0] < queued[2]
+
+    run(work, max_batch=2)
+
+
 def test_closing_interrupts_and_nothing_can_be_asked_afterwards() -> None:
     llm = llm_of()
 
@@ -164,7 +210,7 @@ def test_nobody_waits_for_a_thread_that_has_ended(monkeypatch: pytest.MonkeyPatc
 
     async def inside() -> None:
         async with AsyncLLM(llm) as asked:
-            monkeypatch.setattr(asked._scheduler, "step", lambda: 1 / 0)
+            monkeypatch.setattr(asked._scheduler, "step", lambda held: 1 / 0)
             for _ in range(2):
                 with pytest.raises(StepError, match="division"):
                     await asyncio.wait_for(asked.generate([some_tokens(5)], FEW), 60)

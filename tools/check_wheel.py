@@ -12,6 +12,7 @@ EXTRAS = {
     "gguf": ("accelerate", "gguf", "sentencepiece"),
     "train": ("accelerate", "peft", "tensorboard"),
     "plot": ("matplotlib",),
+    "serve": ("fastapi", "prometheus_client", "sse_starlette", "uvicorn"),
 }
 
 

@@ -7,7 +7,7 @@ import contextlib
 import threading
 from collections.abc import AsyncGenerator, Iterable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 
 from tokentree.errors import OptionError, StepError
@@ -16,23 +16,36 @@ from tokentree.kernels.threads import check_fork
 from tokentree.llm import LLM, Result
 from tokentree.pieces import Piece
 from tokentree.sampling import SamplingParams
-from tokentree.scheduler import Event
+from tokentree.scheduler import Event, Scheduler
 from tokentree.sequence import Sequence
+from tokentree.sharing import AHEAD
 
 __all__ = ["AsyncLLM", "AsyncStream"]
 
 
-@dataclass(frozen=True)
+BEHIND = 0.1  # seconds after which deadlines are looked at again where all requests wait for their readers
+
+
+@dataclass(eq=False)
 class _Owner:
-    """Who waits for the events of a request."""
+    """Who waits for the events of some requests."""
 
     loop: asyncio.AbstractEventLoop
-    inbox: asyncio.Queue[Event]
+    requests: int
+    inbox: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
+    told: int = 0  # events; the thread counts these
+    read: int = 0  # and the reader these
 
     def tell(self, event: Event) -> None:
         """From any thread."""
+        self.told += 1
         with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits any more
             self.loop.call_soon_threadsafe(self.inbox.put_nowait, event)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether so many events are unread that no more should come."""
+        return self.told - self.read >= AHEAD * self.requests
 
 
 class AsyncLLM:
@@ -41,6 +54,9 @@ class AsyncLLM:
     One thread makes the steps. Requests join and leave between steps. Closing the `AsyncLLM`, or leaving ``async
     with``, ends that thread and interrupts all requests. Other threads may use ``llm`` at the same time: steps take
     turns.
+
+    A request whose events nobody reads stops 16 steps ahead of its reader. It takes no part in steps then, and is the
+    first to lose its memory.
 
     Args:
         llm: the model. It can still be used by itself.
@@ -123,7 +139,7 @@ class AsyncLLM:
     async def events(self, seqs: SequenceOf[Sequence]) -> AsyncGenerator[Event]:
         """The events of ``seqs``, until all have ended. Requests are aborted if the caller stops iterating earlier."""
         check_fork()
-        owner, left = _Owner(asyncio.get_running_loop(), asyncio.Queue()), set[int]()
+        owner, left = _Owner(asyncio.get_running_loop(), len(seqs)), set[int]()
         try:
             for seq in seqs:
                 self._owners[seq.id] = owner
@@ -135,6 +151,10 @@ class AsyncLLM:
                 raise OptionError("this AsyncLLM is closed: make another one of the same LLM")
             while left:
                 event = await owner.inbox.get()
+                was_behind = owner.is_behind
+                owner.read += 1
+                if was_behind:
+                    self._wake.set()
                 self._check_thread()
                 if event.finish_reason is not None:
                     left.discard(event.request_id)
@@ -142,6 +162,11 @@ class AsyncLLM:
         finally:
             for request_id in left:
                 self.abort(request_id)
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """Whose steps its thread makes. Others may read what it counts."""
+        return self._scheduler
 
     def _check_thread(self) -> None:
         """Raises `StepError` if the thread that makes steps has ended by an error."""
@@ -153,11 +178,15 @@ class AsyncLLM:
     def _work(self) -> None:
         try:
             while not self._closed:
-                if self._scheduler.idle:
-                    self._wake.wait()
+                owners = dict(self._owners)
+                held = {request_id for request_id, owner in owners.items() if owner.is_behind}
+                idle = self._scheduler.idle
+                if idle or len(held) == len(owners):
+                    self._wake.wait(None if idle else BEHIND)
                     self._wake.clear()
+                if idle:
                     continue
-                for event in self._scheduler.step():
+                for event in self._scheduler.step(held):
                     last = event.finish_reason is not None
                     owner = self._owners.pop(event.request_id, None) if last else self._owners.get(event.request_id)
                     if owner is not None:

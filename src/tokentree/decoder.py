@@ -184,8 +184,9 @@ class Decoder:
             for node, token in zip(step.path, step.tokens, strict=True):
                 seq.logprobs.append(_logprobs(out.logits(i, node), token, seq.params.logprobs))
         seq.extend(step)
-        if self.watch is not None and step.tokens:
-            self.watch(seq, draft, step)
+        for watch in (self.watch, seq.watch) if step.tokens else ():
+            if watch is not None:
+                watch(seq, draft, step)
 
 
 def _logprobs(logits: torch.Tensor, token: int, count: int) -> TokenLogprobs:

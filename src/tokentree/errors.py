@@ -10,7 +10,15 @@ class TreeError(TokenTreeError):
 
 
 class OptionError(TokenTreeError):
-    """An option is unknown, out of range, or in conflict with another."""
+    """An option is unknown, out of range, or in conflict with another.
+
+    Attributes:
+        option: the name of the sampling option that is wrong; None where it is another one, or several.
+    """
+
+    def __init__(self, message: str, option: str | None = None) -> None:
+        super().__init__(message)
+        self.option = option
 
 
 class PromptError(TokenTreeError):

@@ -428,6 +428,14 @@ class LLM:
         """
         return self.generate([self.chat_prompt(messages)], params, reference=reference)[0]
 
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """The token ids of a prompt, as `generate` has them.
+
+        Raises:
+            PromptError: as `generate`, but for its length.
+        """
+        return self._vocabulary.ids(prompt, "prompt")
+
     def chat_prompt(self, messages: SequenceOf[Mapping[str, Any]]) -> list[int]:
         """The token ids of ``messages`` in the tokenizer's chat template, with the beginning of the model's answer.
 

@@ -23,6 +23,7 @@ class Metrics:
         accepted_by_source: accepted tokens by the name of the drafter; "grammar" for those that had to come.
         steps: for each target forward, the rows verified for this request, the tokens emitted, and the seconds of the
             whole step.
+        queue_seconds: the seconds from when the request was made until it was first read.
         prefill_seconds, draft_seconds, verify_seconds, accept_seconds: the time of each part.
         decode_seconds: the time of all steps that decoded this request.
         lossy: whether the acceptance rule may change the text.
@@ -39,6 +40,7 @@ class Metrics:
     offered_by_depth: list[int] = field(default_factory=list)
     accepted_by_source: dict[str, int] = field(default_factory=dict)
     steps: list[tuple[int, int, float]] = field(default_factory=list)
+    queue_seconds: float = 0.0
     prefill_seconds: float = 0.0
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0

@@ -153,7 +153,8 @@ class SamplingParams(BaseModel):
             if near := difflib.get_close_matches(name, type(self).model_fields, 1) if name in options else []:
                 said += f"; did you mean {near[0]}?" if near[0] != name else ""
             shown = _shown(first["input"])
-            raise OptionError(f"sampling option {name}={shown}: {said}" if name else said) from None
+            option = str(first["loc"][0]) if name else None
+            raise OptionError(f"sampling option {name}={shown}: {said}" if name else said, option) from None
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> SamplingParams:
         """The same options but for those of ``update``.
@@ -241,7 +242,8 @@ def check_vocabulary(params: SamplingParams, vocab_size: int) -> None:
     for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
         for token in ids:
             if not 0 <= token < vocab_size:
-                raise OptionError(f"{name} names token {_shown(token)}, but the vocabulary has {vocab_size}")
+                said = f"{name} names token {_shown(token)}, but the vocabulary has {vocab_size}"
+                raise OptionError(said, name)
 
 
 def process_logits(

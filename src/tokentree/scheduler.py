@@ -58,6 +58,9 @@ class Scheduler:
         prefill_rows: the number of prompt tokens in a step that decodes texts too.
         kv_bytes: the memory for the target's KV of these requests in bytes. None: no limit.
         max_batch: the largest number of requests at a time. None: as many as memory allows.
+
+    Attributes:
+        kv_used: the bytes of KV that its requests had after the last step.
     """
 
     def __init__(
@@ -70,6 +73,8 @@ class Scheduler:
         self._arrived, self._cancelled = deque[Sequence](), deque[int]()
         self._waiting, self._active = list[Sequence](), list[Sequence]()  # the oldest first
         self._suspects = list[int]()  # requests that were in a step that failed, and have been in no other since
+        self._begun = set[int]()  # requests that were admitted once
+        self.kv_used = 0
 
     @property
     def lock(self) -> Exclusive:
@@ -80,6 +85,21 @@ class Scheduler:
     def idle(self) -> bool:
         """Whether there is nothing to do."""
         return not self._told
+
+    @property
+    def running(self) -> int:
+        """How many requests are read or decoded."""
+        return len(self._active)
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for their turn."""
+        return max(0, len(self._told) - len(self._active))
+
+    @property
+    def kv_bytes(self) -> int | None:
+        """The memory for the KV of its requests in bytes. None: no limit."""
+        return self._kv_bytes
 
     def add(self, request: Sequence) -> int:
         """From now on ``request`` waits for its turn; returns its id. One that is finished already stays as it is, and
@@ -160,6 +180,9 @@ class Scheduler:
                 continue
             self._waiting.remove(seq)
             self._active.append(seq)
+            if seq.id not in self._begun:
+                self._begun.add(seq.id)
+                seq.metrics.queue_seconds = time.monotonic() - seq.made
             try:
                 self._decoder.begin(seq)
             except BaseException as error:  # noqa: BLE001  as in a step
@@ -239,8 +262,10 @@ class Scheduler:
         self._active = [seq for seq in self._active if seq.id not in gone]
         self._waiting = [seq for seq in self._waiting if seq.id not in gone]
         self._suspects = [one for one in self._suspects if one not in gone]
+        self._begun -= gone
         for one in gone:
             self._told.pop(one, None)
+        self.kv_used = sum(self._decoder.engine.nbytes(seq, len(seq.tokens)) for seq in self._active)
 
 
 def fail(seq: Sequence, error: Exception) -> None:

@@ -8,7 +8,7 @@ import time
 from collections import abc
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -18,6 +18,9 @@ from tokentree.kernels.topk import greedy
 from tokentree.metrics import Metrics
 from tokentree.sampling import Noise, SamplingParams, process_logits, to_probs
 from tokentree.text import Detokenizer
+
+if TYPE_CHECKING:
+    from tokentree.draft import Draft
 
 FinishReason = Literal["stop", "length", "timeout", "interrupted", "error"]
 
@@ -68,6 +71,7 @@ class Sequence:
         references: texts that the output may copy from; lookups search them.
         stop_rules: further rules, called with all ids after each new token; any True ends the text.
         guide: what ``params.structured_outputs`` allows; without such an option there is none.
+        watch: called after each of its steps with itself, the draft, and what was accepted of it, see `Decoder`.
 
     Raises:
         PromptError: if the prompt is empty or leaves no room in the context.
@@ -76,7 +80,8 @@ class Sequence:
     Attributes:
         finish_reason: why it ended, None as long as it goes on.
         error: with the finish reason "error", what ended it.
-        deadline: when ``params.timeout`` is over, on `time.monotonic`'s clock.
+        made: when the request was made, on `time.monotonic`'s clock.
+        deadline: when ``params.timeout`` is over, on the same clock.
     """
 
     prompt_ids: list[int]
@@ -94,6 +99,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     text_end: int | None = None
     error: TokenTreeError | None = None
+    watch: Callable[[Sequence, Draft, Accepted], None] | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
@@ -108,7 +114,8 @@ class Sequence:
         self.tokens = list(self.prompt_ids)
         self.metrics.prompt_tokens = len(self.prompt_ids)
         timeout = self.params.timeout
-        self.deadline = math.inf if timeout is None else time.monotonic() + timeout
+        self.made = time.monotonic()
+        self.deadline = math.inf if timeout is None else self.made + timeout
 
     @property
     def output_ids(self) -> list[int]:

@@ -38,6 +38,7 @@ from tokentree.cli.options import (
 )
 from tokentree.cli.plot import plot
 from tokentree.cli.report import report
+from tokentree.cli.serve import serve
 from tokentree.cli.terminal import (
     close_streams,
     consoles,
@@ -66,7 +67,7 @@ app = typer.Typer(
 
 app.add_typer(train, name="train", cls=Group)
 app.add_typer(plot, name="plot", cls=Group)
-for command in (generate, report, theory, simulate):
+for command in (generate, serve, report, theory, simulate):
     app.command(cls=Command)(command)
 
 

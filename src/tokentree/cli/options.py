@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tokentree.cli.terminal import consoles, working
-from tokentree.drafters.names import DRAFTERS, LOOKUPS
+from tokentree.drafters.names import DRAFT_MODELS, DRAFTERS, EAGLE_HEADS, LOOKUPS, MEDUSA_HEADS
 from tokentree.engines.names import ENGINES
 from tokentree.errors import OptionError, PromptError
 from tokentree.prompts import checked_text, text_of
@@ -185,18 +185,57 @@ def name_of(model: str) -> str:
 
 
 def load(
-    console: Console, model: str, drafter: str | None, threads: int | None, *, compile: bool = False,
-    draft_model: list[str] | None = None, **options: Any,
-) -> LLM:  # fmt: skip
+    console: Console, model: str, drafter: str | None, threads: int | None, *, compile: bool = False, **options: Any
+) -> LLM:
     """An `LLM` with these ``options``."""
     # a forward that is compiled shows its own progress
     with nullcontext() if compile else working(console, f"loading {name_of(model)}"):
-        import transformers
-
-        from tokentree.llm import LLM
-
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        names = drafter.split("+") if drafter and "+" in drafter else drafter
         # no prefixes are kept, as what is compared reads the same prompts
-        return LLM(model, names, list(draft_model or []), compile=compile, threads=threads, prefix_mb=0, **options)
+        return made(model, drafter, threads, compile=compile, prefix_mb=0, **options)
+
+
+def made(model: str, drafter: str | None, threads: int | None, *, draft_model: list[str] | None, **options: Any) -> LLM:
+    """The same, without a word while it is loaded."""
+    import transformers
+
+    from tokentree.llm import LLM
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return LLM(model, drafters(drafter), list(draft_model or []), threads=threads, **options)
+
+
+def drafters(drafter: str | None) -> str | list[str] | None:
+    """What ``--drafter`` names."""
+    return drafter.split("+") if drafter and "+" in drafter else drafter
+
+
+def check_loading(
+    model: str, drafter: str | None, *, draft_model: list[str] | None, heads: Path | None, shape: str | None,
+    dtype: str | None, quantization: str | None, device: str | None, engine: str | None, **_: Any,
+) -> None:  # fmt: skip
+    """Tells before anything is loaded what an `LLM` would refuse.
+
+    Raises:
+        OptionError, ModelError, PairingError: as `LLM`.
+    """
+    from tokentree.engines.support import check_quantization
+    from tokentree.gguf.header import is_gguf
+    from tokentree.loading import pick_device, pick_dtype
+    from tokentree.names import find
+    from tokentree.options import heads_in, shape_of
+    from tokentree.registry import check_engine, check_names
+
+    for name in (model, *(draft_model or [])):
+        find(name)
+        check_quantization(quantization, is_gguf(name))
+    check_names(drafters(drafter))
+    for one in (drafter or "").split("+"):
+        needs = DRAFTERS[one].drafts_from if one in DRAFTERS else ""
+        given = {DRAFT_MODELS: draft_model, EAGLE_HEADS: heads, MEDUSA_HEADS: heads}
+        if needs in given and not given[needs]:
+            option = "--draft-model" if needs == DRAFT_MODELS else "--heads"
+            raise OptionError(f"the drafter {one!r} needs {needs}: name them by {option}")
+    shape_of(shape, drafters(drafter), heads_in(heads))
+    check_engine(engine, {})
+    pick_dtype(dtype, pick_device(device))

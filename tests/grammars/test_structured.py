@@ -22,10 +22,10 @@ from llguidance import LLTokenizer, TokenizerWrapper
 from pydantic import BaseModel
 
 from tests.conftest import decode, make_sequence
-from tests.test_eagle import some_head
-from tests.test_gpu_engine import engine_of
+from tests.drafters.test_eagle import some_head
+from tests.drafters.test_medusa import random_heads
+from tests.engines.gpu.test_engine import engine_of
 from tests.test_lossless import PROMPT, TARGET, VOCAB, Law, decoder_maker, distance, text_law
-from tests.test_medusa import random_heads
 from tests.tiny_models import save_model, some_tokens, tiny_pair, tiny_tokenizer
 from tokentree import LLM, AsyncLLM, OptionError, RequestError, SamplingParams, StructuredOutputs
 from tokentree.acceptance import Match, Rejection

@@ -1,0 +1,165 @@
+"""The command that serves a model."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tokentree.cli.options import (
+    CompileOption,
+    DeviceOption,
+    DrafterOption,
+    DraftOption,
+    DtypeOption,
+    EngineOption,
+    HeadsOption,
+    MemoryOption,
+    ModelOption,
+    QuantizationOption,
+    ShapeOption,
+    ThreadsOption,
+    check_folder,
+    check_loading,
+    made,
+    name_of,
+)
+from tokentree.errors import OptionError
+from tokentree.prompts import read_text
+
+LIMITS, ACCESS = "Limits", "Access"  # headings of the help
+LEVELS = ("debug", "info", "warning", "error")
+
+
+def serve(
+    model: ModelOption,
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0: all of this machine.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on; 0: any free one.")] = 8000,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="What requests call the model; default: the end of its name.")
+    ] = None,
+    generation_config: Annotated[
+        str,
+        typer.Option(help="auto: the model's generation_config.json gives defaults for sampling; none: it doesn't."),
+    ] = "auto",
+    log_level: Annotated[str, typer.Option(help=f"{', '.join(LEVELS)}.")] = "info",
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Log prompts and texts, at info.")] = False,
+    drain_timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds that requests have to end, once the server is told to.")
+    ] = 30.0,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(help="A key that requests must show; may be repeated.", rich_help_panel=ACCESS),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="A file with such keys, one on a line.", rich_help_panel=ACCESS)
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Web pages from this origin may use the server; may be repeated; default: none.",
+            rich_help_panel=ACCESS,
+        ),
+    ] = None,
+    max_batch: Annotated[
+        int, typer.Option(min=1, help="The most texts that are decoded together.", rich_help_panel=LIMITS)
+    ] = 8,
+    max_queue: Annotated[
+        int, typer.Option(min=0, help="The most texts that wait; more get the status 429.", rich_help_panel=LIMITS)
+    ] = 64,
+    request_timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds after which a request ends; 0: never.", rich_help_panel=LIMITS)
+    ] = 600.0,
+    max_tokens_limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="The most new tokens of a text; default: as the context holds.", rich_help_panel=LIMITS
+        ),
+    ] = None,
+    kv_mb: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Megabytes for the KV of texts; default: half of the memory, nine tenths of a GPU's.",
+            rich_help_panel=LIMITS,
+        ),
+    ] = None,
+    prefix_mb: Annotated[
+        int, typer.Option(min=0, help="Megabytes for the KV of finished texts.", rich_help_panel=LIMITS)
+    ] = 256,
+    draft_model: DraftOption = None,
+    heads: HeadsOption = None,
+    drafter: DrafterOption = None,
+    shape: ShapeOption = None,
+    memory: MemoryOption = None,
+    dtype: DtypeOption = None,
+    quantization: QuantizationOption = None,
+    compile: CompileOption = False,
+    device: DeviceOption = None,
+    engine: EngineOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Serve a model over HTTP, with OpenAI's interface."""
+    try:
+        import uvicorn  # noqa: F401
+
+        from tokentree.serve.run import listen, log_to_stderr
+        from tokentree.serve.run import serve as run
+    except ModuleNotFoundError as error:
+        raise OptionError(f"serving needs {error.name}: pip install 'tokentree[serve]'") from None
+    from tokentree.serve.defaults import defaults_of
+    from tokentree.serve.settings import Settings
+
+    _check_words(log_level, generation_config)
+    keys = _keys(api_key, api_key_file)
+    if memory is not None:
+        check_folder(memory)
+    options: dict[str, Any] = {
+        "draft_model": draft_model, "heads": heads, "shape": shape, "dtype": dtype, "quantization": quantization,
+        "compile": compile, "device": device, "engine": engine, "memory": memory, "max_batch": max_batch,
+        "kv_mb": kv_mb, "prefix_mb": prefix_mb,
+    }  # fmt: skip
+    check_loading(model, drafter, **options)
+    settings = Settings(
+        model_name=served_model_name or name_of(model).removesuffix(".gguf"), keys=keys, max_batch=max_batch,
+        max_queue=max_queue, request_timeout=request_timeout or None, max_tokens=max_tokens_limit,
+        cors_origins=tuple(cors_origin or ()), log_prompts=log_prompts,
+        defaults=defaults_of(model) if generation_config == "auto" else {},
+    )  # fmt: skip
+    sock = listen(host, port)
+    log_to_stderr(log_level)
+    llm = run(settings, lambda: made(model, drafter, threads, **options), sock, drain_timeout)
+    if llm is None:  # the thread that loads can't be ended otherwise
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+    if memory is not None:
+        llm.save_memory(memory)
+
+
+def _check_words(log_level: str, generation_config: str) -> None:
+    if log_level not in LEVELS:
+        raise OptionError(f"--log-level {log_level!r} is not one of {', '.join(LEVELS)}")
+    if generation_config not in ("auto", "none"):
+        raise OptionError(f"--generation-config {generation_config!r} is neither auto nor none")
+
+
+def _keys(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
+    """The keys of both options.
+
+    Raises:
+        OptionError: if one is empty, or a file has none.
+    """
+    keys = list(given or ())
+    if any(not key.strip() for key in keys):
+        raise OptionError("--api-key is empty: give a key, or leave it out")
+    if file is not None:
+        lines = [line.strip() for line in read_text(file, "the file of keys").splitlines()]
+        found = [line for line in lines if line and not line.startswith("#")]
+        if not found:
+            raise OptionError(f"there is no key in {str(file)!r}")
+        keys += found
+    return tuple(keys)

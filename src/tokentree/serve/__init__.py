@@ -1,0 +1,1 @@
+"""An HTTP server with OpenAI's interface. It needs the extra `serve`."""

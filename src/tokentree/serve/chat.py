@@ -1,0 +1,87 @@
+"""/v1/chat/completions."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from tokentree.serve.answers import Answer, answer
+from tokentree.serve.errors import BAD, ApiError, blamed
+from tokentree.serve.logprobs import chat_logprobs
+from tokentree.serve.messages import messages_of, text_of
+from tokentree.serve.params import check_logprobs, check_sizes, params_of, tokens_asked
+from tokentree.serve.protocol import ChatRequest
+from tokentree.serve.replies import ChatCompletion, ChatCompletionChunk, told
+from tokentree.serve.service import Service, service_of
+from tokentree.serve.tools import check_tools, message_of
+from tokentree.serve.writing import Job, Planned, Update
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions", summary="Answer messages", responses=told(ChatCompletion, ChatCompletionChunk))
+async def chat_completions(asked: ChatRequest, request: Request) -> Response:
+    """Answers a conversation, through the model's chat template."""
+    service = service_of(request)
+    service.check_model(asked.model)
+    _check(asked, service)
+    plan, made = partial(_planned, service, asked), partial(_Chat, service, asked)
+    return await answer(request, service, asked, asked.n or 1, plan, made)
+
+
+def _check(asked: ChatRequest, service: Service) -> None:
+    check_tools(asked)
+    check_sizes(asked, service.settings, 1)
+    check_logprobs(asked.top_logprobs, "top_logprobs", service.settings)
+    if asked.top_logprobs is not None and not asked.logprobs:
+        raise ApiError(BAD, "top_logprobs needs logprobs: set it to true", "top_logprobs", "invalid_value")
+    if len(asked.messages) > service.settings.messages:
+        most = service.settings.messages
+        raise ApiError(BAD, f"messages: this server takes at most {most} messages", "messages", "too_many")
+    if None not in (asked.max_tokens, asked.max_completion_tokens) and asked.max_tokens != asked.max_completion_tokens:
+        raise ApiError(
+            BAD, "max_tokens is another word for max_completion_tokens: give one of them", "max_tokens",
+            "invalid_value",
+        )  # fmt: skip
+
+
+def _planned(service: Service, asked: ChatRequest) -> list[Planned]:
+    llm = service.llm
+    with blamed("messages"):
+        ids = llm.chat_prompt(messages_of(asked.messages, service.tokenizer.chat_template))
+    service.check_length(ids, "messages")
+    name = "max_tokens" if asked.max_completion_tokens is None else "max_completion_tokens"
+    most = tokens_asked(getattr(asked, name), name, service.settings, llm.engine.info.context - len(ids))
+    logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
+    params = params_of(asked, service.settings, service.texts.special, most, logprobs)
+    predicted = text_of(asked.prediction.content) if asked.prediction is not None else None
+    return [Planned(ids, params, [llm.prompt_ids(predicted)] if predicted else [])]
+
+
+class _Chat(Answer):
+    """An answer in a chat."""
+
+    def __init__(self, service: Service, asked: ChatRequest, job: Job) -> None:
+        self._has_logprobs = bool(asked.logprobs)
+        super().__init__(service, asked, job, "chatcmpl", ("chat.completion", "chat.completion.chunk"))
+
+    @property
+    def has_logprobs(self) -> bool:
+        return self._has_logprobs
+
+    def begin(self) -> list[dict[str, Any]]:
+        return [self._choice(Update(choice), "delta", message_of("")) for choice in self.job.choices]
+
+    def at_once(self, update: Update) -> dict[str, Any]:
+        return self._choice(update, "message", message_of(update.text))
+
+    def part(self, update: Update, first: bool) -> dict[str, Any]:
+        return self._choice(update, "delta", {"content": update.text} if update.text else {})
+
+    def _choice(self, update: Update, name: str, said: dict[str, Any]) -> dict[str, Any]:
+        told = self.has_logprobs and (update.tokens or name == "message")
+        logprobs = chat_logprobs(update.tokens, self.service.texts) if told else None
+        return {"index": update.choice.index, name: said, "logprobs": logprobs, "finish_reason": update.finish_reason}

@@ -1,0 +1,89 @@
+"""/v1/completions."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from tokentree.serve.answers import Answer, answer
+from tokentree.serve.errors import BAD, ApiError, blamed
+from tokentree.serve.logprobs import completion_logprobs
+from tokentree.serve.params import check_logprobs, check_sizes, params_of, tokens_asked
+from tokentree.serve.protocol import CompletionRequest
+from tokentree.serve.replies import Completion, told
+from tokentree.serve.service import Service, service_of
+from tokentree.serve.writing import Job, Planned, Update
+
+router = APIRouter()
+SHORT = 16  # new tokens where none are asked for, as in OpenAI's interface
+
+Prompts = list[str] | list[list[int]]
+
+
+@router.post("/v1/completions", summary="Continue prompts", responses=told(Completion, Completion))
+async def completions(asked: CompletionRequest, request: Request) -> Response:
+    """Continues each prompt ``n`` times."""
+    service = service_of(request)
+    service.check_model(asked.model)
+    prompts = _prompts(asked)
+    check_sizes(asked, service.settings, len(prompts))
+    check_logprobs(asked.logprobs, "logprobs", service.settings)
+    if asked.echo and asked.logprobs is not None:
+        raise ApiError(BAD, "echo: a prompt has no logprobs here, leave one of them out", "echo", "unsupported")
+    plan, made = partial(_planned, service, asked, prompts), partial(_Completion, service, asked, prompts)
+    return await answer(request, service, asked, len(prompts) * (asked.n or 1), plan, made)
+
+
+def _prompts(asked: CompletionRequest) -> Prompts:
+    """The prompts that ``prompt`` holds.
+
+    Raises:
+        ApiError: if it holds none.
+    """
+    given: Any = asked.prompt
+    several = isinstance(given, list) and (not given or not isinstance(given[0], int))
+    prompts: Prompts = given if several else [given]
+    if not prompts or not all(prompts):
+        raise ApiError(BAD, "prompt is empty: give at least one token", "prompt", "invalid_value")
+    return prompts
+
+
+def _planned(service: Service, asked: CompletionRequest, prompts: Prompts) -> list[Planned]:
+    most = tokens_asked(asked.max_tokens, "max_tokens", service.settings, SHORT)
+    params = params_of(asked, service.settings, service.texts.special, most, asked.logprobs)
+    with blamed("prompt"):
+        plans = [Planned(service.llm.prompt_ids(prompt), params) for prompt in prompts]
+    for planned in plans:
+        service.check_length(planned.ids, "prompt")
+    return plans
+
+
+class _Completion(Answer):
+    """A completion."""
+
+    def __init__(self, service: Service, asked: CompletionRequest, prompts: Prompts, job: Job) -> None:
+        self._count = asked.logprobs
+        super().__init__(service, asked, job, "cmpl", ("text_completion", "text_completion"))
+        decode = service.tokenizer.decode
+        shown = [one if isinstance(one, str) else str(decode(one)) for one in prompts] if asked.echo else []
+        self._before = shown or [""] * len(prompts)
+
+    @property
+    def has_logprobs(self) -> bool:
+        return self._count is not None
+
+    def at_once(self, update: Update) -> dict[str, Any]:
+        return self.part(update, first=True)
+
+    def part(self, update: Update, first: bool) -> dict[str, Any]:
+        before = self._before[update.choice.prompt]
+        logprobs = completion_logprobs(update.tokens, self.service.texts) if self.has_logprobs else None
+        return {
+            "index": update.choice.index,
+            "text": before * first + update.text,
+            "logprobs": logprobs,
+            "finish_reason": update.finish_reason,
+        }

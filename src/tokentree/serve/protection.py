@@ -1,0 +1,67 @@
+"""Who may come in, and with how much: keys, sizes of bodies, and what is open before the model is loaded."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Sequence
+
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tokentree.serve.errors import TOO_LARGE, UNKNOWN_KEY, ApiError, of_http
+from tokentree.serve.service import Service
+
+OPEN = ("/health", "/ready")  # to everybody, always
+
+
+class Protection:
+    """Refuses requests without a key, those that come before the model is loaded, and bodies that are too large. What
+    it refuses is not read further."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers, settings = dict[bytes, bytes](scope["headers"]), self._service.settings
+        try:
+            if scope["path"] not in OPEN:
+                check_key(headers.get(b"authorization", b""), settings.keys)
+                assert self._service.backends  # raises while it is being loaded
+            length = headers.get(b"content-length", b"")
+            if length.isdigit() and int(length) > settings.body_bytes:
+                raise of_http(HTTPException(TOO_LARGE))
+        except ApiError as error:
+            await error.response(scope, receive, send)
+        else:
+            await self._app(scope, _counted(receive, settings.body_bytes), send)
+
+
+def _counted(receive: Receive, most: int) -> Receive:
+    """``receive``, which refuses more than ``most`` bytes, whatever length was told."""
+    size = 0
+
+    async def read() -> Message:
+        nonlocal size
+        message = await receive()
+        size += len(message.get("body", b""))
+        if size > most:
+            raise HTTPException(TOO_LARGE)
+        return message
+
+    return read
+
+
+def check_key(authorization: bytes, keys: Sequence[str]) -> None:
+    """Raises `ApiError` unless the header ``Authorization`` shows one of ``keys``, or there are none. How long it takes
+    doesn't tell how much of a key is right."""
+    if not keys:
+        return
+    scheme, _, given = authorization.partition(b" ")
+    known = [hmac.compare_digest(given.strip(), key.encode()) for key in keys]
+    if scheme.lower() != b"bearer" or not any(known):
+        error = ApiError(UNKNOWN_KEY, "the API key is missing or wrong", code="invalid_api_key")
+        error.headers["WWW-Authenticate"] = "Bearer"
+        raise error

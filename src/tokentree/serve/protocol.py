@@ -1,0 +1,167 @@
+"""What requests may say. Unknown fields are errors."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, field_validator
+
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+
+
+class Asked(BaseModel):
+    """A part of a request. Texts are no numbers, and numbers no texts."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(Asked):
+    """How a stream is written."""
+
+    include_usage: bool | None = Field(None, description="A last chunk tells usage and metrics.")
+    include_obfuscation: Literal[False] | None = None
+
+
+class Speculation(Asked):
+    """Another way to draft, for this request."""
+
+    drafter: str | None = Field(None, description="A drafter's name, or several joined by '+'.")
+    shape: str | None = Field(None, description="How trees grow: cost, 2x2x2, chain:4, dynamic:nodes=16, ….")
+
+
+class Sampled(Asked):
+    """What completions and chats have in common. A field that is null is left to the server."""
+
+    model: str | None = Field(None, description="The name of the model, as /v1/models has it.")
+    max_tokens: int | None = Field(None, description="The most new tokens.")
+    min_tokens: int | None = Field(None, description="The text doesn't end before so many new tokens.")
+    temperature: float | None = Field(None, description="0 is greedy.")
+    top_p: float | None = Field(None, description="Draw from the most probable tokens whose mass reaches this.")
+    top_k: int | None = Field(None, description="Draw from the k most probable tokens; 0 or -1: from all.")
+    min_p: float | None = Field(None, description="Draw from tokens at least this times as probable as the best.")
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = Field(None, description="Token id: number added to its logit.")
+    n: int | None = Field(None, description="Samples for each prompt.")
+    seed: int | None = Field(None, description="The same seed gives the same text.")
+    stop: str | list[str] | None = Field(None, description="Strings that end the text; they are cut off.")
+    stop_token_ids: list[int] | None = Field(None, description="Tokens that end the text.")
+    ignore_eos: bool | None = Field(None, description="Go on behind the model's own end token.")
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(None, description="Accepted, and not used.")
+    speculation: Speculation | Literal["off"] | None = Field(None, description="Another way to draft, or none.")
+    return_tree: bool | None = Field(None, description="The answer carries the tree of each step.")
+    return_token_ids: bool | None = Field(None, description="The answer carries token ids.")
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+
+    @field_validator("speculation", mode="wrap")
+    @classmethod
+    def _speculation_in_words(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise ValueError('it must be "off", or an object with drafter and shape') from None
+
+    @field_validator("stop", mode="wrap")
+    @classmethod
+    def _stop_in_words(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise ValueError("it must be a text or a list of texts") from None
+
+
+class CompletionRequest(Sampled):
+    """A request to /v1/completions."""
+
+    prompt: str | list[str] | list[int] | list[list[int]] = Field(
+        description="A text, token ids, or a list of texts or of token ids."
+    )
+    logprobs: int | None = Field(None, description="How many of the most probable tokens are told at each place.")
+    echo: bool | None = Field(None, description="The answer begins with the prompt.")
+
+    @field_validator("prompt", mode="wrap")
+    @classmethod
+    def _prompt_in_words(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise ValueError("it must be a text, token ids, or a list of texts or of token ids") from None
+
+
+class TextPart(Asked):
+    """A part of a content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Asked):
+    """A message of a conversation."""
+
+    role: Role
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    # what a client sends back of an earlier answer
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    annotations: list[Any] | None = Field(None, max_length=0)
+
+
+class Prediction(Asked):
+    """A text that the answer may copy from: it is drafted from, and changes no token."""
+
+    type: Literal["content"]
+    content: str | list[TextPart]
+
+
+class ChatRequest(Sampled):
+    """A request to /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, description="The most new tokens.")
+    logprobs: bool | None = Field(None, description="Log-probabilities of the new tokens.")
+    top_logprobs: int | None = Field(None, description="How many of the most probable tokens are told at each place.")
+    prediction: Prediction | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    metadata: dict[str, str] | None = Field(None, description="Accepted, and not used.")
+    store: Literal[False] | None = Field(None, description="Nothing is stored.")
+    service_tier: Literal["auto", "default"] | None = None
+    modalities: list[Literal["text"]] | None = None
+    safety_identifier: str | None = Field(None, description="Accepted, and not used.")
+    prompt_cache_key: str | None = Field(None, description="Accepted, and not used: prefixes are always looked up.")
+
+
+class TokenizeRequest(Asked):
+    """A request to /tokenize: a text or messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool | None = Field(None, description="Whether a text gets the tokens that begin one.")
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(Asked):
+    """A request to /detokenize."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+FIELDS = frozenset(
+    name
+    for kind in (
+        CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest, Message, TextPart, Prediction,
+        StreamOptions, Speculation,
+    )
+    for name in kind.model_fields
+)  # fmt: skip
