@@ -143,7 +143,7 @@ class Clock:
             self.masks += 1
             return computed(guide, path)
 
-        Guide._computed = counted  # type: ignore[method-assign]
+        Guide._computed = counted  # type: ignore[method-assign,assignment]
 
     def _timed(self, method: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*given: Any) -> Any:
