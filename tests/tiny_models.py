@@ -157,6 +157,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "codegen": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT, "n_inner": 96, "rotary_dim": 8},
     "deepseek_v2": {**_LATENT, **_ROUTED},
     "deepseek_v3": {**_LATENT, **_ROUTED},
+    "diffllama": {},
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64, "moe_layer_start_index": 1},
     "glm4_moe_lite": {**_LATENT, **_ROUTED},
     "gpt_neo": {

@@ -25,8 +25,8 @@ from tokentree.tree import TokenTree
 
 ROOT = 5
 # of latents and experts; of sinks, windows and experts with biases; of layer norms, where a part of a head turns; of
-# weights [inputs, outputs]; of scores of its own
-FAMILIES = ("deepseek_v3", "gpt_oss", "stablelm", "gpt2", "gptj")
+# weights [inputs, outputs]; of scores of its own; of two attentions a layer
+FAMILIES = ("deepseek_v3", "gpt_oss", "stablelm", "gpt2", "gptj", "diffllama")
 
 
 class Interpreted(TritonModulesEngine):

@@ -24,7 +24,7 @@ from tokentree.kernels.threads import num_threads, run
 
 TREE = "tokentree"  # the name of `tree_attention` among transformers' attentions
 UNKNOWN = -1  # stands for a mask that no tree has
-KNOWN = {"position_ids", "cache_position"}  # what attention may be given, and has no use for
+KNOWN = {"position_ids", "cache_position", "logits_to_keep"}  # what attention may be given, and has no use for
 
 
 Sees = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of rows and columns: which rows see which

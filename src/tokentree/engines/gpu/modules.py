@@ -69,11 +69,12 @@ class TritonModulesEngine(TritonEngine):
         head = next((size for size in HEAD_SIZES if size >= max(widths)), 0)
         if not head or count % kv_heads or count // kv_heads > TILE:
             raise ModelError(f"{prepared.name} attends in sizes that there is no kernel for")
-        facts = prepared.facts
-        return Sizes(facts.num_layers, count, kv_heads, head, facts.hidden_size, prepared.vocab_size)
+        times = len(found["shapes"])  # that a forward attends: in some models twice a layer
+        return Sizes(times, count, kv_heads, head, prepared.facts.hidden_size, prepared.vocab_size)
 
     def _new_forward(self) -> KVForward:
-        return ModulesForward(self._model, self._sizes, self.pages, self.sizes[-1], self._places)
+        last = self.facts.num_layers
+        return ModulesForward(self._model, self._sizes, self.pages, self.sizes[-1], self._places, last)
 
     def _outer_layers(self) -> OuterLayers:
         head = self._model.get_output_embeddings()
@@ -92,14 +93,15 @@ class ModulesForward(KVForward):
     """A forward through the modules of ``model``, a private copy that uses `tree_attention`.
 
     Args:
-        sizes, pages, most_rows, places: see `KVForward`.
+        sizes, pages, most_rows, places: see `KVForward`; sizes have a layer for each time that it attends.
+        last: the place behind all layers.
     """
 
     def __init__(
-        self, model: PreTrainedModel, sizes: Sizes, pages: Pages, most_rows: int, places: SequenceOf[int] = ()
+        self, model: PreTrainedModel, sizes: Sizes, pages: Pages, most_rows: int, places: SequenceOf[int], last: int
     ) -> None:  # fmt: skip
         super().__init__(sizes, pages, most_rows, places)
-        self._model, self._steady = model, Steady(self._shared)
+        self._model, self._steady, self._last = model, Steady(self._shared), last
         option = inspect.signature(type(model).forward).parameters.get("logits_to_keep")
         self._picks_logits = option is not None and "Tensor" in str(option.annotation)  # rows by their numbers
         self._numbers = torch.arange(most_rows, device=self.device)
@@ -127,14 +129,14 @@ class ModulesForward(KVForward):
 
     def _to_keep(self, rows: int, head_rows: int) -> dict[str, Any]:
         """What the model is told of the rows that need logits."""
-        noted = self.sizes.layers in self.places  # at the output layer, which must see all rows then
+        noted = self._last in self.places  # at the output layer, which must see all rows then
         if not self._picks_logits or noted or head_rows == rows:
             return {}
         return {"logits_to_keep": self._numbers[: max(1, head_rows)]}
 
     def _note_at(self, place: int) -> Any:
         """A hook that notes the hidden states at ``place``."""
-        last = place == self.sizes.layers
+        last = place == self._last
         module: Any = self._model.get_output_embeddings() if last else decoder_layers(self._model)[place]
 
         def note(_module: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -162,7 +164,8 @@ class ModulesForward(KVForward):
             heads, w.kv_heads, width, value_width, HEAD=w.head_size, CHUNK=CHUNK, num_warps=1,
         )  # fmt: skip
         self._attend(rules, layer, inputs, rows, long)
-        return self._attended[:rows].view(rows, heads, w.head_size)[:, :, :value_width]
+        found = self._attended[:rows].view(rows, heads, w.head_size)[:, :, :value_width]
+        return found.clone() if w.layers > self._last else found  # where a layer attends again before it is read
 
 
 def _rows_of(part: torch.Tensor) -> torch.Tensor:
