@@ -194,7 +194,9 @@ def load(
         return made(model, drafter, threads, compile=compile, prefix_mb=0, **options)
 
 
-def made(model: str, drafter: str | None, threads: int | None, *, draft_model: list[str] | None, **options: Any) -> LLM:
+def made(
+    model: str, drafter: str | None, threads: int | None, *, draft_model: list[str] | None = None, **options: Any
+) -> LLM:
     """The same, without a word while it is loaded."""
     import transformers
 

@@ -146,6 +146,7 @@ def of_modules(w: Weights, pages: Pages, memory: int) -> None:
 
     attends = modules.ModulesForward.__new__(modules.ModulesForward)
     KVForward.__init__(attends, w.sizes, pages, ROWS[-1])
+    attends._last = len(w.layers)
     rules = Rules(0.125, sinks=torch.empty(w.heads, device=META))
     for rows in ROWS:
         q, kv = made(w.heads, rows, w.head_size), made(w.kv_heads, rows, w.head_size)
