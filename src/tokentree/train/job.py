@@ -187,10 +187,12 @@ def claimed(
     Raises:
         OptionError, PromptError: see `claim`, `work_folder`, `check_space` and `texts_for`.
     """
-    with PartialState().main_process_first():
+    state = PartialState()
+    with state.main_process_first():
         own = claim(folder, settings | recipe.model_dump(), force)
         shared = Path(work or own)
-        with working_in(shared, phases):
+        # the first process may train by then, and hold the folder: the others only read in it
+        with working_in(shared, phases) if state.is_main_process else nullcontext():
             work_folder(shared, llm, data, recipe, force)
             if str(data) == "self" and places:
                 check_space(shared, llm, tokens, places)
