@@ -21,6 +21,7 @@ function notice(text = "") {
 
 // -- one answer at a time --------------------------------------------------------------------------------------------
 
+/** Writes an answer of a turn. Returns whether the server gave one, be it stopped. */
 async function run(turn, answer) {
   stopper = new AbortController();
   let asked = false;
@@ -36,7 +37,7 @@ async function run(turn, answer) {
   };
   buttons();
   notice();
-  steps.show(answer);
+  for (const each of turns) each.update(true);
   try {
     await answer.run(stopper.signal, changed);
     return true;
@@ -51,9 +52,13 @@ async function run(turn, answer) {
   }
 }
 
+/** One button sends or stops; it keeps the focus. */
 function buttons() {
-  at("send").hidden = stopper !== null;
-  at("stop").hidden = stopper === null;
+  const [shown, hidden] = stopper ? [at("stop"), at("send")] : [at("send"), at("stop")];
+  const held = document.activeElement === hidden;
+  shown.hidden = false;
+  hidden.hidden = true;
+  if (held) shown.focus();
   at("fresh").disabled = stopper !== null;
 }
 
@@ -90,8 +95,9 @@ async function send() {
   turns.push(turn);
   at("welcome").hidden = true;
   at("turns").append(turn.root);
-  at("scroll").scrollTop = at("scroll").scrollHeight;
+  turn.root.scrollIntoView({ block: "nearest" });
   at("message").value = "";
+  steps.show(answer);
   const answered = await run(turn, answer);
   if (!answered && !answer.ids.length) { // the message can be sent again
     turns.pop();
@@ -109,6 +115,7 @@ async function compare(turn) {
   const plain = new Answer(same);
   turn.beside(plain);
   if (await run(turn, plain)) turn.judge();
+  else turn.alone();
 }
 
 function fresh() {

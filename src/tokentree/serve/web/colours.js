@@ -22,7 +22,8 @@ export function paint(element, drafters) {
   element.style.backgroundImage = backgrounds.get(key);
 }
 
-function stripes(colours) {
+/** Colours side by side, as a background. */
+export function stripes(colours) {
   const share = 100 / colours.length;
   const stops = colours.map((colour, place) => `${colour} ${place * share}% ${(place + 1) * share}%`);
   return `linear-gradient(90deg, ${stops.join(", ")})`;

@@ -1,6 +1,6 @@
 /** The panel beside the chat: figures, legend, and the tree of one step of the answer that is shown. */
 
-import { colourOf } from "./colours.js";
+import { colourOf, stripes } from "./colours.js";
 import { describe, draw } from "./tree.js";
 
 const PAUSE = 60; // milliseconds between two trees while an answer comes
@@ -26,7 +26,7 @@ export class Steps {
     this.answer = null;
     for (const id of ["speed", "length", "count", "forwards"]) at(id).textContent = "–";
     for (const id of ["step", "before", "after"]) at(id).disabled = true;
-    at("legend").replaceChildren(entry("the model itself", null, null));
+    at("legend").replaceChildren(entry("the model itself", null, []));
     at("told").textContent = "The tree of each step is drawn here.";
     at("tree").replaceChildren();
   }
@@ -93,16 +93,18 @@ export class Steps {
       if (!drafters.length) own++;
       for (const name of drafters) counts.set(name, (counts.get(name) ?? 0) + 1);
     }
-    const drafted = [...counts].map(([name, count]) => entry(name, count, name));
-    at("legend").replaceChildren(...drafted, entry("the model itself", own, null));
+    const drafted = [...counts].map(([name, count]) => entry(name, count, [name]));
+    const several = this.answer.writers.find((drafters) => drafters.length > 1);
+    const striped = several ? [entry("several proposed the same", null, several)] : [];
+    at("legend").replaceChildren(...drafted, entry("the model itself", own, []), ...striped);
   }
 }
 
-function entry(text, count, drafter) {
+function entry(text, count, drafters) {
   const item = document.createElement("li");
   const swatch = document.createElement("span");
-  swatch.className = drafter ? "swatch" : "swatch plain";
-  if (drafter) swatch.style.backgroundColor = colourOf(drafter);
+  swatch.className = drafters.length ? "swatch" : "swatch plain";
+  swatch.style.backgroundImage = drafters.length ? stripes(drafters.map(colourOf)) : "";
   item.append(swatch, text);
   if (count !== null) {
     const told = document.createElement("b");

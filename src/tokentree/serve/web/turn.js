@@ -30,15 +30,8 @@ export class Column {
 
   update() {
     const { answer } = this;
-    const words = answer.words.slice(this.count).map(({ text, drafters, step }) => {
-      const word = made("span", "word", text);
-      if (step >= 0) word.dataset.step = step;
-      if (drafters.length) word.title = drafters.join(", ");
-      paint(word, drafters);
-      return word;
-    });
+    this.rest.before(...answer.words.slice(this.count).flatMap(drawn));
     this.count = answer.words.length;
-    this.rest.before(...words);
     this.rest.textContent = answer.places.rest;
     this.root.classList.toggle("running", answer.state === "running");
     this.root.setAttribute("aria-busy", answer.state === "running");
@@ -51,6 +44,16 @@ export class Column {
   }
 }
 
+/** A word, painted; space before it stays plain, unless there is nothing else. */
+function drawn({ text, drafters, step }) {
+  const said = text.trimStart() || text;
+  const word = made("span", "word", said);
+  if (step >= 0) word.dataset.step = step;
+  if (drafters.length) word.title = drafters.join(", ");
+  paint(word, drafters);
+  return said === text ? [word] : [text.slice(0, -said.length), word];
+}
+
 /** What an answer cost, in words. */
 function told(answer) {
   const parts = [`${answer.ids.length} tokens`, `${answer.seconds.toFixed(2)} s`];
@@ -58,7 +61,7 @@ function told(answer) {
   if (answer.length !== null) parts.push(`${answer.length.toFixed(2)} a forward`);
   if (answer.body.temperature !== 0) parts.push(`seed ${answer.body.seed}`);
   if (answer.state === "stopped") parts.push("stopped");
-  return parts.join(" · ");
+  return parts.map((part) => part.replaceAll(" ", "\u00a0")).join(" · ");
 }
 
 /** Whether two answers have the same token ids, in words. */
@@ -98,6 +101,12 @@ export class Turn {
     this.pair.append(this.columns[1].root);
     this.pair.classList.add("two");
     this.verdict.textContent = "";
+  }
+
+  /** Takes plain decoding away again. */
+  alone() {
+    this.columns.pop().root.remove();
+    this.pair.classList.remove("two");
   }
 
   update(busy) {
