@@ -15,7 +15,8 @@ export class Answer {
     this.ids = [];
     this.trees = [];
     this.writers = []; // for each token the names of its drafters; none: the model itself
-    this.words = []; // {text, drafters, step}
+    this.coming = []; // tokens of trees whose ids weren't told yet; a text may end amid a path
+    this.words = []; // {text, drafters, steps}
     this.state = "running"; // then "done", "stopped" or "failed"
     this.places = new Words();
     this.begun = performance.now();
@@ -62,13 +63,11 @@ export class Answer {
 
   #take(choice) {
     const ids = choice.token_ids ?? [];
-    const tokens = [];
     for (const tree of choice.trees ?? []) {
       const step = this.trees.push(tree) - 1;
-      for (const token of tokensOf(tree)) tokens.push({ ...token, step });
+      for (const token of tokensOf(tree)) this.coming.push({ ...token, step });
     }
-    // a text may end amid a path: what the server gave counts
-    const told = ids.map((id, place) => (tokens[place]?.token === id ? tokens[place] : UNKNOWN));
+    const told = ids.map((id) => (this.coming[0]?.token === id ? this.coming.shift() : UNKNOWN));
     this.ids.push(...ids);
     this.writers.push(...told.map((token) => token.drafters));
     this.words.push(...this.places.add(choice.delta.content ?? "", told));

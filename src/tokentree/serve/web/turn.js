@@ -24,7 +24,7 @@ export class Column {
     this.figures = made("p", "figures");
     this.root.append(this.body, this.figures);
     this.body.addEventListener("click", ({ target }) => {
-      if (target.dataset.step) shown(answer, Number(target.dataset.step));
+      if (target.dataset.steps) shown(answer, Number.parseInt(target.dataset.steps, 10));
     });
   }
 
@@ -40,15 +40,15 @@ export class Column {
 
   mark(step) {
     for (const word of this.body.querySelectorAll(".marked")) word.classList.remove("marked");
-    for (const word of this.body.querySelectorAll(`[data-step="${step}"]`)) word.classList.add("marked");
+    for (const word of this.body.querySelectorAll(`[data-steps~="${step}"]`)) word.classList.add("marked");
   }
 }
 
 /** A word, painted; space before it stays plain, unless there is nothing else. */
-function drawn({ text, drafters, step }) {
+function drawn({ text, drafters, steps }) {
   const said = text.trimStart() || text;
   const word = made("span", "word", said);
-  if (step >= 0) word.dataset.step = step;
+  if (steps.length) word.dataset.steps = steps.join(" ");
   if (drafters.length) word.title = drafters.join(", ");
   paint(word, drafters);
   return said === text ? [word] : [text.slice(0, -said.length), word];

@@ -62,6 +62,7 @@ export class Words {
   #word(text, tokens) {
     this.found += text.length;
     const drafters = [...new Set(tokens.flatMap((token) => token.drafters))];
-    return { text, drafters, step: tokens[0]?.step ?? -1 };
+    const steps = [...new Set(tokens.map((token) => token.step))].filter((step) => step >= 0);
+    return { text, drafters, steps };
   }
 }
