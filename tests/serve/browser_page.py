@@ -244,7 +244,7 @@ def test_the_accepted_path_is_the_top_row_and_names_its_drafters(opened: Open) -
     send(page)
     ended(page)
     expect(page.locator("#told")).to_have_text(
-        "Step 1 of 1. 2 drafted, 1 accepted: “ yes”; the model added “·sir”.", use_inner_text=False
+        "Step 1 of 1. 2 drafted, 1 accepted: “ yes”; the model added “ sir”.", use_inner_text=False
     )
     boxes = {kind: page.locator(f"#tree .node.{kind}") for kind in ("root", "accepted", "refused", "own")}
     tops = {kind: (box.get_attribute("transform") or "").split()[1] for kind, box in boxes.items()}

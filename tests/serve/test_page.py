@@ -3,6 +3,7 @@ in a browser: see `browser_page`."""
 
 from __future__ import annotations
 
+import itertools
 import re
 import tomllib
 from fnmatch import fnmatch
@@ -143,8 +144,8 @@ def test_colours_have_enough_contrast(scheme: str) -> None:
             assert contrast(colours[name], ground) >= 4.5, name
         for colour in [*drafters, colours["control"]]:
             assert contrast(colour, ground) >= 3
-        for colour in drafters:
-            tinted = [tint * over + (1 - tint) * under for over, under in zip(colour, ground, strict=True)]
+        for colour, under_it in itertools.product(drafters, (ground, colours["mark"])):
+            tinted = [tint * over + (1 - tint) * under for over, under in zip(colour, under_it, strict=True)]
             assert contrast(colours["ink"], tinted) >= 4.5
     assert contrast(colours["on-accent"], colours["accent"]) >= 4.5
     assert contrast(colours["ink"], colours["raised"]) >= 4.5

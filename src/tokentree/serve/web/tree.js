@@ -90,10 +90,11 @@ function hint(box) {
 export function describe(tree) {
   const drafted = tree.nodes.length - 1;
   const given = tokensOf(tree);
+  const quoted = (text) => `“${text.replaceAll("\n", SIGNS["\n"])}”`;
   const accepted = given.slice(0, -1).map((token) => token.text).join("");
-  const added = `the model added “${label(tree.bonus.text)}”`;
+  const added = `the model added ${quoted(tree.bonus.text)}`;
   if (!drafted) return `No drafts; ${added}.`;
-  const some = accepted ? `${given.length - 1} accepted: “${accepted.replaceAll("\n", "⏎")}”` : "none accepted";
+  const some = given.length > 1 ? `${given.length - 1} accepted: ${quoted(accepted)}` : "none accepted";
   return `${drafted} drafted, ${some}; ${added}.`;
 }
 
