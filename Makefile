@@ -6,7 +6,7 @@ PYTEST := $(BIN)/pytest -n $(WORKERS) --dist worksteal
 MODELS ?= .models
 SMOLLM := $(MODELS)/smollm2-135m.gguf
 
-.PHONY: demo test test-fast coverage peers lint bench docs wheel format clean
+.PHONY: demo test test-fast coverage peers browser lint bench docs wheel format clean
 
 demo: .venv/ready $(SMOLLM)
 	$(BIN)/tokentree generate --model $(SMOLLM) --heads heads/smollm2-135m/eagle --chat --compare --stats --max-tokens 160 \
@@ -26,6 +26,10 @@ coverage: .venv/ready
 # Other projects' own classes load what is written for them.
 peers: .venv/peers/ready
 	PYTHONPATH=.venv/peers $(BIN)/pytest -W ignore tests/heads/peer_speculators.py
+
+# The server's page in Debian's Chromium, or in the browser that CHROMIUM names.
+browser: .venv/browser/ready
+	PYTHONPATH=.venv/browser $(BIN)/pytest -W ignore tests/serve/browser_page.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -59,6 +63,10 @@ format: .venv/ready
 
 .venv/peers/ready: tests/heads/peers.txt .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/peers --upgrade -r tests/heads/peers.txt
+	touch $@
+
+.venv/browser/ready: tests/browser.txt .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/browser --upgrade -r tests/browser.txt
 	touch $@
 
 .venv/docs/ready: tools/docs.txt .venv/ready

@@ -26,6 +26,9 @@ def main() -> None:
         for package in packages:
             importlib.import_module(package)
         print(f"{extra}: {', '.join(packages)}")
+    shown = {file.name for file in (home / "serve/web").iterdir()}
+    sources = Path(__file__).parent.parent / "src/tokentree/serve/web"
+    assert shown == {file.name for file in sources.iterdir()}, f"of the server's page there are only {shown}"
     names = [module.name for module in pkgutil.walk_packages([str(home)], "tokentree.")]
     for name in names:
         if name != "tokentree.__main__":

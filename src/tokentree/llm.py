@@ -19,6 +19,7 @@ from tokentree.chat import chat_ids, read_messages
 from tokentree.costs import cost_curve
 from tokentree.decoder import Decoder, Watcher
 from tokentree.drafters.base import Parts
+from tokentree.drafters.names import REGISTRY
 from tokentree.engines.base import Branches, Engine, EngineOptions, TransformersEngine
 from tokentree.engines.support import check_quantization
 from tokentree.errors import DeadEnd, ModelError, OptionError, PromptError
@@ -48,7 +49,7 @@ from tokentree.options import (
 )
 from tokentree.pieces import Piece, Pieces
 from tokentree.progress import token_bar
-from tokentree.registry import Named, check_engine, check_names, make_drafter, make_engine
+from tokentree.registry import Named, check_engine, check_names, make_drafter, make_engine, usable
 from tokentree.result import Result
 from tokentree.sampling import SamplingParams, check_vocabulary, seeded_noise
 from tokentree.scheduler import Scheduler, fail
@@ -217,6 +218,11 @@ class LLM:
         """The engines of the target and of the draft models."""
         parts = [self.engine, *(engine for _, engine in self._parts.draft_engines)]
         return [engine for engine in parts if isinstance(engine, TransformersEngine)]
+
+    @property
+    def drafters(self) -> list[str]:
+        """The names of the drafters that this model can use: ours, and those of installed packages."""
+        return [*usable(self._parts), *REGISTRY.installed()]
 
     # -- other ways to decode with the same model -----------------------------------------------------------------
 

@@ -50,6 +50,12 @@ def check_names(drafter: Named) -> None:
                 raise OptionError("the drafter 'none' proposes nothing: leave it out beside others")
 
 
+def usable(parts: Parts) -> list[str]:
+    """The names of our drafters that ``parts`` allow, those that are merged by default."""
+    heads = set() if parts.heads is None else {EAGLE_HEADS if is_eagle(parts.heads) else MEDUSA_HEADS}
+    return fitting(heads | ({DRAFT_MODELS} if parts.draft_engines else set()))
+
+
 def make_drafter(drafter: Named, parts: Parts) -> Drafter:
     """A drafter by its name; several names are merged. Without a name the draft models draft, if there are any and no
     heads. Otherwise it is ``merged``: all drafters that ``parts`` allow, see `drafters.names.fitting`.
@@ -63,8 +69,7 @@ def make_drafter(drafter: Named, parts: Parts) -> Drafter:
     if drafter is None:
         drafter = "draft_model" if parts.draft_engines and parts.heads is None else "merged"
     if drafter == "merged":
-        heads = set() if parts.heads is None else {EAGLE_HEADS if is_eagle(parts.heads) else MEDUSA_HEADS}
-        drafter = fitting(heads | ({DRAFT_MODELS} if parts.draft_engines else set()))
+        drafter = usable(parts)
     if isinstance(drafter, str):
         return drafter_class(drafter).make(parts)
     return Merged([make_drafter(name, parts) for name in drafter])

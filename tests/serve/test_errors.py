@@ -194,7 +194,9 @@ def test_what_is_no_request_is_told(limited: Served, content: bytes, kind: str) 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/", 404),
+        ("GET", "/nothing", 404),
+        ("GET", "/web/nothing", 404),
+        ("POST", "/", 405),
         ("GET", "/v1/nothing", 404),
         ("GET", "/v1/models/nothing", 404),
         ("POST", "/v1/embeddings", 404),

@@ -9,7 +9,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse
 
 from tokentree.llm import LLM
-from tokentree.serve import chat, completions, facts
+from tokentree.serve import chat, completions, facts, page, ways
 from tokentree.serve.errors import tell_errors
 from tokentree.serve.pages import docs_page
 from tokentree.serve.protection import Protection
@@ -32,7 +32,7 @@ def create_app(settings: Settings, llm: LLM | None = None) -> FastAPI:
         service.start(llm)
     app = FastAPI(title="tokentree", version=version("tokentree"), docs_url=None, redoc_url=None)
     app.state.service = service
-    for part in (chat, completions, facts):
+    for part in (chat, completions, facts, ways, page):
         app.include_router(part.router)
 
     @app.get("/docs", include_in_schema=False)

@@ -9,6 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokentree.serve.errors import TOO_LARGE, UNKNOWN_KEY, ApiError, of_http
+from tokentree.serve.page import is_page
 from tokentree.serve.service import Service
 
 OPEN = ("/health", "/ready")  # to everybody, always
@@ -27,7 +28,7 @@ class Protection:
             return
         headers, settings = dict[bytes, bytes](scope["headers"]), self._service.settings
         try:
-            if scope["path"] not in OPEN:
+            if scope["path"] not in OPEN and not is_page(scope["path"]):
                 check_key(headers.get(b"authorization", b""), settings.keys)
                 assert self._service.backends  # raises while it is being loaded
             length = headers.get(b"content-length", b"")

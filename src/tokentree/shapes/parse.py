@@ -30,10 +30,11 @@ KINDS: dict[str, Callable[..., Shape]] = {
     "optimal": _optimal,
 }
 
-FORMS = (
-    "cost, 2x2x2, chain:4, paths:[[0],[0,0],[1]], dynamic:nodes=16,depth=6,top_k=8, adaptive:mass=0.8,width=4 or "
-    "optimal:nodes=16,depth=6"
-)
+EXAMPLES = (
+    "cost", "2x2x2", "chain:4", "paths:[[0],[0,0],[1]]", "dynamic:nodes=16,depth=6,top_k=8",
+    "adaptive:mass=0.8,width=4", "optimal:nodes=16,depth=6",
+)  # fmt: skip
+FORMS = f"{', '.join(EXAMPLES[:-1])} or {EXAMPLES[-1]}"
 
 
 def shape(text: str | Shape) -> Shape:
