@@ -41,7 +41,7 @@ def typed(session: Session, line: str) -> Done:
     if not line.strip():
         return Done()
     if line.startswith("/") and not line.startswith("//"):
-        name, _, rest = line.strip().partition(" ")
+        name, rest = (line.strip().split(None, 1) + [""])[:2]
         if name not in COMMANDS:
             raise OptionError(f"there is no command {name}: /help lists them, and // begins a message with a slash")
         return COMMANDS[name].do(session, rest.strip())
@@ -65,8 +65,8 @@ def _tree(session: Session, rest: str) -> Done:
     count = min(int(rest[:9] or STEPS), len(steps))
     names = answerer.drafters
     trees = [
-        drawn(step, f"step {number - count} from the end" if number < count else "last step", len(names) > 1)
-        for number, step in enumerate(steps[len(steps) - count :], start=1)
+        drawn(step, f"last step but {left}" if left else "last step", len(names) > 1)
+        for left, step in zip(reversed(range(count)), steps[len(steps) - count :])
     ]
     return Done("\n".join([scale(names), *trees]) if trees else "")
 
@@ -101,13 +101,17 @@ def figures_text(figures: Figures) -> str:
 def _save(session: Session, rest: str, over: bool = False) -> Done:
     file = _file(rest, "/save")
     save(session.messages, file, over)
-    return Done(f"{len(session.messages)} messages are in {spelled(str(file))}")
+    return Done(f"{_counted(session)} in {spelled(str(file))}")
 
 
 def _load(session: Session, rest: str) -> Done:
     session.messages[:] = load(_file(rest, "/load"))
-    told = f"{len(session.messages)} messages"
-    return Done(told + ("; /retry answers the last one" if session.messages[-1]["role"] == "user" else ""))
+    return Done(_counted(session) + ("; /retry answers the last one" if session.messages[-1]["role"] == "user" else ""))
+
+
+def _counted(session: Session) -> str:
+    count = len(session.messages)
+    return f"{count} message{'s' if count != 1 else ''}"
 
 
 def _file(rest: str, command: str) -> Path:
