@@ -32,12 +32,13 @@ class Figures:
 
     Args:
         tokens: new tokens.
-        seconds: the time in which they came, without the prompt's.
+        seconds: the time in which they came.
         forwards: of the target.
         by_drafter: accepted candidates by drafter. What several proposed counts for each.
         prompt_tokens: tokens of the prompt.
         reused_tokens: those of them whose KV was there already.
         cut: whether the answer ends at a limit of tokens.
+        with_prompt: whether `seconds` holds the prompt's time too, and the way's to a server.
     """
 
     tokens: int | None = None
@@ -47,6 +48,7 @@ class Figures:
     prompt_tokens: int | None = None
     reused_tokens: int | None = None
     cut: bool = False
+    with_prompt: bool = False
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -76,6 +78,7 @@ def sum_of(figures: Iterable[Figures]) -> Figures:
         dict(drafters),
         total(one.prompt_tokens for one in each),
         total(one.reused_tokens for one in each),
+        with_prompt=any(one.with_prompt for one in each),
     )
 
 

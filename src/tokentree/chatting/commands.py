@@ -86,7 +86,7 @@ def figures_text(figures: Figures) -> str:
         return "no figures"
     told = [f"{figures.tokens} tokens"]
     if figures.tokens_per_second is not None:
-        told.append(f"{figures.tokens_per_second:.1f} tokens/s")
+        told.append(f"{figures.tokens_per_second:.1f} tokens/s" + (", prompt included" if figures.with_prompt else ""))
     if figures.tokens_per_forward is not None:
         told.append(f"{figures.tokens_per_forward:.2f} tokens a forward")
     if figures.by_drafter:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
@@ -93,7 +92,7 @@ class Remote:
         } | self._options  # fmt: skip
         if self._ours:
             body |= {"return_tree": True} | ({} if self._speculating else {"speculation": "off"})
-        first, last, ended = math.inf, -math.inf, False
+        start, ended = time.monotonic(), False
         usage: Any = None
         try:
             async with self._client.stream("POST", f"{self._url}/chat/completions", json=body) as answer:
@@ -104,10 +103,11 @@ class Remote:
                         usage = event if isinstance(event.get("usage"), dict) else usage
                         text, reason = self._read(event)
                         if text:
-                            first, last = min(first, time.monotonic()), time.monotonic()
                             yield Part(text)
                         ended = ended or reason is not None
-                        self.figures = _figures(usage, max(0.0, last - first), reason == "length" or self.figures.cut)
+                        self.figures = _figures(
+                            usage, time.monotonic() - start, reason == "length" or self.figures.cut
+                        )  # fmt: skip
             if not ended:
                 raise RemoteError("the server's answer broke off")
         except (httpx.HTTPError, httpx.StreamError) as error:
@@ -115,7 +115,7 @@ class Remote:
 
     def _read(self, event: dict[str, Any]) -> tuple[str, str | None]:
         """The text of an event, and why the answer ends there; keeps its trees."""
-        if "error" in event:
+        if event.get("error"):
             raise RemoteError(f"the server failed: {_said(event)}")
         choices = [one for one in _list(event, "choices") if isinstance(one, dict)]
         if not choices:
@@ -235,6 +235,7 @@ def _figures(event: Any, seconds: float, cut: bool) -> Figures:
         _count(usage, "prompt_tokens"),
         _count(_dict(usage, "prompt_tokens_details"), "cached_tokens"),
         cut,
+        with_prompt=True,
     )
 
 
