@@ -183,10 +183,11 @@ def test_a_server_of_others_is_asked_in_its_own_words() -> None:
 
 
 def test_a_name_is_taken_where_a_server_tells_no_models() -> None:
-    for models in ([], {"data": None}, {"data": [{"id": 3}, 4]}, "no"):
+    tells: list[Any] = [[], {"data": None}, {"data": [{"id": 3}, 4]}, "no"]
+    for models in tells:
         said = talking(lambda _: httpx.Response(200, stream=Stream(event("Hi", "stop"))), models, "named")
         assert answers(said, "one")[1] == ["Hi"]
-        with pytest.raises(RemoteError, match="tells no models: name one by --model$"):
+        with pytest.raises(RemoteError, match=r"tells no models: name one by --model$"):
             answers(saying(models=models))
 
 

@@ -41,7 +41,7 @@ def typed(session: Session, line: str) -> Done:
     if not line.strip():
         return Done()
     if line.startswith("/") and not line.startswith("//"):
-        name, rest = (line.strip().split(None, 1) + [""])[:2]
+        name, rest = [*line.strip().split(None, 1), ""][:2]
         if name not in COMMANDS:
             raise OptionError(f"there is no command {name}: /help lists them, and // begins a message with a slash")
         return COMMANDS[name].do(session, rest.strip())
