@@ -23,9 +23,10 @@ test-fast: .venv/ready
 coverage: .venv/ready
 	$(PYTEST) --cov --cov-report=term
 
-# Other projects' own classes load what is written for them.
-peers: .venv/peers/ready
+# Other projects' own code takes what is written for it.
+peers: .venv/peers/ready .venv/llm/ready
 	PYTHONPATH=.venv/peers $(BIN)/pytest -W ignore tests/heads/peer_speculators.py
+	PYTHONPATH=$(CURDIR)/.venv/llm $(BIN)/pytest -W ignore tests/chatting/peer_llm.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -59,6 +60,10 @@ format: .venv/ready
 
 .venv/peers/ready: tests/heads/peers.txt .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/peers --upgrade -r tests/heads/peers.txt
+	touch $@
+
+.venv/llm/ready: tests/chatting/peers.txt .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/llm --upgrade -r tests/chatting/peers.txt
 	touch $@
 
 .venv/docs/ready: tools/docs.txt .venv/ready

@@ -20,6 +20,8 @@ from tests.cli.test_cli import Command, folder, run  # noqa: F401  fixtures
 from tests.serve.serving import serving, tiny_llm
 from tests.tiny_models import save_model, tiny, tiny_tokenizer
 from tokentree import LLM, SamplingParams
+from tokentree.chatting import terminal
+from tokentree.chatting.session import Session
 
 SLOWLY = """
 import sys, time
@@ -42,16 +44,29 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("lines")
-def test_a_pipe_is_answered_line_by_line(run: Command, folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_pipe_is_answered_line_by_line(
+    run: Command,  # noqa: F811
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sessions, answer_lines = list[Session](), terminal.pipe
+
+    async def pipe(session: Session) -> None:
+        sessions.append(session)
+        await answer_lines(session)
+
+    monkeypatch.setattr("tokentree.chatting.terminal.pipe", pipe)
     words = ["--max-tokens", 9, "--drafter", "suffix", "--shape", "2x1", "--memory", tmp_path / "memory"]
-    code, out, err = run("chat", "-m", folder, *words, "--system", "be short")
+    code, out, err = run("chat", "-m", folder, *words, "--system", "be very very very short")
     llm, params = LLM(folder, "none"), SamplingParams(max_tokens=9)
-    messages = [{"role": "system", "content": "be short"}, {"role": "user", "content": "one two"}]
+    messages = [{"role": "system", "content": "be very very very short"}, {"role": "user", "content": "one two"}]
     first = llm.chat(messages, params).text
     messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "three"}]
     assert (code, out) == (0, f"{first}\n{llm.chat(messages, params).text}\n")
     assert err == ""
     assert (tmp_path / "memory" / "suffix.safetensors").is_file()
+    assert (sessions[0].figures[1].reused_tokens or 0) >= 16
 
 
 @pytest.mark.usefixtures("lines")
@@ -164,22 +179,22 @@ class Terminal:
 
 def test_ctrl_c_in_a_terminal_stops_the_answer_and_ctrl_d_ends_the_chat(folder: Path, tmp_path: Path) -> None:  # noqa: F811
     file = tmp_path / "chat.json"
-    terminal = Terminal("-c", SLOWLY, "chat", "-m", folder, "--drafter", "ngram", "--threads", 1)
-    terminal.wait("Ctrl-D ends the chat")
+    process = Terminal("-c", SLOWLY, "chat", "-m", folder, "--drafter", "ngram", "--threads", 1)
+    process.wait("Ctrl-D ends the chat")
     for question in ("one two three", "four"):
-        terminal.wait(">")
-        terminal.press(f"{question}\r")
+        process.wait(">")
+        process.press(f"{question}\r")
         for _ in range(5):  # the whole answer takes hundreds
-            terminal.wait("<step>")
-        terminal.press("\x03")
-        terminal.wait("stopped: what is written stays in the conversation")
-    terminal.wait(">")
-    terminal.press(f"/save {file}\r")
-    terminal.wait("4 messages in ")
-    terminal.wait(">")
-    terminal.press("\x04")
-    assert terminal.status() == 0
-    assert "Traceback" not in terminal.seen
+            process.wait("<step>")
+        process.press("\x03")
+        process.wait("stopped: what is written stays in the conversation")
+    process.wait(">")
+    process.press(f"/save {file}\r")
+    process.wait("4 messages in ")
+    process.wait(">")
+    process.press("\x04")
+    assert process.status() == 0
+    assert "Traceback" not in process.seen
     messages = json.loads(file.read_text("utf-8"))
     assert [message["role"] for message in messages] == ["user", "assistant"] * 2
     assert messages[2]["content"] == "four"
