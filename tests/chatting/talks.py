@@ -68,6 +68,8 @@ async def _all(session: Session, most: int | None) -> str:
                 break
     finally:
         await parts.aclose()
+        if isinstance(session.answerer, ByHeart):  # at once, and not when it is collected
+            assert session.answerer.closed == len(session.answerer.heard)
     return "".join(found)
 
 

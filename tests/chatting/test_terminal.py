@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prompt_toolkit.input import create_pipe_input
@@ -156,13 +157,21 @@ class Slow(ByHeart):
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_chat(capsys: Captured) -> None:
-    session, own = Session(Slow("one two three", "four five")), signal.getsignal(signal.SIGINT)
-    chat(session, "1?", ENTER, "2?", ENTER, END)
+    session = Session(Slow("one two three", "four five"))
+
+    def own(*_: Any) -> None:
+        pytest.fail("Ctrl-C reached what listened before")
+
+    before = signal.signal(signal.SIGINT, own)
+    try:
+        chat(session, "1?", ENTER, "2?", ENTER, END)
+        assert signal.getsignal(signal.SIGINT) is own
+    finally:
+        signal.signal(signal.SIGINT, before)
     out, err = capsys.readouterr()
     assert out == "one\nfou\n"
     assert err.count("stopped: what is written stays") == 2
     assert [message["content"] for message in session.messages] == ["1?", "one", "2?", "fou"]
-    assert signal.getsignal(signal.SIGINT) is own
 
 
 def test_ctrl_c_between_answers_does_nothing() -> None:
