@@ -23,9 +23,10 @@ test-fast: .venv/ready
 coverage: .venv/ready
 	$(PYTEST) --cov --cov-report=term
 
-# Other projects' own classes load what is written for them.
-peers: .venv/peers/ready
+# Other projects' own code takes what is written for it.
+peers: .venv/peers/ready .venv/llm/ready
 	PYTHONPATH=.venv/peers $(BIN)/pytest -W ignore tests/heads/peer_speculators.py
+	PYTHONPATH=$(CURDIR)/.venv/llm $(BIN)/pytest -W ignore tests/chatting/peer_llm.py
 
 # The server's page in Debian's Chromium, or in the browser that CHROMIUM names.
 browser: .venv/browser/ready
@@ -67,6 +68,10 @@ format: .venv/ready
 
 .venv/browser/ready: tests/browser.txt .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/browser --upgrade -r tests/browser.txt
+	touch $@
+
+.venv/llm/ready: tests/chatting/peers.txt .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/llm --upgrade -r tests/chatting/peers.txt
 	touch $@
 
 .venv/docs/ready: tools/docs.txt .venv/ready

@@ -12,6 +12,7 @@ EXTRAS = {
     "gguf": ("accelerate", "gguf", "sentencepiece"),
     "train": ("accelerate", "peft", "tensorboard"),
     "plot": ("matplotlib",),
+    "chat": ("httpx", "prompt_toolkit"),
     "serve": ("fastapi", "prometheus_client", "sse_starlette", "uvicorn"),
 }
 

@@ -58,7 +58,19 @@ def test_commands_stand_in_a_user_s_order_with_whole_sentences(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     told = run("-h")[1]
-    order = ("generate", "serve", "check", "bench", "report", "plot", "calibrate", "train", "theory", "simulate")
+    order = (
+        "generate",
+        "chat",
+        "serve",
+        "check",
+        "bench",
+        "report",
+        "plot",
+        "calibrate",
+        "train",
+        "theory",
+        "simulate",
+    )
     places = [told.index(f"\n  {name} ") for name in order]
     assert places == sorted(places)
     flat = " ".join(told.split())

@@ -30,6 +30,7 @@ from tokentree.cli.options import (
     load,
     params_of,
     prompt_text,
+    shape_in,
 )
 from tokentree.cli.terminal import consoles, say, show, working, write, write_json
 from tokentree.errors import OptionError
@@ -115,7 +116,7 @@ def generate(
     threads: ThreadsOption = None,
 ) -> None:
     """Continue a prompt, or answer it."""
-    text, form = prompt_text(prompt), _shape(shape, depth, branching)
+    text, form = prompt_text(prompt), shape_in(shape, depth, branching)
     params = params_of(
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,
         seed=seed, max_tokens=max_tokens, stop=tuple(checked_text(text, "--stop") for text in stop or ()),
@@ -246,17 +247,3 @@ def _structured(
     }
     known = {name: value for name, value in given.items() if value is not None}
     return known or None
-
-
-def _shape(shape: str | None, depth: int | None, branching: int | None) -> str | None:
-    if depth is None and branching is None:
-        return shape
-    from tokentree.shapes.base import check_size
-
-    if shape is not None:
-        raise OptionError("--shape says what --depth and --branching say: give one of them")
-    depth, branching = 3 if depth is None else depth, 2 if branching is None else branching
-    if depth < 1 or branching < 1:
-        raise OptionError("--depth and --branching must be at least 1")
-    check_size(depth, branching)
-    return "x".join([str(branching)] * depth)

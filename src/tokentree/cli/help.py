@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-ORDER = ("generate", "serve", "check", "bench", "report", "plot", "calibrate", "train", "theory", "simulate")
+ORDER = ("generate", "chat", "serve", "check", "bench", "report", "plot", "calibrate", "train", "theory", "simulate")
 
 
 class Group(TyperGroup):

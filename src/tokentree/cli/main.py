@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tokentree.cli.chat import chat
 from tokentree.cli.generate import generate
 from tokentree.cli.help import Command, Group
 from tokentree.cli.interruption import Interruptible
@@ -67,7 +68,7 @@ app = typer.Typer(
 
 app.add_typer(train, name="train", cls=Group)
 app.add_typer(plot, name="plot", cls=Group)
-for command in (generate, serve, report, theory, simulate):
+for command in (generate, chat, serve, report, theory, simulate):
     app.command(cls=Command)(command)
 
 

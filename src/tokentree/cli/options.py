@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tokentree.llm import LLM
     from tokentree.sampling import SamplingParams
 
-__all__ = ["consoles", "encode", "load", "params_of", "prompt_text", "working"]
+__all__ = ["consoles", "encode", "load", "params_of", "prompt_text", "shape_in", "working"]
 
 MODEL, DRAFTING = "Model", "Drafting"  # headings of the help
 SINGLE = [name for name in DRAFTERS if name not in ("none", "merged")]
@@ -179,19 +179,38 @@ def encode(llm: LLM, text: str, chat: bool | None) -> list[int]:
     return llm.sequence(text, SamplingParams()).prompt_ids
 
 
+def shape_in(shape: str | None, depth: int | None, branching: int | None) -> str | None:
+    """The shape that these options name.
+
+    Raises:
+        OptionError: if they don't go together, or make no tree.
+    """
+    if depth is None and branching is None:
+        return shape
+    from tokentree.shapes.base import check_size
+
+    if shape is not None:
+        raise OptionError("--shape says what --depth and --branching say: give one of them")
+    depth, branching = 3 if depth is None else depth, 2 if branching is None else branching
+    if depth < 1 or branching < 1:
+        raise OptionError("--depth and --branching must be at least 1")
+    check_size(depth, branching)
+    return "x".join([str(branching)] * depth)
+
+
 def name_of(model: str) -> str:
     """The last part of a model's name; of a folder that is named from where the command runs, its own."""
     return Path(model).name if Path(model).name not in ("", "..") else Path(model).resolve().name
 
 
 def load(
-    console: Console, model: str, drafter: str | None, threads: int | None, *, compile: bool = False, **options: Any
-) -> LLM:
-    """An `LLM` with these ``options``."""
+    console: Console, model: str, drafter: str | None, threads: int | None, *, compile: bool = False,
+    prefix_mb: int = 0, **options: Any,
+) -> LLM:  # fmt: skip
+    """An `LLM` with these ``options``. By default it keeps no prefixes, as what is compared reads the same prompts."""
     # a forward that is compiled shows its own progress
     with nullcontext() if compile else working(console, f"loading {name_of(model)}"):
-        # no prefixes are kept, as what is compared reads the same prompts
-        return made(model, drafter, threads, compile=compile, prefix_mb=0, **options)
+        return made(model, drafter, threads, compile=compile, prefix_mb=prefix_mb, **options)
 
 
 def made(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 
 from rich.table import Table
 
-from tokentree.cli.terminal import BOLD, CYAN, DIM, ESCAPES, GREEN, branches, coloured, paint, say, write
+from tokentree.cli.terminal import ESCAPES, GREEN, coloured, paint, say, write
+from tokentree.cli.trees import drawn, scale, step_of
 from tokentree.decoder import Watcher
 from tokentree.draft import Draft
 from tokentree.llm import LLM, Result, Stream
@@ -94,51 +94,18 @@ def tree_printer(llm: LLM) -> Watcher:
     """Prints the tree of each step to standard error, the accepted path marked."""
     drafters, names = llm.decoder.drafter.names, llm.decoder.names
     step = 0
-    say(_scale(drafters))
-
-    def text_of(token: int) -> str:
-        return repr(llm.tokenizer.decode([token])) if llm.tokenizer is not None else str(token)
+    say(scale(drafters))
 
     def watch(seq: Sequence, draft: Draft, accepted: Accepted) -> None:
         nonlocal step
         step += 1
-        kept = set(accepted.path)
-        labels = {0: _paint(f"step {step}: {text_of(draft.root)}", BOLD)}
-        for node in range(1, len(draft)):
-            label = _paint(text_of(draft.tokens[node]), f"{BOLD};{GREEN}" if node in kept else DIM)
-            label += _paint(f"  {math.exp(draft.log_probs[node]):.2f}", DIM)
-            if len(drafters) > 1 or seq.guide is not None:
-                proposers = [name for bit, name in enumerate(names) if draft.sources[node] >> bit & 1]
-                label += _paint(f"  {'+'.join(proposers)}", DIM)
-            labels[node] = label + (_paint("  accepted", GREEN) if node in kept else "")
-        children: dict[int, list[int]] = {}
-        for node in range(1, len(draft)):
-            children.setdefault(draft.parents[node], []).append(node)
-        labels[len(draft)] = _paint(f"{text_of(accepted.tokens[-1])}  bonus", f"{BOLD};{CYAN}")
-        children.setdefault(accepted.path[-1], []).append(len(draft))
-        say("\n".join([labels[0], *_lines(labels, children, 0)]))
+        seen = step_of(draft, accepted, names, token_text(llm))
+        say(drawn(seen, f"step {step}", with_drafters=len(drafters) > 1 or seq.guide is not None))
 
     return watch
 
 
-def _scale(names: list[str]) -> str:
-    told = "numbers: how probable the drafter finds a candidate, after its parent"
-    if len(names) > 1:
-        told += "; each drafter has a scale of its own, so that siblings of several may add up to more than 1"
-    return told
-
-
-def _paint(text: str, colour: str) -> str:
-    return paint(text, colour, sys.stderr)
-
-
-def _lines(labels: dict[int, str], children: dict[int, list[int]], root: int) -> Iterator[str]:
-    """The lines below ``root``."""
-    inner, last, bar = branches(sys.stderr)
-    waiting = [(child, "") for child in reversed(children.get(root, []))]
-    ends = {below[-1] for below in children.values()}
-    while waiting:
-        node, before = waiting.pop()
-        yield before + (last if node in ends else inner) + labels[node]
-        before += "    " if node in ends else bar
-        waiting += [(child, before) for child in reversed(children.get(node, []))]
+def token_text(llm: LLM) -> Callable[[int], str]:
+    """What tokens are called in trees: their texts, as Python writes them; without a tokenizer their ids."""
+    tokenizer = llm.tokenizer
+    return str if tokenizer is None else lambda token: repr(tokenizer.decode([token]))

@@ -24,6 +24,7 @@ DUMB = ("dumb", "unknown")  # names of terminals
 GREEN, CYAN, BOLD, DIM = "32", "36", "1", "2"
 MOST_FOLDED = 12  # characters of a line of a cell that may be folded
 ESCAPES = re.compile(r"[\x1b\x80-\x9f]")  # may begin what a terminal obeys: colours inside would change it
+OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def open_streams() -> None:
@@ -77,6 +78,12 @@ def write(text: str) -> None:
 def spelled(text: str, kept: str = "") -> str:
     """``text`` without what a terminal obeys: what can't be printed, ends of lines among it, as Python writes it."""
     return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
+
+
+def harmless(text: str) -> str:
+    """``text`` as it is, but for what a terminal obeys, or what changes the order of letters: that is spelled. Ends of
+    lines and tabs stay."""
+    return OBEYED.sub(lambda found: spelled(found[0]), text)
 
 
 def say(text: str) -> None:
