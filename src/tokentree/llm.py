@@ -469,6 +469,14 @@ class LLM:
         context = self.engine.context
         return Sequence(ids, params, noise, context, self.eos_ids, detokenizer, references=references, guide=guide)
 
+    def prepare_grammars(self) -> None:
+        """Reads the tokenizer for `StructuredOutputs`, which the first of them waits for otherwise.
+
+        Raises:
+            OptionError: if there can be none with this model.
+        """
+        self._grammars.prepare()
+
     @cached_property
     def _vocabulary(self) -> Vocabulary:
         return Vocabulary(self.tokenizer, self.engine.vocab_size)

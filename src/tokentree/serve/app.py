@@ -15,6 +15,7 @@ from tokentree.serve.pages import docs_page
 from tokentree.serve.protection import Protection
 from tokentree.serve.service import Service
 from tokentree.serve.settings import Settings
+from tokentree.serve.structured import prepare
 
 
 def create_app(settings: Settings, llm: LLM | None = None) -> FastAPI:
@@ -29,6 +30,7 @@ def create_app(settings: Settings, llm: LLM | None = None) -> FastAPI:
     """
     service = Service(settings)
     if llm is not None:
+        prepare(llm)
         service.start(llm)
     app = FastAPI(title="tokentree", version=version("tokentree"), docs_url=None, redoc_url=None)
     app.state.service = service

@@ -16,6 +16,7 @@ from tokentree.serve.params import check_logprobs, check_sizes, params_of, token
 from tokentree.serve.protocol import ChatRequest
 from tokentree.serve.replies import ChatCompletion, ChatCompletionChunk, told
 from tokentree.serve.service import Service, service_of
+from tokentree.serve.structured import structured
 from tokentree.serve.tools import check_tools, message_of
 from tokentree.serve.writing import Job, Planned, Update
 
@@ -56,7 +57,8 @@ def _planned(service: Service, asked: ChatRequest) -> list[Planned]:
     name = "max_tokens" if asked.max_completion_tokens is None else "max_completion_tokens"
     most = tokens_asked(getattr(asked, name), name, service.settings, llm.engine.info.context - len(ids))
     logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
-    params = params_of(asked, service.settings, service.texts.special, most, logprobs)
+    wanted = structured(asked, service.settings)
+    params = params_of(asked, service.settings, service.texts.special, most, logprobs, wanted)
     predicted = text_of(asked.prediction.content) if asked.prediction is not None else None
     return [Planned(ids, params, [llm.prompt_ids(predicted)] if predicted else [])]
 

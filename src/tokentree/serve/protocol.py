@@ -29,6 +29,40 @@ class Speculation(Asked):
     shape: str | None = Field(None, description="How trees grow: cost, 2x2x2, chain:4, dynamic:nodes=16, ….")
 
 
+class JsonSchema(Asked):
+    """A schema and its name. Texts always fit the schema, so ``strict`` changes nothing."""
+
+    name: str = Field(max_length=64, pattern="^[a-zA-Z0-9_-]+$")
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Asked):
+    """What a text has to be, as OpenAI's interface has it."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredRequest(Asked):
+    """What a text has to be, as vLLM's interface has it: one of these."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json", description="A JSON schema.")
+    regex: str | None = Field(None, description="A regular expression.")
+    choice: list[str] | None = Field(None, description="Texts, one of which is written.")
+    grammar: str | None = Field(None, description="A context-free grammar in llguidance's dialect of Lark.")
+    json_object: bool | None = Field(None, description="True: any JSON object.")
+
+    @field_validator("json_", mode="wrap")
+    @classmethod
+    def _json_in_words(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise ValueError("it must be a JSON schema, as an object or as text") from None
+
+
 class Sampled(Asked):
     """What completions and chats have in common. A field that is null is left to the server."""
 
@@ -54,8 +88,8 @@ class Sampled(Asked):
     speculation: Speculation | Literal["off"] | None = Field(None, description="Another way to draft, or none.")
     return_tree: bool | None = Field(None, description="The answer carries the tree of each step.")
     return_token_ids: bool | None = Field(None, description="The answer carries token ids.")
-    response_format: dict[str, Any] | None = None
-    structured_outputs: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = Field(None, description="What the text has to be.")
+    structured_outputs: StructuredRequest | None = Field(None, description="The same with more kinds.")
 
     @field_validator("speculation", mode="wrap")
     @classmethod
@@ -158,10 +192,10 @@ class DetokenizeRequest(Asked):
 
 
 FIELDS = frozenset(
-    name
+    field.alias or name
     for kind in (
         CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest, Message, TextPart, Prediction,
-        StreamOptions, Speculation,
+        StreamOptions, Speculation, ResponseFormat, JsonSchema, StructuredRequest,
     )
-    for name in kind.model_fields
+    for name, field in kind.model_fields.items()
 )  # fmt: skip
