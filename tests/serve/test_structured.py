@@ -13,7 +13,7 @@ from tests.serve.serving import NAME, Served, serving, tiny_llm
 from tests.serve.test_texts import MESSAGES, PROMPT, joined, same
 from tokentree import LLM, SamplingParams, StructuredOutputs
 from tokentree.errors import OptionError
-from tokentree.serve import structured
+from tokentree.serve.structured import prepare
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -109,7 +109,7 @@ def test_a_server_without_grammars_says_so(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(LLM, "prepare_grammars", refuse)
     llm = tiny_llm()
-    structured.prepare(llm)
+    prepare(llm)
     monkeypatch.setattr(type(llm._grammars), "guide", lambda *_: refuse(llm))
     with serving(llm) as served:
         error = served.refused("/v1/completions", {"prompt": "a", "structured_outputs": {"regex": "a"}})

@@ -69,7 +69,13 @@ class Answer(ABC):
         begun = set[int]()
         async with aclosing(self.job.updates()) as updates:
             async for update in updates:
-                if update.text or update.finish_reason or update.steps or (update.tokens and self._tells_tokens):
+                if (
+                    update.text
+                    or update.calls
+                    or update.finish_reason
+                    or update.steps
+                    or (update.tokens and self._tells_tokens)
+                ):
                     first = update.choice.index not in begun
                     begun.add(update.choice.index)
                     choices = [self.part(update, first) | self._extras(update, first)]

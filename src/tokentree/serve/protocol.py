@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, field_validator
 
+FunctionName = Annotated[str, Field(max_length=64, pattern="^[a-zA-Z0-9_-]+$")]
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
@@ -133,13 +134,58 @@ class TextPart(Asked):
     text: str
 
 
+class Function(Asked):
+    """A function that the model may call."""
+
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(None, description="A JSON schema of its arguments; null: it has none.")
+    strict: bool | None = Field(None, description="Arguments always fit the schema.")
+
+
+class Tool(Asked):
+    """A tool."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionChoice(Asked):
+    """The name of a function."""
+
+    name: FunctionName
+
+
+class NamedTool(Asked):
+    """The tool that has to be called."""
+
+    type: Literal["function"]
+    function: FunctionChoice
+
+
+class CalledFunction(Asked):
+    """What was called."""
+
+    name: FunctionName
+    arguments: str = Field(description="A JSON object, as text.")
+
+
+class ToolCall(Asked):
+    """A call of an earlier answer."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None
+
+
 class Message(Asked):
     """A message of a conversation."""
 
     role: Role
     content: str | list[TextPart] | None = None
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     # what a client sends back of an earlier answer
     refusal: None = None
@@ -163,15 +209,25 @@ class ChatRequest(Sampled):
     logprobs: bool | None = Field(None, description="Log-probabilities of the new tokens.")
     top_logprobs: int | None = Field(None, description="How many of the most probable tokens are told at each place.")
     prediction: Prediction | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
+    tools: list[Tool] | None = Field(None, description="Functions that the model may call.")
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
+        None, description="Whether it may call, has to call, or which function."
+    )
+    parallel_tool_calls: bool | None = Field(None, description="False: at most one call.")
     metadata: dict[str, str] | None = Field(None, description="Accepted, and not used.")
     store: Literal[False] | None = Field(None, description="Nothing is stored.")
     service_tier: Literal["auto", "default"] | None = None
     modalities: list[Literal["text"]] | None = None
     safety_identifier: str | None = Field(None, description="Accepted, and not used.")
     prompt_cache_key: str | None = Field(None, description="Accepted, and not used: prefixes are always looked up.")
+
+    @field_validator("tool_choice", mode="wrap")
+    @classmethod
+    def _choice_in_words(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise ValueError('it must be "none", "auto", "required", or the name of a function') from None
 
 
 class TokenizeRequest(Asked):
@@ -195,7 +251,8 @@ FIELDS = frozenset(
     field.alias or name
     for kind in (
         CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest, Message, TextPart, Prediction,
-        StreamOptions, Speculation, ResponseFormat, JsonSchema, StructuredRequest,
+        StreamOptions, Speculation, ResponseFormat, JsonSchema, StructuredRequest, Tool, Function, ToolCall,
+        CalledFunction,
     )
     for name, field in kind.model_fields.items()
 )  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class Reply(BaseModel):
@@ -152,12 +152,30 @@ class ChatLogprobs(Reply):
     refusal: None
 
 
+class Called(Reply):
+    """What is called."""
+
+    name: str | None = None
+    arguments: str
+
+
+class Call(Reply):
+    """A call of a function. In a stream its first part has ``id``, ``type`` and the name, and each a piece of the
+    arguments."""
+
+    index: int | None = None
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: Called
+
+
 class ReplyMessage(Reply):
     """The model's message."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    tool_calls: list[Call] | None = None
 
 
 class Delta(Reply):
@@ -166,6 +184,7 @@ class Delta(Reply):
     role: Literal["assistant"] | None = None
     content: str | None = None
     refusal: None = None
+    tool_calls: list[Call] | None = None
 
 
 class ChatChoice(Choice):
