@@ -13,6 +13,7 @@ from tokentree.serve import chat, completions, facts
 from tokentree.serve.errors import tell_errors
 from tokentree.serve.pages import docs_page
 from tokentree.serve.protection import Protection
+from tokentree.serve.responses import route
 from tokentree.serve.service import Service
 from tokentree.serve.settings import Settings
 from tokentree.serve.structured import prepare
@@ -34,8 +35,8 @@ def create_app(settings: Settings, llm: LLM | None = None) -> FastAPI:
         service.start(llm)
     app = FastAPI(title="tokentree", version=version("tokentree"), docs_url=None, redoc_url=None)
     app.state.service = service
-    for part in (chat, completions, facts):
-        app.include_router(part.router)
+    for router in (chat.router, completions.router, route.router, facts.router):
+        app.include_router(router)
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:

@@ -30,12 +30,13 @@ async def chat_completions(asked: ChatRequest, request: Request) -> Response:
     """Answers a conversation, through the model's chat template."""
     service = service_of(request)
     service.check_model(asked.model)
-    _check(asked, service)
-    plan, made = partial(_planned, service, asked), partial(_Chat, service, asked)
+    check_chat(asked, service)
+    plan, made = partial(planned_chat, service, asked), partial(_Chat, service, asked)
     return await answer(request, service, asked, asked.n or 1, plan, made)
 
 
-def _check(asked: ChatRequest, service: Service) -> None:
+def check_chat(asked: ChatRequest, service: Service) -> None:
+    """Raises `ApiError` if a request asks for what there isn't, as far as that is known without the model."""
     check_sizes(asked, service.settings, 1)
     check_logprobs(asked.top_logprobs, "top_logprobs", service.settings)
     if asked.top_logprobs is not None and not asked.logprobs:
@@ -50,7 +51,12 @@ def _check(asked: ChatRequest, service: Service) -> None:
         )  # fmt: skip
 
 
-def _planned(service: Service, asked: ChatRequest) -> list[Planned]:
+def planned_chat(service: Service, asked: ChatRequest) -> list[Planned]:
+    """The prompt of a request.
+
+    Raises:
+        ApiError, OptionError: if there can be none.
+    """
     llm = service.llm
     tools = tools_of(asked, service.settings, service.tokenizer, service.texts.special)
     with blamed("messages"):

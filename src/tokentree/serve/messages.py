@@ -47,7 +47,7 @@ def _called(call: ToolCall, param: str) -> dict[str, Any]:
         arguments = None
     if not isinstance(arguments, dict):
         param = f"{param}.function.arguments"
-        raise ApiError(BAD, f"{param}: it must be a JSON object, as text", param, "invalid_value")
+        raise ApiError(BAD, f"{param}: the arguments of a call are a JSON object, as text", param, "invalid_value")
     return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
 
 

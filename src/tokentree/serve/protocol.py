@@ -247,12 +247,11 @@ class DetokenizeRequest(Asked):
     tokens: list[int]
 
 
-FIELDS = frozenset(
-    field.alias or name
-    for kind in (
-        CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest, Message, TextPart, Prediction,
-        StreamOptions, Speculation, ResponseFormat, JsonSchema, StructuredRequest, Tool, Function, ToolCall,
-        CalledFunction,
-    )
-    for name, field in kind.model_fields.items()
-)  # fmt: skip
+def fields() -> set[str]:
+    """The names of all fields of all requests."""
+    kinds, found = [Asked], set[str]()
+    while kinds:
+        kind = kinds.pop()
+        kinds += kind.__subclasses__()
+        found |= {field.alias or name for name, field in kind.model_fields.items()}
+    return found

@@ -81,10 +81,11 @@ class CallReader:
 
     Attributes:
         calls: how many calls there are so far.
+        content_first: whether there was content before them.
     """
 
     def __init__(self, form: Format, names: Iterable[str], hidden: Mapping[int, str]) -> None:
-        self.hidden, self.calls = hidden, 0
+        self.hidden, self.calls, self.content_first = hidden, 0, False
         self._form, self._names = form, sorted(names)
         known = "|".join(map(re.escape, self._names))
         keys = f'{GAP}"(?:arguments|parameters)"{GAP}'
@@ -208,6 +209,7 @@ class CallReader:
             text, self._blank = self._blank, None
         if text:
             self._parts.append(text)
+            self.content_first |= not self.calls
 
     def _no_call(self, size: int) -> bool:
         """What is held is content: its tag, and so many characters."""
