@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from tests.serve.serving import NAME, Served, events_of, serving
@@ -45,23 +46,26 @@ def template(said: str) -> str:
     return f"{told}{{% for message in messages %}}<|{{{{ message.role }}}}|>{shown}{{% endfor %}}<|assistant|>"
 
 
-def tokenizer_of(form: str, special: bool = False) -> PreTrainedTokenizerFast:
+def tokenizer_of(form: str, tags: str = "") -> PreTrainedTokenizerFast:
+    """Its ``tags`` are special tokens, or "added" ones, as Qwen's; or text."""
     tokenizer = tiny_tokenizer()
-    if special:
+    if tags == "added":
+        tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in SPECIAL])
+    if tags == "special":
         tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>", *SPECIAL]})
     tokenizer.chat_template = template(FORMATS[form].begin)
     return tokenizer
 
 
-def llm_of(form: str, special: bool = False) -> LLM:
+def llm_of(form: str, tags: str = "") -> LLM:
     size = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 320, "max_position_embeddings": 2048}
-    return LLM(tiny("llama", torch.bfloat16, **size), ["suffix", "ngram"], tokenizer=tokenizer_of(form, special))
+    return LLM(tiny("llama", torch.bfloat16, **size), ["suffix", "ngram"], tokenizer=tokenizer_of(form, tags))
 
 
-@pytest.fixture(scope="module", params=["hermes", "llama3", "hermes special", "llama3 special"])
+@pytest.fixture(scope="module", params=["hermes", "llama3", "hermes special", "llama3 special", "hermes added"])
 def calling(request: pytest.FixtureRequest) -> Iterator[Served]:
-    form, _, special = request.param.partition(" ")
-    with serving(llm_of(form, bool(special)), tool_parser="auto") as served:
+    form, _, tags = request.param.partition(" ")
+    with serving(llm_of(form, tags), tool_parser="auto") as served:
         yield served
         served.wait_idle()
 
@@ -154,10 +158,11 @@ def told_tool(tool: dict[str, Any]) -> dict[str, Any]:
 
 def said_by(served: Served, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     """From now on the model says ``text``."""
-    special, rules = served.service.texts.special, list[str]()
-    while text:  # special tokens are written as tokens
-        tag = next((tag for tag in SPECIAL if tag in special and text.startswith(tag)), "")
-        plain = "" if tag else text[: min((at for tag in special if (at := text.find(tag)) > 0), default=len(text))]
+    added = {entry.content for entry in served.service.tokenizer.added_tokens_decoder.values()}
+    rules = list[str]()
+    while text:  # added tokens are written as tokens
+        tag = next((tag for tag in SPECIAL if tag in added and text.startswith(tag)), "")
+        plain = "" if tag else text[: min((at for tag in added if (at := text.find(tag)) > 0), default=len(text))]
         rules.append(tag or json.dumps(plain, ensure_ascii=False))
         text = text[len(tag or plain) :]
 
@@ -290,16 +295,16 @@ TEXTS: list[tuple[str, str, str]] = [
 ]
 
 
-@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("tags", ["", "special", "added"])
 @pytest.mark.parametrize(("form", "text", "taken"), TEXTS)
-def test_grammars(form: str, text: str, taken: str, special: bool) -> None:
-    tokenizer = tokenizer_of(form, special)
+def test_grammars(form: str, text: str, taken: str, tags: str) -> None:
+    tokenizer = tokenizer_of(form, tags)
     for word, arguments in (("CALL", '{"city": "Rome", "days": 2}'), ("BAD", '{"city": "Bern", "days": 2}')):
         shape, key = FORMATS[form], KEYS[form]
         begin = "" if shape.bare else shape.begin + shape.space
         written = f'{begin}{{"name": "weather", "{key}": {arguments}}}{shape.space}{shape.end}'
         text = text.replace(word, written)
-    known = {entry.content for entry in tokenizer.added_tokens_decoder.values() if entry.special}
+    known = {entry.content for entry in tokenizer.added_tokens_decoder.values()}
     read, ids = _read(tokenizer), tokenizer(text, add_special_tokens=False).input_ids
     for (forced, several), expected in zip(KINDS, taken, strict=True):
         matcher = _compiled("lark", call_grammar(FORMATS[form], FUNCTIONS, known, forced, several), read)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +70,8 @@ def tools_of(
     form = _form(tokenizer, settings)
     may_call = _chosen(tools, choice) if isinstance(choice, NamedTool) else tools
     names = [tool.function.name for tool in may_call]
-    wanted = _grammar(form, may_call, asked, special)
+    added = {entry.content for entry in tokenizer.added_tokens_decoder.values()}
+    wanted = _grammar(form, may_call, asked, added)
     if wanted is not None:
         check_grammar(wanted, settings)
     hidden = {special[tag]: tag for tag in (form.begin, form.end) if tag in special}
@@ -123,7 +124,7 @@ def _chosen(tools: Sequence[Tool], choice: NamedTool) -> list[Tool]:
 
 
 def _grammar(
-    form: Format, tools: Sequence[Tool], asked: ChatRequest, special: Mapping[str, int]
+    form: Format, tools: Sequence[Tool], asked: ChatRequest, added: Container[str]
 ) -> StructuredOutputs | None:
     """The grammar of a text that has to call, has to call strictly, or may call only once."""
     forced, several = asked.tool_choice not in (None, "auto"), asked.parallel_tool_calls is not False
@@ -135,7 +136,7 @@ def _grammar(
         tool.function.name: _arguments(tool) if forced or tool.function.strict else {"type": "object"}
         for tool in tools
     }  # fmt: skip
-    return StructuredOutputs(grammar=call_grammar(form, schemas, special, forced, several))
+    return StructuredOutputs(grammar=call_grammar(form, schemas, added, forced, several))
 
 
 def _arguments(tool: Tool) -> dict[str, Any]:

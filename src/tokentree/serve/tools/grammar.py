@@ -15,19 +15,20 @@ ANY = "/(.|\\n)*/"
 
 
 def call_grammar(
-    form: Format, functions: Mapping[str, Mapping[str, Any]], special: Container[str], forced: bool, several: bool
+    form: Format, functions: Mapping[str, Mapping[str, Any]], added: Container[str], forced: bool, several: bool
 ) -> str:
     """A grammar of texts with calls.
 
     Args:
         functions: names, and the JSON schemas of their arguments.
-        special: how special tokens are written: tags among them are tokens, and others text.
+        added: how tokens are written that a tokenizer takes whole. A tag among them comes as that token: llguidance
+            takes such tokens for no text.
         forced: whether the text is calls and nothing else. Otherwise it may be any text, with calls or without.
         several: whether there may be more than one call.
     """
 
     def tag(written: str) -> str:
-        return "" if not written else written if written in special else json.dumps(written)
+        return "" if not written else written if written in added else json.dumps(written)
 
     rules, bodies = list[str](), list[str]()
     for number, (name, schema) in enumerate(functions.items()):
@@ -37,21 +38,16 @@ def call_grammar(
     begin = "" if form.bare else tag(form.begin)
     more = f"({json.dumps(form.between)} {begin} body)*" if several else ""
     rules += [f"body: {' | '.join(bodies)}", f"calls: {begin} body {more}"]
-    return "\n".join([*(["start: calls"] if forced else _around(form, special, several)), *rules])
+    return "\n".join([*(["start: calls"] if forced else _around(form, added, several)), *rules])
 
 
-def _around(form: Format, special: Container[str], several: bool) -> list[str]:
+def _around(form: Format, added: Container[str], several: bool) -> list[str]:
     """The rules of a text around calls."""
+    text = f"& ~/(.|\\n)*{re.escape(form.begin)}(.|\\n)*/"
     if form.bare:  # a text with calls begins with one
-        token = f"{form.begin}?" if form.begin in special else ""
-        return [f"start: OTHER | {token} calls", "OTHER: /\\s*([^{\\s](.|\\n)*)?/" + _without(form, special)]
-    if form.begin in special:
-        before = [f"before: ANY {form.begin}", f"ANY: {ANY}", f"OTHER: {ANY}"]
-    else:
-        before = [f"before[lazy]: /(.|\\n)*{re.escape(form.begin)}/", f"OTHER: {ANY}{_without(form, special)}"]
-    return ["start: (before body)* OTHER" if several else "start: OTHER | before body", *before]
-
-
-def _without(form: Format, special: Container[str]) -> str:
-    """What a regular expression must not match: the tag, where it is text."""
-    return "" if form.begin in special else f" & ~/(.|\\n)*{re.escape(form.begin)}(.|\\n)*/"
+        token = f"{form.begin}?" if form.begin in added else ""
+        return [f"start: OTHER | {token} calls", f"OTHER: /\\s*([^{{\\s](.|\\n)*)?/ {text}"]
+    rules = ["start: (before body)* OTHER" if several else "start: OTHER | before body", f"OTHER: {ANY} {text}"]
+    if form.begin in added:
+        return [*rules, f"before: ANY {form.begin}", f"ANY: {ANY} {text}"]
+    return [*rules, f"before[lazy]: /(.|\\n)*{re.escape(form.begin)}/"]
