@@ -218,6 +218,16 @@ def test_a_text_that_is_cut_off_has_a_part_of_a_call(calling: Served, monkeypatc
     assert calls[0]["arguments"]
 
 
+def test_a_forced_call_that_is_cut_off_leaves_no_content(calling: Served) -> None:
+    create = calling.client.chat.completions.create
+    asked = ASKED | {"tool_choice": "required"}
+    for most in (1, 2, 5):
+        whole = create(**asked | {"max_tokens": most}).choices[0]
+        assert told(whole.message) == ("", [])
+        assert whole.finish_reason == "length"
+        assert streamed(create(**asked | {"max_tokens": most}, stream=True)) == ("", [], "length")
+
+
 @pytest.mark.parametrize("name", ["snow", "weather "])
 def test_what_looks_like_a_call_stays_content(calling: Served, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     text = call_text(calling, name, '{"city": "Rome"}')

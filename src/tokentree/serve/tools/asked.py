@@ -31,6 +31,7 @@ class Tools:
         told: what the chat template gets.
         names: the functions.
         wanted: the grammar of the text, if it has one.
+        forced: whether the text is calls and nothing else.
         hidden: tags of ``form`` that are special tokens, by their ids.
     """
 
@@ -38,11 +39,12 @@ class Tools:
     told: list[dict[str, Any]]
     names: list[str]
     wanted: StructuredOutputs | None
+    forced: bool
     hidden: Mapping[int, str]
 
     def reader(self) -> CallReader:
         """What reads a text's calls."""
-        return CallReader(self.form, self.names, self.hidden)
+        return CallReader(self.form, self.names, self.hidden, self.forced)
 
 
 def tools_of(
@@ -75,7 +77,7 @@ def tools_of(
     if wanted is not None:
         check_grammar(wanted, settings)
     hidden = {special[tag]: tag for tag in (form.begin, form.end) if tag in special}
-    return Tools(form, [_told(tool) for tool in tools], names, wanted, hidden)
+    return Tools(form, [_told(tool) for tool in tools], names, wanted, choice != "auto", hidden)
 
 
 def _check_none(asked: ChatRequest) -> None:

@@ -78,13 +78,15 @@ class CallReader:
         form: how calls are written.
         names: the functions.
         hidden: special tokens among the tags of ``form``, which a text is shown without. They are fed as text.
+        forced: whether the text is calls and nothing else. What is left of one that was cut off is then no content.
 
     Attributes:
         calls: how many calls there are so far.
         content_first: whether there was content before them.
     """
 
-    def __init__(self, form: Format, names: Iterable[str], hidden: Mapping[int, str]) -> None:
+    def __init__(self, form: Format, names: Iterable[str], hidden: Mapping[int, str], forced: bool = False) -> None:
+        self._forced = forced
         self.hidden, self.calls, self.content_first = hidden, 0, False
         self._form, self._names = form, sorted(names)
         known = "|".join(map(re.escape, self._names))
@@ -104,7 +106,7 @@ class CallReader:
         self._held += text
         while self._step(last):
             pass
-        if last and self._blank and not self.calls:
+        if last and self._blank and not self.calls and not self._forced:
             self._parts.append(self._blank)
             self._blank = None
         parts, self._parts = self._parts, []
@@ -207,7 +209,7 @@ class CallReader:
             if not self._blank.strip():
                 return
             text, self._blank = self._blank, None
-        if text:
+        if text and not self._forced:
             self._parts.append(text)
             self.content_first |= not self.calls
 
