@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tokentree.errors import PromptError
@@ -43,8 +43,13 @@ def read_messages(given: Any) -> list[Message]:
     return messages
 
 
-def chat_ids(tokenizer: PreTrainedTokenizerBase | None, messages: list[Message]) -> list[int]:
+def chat_ids(
+    tokenizer: PreTrainedTokenizerBase | None, messages: list[Message], tools: Sequence[Mapping[str, Any]] = ()
+) -> list[int]:
     """The token ids of ``messages`` in the tokenizer's template, open for the model's answer.
+
+    Args:
+        tools: what the model may call, ``{"type": "function", "function": {…}}`` each; the template tells it of them.
 
     Raises:
         PromptError: if there is no template, or it refuses the messages.
@@ -54,39 +59,58 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase | None, messages: list[Message])
             "this model's tokenizer has no chat template: give a plain prompt instead, or use a model that was made "
             "for chats, often called -Instruct or -chat"
         )
-    template = tokenizer.chat_template
-    if isinstance(template, Mapping):
-        if "default" not in template:
-            raise PromptError(
-                f"this model's tokenizer has the chat templates {', '.join(sorted(template))} and no default: set the "
-                "tokenizer's chat_template to one of them"
-            )
-        template = template["default"]
+    template = template_of(tokenizer, bool(tools))
     for number, message in enumerate(messages, start=1):
         role = message["role"]
         if role not in ROLES and f"'{role}'" not in template and f'"{role}"' not in template:
             raise PromptError(f"message {number} has the unknown role {role!r}: use {', '.join(ROLES)}")
-    ids = _applied(tokenizer, _seen_by(tokenizer, messages), tokenize=True)
+    ids = _applied(tokenizer, _seen_by(tokenizer, messages, tools), tools, tokenize=True)
     return [int(token) for token in ids]
 
 
-def _seen_by(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[Message]:
+def template_of(tokenizer: PreTrainedTokenizerBase, with_tools: bool = False) -> str:
+    """The chat template that is used: of several, the one for tools or the default.
+
+    Raises:
+        PromptError: if none is the default.
+    """
+    template = tokenizer.chat_template or ""
+    if isinstance(template, str):
+        return template
+    if with_tools and "tool_use" in template:
+        return str(template["tool_use"])
+    if "default" not in template:
+        raise PromptError(
+            f"this model's tokenizer has the chat templates {', '.join(sorted(template))} and no default: set the "
+            "tokenizer's chat_template to one of them"
+        )
+    return str(template["default"])
+
+
+def _seen_by(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Sequence[Mapping[str, Any]]
+) -> list[Message]:
     """``messages`` with text as parts, if the template sees it only there: it is told by what the last one says."""
     said = messages[-1]["content"].strip()
-    if said in _applied(tokenizer, messages, tokenize=False):
+    if said in _applied(tokenizer, messages, tools, tokenize=False):
         return messages
     parts: list[Message] = [one | {"content": [{"type": "text", "text": one["content"]}]} for one in messages]
     try:
-        return parts if said in _applied(tokenizer, parts, tokenize=False) else messages
+        return parts if said in _applied(tokenizer, parts, tools, tokenize=False) else messages
     except PromptError:
         return messages
 
 
-def _applied(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tokenize: bool) -> Any:
+def _applied(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Sequence[Mapping[str, Any]], tokenize: bool
+) -> Any:
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=tokenize, return_dict=False)
+        return tokenizer.apply_chat_template(
+            messages, tools=[dict(tool) for tool in tools] or None, add_generation_prompt=True, tokenize=tokenize,
+            return_dict=False,
+        )  # fmt: skip
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise PromptError(f"the model's chat template refuses these messages: {said}") from None

@@ -442,14 +442,20 @@ class LLM:
         """
         return self._vocabulary.ids(prompt, "prompt")
 
-    def chat_prompt(self, messages: SequenceOf[Mapping[str, Any]]) -> list[int]:
+    def chat_prompt(
+        self, messages: SequenceOf[Mapping[str, Any]], tools: SequenceOf[Mapping[str, Any]] = ()
+    ) -> list[int]:
         """The token ids of ``messages`` in the tokenizer's chat template, with the beginning of the model's answer.
+
+        Args:
+            tools: what the model may call, ``{"type": "function", "function": {"name", "description", "parameters"}}``
+                each; the template tells it of them.
 
         Raises:
             PromptError: if ``messages`` aren't messages whose contents are texts, or lists of parts that are texts; or
                 if there is no chat template, or it refuses them.
         """
-        return chat_ids(self.tokenizer, read_messages(messages))
+        return chat_ids(self.tokenizer, read_messages(messages), tools)
 
     def sequence(
         self, prompt: Prompt | Read, params: SamplingParams, sample: int = 0,
@@ -474,6 +480,14 @@ class LLM:
             guide = self._grammars.guide(params.structured_outputs, self.eos_ids, params.stop_token_ids)
         context = self.engine.context
         return Sequence(ids, params, noise, context, self.eos_ids, detokenizer, references=references, guide=guide)
+
+    def prepare_grammars(self) -> None:
+        """Reads the tokenizer for `StructuredOutputs`, which the first of them waits for otherwise.
+
+        Raises:
+            OptionError: if there can be none with this model.
+        """
+        self._grammars.prepare()
 
     @cached_property
     def _vocabulary(self) -> Vocabulary:

@@ -11,7 +11,14 @@ import pytest
 from tests.serve.serving import NAME, Served, error_of, serving, tiny_llm
 
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
-FORMAT = {"type": "json_object"}
+DEEP: Any = {"type": "string"}
+for _ in range(40):
+    DEEP = {"items": DEEP}
+
+
+def schema(of: Any, **more: Any) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": of} | more}}
+
 
 BOTH: list[tuple[dict[str, Any], str]] = [
     ({"tempersture": 1}, "tempersture"),
@@ -56,8 +63,28 @@ BOTH: list[tuple[dict[str, Any], str]] = [
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage"),
     ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
-    ({"response_format": FORMAT}, "response_format"),
-    ({"structured_outputs": {"regex": "a"}}, "structured_outputs"),
+    ({"response_format": "json"}, "response_format"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, "response_format.json_schema.schema"),
+    ({"response_format": {"type": "text", "json_schema": {"name": "a", "schema": {}}}}, "response_format.json_schema"),
+    (schema({}, name="a b"), "response_format.json_schema.name"),
+    (schema({}, more=1), "response_format.json_schema.more"),
+    (schema({"type": "array", "uniqueItems": True}), "response_format"),
+    (schema({"type": "string", "minLength": 2, "maxLength": 1}), "response_format"),
+    (schema({"enum": ["a" * 70_000]}), "response_format"),
+    (schema(DEEP), "response_format"),
+    (schema({}) | {"ignore_eos": True}, "response_format"),
+    (schema({}) | {"structured_outputs": {"regex": "a"}}, "structured_outputs"),
+    ({"structured_outputs": {}}, "structured_outputs"),
+    ({"structured_outputs": {"regex": "("}}, "structured_outputs"),
+    ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs"),
+    ({"structured_outputs": {"regex": 5}}, "structured_outputs.regex"),
+    ({"structured_outputs": {"json": 5}}, "structured_outputs.json"),
+    ({"structured_outputs": {"json": "{"}}, "structured_outputs"),
+    ({"structured_outputs": {"grammar": "start: b"}}, "structured_outputs"),
+    ({"structured_outputs": {"choice": []}}, "structured_outputs"),
+    ({"structured_outputs": {"structural_tag": "a"}}, "structured_outputs.structural_tag"),
     ({"speculation": "on"}, "speculation"),
     ({"speculation": {"accept": "typical"}}, "speculation"),
     ({"speculation": {"drafter": "nothing"}}, "speculation"),

@@ -5,31 +5,42 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 
-from tests.serve.serving import NAME, Served
+from tests.serve.serving import NAME, Served, serving
+from tests.serve.test_tools import llm_of
 from tests.test_docs import blocks
 from tokentree.cli.main import app
 from tokentree.serve.metrics import Metrics
 from tokentree.serve.protocol import ChatRequest, CompletionRequest
+from tokentree.serve.responses.protocol import ResponsesRequest
 
 PAGE = Path(__file__).parents[2] / "docs" / "serve.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 
 
-def test_examples_run(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture(scope="module")
+def calling() -> Iterator[Served]:
+    """A server whose model knows tools."""
+    with serving(llm_of("hermes")) as served:
+        yield served
+
+
+def test_examples_run(calling: Served, capsys: pytest.CaptureFixture[str]) -> None:
     seen: dict[str, Any] = {}
     examples = blocks(PAGE, "py")
-    assert len(examples) == 2
+    assert len(examples) == 4
     for example in examples:
-        exec(example.replace("http://localhost:8000", served.url).replace('"MODEL"', f'"{NAME}"'), seen)
+        exec(example.replace("http://localhost:8000", calling.url).replace('"MODEL"', f'"{NAME}"'), seen)
     told = capsys.readouterr().out
     assert "num_spec_steps" in told
     assert "'parent': -1" in told
+    assert "name='weather'" in told
     seen["client"].close()
 
 
@@ -57,9 +68,12 @@ def test_it_names_every_option_field_and_figure() -> None:
     for option in command.params:
         assert f"`{option.opts[0]}`" in TEXT or f"`{option.opts[-1]}`" in TEXT, option.opts
     missing = [
-        name for kind in (ChatRequest, CompletionRequest) for name in kind.model_fields if f"`{name}`" not in TEXT
+        name
+        for kind in (ChatRequest, CompletionRequest, ResponsesRequest)
+        for name in kind.model_fields
+        if f"`{name}`" not in TEXT
     ]
-    assert [name for name in missing if name not in ("model", "parallel_tool_calls")] == []
+    assert [name for name in missing if name != "model"] == []
     names = re.findall(r"^# TYPE (\S+) (?:counter|histogram)", Metrics("a").scrape().decode(), re.MULTILINE)
     assert len(names) > 10
     assert [name for name in names if f"`{name}`" not in TEXT] == []

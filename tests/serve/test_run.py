@@ -155,6 +155,7 @@ def test_a_model_that_can_t_be_loaded_ends_the_server(folder: Path, tmp_path: Pa
         (["-m", "FOLDER", "--max-batch", "0"], "max-batch"),
         (["-m", "FOLDER", "--log-level", "loud"], "--log-level"),
         (["-m", "FOLDER", "--generation-config", "some"], "--generation-config"),
+        (["-m", "FOLDER", "--tool-parser", "some"], "--tool-parser"),
         (["-m", "FOLDER", "--request-timeout", "-1"], "request-timeout"),
     ],
 )

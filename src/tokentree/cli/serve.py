@@ -31,6 +31,7 @@ from tokentree.errors import OptionError
 from tokentree.prompts import read_text
 
 LIMITS, ACCESS = "Limits", "Access"  # headings of the help
+PARSERS = ("auto", "hermes", "llama3")
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -44,6 +45,9 @@ def serve(
     generation_config: Annotated[
         str,
         typer.Option(help="auto: the model's generation_config.json gives defaults for sampling; none: it doesn't."),
+    ] = "auto",
+    tool_parser: Annotated[
+        str, typer.Option(help="How the model calls tools: auto (as its chat template says), hermes or llama3.")
     ] = "auto",
     log_level: Annotated[str, typer.Option(help=f"{', '.join(LEVELS)}.")] = "info",
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Log prompts and texts, at info.")] = False,
@@ -113,7 +117,7 @@ def serve(
     from tokentree.serve.defaults import defaults_of
     from tokentree.serve.settings import Settings
 
-    _check_words(log_level, generation_config)
+    _check_words(log_level, generation_config, tool_parser)
     keys = _keys(api_key, api_key_file)
     if memory is not None:
         check_folder(memory)
@@ -127,6 +131,7 @@ def serve(
         model_name=served_model_name or name_of(model).removesuffix(".gguf"), keys=keys, max_batch=max_batch,
         max_queue=max_queue, request_timeout=request_timeout or None, max_tokens=max_tokens_limit,
         cors_origins=tuple(cors_origin or ()), log_prompts=log_prompts,
+        tool_parser=tool_parser,
         defaults=defaults_of(model) if generation_config == "auto" else {},
     )  # fmt: skip
     sock = listen(host, port)
@@ -140,11 +145,13 @@ def serve(
         llm.save_memory(memory)
 
 
-def _check_words(log_level: str, generation_config: str) -> None:
+def _check_words(log_level: str, generation_config: str, tool_parser: str) -> None:
     if log_level not in LEVELS:
         raise OptionError(f"--log-level {log_level!r} is not one of {', '.join(LEVELS)}")
     if generation_config not in ("auto", "none"):
         raise OptionError(f"--generation-config {generation_config!r} is neither auto nor none")
+    if tool_parser not in PARSERS:
+        raise OptionError(f"--tool-parser {tool_parser!r} is not one of {', '.join(PARSERS)}")
 
 
 def _keys(given: list[str] | None, file: Path | None) -> tuple[str, ...]:

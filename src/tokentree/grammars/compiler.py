@@ -47,17 +47,29 @@ class Grammars:
                 tokenizer, or one whose tokens aren't known as bytes.
         """
         with self._lock:
-            if self._tokens is None:
-                self._tokens = _read(self._tokenizer)
+            read = self._read()
             key = wanted.source
             if key not in self._kept or self._kept[key].worn:
-                self._kept[key] = Beginning(_compiled(*key, self._tokens))
+                self._kept[key] = Beginning(_compiled(*key, read))
                 if len(self._kept) > KEPT:
                     self._kept.popitem(last=False)
             self._kept.move_to_end(key)
-            read = self._tokens
             ends = eos_ids | {token for token in stop_ids if token < read.end and read.tokens.is_special_token(token)}
             return Guide(self._kept[key], ends, read.end, read.hidden)
+
+    def prepare(self) -> None:
+        """Reads the tokenizer, if that wasn't done.
+
+        Raises:
+            OptionError: as `guide`.
+        """
+        with self._lock:
+            self._read()
+
+    def _read(self) -> _Tokens:
+        if self._tokens is None:
+            self._tokens = _read(self._tokenizer)
+        return self._tokens
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ def _schema(schema: Any) -> str:
         raise OptionError("structured_outputs: the JSON schema allows no value")
     if not isinstance(schema, dict):
         raise OptionError(f"structured_outputs: a JSON schema is an object, not {type(schema).__name__}")
-    if _is_deeper(schema, DEEPEST):
+    if is_deeper(schema, DEEPEST):
         raise OptionError(f"structured_outputs: the JSON schema has more than {DEEPEST} levels")
     try:
         text = json_of.dumps(schema, ensure_ascii=False, allow_nan=False)
@@ -144,7 +144,7 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
 
 
-def _is_deeper(value: Any, levels: int) -> bool:
+def is_deeper(value: Any, levels: int) -> bool:
     """Whether objects and arrays lie in one another on more than so many levels."""
     layer = {id(value): value}
     for _ in range(levels + 1):

@@ -6,7 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, aclosing
-from typing import Any
+from typing import Any, Protocol
 from uuid import uuid4
 
 from fastapi import Request
@@ -20,6 +20,22 @@ from tokentree.serve.trees import tree_json
 from tokentree.serve.writing import Job, Planned, Update
 
 
+class Told(Protocol):
+    """What a request is told, in the form of its route.
+
+    Attributes:
+        last: the event that ends a stream, if there is one.
+    """
+
+    last: str
+
+    def whole(self, updates: list[Update]) -> dict[str, Any]:
+        """At once."""
+
+    def chunks(self) -> AsyncGenerator[dict[str, Any]]:
+        """In parts."""
+
+
 class Answer(ABC):
     """What one request is told.
 
@@ -27,6 +43,8 @@ class Answer(ABC):
         kind: the prefix of its id.
         named: the field ``object``, at once and in parts.
     """
+
+    last = "[DONE]"
 
     def __init__(self, service: Service, asked: Sampled, job: Job, kind: str, named: tuple[str, str]) -> None:
         self.service, self.asked, self.job = service, asked, job
@@ -69,7 +87,13 @@ class Answer(ABC):
         begun = set[int]()
         async with aclosing(self.job.updates()) as updates:
             async for update in updates:
-                if update.text or update.finish_reason or update.steps or (update.tokens and self._tells_tokens):
+                if (
+                    update.text
+                    or update.calls
+                    or update.finish_reason
+                    or update.steps
+                    or (update.tokens and self._tells_tokens)
+                ):
                     first = update.choice.index not in begun
                     begun.add(update.choice.index)
                     choices = [self.part(update, first) | self._extras(update, first)]
@@ -96,7 +120,7 @@ class Answer(ABC):
 
 async def answer(
     request: Request, service: Service, asked: Sampled, texts: int, plan: Callable[[], list[Planned]],
-    made: Callable[[Job], Answer],
+    made: Callable[[Job], Told],
 ) -> Response:  # fmt: skip
     """Does what a request asks for, and tells it in its form.
 
@@ -112,5 +136,5 @@ async def answer(
         job = await held.enter_async_context(service.job(asked, texts, plan))
         told = made(job)
         if asked.stream:
-            return EventStream(told.chunks(), service.settings.stall_timeout, held.pop_all())
+            return EventStream(told.chunks(), service.settings.stall_timeout, held.pop_all(), told.last)
         return JSONResponse(told.whole(await unless_gone(request, job.whole())))

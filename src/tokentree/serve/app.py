@@ -13,8 +13,10 @@ from tokentree.serve import chat, completions, facts, page, ways
 from tokentree.serve.errors import tell_errors
 from tokentree.serve.pages import docs_page
 from tokentree.serve.protection import Protection
+from tokentree.serve.responses import route
 from tokentree.serve.service import Service
 from tokentree.serve.settings import Settings
+from tokentree.serve.structured import prepare
 
 
 def create_app(settings: Settings, llm: LLM | None = None) -> FastAPI:
@@ -29,10 +31,11 @@ def create_app(settings: Settings, llm: LLM | None = None) -> FastAPI:
     """
     service = Service(settings)
     if llm is not None:
+        prepare(llm)
         service.start(llm)
     app = FastAPI(title="tokentree", version=version("tokentree"), docs_url=None, redoc_url=None)
     app.state.service = service
-    for part in (chat, completions, facts, ways, page):
+    for part in (chat, completions, route, facts, ways, page):
         app.include_router(part.router)
 
     @app.get("/docs", include_in_schema=False)

@@ -15,6 +15,7 @@ from tokentree.serve.params import check_logprobs, check_sizes, params_of, token
 from tokentree.serve.protocol import CompletionRequest
 from tokentree.serve.replies import Completion, told
 from tokentree.serve.service import Service, service_of
+from tokentree.serve.structured import structured
 from tokentree.serve.writing import Job, Planned, Update
 
 router = APIRouter()
@@ -53,7 +54,9 @@ def _prompts(asked: CompletionRequest) -> Prompts:
 
 def _planned(service: Service, asked: CompletionRequest, prompts: Prompts) -> list[Planned]:
     most = tokens_asked(asked.max_tokens, "max_tokens", service.settings, SHORT)
-    params = params_of(asked, service.settings, service.texts.special, most, asked.logprobs)
+    params = params_of(
+        asked, service.settings, service.texts.special, most, asked.logprobs, structured(asked, service.settings)
+    )
     with blamed("prompt"):
         plans = [Planned(service.llm.prompt_ids(prompt), params) for prompt in prompts]
     for planned in plans:

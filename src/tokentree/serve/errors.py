@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from tokentree.errors import ForkError, ModelError, OptionError, PromptError, StepError, TokenTreeError
-from tokentree.serve.protocol import FIELDS
+from tokentree.serve.protocol import fields
 
 LOG = logging.getLogger("tokentree.serve")
 
@@ -90,8 +90,9 @@ def _of_validation(found: Sequence[Mapping[str, Any]]) -> ApiError:
     if not place:
         return ApiError(BAD, "the body must be a JSON object, with the content type application/json")
     unknown = one["type"] == "extra_forbidden"
-    parts = [part for part in place if isinstance(part, int) or part in FIELDS]  # the others name kinds
-    parts += place[-1:] * (unknown and place[-1] not in FIELDS)
+    known = fields()
+    parts = [part for part in place if isinstance(part, int) or part in known]  # the others name kinds
+    parts += place[-1:] * (unknown and place[-1] not in known)
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).lstrip(".")
     if unknown:
         return ApiError(BAD, f"{param} is not a field that this server knows", param, "unknown_field")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tokentree.grammars.options import StructuredOutputs
 from tokentree.sampling import SamplingParams
 from tokentree.serve.errors import BAD, ApiError
 from tokentree.serve.protocol import Sampled
 from tokentree.serve.settings import Settings
-from tokentree.serve.structured import structured
 
 PASSED = (
     "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "n",
@@ -19,14 +19,16 @@ STANDARD = {"temperature": 1.0}  # as OpenAI's interface has it; the others are 
 
 
 def params_of(
-    asked: Sampled, settings: Settings, special: Mapping[str, int], max_tokens: int, logprobs: int | None
-) -> SamplingParams:
+    asked: Sampled, settings: Settings, special: Mapping[str, int], max_tokens: int, logprobs: int | None,
+    wanted: StructuredOutputs | None = None,
+) -> SamplingParams:  # fmt: skip
     """The sampling options of a request.
 
     Args:
         special: how special tokens are written, and their ids.
         max_tokens: the most new tokens.
         logprobs: how many of the most probable tokens are told at each place.
+        wanted: what the text has to be.
 
     Raises:
         ApiError, OptionError: if a value can't be honoured.
@@ -38,8 +40,9 @@ def params_of(
     options: dict[str, Any] = {
         "max_tokens": max_tokens, "logprobs": logprobs, "stop": stops, "stop_token_ids": ends,
         "logit_bias": _bias(asked, settings), "timeout": settings.request_timeout,
+        "structured_outputs": wanted,
     }  # fmt: skip
-    options |= STANDARD | dict(settings.defaults) | given | structured(asked)
+    options |= STANDARD | dict(settings.defaults) | given
     return SamplingParams(**options)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, field_validator
 
+FunctionName = Annotated[str, Field(max_length=64, pattern="^[a-zA-Z0-9_-]+$")]
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
@@ -27,6 +28,40 @@ class Speculation(Asked):
 
     drafter: str | None = Field(None, description="A drafter's name, or several joined by '+'.")
     shape: str | None = Field(None, description="How trees grow: cost, 2x2x2, chain:4, dynamic:nodes=16, ….")
+
+
+class JsonSchema(Asked):
+    """A schema and its name. Texts always fit the schema, so ``strict`` changes nothing."""
+
+    name: str = Field(max_length=64, pattern="^[a-zA-Z0-9_-]+$")
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Asked):
+    """What a text has to be, as OpenAI's interface has it."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredRequest(Asked):
+    """What a text has to be, as vLLM's interface has it: one of these."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json", description="A JSON schema.")
+    regex: str | None = Field(None, description="A regular expression.")
+    choice: list[str] | None = Field(None, description="Texts, one of which is written.")
+    grammar: str | None = Field(None, description="A context-free grammar in llguidance's dialect of Lark.")
+    json_object: bool | None = Field(None, description="True: any JSON object.")
+
+    @field_validator("json_", mode="wrap")
+    @classmethod
+    def _json_in_words(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise ValueError("it must be a JSON schema, as an object or as text") from None
 
 
 class Sampled(Asked):
@@ -54,8 +89,8 @@ class Sampled(Asked):
     speculation: Speculation | Literal["off"] | None = Field(None, description="Another way to draft, or none.")
     return_tree: bool | None = Field(None, description="The answer carries the tree of each step.")
     return_token_ids: bool | None = Field(None, description="The answer carries token ids.")
-    response_format: dict[str, Any] | None = None
-    structured_outputs: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = Field(None, description="What the text has to be.")
+    structured_outputs: StructuredRequest | None = Field(None, description="The same with more kinds.")
 
     @field_validator("speculation", mode="wrap")
     @classmethod
@@ -99,13 +134,58 @@ class TextPart(Asked):
     text: str
 
 
+class Function(Asked):
+    """A function that the model may call."""
+
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(None, description="A JSON schema of its arguments; null: it has none.")
+    strict: bool | None = Field(None, description="Arguments always fit the schema.")
+
+
+class Tool(Asked):
+    """A tool."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionChoice(Asked):
+    """The name of a function."""
+
+    name: FunctionName
+
+
+class NamedTool(Asked):
+    """The tool that has to be called."""
+
+    type: Literal["function"]
+    function: FunctionChoice
+
+
+class CalledFunction(Asked):
+    """What was called."""
+
+    name: FunctionName
+    arguments: str = Field(description="A JSON object, as text.")
+
+
+class ToolCall(Asked):
+    """A call of an earlier answer."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None
+
+
 class Message(Asked):
     """A message of a conversation."""
 
     role: Role
     content: str | list[TextPart] | None = None
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     # what a client sends back of an earlier answer
     refusal: None = None
@@ -129,15 +209,25 @@ class ChatRequest(Sampled):
     logprobs: bool | None = Field(None, description="Log-probabilities of the new tokens.")
     top_logprobs: int | None = Field(None, description="How many of the most probable tokens are told at each place.")
     prediction: Prediction | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
+    tools: list[Tool] | None = Field(None, description="Functions that the model may call.")
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
+        None, description="Whether it may call, has to call, or which function."
+    )
+    parallel_tool_calls: bool | None = Field(None, description="False: at most one call.")
     metadata: dict[str, str] | None = Field(None, description="Accepted, and not used.")
     store: Literal[False] | None = Field(None, description="Nothing is stored.")
     service_tier: Literal["auto", "default"] | None = None
     modalities: list[Literal["text"]] | None = None
     safety_identifier: str | None = Field(None, description="Accepted, and not used.")
     prompt_cache_key: str | None = Field(None, description="Accepted, and not used: prefixes are always looked up.")
+
+    @field_validator("tool_choice", mode="wrap")
+    @classmethod
+    def _choice_in_words(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise ValueError('it must be "none", "auto", "required", or the name of a function') from None
 
 
 class TokenizeRequest(Asked):
@@ -157,11 +247,11 @@ class DetokenizeRequest(Asked):
     tokens: list[int]
 
 
-FIELDS = frozenset(
-    name
-    for kind in (
-        CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest, Message, TextPart, Prediction,
-        StreamOptions, Speculation,
-    )
-    for name in kind.model_fields
-)  # fmt: skip
+def fields() -> set[str]:
+    """The names of all fields of all requests."""
+    kinds, found = [Asked], set[str]()
+    while kinds:
+        kind = kinds.pop()
+        kinds += kind.__subclasses__()
+        found |= {field.alias or name for name, field in kind.model_fields.items()}
+    return found

@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-FinishReason = Literal["stop", "length"]
+Status = Literal["in_progress", "completed", "incomplete"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class Reply(BaseModel):
@@ -152,12 +153,30 @@ class ChatLogprobs(Reply):
     refusal: None
 
 
+class Called(Reply):
+    """What is called."""
+
+    name: str | None = None
+    arguments: str
+
+
+class Call(Reply):
+    """A call of a function. In a stream its first part has ``id``, ``type`` and the name, and each a piece of the
+    arguments."""
+
+    index: int | None = None
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: Called
+
+
 class ReplyMessage(Reply):
     """The model's message."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    tool_calls: list[Call] | None = None
 
 
 class Delta(Reply):
@@ -166,6 +185,7 @@ class Delta(Reply):
     role: Literal["assistant"] | None = None
     content: str | None = None
     refusal: None = None
+    tool_calls: list[Call] | None = None
 
 
 class ChatChoice(Choice):
@@ -194,6 +214,97 @@ class ChatCompletionChunk(Answered):
 
     object: Literal["chat.completion.chunk"]
     choices: list[ChatPart]
+
+
+class OutputText(Reply):
+    """The text of a message."""
+
+    type: Literal["output_text"]
+    text: str
+    annotations: list[Any]
+    logprobs: list[Any]
+
+
+class OutputMessage(Reply):
+    """A message of a response."""
+
+    type: Literal["message"]
+    id: str
+    role: Literal["assistant"]
+    status: Status
+    content: list[OutputText]
+
+
+class OutputCall(Reply):
+    """A call of a response."""
+
+    type: Literal["function_call"]
+    id: str
+    call_id: str
+    name: str
+    arguments: str
+    status: Status
+
+
+class OutputTokens(Reply):
+    """Tokens of the text that aren't told."""
+
+    reasoning_tokens: int
+
+
+class ResponseUsage(Reply):
+    """Tokens."""
+
+    input_tokens: int
+    input_tokens_details: CachedTokens
+    output_tokens: int
+    output_tokens_details: OutputTokens
+    total_tokens: int
+
+
+class IncompleteDetails(Reply):
+    """Why a response isn't whole."""
+
+    reason: Literal["max_output_tokens"]
+
+
+class ResponseReply(Reply):
+    """The answer of /v1/responses."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Status
+    error: None
+    incomplete_details: IncompleteDetails | None
+    instructions: str | None
+    max_output_tokens: int | None
+    model: str
+    output: list[OutputMessage | OutputCall]
+    parallel_tool_calls: bool
+    temperature: float
+    top_p: float
+    tool_choice: str | dict[str, str]
+    tools: list[dict[str, Any]]
+    text: dict[str, Any]
+    metadata: dict[str, str]
+    store: Literal[False]
+    previous_response_id: None
+    background: Literal[False]
+    truncation: Literal["disabled"]
+    user: str | None
+    usage: ResponseUsage | None
+    metrics: RequestMetrics | None
+
+
+class ResponseEvent(Reply):
+    """When streaming, each event of it; the other fields are those that OpenAI's interface has for its type."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    sequence_number: int
+    response: ResponseReply | None = None
 
 
 class Model(Reply):
@@ -240,12 +351,12 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def told(whole: type[Reply], part: type[Reply] | None = None) -> dict[int | str, dict[str, Any]]:
+def told(whole: type[Reply], part: type[Reply] | None = None, last: str = "[DONE]") -> dict[int | str, dict[str, Any]]:
     """What a route answers: ``whole``, events that are ``part`` each, or errors."""
     found: dict[str, Any] = {"model": whole, "description": whole.__doc__}
     if part is not None:
         schema = {
-            "description": f"Events, each a {part.__name__}, or an ErrorReply. The last one is [DONE].",
+            "description": f"Events, each a {part.__name__}, or an error.{f' The last one is {last}.' if last else ''}",
             "type": "string",
         }
         found["content"] = {"text/event-stream": {"schema": schema}}

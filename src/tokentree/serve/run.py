@@ -19,6 +19,7 @@ from tokentree.llm import LLM
 from tokentree.serve.app import create_app
 from tokentree.serve.service import Service
 from tokentree.serve.settings import Settings
+from tokentree.serve.structured import prepare
 
 LOG = logging.getLogger("tokentree.serve")
 LEVELS = ("debug", "info", "warning", "error")
@@ -116,6 +117,7 @@ class _Run:
         failed: BaseException | None = None
         try:
             found = self._load()
+            prepare(found)
         except BaseException as error:  # noqa: BLE001  raised again by who waits for it
             failed = error
 

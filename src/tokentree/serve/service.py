@@ -13,11 +13,12 @@ from fastapi import Request
 
 from tokentree.errors import ModelError
 from tokentree.llm import LLM
-from tokentree.serve.backends import Backends
+from tokentree.serve.backends import Backend, Backends
 from tokentree.serve.errors import BAD, NOT_FOUND, NOT_READY, TOO_MANY, ApiError
 from tokentree.serve.metrics import Meter, Metrics
 from tokentree.serve.protocol import Sampled
 from tokentree.serve.settings import Settings
+from tokentree.serve.structured import grammar_blamed
 from tokentree.serve.tokens import TokenTexts
 from tokentree.serve.writing import Job, Planned
 
@@ -141,11 +142,16 @@ class Service:
         """
         meter = Meter(self.metrics)
         async with self._place(texts), self.backends.using(asked.speculation) as backend:
-            plans = await asyncio.to_thread(plan)
+            yield await asyncio.to_thread(self._made, backend, asked, plan, meter)
+
+    def _made(self, backend: Backend, asked: Sampled, plan: Callable[[], list[Planned]], meter: Meter) -> Job:
+        """The job; a grammar may be compiled for it, which takes a second or two."""
+        with grammar_blamed(asked):
+            plans = plan()
             if self.settings.log_prompts:
                 for planned in plans:
                     LOG.info("prompt: %r", self.tokenizer.decode(planned.ids))
-            yield Job(backend, plans, bool(asked.return_tree), meter, self.settings.log_prompts)
+            return Job(backend, plans, bool(asked.return_tree), meter, self.settings.log_prompts)
 
     # -- figures ---------------------------------------------------------------------------------------------------
 

@@ -27,6 +27,10 @@ class Settings:
         stops, stop_chars: the most stop strings, and their longest length.
         top_logprobs: the most tokens whose log-probabilities are told at each place.
         named_tokens: the most tokens that a request may bias, or end at.
+        grammar_chars: the most characters of a grammar, and of the schemas of all tools together.
+        schema_levels: the most levels of a JSON schema.
+        tools: the most tools of a request.
+        tool_parser: how the model calls tools: auto (as its chat template tells it to), hermes or llama3.
         twins: the most ways of speculation, beside the server's own, that are kept ready at a time.
         tree_nodes: the most nodes of a tree that a request may ask for.
         cors_origins: web pages from these origins may use the server.
@@ -50,6 +54,10 @@ class Settings:
     stop_chars: int = 256
     top_logprobs: int = 20
     named_tokens: int = 1024
+    grammar_chars: int = 1 << 16
+    schema_levels: int = 32
+    tools: int = 128
+    tool_parser: str = "auto"
     twins: int = 4
     tree_nodes: int = 128
     cors_origins: tuple[str, ...] = ()

@@ -25,13 +25,16 @@ class EventStream(EventSourceResponse):
     """Server-sent events.
 
     Args:
-        chunks: each becomes one event. An error becomes the last one.
+        chunks: each becomes one event, which its ``type`` names, if it has one. An error becomes the last one.
         stall_timeout: the seconds after which the stream ends whose client reads nothing.
         held: closed at the end, however that comes.
+        last: what the last event says, if it isn't empty.
     """
 
-    def __init__(self, chunks: AsyncGenerator[dict[str, Any]], stall_timeout: float, held: AsyncExitStack) -> None:
-        super().__init__(_events(chunks), sep="\n", ping=PING, send_timeout=stall_timeout)
+    def __init__(
+        self, chunks: AsyncGenerator[dict[str, Any]], stall_timeout: float, held: AsyncExitStack, last: str
+    ) -> None:
+        super().__init__(_events(chunks, last), sep="\n", ping=PING, send_timeout=stall_timeout)
         self._held = held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -43,18 +46,20 @@ class EventStream(EventSourceResponse):
             await self._held.aclose()
 
 
-async def _events(chunks: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[ServerSentEvent]:
+async def _events(chunks: AsyncGenerator[dict[str, Any]], last: str) -> AsyncGenerator[ServerSentEvent]:
     try:
         async with aclosing(chunks):
             async for chunk in chunks:
                 yield _event(chunk)
     except Exception as error:  # noqa: BLE001  the status has gone out already
         yield _event(api_error(error).body)
-    yield ServerSentEvent("[DONE]", sep="\n")
+    if last:
+        yield ServerSentEvent(last, sep="\n")
 
 
 def _event(chunk: dict[str, Any]) -> ServerSentEvent:
-    return ServerSentEvent(json.dumps(chunk, ensure_ascii=False, separators=(",", ":"), allow_nan=False), sep="\n")
+    text = json.dumps(chunk, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return ServerSentEvent(text, event=chunk.get("type"), sep="\n")
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import Literal
 
 from tokentree.llm import LLM
 from tokentree.sampling import SamplingParams
@@ -14,6 +15,7 @@ from tokentree.sequence import FinishReason, TokenLogprobs
 from tokentree.serve.backends import Backend
 from tokentree.serve.errors import NOT_READY, TOO_LATE, ApiError
 from tokentree.serve.metrics import Meter
+from tokentree.serve.tools.reader import CallPart, CallReader
 from tokentree.serve.trees import Step, TreeWatcher
 
 LOG = logging.getLogger("tokentree.serve")
@@ -26,6 +28,7 @@ class Planned:
     ids: list[int]
     params: SamplingParams
     references: Sequence[list[int]] = ()
+    reader: Callable[[], CallReader] | None = None  # of calls in the text
 
 
 @dataclass(frozen=True)
@@ -53,18 +56,20 @@ class Update:
     text: str = ""
     tokens: list[Written] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
+    calls: list[CallPart] = field(default_factory=list)
+    finish_reason: FinishReason | Literal["tool_calls"] | None = None
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to tell."""
-        return not (self.text or self.tokens or self.steps or self.finish_reason)
+        return not (self.text or self.tokens or self.steps or self.calls or self.finish_reason)
 
     def add(self, later: Update) -> None:
         """Appends what a ``later`` one has."""
         self.text += later.text
         self.tokens += later.tokens
         self.steps += later.steps
+        self.calls += later.calls
         self.finish_reason = later.finish_reason
 
 
@@ -80,6 +85,7 @@ class Choice:
         self.index, self.prompt = index, prompt
         self.seq = llm.sequence(planned.ids, planned.params, sample, planned.references)
         self._pieces = llm.pieces(self.seq)
+        self.reader = planned.reader() if planned.reader is not None else None
         self._watcher = TreeWatcher() if trees else None
         self.seq.watch = self._watcher
         self._offset = self._tokens = 0
@@ -87,6 +93,7 @@ class Choice:
     def update(self, event: Event) -> Update:
         """What ``event`` adds. Text that a stop string may still cut off comes later, with its tokens."""
         update = Update(self, finish_reason=event.finish_reason)
+        said, hidden = "", self.reader.hidden if self.reader is not None else {}
         for piece in self._pieces.of(event):
             if piece.token_id is not None:
                 known = self.seq.logprobs[self._tokens] if self.seq.params.logprobs is not None else None
@@ -94,9 +101,21 @@ class Choice:
                 self._tokens += 1
             update.text += piece.text
             self._offset += len(piece.text)
+            said += (hidden.get(piece.token_id, "") if piece.token_id is not None else "") + piece.text
+        if self.reader is not None:
+            self._split(said, update)
         if self._watcher is not None:
             update.steps = self._watcher.take()
         return update
+
+    def _split(self, said: str, update: Update) -> None:
+        """Splits what was ``said`` into content and calls."""
+        assert self.reader is not None
+        parts = self.reader.feed(said, last=update.finish_reason is not None)
+        update.text = "".join(part for part in parts if isinstance(part, str))
+        update.calls = [part for part in parts if not isinstance(part, str)]
+        if update.finish_reason == "stop" and self.reader.calls:
+            update.finish_reason = "tool_calls"
 
 
 class Job:
@@ -143,7 +162,8 @@ class Job:
             async for update in updates:
                 found[update.choice.index].add(update)
         for one in found:
-            one.text = self.backend.llm.result(one.choice.seq).text
+            if one.choice.reader is None:
+                one.text = self.backend.llm.result(one.choice.seq).text
         return found
 
 

@@ -1,0 +1,53 @@
+"""Grammars of texts that call functions, in llguidance's dialect of Lark."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Container, Mapping
+from typing import Any
+
+from tokentree.serve.tools.formats import Format
+
+# as `StructuredOutputs` has it: all that isn't content is certain
+SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+ANY = "/(.|\\n)*/"
+
+
+def call_grammar(
+    form: Format, functions: Mapping[str, Mapping[str, Any]], added: Container[str], forced: bool, several: bool
+) -> str:
+    """A grammar of texts with calls.
+
+    Args:
+        functions: names, and the JSON schemas of their arguments.
+        added: how tokens are written that a tokenizer takes whole. A tag among them comes as that token: llguidance
+            takes such tokens for no text.
+        forced: whether the text is calls and nothing else. Otherwise it may be any text, with calls or without.
+        several: whether there may be more than one call.
+    """
+
+    def tag(written: str) -> str:
+        return "" if not written else written if written in added else json.dumps(written)
+
+    rules, bodies = list[str](), list[str]()
+    for number, (name, schema) in enumerate(functions.items()):
+        head = f'{form.space}{{"name": {json.dumps(name)}, "{form.arguments}": '
+        bodies.append(f"{json.dumps(head)} arguments_{number} {json.dumps('}' + form.space)} {tag(form.end)}")
+        rules.append(f"arguments_{number}: %json {json.dumps({'x-guidance': SPACING} | dict(schema))}")
+    begin = "" if form.bare else tag(form.begin)
+    more = f"({json.dumps(form.between)} {begin} body)*" if several else ""
+    rules += [f"body: {' | '.join(bodies)}", f"calls: {begin} body {more}"]
+    return "\n".join([*(["start: calls"] if forced else _around(form, added, several)), *rules])
+
+
+def _around(form: Format, added: Container[str], several: bool) -> list[str]:
+    """The rules of a text around calls."""
+    text = f"& ~/(.|\\n)*{re.escape(form.begin)}(.|\\n)*/"
+    if form.bare:  # a text with calls begins with one
+        token = f"{form.begin}?" if form.begin in added else ""
+        return [f"start: OTHER | {token} calls", f"OTHER: /\\s*([^{{\\s](.|\\n)*)?/ {text}"]
+    rules = ["start: (before body)* OTHER" if several else "start: OTHER | before body", f"OTHER: {ANY} {text}"]
+    if form.begin in added:
+        return [*rules, f"before: ANY {form.begin}", f"ANY: {ANY} {text}"]
+    return [*rules, f"before[lazy]: /(.|\\n)*{re.escape(form.begin)}/"]
