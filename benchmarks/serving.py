@@ -50,6 +50,7 @@ class Server:
     name: str
     url: str
     process: subprocess.Popen[bytes]
+    model: str = "model"  # what it calls its model
 
     @property
     def is_ours(self) -> bool:
@@ -88,7 +89,7 @@ class Load:
 
 
 @contextmanager
-def running(name: str, command: list[str], port: int, health: str) -> Iterator[Server]:
+def running(name: str, command: list[str], port: int, health: str, model: str) -> Iterator[Server]:
     log = (Path(tempfile.gettempdir()) / f"serving-{name}.log").open("wb")
     process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     url = f"http://127.0.0.1:{port}"
@@ -103,7 +104,7 @@ def running(name: str, command: list[str], port: int, health: str) -> Iterator[S
             if process.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit(f"the server {name} isn't ready: see {log.name}")
             time.sleep(0.2)
-        yield Server(name, url, process)
+        yield Server(name, url, process, model)
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -130,10 +131,12 @@ def bodies(prompts: list[str], seed: int, ours: bool) -> Iterator[dict[str, Any]
 
 
 async def ask(http: httpx.AsyncClient, server: Server, body: dict[str, Any], leave: bool, load: Load) -> None:
+    body = body | {"model": server.model}
     began, previous, text, tokens, pieces = time.perf_counter(), 0.0, "", 0, 0
     async with http.stream("POST", server.url + "/v1/chat/completions", json=body) as answer:
         if answer.status_code != 200:
             load.failed.append(f"{answer.status_code}: {(await answer.aread())[:200]!r}")
+            await asyncio.sleep(1)  # a server that refuses everything is no load
             return
         async for line in answer.aiter_lines():
             if not line.startswith("data: ") or line == "data: [DONE]":
@@ -220,12 +223,12 @@ def main() -> None:
         for name in names:
             port = free_port()
             command = [*ours, "--port", str(port), *(["--drafter", "none"] if name == "plain" else [])]
-            health = "/ready"
+            health, model = "/ready", "model"
             if name == "transformers":
                 program = str(Path(sys.executable).with_name("transformers"))
                 command = [program, "serve", options.transformers, "--port", str(port), "--dtype", "bfloat16"]
-                health = "/health"
-            servers.append(stack.enter_context(running(name, command, port, health)))
+                health, model = "/health", options.transformers
+            servers.append(stack.enter_context(running(name, command, port, health, model)))
         before = {server.name: server.mebibytes for server in servers}
         loads = {(server.name, count): Load() for server in servers for count in counts}
         with Progress(disable=not sys.stderr.isatty()) as bar:
