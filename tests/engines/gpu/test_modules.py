@@ -109,3 +109,15 @@ def test_a_model_whose_bits_depend_on_its_rows_is_refused(monkeypatch: pytest.Mo
     model = prepared(model_of("llama"))
     with pytest.raises(ModelError, match=r"depend on how many|give other logits"):
         Interpreted(model, 0, 2000)._check_trees(model.own)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("x"), TypeError("x"), IndexError("x")])
+def test_modules_that_can_t_run_so_are_refused(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    model = prepared(model_of("llama"))
+    engine = Interpreted(model, 0, 2000)
+    monkeypatch.setattr(engine._forward, "run", fails)
+    with pytest.raises(ModelError, match="can't be run here: "):
+        engine._check_trees(model.own)

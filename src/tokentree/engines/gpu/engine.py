@@ -491,12 +491,12 @@ class TritonEngine(NotCopied):
         """A forward over ``tree``.
 
         Raises:
-            ModelError: if this GPU, or this version of Triton, can't.
+            ModelError: if this GPU, or this version of Triton, can't, or a model's own modules can't so.
         """
         try:
             self._run([Piece(text, tree)], len(tree))
             self._wait()
-        except (RuntimeError, TritonError) as error:
+        except (RuntimeError, TypeError, LookupError, TritonError) as error:
             raise ModelError(f"kernels of our own can't be run here: {_first_line(error)}") from error
 
 

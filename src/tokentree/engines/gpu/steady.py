@@ -21,6 +21,7 @@ from tokentree.engines.gpu.bfloat16 import dot, rounded, widened
 from tokentree.engines.gpu.kv_forward import grid_of
 from tokentree.engines.gpu.products import output_kernel
 from tokentree.engines.gpu.tiles import SHARED, tile
+from tokentree.errors import ModelError
 
 EXPERTS = "tokentree"  # the name of `experts` among transformers' implementations
 LEAST = 16  # inputs that a product takes at a time
@@ -165,12 +166,15 @@ def expert_product(
         weights: [experts, outputs, inputs], or where ``turned`` [experts, inputs, outputs].
         bias: [experts, outputs].
         ids: int32[n].
+
+    Raises:
+        ModelError: if inputs are no multiple of 16.
     """
     outputs, inputs = weights.shape[1:] if not turned else (weights.shape[2], weights.shape[1])
     out = torch.empty(len(ids), outputs, dtype=torch.bfloat16, device=x.device)
     size = next(size for size in (128, 64, 32, 16, 1) if inputs % size == 0)
     if size == 1:
-        raise NotImplementedError(f"experts of {inputs} inputs")
+        raise ModelError(f"there is no kernel for experts of {inputs} inputs")
     across, along = (weights.stride(2), weights.stride(1)) if turned else (weights.stride(1), weights.stride(2))
     expert_kernel[(len(ids), triton.cdiv(outputs, COLUMNS))](
         x.contiguous(), weights, weights if bias is None else bias, ids, out, shared, outputs, inputs,
