@@ -1,7 +1,9 @@
 """What `import tokentree` gives."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -24,3 +26,16 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 def test_help_does_not_wait_for_torch() -> None:
     code = "import sys, tokentree.cli.main; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_types_are_told_of_all_public_names() -> None:
+    tree = ast.parse(Path(tokentree.__file__).read_text(encoding="utf-8"))
+    told = {
+        name.name
+        for block in tree.body
+        if isinstance(block, ast.If)
+        for line in block.body
+        if isinstance(line, ast.ImportFrom)
+        for name in line.names
+    }
+    assert told >= {name for name in tokentree.__all__ if name[0] != "_"}

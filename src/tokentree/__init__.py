@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         TokenTreeError,
         TreeError,
     )
+    from tokentree.grammars.options import StructuredOutputs
     from tokentree.hf import TreeGenerator, generator
     from tokentree.llm import LLM, Result, Stream
     from tokentree.medusa import MedusaModel, build_tree_from_heads, medusa_decode, train_medusa_heads

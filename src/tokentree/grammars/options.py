@@ -35,7 +35,7 @@ class StructuredOutputs:
 
     json: Any = None
     regex: str | None = None
-    choice: tuple[str, ...] | None = None
+    choice: tuple[str, ...] | list[str] | None = None
     grammar: str | None = None
     json_object: bool = False
 
