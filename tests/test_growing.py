@@ -93,7 +93,7 @@ def test_a_draft_is_made_of_arrays(seed: int, count: int) -> None:
     rng = np.random.default_rng(seed)
     tokens, parents, probs = rng.integers(0, 9, count), rng.integers(0, np.arange(count) + 1), rng.random(count)
     expected, ranks = Lists(3), [0] * (count + 1)
-    for token, parent, score in zip(tokens.tolist(), parents.tolist(), np.log(probs).tolist(), strict=True):
+    for token, parent, score in zip(tokens.tolist(), parents.tolist(), map(math.log, probs.tolist()), strict=True):
         expected.add(parent, token, score, ranks[parent])
         ranks[parent] += 1
     assert nodes(Draft.grown(3, tokens, parents, probs)) == expected.all

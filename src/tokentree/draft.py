@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from operator import index
 
 import numpy as np
@@ -16,10 +15,6 @@ from tokentree.errors import PairingError, TreeError
 from tokentree.growing import DEPTH, LOG_PROB, LOG_SCORE, PARENT, RANK, SOURCES, TOKEN
 from tokentree.tree import Floats, Ints, TokenTree
 
-ROOM = 64  # nodes that there is room for at first
-
-
-@dataclass(eq=False, repr=False)
 class Draft:
     """A token tree that grows: candidate tokens with parents, scores and proposers. Parents come before children.
 
@@ -28,6 +23,8 @@ class Draft:
 
     Args:
         root: the last token of the text so far.
+        sampled, level_seconds, levels, paid: see below.
+        grown: `ints`, `floats`, and how many of their columns are nodes; by default the root is the only one.
 
     Attributes:
         level_seconds: the seconds that one more level would cost, for a drafter whose levels take a forward each.
@@ -39,19 +36,13 @@ class Draft:
         ints, floats: int64[5, room] and float64[2, room]. The first ``len(draft)`` columns are the nodes.
     """
 
-    root: int
-    sampled: dict[int, torch.Tensor] | None = None
-    level_seconds: float = 0.0
-    levels: int = 0
-    paid: int = 1
-    ints: Ints = field(init=False)
-    floats: Floats = field(init=False)
-    _size: int = field(init=False, default=1)
-    _tree: TokenTree | None = field(init=False, default=None)
-
-    def __post_init__(self) -> None:
-        self.ints, self.floats = np.empty((5, ROOM), np.int64), np.empty((2, ROOM), np.float64)
-        self.ints[:, 0], self.floats[:, 0] = (self.root, -1, 0, 0, 0), 0.0
+    def __init__(
+        self, root: int, sampled: dict[int, torch.Tensor] | None = None, level_seconds: float = 0.0, levels: int = 0,
+        paid: int = 1, grown: tuple[Ints, Floats, int] | None = None,
+    ) -> None:  # fmt: skip
+        self.root, self.sampled, self.level_seconds, self.levels, self.paid = root, sampled, level_seconds, levels, paid
+        self.ints, self.floats, self._size = growing.planted(root, growing.ROOM) if grown is None else grown
+        self._tree: TokenTree | None = None
 
     def __len__(self) -> int:
         return self._size
@@ -106,7 +97,8 @@ class Draft:
     @property
     def depth(self) -> int:
         """The number of candidates on the longest path."""
-        return int(self.ints[DEPTH, : self._size].max())
+        depths: list[int] = self.ints[DEPTH, : self._size].tolist()
+        return max(depths)
 
     def path_tokens(self, node: int) -> list[int]:
         """The tokens on the path from the root (excluded) to ``node`` (included)."""
@@ -179,11 +171,7 @@ class Draft:
     def grown(cls, root: int, tokens: Ints, parents: Ints, probs: Floats) -> Draft:
         """A draft from arrays: node i + 1 carries ``tokens[i]`` under node ``parents[i]``, with the conditional
         probability ``probs[i]`` above 0; siblings come best first."""
-        draft = cls(root)
-        draft._reserve(len(tokens))
-        growing.grow(draft.ints, draft.floats, tokens, parents, np.log(probs))
-        draft._size += len(tokens)
-        return draft
+        return cls(root, grown=growing.grown(root, tokens, parents, probs))
 
     def join(self, other: Draft, source: int) -> None:
         """Adds all nodes of ``other``, which has the same root, as proposed by ``source``. Equal paths are joined: a
@@ -213,6 +201,13 @@ class Draft:
             raise PairingError("a draft whose children were drawn at random can't be pruned: use accept='match'")
         return self._taken(nodes)
 
+    def take_marked(self, marks: NDArray[np.bool_], first: int) -> Draft:
+        """`take` for the root and the marked nodes. ``marks[first]`` is the mark of node 1."""
+        if self.sampled is not None:
+            raise PairingError("a draft whose children were drawn at random can't be pruned: use accept='match'")
+        marked = growing.take_marked(self.ints, self.floats, self._size, marks, first)
+        return Draft(self.root, None, self.level_seconds, self.levels, self.paid, marked)
+
     def cut(self, depth: int) -> Draft:
         """The draft without the nodes deeper than ``depth``. Drawn children may be dropped too, since whole levels
         are."""
@@ -226,7 +221,5 @@ class Draft:
         return short
 
     def _taken(self, nodes: Ints | list[int]) -> Draft:
-        part = Draft(self.root, None, self.level_seconds, self.levels, self.paid)
-        part.ints, part.floats = growing.take(self.ints, self.floats, len(self), np.asarray(nodes, np.int64))
-        part._size = len(nodes)
-        return part
+        ints, floats = growing.take(self.ints, self.floats, self._size, np.asarray(nodes, np.int64))
+        return Draft(self.root, None, self.level_seconds, self.levels, self.paid, (ints, floats, len(nodes)))

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from tokentree.jit import njit
 from tokentree.tree import Floats, Ints
 
+ROOM = 64  # nodes that there is room for at first
 TOKEN, PARENT, DEPTH, RANK, SOURCES = range(5)  # rows of ``ints``
 LOG_PROB, LOG_SCORE = range(2)  # rows of ``floats``
 
@@ -49,12 +50,24 @@ def child(ints: Ints, latest: Ints, before: Ints, parent: int, token: int) -> in
 
 
 @njit(cache=True)
-def grow(ints: Ints, floats: Floats, tokens: Ints, parents: Ints, log_probs: Floats) -> None:
-    """Adds nodes 1, 2, … below the root; siblings come in the order of their ranks."""
+def planted(root: int, room: int) -> tuple[Ints, Floats, int]:
+    """The arrays of a draft that is a root, and its size."""
+    ints, floats = np.empty((5, room), np.int64), np.empty((2, room), np.float64)
+    ints[:, 0], floats[:, 0] = 0, 0.0
+    ints[TOKEN, 0], ints[PARENT, 0] = root, -1
+    return ints, floats, 1
+
+
+@njit(cache=True)
+def grown(root: int, tokens: Ints, parents: Ints, probs: Floats) -> tuple[Ints, Floats, int]:
+    """The arrays of a draft, and its size: node i + 1 carries ``tokens[i]`` under node ``parents[i]``, with the
+    conditional probability ``probs[i]``; siblings come in the order of their ranks."""
+    ints, floats, _ = planted(root, max(ROOM, len(tokens) + 1))
     ranks = np.zeros(len(tokens) + 1, np.int64)
     for i in range(len(tokens)):
-        put(ints, floats, i + 1, parents[i], tokens[i], log_probs[i], ranks[parents[i]], 1)
+        put(ints, floats, i + 1, parents[i], tokens[i], np.log(probs[i]), ranks[parents[i]], 1)
         ranks[parents[i]] += 1
+    return ints, floats, len(tokens) + 1
 
 
 @njit(cache=True)
@@ -143,9 +156,22 @@ def take(ints: Ints, floats: Floats, size: int, nodes: Ints) -> tuple[Ints, Floa
 
 
 @njit(cache=True)
+def take_marked(ints: Ints, floats: Floats, size: int, marks: NDArray[np.bool_], first: int) -> tuple[Ints, Floats, int]:
+    """The arrays of the root, and of those nodes that are marked, and how many that are: ``marks[first]`` is node 1's.
+    Parents of marked nodes are marked."""
+    nodes, count = np.zeros(size, np.int64), 1
+    for node in range(1, size):
+        if marks[first + node - 1]:
+            nodes[count] = node
+            count += 1
+    new_ints, new_floats = take(ints, floats, size, nodes[:count])
+    return new_ints, new_floats, count
+
+
+@njit(cache=True)
 def walk(
     tokens: Ints, parents: Ints, best: Ints, logits: NDArray[np.float32], first: int
-) -> tuple[Ints, bool, bool]:  # fmt: skip
+) -> tuple[Ints, Ints, bool, bool]:  # fmt: skip
     """The path from the root along the most probable tokens, as far as there are nodes that carry them.
 
     Args:
@@ -154,9 +180,12 @@ def walk(
         first: the row of the root.
 
     Returns:
-        The nodes; whether it ended at one whose children were all refused; and whether at one whose logits are NaN.
+        The nodes; the most probable token after each; whether the path ended at a node whose children were all refused;
+        and whether at one whose logits are NaN.
     """
     path, count, node = np.zeros(len(tokens), np.int64), 1, 0
+    said = np.zeros(len(tokens), np.int64)
+    said[0] = best[first, 0]
     refused = False
     for other in range(1, len(tokens)):
         if np.isnan(logits[first + node, 0]):
@@ -165,9 +194,9 @@ def walk(
             refused = tokens[other] != best[first + node, 0]
             if not refused:
                 node = other
-                path[count] = node
+                path[count], said[count] = node, best[first + node, 0]
                 count += 1
-    return path[:count], refused, np.isnan(logits[first + node, 0])
+    return path[:count], said[:count], refused, np.isnan(logits[first + node, 0])
 
 
 @functools.cache
@@ -176,9 +205,11 @@ def compile_loops() -> None:
     ints, floats = np.zeros((5, 4), np.int64), np.zeros((2, 4), np.float64)
     none, chance, fixed = np.zeros(0, np.int64), np.zeros((1, 1), np.float32), np.zeros(1, np.int64)
     fixed.flags.writeable = False  # as those of a `TokenTree`
-    grow(ints, floats, none, none, floats[0, :0])
+    planted(0, 1)
+    grown(0, none, none, floats[0, :0])
     grow_level(ints, floats, 1, none, none, np.zeros((1, 1), np.int64), chance)
     grow_paths(ints, floats, 1, none, none, floats[0, :0], 0.0)
     join(ints, floats, 1, ints, floats, 1, 1)
     take(ints, floats, 1, np.zeros(1, np.int64))
+    take_marked(ints, floats, 1, np.zeros(0, np.bool_), 0)
     walk(fixed, fixed, np.zeros((1, 1), np.int64), chance, 0)

@@ -7,8 +7,8 @@ import math
 import time
 from collections import abc
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
@@ -27,8 +27,7 @@ FinishReason = Literal["stop", "length", "timeout", "interrupted", "error"]
 ACCEPT, DRAFT = 0, 1  # what the random numbers of a position are for
 
 
-@dataclass(frozen=True)
-class Accepted:
+class Accepted(NamedTuple):
     """What one verify step adds to a sequence.
 
     Args:
@@ -198,7 +197,7 @@ class Sequence:
             if stopped or count == self.room:
                 refused = accepted.refused and count == len(accepted.tokens)
                 return Accepted(accepted.path[:count], new, refused, "stop" if stopped else "length", text_end)
-        return accepted if accepted.error is None else replace(accepted, finish_reason="error")
+        return accepted if accepted.error is None else accepted._replace(finish_reason="error")
 
     def _stops(self, new: list[int], detokenizer: Detokenizer | None) -> tuple[bool, int | None]:
         """Whether the text ends with the last of the tokens ``new``, and where a stop string cuts it."""

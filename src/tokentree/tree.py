@@ -44,12 +44,13 @@ class TokenTree:
         tokens, parents = _numbers(self.tokens), _numbers(self.parents)
         if tokens.ndim != 1 or tokens.shape != parents.shape or tokens.size == 0:
             raise TreeError("a token tree needs as many parents as tokens, and at least a root")
-        fault, is_chain, depths = _read(tokens, parents)
+        fault, is_chain, tokens, parents, depths = _read(tokens, parents)
         if fault == DISORDER:
             raise TreeError("parents must come before their children, and only node 0 is without one")
         if fault == TWINS:
             raise TreeError("siblings must carry different tokens")
-        tokens.flags.writeable = parents.flags.writeable = depths.flags.writeable = False
+        for array in (tokens, parents, depths):
+            array.setflags(write=False)
         # what a frozen dataclass lets nobody set
         self.__dict__.update(tokens=tokens, parents=parents, depths=depths, is_chain=is_chain)
 
@@ -153,7 +154,9 @@ class TokenTree:
 
 
 def _numbers(values: object) -> Ints:
-    """A copy of ``values``, which must be whole numbers."""
+    """``values``, which must be whole numbers, as int64."""
+    if type(values) is np.ndarray and values.dtype == np.int64:
+        return values
     try:
         array = np.asarray(values)
         if array.dtype.kind not in "iu" and array.size:
@@ -169,22 +172,22 @@ SOUND, DISORDER, TWINS = range(3)
 
 
 @njit(cache=True)
-def _read(tokens: Ints, parents: Ints) -> tuple[int, bool, Ints]:
-    """What is wrong with these arrays; whether they are a chain; and the depths of their nodes."""
-    depths, is_chain = np.zeros(len(tokens), np.int64), True
+def _read(tokens: Ints, parents: Ints) -> tuple[int, bool, Ints, Ints, Ints]:
+    """What is wrong with these arrays; whether they are a chain; copies of them; and the depths of their nodes."""
+    tokens, parents, depths, is_chain = tokens.copy(), parents.copy(), np.zeros(len(tokens), np.int64), True
     if parents[0] != -1:
-        return DISORDER, is_chain, depths
+        return DISORDER, is_chain, tokens, parents, depths
     latest, before = np.zeros(len(tokens), np.int64), np.zeros(len(tokens), np.int64)  # children: one, and those before
     for node in range(1, len(tokens)):
         parent = parents[node]
         if not 0 <= parent < node:
-            return DISORDER, is_chain, depths
+            return DISORDER, is_chain, tokens, parents, depths
         sibling = latest[parent]
         while sibling:
             if tokens[sibling] == tokens[node]:
-                return TWINS, is_chain, depths
+                return TWINS, is_chain, tokens, parents, depths
             sibling = before[sibling]
         latest[parent], before[node] = node, latest[parent]
         depths[node] = depths[parent] + 1
         is_chain &= parent == node - 1
-    return SOUND, is_chain, depths
+    return SOUND, is_chain, tokens, parents, depths

@@ -36,6 +36,7 @@ class Merged(Drafter):
         ]
         if len(self._drafters) > MOST:
             raise OptionError(f"merged takes at most {MOST} drafters, and these are {len(self._drafters)}")
+        self._in_turn = sorted(enumerate(self._drafters), key=lambda one: one[1].by_levels)
 
     @property
     def drafters(self) -> list[Drafter]:
@@ -52,8 +53,7 @@ class Merged(Drafter):
 
     def propose(self, seqs: list[Sequence], shape: Shape, sampled: bool) -> list[Draft]:
         joined = [_Joined(seq.tokens[-1]) for seq in seqs]
-        for number in sorted(range(len(self._drafters)), key=lambda number: self._drafters[number].by_levels):
-            drafter = self._drafters[number]
+        for number, drafter in self._in_turn:
             if drafter.by_levels:  # a level is worth what it adds to what is there
                 for seq, one in zip(seqs, joined, strict=True):
                     if one.count:

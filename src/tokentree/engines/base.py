@@ -68,7 +68,7 @@ class TargetOutput:
         if self.best_known is None or self.best_known[1].shape[1] < min(k, self.all_logits.shape[1]):
             self.best_known = top_logits(self.all_logits, min(max(k, KEPT), self.all_logits.shape[1]))
         values, ids = self.best_known
-        return values[:, :k], ids[:, :k]
+        return (values, ids) if values.shape[1] == k else (values[:, :k], ids[:, :k])
 
     def top_logprobs(self, tree: int, nodes: SequenceOf[int], k: int) -> tuple[NDArray[np.float32], Ints] | None:
         """The k most probable tokens after each of ``nodes``, best first: log-probabilities float32[nodes, k] and ids
@@ -112,11 +112,10 @@ class _TreeLogits:
     def follow(self, tree: TokenTree) -> Accepted:
         values, ids = map(np.ascontiguousarray, self.out.top(KEPT))
         first = self.out.row(self.tree, 0)
-        nodes, refused, broken = walk(tree.tokens, tree.parents, ids, values, first)
-        path, tokens = nodes.tolist(), ids[first + nodes, 0].tolist()
+        nodes, tokens, refused, broken = walk(tree.tokens, tree.parents, ids, values, first)
         if broken:
-            return Accepted(path[:-1], tokens[:-1], error=RequestError(NOT_NUMBERS))
-        return Accepted(path, tokens, refused=refused)
+            return Accepted(nodes[:-1].tolist(), tokens[:-1].tolist(), error=RequestError(NOT_NUMBERS))
+        return Accepted(nodes.tolist(), tokens.tolist(), refused)
 
 
 @dataclass(frozen=True, eq=False)

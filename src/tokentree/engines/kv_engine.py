@@ -70,7 +70,7 @@ class KVEngine(NotCopied, ABC):
         self.lock = Exclusive()
         self.facts, self.vocab_size, self.context = facts, vocab_size, facts.context
         self.device, self.dtype, self.quantization = layout.device, dtype, quantization
-        self._guard, self._storages = guard, Storages(layout)
+        self._guard, self._storages, self._on_gpu = guard, Storages(layout), self.device.type == "cuda"
         self._places: list[int] = []  # of the hidden states that are kept
         self._kv: dict[int, tuple[Sequence, SequenceKV]] = {}
         self._branches: dict[int, tuple[Sequence, list[int]]] = {}
@@ -186,7 +186,7 @@ class KVEngine(NotCopied, ABC):
         logits = self._guarded([*segments, *prompts], "logits" if segments else self._upto_kv, rows)
         for prompt in prompts:
             prompt.kv.commit(range(prompt.count))
-        if self.device.type == "cuda":
+        if self._on_gpu:
             torch.cuda.synchronize(self.device)
         return TargetOutput(logits, starts, firsts, time.perf_counter() - started, self._most_probable())
 

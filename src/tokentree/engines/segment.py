@@ -33,6 +33,7 @@ class Segment:
     start: int
     windows: set[int | None] = field(default_factory=set, init=False)  # those that layers asked for
     _paths: Ints | None = field(default=None, init=False, repr=False)
+    _paths_at: int = field(default=0, init=False, repr=False)
 
     @property
     def count(self) -> int:
@@ -61,10 +62,8 @@ class Segment:
         """int64[count, 1 + longest]: how many nodes the path to each computed node has, then their KV rows; these are
         left out for a chain, whose rows lie where they will lie once committed."""
         if self._paths is None:
-            if self.tree.is_chain:
-                self._paths = self.tree.depths[self.first :, None] + 1
-            else:
-                self._paths = _paths(self.tree.parents, self.tree.depths, self.first, self.prefix)
+            tree = self.tree
+            self._paths, self._paths_at = _paths(tree.parents, tree.depths, self.first, self.prefix, tree.is_chain)
         return self._paths
 
     def described(self, layer: int) -> SegmentRows:
@@ -80,7 +79,7 @@ class Segment:
         (keys, values, keys_step, values_step), paths = self.kv.addresses(layer), self.paths
         return SegmentRows(
             keys=keys, values=values, capacity=self.kv.capacity, prefix=self.prefix, rows=self.count,
-            start=self.start, paths=paths.ctypes.data, longest=paths.shape[1] - 1, chain=int(self.tree.is_chain),
+            start=self.start, paths=self._paths_at, longest=paths.shape[1] - 1, chain=int(self.tree.is_chain),
             first=self.first, keys_layer=keys_step, values_layer=values_step,
         )  # fmt: skip
 
@@ -100,12 +99,13 @@ def end_of(segments: SequenceOf[Segment]) -> int:
 
 
 @njit(cache=True)
-def _paths(parents: Ints, depths: Ints, first: int, prefix: int) -> Ints:
-    paths = np.zeros((len(parents) - first, 2 + depths[first:].max()), np.int64)
+def _paths(parents: Ints, depths: Ints, first: int, prefix: int, is_chain: bool) -> tuple[Ints, int]:
+    """As `Segment.paths`, and where they lie."""
+    paths = np.zeros((len(parents) - first, 1 if is_chain else 2 + depths[first:].max()), np.int64)
     for node in range(first, len(parents)):
         own, ancestor = paths[node - first], node
         own[0] = depths[node] + 1
-        while ancestor >= 0:
+        while ancestor >= 0 and not is_chain:
             own[1 + depths[ancestor]] = prefix + ancestor
             ancestor = parents[ancestor]
-    return paths
+    return paths, paths.ctypes.data

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
@@ -149,7 +148,7 @@ class Cost(Shape):
         tokens = sum(float(joint.sum()) if whole else 1.0 for joint, whole in zip(joints, drawn, strict=True))
         offers = [joint[:0] if whole else joint[1:] for joint, whole in zip(joints, drawn, strict=True)]
         offered = offers[0] if len(offers) == 1 else np.concatenate(offers)
-        ends = np.array(list(itertools.accumulate(map(len, offers))), np.int64)
+        ends = np.cumsum([len(offer) for offer in offers], dtype=np.int64) if len(offers) > 1 else np.array([len(offered)])
         spent = self._overhead + _level_seconds(drafts)
         times = self.curve.upto(rows + len(offered), len(seqs))
         keep, taken, pace, self._promised = worth.best_cut(
@@ -161,7 +160,7 @@ class Cost(Shape):
         self.max_nodes = min(self._nodes, max(LEAST_OFFER, int(2 * self._typical)))
         cut, start = [], 0
         for draft, whole, end in zip(drafts, drawn, ends.tolist(), strict=True):
-            cut.append(draft if whole else draft.take(worth.kept(keep, start, end)))
+            cut.append(draft if whole else draft.take_marked(keep, start))
             start = end
         return cut
 
@@ -253,7 +252,7 @@ def _compile() -> None:
     rates.estimate(draft, cells, request)
     rates.learn(cells, *tried(draft, [1]), request)
     one, times, level = np.ones(1), np.ones(6), np.zeros(1, np.int64)
-    worth.kept(worth.best_cut(one, level + 1, 1, 1, 1.0, 1.0, 0.0, times)[0], 0, 1)
+    worth.best_cut(one, level + 1, 1, 1, 1.0, 1.0, 0.0, times)
     worth.best_size(*worth.beside(draft.ints, one, draft.ints, one)[:1], times, 0.0)
     worth.expanded(one, one, level, one, 1, 1, 1.0, times, 0.0, 0.0)
 

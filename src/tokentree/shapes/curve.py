@@ -45,7 +45,8 @@ class CostCurve:
         self._seconds = np.array(seconds, np.float64)
         self._knots, self._table = np.array(rows, np.int64), np.zeros(0)
         self.upto(max(rows))
-        _refine(self._knots, self._seconds, self._table, 1, 1.0)  # changes nothing: compiled before a request waits
+        table = self._table.copy()  # compiled before a request waits
+        _refine(self._knots, self._seconds.copy(), table, 1, float(table[1]), 0.0)
 
     @classmethod
     def guess(cls) -> CostCurve:
@@ -65,11 +66,11 @@ class CostCurve:
         return float(self.upto(rows, sequences)[rows])
 
     def upto(self, rows: int, sequences: int = 1) -> Floats:
-        """float64[rows + 1] or longer: entry n is the time of n rows."""
+        """float64[rows + 1] or longer: entry n is the time of n rows. It holds until `observe` is called."""
         if rows >= len(self._table):
             self._table = np.empty(2 * rows + 1)
             _tabulate(self._knots, self._seconds, self._table)
-        return self._table + self.per_sequence * (sequences - 1)
+        return self._table if sequences == 1 else self._table + self.per_sequence * (sequences - 1)
 
     def observe(self, rows: int, sequences: int, seconds: float) -> None:
         """Learns from a forward. Half of a difference is taken for a
@@ -77,8 +78,9 @@ class CostCurve:
         without a clock, says nothing."""
         if seconds <= 0:
             return
-        ratio = min(2.0, max(0.5, seconds / self.seconds(rows, sequences)))
-        _refine(self._knots, self._seconds, self._table, rows, ratio)
+        if rows >= len(self._table):
+            self.upto(rows)
+        ratio = _refine(self._knots, self._seconds, self._table, rows, seconds, self.per_sequence * (sequences - 1))
         self.per_sequence *= ratio ** (PACE / 2)
 
     def first_seen(self, rows: int, seconds: float) -> None:
@@ -108,8 +110,10 @@ def _tabulate(knots: Ints, seconds: Floats, table: Floats) -> None:
 
 
 @njit(cache=True)
-def _refine(knots: Ints, seconds: Floats, table: Floats, rows: int, ratio: float) -> None:
-    """Moves the curve at ``rows`` by a part of ``ratio``, half of it with the whole curve."""
+def _refine(knots: Ints, seconds: Floats, table: Floats, rows: int, measured: float, others: float) -> float:
+    """Moves the curve at ``rows`` by a part of what ``measured`` seconds are of those believed, half of it with the
+    whole curve; returns that ratio. ``others``: seconds that the sequences after the first take."""
+    ratio = min(2.0, max(0.5, measured / (table[rows] + others)))
     right = min(np.searchsorted(knots, rows), len(knots) - 1)
     left = max(0, right - 1) if rows < knots[right] else right
     for knot in range(left, right + 1):
@@ -119,3 +123,4 @@ def _refine(knots: Ints, seconds: Floats, table: Floats, rows: int, ratio: float
         seconds[wrong] = seconds[np.argmax(seconds[: knot + 1])] * ratio ** (PACE / 2 * share)
     seconds *= ratio ** (PACE / 2)
     _tabulate(knots, seconds, table)
+    return ratio

@@ -45,17 +45,6 @@ def best_cut(
 
 
 @njit(cache=True)
-def kept(keep: NDArray[np.bool_], start: int, end: int) -> Ints:
-    """The root, and those nodes that are kept of a draft whose candidates lie from ``start`` to ``end``."""
-    nodes, count = np.zeros(end - start + 1, np.int64), 1
-    for candidate in range(start, end):
-        if keep[candidate]:
-            nodes[count] = candidate - start + 1
-            count += 1
-    return nodes[:count]
-
-
-@njit(cache=True)
 def beside(ints: Ints, joint: Floats, their_ints: Ints, their_joint: Floats) -> tuple[Floats, Floats]:
     """What a draft has beside what others propose.
 

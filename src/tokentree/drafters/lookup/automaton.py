@@ -12,7 +12,7 @@ from collections.abc import Sequence as SequenceOf
 import numpy as np
 
 from tokentree.drafters.lookup import automaton_loops as compiled
-from tokentree.drafters.lookup.automaton_loops import FIRST, LENGTH, LINK, Int32s
+from tokentree.drafters.lookup.automaton_loops import Int32s
 from tokentree.tree import Floats, Ints
 
 
@@ -59,10 +59,8 @@ class SuffixAutomaton:
     @property
     def repeated(self) -> tuple[int, int]:
         """The state of the longest end of the current text that also stood earlier in it, and its length in tokens."""
-        state = self.last
-        if self._states[state, FIRST] < 0:  # nothing ever followed it, so this is its first time
-            state = max(0, int(self._states[state, LINK]))
-        return state, int(self._states[state, LENGTH])
+        state, length = compiled.repeated(self._states, self.last)
+        return int(state), int(length)
 
     def grow(
         self, state: int, length: int, max_nodes: int, max_depth: int, min_prob: float, max_children: int = 8
@@ -81,6 +79,18 @@ class SuffixAutomaton:
         found: tuple[Ints, Ints, Floats] = compiled.grow(
             self._states, self._edges, state, length, max_nodes, max_depth, min_prob, max_children
         )
+        return found
+
+    def drafted(
+        self, store: SuffixAutomaton, place: tuple[int, int], root: int, max_nodes: int, max_depth: int,
+        min_prob: float, max_children: int = 8,
+    ) -> tuple[Ints, Floats, int]:  # fmt: skip
+        """The arrays of a draft: what `grow` gives at `repeated`, or in ``store`` at ``place``, a state and a length,
+        whichever expects more tokens."""
+        found: tuple[Ints, Floats, int] = compiled.drafted(
+            self._states, self._edges, self.last, store._states, store._edges, place[0], place[1], root, max_nodes,
+            max_depth, min_prob, max_children,
+        )  # fmt: skip
         return found
 
     @property
@@ -107,8 +117,7 @@ def warm_up() -> None:
     """Compiles the loops, or loads them from numba's cache, so that no request waits for it."""
     automaton = SuffixAutomaton(2)
     automaton.extend([1, 2, 1, 2])
-    _, parents, probs = automaton.grow(*automaton.match(0, 0, [1]), 2, 2, 0.0)
-    compiled.expected_tokens(parents, probs)
+    automaton.drafted(automaton, automaton.match(0, 0, [1]), 1, 2, 2, 0.0)
 
 
 def _slots_for(edges: int) -> int:

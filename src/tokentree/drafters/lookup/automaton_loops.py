@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokentree.drafters.best_first import best_first
+from tokentree.growing import grown
 from tokentree.jit import njit
 from tokentree.tree import Floats, Ints
 
@@ -137,6 +138,30 @@ def expected_tokens(parents: Ints, probs: Floats) -> float:
         joint[node + 1] = joint[parents[node]] * probs[node]
         total += joint[node + 1]
     return total
+
+
+@njit(cache=True)
+def repeated(states: Int32s, last: int) -> tuple[int, int]:
+    """As `SuffixAutomaton.repeated`."""
+    state = last
+    if states[state, FIRST] < 0:  # nothing ever followed it, so this is its first time
+        state = max(0, np.int64(states[state, LINK]))
+    return state, np.int64(states[state, LENGTH])
+
+
+@njit(cache=True)
+def drafted(
+    states: Int32s, edges: Int32s, last: int, stored_states: Int32s, stored_edges: Int32s, stored: int, length: int,
+    root: int, max_nodes: int, max_depth: int, min_prob: float, max_children: int,
+) -> tuple[Ints, Floats, int]:  # fmt: skip
+    """As `SuffixAutomaton.drafted`."""
+    state, matched = repeated(states, last)
+    tokens, parents, probs = grow(states, edges, state, matched, max_nodes, max_depth, min_prob, max_children)
+    if length:
+        others = grow(stored_states, stored_edges, stored, length, max_nodes, max_depth, min_prob, max_children)
+        if expected_tokens(others[1], others[2]) > expected_tokens(parents, probs):
+            tokens, parents, probs = others
+    return grown(root, tokens, parents, probs)
 
 
 @njit(cache=True)

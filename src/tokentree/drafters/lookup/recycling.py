@@ -14,7 +14,7 @@ from tokentree.drafters.best_first import best_first
 from tokentree.drafters.lookup.storage import Array, read_arrays, write_arrays
 from tokentree.engines.base import TargetOutput
 from tokentree.errors import OptionError
-from tokentree.growing import PARENT, TOKEN
+from tokentree.growing import PARENT, TOKEN, grown
 from tokentree.jit import njit
 from tokentree.sequence import Accepted, Sequence
 from tokentree.shapes.base import Shape
@@ -120,7 +120,7 @@ class Recycling(Drafter):
         if nodes < 1 or depth < 1:
             return Draft(root)
         rows = self._successors, self._probs, self._pairs
-        return Draft.grown(root, *_grow(*rows, self._vocab_size, _before(seq), root, nodes, depth))
+        return Draft(root, grown=_grow(*rows, self._vocab_size, _before(seq), root, nodes, depth))
 
 
 def _before(seq: Sequence) -> int:
@@ -159,10 +159,11 @@ def _remember(
 def _grow(
     successors: NDArray[np.int32], chances: NDArray[np.float32], pairs: Ints, vocab_size: int, before: int, root: int,
     max_nodes: int, max_depth: int,
-) -> tuple[Ints, Ints, Floats]:  # fmt: skip
-    """See `best_first`."""
+) -> tuple[Ints, Floats, int]:  # fmt: skip
+    """The arrays of a draft, see `best_first`."""
     source = successors, chances, pairs, vocab_size
-    return _best_first(source, before, root, max_nodes, max_depth, LEAST_PROB, successors.shape[1])
+    found = _best_first(source, before, root, max_nodes, max_depth, LEAST_PROB, successors.shape[1])
+    return grown(root, found[0], found[1], found[2])
 
 
 @njit

@@ -11,7 +11,6 @@ import numpy as np
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter, Parts
 from tokentree.drafters.lookup.automaton import SuffixAutomaton, warm_up
-from tokentree.drafters.lookup.automaton_loops import expected_tokens
 from tokentree.drafters.lookup.storage import read_arrays, write_arrays
 from tokentree.errors import OptionError
 from tokentree.sequence import Sequence
@@ -95,11 +94,9 @@ class Suffix(Drafter):
         request = self._follow(seq)
         if nodes < 1 or depth < 1:
             return Draft(seq.tokens[-1])
-        grown = request.automaton.grow(*request.automaton.repeated, nodes, depth, LEAST_PROB)
-        if request.length:
-            stored = self._store.automaton.grow(request.state, request.length, nodes, depth, LEAST_PROB)
-            grown = max(grown, stored, key=lambda nodes: expected_tokens(nodes[1], nodes[2]))
-        return Draft.grown(seq.tokens[-1], *grown)
+        place = request.state, request.length
+        grown = request.automaton.drafted(self._store.automaton, place, seq.tokens[-1], nodes, depth, LEAST_PROB)
+        return Draft(seq.tokens[-1], grown=grown)
 
 
 class _Request:

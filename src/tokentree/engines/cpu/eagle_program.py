@@ -15,6 +15,7 @@ from tokentree.engines.base import KEPT
 from tokentree.engines.cpu.fused import FusedNorm
 from tokentree.engines.cpu.packing import Packing
 from tokentree.engines.cpu.quantized import QuantizedLinear
+from tokentree.engines.cpu.reused import Reused
 from tokentree.engines.cpu.steps import Behind, RotaryTable, Step, Steps
 from tokentree.engines.segment import Segment, end_of
 from tokentree.heads.eagle import EagleHead
@@ -61,7 +62,8 @@ class EagleProgram(Steps):
         self._says = head.lm_head is not None
         if head.lm_head is not None:
             self._last, self._lm_head = FusedNorm(head.norm), packing.pack(head.lm_head)
-            self._kept = min(KEPT, self._lm_head.num_outputs)
+            self._vocab_size, self._columns = self._lm_head.num_outputs, len(self._lm_head.start)
+            self._kept, self._logits = min(KEPT, self._vocab_size), Reused()
         self.best: tuple[NDArray[np.float32], Ints] | None = None
         self.log_sums: NDArray[np.float32] | None = None
         widest = max(2, self._taps) * sizes.hidden_size
@@ -102,12 +104,11 @@ class EagleProgram(Steps):
         first = self._take_in(ids, known)
         logits = None
         if self._says:
-            logits = torch.empty(rows, len(self._lm_head.start), dtype=torch.bfloat16)
-            values, tokens = (torch.empty(rows, self._kept, dtype=kind) for kind in (torch.float32, torch.int64))
-            sums = torch.empty(rows, dtype=torch.float32)
-            self.write_to(logits, values, tokens, sums)
-            logits = logits[:, : self._lm_head.num_outputs]
-            self.best, self.log_sums = (values.numpy(), tokens.numpy()), sums.numpy()
+            logits = self._logits.take(rows, self._columns)
+            self.best = np.empty((rows, self._kept), np.float32), np.empty((rows, self._kept), np.int64)
+            self.log_sums = np.empty(rows, np.float32)
+            self.write_to(logits, *self.best, self.log_sums)
+            logits = logits[:, : self._vocab_size]
         self.run(len(self._steps), segments, self._rotary.at(positions, end_of(segments)), ids, first)
         return self._residual[:rows].clone(), logits
 

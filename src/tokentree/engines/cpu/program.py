@@ -9,6 +9,7 @@ import torch
 
 from tokentree.engines.base import KEPT
 from tokentree.engines.cpu.llama import Llama
+from tokentree.engines.cpu.reused import Reused
 from tokentree.engines.cpu.steps import Behind, RotaryTable, Step, Steps
 from tokentree.engines.segment import Segment, Upto, end_of
 from tokentree.tree import Ints
@@ -35,7 +36,8 @@ class Program(Steps):
         super().__init__(max(self._hidden_size, self._inner_size, sizes.heads * sizes.width))
         self._places: list[int] = []
         self.states = torch.empty(0, 0, 0)
-        self._kept = min(KEPT, self._head.num_outputs)
+        self._vocab_size, self._width = self._head.num_outputs, len(self._head.start)
+        self._kept, self._logits = min(KEPT, self._vocab_size), Reused()
         self.best = np.empty((0, self._kept), np.float32), np.empty((0, self._kept), np.int64)
 
     def capture(self, places: list[int]) -> None:
@@ -54,18 +56,17 @@ class Program(Steps):
         """
         self.reserve(len(ids))
         rows = 0 if upto != "logits" else len(ids) if rows is None else rows
-        logits = torch.empty(rows, len(self._head.start), dtype=torch.bfloat16)
+        logits = self._logits.take(rows, self._width)
         last, before_head = len(self._steps), len(self._steps) - 2
         whole = last if rows == len(ids) else self._up_to_kv if upto == "kv" else before_head
         if rows:
-            values, tokens = (torch.empty(rows, self._kept, dtype=kind) for kind in (torch.float32, torch.int64))
-            self.write_to(logits, values, tokens)
-            self.best = values.numpy(), tokens.numpy()
+            self.best = np.empty((rows, self._kept), np.float32), np.empty((rows, self._kept), np.int64)
+            self.write_to(logits, *self.best)
         cos, sin, places = self._rotary.at(positions, end_of(segments))
         self.run(whole, segments, (cos, sin, places), ids)
         if rows and whole < last:
             self.run(last, [one for one in segments if one.start < rows], (cos, sin, places[:rows]), first=before_head)
-        return logits if logits.shape[1] == self._head.num_outputs else logits[:, : self._head.num_outputs].contiguous()
+        return logits if self._width == self._vocab_size else logits[:, : self._vocab_size].contiguous()
 
     def build(self) -> list[Step]:
         llama, hidden, steps, update = self.llama, self._hidden_size, list[Step](), None

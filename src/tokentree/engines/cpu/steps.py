@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from tokentree.engines.cpu.fused import FusedNorm
@@ -49,14 +50,14 @@ from tokentree.engines.kv import KVLayout
 from tokentree.engines.segment import Segment
 from tokentree.errors import ModelError
 from tokentree.jit import njit
-from tokentree.kernels.attention import AttentionCall, SegmentRows
-from tokentree.kernels.records import record
+from tokentree.kernels.attention import AttentionCall
 from tokentree.kernels.threads import address, num_threads, rest, run
 from tokentree.kernels.tile import BFLOAT16_WIDE, BLOCK
 from tokentree.tree import Ints
 
 Step = tuple[int, tuple[Any, ...]]  # its kind, and what it is told: a `NamedTuple`, see `RECORDS`
-SEGMENT = record(SegmentRows)
+LOGITS, VALUES, TOKENS, SUMS = (1 + BestStep._fields.index(name) for name in ("logits", "values", "tokens", "sums"))
+NOTHING = np.empty(0, np.float32)
 
 
 class Heads(Protocol):
@@ -141,7 +142,6 @@ class Steps:
     def __init__(self, widest: int) -> None:
         self._widest, self._capacity = -(-widest // 128) * 128, 0
         self._numbers: list[np.ndarray] = []
-        self._told: list[np.void] = []  # of each step: its fields in the table, by name
         self._memory: list[torch.Tensor] = []
         self._windows: set[int | None] = set()
         self._tokens = 0  # that there are, where a step looks them up
@@ -162,12 +162,12 @@ class Steps:
         self._scales, self._totals = (self.room(self._widest // 32, torch.float32) for _ in range(2))
         steps = self.build()
         self._steps = np.zeros((len(steps), STEP), np.int64)  # a step's kind, then its fields
-        self._told = []
         for row, (kind, fields) in zip(self._steps, steps, strict=True):
             row[0], dtype = kind, RECORDS[kind]
             told = row[1 : 1 + dtype.itemsize // 8].view(dtype)
             told[0] = fields
-            self._told.append(told[0])
+        field = (RECORDS[steps[-2][0]].fields or {}).get("results") if len(steps) > 1 else None
+        self._results = 0 if field is None else 1 + field[1] // 8  # where a product's results are told
 
     def room(self, columns: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         """[rows, columns], kept as long as the steps are."""
@@ -197,13 +197,15 @@ class Steps:
             raise IndexError(f"a token id is outside the embedding of {self._tokens}")
         for segment in segments:
             segment.windows |= self._windows
-        table = np.array([segment.described(0) for segment in segments], SEGMENT)
+        table = np.array([segment.described(0) for segment in segments], np.int64)
         counters = np.zeros((count, COUNTERS), np.int64)
+        steps_at, counters_at, table_at, places_at, ids_at = _addresses(
+            self._steps[first:], counters, table, places, places if ids is None else ids
+        )
         call = ForwardCall(
-            rows=rows, threads=num_threads(), rest=rest(), num_steps=count - first,
-            steps=self._steps.ctypes.data + first * self._steps.strides[0], counters=counters.ctypes.data,
-            segments=table.ctypes.data, num_segments=len(table), cos=cos.data_ptr(), sin=sin.data_ptr(),
-            places=places.ctypes.data, ids=0 if ids is None else ids.ctypes.data,
+            rows=rows, threads=num_threads(), rest=rest(), num_steps=count - first, steps=steps_at,
+            counters=counters_at, segments=table_at, num_segments=len(table), cos=cos.data_ptr(), sin=sin.data_ptr(),
+            places=places_at, ids=0 if ids is None else ids_at,
         )  # fmt: skip
         run(forward_worker(), call)
 
@@ -278,7 +280,7 @@ class Steps:
         return [*self.multiply(head, x, None), (BEST, best)]
 
     def write_to(
-        self, logits: torch.Tensor, values: torch.Tensor, tokens: torch.Tensor, sums: torch.Tensor | None = None
+        self, logits: torch.Tensor, values: NDArray[np.float32], tokens: Ints, sums: NDArray[np.float32] | None = None
     ) -> None:
         """Where the last two steps write from now on.
 
@@ -287,10 +289,7 @@ class Steps:
             values, tokens: float32[rows, kept], int64[rows, kept].
             sums: float32[rows], for the logarithms of the sums of a row's exponentials, or None.
         """
-        product, best = self._told[-2:]
-        product["results"] = best["logits"] = logits.data_ptr()
-        best["values"], best["tokens"] = values.data_ptr(), tokens.data_ptr()
-        best["sums"] = 0 if sums is None else sums.data_ptr()
+        _write_to(self._steps[-2:], self._results, logits.data_ptr(), values, tokens, NOTHING if sums is None else sums)
 
     def rotary(self, index: int, sizes: Heads, qkv: torch.Tensor, queries: torch.Tensor) -> list[Step]:
         """Gives queries and keys their rotary positions, and stores keys and values as layer ``index``."""
@@ -350,6 +349,22 @@ class Steps:
                 scales=self._scales.data_ptr(), totals=self._totals.data_ptr(),
             )  # fmt: skip
         return InputForm(kind=WIDER if BFLOAT16_WIDE else AS_IT_IS, prepared=self._prepared.data_ptr())
+
+
+@njit(cache=True)
+def _addresses(steps: Ints, counters: Ints, segments: Ints, places: Ints, ids: Ints) -> tuple[int, int, int, int, int]:
+    """Where these lie."""
+    return steps.ctypes.data, counters.ctypes.data, segments.ctypes.data, places.ctypes.data, ids.ctypes.data
+
+
+@njit(cache=True)
+def _write_to(
+    last: Ints, results: int, logits: int, values: NDArray[np.float32], tokens: Ints, sums: NDArray[np.float32]
+) -> None:  # fmt: skip
+    """Tells the last two steps."""
+    last[0, results] = last[1, LOGITS] = logits
+    last[1, VALUES], last[1, TOKENS] = values.ctypes.data, tokens.ctypes.data
+    last[1, SUMS] = sums.ctypes.data if len(sums) else 0
 
 
 @njit(cache=True)
