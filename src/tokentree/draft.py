@@ -15,6 +15,7 @@ from tokentree.errors import PairingError, TreeError
 from tokentree.growing import DEPTH, LOG_PROB, LOG_SCORE, PARENT, RANK, SOURCES, TOKEN
 from tokentree.tree import Floats, Ints, TokenTree
 
+
 class Draft:
     """A token tree that grows: candidate tokens with parents, scores and proposers. Parents come before children.
 

@@ -156,7 +156,9 @@ def take(ints: Ints, floats: Floats, size: int, nodes: Ints) -> tuple[Ints, Floa
 
 
 @njit(cache=True)
-def take_marked(ints: Ints, floats: Floats, size: int, marks: NDArray[np.bool_], first: int) -> tuple[Ints, Floats, int]:
+def take_marked(
+    ints: Ints, floats: Floats, size: int, marks: NDArray[np.bool_], first: int
+) -> tuple[Ints, Floats, int]:
     """The arrays of the root, and of those nodes that are marked, and how many that are: ``marks[first]`` is node 1's.
     Parents of marked nodes are marked."""
     nodes, count = np.zeros(size, np.int64), 1

@@ -77,6 +77,8 @@ class Sequence:
         OptionError: if ``params.structured_outputs`` is there without a guide.
 
     Attributes:
+        changes_logits: whether anything but temperature, truncation and ``min_tokens`` touches the logits.
+        takes_best: whether each token is simply the one with the largest raw logit.
         finish_reason: why it ended, None as long as it goes on.
         error: with the finish reason "error", what ended it.
         made: when the request was made, on `time.monotonic`'s clock.
@@ -110,6 +112,10 @@ class Sequence:
             )
         if self.params.structured_outputs is not None and self.guide is None:
             raise OptionError("structured_outputs needs a guide: LLM.sequence makes such a request")
+        # whether rules, and rules beside ``min_tokens``, touch the logits; both are asked for at every node
+        self.changes_logits = self.params.changes_logits or self.guide is not None
+        self._has_rules = self.changes_logits or bool(self.params.min_tokens)
+        self.takes_best = self.params.is_greedy and not self._has_rules
         self.tokens = list(self.prompt_ids)
         self.metrics.prompt_tokens = len(self.prompt_ids)
         timeout = self.params.timeout
@@ -151,20 +157,6 @@ class Sequence:
         """``guide``, behind all tokens of the output."""
         guide.follow(self.tokens, len(self.prompt_ids))
         return guide
-
-    @property
-    def changes_logits(self) -> bool:
-        """Whether anything but temperature, truncation and ``min_tokens`` touches the logits."""
-        return self.params.changes_logits or self.guide is not None
-
-    @property
-    def _has_rules(self) -> bool:
-        return self.changes_logits or bool(self.params.min_tokens)
-
-    @property
-    def takes_best(self) -> bool:
-        """Whether each token is simply the one with the largest raw logit."""
-        return self.params.is_greedy and not self._has_rules
 
     def draw(self, logits: torch.Tensor, path: abc.Sequence[int]) -> int:
         """The token that plain decoding emits after ``path``, given raw ``logits`` [vocab] there: drawn with the

@@ -62,7 +62,7 @@ class Shared:
                         own.discard(seq.id)
                 yield events
         finally:
-            for request_id in own:
+            for request_id in sorted(own):  # in the order in which they came
                 self._owned.pop(request_id, None)
                 self._scheduler.cancel(request_id)
 

@@ -52,8 +52,14 @@ def addressed(function: ast.FunctionDef) -> Iterator[str]:
 
 
 def kept(function: ast.FunctionDef) -> set[str]:
-    """What its last statement keeps until then."""
+    """What its last statement keeps until then, or returns."""
     last = function.body[-1]
+    returns = [node for node in ast.walk(function) if isinstance(node, ast.Return)]
+    if returns == [last] and isinstance(last, ast.Return):
+        parts = last.value.elts if isinstance(last.value, ast.Tuple) else [last.value]
+        return {part.id for part in parts if isinstance(part, ast.Name)}
+    if returns:
+        return set()
     if not (isinstance(last, ast.Expr) and isinstance(last.value, ast.Call) and ast.unparse(last.value.func) == "keep"):
         return set()
     return {node.id for argument in last.value.args for node in ast.walk(argument) if isinstance(node, ast.Name)}
@@ -63,9 +69,7 @@ def faults(source: str) -> list[str]:
     found = []
     for function in ast.walk(ast.parse(source)):
         if isinstance(function, ast.FunctionDef) and is_compiled(function):
-            returns = any(isinstance(node, ast.Return) for node in ast.walk(function))
-            safe = set() if returns else kept(function)
-            found += [f"{function.name}: {name}" for name in addressed(function) if name not in safe]
+            found += [f"{function.name}: {name}" for name in addressed(function) if name not in kept(function)]
     return found
 
 
@@ -81,13 +85,15 @@ def test_a_compiled_loop_keeps_what_it_takes_addresses_of(module: str) -> None:
         "x = make()\n    keep(x)\n    use(x[0].ctypes.data)",
         "x = make()\n    at = x.ctypes.data\n    if at:\n        return\n    keep(x)",
         "use(make().ctypes.data)\n    keep(x)",
+        "x = make()\n    return x.ctypes.data",
+        "x = make()\n    if y:\n        return x, 0\n    return x, x.ctypes.data",
     ],
 )
 def test_that_one_which_doesn_t_is_found(body: str) -> None:
     assert faults(f"@numba.njit\ndef f(y):\n    {body}\n")
     assert not faults(f"def f(y):\n    {body}\n")
-    right = "x = make()\n    use(x.ctypes.data, y.ctypes.data)\n    keep((x, z))"
-    assert not faults(f"@numba.njit\ndef f(y):\n    {right}\n")
+    for right in ("use(x.ctypes.data, y.ctypes.data)\n    keep((x, z))", "return x, x.ctypes.data"):
+        assert not faults(f"@numba.njit\ndef f(y):\n    x = make()\n    {right}\n")
 
 
 def test_free_memory_that_is_overwritten_changes_no_bit() -> None:

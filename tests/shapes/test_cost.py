@@ -281,7 +281,8 @@ def test_what_is_known_of_a_request_goes_with_it() -> None:
 
 def test_promises_that_are_not_kept_count_less(monkeypatch: pytest.MonkeyPatch) -> None:
     form = Cost(curve=MILD)
-    monkeypatch.setattr(form.rates, "estimate", lambda draft, cells, request: 0.5 ** np.array(draft.depths))
+    cells = np.zeros(9, np.int64), np.zeros(9, np.int64)
+    monkeypatch.setattr(form.rates, "estimate", lambda draft, request: (0.5 ** np.array(draft.depths), cells))
     sizes = [len(_step(form, _chain(*[0.5] * 9), [7])) for _ in range(99)]
     assert sizes[0] == 3
     assert np.mean(sizes[30:]) <= 2

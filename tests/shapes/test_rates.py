@@ -26,7 +26,7 @@ def _draft(*nodes: tuple[int, float], source: int = 1) -> Draft:
 
 
 def _joint(rates: Rates, draft: Draft, request: Cells | None = None) -> list[float]:
-    found: list[float] = rates.estimate(draft, rates.cells(draft), request or rates.new_request()).tolist()
+    found: list[float] = rates.estimate(draft, request or rates.new_request())[0].tolist()
     return found
 
 
@@ -34,7 +34,8 @@ def _teach(rates: Rates, draft: Draft, hits: list[bool], times: int = 1, request
     """``hits`` says of each node below the root whether it was right."""
     request = request or rates.new_request()
     for _ in range(times):
-        rates.learn(rates.cells(draft), np.arange(1, len(draft)), np.array(hits), request)
+        _, cells = rates.estimate(draft, request)
+        rates.learn(cells, np.arange(1, len(draft)), np.array(hits), request)
 
 
 @given(probs)

@@ -26,7 +26,13 @@ if TYPE_CHECKING:
     from tokentree.heads.eagle import EagleHead
 
 CPU = torch.device("cpu")
+Logits = torch.Tensor | Callable[[], torch.Tensor]
 KEPT = 8  # of the most probable tokens after each node, which the rules and Token Recycling read
+
+
+def tensor_of(logits: Logits) -> torch.Tensor:
+    """Logits that a forward returned."""
+    return logits() if callable(logits) else logits
 
 
 @dataclass(eq=False)
@@ -34,7 +40,8 @@ class TargetOutput:
     """The logits of one forward over the nodes of several trees.
 
     Args:
-        all_logits: [rows, vocab]. The rows of a tree are consecutive, and trees come in the order of the batch.
+        given: its logits [rows, vocab], or a function that returns them: most steps read `top` alone. The rows of a
+            tree are consecutive, and trees come in the order of the batch.
         starts: the first row of each tree.
         firsts: the node of each tree that its first row belongs to. Earlier nodes were computed by an earlier forward.
         seconds: how long the forward took.
@@ -42,12 +49,18 @@ class TargetOutput:
         log_sums: float32[rows], the log-sum-exp of each row of logits, if the engine has computed it.
     """
 
-    all_logits: torch.Tensor
+    given: Logits
     starts: list[int]
     firsts: list[int]
     seconds: float
     best_known: tuple[NDArray[np.float32], Ints] | None = field(default=None, repr=False)
     log_sums: NDArray[np.float32] | None = field(default=None, repr=False)
+
+    @property
+    def all_logits(self) -> torch.Tensor:
+        """[rows, vocab]."""
+        self.given = tensor_of(self.given)
+        return self.given
 
     def logits(self, tree: int, node: int) -> torch.Tensor:
         """[vocab], the raw logits after ``node`` of tree number ``tree``."""
@@ -65,8 +78,10 @@ class TargetOutput:
 
         The first call computes them. Later calls with the same or a smaller k reuse them.
         """
-        if self.best_known is None or self.best_known[1].shape[1] < min(k, self.all_logits.shape[1]):
-            self.best_known = top_logits(self.all_logits, min(max(k, KEPT), self.all_logits.shape[1]))
+        if self.best_known is None or self.best_known[1].shape[1] < k:
+            vocab = self.all_logits.shape[1]
+            if self.best_known is None or self.best_known[1].shape[1] < min(k, vocab):
+                self.best_known = top_logits(self.all_logits, min(max(k, KEPT), vocab))
         values, ids = self.best_known
         return (values, ids) if values.shape[1] == k else (values[:, :k], ids[:, :k])
 
@@ -99,12 +114,11 @@ class TargetOutput:
         return self.starts[tree] + node - self.firsts[tree]
 
 
-@dataclass(frozen=True)
 class _TreeLogits:
     """`acceptance.NodeLogits` of one tree."""
 
-    out: TargetOutput
-    tree: int
+    def __init__(self, out: TargetOutput, tree: int) -> None:
+        self.out, self.tree = out, tree
 
     def __call__(self, node: int) -> torch.Tensor:
         return self.out.logits(self.tree, node)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from tokentree.engines.base import Features, HasHiddenStates, TargetOutput
+from tokentree.engines.base import Features, HasHiddenStates, Logits, TargetOutput
 from tokentree.engines.cpu.attention import ForwardKV, Rule, dense_mask
 from tokentree.engines.cpu.eagle_program import EagleProgram
 from tokentree.engines.gpu.recording import ROWS, Recordings, padded
@@ -174,7 +174,7 @@ class EagleEngine:
             return parts[0]
         return torch.cat([x if isinstance(x, torch.Tensor) else self._head.fuse(torch.cat(x, -1)) for x in parts])
 
-    def _forward(self, known: Known, segments: SequenceOf[Segment]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward(self, known: Known, segments: SequenceOf[Segment]) -> tuple[torch.Tensor, Logits]:
         """What is known of the next positions [rows, hidden size], and logits [rows, tokens that the head knows]."""
         recorded = self._features.recorded and len(segments) == 1
         if recorded and isinstance(known, torch.Tensor) and len(known) <= ROWS[-1]:

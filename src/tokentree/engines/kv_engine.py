@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tokentree.engines.base import KEPT, DraftEngine, EngineInfo, Features, NotCopied, TargetOutput
+from tokentree.engines.base import KEPT, DraftEngine, EngineInfo, Features, Logits, NotCopied, TargetOutput, tensor_of
 from tokentree.engines.cpu.linear import weights_of
 from tokentree.engines.cpu.quantized import draft_linear
 from tokentree.engines.guard import Unwatched
@@ -81,7 +81,7 @@ class KVEngine(NotCopied, ABC):
     # -- what a subclass has ---------------------------------------------------------------------------------------
 
     @abstractmethod
-    def _forward(self, segments: SequenceOf[Segment], upto: Upto, rows: int | None = None) -> torch.Tensor:
+    def _forward(self, segments: SequenceOf[Segment], upto: Upto, rows: int | None = None) -> Logits:
         """Logits [rows, vocab] of the first ``rows`` rows, by default of all; if they aren't asked for, of any or none.
         Writes KV and hidden states."""
 
@@ -311,7 +311,10 @@ class KVEngine(NotCopied, ABC):
         """How far a forward goes whose logits nobody needs."""
         return "hidden" if self.facts.num_layers in self._places else "kv"
 
-    def _guarded(self, segments: SequenceOf[Segment], upto: Upto, rows: int | None = None) -> torch.Tensor:
+    def _logits(self, segment: Segment) -> torch.Tensor:
+        return tensor_of(self._forward([segment], "logits"))
+
+    def _guarded(self, segments: SequenceOf[Segment], upto: Upto, rows: int | None = None) -> Logits:
         """`_forward`, if the model is still what it was."""
         self._guard.before_forward(upto)
         return self._forward(segments, upto, rows)
@@ -326,9 +329,8 @@ class KVEngine(NotCopied, ABC):
     @exclusive
     def _check_trees(self, own: Mapping[str, torch.Tensor]) -> None:
         """Raises `ModelError` unless trees give what the model says by itself, see `self_check.own_forward`."""
-        got, windows, steady = in_trees(
-            own, lambda segment: self._forward([segment], "logits"), self._storages.layout.make(64), not self.traced
-        )
+        room = self._storages.layout.make(64)
+        got, windows, steady = in_trees(own, self._logits, room, not self.traced)
         error, allowed, spread = compare(own, got, self.quantization is not None)
         itself = self.attention == "sdpa"
         if not error <= allowed:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tokentree.engines.base import Logits
 from tokentree.engines.cpu.program import Program
 from tokentree.engines.guard import Unwatched
 from tokentree.engines.kv import KVLayout
@@ -66,7 +67,7 @@ class ProgramEngine(KVEngine):
     def execution(self) -> str:
         return "one call"
 
-    def _forward(self, segments: SequenceOf[Segment], upto: Upto, rows: int | None = None) -> torch.Tensor:
+    def _forward(self, segments: SequenceOf[Segment], upto: Upto, rows: int | None = None) -> Logits:
         ids, positions = inputs_of(segments)
         logits = self._program.forward(ids, positions, segments, upto, rows)
         self._keep(segments, self._program.states)

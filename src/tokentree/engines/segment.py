@@ -32,8 +32,7 @@ class Segment:
     first: int
     start: int
     windows: set[int | None] = field(default_factory=set, init=False)  # those that layers asked for
-    _paths: Ints | None = field(default=None, init=False, repr=False)
-    _paths_at: int = field(default=0, init=False, repr=False)
+    _read: tuple[Ints, int, Ints, Ints] | None = field(default=None, init=False, repr=False)
 
     @property
     def count(self) -> int:
@@ -46,7 +45,12 @@ class Segment:
     @property
     def positions(self) -> np.ndarray:
         """int64[count]: absolute positions of the computed nodes, prefix + depth."""
-        return self.prefix + self.tree.depths[self.first :]
+        return self._rows[3]
+
+    @property
+    def tokens(self) -> Ints:
+        """int64[count]: the tokens of the computed nodes."""
+        return self._rows[2]
 
     def visible(self, window: int | None) -> np.ndarray:
         """bool[count, prefix + nodes]: which KV rows each computed node sees; ``window`` counts positions."""
@@ -61,10 +65,15 @@ class Segment:
     def paths(self) -> Ints:
         """int64[count, 1 + longest]: how many nodes the path to each computed node has, then their KV rows; these are
         left out for a chain, whose rows lie where they will lie once committed."""
-        if self._paths is None:
+        return self._rows[0]
+
+    @property
+    def _rows(self) -> tuple[Ints, int, Ints, Ints]:
+        """See `_rows_of`."""
+        if self._read is None:
             tree = self.tree
-            self._paths, self._paths_at = _paths(tree.parents, tree.depths, self.first, self.prefix, tree.is_chain)
-        return self._paths
+            self._read = _rows_of(tree.tokens, tree.parents, tree.depths, self.first, self.prefix, tree.is_chain)
+        return self._read
 
     def described(self, layer: int) -> SegmentRows:
         """What `attend` is told of a segment, at ``layer``.
@@ -76,10 +85,10 @@ class Segment:
             raise IndexError(
                 f"a tree ends at row {self.prefix + len(self.tree)}, and there is room for {self.kv.capacity}"
             )
-        (keys, values, keys_step, values_step), paths = self.kv.addresses(layer), self.paths
+        (keys, values, keys_step, values_step), (paths, paths_at, _, _) = self.kv.addresses(layer), self._rows
         return SegmentRows(
             keys=keys, values=values, capacity=self.kv.capacity, prefix=self.prefix, rows=self.count,
-            start=self.start, paths=self._paths_at, longest=paths.shape[1] - 1, chain=int(self.tree.is_chain),
+            start=self.start, paths=paths_at, longest=paths.shape[1] - 1, chain=int(self.tree.is_chain),
             first=self.first, keys_layer=keys_step, values_layer=values_step,
         )  # fmt: skip
 
@@ -87,9 +96,9 @@ class Segment:
 def inputs_of(segments: SequenceOf[Segment], padding: int = 0) -> tuple[Ints, Ints]:
     """The tokens and positions of all rows of a forward, int64[rows], and so many zeros behind them."""
     if len(segments) == 1 and not padding:
-        return segments[0].tree.tokens[segments[0].first :].copy(), segments[0].positions
+        return segments[0].tokens, segments[0].positions
     nothing = np.zeros(padding, np.int64)
-    ids = np.concatenate([*(segment.tree.tokens[segment.first :] for segment in segments), nothing])
+    ids = np.concatenate([*(segment.tokens for segment in segments), nothing])
     return ids, np.concatenate([*(segment.positions for segment in segments), nothing])
 
 
@@ -99,8 +108,10 @@ def end_of(segments: SequenceOf[Segment]) -> int:
 
 
 @njit(cache=True)
-def _paths(parents: Ints, depths: Ints, first: int, prefix: int, is_chain: bool) -> tuple[Ints, int]:
-    """As `Segment.paths`, and where they lie."""
+def _rows_of(
+    tokens: Ints, parents: Ints, depths: Ints, first: int, prefix: int, is_chain: bool
+) -> tuple[Ints, int, Ints, Ints]:  # fmt: skip
+    """`Segment.paths`, and where they lie; `Segment.tokens` and `Segment.positions`."""
     paths = np.zeros((len(parents) - first, 1 if is_chain else 2 + depths[first:].max()), np.int64)
     for node in range(first, len(parents)):
         own, ancestor = paths[node - first], node
@@ -108,4 +119,4 @@ def _paths(parents: Ints, depths: Ints, first: int, prefix: int, is_chain: bool)
         while ancestor >= 0 and not is_chain:
             own[1 + depths[ancestor]] = prefix + ancestor
             ancestor = parents[ancestor]
-    return paths, paths.ctypes.data
+    return paths, paths.ctypes.data, tokens[first:].copy(), prefix + depths[first:]

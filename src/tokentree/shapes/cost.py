@@ -148,7 +148,8 @@ class Cost(Shape):
         tokens = sum(float(joint.sum()) if whole else 1.0 for joint, whole in zip(joints, drawn, strict=True))
         offers = [joint[:0] if whole else joint[1:] for joint, whole in zip(joints, drawn, strict=True)]
         offered = offers[0] if len(offers) == 1 else np.concatenate(offers)
-        ends = np.cumsum([len(offer) for offer in offers], dtype=np.int64) if len(offers) > 1 else np.array([len(offered)])
+        sizes = [len(offer) for offer in offers]
+        ends = np.array(sizes) if len(sizes) == 1 else np.cumsum(sizes)
         spent = self._overhead + _level_seconds(drafts)
         times = self.curve.upto(rows + len(offered), len(seqs))
         keep, taken, pace, self._promised = worth.best_cut(
@@ -219,8 +220,7 @@ class Cost(Shape):
                 joint[node] = joint[draft.ints[PARENT, node]] * ahead[draft.ints[RANK, node]]
             cells = (np.zeros(0, np.int64), np.zeros(0, np.int64))
         else:
-            cells = self.rates.cells(draft)
-            joint = self.rates.estimate(draft, cells, request.local)
+            joint, cells = self.rates.estimate(draft, request.local)
         if remember:
             request.draft, request.cells = draft, cells
         return joint
@@ -248,8 +248,8 @@ def _level_seconds(drafts: list[Draft]) -> float:
 def _compile() -> None:
     """Before any request waits for it."""
     rates, draft = Rates(), Draft.grown(0, np.array([1]), np.array([0]), np.array([0.5]))
-    cells, request = rates.cells(draft), rates.new_request()
-    rates.estimate(draft, cells, request)
+    request = rates.new_request()
+    _, cells = rates.estimate(draft, request)
     rates.learn(cells, *tried(draft, [1]), request)
     one, times, level = np.ones(1), np.ones(6), np.zeros(1, np.int64)
     worth.best_cut(one, level + 1, 1, 1, 1.0, 1.0, 0.0, times)

@@ -123,4 +123,4 @@ def _refine(knots: Ints, seconds: Floats, table: Floats, rows: int, measured: fl
         seconds[wrong] = seconds[np.argmax(seconds[: knot + 1])] * ratio ** (PACE / 2 * share)
     seconds *= ratio ** (PACE / 2)
     _tabulate(knots, seconds, table)
-    return ratio
+    return float(ratio)

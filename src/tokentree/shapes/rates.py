@@ -75,14 +75,13 @@ class Rates:
         """What is learnt within one request alone."""
         return Cells(BROAD, *LOCAL)
 
-    def cells(self, draft: Draft) -> tuple[Ints, Ints]:
-        """int64[n], int64[n]: the broad and the narrow cell of each node; the root's mean nothing."""
-        broad, narrow, self._num_rows = _cells(draft.ints, draft.floats, len(draft), self._rows, self._num_rows)
-        return broad, narrow
-
-    def estimate(self, draft: Draft, cells: tuple[Ints, Ints], request: Cells) -> Floats:
-        """float64[n]: the joint probability of the path to each node; 1 at the root."""
-        return _estimate(*cells, draft.ints, draft.floats, *self._tables(request))
+    def estimate(self, draft: Draft, request: Cells) -> tuple[Floats, tuple[Ints, Ints]]:
+        """float64[n], the joint probability of the path to each node, 1 at the root; and int64[n], int64[n], the broad
+        and the narrow cell of each, which mean nothing for the root."""
+        joint, broad, narrow, self._num_rows = _estimate(
+            draft.ints, draft.floats, len(draft), self._rows, self._num_rows, *self._tables(request)
+        )
+        return joint, (broad, narrow)
 
     def _tables(self, request: Cells) -> tuple[Floats, Floats, Floats, Floats]:
         return self._claims.table, self._shared.table, self._particular.table, request.table
@@ -170,7 +169,8 @@ def _learn_all(
 
 @njit(cache=True)
 def _cells(ints: Ints, floats: Floats, size: int, rows: Ints, num_rows: int) -> tuple[Ints, Ints, int]:
-    """As `Rates.cells`; writes combinations of drafters that are new into ``rows``, and returns how many there are."""
+    """The cells of `Rates.estimate`; writes combinations of drafters that are new into ``rows``, and returns how many
+    there are."""
     broad, narrow = np.empty(size, np.int64), np.empty(size, np.int64)
     for node in range(size):
         row = 0
@@ -196,10 +196,11 @@ def _shrunk(table: Floats, cell: int, weight: float, prior: float) -> float:
 
 @njit(cache=True)
 def _estimate(
-    broad: Ints, narrow: Ints, ints: Ints, floats: Floats, claims: Floats, shared: Floats, particular: Floats,
-    request: Floats,
-) -> Floats:  # fmt: skip
-    """As `Rates.estimate`."""
+    ints: Ints, floats: Floats, size: int, rows: Ints, num_rows: int, claims: Floats, shared: Floats,
+    particular: Floats, request: Floats,
+) -> tuple[Floats, Ints, Ints, int]:  # fmt: skip
+    """As `Rates.estimate`; then as `_cells`."""
+    broad, narrow, num_rows = _cells(ints, floats, size, rows, num_rows)
     joint, total = np.empty(len(broad)), np.zeros(len(broad))
     joint[0] = 1.0
     for node in range(1, len(broad)):
@@ -211,7 +212,7 @@ def _estimate(
     for node in range(1, len(broad)):  # siblings exclude each other
         parent = ints[PARENT, node]
         joint[node] *= joint[parent] / max(1.0, total[parent])
-    return joint
+    return joint, broad, narrow, num_rows
 
 
 @njit(cache=True)

@@ -145,8 +145,8 @@ def repeated(states: Int32s, last: int) -> tuple[int, int]:
     """As `SuffixAutomaton.repeated`."""
     state = last
     if states[state, FIRST] < 0:  # nothing ever followed it, so this is its first time
-        state = max(0, np.int64(states[state, LINK]))
-    return state, np.int64(states[state, LENGTH])
+        state = max(0, int(states[state, LINK]))
+    return state, int(states[state, LENGTH])
 
 
 @njit(cache=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from tokentree.engines.base import KEPT
 from tokentree.engines.cpu.fused import FusedNorm
 from tokentree.engines.cpu.packing import Packing
 from tokentree.engines.cpu.quantized import QuantizedLinear
-from tokentree.engines.cpu.reused import Reused
+from tokentree.engines.cpu.reused import Reused, tensor_in
 from tokentree.engines.cpu.steps import Behind, RotaryTable, Step, Steps
 from tokentree.engines.segment import Segment, end_of
 from tokentree.heads.eagle import EagleHead
@@ -90,10 +91,10 @@ class EagleProgram(Steps):
     def forward(
         self, ids: Ints, known: torch.Tensor | SequenceOf[torch.Tensor], positions: Ints,
         segments: SequenceOf[Segment],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    ) -> tuple[torch.Tensor, Callable[[], torch.Tensor] | None]:  # fmt: skip
         """Writes the KV of all rows of ``segments``, and returns what is known of the next positions, bfloat16[rows,
-        hidden size]; and, of a head with an output layer, logits bfloat16[rows, tokens], of which `best` and `log_sums`
-        then are.
+        hidden size]; and, of a head with an output layer, a function of logits bfloat16[rows, tokens], of which `best`
+        and `log_sums` then are.
 
         Args:
             ids, positions: int64[rows].
@@ -102,15 +103,15 @@ class EagleProgram(Steps):
         """
         rows = len(ids)
         first = self._take_in(ids, known)
-        logits = None
+        said = None
         if self._says:
             logits = self._logits.take(rows, self._columns)
             self.best = np.empty((rows, self._kept), np.float32), np.empty((rows, self._kept), np.int64)
             self.log_sums = np.empty(rows, np.float32)
             self.write_to(logits, *self.best, self.log_sums)
-            logits = logits[:, : self._vocab_size]
+            said = partial(tensor_in, logits, self._vocab_size)
         self.run(len(self._steps), segments, self._rotary.at(positions, end_of(segments)), ids, first)
-        return self._residual[:rows].clone(), logits
+        return self._residual[:rows].clone(), said
 
     def store(
         self, ids: Ints, known: torch.Tensor | SequenceOf[torch.Tensor], positions: Ints,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from functools import partial
 
 import numpy as np
 import torch
 
 from tokentree.engines.base import KEPT
 from tokentree.engines.cpu.llama import Llama
-from tokentree.engines.cpu.reused import Reused
+from tokentree.engines.cpu.reused import Reused, tensor_in
 from tokentree.engines.cpu.steps import Behind, RotaryTable, Step, Steps
 from tokentree.engines.segment import Segment, Upto, end_of
 from tokentree.tree import Ints
@@ -46,9 +48,9 @@ class Program(Steps):
 
     def forward(
         self, ids: Ints, positions: Ints, segments: SequenceOf[Segment], upto: Upto, rows: int | None = None
-    ) -> torch.Tensor:
-        """Writes the KV of all rows of ``segments``, and returns bfloat16[rows, vocab], or [0, vocab] if it ends before
-        the logits.
+    ) -> Callable[[], torch.Tensor]:
+        """Writes the KV of all rows of ``segments``, and returns a function of bfloat16[rows, vocab], or of [0, vocab]
+        if it ends before the logits.
 
         Args:
             ids, positions: int64[n].
@@ -66,7 +68,7 @@ class Program(Steps):
         self.run(whole, segments, (cos, sin, places), ids)
         if rows and whole < last:
             self.run(last, [one for one in segments if one.start < rows], (cos, sin, places[:rows]), first=before_head)
-        return logits if self._width == self._vocab_size else logits[:, : self._vocab_size].contiguous()
+        return partial(tensor_in, logits, self._vocab_size)
 
     def build(self) -> list[Step]:
         llama, hidden, steps, update = self.llama, self._hidden_size, list[Step](), None

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 ALIGNED = 32  # numbers: 64 bytes, a line of the cache
 
@@ -21,13 +22,13 @@ class Reused:
         self._new(0)
         self._alone = self._holders()
 
-    def take(self, rows: int, columns: int) -> torch.Tensor:
-        """bfloat16[rows, columns], of any values."""
+    def take(self, rows: int, columns: int) -> NDArray[np.int16]:
+        """Room for bfloat16[rows, columns]."""
         count = rows * columns
         if count + ALIGNED > len(self._memory) or self._holders() > self._alone:
             self._new(count)
-        part = self._memory[self._start : self._start + count]  # while it lives, the whole memory has a holder more
-        return torch.from_numpy(part).view(torch.bfloat16).view(rows, columns)
+        # while that lives, the whole memory has one more holder
+        return self._memory[self._start : self._start + count].reshape(rows, columns)
 
     def _new(self, count: int) -> None:
         self._memory = np.empty(count + ALIGNED, np.int16)
@@ -35,3 +36,9 @@ class Reused:
 
     def _holders(self) -> int:
         return sys.getrefcount(self._memory)
+
+
+def tensor_in(memory: NDArray[np.int16], columns: int) -> torch.Tensor:
+    """bfloat16[rows, columns], contiguous: the first columns of what lies there."""
+    whole = torch.from_numpy(memory).view(torch.bfloat16)
+    return whole if whole.shape[1] == columns else whole[:, :columns].contiguous()

@@ -104,6 +104,7 @@ class RotaryTable:
         self._rotary: Any = rotary
         self._fixed = self.fixed(rotary)
         self._cos = self._sin = torch.empty(0, 0)
+        self._end = 0  # positions that they are of
 
     @staticmethod
     def fixed(rotary: nn.Module) -> bool:
@@ -119,8 +120,9 @@ class RotaryTable:
         ``end``."""
         if not self._fixed:
             return *self._computed(torch.from_numpy(positions)), np.arange(len(positions))
-        if end > len(self._cos):
-            self._cos, self._sin = self._computed(torch.arange(max(1024, 1 << (end - 1).bit_length())))
+        if end > self._end:
+            self._end = max(1024, 1 << (end - 1).bit_length())
+            self._cos, self._sin = self._computed(torch.arange(self._end))
         return self._cos, self._sin, positions
 
     def _computed(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -166,8 +168,9 @@ class Steps:
             row[0], dtype = kind, RECORDS[kind]
             told = row[1 : 1 + dtype.itemsize // 8].view(dtype)
             told[0] = fields
-        field = (RECORDS[steps[-2][0]].fields or {}).get("results") if len(steps) > 1 else None
-        self._results = 0 if field is None else 1 + field[1] // 8  # where a product's results are told
+        fields_of_last_but_one: Any = RECORDS[steps[-2][0]].fields
+        place = fields_of_last_but_one.get("results", (None, -8))[1]
+        self._results = 1 + place // 8  # where a product's results are told, if it is one
 
     def room(self, columns: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         """[rows, columns], kept as long as the steps are."""
@@ -280,16 +283,20 @@ class Steps:
         return [*self.multiply(head, x, None), (BEST, best)]
 
     def write_to(
-        self, logits: torch.Tensor, values: NDArray[np.float32], tokens: Ints, sums: NDArray[np.float32] | None = None
+        self,
+        logits: NDArray[np.int16],
+        values: NDArray[np.float32],
+        tokens: Ints,
+        sums: NDArray[np.float32] | None = None,
     ) -> None:
         """Where the last two steps write from now on.
 
         Args:
-            logits: bfloat16[rows, tokens that the output layer has, with what fills up a block].
+            logits: for bfloat16[rows, tokens that the output layer has, with what fills up a block].
             values, tokens: float32[rows, kept], int64[rows, kept].
             sums: float32[rows], for the logarithms of the sums of a row's exponentials, or None.
         """
-        _write_to(self._steps[-2:], self._results, logits.data_ptr(), values, tokens, NOTHING if sums is None else sums)
+        _write_to(self._steps[-2:], self._results, logits, values, tokens, NOTHING if sums is None else sums)
 
     def rotary(self, index: int, sizes: Heads, qkv: torch.Tensor, queries: torch.Tensor) -> list[Step]:
         """Gives queries and keys their rotary positions, and stores keys and values as layer ``index``."""
@@ -359,10 +366,11 @@ def _addresses(steps: Ints, counters: Ints, segments: Ints, places: Ints, ids: I
 
 @njit(cache=True)
 def _write_to(
-    last: Ints, results: int, logits: int, values: NDArray[np.float32], tokens: Ints, sums: NDArray[np.float32]
+    last: Ints, results: int, logits: NDArray[np.int16], values: NDArray[np.float32], tokens: Ints,
+    sums: NDArray[np.float32],
 ) -> None:  # fmt: skip
     """Tells the last two steps."""
-    last[0, results] = last[1, LOGITS] = logits
+    last[0, results] = last[1, LOGITS] = logits.ctypes.data
     last[1, VALUES], last[1, TOKENS] = values.ctypes.data, tokens.ctypes.data
     last[1, SUMS] = sums.ctypes.data if len(sums) else 0
 
