@@ -31,6 +31,7 @@ LAYERS = {
             "grammars",
             "draft",
             "growing",
+            "rotary",
             "sequence",
             "gguf.header",
         ),

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokentree.engines.base import Engine, EngineOptions, TransformersEngine
+from tokentree.engines.model_facts import Facts
 from tokentree.errors import ModelError
-from tokentree.heads.saved import Fingerprint
+from tokentree.heads.fingerprint import Fingerprint
 from tokentree.loading import find_tokenizer, load_engine, load_tokenizer
 from tokentree.options import Model, kv_memory
 from tokentree.pairing import check_same_tokenizer
@@ -56,9 +57,10 @@ def short_name(name: str, taken: SequenceOf[str]) -> str:
 
 def fingerprint_of(engine: Engine, tokenizer: PreTrainedTokenizerBase | None, heads: Path | None) -> Fingerprint | None:
     """What heads must have been made for; None without heads, or for a target that they are no use to."""
-    if heads is None or not isinstance(engine, TransformersEngine):
+    facts = getattr(engine, "facts", None)
+    if heads is None or not isinstance(facts, Facts):
         return None
-    return Fingerprint.of(engine.config, tokenizer)
+    return Fingerprint.of_sizes(facts.sizes, tokenizer)
 
 
 def prefill_rows_of(engine: Engine, asked: int | None) -> int:

@@ -24,8 +24,9 @@ from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.table import TableEngine
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import ModelError, OptionError, PairingError, TreeError
+from tokentree.heads.fingerprint import Fingerprint
 from tokentree.heads.medusa import MedusaHeads
-from tokentree.heads.saved import About, Fingerprint, read_heads, write_heads
+from tokentree.heads.saved import About, read_heads, write_heads
 from tokentree.sampling import SamplingParams, to_probs
 from tokentree.shapes import find_choices, shape
 from tokentree.tree import TokenTree

@@ -19,14 +19,14 @@ from tests.gguf_files import write_gguf
 from tests.tiny_models import request, some_tokens, tiny, tiny_tokenizer
 from tokentree import LLM, SamplingParams
 from tokentree.engines.base import EngineOptions
-from tokentree.engines.cpu.llama import Rotary, Rotation
 from tokentree.engines.from_cache import READY, ReadyEngine
 from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.modules import ModulesEngine
 from tokentree.engines.program import ProgramEngine
 from tokentree.errors import ModelError
-from tokentree.heads.saved import Fingerprint
+from tokentree.heads.fingerprint import Fingerprint
 from tokentree.loading import load_engine
+from tokentree.rotary import Rotary, Rotation
 
 CPU = torch.device("cpu")
 WIDE = {"hidden_size": 64, "intermediate_size": 96}

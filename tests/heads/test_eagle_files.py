@@ -16,8 +16,9 @@ from tokentree import LLM
 from tokentree.errors import ModelError, OptionError, PairingError
 from tokentree.heads.eagle import EagleHead
 from tokentree.heads.eagle_files import default_taps, read_eagle, tap_places, write_eagle
+from tokentree.heads.fingerprint import Fingerprint
 from tokentree.heads.medusa import MedusaHeads
-from tokentree.heads.saved import About, Fingerprint, is_eagle, write_heads
+from tokentree.heads.saved import About, is_eagle, write_heads
 
 LAYERS = 2  # of the target
 

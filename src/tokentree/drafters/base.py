@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokentree.draft import Draft
 from tokentree.engines.base import Engine, TargetOutput
-from tokentree.heads.saved import Fingerprint
+from tokentree.heads.fingerprint import Fingerprint
 from tokentree.sequence import Accepted, Sequence
 from tokentree.shapes.base import Shape
 

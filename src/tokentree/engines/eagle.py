@@ -13,7 +13,6 @@ from torch import nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from tokentree.engines.base import Features, HasHiddenStates, Logits, TargetOutput
-from tokentree.engines.cpu.attention import ForwardKV, Rule, dense_mask
 from tokentree.engines.cpu.eagle_program import EagleProgram
 from tokentree.engines.gpu.recording import ROWS, Recordings, padded
 from tokentree.engines.kv import KVLayout, SequenceKV, Storages
@@ -200,6 +199,8 @@ class EagleEngine:
 
     def _replay(self, known: torch.Tensor, segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
         """`_forward` over one sequence, recorded."""
+        from tokentree.engines.cpu.attention import dense_mask  # it imports transformers' model classes
+
         (keys, values), count, start = segment.kv.layer(0), len(known), segment.prefix + segment.first
         rows, capacity = padded(count), segment.kv.capacity
         numbers = np.zeros((3, rows), np.int64)
@@ -228,6 +229,8 @@ class EagleEngine:
         value: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
         """[rows, heads x width], of queries, keys and values [rows, heads, width]."""
+        from tokentree.engines.cpu.attention import ForwardKV, Rule, dense_mask  # likewise
+
         query, key = self._head.rotate(query, positions), self._head.rotate(key, positions)
         cache, scale = ForwardKV(segments, not self._blocked), query.shape[2] ** -0.5
         query, key, value = (x.transpose(0, 1) for x in (query, key, value))

@@ -11,6 +11,7 @@ import torch
 
 from tokentree.engines.support import context_length, layer_windows
 from tokentree.errors import ModelError
+from tokentree.heads.fingerprint import hash_of_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -28,6 +29,7 @@ class Facts:
         hidden_size, num_layers, vocab_size: by its configuration.
         windows: the kinds of its layers, each with its sliding window, None where everything is seen.
         ends: the tokens at which transformers' ``generate`` ended its texts when these facts were written down.
+        sizes: what `hash_of_sizes` makes of its configuration.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Facts:
     vocab_size: int
     windows: dict[str, int | None]
     ends: list[int]
+    sizes: str
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Facts:
@@ -44,7 +47,7 @@ class Facts:
         return cls(
             type(model).__name__, context_length(config), int(config.hidden_size), int(config.num_hidden_layers),
             int(config.vocab_size), layer_windows(config),
-            ends_of(model),
+            ends_of(model), hash_of_sizes(config),
         )  # fmt: skip
 
     @property

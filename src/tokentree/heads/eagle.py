@@ -10,10 +10,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 from torch.nn.functional import silu
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 from tokentree.heads.medusa import Layer
+from tokentree.rotary import rotary_of
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -102,14 +101,14 @@ class EagleHead(nn.Module):
         self.o_proj = nn.Linear(wide, size, bias=False)
         self.gate_up = nn.Linear(size, 2 * sizes.intermediate_size, bias=False)
         self.down_proj = nn.Linear(sizes.intermediate_size, size, bias=False)
-        self.post_attention_layernorm = LlamaRMSNorm(size, sizes.eps)
+        self.post_attention_layernorm = RMSNorm(size, sizes.eps)
         if third:
-            self.input_layernorm, self.hidden_norm = LlamaRMSNorm(size, sizes.eps), LlamaRMSNorm(size, sizes.eps)
-            self.norm = LlamaRMSNorm(size, sizes.eps)
+            self.input_layernorm, self.hidden_norm = RMSNorm(size, sizes.eps), RMSNorm(size, sizes.eps)
+            self.norm = RMSNorm(size, sizes.eps)
         says, known_tokens = third and sizes.own_output, sizes.draft_vocab_size or sizes.vocab_size
         self.lm_head = nn.Linear(size, known_tokens, bias=False) if says else None
         self.embed_tokens = nn.Embedding(sizes.vocab_size, size) if sizes.own_embedding else None
-        self.rotary = LlamaRotaryEmbedding(_rope_config(sizes))
+        self.rotary = rotary_of(sizes.rope, sizes.head_dim, sizes.context)
         self.token_map: torch.Tensor | None
         known = None if sizes.draft_vocab_size is None else torch.arange(sizes.draft_vocab_size)
         self.register_buffer("token_map", known)
@@ -160,8 +159,20 @@ class EagleHead(nn.Module):
         return turned
 
 
-def _rope_config(sizes: EagleSizes) -> LlamaConfig:
-    return LlamaConfig(
-        hidden_size=sizes.hidden_size, num_attention_heads=sizes.num_heads, head_dim=sizes.head_dim,
-        max_position_embeddings=sizes.context, rope_parameters=dict(sizes.rope),
-    )  # fmt: skip
+class RMSNorm(nn.Module):
+    """Divides by the root of the mean of squares (Zhang and Sennrich 2019, arXiv:1910.07467), in float32.
+
+    Args:
+        size: numbers of a row.
+        eps: what is added to the mean.
+    """
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` [..., size], normed, in its type."""
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * normed.to(x.dtype)

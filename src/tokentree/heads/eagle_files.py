@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from pydantic import ValidationError
-from transformers import LlamaConfig
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tokentree.errors import ModelError, OptionError
 from tokentree.heads.checkpoints import check_part, read_config, read_tensors, write_tensors
 from tokentree.heads.eagle import EagleHead, EagleSizes
-from tokentree.heads.saved import About, Fingerprint, check_made_for, read_about
+from tokentree.heads.fingerprint import Fingerprint
+from tokentree.heads.saved import About, check_made_for, read_about
 
 LAYOUTS = ("safeailab", "speculators")
 FILES = ("model.safetensors", "pytorch_model.bin")
@@ -29,7 +28,7 @@ IDS = "eagle_aux_hidden_state_layer_ids"
 
 # what a configuration may lead to that makes no sense
 MEANINGLESS = (
-    ValidationError, StrictDataclassError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError,
+    ValidationError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError,
     RuntimeError,
 )  # fmt: skip
 
@@ -149,6 +148,33 @@ def _renamed(tensors: dict[str, torch.Tensor], where: str) -> dict[str, torch.Te
     return found
 
 
+class _Layer(BaseModel):
+    """What is read of a configuration."""
+
+    model_config = ConfigDict(strict=True)
+
+    hidden_size: int
+    num_attention_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_parameters: dict[str, Any]
+
+
+def _layer_of(config: Mapping[str, Any]) -> Any:
+    """A `_Layer`; where ``config`` doesn't say all of that, transformers' configuration, which knows the rest."""
+    if all(config.get(name) is not None for name in _Layer.model_fields):
+        return _Layer(**{name: config[name] for name in _Layer.model_fields})
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import LlamaConfig  # takes a second
+
+    try:
+        return LlamaConfig.from_dict(dict(config))
+    except StrictDataclassError as error:
+        raise ValueError(str(error)) from None
+
+
 def _sizes(
     config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], num_layers: int, where: str
 ) -> tuple[EagleSizes, str]:
@@ -158,7 +184,7 @@ def _sizes(
     if not own_output and "d2t" in tensors and bool(tensors["d2t"].any()):
         raise ModelError(f"{where!r} knows some tokens alone (d2t), and lacks the tensor lm_head.weight for them")
     try:
-        inner: Any = LlamaConfig.from_dict(dict(config.get("transformer_layer_config") or config))
+        inner = _layer_of(config.get("transformer_layer_config") or config)
         hidden, width = tensors["fc.weight"].shape
         kv = tensors[f"{LAYER[version]}self_attn.k_proj.weight"].shape[0]
         target = int(config.get("target_hidden_size") or hidden)

@@ -2,48 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tokentree.errors import ModelError, OptionError, PairingError
 from tokentree.heads.checkpoints import read_config, read_medusa, write_medusa
+from tokentree.heads.fingerprint import Fingerprint
 from tokentree.heads.medusa import MedusaHeads
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
-
-SIZES = (
-    "model_type",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-)
-
-
-class Fingerprint(BaseModel):
-    """What tells one target from another: hashes of the sizes in its configuration, and of its tokenizer's vocabulary
-    (None without one)."""
-
-    model_config = ConfigDict(frozen=True)
-
-    config: str
-    tokenizer: str | None = None
-
-    @classmethod
-    def of(cls, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> Fingerprint:
-        own = config.get_text_config()
-        sizes = {name: getattr(own, name, None) for name in SIZES}
-        vocab = None if tokenizer is None else _hash(sorted(tokenizer.get_vocab().items()))
-        return cls(config=_hash(sizes), tokenizer=vocab)
 
 
 class About(BaseModel):
@@ -145,7 +114,3 @@ def read_about(config: Mapping[str, Any], where: str) -> About:
     except ValidationError as error:
         wrong = ".".join(map(str, error.errors()[0]["loc"]))
         raise ModelError(f"in {where!r} the configuration's field tokentree.{wrong} makes no sense") from None
-
-
-def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=True).encode()).hexdigest()[:16]

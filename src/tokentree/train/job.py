@@ -17,7 +17,7 @@ from rich.console import Console
 
 from tokentree.cli.terminal import consoles
 from tokentree.errors import OptionError, PromptError
-from tokentree.heads.saved import Fingerprint
+from tokentree.heads.fingerprint import Fingerprint
 from tokentree.llm import LLM
 from tokentree.train.keeping import keep_text, kept_json, whole, writing
 from tokentree.train.loop import CHECKPOINT, Figures, Recipe, Watch

@@ -13,8 +13,9 @@ from rich.console import Console
 
 from tokentree.cache import replacing
 from tokentree.errors import OptionError
+from tokentree.heads.fingerprint import Fingerprint
 from tokentree.heads.medusa import MedusaHeads
-from tokentree.heads.saved import About, Fingerprint, read_heads, write_heads
+from tokentree.heads.saved import About, read_heads, write_heads
 from tokentree.llm import LLM
 from tokentree.loading import load_model, pick_device
 from tokentree.shapes.optimal import find_choices

@@ -14,7 +14,8 @@ from tokentree.engines.base import Features
 from tokentree.errors import OptionError
 from tokentree.heads.eagle import EagleHead, EagleSizes
 from tokentree.heads.eagle_files import default_taps, write_eagle
-from tokentree.heads.saved import About, Fingerprint
+from tokentree.heads.fingerprint import Fingerprint
+from tokentree.heads.saved import About
 from tokentree.llm import LLM
 from tokentree.train.eagle import EagleTask, EagleWithLoss
 from tokentree.train.features import keep_features

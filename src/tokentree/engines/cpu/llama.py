@@ -16,6 +16,7 @@ from tokentree.engines.cpu.packing import Packing
 from tokentree.engines.cpu.quantized import QuantizedLinear
 from tokentree.engines.cpu.steps import Heads, RotaryTable, Steps
 from tokentree.kernels.tile import BLOCK
+from tokentree.rotary import Rotary, Rotation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,7 +42,7 @@ class Llama:
 
     Args:
         embedding: of tokens.
-        rotary: makes cosines and sines of positions, see `steps.Turns`.
+        rotary: makes cosines and sines of positions, see `rotary`.
         layers: in order.
         norm: behind them.
         head: makes logits.
@@ -165,40 +166,6 @@ class Llama:
         alike = {(layer.mlp.gate_up.num_outputs, layer.attention.heads, layer.attention.kv_heads, layer.attention.width)
                  for layer in self.layers}  # fmt: skip
         expect("layers", len(alike) == 1)  # they share one room for what is between them
-
-
-@dataclass(frozen=True, eq=False)
-class Rotation:
-    """How positions turn pairs of numbers (Su et al. 2021, arXiv:2104.09864).
-
-    Args:
-        frequencies: float32[width / 2], radians for a position.
-        scale: of cosines and sines.
-    """
-
-    frequencies: torch.Tensor
-    scale: float
-
-    @classmethod
-    def of(cls, rotary: nn.Module) -> Rotation:
-        """Of a transformers model's module whose positions are `RotaryTable.fixed`."""
-        own: Any = rotary
-        return cls(own.inv_freq.detach().float(), float(own.attention_scaling))
-
-
-class Rotary(nn.Module):
-    """Does as a transformers model's own module."""
-
-    def __init__(self, rotation: Rotation) -> None:
-        super().__init__()
-        self._rotation = rotation
-
-    def forward(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines [texts, n, width] of ``positions`` int64[texts, n], in the type of ``x``."""
-        turns = positions[..., None].float() * self._rotation.frequencies
-        turns = torch.cat([turns, turns], -1)
-        scale = self._rotation.scale
-        return (turns.cos() * scale).to(x.dtype), (turns.sin() * scale).to(x.dtype)
 
 
 def _is_a(module: nn.Module, part: str) -> bool:
