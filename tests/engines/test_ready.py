@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from tests.drafters.test_eagle import some_head
 from tests.engines.cpu.test_kept import logits_of, rewrite
 from tests.gguf_files import write_gguf
 from tests.tiny_models import request, some_tokens, tiny, tiny_tokenizer
@@ -24,7 +25,9 @@ from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.modules import ModulesEngine
 from tokentree.engines.program import ProgramEngine
 from tokentree.errors import ModelError
+from tokentree.heads.eagle_files import write_eagle
 from tokentree.heads.fingerprint import Fingerprint
+from tokentree.heads.saved import About
 from tokentree.loading import load_engine
 from tokentree.rotary import Rotary, Rotation
 
@@ -157,18 +160,25 @@ def test_texts_are_the_same_with_draft_models_too(tmp_path: Path) -> None:
     assert all(isinstance(engine, ReadyEngine) for engine in engines)
 
 
-def test_nothing_else_is_read_and_no_model_class_imported(tmp_path: Path) -> None:
-    folder = saved(tmp_path / "model", tiny("llama", torch.bfloat16, vocab_size=300, **WIDE))
-    first = LLM(folder).generate(["a tree"], SamplingParams(max_tokens=5, seed=0))[0].token_ids
+@pytest.mark.parametrize("headed", [False, True])
+def test_nothing_else_is_read_and_no_model_class_imported(headed: bool, tmp_path: Path) -> None:
+    model, heads = tiny("llama", torch.bfloat16, vocab_size=300, **WIDE), str(tmp_path / "heads") if headed else None
+    folder = saved(tmp_path / "model", model)
+    if heads is not None:
+        head = some_head(3, hidden_size=WIDE["hidden_size"], vocab_size=300, taps=(0, 1, 2))
+        write_eagle(head, heads, "tiny", about=About(taps=[0, 1, 2]))
+    first = LLM(folder, heads=heads).generate(["a tree"], SamplingParams(max_tokens=5, seed=0))[0].token_ids
     program = (
         "import sys; from tokentree import LLM, SamplingParams\n"
-        f"print(LLM({str(folder)!r}).generate(['a tree'], SamplingParams(max_tokens=5, seed=0))[0].token_ids)\n"
-        "print('transformers.modeling_utils' in sys.modules)"
+        f"llm = LLM({str(folder)!r}, heads={heads!r})\n"
+        "print(llm.generate(['a tree'], SamplingParams(max_tokens=5, seed=0))[0].token_ids)\n"
+        "print('transformers.modeling_utils' in sys.modules)\n"
+        "print('eagle' in llm.decoder.names)"
     )
     second = subprocess.run(
         [sys.executable, "-c", program], env=dict(os.environ), capture_output=True, text=True, check=True
     )
-    assert second.stdout.splitlines() == [str(first), "False"]
+    assert second.stdout.splitlines() == [str(first), "False", str(headed)]
 
 
 def test_with_options_that_need_the_model_it_is_loaded(tmp_path: Path) -> None:
