@@ -165,7 +165,7 @@ def test_nothing_else_is_read_and_no_model_class_imported(headed: bool, tmp_path
     model, heads = tiny("llama", torch.bfloat16, vocab_size=300, **WIDE), str(tmp_path / "heads") if headed else None
     folder = saved(tmp_path / "model", model)
     if heads is not None:
-        head = some_head(3, hidden_size=WIDE["hidden_size"], vocab_size=300, taps=(0, 1, 2))
+        head = some_head(3, vocab_size=300, **WIDE)
         write_eagle(head, heads, "tiny", about=About(taps=[0, 1, 2]))
     first = LLM(folder, heads=heads).generate(["a tree"], SamplingParams(max_tokens=5, seed=0))[0].token_ids
     program = (
