@@ -5,6 +5,10 @@ be off, which the tests have on.
 
 Prints what each kernel needs, one JSON object a line: compute capability, name, options, registers of a thread, bytes
 of these that were spilled to memory, bytes of shared memory, and how many there may be.
+
+What is known already is not computed again. Triton writes the same PTX for 89 as for 80, its target aside. And a kernel
+that leaves half of the registers free on 89 can't spill on 120, which has as many: of these, one launch of each kernel
+is compiled for 120. Both hold where the capability of which it is known is named before.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 
 from tokentree.engines.gpu import forward, kv_forward, modules, steady
 from tokentree.engines.gpu.forward import Forward
@@ -46,6 +50,9 @@ MODELS = {90: (*SOME, "16:smollm2", "16:70b", "8:smollm2", "8:70b")}  # what is 
 TYPES = {
     torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64", torch.int8: "*i8"
 }  # fmt: skip
+SAME_PTX = {89: 80}  # capabilities for which Triton writes the same code, its target aside
+LIKE = {120: 89}  # capabilities with as many registers, and as much shared memory
+HALF = 128  # of the registers that a thread may have
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 Launch = tuple[Any, dict[str, str], dict[tuple[int], Any], dict[tuple[int], Any], dict[str, int]]
@@ -159,35 +166,62 @@ def of_modules(w: Weights, pages: Pages, memory: int) -> None:
             steady.expert_product(made(rows, w.width), weights, made(8, 2048), ids, 2, turned)
 
 
-def needs(launch: Launch, capability: int) -> dict[str, Any]:
-    """What one kernel needs."""
-    kernel, signature, constants, attributes, sizes = launch
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=sizes)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(made.asm["cubin"])
-        file.flush()
-        told = subprocess.run(
-            [BINARIES / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", told)
-    assert found is not None, told
-    named = {kernel.arg_names[place]: value for (place,), value in constants.items()}
-    return {
-        "capability": capability, "kernel": kernel.__name__, "options": str(named | sizes), "registers": int(found[1]),
-        "spilled": int(found[2]) + int(found[3]), "shared": made.metadata.shared, "most": SHARED[capability],
-    }  # fmt: skip
+class Compiler:
+    """Compiles launches for GPUs, and knows what it compiled before."""
+
+    def __init__(self) -> None:
+        self._ptx: dict[tuple[int, str], tuple[str, int]] = {}
+        self._registers: dict[tuple[int, str], int] = {}
+        self._kernels = set[tuple[int, str]]()
+
+    def spares(self, what: str, launch: Launch, capability: int) -> bool:
+        """Whether another capability has shown that the launch ``what`` can't spill on this one."""
+        few = self._registers.get((LIKE.get(capability, 0), what), HALF) < HALF
+        return few and (capability, launch[0].__name__) in self._kernels
+
+    def needs(self, what: str, launch: Launch, capability: int) -> dict[str, Any]:
+        """What one kernel needs."""
+        kernel, signature, constants, attributes, sizes = launch
+        writer, target = SAME_PTX.get(capability, capability), GPUTarget("cuda", capability, 32)
+        if (writer, what) in self._ptx:
+            ptx, shared = self._ptx[writer, what]
+            backend = make_backend(target)
+            renamed = ptx.replace(f".target sm_{writer}", f".target sm_{capability}")
+            cubin = backend.make_cubin(renamed, {}, backend.parse_options(sizes), capability)
+        else:
+            source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+            made = triton.compile(source, target=target, options=sizes)
+            cubin, shared = made.asm["cubin"], made.metadata.shared
+            self._ptx[capability, what] = made.asm["ptx"], shared
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(cubin)
+            file.flush()
+            told = subprocess.run(
+                [BINARIES / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+            ).stdout
+        found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", told)
+        assert found is not None, told
+        self._registers[capability, what] = int(found[1])
+        self._kernels.add((capability, kernel.__name__))
+        named = {kernel.arg_names[place]: value for (place,), value in constants.items()}
+        return {
+            "capability": capability, "kernel": kernel.__name__, "options": str(named | sizes),
+            "registers": int(found[1]), "spilled": int(found[2]) + int(found[3]), "shared": shared,
+            "most": SHARED[capability],
+        }  # fmt: skip
 
 
-def main(capability: int) -> None:
+def main(capability: int, compiler: Compiler) -> None:
     found = dict[str, Launch]()
     for model in MODELS.get(capability, SOME):
         bits, name = model.split(":")
         found |= launches(name, int(bits), capability)
-    for launch in found.values():
-        print(json.dumps(needs(launch, capability)), flush=True)
+    for what, launch in found.items():
+        if not compiler.spares(what, launch, capability):
+            print(json.dumps(compiler.needs(what, launch, capability)), flush=True)
 
 
 if __name__ == "__main__":
+    compiler = Compiler()
     for number in sys.argv[1:]:
-        main(int(number))
+        main(int(number), compiler)

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-PROCESSES = (80, 90), (89, 120)  # compute capabilities that one process compiles for: as much work as the other's
+PROCESSES = (80, 89, 120), (90,)  # compute capabilities that one process compiles for: as much work as the other's
 FEW = 32  # bytes of a thread that may wait in memory, so that more programs fit: what loops use is far more
 
 
@@ -33,6 +33,6 @@ def test_kernels_of_all_sizes_compile_without_spills_within_the_shared_memory_of
     for capability in sum(PROCESSES, ()):
         kernels = [one for one in found if one["capability"] == capability]
         assert len({one["kernel"] for one in kernels}) == 19
-        assert len(kernels) > 40
+        assert len(kernels) > (20 if capability == 120 else 80)
         assert not [one for one in kernels if one["spilled"] > FEW], capability
         assert not [one for one in kernels if one["shared"] > one["most"]], capability
