@@ -16,6 +16,11 @@ QUANTIZATIONS = ("int8", "gguf")
 ALIBI = {"bloom", "mpt"}
 SEEN = {"full_attention", "sliding_attention", "chunked_attention"}  # layers that keep keys and values alone
 STATES = {"linear_attention", "conv", "hybrid", "hybrid_sliding", "mamba", "recurrent", "attention_and_mamba"}
+# what modules call whose recurrences `engines/cpu/states` computes
+RECURRENCES = {
+    "causal_conv1d_fn", "chunk_kimi_delta_attention", "mamba2_chunk_scan", "mamba_selective_scan",
+    "torch_chunk_gated_delta_rule",
+}  # fmt: skip
 
 
 def unsupported(model: PreTrainedModel) -> str | None:
@@ -26,7 +31,9 @@ def unsupported(model: PreTrainedModel) -> str | None:
     if config.model_type in ALIBI or getattr(config, "alibi", False):
         return f"{name} uses ALiBi, which reads positions off the order of rows, and a tree's rows are not in order"
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or ())
-    if getattr(type(model), "_is_stateful", False) or kinds & STATES:
+    if is_recurrent(model):
+        kinds -= STATES
+    elif getattr(type(model), "_is_stateful", False) or kinds & STATES:
         what = ", ".join(sorted(kinds & STATES)) or "a recurrent state"
         return f"{name} has {what}: a state that can't be rolled back to an accepted path of a tree"
     if "chunked_attention" in kinds or getattr(config.get_text_config(), "attention_chunk_size", None):
@@ -40,6 +47,12 @@ def unsupported(model: PreTrainedModel) -> str | None:
     if missing:
         return f"{name} takes no {', '.join(sorted(missing))}, without which a tree can't be verified"
     return None
+
+
+def is_recurrent(model: PreTrainedModel) -> bool:
+    """Whether ``model`` has recurrent states beside its KV, or instead, that this library can roll back on CPUs."""
+    kinds = {type(module) for module in model.modules()}
+    return any(RECURRENCES & {*inspect.unwrap(kind.forward).__code__.co_names} for kind in kinds)
 
 
 def check_supported(model: PreTrainedModel) -> None:

@@ -18,12 +18,13 @@ from torch.overrides import TorchFunctionMode
 
 from tokentree.engines.cpu.linear import OneDNNLinear, PackedLinear, linear_of
 from tokentree.engines.cpu.packing import is_plain
+from tokentree.engines.cpu.prepare import SPLIT
 from tokentree.errors import ModelError
 
 LEAST = 4  # rows of a product in float32: fewer take other loops
 
 VECTOR = 64  # the most numbers that one step of a loop computes
-_OF_NUMBERS = {torch.sigmoid, Tensor.sigmoid, silu, softplus}
+_OF_NUMBERS = {torch.exp, Tensor.exp, torch.sigmoid, Tensor.sigmoid, silu, softplus, torch.tanh, Tensor.tanh}
 _TURNED: set[Any] = {Tensor.t, torch.t, *(vars(torch._C.TensorBase)[name].__get__ for name in ("T", "mT"))}
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
 _ABOUT = {
@@ -139,7 +140,7 @@ def steady_weights(model: nn.Module, release: bool = False) -> None:
         release: drop experts' weights once they are packed, as `prepare.pack` does.
     """
     for module in model.modules():
-        if isinstance(module, nn.Embedding):
+        if isinstance(module, nn.Embedding | nn.Conv1d):  # nobody multiplies with those
             continue
         for name, weight in module._parameters.items():
             if is_plain(weight) and weight.ndim in (2, 3) and _fits(weight):
@@ -147,7 +148,7 @@ def steady_weights(model: nn.Module, release: bool = False) -> None:
                 steady = SteadyWeight.of(weight, weight if lets_go else None, lets_go)
                 module._parameters[name] = steady  # type: ignore[assignment]
     for module in [module for module in model.modules() if any(map(_leaves_over, [module, *module.children()]))]:
-        module.forward = _in_whole_vectors(module.forward)
+        module.forward = in_whole_vectors(module.forward)
 
 
 def _leaves_over(module: nn.Module) -> bool:
@@ -156,7 +157,9 @@ def _leaves_over(module: nn.Module) -> bool:
     return any(size % VECTOR for weight in held for size in weight.shape[-2:])
 
 
-def _in_whole_vectors(forward: Callable[..., Any]) -> Callable[..., Any]:
+def in_whole_vectors(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``forward``, in which functions of single numbers give a number the same bits beside any others."""
+
     def steady(*args: Any, **kwargs: Any) -> Any:
         with _WholeVectors():
             return forward(*args, **kwargs)
@@ -165,15 +168,19 @@ def _in_whole_vectors(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _WholeVectors(TorchFunctionMode):
-    """In here functions of single numbers are computed on whole vectors: torch computes what is left of one by other
-    instructions, which round differently."""
+    """In here functions of single numbers are computed on whole vectors, and in one thread: torch computes what is left
+    of a vector, at the end of each thread's share, by other instructions, which round differently."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
         x: Any = args[0] if args else None
-        left = -x.numel() % VECTOR if func in _OF_NUMBERS and type(x) is Tensor and not kwargs else 0
-        if not left or len(args) > 1:
-            return func(*args, **(kwargs or {}))
-        return func(pad(x.reshape(-1), (0, left)))[: x.numel()].view(x.shape)
+        if func not in _OF_NUMBERS or type(x) is not Tensor or len(args) > 1 or any(named.values()):
+            return func(*args, **named)
+        left = -x.numel() % VECTOR
+        if not left and x.numel() < SPLIT:
+            return func(x)
+        parts = pad(x.reshape(-1), (0, left)).split(SPLIT - VECTOR)
+        return torch.cat([func(part) for part in parts])[: x.numel()].view(x.shape)
 
 
 def foreign_layers(model: nn.Module) -> list[str]:
