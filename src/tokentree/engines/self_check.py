@@ -54,12 +54,13 @@ def own_forward(
     routes = Routes(known, np.arange(len(tokens)))
     with routes:
         out = _read(model, tokens)
-    if out.past_key_values is None and getattr(model.config.get_text_config(), "is_decoder", None) is False:
+    cache = out.past_key_values if "past_key_values" in out else out.get("cache_params")
+    if cache is None and getattr(model.config.get_text_config(), "is_decoder", None) is False:
         raise ModelError(
             f"{type(model).__name__} is an encoder here, whose tokens see those behind them too: load it with "
             "is_decoder=True"
         )
-    layers = getattr(out.past_key_values, "layers", [])
+    layers = getattr(cache, "layers", [])
     attending = [layer for layer in layers if isinstance(getattr(layer, "keys", None), torch.Tensor)]
     if not layers or (len(attending) < len(layers) and not recurrent):
         raise ModelError(f"{type(model).__name__} keeps more than keys and values, which a tree can't roll back")

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 QUANTIZATIONS = ("int8", "gguf")
+NO_LIMIT = 1 << 24  # positions, of a model that knows none
 ALIBI = {"bloom", "mpt"}
 SEEN = {"full_attention", "sliding_attention", "chunked_attention"}  # layers that keep keys and values alone
 STATES = {"linear_attention", "conv", "hybrid", "hybrid_sliding", "mamba", "recurrent", "attention_and_mamba"}
@@ -32,7 +33,7 @@ def unsupported(model: PreTrainedModel) -> str | None:
         return f"{name} uses ALiBi, which reads positions off the order of rows, and a tree's rows are not in order"
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or ())
     if is_recurrent(model):
-        kinds -= STATES
+        kinds -= STATES | {"mlp", "moe"}
     elif getattr(type(model), "_is_stateful", False) or kinds & STATES:
         what = ", ".join(sorted(kinds & STATES)) or "a recurrent state"
         return f"{name} has {what}: a state that can't be rolled back to an accepted path of a tree"
@@ -41,10 +42,9 @@ def unsupported(model: PreTrainedModel) -> str | None:
     if kinds - SEEN:
         what = ", ".join(sorted(kinds - SEEN))
         return f"{name} has layers of the kind {what}, which this library has neither masks nor KV for"
-    missing = {"position_ids", "attention_mask", "past_key_values"} - set(
-        inspect.signature(type(model).forward).parameters
-    )
-    if missing:
+    taken = set(inspect.signature(type(model).forward).parameters)
+    missing = {"position_ids", "attention_mask", "past_key_values"} - taken
+    if missing and not (is_recurrent(model) and "cache_params" in taken):  # states alone know no positions
         return f"{name} takes no {', '.join(sorted(missing))}, without which a tree can't be verified"
     return None
 
@@ -81,7 +81,8 @@ def context_length(config: PreTrainedConfig) -> int:
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
         return int(rope.get("original_max_position_embeddings") or config.original_max_position_embeddings)
-    return int(config.max_position_embeddings)
+    names = ("max_position_embeddings", "model_max_length")
+    return int(next((value for name in names if (value := getattr(config, name, None))), NO_LIMIT))
 
 
 def layer_windows(config: PreTrainedConfig) -> dict[str, int | None]:

@@ -233,7 +233,6 @@ def loop_of(step):
     """The loop over all rows of a forward. A thread is told, in integers: a `RecurrenceCall`, and `StateRows` of each
     segment."""
 
-    @numba.njit
     def recur(arguments):
         begin: int = address_of(arguments)
         call = call_at(begin)
@@ -273,7 +272,8 @@ def loop_of(step):
             keep(states)
         keep(scratch)
 
-    return recur
+    recur.__qualname__ = f"recur_{step.__name__}"  # kept code is linked by such names, and each loop needs its own
+    return numba.njit(recur)
 
 
 _delta, _linear, _selective, _gated = (

@@ -36,7 +36,7 @@ from tokentree.tree import TokenTree
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 EACH = pytest.mark.parametrize("name", HYBRIDS)
-SOME = pytest.mark.parametrize("name", ["qwen3_5_text"])
+SOME = pytest.mark.parametrize("name", ["falcon_h1", "jamba", "lfm2", "mamba", "qwen3_5_text"])
 
 
 @functools.cache

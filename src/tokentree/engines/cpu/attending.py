@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from tokentree.engines.cpu.attention import TREE, Attending, Rule, Sees, attending, running
 from tokentree.engines.cpu.prepare import set_attention
-from tokentree.engines.cpu.states.exchange import exchanged
+from tokentree.engines.cpu.states.exchange import before_packing, exchanged
 from tokentree.engines.recurrent import Recurrence
 from tokentree.engines.self_check import PROBE, probe
 from tokentree.engines.support import layer_windows
@@ -98,7 +98,9 @@ class _Given:
 
 
 def adapt(model: nn.Module) -> None:
-    """Has all modules of ``model`` (a `private_copy`) that are known here attend through `attention.running`."""
+    """Has all modules of ``model`` (a `private_copy`) that are known here attend through `attention.running`, and
+    readies those that carry states."""
+    before_packing(model)
     for module in model.modules():
         if type(module).__name__ in SCORES and type(module).__module__.startswith("transformers."):
             _scored(module, SCORES[type(module).__name__](module))

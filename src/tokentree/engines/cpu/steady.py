@@ -9,6 +9,7 @@ it as before, and gets the product of packed weights instead (`linear`).
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import unwrap
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ LEAST = 4  # rows of a product in float32: fewer take other loops
 
 VECTOR = 64  # the most numbers that one step of a loop computes
 _OF_NUMBERS = {torch.exp, Tensor.exp, torch.sigmoid, Tensor.sigmoid, silu, softplus, torch.tanh, Tensor.tanh}
+_NAMES = {"exp", "sigmoid", "silu", "softplus", "tanh"}
 _TURNED: set[Any] = {Tensor.t, torch.t, *(vars(torch._C.TensorBase)[name].__get__ for name in ("T", "mT"))}
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
 _ABOUT = {
@@ -68,6 +70,8 @@ class SteadyWeight(Tensor):
                 return weight._times(x, bias)
         elif func in _PRODUCTS and isinstance(args[1], cls) and args[1].ndim == 2 and not isinstance(args[0], cls):
             return args[1]._turned()._times(args[0], None)
+        elif func in _PRODUCTS and isinstance(args[0], cls) and args[0].ndim == 2 and not isinstance(args[1], cls):
+            return args[0]._times(args[1].transpose(-1, -2), None).transpose(-1, -2)
         elif func in _TURNED and args[0].ndim == 2:
             return args[0]._turned()
         elif func is Tensor.__getitem__ and isinstance(args[0], cls) and args[0].ndim == 3 and _whole(args[1]):
@@ -155,6 +159,11 @@ def _leaves_over(module: nn.Module) -> bool:
     """Whether a weight of ``module`` itself makes rows that aren't whole vectors."""
     held = [weight for weight in module.parameters(recurse=False) if isinstance(weight, SteadyWeight)]
     return any(size % VECTOR for weight in held for size in weight.shape[-2:])
+
+
+def computes_numbers(module: nn.Module) -> bool:
+    """Whether the forward of ``module`` itself calls functions of single numbers."""
+    return bool(_NAMES & {*unwrap(type(module).forward).__code__.co_names})
 
 
 def in_whole_vectors(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,18 +12,25 @@ from inspect import unwrap
 from types import FunctionType, MethodType
 from typing import Any
 
+import torch
 from torch import nn
 
 from tokentree.engines.cpu.attention import Recurring, running
+from tokentree.engines.cpu.linear import PackedLinear
+from tokentree.engines.cpu.quantized import QuantizedLinear
 from tokentree.engines.cpu.states.convolution import causal_conv1d
 from tokentree.engines.cpu.states.gated_delta import gated_delta_rule
-from tokentree.engines.cpu.steady import in_whole_vectors
+from tokentree.engines.cpu.states.mamba import leave_weights, mamba_selective_scan
+from tokentree.engines.cpu.states.mamba2 import mamba2_chunk_scan
+from tokentree.engines.cpu.steady import computes_numbers, in_whole_vectors
 from tokentree.engines.foreign import is_own
 from tokentree.errors import ModelError
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "causal_conv1d_fn": causal_conv1d,
     "chunk_kimi_delta_attention": gated_delta_rule,
+    "mamba2_chunk_scan": mamba2_chunk_scan,
+    "mamba_selective_scan": mamba_selective_scan,
     "torch_chunk_gated_delta_rule": gated_delta_rule,
 }
 
@@ -35,8 +42,21 @@ def carries_state(module: nn.Module) -> bool:
     return known and "forward" not in vars(module) and is_own(kind)
 
 
+def before_packing(model: nn.Module) -> None:
+    """Sees to it that modules of ``model`` (a `private_copy`) find what they read once linear layers are packed. It has
+    an effect on those that carry states, and on blocks around them."""
+    found = [module for module in model.modules() if carries_state(module)]
+    for module in found:
+        leave_weights(module)
+    if found and any(_reads_types(module) for module in model.modules()):
+        for module in model.modules():
+            if type(module).__name__.endswith("RMSNorm"):  # it may be given float32, which a fused one doesn't take
+                module.forward = module.forward
+
+
 def exchange(model: nn.Module) -> list[nn.Module]:
-    """Has the modules of ``model`` (a `private_copy`) compute their recurrences here; returns those that do."""
+    """Has the modules of ``model`` (a `private_copy`) compute their recurrences here; returns those that were changed.
+    If there are any, gates in other modules are computed in the same way whatever rows there are, too."""
     found = [module for module in model.modules() if carries_state(module)]
     for module in found:
         own = unwrap(type(module).forward)
@@ -44,7 +64,43 @@ def exchange(model: nn.Module) -> list[nn.Module]:
         forward = FunctionType(own.__code__, scope, own.__name__, own.__defaults__, own.__closure__)
         forward.__kwdefaults__ = own.__kwdefaults__
         module.forward = in_whole_vectors(MethodType(forward, module))
-    return found
+    for module in model.modules():
+        if found and _reads_types(module):
+            _tell_types(module)
+    gated = [module for module in model.modules() if found and _has_gates(module)]
+    for module in gated:
+        module.forward = in_whole_vectors(module.forward)
+    return [*found, *gated]
+
+
+def _has_gates(module: nn.Module) -> bool:
+    """Whether ``module``, which does what its class says, computes gates, and is no activation itself."""
+    plain = "forward" not in vars(module) and bool(module._modules or module._parameters)
+    return plain and computes_numbers(module) and is_own(type(module))
+
+
+def _reads_types(module: nn.Module) -> bool:
+    """Whether the forward of ``module`` converts what it gives its parts to the type of their weights."""
+    return {"weight", "dtype", "to"} <= {*unwrap(type(module).forward).__code__.co_names}
+
+
+def _tell_types(module: nn.Module) -> None:
+    """Has packed layers in such a module tell the type that they had."""
+    for name, part in list(module._modules.items()):
+        if isinstance(part, PackedLinear | QuantizedLinear) and name in unwrap(type(module).forward).__code__.co_names:
+            module._modules[name] = Typed(part)
+
+
+class Typed(nn.Module):
+    """A packed layer in bfloat16, whose weight seems to be so too."""
+
+    def __init__(self, packed: nn.Module) -> None:
+        super().__init__()
+        self.packed, self.weight = packed, torch.empty(0, dtype=torch.bfloat16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.packed(x)
+        return out
 
 
 @contextmanager
