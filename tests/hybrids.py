@@ -62,6 +62,7 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "linear_attention"], "head_dim": 16,
         "ssm_state_size": 24, "mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2, "chunk_size": 16,
         "n_routed_experts": 4, "moe_intermediate_size": 48, "moe_shared_expert_intermediate_size": 48,
+        "time_step_min": 1e-9,  # transformers heeds this limit where it reads a prompt, and not where it decodes
     },
     "olmo_hybrid": {**_DELTA, "linear_num_key_heads": 4, **_MIXED},
     "qwen3_5_text": _DELTA,
@@ -70,7 +71,7 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"], "mamba_d_state": 24,
         "mamba_ngroups": 2, "n_mamba_heads": 8, "mamba_headdim": 16, "chunk_size": 16, "num_key_value_heads": 4,
         "attention_head_dim": 32, "num_mem_blocks": 1, "use_shared_attention_adapter": True, "adapter_rank": 8,
-        "use_mem_rope": True,
+        "use_mem_rope": True, "time_step_min": 1e-9,
     },
 }  # fmt: skip
 
