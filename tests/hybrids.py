@@ -58,6 +58,10 @@ HYBRIDS: dict[str, dict[str, Any]] = {
     },
     "mamba": {"state_size": 8, "time_step_rank": 6},
     "mamba2": {"state_size": 24, "num_heads": 8, "head_dim": 16, "n_groups": 2, "chunk_size": 16},
+    "minimax": {
+        "head_dim": 16, "block_size": 8, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
+    },
     "nemotron_h": {
         "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "linear_attention"], "head_dim": 16,
         "ssm_state_size": 24, "mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2, "chunk_size": 16,
@@ -67,6 +71,9 @@ HYBRIDS: dict[str, dict[str, Any]] = {
     "olmo_hybrid": {**_DELTA, "linear_num_key_heads": 4, **_MIXED},
     "qwen3_5_text": _DELTA,
     "qwen3_next": {**_DELTA, **_EXPERTS},
+    "recurrent_gemma": {
+        "lru_width": 64, "sliding_window": 7, "num_hidden_layers": 6, "head_dim": 16, "conv1d_width": 4,
+    },
     "zamba2": {
         "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"], "mamba_d_state": 24,
         "mamba_ngroups": 2, "n_mamba_heads": 8, "mamba_headdim": 16, "chunk_size": 16, "num_key_value_heads": 4,

@@ -88,7 +88,7 @@ class ModelEngine(KVEngine):
             input_ids=torch.from_numpy(ids)[None].to(self.device),
             attention_mask=mask,
             **{self._cache_name: cache},
-            use_cache=True,
+            use_cache=not self._storages.layout.recurrences,  # some would look for states in it, or in themselves
             return_dict=True,
             **options,
         )

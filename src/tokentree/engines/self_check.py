@@ -55,14 +55,14 @@ def own_forward(
     with routes:
         out = _read(model, tokens)
     cache = out.past_key_values if "past_key_values" in out else out.get("cache_params")
-    if cache is None and getattr(model.config.get_text_config(), "is_decoder", None) is False:
+    if cache is None and not recurrent and getattr(model.config.get_text_config(), "is_decoder", None) is False:
         raise ModelError(
             f"{type(model).__name__} is an encoder here, whose tokens see those behind them too: load it with "
             "is_decoder=True"
         )
     layers = getattr(cache, "layers", [])
     attending = [layer for layer in layers if isinstance(getattr(layer, "keys", None), torch.Tensor)]
-    if not layers or (len(attending) < len(layers) and not recurrent):
+    if not recurrent and (not layers or len(attending) < len(layers)):
         raise ModelError(f"{type(model).__name__} keeps more than keys and values, which a tree can't roll back")
     shapes = [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in attending]
     kept = torch.tensor(shapes, dtype=torch.int64).reshape(-1, 3)

@@ -17,7 +17,8 @@ NO_LIMIT = 1 << 24  # positions, of a model that knows none
 ALIBI = {"bloom", "mpt"}
 SEEN = {"full_attention", "sliding_attention", "chunked_attention"}  # layers that keep keys and values alone
 STATES = {"linear_attention", "conv", "hybrid", "hybrid_sliding", "mamba", "recurrent", "attention_and_mamba"}
-# what modules call whose recurrences `engines/cpu/states` computes
+# what modules call whose recurrences `engines/cpu/states` computes, and their classes where they call no function
+CLASSES = {"MiniMaxLightningAttention", "RecurrentGemmaRecurrentBlock", "RecurrentGemmaRglru"}
 RECURRENCES = {
     "causal_conv1d_fn", "chunk_kimi_delta_attention", "mamba2_chunk_scan", "mamba_selective_scan",
     "torch_chunk_gated_delta_rule",
@@ -52,7 +53,9 @@ def unsupported(model: PreTrainedModel) -> str | None:
 def is_recurrent(model: PreTrainedModel) -> bool:
     """Whether ``model`` has recurrent states beside its KV, or instead, that this library can roll back on CPUs."""
     kinds = {type(module) for module in model.modules()}
-    return any(RECURRENCES & {*inspect.unwrap(kind.forward).__code__.co_names} for kind in kinds)
+    return any(RECURRENCES & {*inspect.unwrap(kind.forward).__code__.co_names} for kind in kinds) or bool(
+        CLASSES & {kind.__name__ for kind in kinds}
+    )
 
 
 def check_supported(model: PreTrainedModel) -> None:

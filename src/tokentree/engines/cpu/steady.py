@@ -72,6 +72,9 @@ class SteadyWeight(Tensor):
             return args[1]._turned()._times(args[0], None)
         elif func in _PRODUCTS and isinstance(args[0], cls) and args[0].ndim == 2 and not isinstance(args[1], cls):
             return args[0]._times(args[1].transpose(-1, -2), None).transpose(-1, -2)
+        elif func is torch.baddbmm and isinstance(args[2], cls) and not named and not isinstance(args[1], cls):
+            bias, x, weight = args
+            return torch.stack([rows @ weight[part] for part, rows in enumerate(x)]) + bias
         elif func in _TURNED and args[0].ndim == 2:
             return args[0]._turned()
         elif func is Tensor.__getitem__ and isinstance(args[0], cls) and args[0].ndim == 3 and _whole(args[1]):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from inspect import unwrap
 from types import FunctionType, MethodType
 from typing import Any
@@ -20,6 +21,8 @@ from tokentree.engines.cpu.linear import PackedLinear
 from tokentree.engines.cpu.quantized import QuantizedLinear
 from tokentree.engines.cpu.states.convolution import causal_conv1d
 from tokentree.engines.cpu.states.gated_delta import gated_delta_rule
+from tokentree.engines.cpu.states.lightning import lightning_attention
+from tokentree.engines.cpu.states.linear_unit import convolution, linear_unit
 from tokentree.engines.cpu.states.mamba import leave_weights, mamba_selective_scan
 from tokentree.engines.cpu.states.mamba2 import mamba2_chunk_scan
 from tokentree.engines.cpu.steady import computes_numbers, in_whole_vectors
@@ -35,10 +38,20 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 
 
+# Of classes whose code has no such function: what stands for a method, of the module itself or of one in it.
+METHODS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "MiniMaxLightningAttention": ("forward", lightning_attention),
+    "RecurrentGemmaRecurrentBlock": ("conv_1d.forward", convolution),
+    "RecurrentGemmaRglru": ("_rnn_scan", linear_unit),
+}
+
+Changed = list[tuple[nn.Module, str]]  # modules, and the names of attributes that they were given
+
+
 def carries_state(module: nn.Module) -> bool:
     """Whether ``module`` has a recurrence that is known here, and does what its class says."""
     kind = type(module)
-    known = bool(set(FUNCTIONS) & {*unwrap(kind.forward).__code__.co_names})
+    known = kind.__name__ in METHODS or bool(set(FUNCTIONS) & {*unwrap(kind.forward).__code__.co_names})
     return known and "forward" not in vars(module) and is_own(kind)
 
 
@@ -54,23 +67,36 @@ def before_packing(model: nn.Module) -> None:
                 module.forward = module.forward
 
 
-def exchange(model: nn.Module) -> list[nn.Module]:
-    """Has the modules of ``model`` (a `private_copy`) compute their recurrences here; returns those that were changed.
-    If there are any, gates in other modules are computed in the same way whatever rows there are, too."""
-    found = [module for module in model.modules() if carries_state(module)]
-    for module in found:
-        own = unwrap(type(module).forward)
-        scope = own.__globals__ | {name: _running(ours) for name, ours in FUNCTIONS.items()}
-        forward = FunctionType(own.__code__, scope, own.__name__, own.__defaults__, own.__closure__)
-        forward.__kwdefaults__ = own.__kwdefaults__
-        module.forward = in_whole_vectors(MethodType(forward, module))
-    for module in model.modules():
-        if found and _reads_types(module):
+def exchange(model: nn.Module) -> Changed:
+    """Has the modules of ``model`` (a `private_copy`) compute their recurrences here. If there are any, gates in other
+    modules are computed in the same way whatever rows there are, too. Returns what was changed."""
+    found: Changed = []
+    for module in [module for module in model.modules() if carries_state(module)]:
+        if type(module).__name__ in METHODS:
+            where, ours = METHODS[type(module).__name__]
+            path, _, name = where.rpartition(".")
+            owner = module.get_submodule(path)
+            setattr(owner, name, in_whole_vectors(partial(_running(ours), owner)))
+            found.append((owner, name))
+        else:
+            module.forward = in_whole_vectors(MethodType(_with_our_functions(module), module))
+            found.append((module, "forward"))
+    for module in model.modules() if found else ():
+        if _reads_types(module):
             _tell_types(module)
-    gated = [module for module in model.modules() if found and _has_gates(module)]
-    for module in gated:
-        module.forward = in_whole_vectors(module.forward)
-    return [*found, *gated]
+        if _has_gates(module):
+            module.forward = in_whole_vectors(module.forward)
+            found.append((module, "forward"))
+    return found
+
+
+def _with_our_functions(module: nn.Module) -> FunctionType:
+    """The forward of a module's class, which calls the functions of this folder."""
+    own = unwrap(type(module).forward)
+    scope = own.__globals__ | {name: _running(ours) for name, ours in FUNCTIONS.items()}
+    forward = FunctionType(own.__code__, scope, own.__name__, own.__defaults__, own.__closure__)
+    forward.__kwdefaults__ = own.__kwdefaults__
+    return forward
 
 
 def _has_gates(module: nn.Module) -> bool:
@@ -106,12 +132,12 @@ class Typed(nn.Module):
 @contextmanager
 def exchanged(model: nn.Module) -> Iterator[None]:
     """`exchange`, and back."""
-    found = exchange(model)
+    changed = exchange(model)
     try:
         yield
     finally:
-        for module in found:
-            del module.forward
+        for module, name in changed:
+            delattr(module, name)
 
 
 def _running(ours: Callable[..., Any]) -> Callable[..., Any]:
