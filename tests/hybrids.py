@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+)
 
 from tests.tiny_models import CONTEXT, VOCAB, randomised
 
@@ -29,6 +35,13 @@ _MIXED: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention", 
 _LATENT: dict[str, Any] = {
     "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "num_key_value_heads": 4,
     "head_dim": 8,
+}  # fmt: skip
+_VISION: dict[str, Any] = {
+    "depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64, "patch_size": 8,
+    "num_position_embeddings": 16,
+}  # fmt: skip
+_PLACES: dict[str, Any] = {
+    "image_token_id": 3, "video_token_id": 4, "vision_start_token_id": 5, "vision_end_token_id": 6,
 }  # fmt: skip
 # Families by the names of their configurations, and what their tiny ones have beside `_SIZES`.
 HYBRIDS: dict[str, dict[str, Any]] = {
@@ -69,6 +82,7 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         "time_step_min": 1e-9,  # transformers heeds this limit where it reads a prompt, and not where it decodes
     },
     "olmo_hybrid": {**_DELTA, "linear_num_key_heads": 4, **_MIXED},
+    "qwen3_5": _DELTA,
     "qwen3_5_text": _DELTA,
     "qwen3_next": {**_DELTA, **_EXPERTS},
     "recurrent_gemma": {
@@ -88,9 +102,12 @@ def tiny_hybrid(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, 
     sizes = {**_SIZES, **HYBRIDS[family], **options}
     if "layers_block_type" in sizes:
         sizes["num_hidden_layers"] = len(sizes["layers_block_type"])
-    config = CONFIG_MAPPING[family](**sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config)
+        if family == "qwen3_5":
+            config = Qwen3_5Config(text_config=sizes, vision_config=_VISION, **_PLACES)
+            model = Qwen3_5ForConditionalGeneration(config)
+        else:
+            model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**sizes))
     made: PreTrainedModel = randomised(model, seed).to(dtype)  # type: ignore[arg-type]
     return made

@@ -69,6 +69,11 @@ class KVLayout:
         return numbers * self.dtype.itemsize + self.states * self.width * self.state_dtype.itemsize
 
     @property
+    def keeps(self) -> tuple[str, ...]:
+        """See `EngineInfo`."""
+        return tuple(name for name, kept in (("rows", self.shapes), ("states", self.recurrences)) if kept)
+
+    @property
     def text_nbytes(self) -> int:
         """Memory of the recurrent states of a text, however long that is, in bytes."""
         return RecurrentStates.nbytes_of(self.recurrences)

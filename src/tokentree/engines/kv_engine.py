@@ -138,7 +138,8 @@ class KVEngine(NotCopied, ABC):
     def info(self) -> EngineInfo:
         return EngineInfo(
             self.facts.name, self.vocab_size, self.context, tuple(self.ends), self.device, self.dtype,
-            self.attention, self.execution, self.signature, self.caveat,
+            self.attention, self.execution, self.signature, self.caveat, keeps=self._storages.layout.keeps,
+            state_bytes=self._storages.layout.text_nbytes,
         )  # fmt: skip
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from tokentree.drafters.lookup.recycling import Recycling
 from tokentree.drafters.lookup.suffix import Suffix
 from tokentree.drafters.merged import Merged
 from tokentree.engines.base import EngineOptions
+from tokentree.engines.cpu.packed_file import Place
 from tokentree.engines.cpu.steady import in_whole_vectors
 from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.plan import Traits, plan
@@ -126,6 +128,22 @@ def test_a_prompt_may_be_cut_anywhere(name: str) -> None:
         assert torch.equal(engine.verify([seq], [tree]).all_logits, expected), sizes
         engine.release([seq])
     engine.release([whole])
+
+
+@pytest.mark.parametrize("name", ["jamba", "mamba", "qwen3_5", "zamba2"])
+def test_weights_that_are_packed_and_dropped_and_kept_give_the_same_bits(name: str, tmp_path: Path) -> None:
+    tokens, kept = some_tokens(30), Place(tmp_path / "packed", "this model")
+    tree = some_tree(tokens[-1], 20)
+
+    def logits(**options: Any) -> torch.Tensor:
+        engine, seq = TorchEngine(tiny_hybrid(name, torch.bfloat16), **options), request(tokens)
+        engine.prefill(seq)
+        return engine.verify([seq], [tree]).all_logits
+
+    expected = logits()
+    assert torch.equal(logits(owns_model=True), expected)
+    for _ in range(2):  # the second finds them
+        assert torch.equal(logits(owns_model=True, kept=kept), expected)
 
 
 # -- texts -----------------------------------------------------------------------------------------------------------
@@ -273,6 +291,21 @@ def test_states_count_as_memory_and_texts_are_set_back_and_read_again(name: str)
     assert [seq.output_ids for seq in seqs] == expected
     assert 1 < most < 4
     assert not engine._kv
+
+
+@pytest.mark.parametrize(
+    ("name", "keeps"), [("mamba", ("states",)), ("jamba", ("rows", "states")), ("llama", ("rows",))]
+)
+def test_an_engine_says_what_it_keeps_of_a_text(name: str, keeps: tuple[str, ...]) -> None:
+    engine = TorchEngine(tiny("llama"), "tree") if name == "llama" else engine_of(name)
+    seq = request(some_tokens(40))
+    assert engine.info.keeps == keeps
+    engine.prefill(seq)
+    rows = engine._kv_of(seq).capacity * engine._storages.layout.row_nbytes
+    assert (rows > 0) == ("rows" in keeps)
+    assert engine.info.state_bytes == engine.nbytes(seq, 40) - rows
+    assert (engine.info.state_bytes > 0) == ("states" in keeps)
+    engine.release([seq])
 
 
 @SOME

@@ -179,20 +179,28 @@ def in_whole_vectors(forward: Callable[..., Any]) -> Callable[..., Any]:
     return steady
 
 
+def whole_vectors(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``function`` of single numbers, computed on whole vectors, and in one thread: torch computes what is left of a
+    vector, at the end of each thread's share, by other instructions, which round differently."""
+    left = -x.numel() % VECTOR
+    if not left and x.numel() < SPLIT:
+        return function(x)
+    parts = pad(x.reshape(-1), (0, left)).split(SPLIT - VECTOR)
+    return torch.cat([function(part) for part in parts])[: x.numel()].view(x.shape)
+
+
 class _WholeVectors(TorchFunctionMode):
-    """In here functions of single numbers are computed on whole vectors, and in one thread: torch computes what is left
-    of a vector, at the end of each thread's share, by other instructions, which round differently."""
+    """In here functions of single numbers are computed by `whole_vectors`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        named = kwargs or {}
-        x: Any = args[0] if args else None
-        if func not in _OF_NUMBERS or type(x) is not Tensor or len(args) > 1 or any(named.values()):
-            return func(*args, **named)
-        left = -x.numel() % VECTOR
-        if not left and x.numel() < SPLIT:
-            return func(x)
-        parts = pad(x.reshape(-1), (0, left)).split(SPLIT - VECTOR)
-        return torch.cat([func(part) for part in parts])[: x.numel()].view(x.shape)
+        if (
+            func not in _OF_NUMBERS
+            or len(args) != 1
+            or type(args[0]) is not Tensor
+            or (kwargs and any(kwargs.values()))
+        ):
+            return func(*args, **(kwargs or {}))
+        return whole_vectors(func, args[0])
 
 
 def foreign_layers(model: nn.Module) -> list[str]:

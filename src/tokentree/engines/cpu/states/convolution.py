@@ -8,6 +8,7 @@ import torch
 from transformers.activations import ACT2FN
 
 from tokentree.engines.cpu.attention import Recurring
+from tokentree.engines.cpu.steady import whole_vectors
 from tokentree.engines.recurrent import Recurrence
 from tokentree.kernels.convolution import ConvolutionCall, convolution_worker
 from tokentree.kernels.recurrence import StateRows
@@ -36,5 +37,5 @@ def causal_conv1d(
     forward.recur(Recurrence(channels, taps - 1, 0), rows, loop)
     made = out.to(weight.dtype)
     if activation is not None:
-        made = ACT2FN[activation](made)
+        made = whole_vectors(ACT2FN[activation], made)
     return made.to(hidden_states.dtype).t()[None]

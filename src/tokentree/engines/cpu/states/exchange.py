@@ -147,6 +147,7 @@ def _running(ours: Callable[..., Any]) -> Callable[..., Any]:
         forward = running()
         if not isinstance(forward, Recurring):
             raise ModelError("a recurrence is asked for outside of a forward that has states")
-        return ours(forward, *args, **kwargs)
+        with torch._C.DisableTorchFunction():  # nobody needs to look at each of its steps
+            return ours(forward, *args, **kwargs)
 
     return function

@@ -8,6 +8,7 @@ import torch
 
 from tokentree.engines.cpu.attention import Recurring
 from tokentree.engines.cpu.states.scan import scan
+from tokentree.engines.cpu.steady import whole_vectors
 from tokentree.kernels.recurrence import delta_worker
 
 EPSILON = 1e-6  # of the norm of keys and queries
@@ -30,7 +31,7 @@ def gated_delta_rule(
     queries, keys = query[0].float(), key[0].float()
     if use_qk_l2norm_in_kernel:
         queries, keys = _unit(queries), _unit(keys)
-    decay = g[0].float().exp().reshape(rows, heads, -1)
+    decay = whole_vectors(torch.exp, g[0].float()).reshape(rows, heads, -1)
     out = scan(
         forward, delta_worker(), keys, value[0], decay, queries * query.shape[-1] ** -0.5, rate=beta[0],
     )  # fmt: skip

@@ -8,6 +8,7 @@ import torch
 
 from tokentree.engines.cpu.attention import Recurring
 from tokentree.engines.cpu.states.scan import scan
+from tokentree.engines.cpu.steady import whole_vectors
 from tokentree.kernels.recurrence import linear_worker
 
 
@@ -21,5 +22,5 @@ def lightning_attention(
     query, key, value = mixed.split(width, -1)
     decay = (-module.slope_rate.float()).exp().reshape(1, -1, 1).expand(len(mixed), -1, 1)
     out = scan(forward, linear_worker(), key, value, decay, query).flatten(1)[None].to(hidden_states.dtype)
-    gate = torch.sigmoid(module.output_gate(hidden_states))
+    gate = whole_vectors(torch.sigmoid, module.output_gate(hidden_states))
     return module.out_proj(gate * module.norm(out)), None

@@ -10,6 +10,7 @@ from torch.nn.functional import pad, silu, softplus
 
 from tokentree.engines.cpu.attention import Recurring
 from tokentree.engines.cpu.states.scan import scan
+from tokentree.engines.cpu.steady import whole_vectors
 from tokentree.kernels.recurrence import selective_worker
 from tokentree.kernels.tile import BLOCK
 
@@ -31,7 +32,7 @@ def mamba_selective_scan(
     if delta_bias is not None:
         dt = dt + delta_bias.to(dt.dtype)[:, None]
     if delta_softplus:
-        dt = softplus(dt)
+        dt = whole_vectors(softplus, dt)
     x, step = (part[0].t().float()[:, None] for part in (hidden_states, dt))
     key, query = (part[0].t().float()[:, None] for part in (B, C))
     keys = A.shape[1]
@@ -41,7 +42,7 @@ def mamba_selective_scan(
     if D is not None:
         made = made + hidden_states * D[:, None]
     if z is not None:
-        made = made * silu(z)
+        made = made * whole_vectors(silu, z)
     return (made, torch.empty(0)) if return_last_state else made
 
 

@@ -9,6 +9,7 @@ from torch.nn.functional import softplus
 
 from tokentree.engines.cpu.attention import Recurring
 from tokentree.engines.cpu.states.scan import scan
+from tokentree.engines.cpu.steady import whole_vectors
 from tokentree.kernels.recurrence import linear_worker
 
 
@@ -29,9 +30,9 @@ def mamba2_chunk_scan(
     if dt_bias is not None:
         dt = dt + dt_bias.to(dt.dtype)
     if dt_softplus:
-        dt = softplus(dt)
+        dt = whole_vectors(softplus, dt)
     step, x = torch.clamp(dt, min=dt_limit[0], max=dt_limit[1])[0].float(), hidden_states[0].float()
-    decay = (A.float() * step).exp()
+    decay = whole_vectors(torch.exp, A.float() * step)
     out = scan(forward, linear_worker(), B[0], x * step[..., None], decay[..., None], C[0])
     if D is not None:
         out = out + x * D.float()[:, None]
