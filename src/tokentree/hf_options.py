@@ -52,7 +52,7 @@ OF_SAMPLING = {"penalty_alpha"}  # with do_sample, transformers doesn't look at 
 
 # What `generate` hands over besides, and why it is not needed.
 PREPARED = {
-    "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep",
+    "attention_mask", "position_ids", "past_key_values", "cache_params", "use_cache", "logits_to_keep",
     "output_attentions", "output_hidden_states",  # the configuration has them too
 }  # fmt: skip
 KINDS_OF_TOKENS = {"mm_token_type_ids", "token_type_ids"}  # which of them are pictures
@@ -87,8 +87,9 @@ def check_prepares(model: PreTrainedModel) -> None:
 
 def check_kwargs(model: PreTrainedModel, model_kwargs: dict[str, Any]) -> None:
     """Raises `OptionError` if ``model`` would be given anything beside tokens, their mask and their positions."""
-    if getattr(model_kwargs.get("past_key_values"), "_is_user_defined", False):
-        raise OptionError("tokentree can't honour past_key_values: it keeps KV in storage of its own")
+    for name in ("past_key_values", "cache_params"):
+        if getattr(model_kwargs.get(name), "_is_user_defined", False):
+            raise OptionError(f"tokentree can't honour {name}: it keeps KV in storage of its own")
     sees = "image" in model.input_modalities
     for name, value in model_kwargs.items():
         if name in PREPARED or value is None or value is False:

@@ -18,18 +18,12 @@ from transformers import (
     BloomForCausalLM,
     GPTNeoConfig,
     GPTNeoForCausalLM,
-    JambaConfig,
-    JambaForCausalLM,
     LlamaForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
     MptConfig,
     MptForCausalLM,
     PreTrainedModel,
-    Qwen3NextConfig,
-    Qwen3NextForCausalLM,
-    RecurrentGemmaConfig,
-    RecurrentGemmaForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -523,32 +517,7 @@ HEADS: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "in
             "MptForCausalLM uses ALiBi",
         ),
         (lambda: tiny("falcon_old", alibi=True), "FalconForCausalLM uses ALiBi"),
-        (
-            lambda: _small(MambaConfig, MambaForCausalLM, num_hidden_layers=1, state_size=4),
-            "MambaForCausalLM has .*can't be rolled back",
-        ),
-        (
-            lambda: _small(
-                JambaConfig, JambaForCausalLM, num_hidden_layers=2, attn_layer_period=2, attn_layer_offset=1,
-                num_experts=1, use_mamba_kernels=False, mamba_d_state=4, **HEADS,
-            ),
-            "JambaForCausalLM has .*can't be rolled back",
-        ),
-        (
-            lambda: _small(
-                RecurrentGemmaConfig, RecurrentGemmaForCausalLM, num_hidden_layers=3, lru_width=16,
-                attention_window_size=8, **HEADS,
-            ),
-            "RecurrentGemmaForCausalLM has .*can't be rolled back",
-        ),
-        (
-            lambda: _small(
-                Qwen3NextConfig, Qwen3NextForCausalLM, num_hidden_layers=4, head_dim=8, linear_num_value_heads=2,
-                linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8, num_experts=2,
-                moe_intermediate_size=16, shared_expert_intermediate_size=16, **HEADS,
-            ),
-            "Qwen3NextForCausalLM has linear_attention: .*can't be rolled back",
-        ),
+        (lambda: _small(RwkvConfig, RwkvForCausalLM, num_hidden_layers=2), "RwkvForCausalLM has .* be rolled back"),
         (
             lambda: _small(
                 T5Config, T5ForConditionalGeneration, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
@@ -565,8 +534,7 @@ HEADS: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "in
             "BertLMHeadModel is an encoder here, .*: load it with is_decoder=True",
         ),
     ],
-    ids=["bloom", "mpt", "falcon", "mamba", "jamba", "recurrent_gemma", "qwen3_next", "t5", "no_output_layer",
-         "chunks", "another kind", "state", "encoder"],
+    ids=["bloom", "mpt", "falcon", "rwkv", "t5", "no_output_layer", "chunks", "another kind", "state", "encoder"],
 )  # fmt: skip
 def test_a_model_that_no_tree_can_be_verified_with_is_refused_with_the_reason(make: Any, reason: str) -> None:
     with pytest.raises(ModelError, match=reason) as error:

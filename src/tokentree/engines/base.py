@@ -195,6 +195,9 @@ class EngineInfo:
             threads. Measured costs are stored under it. Without a signature, they are measured in each process.
         caveat: a sentence that says why texts equal plain decoding's only up to ties, although `attention` is "tree".
         kv_bytes: the size of the memory for the KV of all texts in bytes. None if that memory grows as needed.
+        keeps: what it keeps of a text, and takes back where a tree's nodes are dropped: "rows" of KV, recurrent
+            "states", or both.
+        state_bytes: the memory of a text's recurrent states in bytes, however long the text is.
     """
 
     name: str
@@ -208,6 +211,8 @@ class EngineInfo:
     signature: str = ""
     caveat: str = ""
     kv_bytes: int | None = None
+    keeps: tuple[str, ...] = ("rows",)
+    state_bytes: int = 0
 
 
 class NotCopied:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tokentree.engines.recurrent import Recurrence, RecurrentStates
 from tokentree.errors import ModelError
 from tokentree.jit import njit
 from tokentree.kernels.tile import BLOCK
@@ -31,6 +32,7 @@ class KVLayout:
         blocked: as `BlockedKV` keeps it.
         fixed: as a compiled graph wants it: each layer in a tensor of its own, and few capacities, powers of two.
         states, width, state_dtype: how many hidden states of each row are kept too, how wide they are, and their type.
+        recurrences: of a model with recurrent states.
     """
 
     shapes: tuple[tuple[int, int, int], ...]
@@ -41,6 +43,7 @@ class KVLayout:
     states: int = 0
     width: int = 0
     state_dtype: torch.dtype = torch.float32
+    recurrences: tuple[Recurrence, ...] = ()
 
     def check(self, layer: int, heads: int, width: int) -> None:
         """Raises `ModelError` unless ``layer`` has so many KV heads, with keys and values of this width, as `BlockedKV`
@@ -65,6 +68,16 @@ class KVLayout:
         numbers = sum(heads * (key + -(-value // step) * step) for heads, key, value in self.shapes)
         return numbers * self.dtype.itemsize + self.states * self.width * self.state_dtype.itemsize
 
+    @property
+    def keeps(self) -> tuple[str, ...]:
+        """See `EngineInfo`."""
+        return tuple(name for name, kept in (("rows", self.shapes), ("states", self.recurrences)) if kept)
+
+    @property
+    def text_nbytes(self) -> int:
+        """Memory of the recurrent states of a text, however long that is, in bytes."""
+        return RecurrentStates.nbytes_of(self.recurrences)
+
     def make(self, rows: int) -> SequenceKV:
         """Storage for a sequence of so many rows; it grows when there are more."""
         return (BlockedKV if self.blocked else SequenceKV)(self, rows)
@@ -79,10 +92,12 @@ class SequenceKV:
         layout: how they are stored.
         length: committed rows.
         states: [states, capacity, width], hidden states of the rows, for drafters that read them.
+        recurrent: the recurrent states of the text, of a model that has any.
     """
 
     def __init__(self, layout: KVLayout, capacity: int) -> None:
         self.length = 0
+        self.recurrent = RecurrentStates(layout.recurrences)
         self._addresses: dict[int, tuple[int, ...]] = {}
         self.layout = layout
         self._capacity = 0
@@ -186,6 +201,7 @@ class SequenceKV:
         small._values = [part(stored, 2) for stored in self._values]
         small.states = part(self.states, 1)
         small._capacity, small.length, small._addresses = whole * BLOCK, end - begin * BLOCK, {}
+        small.recurrent = RecurrentStates(())
         return small
 
     def copy_rows(self, other: SequenceKV, rows: int, behind: int = 0) -> None:
@@ -207,6 +223,7 @@ class SequenceKV:
 
     def keep(self, nodes: SequenceOf[int], committed: int) -> None:
         """Keeps the provisional rows ``nodes``, ascending, and drops the others; the first so many are committed."""
+        self.recurrent.keep(self.length, nodes, committed)
         first = next((i for i, node in enumerate(nodes) if i != node), len(nodes))
         if first < len(nodes):
             rows, start = np.array([self.length + node for node in nodes[first:]]), self.length + first

@@ -19,7 +19,7 @@ from tokentree.engines.cpu.quantized import draft_linear
 from tokentree.engines.guard import Unwatched
 from tokentree.engines.kv import KVLayout, SequenceKV, Storages
 from tokentree.engines.model_facts import Facts
-from tokentree.engines.prefix import PrefixCache
+from tokentree.engines.prefix import LEAST, PrefixCache
 from tokentree.engines.segment import Segment, Upto
 from tokentree.engines.self_check import compare, in_trees
 from tokentree.errors import ModelError, PairingError
@@ -138,7 +138,8 @@ class KVEngine(NotCopied, ABC):
     def info(self) -> EngineInfo:
         return EngineInfo(
             self.facts.name, self.vocab_size, self.context, tuple(self.ends), self.device, self.dtype,
-            self.attention, self.execution, self.signature, self.caveat,
+            self.attention, self.execution, self.signature, self.caveat, keeps=self._storages.layout.keeps,
+            state_bytes=self._storages.layout.text_nbytes,
         )  # fmt: skip
 
     @property
@@ -155,12 +156,19 @@ class KVEngine(NotCopied, ABC):
         if kv.length:
             return 0
         live = [(_ids(other, known), known) for other, known in list(self._kv.values()) if known is not kv]
-        return self._prefixes.fill(kv, np.array(seq.tokens[:-1]), live)
+        tokens = np.array(seq.tokens[:-1])
+        reused = self._prefixes.fill(kv, tokens, live)
+        if kv.recurrent.recurrences and (known := self._prefixes.known(tokens, live)) >= reused + LEAST:
+            kv.recurrent.mark = known
+        return reused
 
     @exclusive
     def prefill(self, seq: Sequence, upto: int | None = None) -> int:
         reused, kv = self.begin(seq), self._kv_of(seq)
-        self._read(kv, seq.tokens[kv.length : -1 if upto is None else upto])
+        last = len(seq.tokens) - 1 if upto is None else upto
+        self._read_to_mark(kv, seq.tokens, last)
+        self._read(kv, seq.tokens[kv.length : last])
+        self._remember(kv, seq)
         return reused
 
     @exclusive
@@ -181,11 +189,15 @@ class KVEngine(NotCopied, ABC):
         rows, prompts = start, list[Segment]()
         for seq, count in reading:
             kv = self._kv_of(seq)
-            prompts.append(self._chain(kv, seq.tokens[kv.length : kv.length + count], start))
-            start += count
+            end = kv.length + count
+            self._read_to_mark(kv, seq.tokens, end)
+            prompts.append(self._chain(kv, seq.tokens[kv.length : end], start))
+            start += prompts[-1].count
         logits = self._guarded([*segments, *prompts], "logits" if segments else self._upto_kv, rows)
         for prompt in prompts:
             prompt.kv.commit(range(prompt.count))
+        for seq, _ in reading:
+            self._remember(self._kv_of(seq), seq)
         if self._on_gpu:
             torch.cuda.synchronize(self.device)
         return TargetOutput(logits, starts, firsts, time.perf_counter() - started, self._most_probable())
@@ -211,8 +223,9 @@ class KVEngine(NotCopied, ABC):
     def nbytes(self, seq: Sequence, rows: int) -> int:
         layout = self._storages.layout
         if seq.id in self._kv:
-            return self._kv[seq.id][1].grown(rows) * layout.row_nbytes
-        return layout.capacity(max(rows, self._first_rows(seq))) * layout.row_nbytes
+            kv = self._kv[seq.id][1]
+            return kv.grown(rows) * layout.row_nbytes + max(kv.recurrent.nbytes, layout.text_nbytes)
+        return layout.capacity(max(rows, self._first_rows(seq))) * layout.row_nbytes + layout.text_nbytes
 
     @exclusive
     def release(self, seqs: SequenceOf[Sequence]) -> None:
@@ -300,11 +313,22 @@ class KVEngine(NotCopied, ABC):
             self._guarded([chunk], self._upto_kv)
             kv.commit(range(chunk.count))
 
+    def _read_to_mark(self, kv: SequenceKV, tokens: SequenceOf[int], end: int) -> None:
+        """Commits rows up to where a checkpoint is wanted, if that lies before ``end``, and keeps one there."""
+        if kv.length < kv.recurrent.mark < end:
+            self._read(kv, tokens[kv.length : kv.recurrent.mark])
+            kv.recurrent.remember()
+
+    def _remember(self, kv: SequenceKV, seq: Sequence) -> None:
+        """Keeps a checkpoint behind a prompt that has been read, for texts that begin with it."""
+        if kv.recurrent.recurrences and kv.length == len(seq.tokens) - 1 and self._prefixes.keeps_any:
+            kv.recurrent.remember()
+
     @staticmethod
     def _chain(kv: SequenceKV, ids: SequenceOf[int], start: int) -> Segment:
         """The rows of ``ids`` behind those that are committed."""
         kv.reserve(kv.length + len(ids))
-        return Segment(kv, TokenTree.chain(ids[0], ids[1:]), 0, start)
+        return Segment(kv, TokenTree.chain(ids[0], ids[1:]), 0, start, read=True)
 
     @property
     def _upto_kv(self) -> Upto:

@@ -10,8 +10,8 @@ import torch
 
 from tokentree.engines.cpu.attention import TREE, ForwardKV, attending
 from tokentree.engines.cpu.prepare import set_attention, steady_activations
+from tokentree.engines.cpu.states.exchange import exchange
 from tokentree.engines.cpu.steady import foreign_layers, steady_weights
-from tokentree.engines.kv import KVLayout
 from tokentree.engines.model_engine import ModelEngine
 from tokentree.engines.plan import EnginePlan
 from tokentree.engines.prepared import Prepared
@@ -28,13 +28,14 @@ class ModulesEngine(ModelEngine):
     @classmethod
     def of(cls, prepared: Prepared, plan: EnginePlan, prefix_bytes: int) -> ModulesEngine:
         try:
-            shapes = prepared.attended()
+            layout = prepared.attended()
         except ModelError as error:
             if plan.otherwise is None:
                 raise ModelError(f"attention='tree' can't be used: {error}") from None
             raise
         prepared.pack()
-        engine = cls(prepared, KVLayout(shapes, torch.float32, prepared.device, blocked=True), prefix_bytes)
+        engine = cls(prepared, layout, prefix_bytes)
+        exchange(prepared.copy)
         set_attention(prepared.copy, TREE)
         steady_activations(prepared.copy)
         steady_weights(prepared.copy, prepared.owned)

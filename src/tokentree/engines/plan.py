@@ -39,6 +39,7 @@ class Traits:
         supports_sdpa: whether transformers has torch's attention for it.
         has_softcap: whether its attention caps scores, which torch's can't.
         one_call: whether its layers are Llama's, as they came, and can be packed: see `Llama.fits`.
+        recurrent: whether it has recurrent states, which are rolled back on CPUs alone.
         runs_more: whether hooks or replaced forwards run with it.
         has_kernels: whether kernels of our own run all of it on a GPU.
         without_kernels: why they don't, where that is known.
@@ -54,6 +55,7 @@ class Traits:
     supports_sdpa: bool = True
     has_softcap: bool = False
     one_call: bool = False
+    recurrent: bool = False
     runs_more: bool = False
     has_kernels: bool = False
     without_kernels: str = ""
@@ -101,6 +103,8 @@ def plan(traits: Traits, options: EngineOptions) -> EnginePlan:
     attends = on_cpu or ((traits.has_kernels or traits.has_module_kernels) and not traits.runs_more)
     if attention not in (None, "tree", "sdpa") or (attention == "tree" and not attends):
         raise ModelError(f"attention={attention!r} can't be used with {traits.name}: use attention='sdpa'")
+    if traits.recurrent:
+        _check_recurrent(traits, options)
     own_attention = "sdpa" if traits.supports_sdpa and not traits.has_softcap else "eager"
     itself = EnginePlan("self_attending", "sdpa", own_attention, packs=on_cpu)
     if on_cpu:
@@ -122,6 +126,15 @@ def _check_quantized_on_gpu(traits: Traits, options: EngineOptions) -> None:
         raise ModelError(f"{name} on a GPU is for models without hooks, and {traits.name} has some")
 
 
+def _check_recurrent(traits: Traits, options: EngineOptions) -> None:
+    """Raises `ModelError` unless the one engine that rolls recurrent states back is asked for."""
+    if traits.device != "cpu":
+        raise ModelError(f"{traits.name} has recurrent states, which this library rolls back on CPUs alone")
+    if options.attention == "sdpa" or options.compile:
+        other = "compile=True" if options.compile else "attention='sdpa'"
+        raise ModelError(f"{traits.name} has recurrent states, which can't be rolled back with {other}")
+
+
 def may_be_kept(device: str, dtype: torch.dtype | None, options: EngineOptions) -> bool:
     """Whether all of a `ProgramEngine` may have been kept when its model was packed before: a `ReadyEngine` is made of
     that, before anything is known of the model."""
@@ -129,11 +142,12 @@ def may_be_kept(device: str, dtype: torch.dtype | None, options: EngineOptions) 
 
 
 def _on_cpu(traits: Traits, options: EngineOptions, itself: EnginePlan) -> EnginePlan:
-    tree = replace(itself, engine="modules", attention="tree", hint=": use attention='sdpa'")
+    hint = "" if traits.recurrent else ": use attention='sdpa'"
+    tree = replace(itself, engine="modules", attention="tree", hint=hint)
     if options.attention != "sdpa" and traits.one_call:
         return replace(tree, engine="program")
     best = itself if options.attention == "sdpa" else tree
-    if options.attention is None:
+    if options.attention is None and not traits.recurrent:
         told = f"{traits.name} attends by itself here, and its text is plain's up to ties"
         best = replace(tree, otherwise=itself, failing=told)
     return _compiled(traits, options, best) if options.compile else best

@@ -21,10 +21,12 @@ from tokentree.engines.cpu.quantized import QuantizedLinear
 from tokentree.engines.foreign import ForeignCode, explained, not_in_a_copy, runs_more
 from tokentree.engines.from_cache import READY
 from tokentree.engines.guard import Guard, Unwatched
+from tokentree.engines.kv import KVLayout
 from tokentree.engines.model_facts import Facts, settings_of
 from tokentree.engines.plan import Traits
+from tokentree.engines.recurrent import Recurrence
 from tokentree.engines.self_check import ATTENDED, OWN, own_forward
-from tokentree.engines.support import has_softcap, unsupported
+from tokentree.engines.support import has_softcap, is_recurrent, unsupported
 from tokentree.engines.watch import Shared, Watch, in_common
 from tokentree.gguf.header import is_gguf
 
@@ -95,7 +97,7 @@ class Prepared:
             unsupported=unsupported(self._model) or not_in_a_copy(self._model),
             from_gguf=self._file is not None and is_gguf(self._file),
             supports_sdpa=bool(getattr(type(self._model), "_supports_sdpa", False)),
-            has_softcap=has_softcap(self.config.get_text_config()),
+            has_softcap=has_softcap(self.config.get_text_config()), recurrent=is_recurrent(self._model),
         )  # fmt: skip
         if known.unsupported is not None:
             return known
@@ -142,7 +144,8 @@ class Prepared:
         with explained(self.copy):
             if self.device.type == "cpu":
                 few, exact = self.dtype in FEW_BITS, functools.partial(in_float32, self._model, attention)
-                self.own = self.packing.recall(OWN, lambda: own_forward(self.copy, exact if few else None))
+                recurrent = self.traits.recurrent
+                self.own = self.packing.recall(OWN, lambda: own_forward(self.copy, exact if few else None, recurrent))
             else:
                 self.own = own_forward(self.copy)
         if guard is not None:
@@ -158,14 +161,17 @@ class Prepared:
         """Of the KV that the model keeps by itself."""
         return shapes_of(self.own)
 
-    def attended(self) -> Shapes:
-        """Of what attention is given in each layer, for an attention of ours.
+    def attended(self) -> KVLayout:
+        """Of what attention is given in each layer, for an attention of ours, and of what recurrences keep.
 
         Raises:
             ModelError: if the model has to attend by itself.
         """
         adapt(self.copy)
-        return shapes_of(self.packing.recall(ATTENDED, lambda: attended(self.copy)))
+        found = self.packing.recall(ATTENDED, lambda: attended(self.copy))
+        kept = found["recurrences"].tolist() if "recurrences" in found else []
+        recurrences = tuple(Recurrence(*sizes) for sizes in kept)
+        return KVLayout(shapes_of(found), torch.float32, self.device, blocked=True, recurrences=recurrences)
 
     def pack(self) -> None:
         """Exchanges modules of the copy for packed and fused ones, once."""

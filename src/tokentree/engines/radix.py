@@ -117,6 +117,11 @@ class RadixTree(Generic[Rows]):
         self._use(node)
         return start
 
+    def put(self, node: Node[Rows], rows: Rows) -> None:
+        """Exchanges the rows of ``node`` for as many others."""
+        self.nbytes += rows.nbytes - node.rows.nbytes
+        node.rows = rows
+
     def lock(self, node: Node[Rows]) -> None:
         """Uses ``node`` and its parents, and keeps them until `unlock`."""
         self._use(node)

@@ -11,6 +11,7 @@ import numpy as np
 from tokentree.engines.kv import SequenceKV
 from tokentree.jit import njit
 from tokentree.kernels.attention import SegmentRows
+from tokentree.kernels.recurrence import StateRows
 from tokentree.tree import Ints, TokenTree
 
 Upto = Literal["kv", "hidden", "logits"]  # how far a forward goes
@@ -25,14 +26,17 @@ class Segment:
         tree: all nodes.
         first: the first node to compute; nodes before it have their KV already.
         start: its row in the forward's input.
+        read: its rows are committed as soon as they are there, such as those of a prompt.
     """
 
     kv: SequenceKV
     tree: TokenTree
     first: int
     start: int
+    read: bool = False
     windows: set[int | None] = field(default_factory=set, init=False)  # those that layers asked for
-    _read: tuple[Ints, int, Ints, Ints] | None = field(default=None, init=False, repr=False)
+    _described: tuple[Ints, int, Ints, Ints] | None = field(default=None, init=False, repr=False)
+    _order: tuple[Ints, int, Ints] | None = field(default=None, init=False, repr=False)
 
     @property
     def count(self) -> int:
@@ -70,10 +74,10 @@ class Segment:
     @property
     def _rows(self) -> tuple[Ints, int, Ints, Ints]:
         """See `_rows_of`."""
-        if self._read is None:
+        if self._described is None:
             tree = self.tree
-            self._read = _rows_of(tree.tokens, tree.parents, tree.depths, self.first, self.prefix, tree.is_chain)
-        return self._read
+            self._described = _rows_of(tree.tokens, tree.parents, tree.depths, self.first, self.prefix, tree.is_chain)
+        return self._described
 
     def described(self, layer: int) -> SegmentRows:
         """What `attend` is told of a segment, at ``layer``.
@@ -90,6 +94,22 @@ class Segment:
             keys=keys, values=values, capacity=self.kv.capacity, prefix=self.prefix, rows=self.count,
             start=self.start, paths=paths_at, longest=paths.shape[1] - 1, chain=int(self.tree.is_chain),
             first=self.first, keys_layer=keys_step, values_layer=values_step,
+        )  # fmt: skip
+
+    def state_rows(self, number: int) -> StateRows:
+        """What compiled loops are told of a segment, at recurrence ``number``."""
+        states = self.kv.recurrent
+        if self._order is None:
+            parents = np.ascontiguousarray(self.tree.parents)
+            steps, slots = steps_of(parents, self.first, self.read)
+            self._order = steps, slots, windows_of(parents, self.first, states.back)
+        (steps, slots, windows), stored = self._order, states.stored(number)
+        state = states.state(number)
+        return StateRows(
+            state=state.data_ptr() if len(state) else 0, stored=stored.data_ptr() + 4 * states.back * states.width,
+            stride=4 * states.width, pending=self.prefix - states.held[number], first=self.first, start=self.start,
+            read=int(self.read), steps=steps.ctypes.data, num_steps=len(steps), slots=slots,
+            windows=windows.ctypes.data, back=states.back, nodes=len(self.tree),
         )  # fmt: skip
 
 
@@ -120,3 +140,62 @@ def _rows_of(
             own[1 + depths[ancestor]] = prefix + ancestor
             ancestor = parents[ancestor]
     return paths, paths.ctypes.data, tokens[first:].copy(), prefix + depths[first:]
+
+
+@njit(cache=True)
+def steps_of(parents: Ints, first: int, read: bool) -> tuple[Ints, int]:
+    """int64[steps, 3]: nodes in order, each with the slots of its parent's state and of its own, -1 where no state is
+    kept; and how many slots there are. Slot 0 holds the committed state.
+
+    Nodes before ``first`` are there only if a later one goes on from them. The last child takes its parent's slot, so
+    a chain needs one. A leaf's state is kept only if it is committed, ``read``.
+    """
+    count = len(parents)
+    children, wanted = np.zeros(count, np.int64), np.zeros(count, np.bool_)
+    for node in range(count - 1, -1, -1):
+        wanted[node] = node >= first or children[node] > 0
+        if wanted[node] and node:
+            children[parents[node]] += 1
+    if read:
+        children[count - 1] += 1
+    steps, slots = np.empty((count, 3), np.int64), np.zeros(count + 1, np.int64)
+    free, num_free, num_slots, num_steps = np.empty(count, np.int64), 0, 1, 0
+    left = children.copy()
+    for node in range(count):
+        if not wanted[node]:
+            continue
+        parent = parents[node]
+        source, last = 0, True
+        if parent >= 0:
+            left[parent] -= 1
+            source, last = slots[parent], left[parent] == 0
+        target = -1
+        if children[node]:
+            if last:
+                target = source
+            elif num_free:
+                num_free -= 1
+                target = free[num_free]
+            else:
+                target = num_slots
+                num_slots += 1
+            slots[node] = target
+        elif last:
+            free[num_free] = source
+            num_free += 1
+        steps[num_steps, 0], steps[num_steps, 1], steps[num_steps, 2] = node, source, target
+        num_steps += 1
+    return steps[:num_steps].copy(), num_slots
+
+
+@njit(cache=True)
+def windows_of(parents: Ints, first: int, back: int) -> Ints:
+    """int64[nodes - first, back]: the ``back`` rows before each node on its path, the nearest last: a node of the tree,
+    or -1 for the last committed row, -2 for the one before, and so on."""
+    windows = np.empty((len(parents) - first, back), np.int64)
+    for node in range(first, len(parents)):
+        above = node
+        for place in range(back - 1, -1, -1):
+            above = parents[above] if above >= 0 else above - 1
+            windows[node - first, place] = above
+    return windows

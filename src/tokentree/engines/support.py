@@ -13,9 +13,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 QUANTIZATIONS = ("int8", "gguf")
+NO_LIMIT = 1 << 24  # positions, of a model that knows none
 ALIBI = {"bloom", "mpt"}
 SEEN = {"full_attention", "sliding_attention", "chunked_attention"}  # layers that keep keys and values alone
 STATES = {"linear_attention", "conv", "hybrid", "hybrid_sliding", "mamba", "recurrent", "attention_and_mamba"}
+# what modules call whose recurrences `engines/cpu/states` computes, and their classes where they call no function
+CLASSES = {"MiniMaxLightningAttention", "RecurrentGemmaRecurrentBlock", "RecurrentGemmaRglru"}
+RECURRENCES = {
+    "causal_conv1d_fn", "chunk_kimi_delta_attention", "mamba2_chunk_scan", "mamba_selective_scan",
+    "torch_chunk_gated_delta_rule",
+}  # fmt: skip
 
 
 def unsupported(model: PreTrainedModel) -> str | None:
@@ -26,7 +33,9 @@ def unsupported(model: PreTrainedModel) -> str | None:
     if config.model_type in ALIBI or getattr(config, "alibi", False):
         return f"{name} uses ALiBi, which reads positions off the order of rows, and a tree's rows are not in order"
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or ())
-    if getattr(type(model), "_is_stateful", False) or kinds & STATES:
+    if is_recurrent(model):
+        kinds -= STATES | {"mlp", "moe"}
+    elif getattr(type(model), "_is_stateful", False) or kinds & STATES:
         what = ", ".join(sorted(kinds & STATES)) or "a recurrent state"
         return f"{name} has {what}: a state that can't be rolled back to an accepted path of a tree"
     if "chunked_attention" in kinds or getattr(config.get_text_config(), "attention_chunk_size", None):
@@ -34,12 +43,19 @@ def unsupported(model: PreTrainedModel) -> str | None:
     if kinds - SEEN:
         what = ", ".join(sorted(kinds - SEEN))
         return f"{name} has layers of the kind {what}, which this library has neither masks nor KV for"
-    missing = {"position_ids", "attention_mask", "past_key_values"} - set(
-        inspect.signature(type(model).forward).parameters
-    )
-    if missing:
+    taken = set(inspect.signature(type(model).forward).parameters)
+    missing = {"position_ids", "attention_mask", "past_key_values"} - taken
+    if missing and not (is_recurrent(model) and "cache_params" in taken):  # states alone know no positions
         return f"{name} takes no {', '.join(sorted(missing))}, without which a tree can't be verified"
     return None
+
+
+def is_recurrent(model: PreTrainedModel) -> bool:
+    """Whether ``model`` has recurrent states beside its KV, or instead, that this library can roll back on CPUs."""
+    kinds = {type(module) for module in model.modules()}
+    return any(RECURRENCES & {*inspect.unwrap(kind.forward).__code__.co_names} for kind in kinds) or bool(
+        CLASSES & {kind.__name__ for kind in kinds}
+    )
 
 
 def check_supported(model: PreTrainedModel) -> None:
@@ -68,7 +84,8 @@ def context_length(config: PreTrainedConfig) -> int:
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
         return int(rope.get("original_max_position_embeddings") or config.original_max_position_embeddings)
-    return int(config.max_position_embeddings)
+    names = ("max_position_embeddings", "model_max_length")
+    return int(next((value for name in names if (value := getattr(config, name, None))), NO_LIMIT))
 
 
 def layer_windows(config: PreTrainedConfig) -> dict[str, int | None]:

@@ -17,9 +17,12 @@ from torch.overrides import TorchFunctionMode
 
 from tokentree.engines.cpu.attention import TREE, Attending, Rule, Sees, attending, running
 from tokentree.engines.cpu.prepare import set_attention
+from tokentree.engines.cpu.states.exchange import before_packing, exchanged
+from tokentree.engines.recurrent import Recurrence
 from tokentree.engines.self_check import PROBE, probe
 from tokentree.engines.support import layer_windows
 from tokentree.errors import ModelError
+from tokentree.kernels.recurrence import StateRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,7 +31,8 @@ if TYPE_CHECKING:
 @torch.inference_mode()
 def attended(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """What attention is given in a forward of ``model`` (a `private_copy`), which uses `tree_attention` from now on:
-    ``shapes`` int64[layers, 3] of it, KV heads, key width, value width; and ``heads`` int64[layers], of queries.
+    ``shapes`` int64[layers, 3] of it, KV heads, key width, value width; and ``heads`` int64[layers], of queries. If it
+    has any, ``recurrences`` int64[recurrences, 3], what a `Recurrence` says of each.
 
     Raises:
         ModelError: if not all of it comes to `tree_attention`, or a row is to see something else than the rows before
@@ -37,18 +41,20 @@ def attended(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     given = _Given()
     set_attention(model, TREE)
     try:
-        with attending(given):
+        with attending(given), exchanged(model):
             model(input_ids=torch.tensor([probe(model)], device=model.device), use_cache=False, return_dict=True)
     except ModelError:
         raise
     except (RuntimeError, TypeError, ValueError) as error:  # it takes masks for what they are elsewhere
         raise ModelError(f"{type(model).__name__} can't do without its own masks: {error}") from None
     config = model.config.get_text_config()
-    if len(given.shapes) < config.num_hidden_layers:
+    if len(given.shapes) < config.num_hidden_layers and not given.recurrences:
         raise ModelError(f"{type(model).__name__} attends by itself in some of its layers")
     if given.untold and given.untold != set(layer_windows(config).values()):
         raise ModelError(f"{type(model).__name__} does not tell its attention of its sliding window")
-    return {"shapes": torch.tensor(given.shapes), "heads": torch.tensor(given.heads)}
+    shapes = torch.tensor(given.shapes, dtype=torch.int64).reshape(-1, 3)
+    found = {"shapes": shapes, "heads": torch.tensor(given.heads, dtype=torch.int64)}
+    return found | ({"recurrences": torch.tensor(given.recurrences)} if given.recurrences else {})
 
 
 class _Given:
@@ -56,11 +62,13 @@ class _Given:
 
     Attributes:
         shapes, heads: of each layer.
+        recurrences: what each keeps.
         untold: the windows of layers that no mask tells.
     """
 
     def __init__(self) -> None:
         self.shapes, self.heads = list[tuple[int, int, int]](), list[int]()
+        self.recurrences = list[tuple[int, int, int]]()
         self.untold = set[int | None]()
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: Rule) -> torch.Tensor:
@@ -69,6 +77,9 @@ class _Given:
         if not rule.masked:
             self.untold.add(rule.window)
         return torch.zeros(query.shape[1], len(query), value.shape[2], dtype=torch.float32, device=query.device)
+
+    def recur(self, sizes: Recurrence, rows: torch.Tensor, loop: Callable[[list[StateRows]], None]) -> None:
+        self.recurrences.append((sizes.row, sizes.back, sizes.state))
 
     def knows(self, window: int | None, sees: Sees) -> bool:
         if window is not None and window < 1:
@@ -87,7 +98,9 @@ class _Given:
 
 
 def adapt(model: nn.Module) -> None:
-    """Has all modules of ``model`` (a `private_copy`) that are known here attend through `attention.running`."""
+    """Has all modules of ``model`` (a `private_copy`) that are known here attend through `attention.running`, and
+    readies those that carry states."""
+    before_packing(model)
     for module in model.modules():
         if type(module).__name__ in SCORES and type(module).__module__.startswith("transformers."):
             _scored(module, SCORES[type(module).__name__](module))

@@ -11,15 +11,17 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 
+from tokentree.engines.recurrent import Recurrence
 from tokentree.engines.segment import Segment
 from tokentree.errors import ModelError
 from tokentree.kernels.attention import AttentionCall, attend_worker
+from tokentree.kernels.recurrence import StateRows
 from tokentree.kernels.threads import num_threads, run
 
 TREE = "tokentree"  # the name of `tree_attention` among transformers' attentions
@@ -43,7 +45,9 @@ class ForwardKV(Cache):
         super().__init__(layers=[])
         self.segments = segments
         self._attends_itself = attends_itself
-        self._calls = 0  # of attention so far: layers attend in one order
+        self._calls = self._recurred = 0  # attention and recurrences so far: they come in one order
+        for segment in segments:
+            segment.kv.recurrent.check(segment.prefix)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -72,6 +76,50 @@ class ForwardKV(Cache):
     def knows(self, window: int | None, sees: Sees) -> bool:
         """See `Attending`. `attending.attended` has looked."""
         return True
+
+    def recur(self, sizes: Recurrence, rows: torch.Tensor, loop: Callable[[list[StateRows]], None]) -> None:
+        """See `Recurring`."""
+        number = self._recurred
+        self._recurred += 1
+        for segment in self.segments:
+            states = segment.kv.recurrent
+            if states.recurrences[number : number + 1] != (sizes,):
+                raise ModelError(f"recurrence {number} of a forward keeps {sizes}, and there is no such storage")
+            if not segment.read:
+                states.store(number, segment.prefix, segment.first, self._own(segment, rows)[:, : sizes.row])
+        loop([segment.state_rows(number) for segment in self.segments])
+        for segment in self.segments:
+            if segment.read:
+                read = self._own(segment, rows)[:, : sizes.row]
+                segment.kv.recurrent.advance(number, segment.prefix + segment.count, read)
+            else:
+                segment.kv.recurrent.advance(number, segment.prefix)
+
+    @staticmethod
+    def _own(segment: Segment, rows: torch.Tensor) -> torch.Tensor:
+        return rows[segment.start : segment.start + segment.count]
+
+    # What transformers' modules ask of recurrent states: there are none that they could go on from by themselves.
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        return None
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        return None
+
+    def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return conv_states
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        return recurrent_states
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        return False
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        return False
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Stores the new rows of all sequences, [heads, rows, width]."""
@@ -134,6 +182,21 @@ class Attending(Protocol):
 
     def knows(self, window: int | None, sees: Sees) -> bool:
         """Whether a mask by which ``sees`` tells who sees whom is that of a tree with this window."""
+        ...
+
+
+@runtime_checkable
+class Recurring(Attending, Protocol):
+    """What can compute recurrences for it too."""
+
+    def recur(self, sizes: Recurrence, rows: torch.Tensor, loop: Callable[[list[StateRows]], None]) -> None:
+        """The next recurrence of the forward.
+
+        Args:
+            sizes: what it keeps of a text.
+            rows: float32[rows, numbers], what its rows are. The first ``sizes.row`` numbers are kept.
+            loop: computes it, with what it is told of each sequence.
+        """
         ...
 
 

@@ -222,10 +222,13 @@ def pack(model: PreTrainedModel, packing: Packing, release: bool, whole: bool) -
             drop(child.q_proj, child.k_proj, child.v_proj)
         elif FusedNorm.fits(child):
             setattr(parent, name, FusedNorm(child))
+    shared: dict[tuple[Any, ...], nn.Module] = {}  # packed layers, by the weights that several layers may have
     for parent, name, layer in _children(model):
-        packed = None if id(layer) in code.at else _packed(layer, packing)
+        weights = type(layer), id(getattr(layer, "weight", None)), id(getattr(layer, "bias", None))
+        packed = None if id(layer) in code.at else shared.get(weights) or _packed(layer, packing)
         if packed is not None and id(layer) not in code.below:
             setattr(parent, name, packed)
+            shared[weights] = packed
             drop(layer, packed=packed)
         elif packed is not None and isinstance(layer, nn.Linear):
             setattr(parent, name, ReadableLinear(layer, packed))

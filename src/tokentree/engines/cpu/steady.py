@@ -9,6 +9,7 @@ it as before, and gets the product of packed weights instead (`linear`).
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import unwrap
 from typing import Any
 
 import torch
@@ -18,12 +19,14 @@ from torch.overrides import TorchFunctionMode
 
 from tokentree.engines.cpu.linear import OneDNNLinear, PackedLinear, linear_of
 from tokentree.engines.cpu.packing import is_plain
+from tokentree.engines.cpu.prepare import SPLIT
 from tokentree.errors import ModelError
 
 LEAST = 4  # rows of a product in float32: fewer take other loops
 
 VECTOR = 64  # the most numbers that one step of a loop computes
-_OF_NUMBERS = {torch.sigmoid, Tensor.sigmoid, silu, softplus}
+_OF_NUMBERS = {torch.exp, Tensor.exp, torch.sigmoid, Tensor.sigmoid, silu, softplus, torch.tanh, Tensor.tanh}
+_NAMES = {"exp", "sigmoid", "silu", "softplus", "tanh"}
 _TURNED: set[Any] = {Tensor.t, torch.t, *(vars(torch._C.TensorBase)[name].__get__ for name in ("T", "mT"))}
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
 _ABOUT = {
@@ -67,6 +70,11 @@ class SteadyWeight(Tensor):
                 return weight._times(x, bias)
         elif func in _PRODUCTS and isinstance(args[1], cls) and args[1].ndim == 2 and not isinstance(args[0], cls):
             return args[1]._turned()._times(args[0], None)
+        elif func in _PRODUCTS and isinstance(args[0], cls) and args[0].ndim == 2 and not isinstance(args[1], cls):
+            return args[0]._times(args[1].transpose(-1, -2), None).transpose(-1, -2)
+        elif func is torch.baddbmm and isinstance(args[2], cls) and not named and not isinstance(args[1], cls):
+            bias, x, weight = args
+            return torch.stack([rows @ weight[part] for part, rows in enumerate(x)]) + bias
         elif func in _TURNED and args[0].ndim == 2:
             return args[0]._turned()
         elif func is Tensor.__getitem__ and isinstance(args[0], cls) and args[0].ndim == 3 and _whole(args[1]):
@@ -139,7 +147,7 @@ def steady_weights(model: nn.Module, release: bool = False) -> None:
         release: drop experts' weights once they are packed, as `prepare.pack` does.
     """
     for module in model.modules():
-        if isinstance(module, nn.Embedding):
+        if isinstance(module, nn.Embedding | nn.Conv1d):  # nobody multiplies with those
             continue
         for name, weight in module._parameters.items():
             if is_plain(weight) and weight.ndim in (2, 3) and _fits(weight):
@@ -147,7 +155,7 @@ def steady_weights(model: nn.Module, release: bool = False) -> None:
                 steady = SteadyWeight.of(weight, weight if lets_go else None, lets_go)
                 module._parameters[name] = steady  # type: ignore[assignment]
     for module in [module for module in model.modules() if any(map(_leaves_over, [module, *module.children()]))]:
-        module.forward = _in_whole_vectors(module.forward)
+        module.forward = in_whole_vectors(module.forward)
 
 
 def _leaves_over(module: nn.Module) -> bool:
@@ -156,7 +164,14 @@ def _leaves_over(module: nn.Module) -> bool:
     return any(size % VECTOR for weight in held for size in weight.shape[-2:])
 
 
-def _in_whole_vectors(forward: Callable[..., Any]) -> Callable[..., Any]:
+def computes_numbers(module: nn.Module) -> bool:
+    """Whether the forward of ``module`` itself calls functions of single numbers."""
+    return bool(_NAMES & {*unwrap(type(module).forward).__code__.co_names})
+
+
+def in_whole_vectors(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``forward``, in which functions of single numbers give a number the same bits beside any others."""
+
     def steady(*args: Any, **kwargs: Any) -> Any:
         with _WholeVectors():
             return forward(*args, **kwargs)
@@ -164,16 +179,28 @@ def _in_whole_vectors(forward: Callable[..., Any]) -> Callable[..., Any]:
     return steady
 
 
+def whole_vectors(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``function`` of single numbers, computed on whole vectors, and in one thread: torch computes what is left of a
+    vector, at the end of each thread's share, by other instructions, which round differently."""
+    left = -x.numel() % VECTOR
+    if not left and x.numel() < SPLIT:
+        return function(x)
+    parts = pad(x.reshape(-1), (0, left)).split(SPLIT - VECTOR)
+    return torch.cat([function(part) for part in parts])[: x.numel()].view(x.shape)
+
+
 class _WholeVectors(TorchFunctionMode):
-    """In here functions of single numbers are computed on whole vectors: torch computes what is left of one by other
-    instructions, which round differently."""
+    """In here functions of single numbers are computed by `whole_vectors`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        x: Any = args[0] if args else None
-        left = -x.numel() % VECTOR if func in _OF_NUMBERS and type(x) is Tensor and not kwargs else 0
-        if not left or len(args) > 1:
+        if (
+            func not in _OF_NUMBERS
+            or len(args) != 1
+            or type(args[0]) is not Tensor
+            or (kwargs and any(kwargs.values()))
+        ):
             return func(*args, **(kwargs or {}))
-        return func(pad(x.reshape(-1), (0, left)))[: x.numel()].view(x.shape)
+        return whole_vectors(func, args[0])
 
 
 def foreign_layers(model: nn.Module) -> list[str]:
