@@ -19,6 +19,7 @@ from tokentree.serve.tools.reader import CallReader
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+NOTES = ("description", "title", "$comment")
 NOTHING: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -143,7 +144,19 @@ def _grammar(
 
 def _arguments(tool: Tool) -> dict[str, Any]:
     schema = tool.function.parameters
-    return NOTHING if schema is None else {"type": "object"} | schema
+    return NOTHING if schema is None else {"type": "object"} | _without_notes(schema)
+
+
+def _without_notes(schema: Any) -> Any:
+    """``schema`` without what is said to readers: a grammar has limits, and this changes nothing."""
+    if isinstance(schema, list):
+        return [_without_notes(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        name: value if name in ("const", "enum") else _without_notes(value) for name, value in schema.items()
+        if not (name in NOTES and isinstance(value, str))
+    }  # fmt: skip
 
 
 def _told(tool: Tool) -> dict[str, Any]:
