@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import socket
 import threading
@@ -99,6 +100,7 @@ class _Run:
             await asyncio.wait({loaded, ending, serving}, return_when=asyncio.FIRST_COMPLETED)
             if loaded.done():
                 self._service.start(loaded.result())
+                gc.freeze()  # a full collection would stop all threads for as long as it takes to look at a model
                 LOG.info("ready")
                 await asyncio.wait({ending, serving}, return_when=asyncio.FIRST_COMPLETED)
                 await self._drain()
