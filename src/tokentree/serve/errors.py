@@ -18,11 +18,17 @@ from tokentree.serve.protocol import MOST_VALUES, fields
 
 LOG = logging.getLogger("tokentree.serve")
 
-BAD, UNKNOWN_KEY, NOT_FOUND, TOO_LARGE, TOO_MANY, GONE, BROKEN, NOT_READY, TOO_LATE = (
-    400, 401, 404, 413, 429, 499, 500, 503, 504,
+BAD, UNKNOWN_KEY, NOT_FOUND, TOO_SLOW, TOO_LARGE, TOO_MANY, GONE, BROKEN, NOT_READY, TOO_LATE = (
+    400, 401, 404, 408, 413, 429, 499, 500, 503, 504,
 )  # fmt: skip
 TYPES = {429: "rate_limit_error", 500: "server_error", 503: "server_error", 504: "timeout_error"}
-CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large", 500: "internal_error"}
+CODES = {
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "body_timeout",
+    413: "request_too_large",
+    500: "internal_error",
+}
 
 
 LONGEST, LONGEST_NAME = 500, 200  # characters of a message and of a field's name: requests choose what is in them
@@ -129,6 +135,7 @@ def of_http(error: HTTPException) -> ApiError:
         BAD: "the body can't be read",
         NOT_FOUND: "there is no such page",
         405: "this page takes other methods",
+        TOO_SLOW: "the body of the request didn't come in time",
         TOO_LARGE: "the body of the request is larger than this server takes",
     }
     told = ApiError(error.status_code, known.get(error.status_code) or HTTPStatus(error.status_code).phrase.lower())

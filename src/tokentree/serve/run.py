@@ -79,6 +79,8 @@ def serve(settings: Settings, load: Callable[[], LLM], sock: socket.socket, drai
 class _Run:
     def __init__(self, settings: Settings, load: Callable[[], LLM], sock: socket.socket, drain_timeout: float) -> None:
         self._load, self._sock, self._drain_timeout = load, sock, drain_timeout
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # of connections whose answer is over as well; they inherit it
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * settings.stall_timeout))
         self._app = create_app(settings)
         self._service: Service = self._app.state.service
         self._first, self._second = asyncio.Event(), asyncio.Event()  # signals
