@@ -254,9 +254,11 @@ def growth(samples: list[dict[str, float]], seconds: float, settle: float) -> di
     """Mean memory in MiB without the KV of texts under way, in the tenth of the time behind ``settle`` and in the last
     one, and their ratio; likewise with it."""
 
+    loaded = [one for one in samples if one["running"]]
+
     def mean(begin: float, without: str) -> float:
-        end = begin + seconds / 10
-        values = [one["mebibytes"] - one.get(without, 0) for one in samples if begin <= one["seconds"] <= end]
+        first, count = int(begin / seconds * len(loaded)), max(1, len(loaded) // 10)
+        values = [one["mebibytes"] - one.get(without, 0) for one in loaded[first : first + count]]
         return statistics.fmean(values) if values else 0.0
 
     first, last = mean(settle, "kv"), mean(0.9 * seconds, "kv")
