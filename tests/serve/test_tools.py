@@ -385,7 +385,7 @@ def test_what_is_wrong_is_named(calling: Served, wrong: dict[str, Any], param: s
 
 
 def test_content_has_a_format_where_nothing_is_called(calling: Served) -> None:
-    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+    schema: dict[str, Any] = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
     schema["additionalProperties"] = False
     form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
     asked = ASKED | {"response_format": form, "parallel_tool_calls": False}
