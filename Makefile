@@ -6,7 +6,7 @@ PYTEST := $(BIN)/pytest -n $(WORKERS) --dist worksteal
 MODELS ?= .models
 SMOLLM := $(MODELS)/smollm2-135m.gguf
 
-.PHONY: demo test test-fast coverage peers browser lint bench docs wheel format clean
+.PHONY: demo test test-fast coverage fuzz peers browser lint bench docs wheel format clean
 
 demo: .venv/ready $(SMOLLM)
 	$(BIN)/tokentree generate --model $(SMOLLM) --heads heads/smollm2-135m/eagle --chat --compare --stats --max-tokens 160 \
@@ -22,6 +22,11 @@ test-fast: .venv/ready
 # The tests, and how many of the lines they ran; too few are a failure.
 coverage: .venv/ready
 	$(PYTEST) --cov --cov-report=term
+
+# Ten thousand wrong requests to a server of a tiny model.
+fuzz: .venv/ready
+	mkdir -p results
+	$(BIN)/python -W ignore -m benchmarks.fuzz_serving --out results/fuzz.json
 
 # Other projects' own code takes what is written for it.
 peers: .venv/peers/ready .venv/llm/ready

@@ -84,7 +84,7 @@ def main() -> None:
         drafter.propose([seq], Cost(), sampled=False)
         first = 1e3 * (time.perf_counter() - started)
         later = steps(drafter, seq, 200)
-        memory = drafter.store_nbytes / 1e6
+        memory = drafter.nbytes / 1e6
         shown.add_row("suffix", "1,000", f"{size:,}", f"{first:.1f}", f"{later:.3f}", f"{built:.1f}", f"{memory:.0f}")
     Console(width=120).print(shown)
 

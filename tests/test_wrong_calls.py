@@ -117,6 +117,7 @@ CALLS: list[Any] = [
     *options("tokenizer", [3, "", [], {}, b"x", object, nn.Linear(2, 2), lambda w: w.nowhere, lambda w: w.file]),
     *options("max_batch", [*NUMBERS, 0, 1.5, 2.0]),
     *options("prefix_mb", ["3", "", None, [1], {}, NAN, INF, -1, True, 1j]),
+    *options("lookup_mb", ["3", "", None, [1], {}, NAN, INF, -1, True, 1j]),
     *options("prefill_rows", [0, -1, 1.5, "3", True, [1]]),
     *options("kv_mb", ["3", "", [1], {}, NAN, INF, -1, True, 1j]),
     *options("memory", [3, b"x", [], "", "\0", lambda w: w.file]),

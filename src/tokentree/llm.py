@@ -109,6 +109,8 @@ class LLM:
         threads: CPU threads, as ``torch.set_num_threads`` sets them for the whole process. Texts don't depend on them.
         prefix_mb: the size of each engine's prefix cache in megabytes. It holds KV of finished texts. A text that
             begins alike (the next turn of a chat, the same instructions) reuses it.
+        lookup_mb: memory for what look-ups learn from finished texts, in megabytes. When it is full, the older half is
+            forgotten; for that moment it takes half as much again. Each twin has as much for itself.
         memory: a folder with what drafters learnt earlier, see `save_memory`. It need not exist.
         speculative_model, speculative_config: another spelling of ``draft_model`` and ``shape``:
             ``{"mode": "tree", "depth": 3, "branching_factor": 2}`` or ``{"num_speculative_tokens": 4}``.
@@ -140,6 +142,7 @@ class LLM:
         kv_mb: float | None = None,
         threads: int | None = None,
         prefix_mb: int = 256,
+        lookup_mb: int = 512,
         memory: str | Path | None = None,
         speculative_model: Model | None = None,
         speculative_config: dict[str, Any] | None = None,
@@ -156,6 +159,7 @@ class LLM:
         drafts, batch, prefix_bytes = (
             models_in(draft_model), whole_number(max_batch, "max_batch", 1), megabytes(prefix_mb, "prefix_mb"),
         )  # fmt: skip
+        lookup_bytes = megabytes(lookup_mb, "lookup_mb")
         rows = None if prefill_rows is None else whole_number(prefill_rows, "prefill_rows", 1)
         kv_bytes = None if kv_mb is None else megabytes(kv_mb, "kv_mb")
         check_placed("" if model is None else model, dtype, device)
@@ -179,7 +183,8 @@ class LLM:
         self.tokenizer = tokenizer_of(model) if own_tokenizer is None and model is not None else own_tokenizer
         self._grammars = Grammars(self.tokenizer)
         draft_engines = draft_engines_of(drafts, self.tokenizer, options)
-        self._parts = Parts(self.engine, draft_engines, heads, fingerprint_of(self.engine, self.tokenizer, heads))
+        fingerprint = fingerprint_of(self.engine, self.tokenizer, heads)
+        self._parts = Parts(self.engine, draft_engines, heads, fingerprint, lookup_bytes)
         self._curve: CostCurve | None = None
         self._way = _Way(drafter, shape, accept, watch)
         self._limits: dict[str, Any] = {

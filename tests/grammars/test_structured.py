@@ -482,7 +482,9 @@ BOMBS = [
     {"grammar": 'start: a{1,1000000}\na: b{1,100000}\nb: "x"'}, {"grammar": 'start: "a" start'},
     {"json": {"allOf": [{"anyOf": [{"properties": {f"a{i}{j}": {}}} for j in range(8)]} for i in range(8)]}},
     {"json": {"type": "array", "minItems": 100_000, "items": {"type": "string", "minLength": 100_000}}},
-    {"json": {"enum": [f"value {i}" for i in range(6000)]}},
+    {"json": {"enum": [f"value {i}" for i in range(6000)]}}, {"grammar": 'start: a\na: a a | "x" | "y" | " "'},
+    {"regex": "(.|\\n)+" * 1000}, {"regex": "\\w{0,1000}" * 1000}, {"regex": "\\w" * 40_000},
+    {"json": {"type": "string", "pattern": "^" + "[^x]?" * 1000 + "$"}},
 ]  # fmt: skip
 
 
@@ -543,6 +545,39 @@ def test_a_grammar_is_compiled_once_and_the_oldest_ones_are_dropped(
     for regex in ("a", "b", "a", "a", "c", "a", "b"):
         grammars.guide(StructuredOutputs(regex=regex), frozenset({0}))
     assert count == {"a": 1, "b": 2, "c": 1}
+
+
+def test_kept_grammars_have_a_limit_together(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "KEPT_CHARS", 100)
+    grammars, words = Grammars(world.tokenizer), ["a" * 40, "b" * 40, "c" * 40, "d" * 200, "e"]
+    for place, regex in enumerate(words):
+        grammars.guide(StructuredOutputs(regex=regex), frozenset({0})).allowed([])
+        kept = [text for _, text in grammars._kept]
+        assert kept[-1] == regex  # however large
+        assert len(kept) == [1, 2, 2, 1, 1][place]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"regex": "\\w?" * 8000},
+        {"regex": "a{1,2}" * 1001},
+        {"json": {"properties": {f"p{i}": {"pattern": "a+" * 11} for i in range(100)}}},
+        {"json": {"patternProperties": {"a?" * 1001: {}}}},
+        {"json": {"items": [{"anyOf": [{"pattern": "[^x]?" * 8000}]}]}},
+        {"grammar": "start: A\nA: " + '"a"? ' * 8000},
+    ],
+    ids=lambda one: str(one)[:40],
+)
+def test_too_many_quantifiers_are_refused_at_once(given: Any) -> None:
+    started = time.monotonic()
+    with pytest.raises(OptionError, match=r"has \d+ quantifiers, and 1000 is the most"):
+        StructuredOutputs(**given)
+    assert time.monotonic() - started < 1
+
+
+def test_a_question_in_a_schema_is_no_quantifier() -> None:
+    StructuredOutputs(json={"enum": [f"why {i}?" for i in range(2000)], "description": "*" * 5000})
 
 
 def test_threads_share_a_compiled_grammar(world: World) -> None:

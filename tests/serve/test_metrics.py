@@ -12,7 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.serve.serving import NAME, Served, serving, slowed, tiny_llm, until
-from tests.tiny_models import some_tokens
+from tests.tiny_models import kv_engine, some_tokens
 
 BODY: dict[str, Any] = {"temperature": 0, "max_tokens": 60, "ignore_eos": True}
 BODY |= {"logit_bias": {str(token): 100 for token in (81, 270, 259)}, "speculation": {"shape": "2x2x1"}}
@@ -118,3 +118,16 @@ def test_every_query_of_the_dashboard_names_figures_that_there_are(served: Serve
     counted = {name for name in there if not name.endswith(("_created", "_bucket", "_count", "_sum"))}
     assert sorted(counted - named) == []  # and it shows all that there is
     assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+
+
+def test_memory_is_told_by_its_parts() -> None:
+    with serving(tiny_llm(prefix_mb=1, lookup_mb=1)) as served:
+        before = scrape(served)["tokentree:memory_bytes"]
+        assert (before[("part", "kv"),], before[("part", "prefixes"),]) == (0, 0)
+        body = BODY | {"prompt": some_tokens(40), "speculation": None}
+        assert served.post("/v1/completions", body).status_code == 200
+        served.wait_idle()
+        after = scrape(served)["tokentree:memory_bytes"]
+        assert after[("part", "kv"),] == 0
+        assert after[("part", "prefixes"),] == kv_engine(served.llm).prefix_nbytes > 0
+        assert after[("part", "lookups"),] == served.llm.decoder.drafter.nbytes > 0

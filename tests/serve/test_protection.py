@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import socket
 import threading
@@ -214,6 +215,30 @@ def test_a_stream_that_nobody_reads_stops_and_is_ended(
         assert seq.metrics.target_forwards >= AHEAD
         served.wait_idle()
         assert "reads nothing" in caplog.text
+
+
+def _begun(served: Served, head: str, content: bytes) -> socket.socket:
+    """A connection on which so much of a request was sent."""
+    url = httpx.URL(served.url)
+    made = socket.create_connection((url.host, url.port or 0), timeout=30)
+    made.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{head}\r\n".encode())
+    made.sendall(content)
+    return made
+
+
+@pytest.mark.parametrize("head", ["Content-Length: 100\r\n", "Transfer-Encoding: chunked\r\n"])
+def test_a_body_that_doesn_t_come_is_not_waited_for(head: str) -> None:
+    with serving(tiny_llm(), stall_timeout=0.5) as served:
+        with _begun(served, head, b'5\r\n{"pro\r\n' if "chunked" in head else b'{"pro') as slow:
+            assert served.post("/v1/completions", {"prompt": "a", "max_tokens": 2}).status_code == 200
+            said = b"".join(iter(lambda: slow.recv(4096), b""))
+        assert said.startswith(b"HTTP/1.1 408 ")
+        error = json.loads(said.partition(b"\r\n\r\n")[2])["error"]
+        assert error["code"] == "body_timeout"
+        body = {"prompt": "a", "max_tokens": 200, "ignore_eos": True}
+        slowed(served.llm, 0.02)  # the text takes longer than a body may
+        assert served.post("/v1/completions", body).json()["usage"]["completion_tokens"] == 200
+        served.wait_idle()
 
 
 # -- what is logged ------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ from typing import Any
 
 import httpx
 import pytest
+from benchmarks.kill import files
 
 from tests.cli.test_cli import Command
 from tests.serve.serving import error_of, events_of, serving, slowed, tiny_llm, until
@@ -94,6 +97,33 @@ def test_a_second_signal_interrupts_requests(folder: Path) -> None:
         assert process.wait(60) == 0
     assert "interrupted" in "".join(said)
     assert "Traceback" not in "".join(said)
+
+
+def test_a_server_that_is_killed_under_load_leaves_all_files_whole(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, memory = tmp_path / "cache", tmp_path / "memory"
+    monkeypatch.setenv("TOKENTREE_CACHE", str(cache))
+    words, one = ("-m", folder, "--memory", memory), BODY | {"n": 1, "max_tokens": 20}
+    with started(*words) as (process, http, _):
+        until(lambda: http.get("/ready").status_code == 200)
+        alone = http.post("/v1/completions", json=one).json()["choices"]
+        process.terminate()
+        assert process.wait(60) == 0
+    kept = files(cache, memory)
+    assert any(memory.iterdir())
+    with started(*words) as (process, http, _), ThreadPoolExecutor(4) as pool:
+        until(lambda: http.get("/ready").status_code == 200)
+        asked = [pool.submit(http.post, "/v1/completions", json=BODY) for _ in range(4)]
+        until(lambda: "vllm:num_requests_running" in http.get("/metrics").text)
+        process.kill()
+        process.wait(60)
+        assert all(isinstance(one.exception(60), httpx.HTTPError) for one in asked)
+    assert {path: digest for path, digest in files(cache, memory).items() if path in kept} == kept
+    with started(*words) as (process, http, said):
+        until(lambda: http.get("/ready").status_code == 200)
+        assert http.post("/v1/completions", json=one).json()["choices"] == alone
+    assert "made again" not in "".join(said)
 
 
 SLOW = """
@@ -217,7 +247,7 @@ def test_a_file_of_keys_has_one_on_a_line(
 # -- without a process of its own --------------------------------------------------------------------------------
 
 
-def in_time(load: Callable[[], LLM], meanwhile: Callable[[str], None]) -> LLM | None:
+def in_time(load: Callable[[], LLM], meanwhile: Callable[[str], None], **settings: Any) -> LLM | None:
     """Serves until ``meanwhile`` is over, as the main thread does."""
     sock = listen("127.0.0.1", 0)
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"
@@ -232,7 +262,7 @@ def in_time(load: Callable[[], LLM], meanwhile: Callable[[str], None]) -> LLM | 
     before = signal.getsignal(signal.SIGTERM)
     thread = threading.Thread(target=ends)
     thread.start()
-    found = serve(Settings("tiny"), load, sock, 10)
+    found = serve(Settings("tiny", **settings), load, sock, 10)
     thread.join()
     assert signal.getsignal(signal.SIGTERM) is before
     return found
@@ -249,6 +279,32 @@ def test_a_server_gives_back_the_model_that_it_served() -> None:
 
     assert in_time(lambda: llm, meanwhile) is llm
     assert len(texts) == 1
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="a system that waits longer")
+def test_a_client_that_doesn_t_read_a_whole_answer_is_left() -> None:
+    ended = list[bool]()
+
+    def meanwhile(url: str) -> None:
+        until(lambda: httpx.get(f"{url}/ready").status_code == 200)
+        place = httpx.URL(url)
+        with socket.socket() as idle:
+            idle.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            idle.settimeout(30)
+            idle.connect((place.host, place.port or 0))
+            asked = {"prompt": "one two three " * 50_000, "return_token_strs": True}
+            body = json.dumps(asked).encode()
+            head = "POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            idle.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            time.sleep(4)
+            try:
+                said = b"".join(iter(lambda: idle.recv(1 << 20), b""))
+                ended.append(len(said) < 1_000_000)
+            except ConnectionResetError:
+                ended.append(True)
+
+    in_time(tiny_llm, meanwhile, stall_timeout=1.0)
+    assert ended == [True]
 
 
 def test_requests_that_don_t_end_in_time_are_interrupted() -> None:

@@ -144,7 +144,8 @@ def test_a_call_is_forced(calling: Served, more: dict[str, Any]) -> None:
         else:
             assert arguments == {}
     assert len(calls) == 1 or more == {"tool_choice": "required", "logprobs": True}
-    assert whole.finish_reason == ("tool_calls" if expected.finish_reason == "stop" else "length")
+    reason = "tool_calls" if chosen == "required" else "stop"
+    assert whole.finish_reason == (reason if expected.finish_reason == "stop" else "length")
     assert streamed(create(**asked, stream=True)) == (content, calls, whole.finish_reason)
 
 
@@ -364,7 +365,6 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"tool_choice": "perhaps"}, "tool_choice"),
     ({"tool_choice": {"type": "function", "function": {"name": "snow"}}}, "tool_choice.function.name"),
     ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"structured_outputs": {"regex": "a"}}, "structured_outputs"),
     ({"tool_choice": "required", "ignore_eos": True}, "tools"),
     (
@@ -382,6 +382,33 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("wrong", "param"), WRONG, ids=str)
 def test_what_is_wrong_is_named(calling: Served, wrong: dict[str, Any], param: str) -> None:
     assert calling.refused("/v1/chat/completions", ASKED | wrong)["param"] == param
+
+
+def test_content_has_a_format_where_nothing_is_called(calling: Served) -> None:
+    schema: dict[str, Any] = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+    schema["additionalProperties"] = False
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    asked = ASKED | {"response_format": form, "parallel_tool_calls": False}
+    if form_of(calling) == "llama3":  # whose calls are JSON too
+        assert calling.refused("/v1/chat/completions", asked)["param"] == "response_format"
+    else:
+        seen = set[str]()
+        for seed in range(12):
+            bodies = [asked | {"seed": seed, "speculation": way} for way in (None, "off")]
+            choices = [calling.post("/v1/chat/completions", body).json()["choices"][0] for body in bodies]
+            message, reason = choices[0]["message"], choices[0]["finish_reason"]
+            assert [choice["message"]["content"] for choice in choices] == [message["content"]] * 2
+            if message["content"]:
+                assert reason == "stop"
+                assert list(json.loads(message["content"])) == ["ok"]
+            else:
+                assert reason in ("tool_calls", "length")  # arguments that aren't strict may have no end
+                assert len(message.get("tool_calls", [])) == (reason == "tool_calls" or "tool_calls" in message)
+            seen.add(reason)
+        assert seen >= {"stop", "tool_calls"}
+    forced = calling.post("/v1/chat/completions", asked | {"tool_choice": "required"}).json()["choices"][0]
+    assert forced["message"]["content"] is None
+    assert forced["finish_reason"] == "tool_calls"
 
 
 @pytest.mark.parametrize(

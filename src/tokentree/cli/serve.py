@@ -94,6 +94,10 @@ def serve(
     prefix_mb: Annotated[
         int, typer.Option(min=0, help="Megabytes for the KV of finished texts.", rich_help_panel=LIMITS)
     ] = 256,
+    lookup_mb: Annotated[
+        int,
+        typer.Option(min=0, help="Megabytes for what look-ups learn, for each way to draft.", rich_help_panel=LIMITS),
+    ] = 512,
     draft_model: DraftOption = None,
     heads: HeadsOption = None,
     drafter: DrafterOption = None,
@@ -124,7 +128,7 @@ def serve(
     options: dict[str, Any] = {
         "draft_model": draft_model, "heads": heads, "shape": shape, "dtype": dtype, "quantization": quantization,
         "compile": compile, "device": device, "engine": engine, "memory": memory, "max_batch": max_batch,
-        "kv_mb": kv_mb, "prefix_mb": prefix_mb,
+        "kv_mb": kv_mb, "prefix_mb": prefix_mb, "lookup_mb": lookup_mb,
     }  # fmt: skip
     check_loading(model, drafter, **options)
     settings = Settings(

@@ -22,12 +22,14 @@ class Parts:
         draft_engines: the name and the engine of each draft model. The name is shown beside its tokens.
         heads: a folder with heads for the target, or None.
         fingerprint: the fingerprint of the target. Heads must have been made for a model with the same one.
+        lookup_bytes: memory for what a drafter's look-ups learn from all sequences. None: as the drafter likes.
     """
 
     engine: Engine
     draft_engines: tuple[tuple[str, Engine], ...] = ()
     heads: Path | None = None
     fingerprint: Fingerprint | None = None
+    lookup_bytes: int | None = None
 
 
 class Drafter(ABC):
@@ -58,6 +60,11 @@ class Drafter(ABC):
     def names(self) -> list[str]:
         """The names of all who propose here, in the order of the bits in `Draft.sources`."""
         return [self.name]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of what it learnt from all sequences, in bytes."""
+        return 0
 
     @abstractmethod
     def propose(self, seqs: list[Sequence], shape: Shape, sampled: bool) -> list[Draft]:

@@ -47,6 +47,10 @@ class Merged(Drafter):
     def names(self) -> list[str]:
         return [drafter.name for drafter in self._drafters]
 
+    @property
+    def nbytes(self) -> int:
+        return sum(drafter.nbytes for drafter in self._drafters)
+
     def prefill(self, seqs: list[Sequence], upto: int | None = None) -> None:
         for drafter in self._drafters:
             drafter.prefill(seqs, upto)

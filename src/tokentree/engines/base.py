@@ -341,6 +341,18 @@ class Engine(Protocol):
 
 
 @runtime_checkable
+class HasPrefixes(Protocol):
+    """An engine that keeps KV of finished texts.
+
+    Attributes:
+        prefix_nbytes: its memory, in bytes.
+    """
+
+    @property
+    def prefix_nbytes(self) -> int: ...
+
+
+@runtime_checkable
 class HasHiddenStates(Engine, Protocol):
     """An engine that stores the target's hidden states beside the KV. Medusa and EAGLE drafters need one."""
 

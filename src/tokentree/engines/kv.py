@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tokentree.engines.cpu.mapped import cloned, zeros
 from tokentree.engines.recurrent import Recurrence, RecurrentStates
 from tokentree.errors import ModelError
 from tokentree.jit import njit
@@ -122,7 +123,8 @@ class SequenceKV:
         if self._capacity:
             for new, old in zip(keys + values, self._keys + self._values, strict=True):
                 new[:, :, : old.shape[2]] = old
-        states = self.states.new_empty(len(self.states), capacity, self.states.shape[2])
+        layout = self.layout
+        states = zeros(layout.states, capacity, layout.width, dtype=layout.state_dtype, device=layout.device)
         states[:, : self.states.shape[1]] = self.states
         self._keys, self._values, self.states, self._capacity = keys, values, states, capacity
         self._addresses = {}
@@ -132,7 +134,7 @@ class SequenceKV:
         return self._capacity if rows <= self._capacity else self.layout.capacity(max(rows, self._capacity * 3 // 2))
 
     def _empty_keys(self, layers: int, heads: int, capacity: int, width: int) -> torch.Tensor:
-        return torch.zeros(layers, heads, capacity, width, dtype=self.layout.dtype, device=self.layout.device)
+        return zeros(layers, heads, capacity, width, dtype=self.layout.dtype, device=self.layout.device)
 
     _empty_values = _empty_keys
 
@@ -194,7 +196,7 @@ class SequenceKV:
 
         def part(stored: torch.Tensor, dim: int) -> torch.Tensor:
             unit = stored.shape[dim] // blocks  # 1 where a block is one entry, otherwise `BLOCK`
-            return stored.narrow(dim, begin * unit, whole * unit).clone(memory_format=torch.contiguous_format)
+            return cloned(stored.narrow(dim, begin * unit, whole * unit))
 
         small = copy(self)
         small._keys = [part(stored, 2) for stored in self._keys]
@@ -275,10 +277,11 @@ class BlockedKV(SequenceKV):
     """
 
     def _empty_keys(self, layers: int, heads: int, capacity: int, width: int) -> torch.Tensor:
-        return torch.zeros(layers, heads, capacity // BLOCK, width, BLOCK, dtype=torch.float32, device="cpu")
+        return zeros(layers, heads, capacity // BLOCK, width, BLOCK, dtype=torch.float32, device=torch.device("cpu"))
 
     def _empty_values(self, layers: int, heads: int, capacity: int, width: int) -> torch.Tensor:
-        return torch.zeros(layers, heads, capacity, -(-width // BLOCK) * BLOCK, dtype=torch.float32, device="cpu")
+        columns = -(-width // BLOCK) * BLOCK
+        return zeros(layers, heads, capacity, columns, dtype=torch.float32, device=torch.device("cpu"))
 
     def write(self, layer: int, row: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """See `SequenceKV.write`.

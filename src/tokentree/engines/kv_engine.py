@@ -143,6 +143,11 @@ class KVEngine(NotCopied, ABC):
         )  # fmt: skip
 
     @property
+    def prefix_nbytes(self) -> int:
+        """See `HasPrefixes`."""
+        return self._prefixes.nbytes
+
+    @property
     def signature(self) -> str:
         """What the cost of a forward depends on: model, engine, dtype, device and threads."""
         on_cpu = self.device.type == "cpu"

@@ -18,12 +18,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 KEPT = 64  # compiled grammars
+KEPT_CHARS = 1 << 17  # of these, together; one takes up to 2 kB of memory for each character
+# llguidance's limits on compiling, and on a step: a grammar takes 0.6 s, and what is ambiguous a few ms a node
+LEXER_FUEL, STEP_ITEMS = 1 << 16, 10_000
 END = "<|the end of a text under a grammar|>"  # a token of our own: which tokens end a text is a request's matter
 NAMES = {"json": "JSON schema", "regex": "regular expression", "lark": "grammar"}
 
 
 class Grammars:
-    """The grammars of one tokenizer. Each is compiled once and kept, the latest `KEPT`. Any thread may ask for one.
+    """The grammars of one tokenizer. Each is compiled once and kept, the latest `KEPT`, of `KEPT_CHARS` at most. Any
+    thread may ask for one.
 
     Args:
         tokenizer: None where a model came without one. It is read when the first grammar is asked for, which takes
@@ -51,11 +55,15 @@ class Grammars:
             key = wanted.source
             if key not in self._kept or self._kept[key].worn:
                 self._kept[key] = Beginning(_compiled(*key, read))
-                if len(self._kept) > KEPT:
-                    self._kept.popitem(last=False)
             self._kept.move_to_end(key)
+            while len(self._kept) > KEPT or (self._chars > KEPT_CHARS and len(self._kept) > 1):
+                self._kept.popitem(last=False)
             ends = eos_ids | {token for token in stop_ids if token < read.end and read.tokens.is_special_token(token)}
             return Guide(self._kept[key], ends, read.end, read.hidden)
+
+    @property
+    def _chars(self) -> int:
+        return sum(len(text) for _, text in self._kept)
 
     def prepare(self) -> None:
         """Reads the tokenizer, if that wasn't done.
@@ -135,7 +143,8 @@ def _compiled(kind: str, text: str, tokens: _Tokens) -> Any:
             grammar = LLMatcher.grammar_from_lark(text)
     except ValueError as error:
         raise OptionError(_told(kind, str(error))) from None
-    matcher = LLMatcher(tokens.tokens, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
+    limits = LLParserLimits(verbose_errors=False, initial_lexer_fuel=LEXER_FUEL, step_max_items=STEP_ITEMS)
+    matcher = LLMatcher(tokens.tokens, grammar, log_level=0, limits=limits)
     if not matcher.is_error():
         first = np.frombuffer(matcher.compute_bitmask(), np.uint8)
         if matcher.is_error() or not first.any():
@@ -148,5 +157,7 @@ def _compiled(kind: str, text: str, tokens: _Tokens) -> Any:
 def _told(kind: str, said: str) -> str:
     """What is wrong with a grammar, in one line."""
     lines = [line.strip() for line in said.strip().splitlines() if line.strip()]
+    if any("lexer precomputation" in line or "too big" in line for line in lines):
+        return f"structured_outputs: the {NAMES[kind]} can't be compiled: it is too large"
     reason = next((line for line in reversed(lines) if line.startswith("error:")), lines[0] if lines else "unknown")
     return f"structured_outputs: the {NAMES[kind]} can't be compiled: {reason.removeprefix('error:').strip()[:300]}"

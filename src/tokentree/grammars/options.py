@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json as json_of
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -11,6 +13,8 @@ from pydantic import BaseModel
 from tokentree.errors import OptionError
 
 LARGEST = 1 << 17  # characters of a schema, an expression or a grammar: the largest ones take a second or two
+MOST_QUANTIFIERS = 1000  # ?, *, +, {n} and {n,m}: time and memory grow with their square
+QUANTIFIER = re.compile(r"[?*+]|\{\d")
 DEEPEST = 64  # levels of objects and arrays in a schema
 
 
@@ -49,8 +53,10 @@ class StructuredOutputs:
                 f"structured_outputs takes exactly one of {names}, and has {' and '.join(given) or 'none'}"
             )
         for name in ("regex", "grammar"):
-            if getattr(self, name) is not None:
-                _check_text(getattr(self, name), name)
+            text = getattr(self, name)
+            if text is not None:
+                _check_text(text, name)
+                _check_quantifiers([text], name)
         if self.choice is not None:
             object.__setattr__(self, "choice", _texts(self.choice))
         if self.json is not None:
@@ -106,6 +112,27 @@ def _check_text(text: Any, name: str) -> None:
         raise OptionError(f"structured_outputs: {name} holds half of a character")
 
 
+def _check_quantifiers(expressions: Iterable[str], name: str) -> None:
+    count = sum(len(QUANTIFIER.findall(text)) for text in expressions)
+    if count > MOST_QUANTIFIERS:
+        raise OptionError(f"structured_outputs: {name} has {count} quantifiers, and {MOST_QUANTIFIERS} is the most")
+
+
+def _expressions(schema: Any) -> Iterator[str]:
+    """The regular expressions in a schema."""
+    waiting = [schema]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += value.values()
+            if isinstance(pattern := value.get("pattern"), str):
+                yield pattern
+            if isinstance(patterns := value.get("patternProperties"), dict):
+                yield from patterns
+        elif isinstance(value, list):
+            waiting += value
+
+
 def _texts(choice: Any) -> tuple[str, ...]:
     if isinstance(choice, str) or not isinstance(choice, list | tuple) or not choice:
         raise OptionError("structured_outputs: choice is a list of at least one text")
@@ -137,6 +164,7 @@ def _schema(schema: Any) -> str:
     except (TypeError, ValueError) as error:
         raise OptionError(f"structured_outputs: the schema can't be written as JSON: {error}") from None
     _check_text(text, "json")
+    _check_quantifiers(_expressions(json_of.loads(text)), "the JSON schema")
     return text
 
 

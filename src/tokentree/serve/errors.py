@@ -14,15 +14,24 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from tokentree.errors import ForkError, ModelError, OptionError, PromptError, StepError, TokenTreeError
-from tokentree.serve.protocol import fields
+from tokentree.serve.protocol import MOST_VALUES, fields
 
 LOG = logging.getLogger("tokentree.serve")
 
-BAD, UNKNOWN_KEY, NOT_FOUND, TOO_LARGE, TOO_MANY, GONE, BROKEN, NOT_READY, TOO_LATE = (
-    400, 401, 404, 413, 429, 499, 500, 503, 504,
+BAD, UNKNOWN_KEY, NOT_FOUND, TOO_SLOW, TOO_LARGE, TOO_MANY, GONE, BROKEN, NOT_READY, TOO_LATE = (
+    400, 401, 404, 408, 413, 429, 499, 500, 503, 504,
 )  # fmt: skip
 TYPES = {429: "rate_limit_error", 500: "server_error", 503: "server_error", 504: "timeout_error"}
-CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large", 500: "internal_error"}
+CODES = {
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "body_timeout",
+    413: "request_too_large",
+    500: "internal_error",
+}
+
+
+LONGEST, LONGEST_NAME = 500, 200  # characters of a message and of a field's name: requests choose what is in them
 
 
 class ApiError(Exception):
@@ -41,7 +50,8 @@ class ApiError(Exception):
         retry_after: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__(message)
-        self.status, self.message, self.param = status, message, param
+        self.status, self.message = status, _one_line(message, LONGEST)
+        self.param = None if param is None else _one_line(param, LONGEST_NAME)
         self.code = code or CODES.get(status)
         self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
 
@@ -55,6 +65,12 @@ class ApiError(Exception):
     def response(self) -> JSONResponse:
         """The answer."""
         return JSONResponse(self.body, self.status, self.headers)
+
+
+def _one_line(text: str, most: int) -> str:
+    """``text`` on one line, with dots in its midst where it is longer than ``most``."""
+    text = " ".join(text.split("\n"))
+    return text if len(text) <= most else f"{text[: most // 2]} … {text[3 - most // 2 :]}"
 
 
 def api_error(error: Exception) -> ApiError:
@@ -87,6 +103,10 @@ def _of_validation(found: Sequence[Mapping[str, Any]]) -> ApiError:
     place, said = list(one["loc"][1:]), str(one["msg"]).removeprefix("Value error, ")
     if one["type"] == "json_invalid":
         return ApiError(BAD, f"the body is not JSON: {one['ctx']['error']}", code="invalid_json")
+    if one["type"] == "half_character":
+        place = list(one["ctx"]["place"])
+    if one["type"] == "values":
+        return ApiError(BAD, f"the body has more than {MOST_VALUES} values", code="too_many")
     if not place:
         return ApiError(BAD, "the body must be a JSON object, with the content type application/json")
     unknown = one["type"] == "extra_forbidden"
@@ -115,6 +135,7 @@ def of_http(error: HTTPException) -> ApiError:
         BAD: "the body can't be read",
         NOT_FOUND: "there is no such page",
         405: "this page takes other methods",
+        TOO_SLOW: "the body of the request didn't come in time",
         TOO_LARGE: "the body of the request is larger than this server takes",
     }
     told = ApiError(error.status_code, known.get(error.status_code) or HTTPStatus(error.status_code).phrase.lower())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -55,6 +55,12 @@ class Metrics:
     def gauge(self, name: str, told: str, value: Callable[[], float]) -> None:
         """Tells ``value()`` under this name."""
         Gauge(name, told, ["model_name"], registry=self._registry).labels(self._model).set_function(value)
+
+    def memory(self, told: str, parts: Mapping[str, Callable[[], float]]) -> None:
+        """Tells how much memory each part takes, in bytes."""
+        made = Gauge("tokentree:memory_bytes", told, ["model_name", "part"], registry=self._registry)
+        for part, value in parts.items():
+            made.labels(self._model, part).set_function(value)
 
     def accepted_at(self, position: int, count: int = 1) -> None:
         """Counts accepted candidates at this depth, from 0."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from collections.abc import Sequence
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tokentree.serve.errors import TOO_LARGE, UNKNOWN_KEY, ApiError, of_http
+from tokentree.serve.errors import TOO_LARGE, TOO_SLOW, UNKNOWN_KEY, ApiError, of_http
 from tokentree.serve.page import is_page
 from tokentree.serve.service import Service
 
@@ -37,17 +38,22 @@ class Protection:
         except ApiError as error:
             await error.response(scope, receive, send)
         else:
-            await self._app(scope, _counted(receive, settings.body_bytes), send)
+            await self._app(scope, _bounded(receive, settings.body_bytes, settings.stall_timeout), send)
 
 
-def _counted(receive: Receive, most: int) -> Receive:
-    """``receive``, which refuses more than ``most`` bytes, whatever length was told."""
-    size = 0
+def _bounded(receive: Receive, most: int, seconds: float) -> Receive:
+    """``receive``, which refuses more than ``most`` bytes, whatever length was told, and a body that isn't whole behind
+    so many ``seconds``."""
+    size, whole, end = 0, False, asyncio.get_running_loop().time() + seconds
 
     async def read() -> Message:
-        nonlocal size
-        message = await receive()
-        size += len(message.get("body", b""))
+        nonlocal size, whole
+        try:
+            async with asyncio.timeout_at(None if whole else end):
+                message = await receive()
+        except TimeoutError:
+            raise HTTPException(TOO_SLOW) from None
+        size, whole = size + len(message.get("body", b"")), not message.get("more_body")
         if size > most:
             raise HTTPException(TOO_LARGE)
         return message

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
+MOST_VALUES = 1 << 16  # of a body: each takes some microseconds of the one thread that answers all
 FunctionName = Annotated[str, Field(max_length=64, pattern="^[a-zA-Z0-9_-]+$")]
+Texts = Annotated[list[str], Field(fail_fast=True)]
+Ids = Annotated[list[int], Field(fail_fast=True)]
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
@@ -14,6 +27,54 @@ class Asked(BaseModel):
     """A part of a request. Texts are no numbers, and numbers no texts."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Body(Asked):
+    """A whole request. It is looked through before its fields are: they take much longer."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _looked_through(cls, value: Any) -> Any:
+        look_through(value)
+        return value
+
+
+def look_through(value: Any) -> None:
+    """Looks at all values of JSON.
+
+    Raises:
+        PydanticCustomError: if there are more than `MOST_VALUES`, numbers in lists not counted, or one is a text or a
+            key that can't be written in UTF-8 (it holds a lone surrogate). Its context says the ``place`` of that.
+    """
+    waiting: list[tuple[tuple[str | int, ...], Any]] = [((), value)]
+    count = 0
+    while waiting:
+        place, one = waiting.pop()
+        texts: Iterable[Any] = ()
+        if isinstance(one, str):
+            texts = (one,)
+        elif isinstance(one, dict):
+            texts, count = one, count + len(one)
+            inner: Iterable[tuple[Any, Any]] = one.items()
+        elif isinstance(one, list) and set(map(type, one)) != {int}:
+            count += len(one)
+            inner = enumerate(one)
+        else:
+            continue
+        if any(map(_is_broken, texts)):
+            raise PydanticCustomError("half_character", "it holds half of a character", {"place": place})
+        if count > MOST_VALUES:
+            raise PydanticCustomError("values", "the body has too many values", {"place": ()})
+        if not isinstance(one, str):
+            waiting += [((*place, key), each) for key, each in inner]
+
+
+def _is_broken(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 class StreamOptions(Asked):
@@ -51,7 +112,7 @@ class StructuredRequest(Asked):
 
     json_: dict[str, Any] | str | None = Field(None, alias="json", description="A JSON schema.")
     regex: str | None = Field(None, description="A regular expression.")
-    choice: list[str] | None = Field(None, description="Texts, one of which is written.")
+    choice: Texts | None = Field(None, description="Texts, one of which is written.")
     grammar: str | None = Field(None, description="A context-free grammar in llguidance's dialect of Lark.")
     json_object: bool | None = Field(None, description="True: any JSON object.")
 
@@ -64,7 +125,7 @@ class StructuredRequest(Asked):
             raise ValueError("it must be a JSON schema, as an object or as text") from None
 
 
-class Sampled(Asked):
+class Sampled(Body):
     """What completions and chats have in common. A field that is null is left to the server."""
 
     model: str | None = Field(None, description="The name of the model, as /v1/models has it.")
@@ -80,8 +141,8 @@ class Sampled(Asked):
     logit_bias: dict[str, float] | None = Field(None, description="Token id: number added to its logit.")
     n: int | None = Field(None, description="Samples for each prompt.")
     seed: int | None = Field(None, description="The same seed gives the same text.")
-    stop: str | list[str] | None = Field(None, description="Strings that end the text; they are cut off.")
-    stop_token_ids: list[int] | None = Field(None, description="Tokens that end the text.")
+    stop: str | Texts | None = Field(None, description="Strings that end the text; they are cut off.")
+    stop_token_ids: Ids | None = Field(None, description="Tokens that end the text.")
     ignore_eos: bool | None = Field(None, description="Go on behind the model's own end token.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -112,7 +173,7 @@ class Sampled(Asked):
 class CompletionRequest(Sampled):
     """A request to /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]] = Field(
+    prompt: str | Texts | Ids | Annotated[list[Ids], Field(fail_fast=True)] = Field(
         description="A text, token ids, or a list of texts or of token ids."
     )
     logprobs: int | None = Field(None, description="How many of the most probable tokens are told at each place.")
@@ -132,6 +193,9 @@ class TextPart(Asked):
 
     type: Literal["text"]
     text: str
+
+
+Parts = Annotated[list[TextPart], Field(fail_fast=True)]
 
 
 class Function(Asked):
@@ -183,9 +247,9 @@ class Message(Asked):
     """A message of a conversation."""
 
     role: Role
-    content: str | list[TextPart] | None = None
+    content: str | Parts | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
     # what a client sends back of an earlier answer
     refusal: None = None
@@ -198,18 +262,20 @@ class Prediction(Asked):
     """A text that the answer may copy from: it is drafted from, and changes no token."""
 
     type: Literal["content"]
-    content: str | list[TextPart]
+    content: str | Parts
 
 
 class ChatRequest(Sampled):
     """A request to /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, description="The most new tokens.")
     logprobs: bool | None = Field(None, description="Log-probabilities of the new tokens.")
     top_logprobs: int | None = Field(None, description="How many of the most probable tokens are told at each place.")
     prediction: Prediction | None = None
-    tools: list[Tool] | None = Field(None, description="Functions that the model may call.")
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = Field(
+        None, description="Functions that the model may call."
+    )
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
         None, description="Whether it may call, has to call, or which function."
     )
@@ -230,21 +296,21 @@ class ChatRequest(Sampled):
             raise ValueError('it must be "none", "auto", "required", or the name of a function') from None
 
 
-class TokenizeRequest(Asked):
+class TokenizeRequest(Body):
     """A request to /tokenize: a text or messages."""
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: Annotated[list[Message], Field(fail_fast=True)] | None = None
     add_special_tokens: bool | None = Field(None, description="Whether a text gets the tokens that begin one.")
     return_token_strs: bool | None = None
 
 
-class DetokenizeRequest(Asked):
+class DetokenizeRequest(Body):
     """A request to /detokenize."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Ids = Field(max_length=1 << 18)
 
 
 def fields() -> set[str]:

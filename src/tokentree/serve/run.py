@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import socket
 import threading
@@ -78,6 +79,8 @@ def serve(settings: Settings, load: Callable[[], LLM], sock: socket.socket, drai
 class _Run:
     def __init__(self, settings: Settings, load: Callable[[], LLM], sock: socket.socket, drain_timeout: float) -> None:
         self._load, self._sock, self._drain_timeout = load, sock, drain_timeout
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # of connections whose answer is over as well; they inherit it
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * settings.stall_timeout))
         self._app = create_app(settings)
         self._service: Service = self._app.state.service
         self._first, self._second = asyncio.Event(), asyncio.Event()  # signals
@@ -99,6 +102,7 @@ class _Run:
             await asyncio.wait({loaded, ending, serving}, return_when=asyncio.FIRST_COMPLETED)
             if loaded.done():
                 self._service.start(loaded.result())
+                gc.freeze()  # a full collection would stop all threads for as long as it takes to look at a model
                 LOG.info("ready")
                 await asyncio.wait({ending, serving}, return_when=asyncio.FIRST_COMPLETED)
                 await self._drain()

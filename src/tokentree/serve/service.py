@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from fastapi import Request
 
+from tokentree.engines.base import HasPrefixes
 from tokentree.errors import ModelError
 from tokentree.llm import LLM
 from tokentree.serve.backends import Backend, Backends
@@ -49,6 +50,10 @@ class Service:
         gauge("vllm:num_requests_running", "Texts that are read or decoded.", lambda: self._sum("running"))
         gauge("vllm:num_requests_waiting", "Texts that wait for their turn.", lambda: self._sum("waiting"))
         gauge("vllm:kv_cache_usage_perc", "KV of texts, as a part of the memory for it (1: all).", self._kv_usage)
+        self.metrics.memory(
+            "Memory of what grows with requests.",
+            {"kv": lambda: self._sum("kv_used"), "prefixes": self._prefixes, "lookups": self._lookups},
+        )
 
     # -- the model -------------------------------------------------------------------------------------------------
 
@@ -155,7 +160,7 @@ class Service:
 
     # -- figures ---------------------------------------------------------------------------------------------------
 
-    def _sum(self, name: Literal["running", "waiting"]) -> int:
+    def _sum(self, name: Literal["running", "waiting", "kv_used"]) -> int:
         backends = self._backends.all if self._backends is not None else []
         return sum(getattr(backend.asked.scheduler, name) for backend in backends)
 
@@ -163,6 +168,15 @@ class Service:
         schedulers = [backend.asked.scheduler for backend in self._backends.all] if self._backends else []
         most = schedulers[0].kv_bytes if schedulers else None
         return sum(scheduler.kv_used for scheduler in schedulers) / most if most else 0.0
+
+    def _prefixes(self) -> int:
+        engines = [self._backends.own.llm.engine, *self._backends.own.llm.engines] if self._backends else []
+        known = {id(engine): engine for engine in engines if isinstance(engine, HasPrefixes)}
+        return sum(engine.prefix_nbytes for engine in known.values())
+
+    def _lookups(self) -> int:
+        backends = self._backends.all if self._backends is not None else []
+        return sum(backend.llm.decoder.drafter.nbytes for backend in backends)
 
     # -- the end ---------------------------------------------------------------------------------------------------
 

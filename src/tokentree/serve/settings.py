@@ -17,7 +17,8 @@ class Settings:
         max_batch: the most texts that are decoded together.
         max_queue: the most texts that wait. More requests get the status 429.
         request_timeout: the seconds after which a request ends with the status 504. None: no limit.
-        stall_timeout: the seconds after which a stream is ended whose client reads nothing.
+        stall_timeout: the seconds after which a connection is ended whose client reads nothing, and the seconds that a
+            client has to send a body.
         max_tokens: the most new tokens of a text. None: as many as the context holds.
         prompt_tokens: the most tokens of a prompt. None: as many as the context holds.
         body_bytes: the size of the largest body of a request.

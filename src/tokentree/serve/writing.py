@@ -115,7 +115,7 @@ class Choice:
         update.text = "".join(part for part in parts if isinstance(part, str))
         update.calls = [part for part in parts if not isinstance(part, str)]
         if update.finish_reason == "stop" and self.reader.calls:
-            update.finish_reason = "tool_calls"
+            update.finish_reason = self.reader.reason
 
 
 class Job:

@@ -6,7 +6,8 @@ import errno
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from tests.strategies import token_trees
 from tokentree.acceptance import Match
 from tokentree.decoder import Decoder
 from tokentree.draft import Draft
-from tokentree.drafters.base import Drafter
+from tokentree.drafters.base import Drafter, Parts
 from tokentree.drafters.lookup.ngram import NGram
 from tokentree.drafters.lookup.recycling import HOLDS_ALONE, HOLDS_IN_PAIR, LEAST_PROB, Recycling, _row
 from tokentree.drafters.lookup.storage import write_arrays
@@ -213,6 +214,20 @@ def test_a_rebuilt_store_is_matched_again() -> None:
     assert propose(drafter, seq).tree.paths() == [[114, 115, 116, 117]]
     answer(drafter, [*range(200, 220), 5, 112, 113, 60, 61, 62, 63, 64])
     assert propose(drafter, seq).tree.paths() == [[60, 61, 62, 63]]
+
+
+@pytest.mark.parametrize("lookup_bytes", [0, 3_000, 100_000, 1_000_000])
+def test_the_store_takes_no_more_memory_than_it_may(lookup_bytes: int) -> None:
+    number = np.random.default_rng(1)
+    drafter = Suffix.make(Parts(cast(Any, SimpleNamespace(vocab_size=1000)), lookup_bytes=lookup_bytes))
+    least = Suffix().nbytes  # of the arrays that it begins with
+    for _ in range(60):
+        seq = request([1, 2, *number.integers(0, 1000, 300).tolist()])
+        drafter.prefill([seq])
+        seq.tokens += number.integers(0, 1000, 200).tolist()
+        drafter.release([seq])
+        assert drafter.nbytes <= max(least + 1000, lookup_bytes)
+    assert drafter.nbytes > lookup_bytes / 8
 
 
 @given(st.integers(0, 30), st.lists(st.integers(0, 40), min_size=1, max_size=12))

@@ -59,6 +59,10 @@ class Recycling(Drafter):
     def make(cls, parts: Parts) -> Drafter:
         return cls(parts.engine.vocab_size, min(SUCCESSORS, parts.engine.vocab_size))
 
+    @property
+    def nbytes(self) -> int:
+        return self._successors.nbytes + self._probs.nbytes + self._pairs.nbytes
+
     def propose(self, seqs: list[Sequence], shape: Shape, sampled: bool) -> list[Draft]:
         return [self._grow(seq, shape.max_nodes - 1, min(shape.max_depth, seq.room - 1)) for seq in seqs]
 

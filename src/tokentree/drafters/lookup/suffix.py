@@ -19,6 +19,7 @@ from tokentree.shapes.base import Shape
 END = -1
 REMATCHED = 64  # tokens that are matched again when the store was rebuilt
 LEAST_PROB = 0.01
+TOKEN_NBYTES = 280  # of a token in the store, at most: two states and three edges, in arrays that double
 
 
 class Suffix(Drafter):
@@ -46,7 +47,13 @@ class Suffix(Drafter):
 
     @classmethod
     def make(cls, parts: Parts) -> Drafter:
-        return cls(parts.engine.vocab_size)
+        if parts.lookup_bytes is None:
+            return cls(parts.engine.vocab_size)
+        return cls(parts.engine.vocab_size, parts.lookup_bytes // TOKEN_NBYTES)
+
+    @property
+    def nbytes(self) -> int:
+        return self._store.automaton.nbytes + 4 * len(self._store.tokens)
 
     def prefill(self, seqs: list[Sequence], upto: int | None = None) -> None:
         for seq in seqs:
@@ -77,11 +84,6 @@ class Suffix(Drafter):
             texts = np.split(tokens, np.flatnonzero(tokens == END) + 1)
             for text in texts:
                 self._store = self._store.with_text(text[text != END].tolist(), self._max_store)
-
-    @property
-    def store_nbytes(self) -> int:
-        """Memory of the store, in bytes."""
-        return self._store.automaton.nbytes + 4 * len(self._store.tokens)
 
     def _follow(self, seq: Sequence, upto: int | None = None) -> _Request:
         """What is known of ``seq``, up to its last token, or of its first tokens."""

@@ -226,6 +226,11 @@ class TritonEngine(NotCopied):
         return f"{self.facts.size}, kernels of our own, {self.quantization or 'bfloat16'}, {device}"
 
     @property
+    def prefix_nbytes(self) -> int:
+        """See `HasPrefixes`."""
+        return self._shared.nbytes
+
+    @property
     def info(self) -> EngineInfo:
         return EngineInfo(
             self.facts.name, self.vocab_size, self.context, tuple(self.ends), self.device, self.dtype,

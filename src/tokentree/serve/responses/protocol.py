@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, ValidationError, ValidatorFunctionWrapHandler, field_validator
 
-from tokentree.serve.protocol import Asked, FunctionChoice, FunctionName, JsonSchema, Speculation
+from tokentree.serve.protocol import Asked, Body, FunctionChoice, FunctionName, JsonSchema, Speculation
 
 Status = Literal["in_progress", "completed", "incomplete"]
 
@@ -20,12 +20,15 @@ class Part(Asked):
     logprobs: list[Any] | None = Field(None, max_length=0)
 
 
+Parts = Annotated[list[Part], Field(fail_fast=True)]
+
+
 class MessageItem(Asked):
     """A message."""
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: str | Parts
     id: str | None = None
     status: Status | None = None
 
@@ -46,7 +49,7 @@ class ResultItem(Asked):
 
     type: Literal["function_call_output"]
     call_id: str
-    output: str | list[Part]
+    output: str | Parts
     id: str | None = None
     status: Status | None = None
 
@@ -106,11 +109,13 @@ class ObfuscationOptions(Asked):
     include_obfuscation: Literal[False] | None = None
 
 
-class ResponsesRequest(Asked):
+class ResponsesRequest(Body):
     """A request to /v1/responses. A field that is null is left to the server."""
 
     model: str | None = Field(None, description="The name of the model, as /v1/models has it.")
-    input: str | list[Item] = Field(description="A text, or messages, calls and their results.")
+    input: str | Annotated[list[Item], Field(fail_fast=True)] = Field(
+        description="A text, or messages, calls and their results."
+    )
     instructions: str | None = Field(None, description="A first message of the system.")
     max_output_tokens: int | None = Field(None, description="The most new tokens.")
     temperature: float | None = Field(None, description="0 is greedy.")
@@ -120,7 +125,9 @@ class ResponsesRequest(Asked):
     seed: int | None = Field(None, description="The same seed gives the same text.")
     speculation: Speculation | Literal["off"] | None = Field(None, description="Another way to draft, or none.")
     text: TextOptions | None = None
-    tools: list[FlatTool] | None = Field(None, description="Functions that the model may call.")
+    tools: Annotated[list[FlatTool], Field(fail_fast=True)] | None = Field(
+        None, description="Functions that the model may call."
+    )
     tool_choice: Literal["none", "auto", "required"] | FlatNamedTool | None = None
     parallel_tool_calls: bool | None = Field(None, description="False: at most one call.")
     stream: bool | None = None

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tokentree.chat import template_of
 from tokentree.grammars.options import StructuredOutputs, is_deeper
 from tokentree.serve.errors import BAD, ApiError
 from tokentree.serve.protocol import ChatRequest, NamedTool, Tool
 from tokentree.serve.settings import Settings
-from tokentree.serve.structured import check_grammar, has_format
+from tokentree.serve.structured import check_grammar, has_format, structured
 from tokentree.serve.tools.formats import Format, format_of
 from tokentree.serve.tools.grammar import call_grammar
 from tokentree.serve.tools.reader import CallReader
@@ -19,6 +19,7 @@ from tokentree.serve.tools.reader import CallReader
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+NOTES = ("description", "title", "$comment")
 NOTHING: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -32,6 +33,8 @@ class Tools:
         names: the functions.
         wanted: the grammar of the text, if it has one.
         forced: whether the text is calls and nothing else.
+        named: whether one function was named, which has to be called. As in OpenAI's interface the text then ends with
+            the finish reason "stop".
         hidden: tags of ``form`` that are special tokens, by their ids.
     """
 
@@ -40,11 +43,13 @@ class Tools:
     names: list[str]
     wanted: StructuredOutputs | None
     forced: bool
+    named: bool
     hidden: Mapping[int, str]
 
     def reader(self) -> CallReader:
         """What reads a text's calls."""
-        return CallReader(self.form, self.names, self.hidden, self.forced)
+        reason: Literal["stop", "tool_calls"] = "stop" if self.named else "tool_calls"
+        return CallReader(self.form, self.names, self.hidden, self.forced, reason)
 
 
 def tools_of(
@@ -66,18 +71,25 @@ def tools_of(
     _check(tools, settings)
     if choice == "none":
         return None
-    if has_format(asked) or asked.structured_outputs is not None:
-        field = "response_format" if has_format(asked) else "structured_outputs"
+    if asked.structured_outputs is not None:
+        field = "structured_outputs"
         raise ApiError(BAD, f"{field} goes with tools only if tool_choice is none", field, "unsupported")
     form = _form(tokenizer, settings)
+    if has_format(asked) and form.bare and choice == "auto":  # a call is JSON there as well
+        field = "response_format"
+        said = f"{field} goes with tools only if tool_choice isn't auto, as this model writes calls as bare JSON"
+        raise ApiError(BAD, said, field, "unsupported")
     may_call = _chosen(tools, choice) if isinstance(choice, NamedTool) else tools
     names = [tool.function.name for tool in may_call]
     added = {entry.content for entry in tokenizer.added_tokens_decoder.values()}
-    wanted = _grammar(form, may_call, asked, added)
+    content = structured(asked, settings) if has_format(asked) else None
+    wanted = _grammar(form, may_call, asked, added, content)
     if wanted is not None:
         check_grammar(wanted, settings)
     hidden = {special[tag]: tag for tag in (form.begin, form.end) if tag in special}
-    return Tools(form, [_told(tool) for tool in tools], names, wanted, choice != "auto", hidden)
+    return Tools(
+        form, [_told(tool) for tool in tools], names, wanted, choice != "auto", isinstance(choice, NamedTool), hidden
+    )
 
 
 def _check_none(asked: ChatRequest) -> None:
@@ -126,24 +138,39 @@ def _chosen(tools: Sequence[Tool], choice: NamedTool) -> list[Tool]:
 
 
 def _grammar(
-    form: Format, tools: Sequence[Tool], asked: ChatRequest, added: Container[str]
-) -> StructuredOutputs | None:
-    """The grammar of a text that has to call, has to call strictly, or may call only once."""
+    form: Format, tools: Sequence[Tool], asked: ChatRequest, added: Container[str],
+    content: StructuredOutputs | None,
+) -> StructuredOutputs | None:  # fmt: skip
+    """The grammar of a text that has to call, has to call strictly, or may call only once; or that is ``content`` if it
+    doesn't call."""
     forced, several = asked.tool_choice not in (None, "auto"), asked.parallel_tool_calls is not False
     if isinstance(asked.tool_choice, NamedTool):
         several = False
-    if not forced and several and not any(tool.function.strict for tool in tools):
+    if not forced and content is None and several and not any(tool.function.strict for tool in tools):
         return None
     schemas = {
         tool.function.name: _arguments(tool) if forced or tool.function.strict else {"type": "object"}
         for tool in tools
     }  # fmt: skip
-    return StructuredOutputs(grammar=call_grammar(form, schemas, added, forced, several))
+    answer = None if forced or content is None else content.source[1]
+    return StructuredOutputs(grammar=call_grammar(form, schemas, added, forced, several, answer))
 
 
 def _arguments(tool: Tool) -> dict[str, Any]:
     schema = tool.function.parameters
-    return NOTHING if schema is None else {"type": "object"} | schema
+    return NOTHING if schema is None else {"type": "object"} | _without_notes(schema)
+
+
+def _without_notes(schema: Any) -> Any:
+    """``schema`` without what is said to readers: a grammar has limits, and this changes nothing."""
+    if isinstance(schema, list):
+        return [_without_notes(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        name: value if name in ("const", "enum") else _without_notes(value) for name, value in schema.items()
+        if not (name in NOTES and isinstance(value, str))
+    }  # fmt: skip
 
 
 def _told(tool: Tool) -> dict[str, Any]:

@@ -15,8 +15,9 @@ ANY = "/(.|\\n)*/"
 
 
 def call_grammar(
-    form: Format, functions: Mapping[str, Mapping[str, Any]], added: Container[str], forced: bool, several: bool
-) -> str:
+    form: Format, functions: Mapping[str, Mapping[str, Any]], added: Container[str], forced: bool, several: bool,
+    answer: str | None = None,
+) -> str:  # fmt: skip
     """A grammar of texts with calls.
 
     Args:
@@ -25,6 +26,7 @@ def call_grammar(
             takes such tokens for no text.
         forced: whether the text is calls and nothing else. Otherwise it may be any text, with calls or without.
         several: whether there may be more than one call.
+        answer: a JSON schema, as text, of a text that doesn't call. What does is then calls and nothing else.
     """
 
     def tag(written: str) -> str:
@@ -34,11 +36,18 @@ def call_grammar(
     for number, (name, schema) in enumerate(functions.items()):
         head = f'{form.space}{{"name": {json.dumps(name)}, "{form.arguments}": '
         bodies.append(f"{json.dumps(head)} arguments_{number} {json.dumps('}' + form.space)} {tag(form.end)}")
-        rules.append(f"arguments_{number}: %json {json.dumps({'x-guidance': SPACING} | dict(schema))}")
+        rules.append(f"arguments_{number}: %json {_spaced(schema)}")
     begin = "" if form.bare else tag(form.begin)
     more = f"({json.dumps(form.between)} {begin} body)*" if several else ""
     rules += [f"body: {' | '.join(bodies)}", f"calls: {begin} body {more}"]
+    if answer is not None:
+        return "\n".join(["start: calls | answer", f"answer: %json {_spaced(answer)}", *rules])
     return "\n".join([*(["start: calls"] if forced else _around(form, added, several)), *rules])
+
+
+def _spaced(schema: Mapping[str, Any] | str) -> str:
+    """A JSON schema as text, with our spacing unless it says another."""
+    return json.dumps({"x-guidance": SPACING} | dict(json.loads(schema) if isinstance(schema, str) else schema))
 
 
 def _around(form: Format, added: Container[str], several: bool) -> list[str]:

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 from uuid import uuid4
 
 from tokentree.serve.tools.formats import Format
@@ -79,14 +79,18 @@ class CallReader:
         names: the functions.
         hidden: special tokens among the tags of ``form``, which a text is shown without. They are fed as text.
         forced: whether the text is calls and nothing else. What is left of one that was cut off is then no content.
+        reason: the finish reason of a text that calls.
 
     Attributes:
         calls: how many calls there are so far.
         content_first: whether there was content before them.
     """
 
-    def __init__(self, form: Format, names: Iterable[str], hidden: Mapping[int, str], forced: bool = False) -> None:
-        self._forced = forced
+    def __init__(
+        self, form: Format, names: Iterable[str], hidden: Mapping[int, str], forced: bool = False,
+        reason: Literal["stop", "tool_calls"] = "tool_calls",
+    ) -> None:  # fmt: skip
+        self._forced, self.reason = forced, reason
         self.hidden, self.calls, self.content_first = hidden, 0, False
         self._form, self._names = form, sorted(names)
         known = "|".join(map(re.escape, self._names))
