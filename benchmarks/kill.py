@@ -61,6 +61,7 @@ class Started:
                 if httpx.get(f"{self.url}/ready", timeout=1).status_code == 200:
                     return time.perf_counter() - self._began
             time.sleep(0.02)
+        self.process.kill()
         raise SystemExit(f"the server isn't ready: {self.log.read_text()}")
 
     def ids(self) -> list[int]:
