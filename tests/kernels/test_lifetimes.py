@@ -17,11 +17,13 @@ COMPILERS = {"njit", "cfunc", "vectorize"}
 FORWARDS = """
 import hashlib
 import torch
+from tests.hybrids import HYBRIDS, tiny_hybrid
 from tests.tiny_models import request, some_tokens, some_tree, tiny
 from tokentree.engines.torch import TorchEngine
-ways = ("llama", None), ("llama", "int8"), ("gemma2", None), ("mixtral", None)
+ways = ("llama", None), ("llama", "int8"), ("gemma2", None), ("mixtral", None), ("jamba", None), ("qwen3_5_text", None)
 for family, quantization in ways:
-    model = tiny(family, torch.bfloat16, hidden_size=64, intermediate_size=96)
+    make = tiny_hybrid if family in HYBRIDS else tiny
+    model = make(family, torch.bfloat16, hidden_size=64, intermediate_size=96)
     engine = TorchEngine(model, quantization=quantization)
     one = request(some_tokens(70))
     engine.prefill(one)

@@ -95,8 +95,8 @@ def delta_step(call, row, query, head, strip, source, target, result, scratch):
             products[keys + i] = asked[i] * decay[i * spread]
         count = 2
     sums[2 * BLOCK : 3 * BLOCK] = 0
-    at_sums = sums.ctypes.data
-    tile_float32(count, keys, source, 4 * BLOCK, products.ctypes.data, 4 * keys, at_sums + 8 * BLOCK, 0, at_sums,
+    at_sums = scratch[1].ctypes.data
+    tile_float32(count, keys, source, 4 * BLOCK, scratch[0].ctypes.data, 4 * keys, at_sums + 8 * BLOCK, 0, at_sums,
                  4 * BLOCK)  # fmt: skip
     rate = float32_at(row + 4 * (call.rate_at + head), 1)[0]
     _value(call, row, head, strip, change)
@@ -123,8 +123,8 @@ def linear_step(call, row, query, head, strip, source, target, result, scratch):
         for i in range(keys):
             products[i] = asked[i] * decay[0]
         sums[2 * BLOCK : 3 * BLOCK] = 0
-        at_sums = sums.ctypes.data
-        tile_float32(1, keys, source, 4 * BLOCK, products.ctypes.data, 0, at_sums + 8 * BLOCK, 0, at_sums, 0)
+        at_sums = scratch[1].ctypes.data
+        tile_float32(1, keys, source, 4 * BLOCK, scratch[0].ctypes.data, 0, at_sums + 8 * BLOCK, 0, at_sums, 0)
         _write(call, strip, sums, _dot(key, asked), change, result)
     if target:
         _move(keys, source, target, key, decay, 0, change)
