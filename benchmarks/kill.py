@@ -78,21 +78,20 @@ class Started:
 
 async def load(url: str, clients: int, seconds: float) -> int:
     """Requests of so many clients, for so long; how many were answered."""
-    count, end = 0, time.perf_counter() + seconds
+    statuses, end = list[int](), time.perf_counter() + seconds
 
     async def client(number: int) -> None:
-        nonlocal count
-        async with httpx.AsyncClient(timeout=60) as http:
-            while time.perf_counter() < end:
-                body = ASKED | {"prompt": f"{number} {count} words", "max_tokens": 16}
-                with suppress(httpx.HTTPError):
-                    count += (await http.post(f"{url}/v1/completions", json=body)).status_code == 200
+        while time.perf_counter() < end:
+            body = ASKED | {"prompt": f"{number} {len(statuses)} words", "max_tokens": 16}
+            with suppress(httpx.HTTPError):
+                statuses.append((await http.post(f"{url}/v1/completions", json=body)).status_code)
 
-    tasks = [asyncio.create_task(client(number)) for number in range(clients)]
-    await asyncio.sleep(seconds)
-    for task in tasks:
-        task.cancel()
-    return count
+    async with httpx.AsyncClient(timeout=60) as http:
+        tasks = [asyncio.create_task(client(number)) for number in range(clients)]
+        await asyncio.sleep(seconds)
+        for task in tasks:
+            task.cancel()
+    return statuses.count(200)
 
 
 def files(*folders: Path) -> dict[str, str]:
