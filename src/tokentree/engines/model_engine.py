@@ -37,9 +37,11 @@ class ModelEngine(KVEngine):
             prepared.guard,
         )  # fmt: skip
         self._model, self._config = prepared.copy, prepared.config
-        option = inspect.signature(type(self._model).forward).parameters.get("logits_to_keep")
+        taken = inspect.signature(type(self._model).forward).parameters
+        option = taken.get("logits_to_keep")
         self._keeps_logits = option is not None
         self._picks_logits = option is not None and "Tensor" in str(option.annotation)  # rows by their numbers
+        self._takes_positions = "position_ids" in taken
         # On a CPU a product of fewer than four rows takes other code paths, whose bits differ, and is no faster.
         self._min_rows = 4 if self.device.type == "cpu" else 1
         self._noted: dict[int, torch.Tensor] = {}  # hidden states of the last forward by place, [rows, hidden size]
@@ -79,9 +81,10 @@ class ModelEngine(KVEngine):
     ) -> Any:  # fmt: skip
         """What the model gives for the rows of ``segments``."""
         ids, positions = inputs_of(segments, padding)
+        if self._takes_positions:
+            options = {"position_ids": torch.from_numpy(positions)[None].to(self.device), **options}
         return self._model(
             input_ids=torch.from_numpy(ids)[None].to(self.device),
-            position_ids=torch.from_numpy(positions)[None].to(self.device),
             attention_mask=mask,
             past_key_values=cache,
             use_cache=True,
@@ -99,7 +102,8 @@ class ModelEngine(KVEngine):
         if not self._keeps_logits or noted:
             return {}
         if upto == "kv":
-            return {"logits_to_keep": 1}
+            # a number lets some models leave out rows whose KV nobody reads, and so what these attend to
+            return {"logits_to_keep": torch.arange(1, device=self.device) if self._picks_logits else 1}
         if rows == there or not self._picks_logits:
             return {}
         return {"logits_to_keep": torch.arange(max(rows, self._min_rows), device=self.device)}

@@ -11,7 +11,6 @@ import torch
 from tokentree.engines.cpu.attention import TREE, ForwardKV, attending
 from tokentree.engines.cpu.prepare import set_attention, steady_activations
 from tokentree.engines.cpu.steady import foreign_layers, steady_weights
-from tokentree.engines.kv import KVLayout
 from tokentree.engines.model_engine import ModelEngine
 from tokentree.engines.plan import EnginePlan
 from tokentree.engines.prepared import Prepared
@@ -28,13 +27,13 @@ class ModulesEngine(ModelEngine):
     @classmethod
     def of(cls, prepared: Prepared, plan: EnginePlan, prefix_bytes: int) -> ModulesEngine:
         try:
-            shapes = prepared.attended()
+            layout = prepared.attended()
         except ModelError as error:
             if plan.otherwise is None:
                 raise ModelError(f"attention='tree' can't be used: {error}") from None
             raise
         prepared.pack()
-        engine = cls(prepared, KVLayout(shapes, torch.float32, prepared.device, blocked=True), prefix_bytes)
+        engine = cls(prepared, layout, prefix_bytes)
         set_attention(prepared.copy, TREE)
         steady_activations(prepared.copy)
         steady_weights(prepared.copy, prepared.owned)
@@ -46,7 +45,7 @@ class ModulesEngine(ModelEngine):
         return f"tree attention, {' and '.join(self._foreign)}" if self._foreign else "tree attention"
 
     def _run(self, segments: SequenceOf[Segment], padding: int, options: dict[str, Any]) -> Any:
-        cache = ForwardKV(segments, attends_itself=False)
+        cache = ForwardKV(segments, False, padding)
         with attending(cache):
             return self._call(segments, padding, cache, None, options)
 

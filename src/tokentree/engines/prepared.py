@@ -21,10 +21,11 @@ from tokentree.engines.cpu.quantized import QuantizedLinear
 from tokentree.engines.foreign import ForeignCode, explained, not_in_a_copy, runs_more
 from tokentree.engines.from_cache import READY
 from tokentree.engines.guard import Guard, Unwatched
+from tokentree.engines.kv import KVLayout
 from tokentree.engines.model_facts import Facts, settings_of
 from tokentree.engines.plan import Traits
 from tokentree.engines.self_check import ATTENDED, OWN, own_forward
-from tokentree.engines.support import has_softcap, unsupported
+from tokentree.engines.support import has_alibi, has_softcap, unsupported
 from tokentree.engines.watch import Shared, Watch, in_common
 from tokentree.gguf.header import is_gguf
 
@@ -95,7 +96,7 @@ class Prepared:
             unsupported=unsupported(self._model) or not_in_a_copy(self._model),
             from_gguf=self._file is not None and is_gguf(self._file),
             supports_sdpa=bool(getattr(type(self._model), "_supports_sdpa", False)),
-            has_softcap=has_softcap(self.config.get_text_config()),
+            has_softcap=has_softcap(self.config.get_text_config()), has_alibi=has_alibi(self.config),
         )  # fmt: skip
         if known.unsupported is not None:
             return known
@@ -158,14 +159,21 @@ class Prepared:
         """Of the KV that the model keeps by itself."""
         return shapes_of(self.own)
 
-    def attended(self) -> Shapes:
-        """Of what attention is given in each layer, for an attention of ours.
+    def attended(self) -> KVLayout:
+        """Of what attention is given each time that a forward attends, for an attention of ours.
 
         Raises:
             ModelError: if the model has to attend by itself.
         """
         adapt(self.copy)
-        return shapes_of(self.packing.recall(ATTENDED, lambda: attended(self.copy)))
+        found = self.packing.recall(ATTENDED, lambda: attended(self.copy))
+        shapes = shapes_of(found)
+        reads = found["reads"].tolist() if "reads" in found else list(range(len(shapes)))
+        stored = sorted(set(reads))  # what comes again is kept once
+        return KVLayout(
+            tuple(shapes[call] for call in stored), torch.float32, self.device, blocked=True,
+            reads=() if len(stored) == len(reads) else tuple(stored.index(call) for call in reads),
+        )  # fmt: skip
 
     def pack(self) -> None:
         """Exchanges modules of the copy for packed and fused ones, once."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
+from transformers.cache_utils import DummyLayer
 
 from tokentree.engines.cpu.checked import is_tensor
 from tokentree.engines.kv import SequenceKV
@@ -56,7 +57,9 @@ def own_forward(model: PreTrainedModel, exact: Callable[[], PreTrainedModel] | N
             f"{type(model).__name__} is an encoder here, whose tokens see those behind them too: load it with "
             "is_decoder=True"
         )
-    layers = getattr(out.past_key_values, "layers", [])
+    layers = list(getattr(out.past_key_values, "layers", []))
+    while layers and isinstance(layers[-1], DummyLayer):  # it reads another one's
+        layers.pop()
     if not layers or any(not isinstance(getattr(layer, "keys", None), torch.Tensor) for layer in layers):
         raise ModelError(f"{type(model).__name__} keeps more than keys and values, which a tree can't roll back")
     shapes = [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in layers]
@@ -148,6 +151,19 @@ def said_before(found: object) -> bool:
         is_tensor(value, torch.float32, len(PROBE), vocab) if name == "exact" else _chosen_before(name, value)
         for name, value in rest.items()
     )
+
+
+def attended_before(found: object) -> bool:
+    """Whether ``found`` may be what `attending.attended` gives of some model."""
+    if not isinstance(found, dict) or not sizes_of_kv(found.get("shapes")):
+        return False
+    reads, calls = found.get("reads"), len(found["shapes"])
+    if reads is None:
+        return True
+    if not isinstance(reads, torch.Tensor) or not is_tensor(reads, torch.int64, calls):
+        return False
+    known = reads.tolist()
+    return all(0 <= call <= place and known[call] == call for place, call in enumerate(known))
 
 
 def sizes_of_kv(found: object) -> bool:

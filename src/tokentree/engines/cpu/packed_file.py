@@ -19,7 +19,7 @@ from tokentree.engines.cpu.checked import expect
 from tokentree.engines.cpu.linear import PackedLinear
 from tokentree.engines.cpu.packing import Packing
 from tokentree.engines.cpu.quantized import QuantizedLinear
-from tokentree.engines.self_check import ATTENDED, OWN, said_before, sizes_of_kv
+from tokentree.engines.self_check import ATTENDED, OWN, attended_before, said_before
 from tokentree.errors import ModelError
 from tokentree.kernels.tile import BFLOAT16_WIDE, LANES
 from tokentree.kernels.tile_quantized import WIDE
@@ -145,7 +145,7 @@ def _read(file: Path, about: list[Any]) -> dict[str, dict[str, Any]]:
             return {}
         layers: dict[str, dict[str, Any]] = found["layers"] if found["about"] == about else {}
         known = isinstance(layers, dict) and (OWN not in layers or said_before(layers[OWN]))
-        known = known and (ATTENDED not in layers or sizes_of_kv(layers[ATTENDED]["shapes"]))
+        known = known and (ATTENDED not in layers or attended_before(layers[ATTENDED]))
         expect("a model", known, all(type(name) is str for name in layers))
     except (OSError, RuntimeError, ValueError, LookupError, TypeError, EOFError, pickle.UnpicklingError):
         damaged(file)  # ModelError is a ValueError
