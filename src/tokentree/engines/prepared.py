@@ -18,7 +18,7 @@ from tokentree.engines.cpu.packing import GgufPacking, Packing
 from tokentree.engines.cpu.prepare import in_float32, pack, private_copy, set_attention
 from tokentree.engines.cpu.program import Program
 from tokentree.engines.cpu.quantized import QuantizedLinear
-from tokentree.engines.foreign import ForeignCode, explained, not_in_a_copy, runs_more
+from tokentree.engines.foreign import ForeignCode, explained, not_in_a_copy, of_libraries, runs_more
 from tokentree.engines.from_cache import READY
 from tokentree.engines.guard import Guard, Unwatched
 from tokentree.engines.kv import KVLayout
@@ -27,6 +27,7 @@ from tokentree.engines.plan import Traits
 from tokentree.engines.self_check import ATTENDED, OWN, own_forward
 from tokentree.engines.support import has_alibi, has_softcap, unsupported
 from tokentree.engines.watch import Shared, Watch, in_common
+from tokentree.errors import ModelError
 from tokentree.gguf.header import is_gguf
 
 if TYPE_CHECKING:
@@ -147,8 +148,20 @@ class Prepared:
             else:
                 self.own = own_forward(self.copy)
         if guard is not None:
-            guard.check_forward_of_its_own()
+            self._check_forward(guard)
         self.guard = guard or Unwatched(self.facts.ends)
+
+    def _check_forward(self, guard: Guard) -> None:
+        """Raises `ModelError` if the model's own forward, which has run, has changed it."""
+        try:
+            guard.check_forward_of_its_own()
+        except ModelError as error:
+            if not (others := of_libraries(self._model)):
+                raise
+            kinds = " and ".join(others)
+            raise ModelError(
+                f"{error}; {kinds} may ready its weights in a first forward: let the model run once before"
+            ) from None
 
     @property
     def vocab_size(self) -> int:

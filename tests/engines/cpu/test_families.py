@@ -84,9 +84,10 @@ def test_greedy_ids_are_those_of_transformers(name: str) -> None:
     model = model_of(name, torch.float32)
     inputs = {"input_ids": torch.tensor([some_tokens(40, seed=3)]), "attention_mask": torch.ones(1, 40)}
     options: dict[str, Any] = {**inputs, "do_sample": False, "max_new_tokens": 24, "eos_token_id": None}
-    expected = model.generate(**options)  # type: ignore[operator]
+    generate: Any = model.generate
+    expected = generate(**options)
     assert len(set(expected[0, 40:].tolist())) > 3
-    got = model.generate(**options, custom_generate=generator(model, shape="2x2x2"))
+    got = generate(**options, custom_generate=generator(model, shape="2x2x2"))
     assert got.tolist() == expected.tolist()
 
 
@@ -151,7 +152,7 @@ def test_biases_by_positions_take_attention_of_ours(name: str) -> None:
     for options in ({"attention": "sdpa"}, {"compile": True}):
         said = ", ".join(f"{key}={value!r}" for key, value in options.items())
         with pytest.raises(ModelError, match=f"uses ALiBi, .*, not with {said}"):
-            TorchEngine(model_of(name, torch.float32), **options)  # type: ignore[arg-type]
+            TorchEngine(model_of(name, torch.float32), **options)
 
 
 @pytest.mark.parametrize("name", ALIBI)
@@ -376,6 +377,40 @@ def test_linear_layers_of_another_library_are_named(name: str) -> None:
         engine = TorchEngine(model)
     assert engine.execution == "tree attention, Linear8bitLt"
     assert "Linear8bitLt" in engine.signature
+
+
+class Int8Tensor(torch.Tensor):
+    """Stands for a weight of torchao's."""
+
+
+class Linear4bit(nn.Linear):
+    """Stands for a layer of bitsandbytes' that readies its weight when that is first used."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not hasattr(self.weight, "ready"):
+            self.weight.ready = True
+            self.weight.data = self.weight.data.clone()
+        return super().forward(x)
+
+
+def test_weights_and_layers_of_known_libraries_are_named_for_these(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Int8Tensor, "__module__", "torchao.quantization")
+    monkeypatch.setattr(Linear8bitLt, "__module__", "bitsandbytes.nn.modules")
+    monkeypatch.setattr(Linear4bit, "__module__", "bitsandbytes.nn.modules")
+    model = in_8_bits(tiny("llama"))
+    for layer in model.model.layers:
+        own = layer.mlp.up_proj
+        own._parameters["weight"] = own.weight.detach().as_subclass(Int8Tensor)
+    with pytest.warns(UserWarning, match=r"another kind here \(bitsandbytes' Linear8bitLt, torchao's Int8Tensor\)"):
+        TorchEngine(model)
+    model = tiny("llama")
+    layer = model.model.layers[0].mlp.down_proj
+    layer.__class__ = Linear4bit
+    layer._parameters["weight"] = layer.weight.detach().as_subclass(Int8Tensor)
+    with pytest.raises(ModelError, match=r"down_proj is not as it was.*; bitsandbytes' Linear4bit may ready"):
+        TorchEngine(model)
+    with pytest.warns(UserWarning, match=r"another kind here \(bitsandbytes' Linear4bit\)"):  # it has run
+        TorchEngine(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
