@@ -152,13 +152,27 @@ _ROUTED: dict[str, Any] = {
     "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_group": 1, "topk_group": 1,
     "first_k_dense_replace": 1, "n_shared_experts": 1,
 }  # fmt: skip
+_PAIR = ["sliding_attention", "full_attention"]
 # Families by the names of their configurations, and what their tiny ones have beside `_GROUPED`.
 OTHERS: dict[str, dict[str, Any]] = {
+    "bloom": {"n_layer": 2, "n_head": 4, "tie_word_embeddings": False},
     "codegen": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT, "n_inner": 96, "rotary_dim": 8},
     "deepseek_v2": {**_LATENT, **_ROUTED},
     "deepseek_v3": {**_LATENT, **_ROUTED},
     "diffllama": {},
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64, "moe_layer_start_index": 1},
+    "falcon": {"new_decoder_architecture": False, "multi_query": True, "alibi": True},
+    "gemma3n_text": {
+        "num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": _PAIR * 2, "sliding_window": WINDOW,
+        "head_dim": 16, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB, "intermediate_size": 96,
+        "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0], "laurel_rank": 8, "altup_num_inputs": 2,
+        "tie_word_embeddings": False,
+    },
+    "gemma4_text": {
+        "num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": _PAIR * 2, "sliding_window": WINDOW,
+        "head_dim": 16, "global_head_dim": 32, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB,
+        "use_double_wide_mlp": True, "tie_word_embeddings": False,
+    },
     "glm4_moe_lite": {**_LATENT, **_ROUTED},
     "gpt_neo": {
         "num_layers": 2, "num_heads": 4, "intermediate_size": 96, "window_size": WINDOW,
@@ -166,8 +180,22 @@ OTHERS: dict[str, dict[str, Any]] = {
     },
     "gpt_neox_japanese": {"intermediate_multiple_size": 2},
     "gpt_oss": {**_EXPERTS, **_SLIDING, "head_dim": 16},
+    "granitemoehybrid": {
+        **_EXPERTS, "shared_intermediate_size": 48, "layer_types": ["full_attention"] * 2, "mamba_n_heads": 8,
+        "position_embedding_type": "rope",
+    },
     "gptj": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT, "n_inner": 96, "rotary_dim": 8},
+    "llama4_text": {
+        "num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 16, "intermediate_size_mlp": 96,
+        "layer_types": ["chunked_attention", "full_attention"], "no_rope_layers": [1, 0],
+        "attention_chunk_size": 2 * WINDOW, "floor_scale": 3, "attn_scale": 0.5, "moe_layers": [1],
+    },
+    "longcat_flash": {
+        **_LATENT, "num_layers": 2, "head_dim": 8, "ffn_hidden_size": 96, "expert_ffn_hidden_size": 64, "moe_topk": 2,
+        "n_routed_experts": 4, "zero_expert_num": 2,
+    },
     "minicpm3": {**_LATENT},
+    "mpt": {"d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": CONTEXT},
     "nemotron": {"head_dim": 16},
     "phimoe": {**_EXPERTS, "sliding_window": WINDOW},
     "qwen2_moe": {**_EXPERTS, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
@@ -186,10 +214,15 @@ def tiny_other(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, *
     return made
 
 
-def tiny_vision(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A language model behind a vision model: Llava's."""
+def tiny_vision(dtype: torch.dtype = torch.float32, layers: int = 1) -> PreTrainedModel:
+    """A language model of two layers behind a vision model of some: Llava's."""
     vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=14, patch_size=7
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        image_size=14,
+        patch_size=7,
     )
     text = LlamaConfig(**{**_GROUPED, "hidden_size": 64, "intermediate_size": 96})
     with torch.random.fork_rng(devices=[]):

@@ -14,13 +14,9 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertLMHeadModel,
-    BloomConfig,
-    BloomForCausalLM,
     GPTNeoConfig,
     GPTNeoForCausalLM,
     LlamaForCausalLM,
-    MptConfig,
-    MptForCausalLM,
     PreTrainedModel,
     RwkvConfig,
     RwkvForCausalLM,
@@ -511,12 +507,6 @@ HEADS: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "in
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: _small(BloomConfig, BloomForCausalLM, n_layer=1, n_head=2), "BloomForCausalLM uses ALiBi"),
-        (
-            lambda: _small(MptConfig, MptForCausalLM, d_model=16, n_layers=1, n_heads=2),
-            "MptForCausalLM uses ALiBi",
-        ),
-        (lambda: tiny("falcon_old", alibi=True), "FalconForCausalLM uses ALiBi"),
         (lambda: _small(RwkvConfig, RwkvForCausalLM, num_hidden_layers=2), "RwkvForCausalLM has .* be rolled back"),
         (
             lambda: _small(
@@ -526,7 +516,6 @@ HEADS: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "in
             "T5ForConditionalGeneration is not a decoder-only language model",
         ),
         (lambda: tiny("llama").base_model, "LlamaModel is not .* with an output layer"),
-        (lambda: _kinds("chunked_attention"), "LlamaForCausalLM attends in chunks, which this library has no mask for"),
         (lambda: _kinds("indexed_attention"), "has layers of the kind indexed_attention, which .* neither masks nor"),
         (lambda: _kinds("linear_attention", "dense"), "has linear_attention: a state that can't be rolled back"),
         (
@@ -534,7 +523,7 @@ HEADS: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "in
             "BertLMHeadModel is an encoder here, .*: load it with is_decoder=True",
         ),
     ],
-    ids=["bloom", "mpt", "falcon", "rwkv", "t5", "no_output_layer", "chunks", "another kind", "state", "encoder"],
+    ids=["rwkv", "t5", "no_output_layer", "another kind", "state", "encoder"],
 )  # fmt: skip
 def test_a_model_that_no_tree_can_be_verified_with_is_refused_with_the_reason(make: Any, reason: str) -> None:
     with pytest.raises(ModelError, match=reason) as error:

@@ -8,7 +8,7 @@ import torch
 from tests.conftest import random_table
 from tests.drafters.test_eagle import some_head
 from tests.drafters.test_medusa import random_heads
-from tests.tiny_models import FAMILIES, request, some_tokens, some_tree, tiny
+from tests.tiny_models import FAMILIES, request, some_tokens, some_tree, tiny, tiny_vision
 from tokentree.drafters.eagle import Eagle
 from tokentree.drafters.medusa import Medusa
 from tokentree.engines.cpu.linear import weights_of
@@ -53,6 +53,18 @@ def test_they_are_those_that_transformers_tells(family: str) -> None:
         assert got.shape == expected[place][0].shape
         assert float((got - expected[place][0]).abs().max()) < 1e-3 * float(expected[place].std())
     assert torch.equal(engine.hidden(seq), engine.hidden(seq, last))
+
+
+@pytest.mark.parametrize("attention", ["tree", "sdpa"])
+def test_they_are_the_language_model_s_where_the_vision_model_has_as_many_layers(attention: str) -> None:
+    model = tiny_vision(layers=2)
+    engine, seq = TorchEngine(model, attention), request(some_tokens(20))
+    engine.capture([0, 1])
+    tokens = read(engine, seq)
+    with torch.inference_mode():
+        expected = model(input_ids=torch.tensor([tokens]), output_hidden_states=True).hidden_states
+    for place in (0, 1):
+        assert float((engine.hidden(seq, place) - expected[place][0]).abs().max()) < 1e-3 * float(expected[place].std())
 
 
 @pytest.mark.parametrize("family", FINAL)

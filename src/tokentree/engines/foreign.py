@@ -28,6 +28,8 @@ HOMES = tuple(str(Path(str(package.__file__)).parent) for package in (torch, tra
 # whose hooks give out what passes by, or let gradients through, and change nothing
 OBSERVERS = {"transformers.utils.output_capturing", "transformers.modeling_utils"}
 
+LIBRARIES = {"bitsandbytes": "bitsandbytes'", "torchao": "torchao's"}  # whose layers and weights are named for them
+
 
 @dataclass(frozen=True)
 class ForeignCode:
@@ -184,6 +186,21 @@ def inner_model(model: Any) -> PreTrainedModel:
         if model is None:
             raise ModelError(f"a {type(whole).__name__} is not a transformers model: give that, a name or a folder")
     return model
+
+
+def kind_of(layer: nn.Module) -> str:
+    """What a layer is called: by its class, or by what one of `LIBRARIES` made of it or of its weights."""
+    held = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
+    for kind in (type(layer), *map(type, held)):
+        library = kind.__module__.split(".")[0]
+        if library in LIBRARIES:
+            return f"{LIBRARIES[library]} {kind.__name__}"
+    return type(layer).__name__
+
+
+def of_libraries(model: nn.Module) -> list[str]:
+    """What `LIBRARIES` put into ``model``."""
+    return sorted({kind for kind in map(kind_of, model.modules()) if kind.startswith(tuple(LIBRARIES.values()))})
 
 
 def names_in(code: CodeType) -> set[str]:

@@ -34,6 +34,8 @@ class KVLayout:
         fixed: as a compiled graph wants it: each layer in a tensor of its own, and few capacities, powers of two.
         states, width, state_dtype: how many hidden states of each row are kept too, how wide they are, and their type.
         recurrences: of a model with recurrent states.
+        reads: which of these layers attention reads each time that a forward attends; the first time it is stored.
+            Empty if each is read once, in order.
     """
 
     shapes: tuple[tuple[int, int, int], ...]
@@ -45,6 +47,13 @@ class KVLayout:
     width: int = 0
     state_dtype: torch.dtype = torch.float32
     recurrences: tuple[Recurrence, ...] = ()
+    reads: tuple[int, ...] = ()
+
+    def read_by(self, call: int) -> tuple[int, bool]:
+        """The layer that is read when a forward attends for the ``call``-th time, and whether it is stored then."""
+        if call >= len(self.reads):
+            return call, True
+        return self.reads[call], self.reads[call] not in self.reads[:call]
 
     def check(self, layer: int, heads: int, width: int) -> None:
         """Raises `ModelError` unless ``layer`` has so many KV heads, with keys and values of this width, as `BlockedKV`

@@ -103,7 +103,8 @@ class ModelEngine(KVEngine):
         if not self._keeps_logits or noted:
             return {}
         if upto == "kv":
-            return {"logits_to_keep": 1}
+            # a number lets some models leave out rows whose KV nobody reads, and so what these attend to
+            return {"logits_to_keep": torch.arange(1, device=self.device) if self._picks_logits else 1}
         if rows == there or not self._picks_logits:
             return {}
         return {"logits_to_keep": torch.arange(max(rows, self._min_rows), device=self.device)}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from tokentree.engines.support import context_length, layer_windows
+from tokentree.engines.support import context_length, layer_chunks, layer_windows
 from tokentree.errors import ModelError
 from tokentree.heads.fingerprint import hash_of_sizes
 
@@ -28,6 +28,7 @@ class Facts:
         context: the most positions that it can take.
         hidden_size, num_layers, vocab_size: by its configuration.
         windows: the kinds of its layers, each with its sliding window, None where everything is seen.
+        chunks: those of them that attend in chunks, each with the positions of one.
         ends: the tokens at which transformers' ``generate`` ended its texts when these facts were written down.
         sizes: what `hash_of_sizes` makes of its configuration.
     """
@@ -40,6 +41,7 @@ class Facts:
     windows: dict[str, int | None]
     ends: list[int]
     sizes: str
+    chunks: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Facts:
@@ -47,7 +49,7 @@ class Facts:
         return cls(
             type(model).__name__, context_length(config), int(config.hidden_size), int(config.num_hidden_layers),
             int(config.vocab_size), layer_windows(config),
-            ends_of(model), hash_of_sizes(config),
+            ends_of(model), hash_of_sizes(config), layer_chunks(config),
         )  # fmt: skip
 
     @property

@@ -47,7 +47,7 @@ class ModulesEngine(ModelEngine):
         return f"tree attention, {' and '.join(self._foreign)}" if self._foreign else "tree attention"
 
     def _run(self, segments: SequenceOf[Segment], padding: int, options: dict[str, Any]) -> Any:
-        cache = ForwardKV(segments, attends_itself=False)
+        cache = ForwardKV(segments, False, padding)
         with attending(cache):
             return self._call(segments, padding, cache, None, options)
 

@@ -18,7 +18,7 @@ from tokentree.engines.cpu.packing import GgufPacking, Packing
 from tokentree.engines.cpu.prepare import in_float32, pack, private_copy, set_attention
 from tokentree.engines.cpu.program import Program
 from tokentree.engines.cpu.quantized import QuantizedLinear
-from tokentree.engines.foreign import ForeignCode, explained, not_in_a_copy, runs_more
+from tokentree.engines.foreign import ForeignCode, explained, not_in_a_copy, of_libraries, runs_more
 from tokentree.engines.from_cache import READY
 from tokentree.engines.guard import Guard, Unwatched
 from tokentree.engines.kv import KVLayout
@@ -26,8 +26,9 @@ from tokentree.engines.model_facts import Facts, settings_of
 from tokentree.engines.plan import Traits
 from tokentree.engines.recurrent import Recurrence
 from tokentree.engines.self_check import ATTENDED, OWN, own_forward
-from tokentree.engines.support import has_softcap, is_recurrent, unsupported
+from tokentree.engines.support import has_alibi, has_softcap, is_recurrent, unsupported
 from tokentree.engines.watch import Shared, Watch, in_common
+from tokentree.errors import ModelError
 from tokentree.gguf.header import is_gguf
 
 if TYPE_CHECKING:
@@ -97,7 +98,8 @@ class Prepared:
             unsupported=unsupported(self._model) or not_in_a_copy(self._model),
             from_gguf=self._file is not None and is_gguf(self._file),
             supports_sdpa=bool(getattr(type(self._model), "_supports_sdpa", False)),
-            has_softcap=has_softcap(self.config.get_text_config()), recurrent=is_recurrent(self._model),
+            has_softcap=has_softcap(self.config.get_text_config()), has_alibi=has_alibi(self.config),
+            recurrent=is_recurrent(self._model),
         )  # fmt: skip
         if known.unsupported is not None:
             return known
@@ -149,8 +151,20 @@ class Prepared:
             else:
                 self.own = own_forward(self.copy)
         if guard is not None:
-            guard.check_forward_of_its_own()
+            self._check_forward(guard)
         self.guard = guard or Unwatched(self.facts.ends)
+
+    def _check_forward(self, guard: Guard) -> None:
+        """Raises `ModelError` if the model's own forward, which has run, has changed it."""
+        try:
+            guard.check_forward_of_its_own()
+        except ModelError as error:
+            if not (others := of_libraries(self._model)):
+                raise
+            kinds = " and ".join(others)
+            raise ModelError(
+                f"{error}; {kinds} may ready its weights in a first forward: let the model run once before"
+            ) from None
 
     @property
     def vocab_size(self) -> int:
@@ -162,16 +176,23 @@ class Prepared:
         return shapes_of(self.own)
 
     def attended(self) -> KVLayout:
-        """Of what attention is given in each layer, for an attention of ours, and of what recurrences keep.
+        """Of what attention is given each time that a forward attends, for an attention of ours; and of what
+        recurrences keep.
 
         Raises:
             ModelError: if the model has to attend by itself.
         """
         adapt(self.copy)
         found = self.packing.recall(ATTENDED, lambda: attended(self.copy))
+        shapes = shapes_of(found)
+        reads = found["reads"].tolist() if "reads" in found else list(range(len(shapes)))
+        stored = sorted(set(reads))  # what comes again is kept once
         kept = found["recurrences"].tolist() if "recurrences" in found else []
-        recurrences = tuple(Recurrence(*sizes) for sizes in kept)
-        return KVLayout(shapes_of(found), torch.float32, self.device, blocked=True, recurrences=recurrences)
+        return KVLayout(
+            tuple(shapes[call] for call in stored), torch.float32, self.device, blocked=True,
+            recurrences=tuple(Recurrence(*sizes) for sizes in kept),
+            reads=() if len(stored) == len(reads) else tuple(stored.index(call) for call in reads),
+        )  # fmt: skip
 
     def pack(self) -> None:
         """Exchanges modules of the copy for packed and fused ones, once."""

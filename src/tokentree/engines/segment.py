@@ -56,13 +56,16 @@ class Segment:
         """int64[count]: the tokens of the computed nodes."""
         return self._rows[2]
 
-    def visible(self, window: int | None) -> np.ndarray:
-        """bool[count, prefix + nodes]: which KV rows each computed node sees; ``window`` counts positions."""
+    def visible(self, window: int | None, chunk: int | None = None) -> np.ndarray:
+        """bool[count, prefix + nodes]: which KV rows each computed node sees; ``window`` and ``chunk`` count
+        positions."""
         ancestors = self.tree.mask[self.first :]
         seen = np.concatenate([np.ones((self.count, self.prefix), np.bool_), ancestors], axis=1)
+        row_positions = np.concatenate([np.arange(self.prefix), self.prefix + self.tree.depths])
         if window is not None:
-            row_positions = np.concatenate([np.arange(self.prefix), self.prefix + self.tree.depths])
             seen &= self.positions[:, None] - row_positions < window
+        if chunk is not None:
+            seen &= self.positions[:, None] // chunk == row_positions // chunk
         return seen
 
     @property

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from transformers import PreTrainedModel
 
-from tokentree.engines.cpu.attention import ForwardKV, dense_mask
+from tokentree.engines.cpu.attention import ForwardKV, dense_masks
 from tokentree.engines.cpu.prepare import set_attention
 from tokentree.engines.kv import KVLayout
 from tokentree.engines.model_engine import ModelEngine
@@ -36,12 +36,9 @@ class SelfAttendingEngine(ModelEngine):
 
     def _run(self, segments: SequenceOf[Segment], padding: int, options: dict[str, Any]) -> Any:
         rows = sum(segment.count for segment in segments) + padding
-        by_kind = {
-            kind: dense_mask(segments, rows, window, self.dtype, self.device)
-            for kind, window in self.facts.windows.items()
-        }
+        by_kind = dense_masks(segments, rows, self.facts, self.dtype, self.device)
         mask = by_kind if len(by_kind) > 1 else next(iter(by_kind.values()))
-        return self._call(segments, padding, ForwardKV(segments, attends_itself=True), mask, options)
+        return self._call(segments, padding, ForwardKV(segments, True, padding), mask, options)
 
     @exclusive
     def hidden_states_of(

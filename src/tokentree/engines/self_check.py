@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
+from transformers.cache_utils import DummyLayer
 
 from tokentree.engines.cpu.checked import is_tensor
 from tokentree.engines.kv import SequenceKV
@@ -60,7 +61,9 @@ def own_forward(
             f"{type(model).__name__} is an encoder here, whose tokens see those behind them too: load it with "
             "is_decoder=True"
         )
-    layers = getattr(cache, "layers", [])
+    layers = list(getattr(cache, "layers", []))
+    while layers and isinstance(layers[-1], DummyLayer):  # it reads another one's
+        layers.pop()
     attending = [layer for layer in layers if isinstance(getattr(layer, "keys", None), torch.Tensor)]
     if not recurrent and (not layers or len(attending) < len(layers)):
         raise ModelError(f"{type(model).__name__} keeps more than keys and values, which a tree can't roll back")
@@ -160,12 +163,19 @@ def attended_before(found: object) -> bool:
     """Whether ``found`` may be what `attending.attended` gives of some model."""
     if not isinstance(found, dict) or not sizes_of_kv(found.get("shapes")):
         return False
-    recurrences = found.get("recurrences")
-    return recurrences is None or (
+    reads, calls, recurrences = found.get("reads"), len(found["shapes"]), found.get("recurrences")
+    if recurrences is not None and not (
         isinstance(recurrences, torch.Tensor)
         and is_tensor(recurrences, torch.int64, None, 3)
         and (not len(recurrences) or 0 <= int(recurrences.min()) <= int(recurrences.max()) < 1 << 40)
-    )
+    ):
+        return False
+    if reads is None:
+        return True
+    if not isinstance(reads, torch.Tensor) or not is_tensor(reads, torch.int64, calls):
+        return False
+    known = reads.tolist()
+    return all(0 <= call <= place and known[call] == call for place, call in enumerate(known))
 
 
 def sizes_of_kv(found: object) -> bool:

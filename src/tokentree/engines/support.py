@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 QUANTIZATIONS = ("int8", "gguf")
 NO_LIMIT = 1 << 24  # positions, of a model that knows none
 ALIBI = {"bloom", "mpt"}
+CHUNKED = "chunked_attention"  # the kind of layers whose rows see the positions of their own chunk
 SEEN = {"full_attention", "sliding_attention", "chunked_attention"}  # layers that keep keys and values alone
 STATES = {"linear_attention", "conv", "hybrid", "hybrid_sliding", "mamba", "recurrent", "attention_and_mamba"}
 # what modules call whose recurrences `engines/cpu/states` computes, and their classes where they call no function
@@ -30,22 +31,19 @@ def unsupported(model: PreTrainedModel) -> str | None:
     config, name = model.config, type(model).__name__
     if getattr(config, "is_encoder_decoder", False) or model.get_output_embeddings() is None:
         return f"{name} is not a decoder-only language model with an output layer"
-    if config.model_type in ALIBI or getattr(config, "alibi", False):
-        return f"{name} uses ALiBi, which reads positions off the order of rows, and a tree's rows are not in order"
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or ())
     if is_recurrent(model):
         kinds -= STATES | {"mlp", "moe"}
-    elif getattr(type(model), "_is_stateful", False) or kinds & STATES:
+    elif kinds & STATES or (getattr(type(model), "_is_stateful", False) and kinds != {"full_attention"}):
         what = ", ".join(sorted(kinds & STATES)) or "a recurrent state"
         return f"{name} has {what}: a state that can't be rolled back to an accepted path of a tree"
-    if "chunked_attention" in kinds or getattr(config.get_text_config(), "attention_chunk_size", None):
-        return f"{name} attends in chunks, which this library has no mask for"
     if kinds - SEEN:
         what = ", ".join(sorted(kinds - SEEN))
         return f"{name} has layers of the kind {what}, which this library has neither masks nor KV for"
     taken = set(inspect.signature(type(model).forward).parameters)
     missing = {"position_ids", "attention_mask", "past_key_values"} - taken
-    if missing and not (is_recurrent(model) and "cache_params" in taken):  # states alone know no positions
+    others = has_alibi(config) or (is_recurrent(model) and "cache_params" in taken)  # these need no other positions
+    if missing and not others:
         return f"{name} takes no {', '.join(sorted(missing))}, without which a tree can't be verified"
     return None
 
@@ -84,12 +82,12 @@ def context_length(config: PreTrainedConfig) -> int:
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
         return int(rope.get("original_max_position_embeddings") or config.original_max_position_embeddings)
-    names = ("max_position_embeddings", "model_max_length")
+    names = ("max_position_embeddings", "model_max_length", "max_seq_len")
     return int(next((value for name in names if (value := getattr(config, name, None))), NO_LIMIT))
 
 
 def layer_windows(config: PreTrainedConfig) -> dict[str, int | None]:
-    """The kinds of layer, each with its sliding window in positions, None where everything is seen."""
+    """The kinds of layer, each with its sliding window in positions, None where it has none."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     if kinds:
@@ -97,17 +95,29 @@ def layer_windows(config: PreTrainedConfig) -> dict[str, int | None]:
     return {"every_layer": window if getattr(config, "use_sliding_window", True) else None}
 
 
+def layer_chunks(config: PreTrainedConfig) -> dict[str, int]:
+    """The kinds of layer that attend in chunks, each with the positions of one."""
+    size = getattr(config, "attention_chunk_size", None)
+    return {CHUNKED: int(size)} if size and CHUNKED in (getattr(config, "layer_types", None) or ()) else {}
+
+
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The layers of ``model``, in order.
+    """The layers of ``model``, in order: those of its language model, where it sees or hears too.
 
     Raises:
         ModelError: if it has no list of as many modules as its configuration says.
     """
-    count = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
+    count, decoder = model.config.get_text_config().num_hidden_layers, model.get_decoder()
+    for whole in (decoder, model):
+        for module in whole.modules() if isinstance(whole, nn.Module) else ():
+            if isinstance(module, nn.ModuleList) and len(module) == count:
+                return module
     raise ModelError(f"{type(model).__name__} has no list of its {count} layers")
+
+
+def has_alibi(config: PreTrainedConfig) -> bool:
+    """Whether attention has biases by positions, and no other ones."""
+    return config.model_type in ALIBI or bool(getattr(config, "alibi", False))
 
 
 def has_softcap(config: PreTrainedConfig) -> bool:

@@ -38,6 +38,9 @@ class AttentionCall(NamedTuple):
     value_width: int
     group: int  # query heads per KV head
     window: int  # positions that are seen, or 0: all
+    chunk: int  # positions of a chunk, of which a row sees its own alone, or 0: all
+    biases: int  # address of float32[heads, positions], by the position of a key, or 0: none
+    biases_head: int  # stride from head to head
     heads: int
     segments: int
     rounded: int  # 1 if results are bfloat16, 0 if they are float32
@@ -97,14 +100,21 @@ def _soften(scores, scale, softcap, sink):
 
 
 @numba.njit
-def _span(path, prefix, window):
+def _first_seen(end, window, chunk):
+    """The first position that a row sees, which is the last one before ``end``."""
+    if chunk:
+        return (end - 1) // chunk * chunk
+    return max(0, end - window) if window else 0
+
+
+@numba.njit
+def _span(path, prefix, window, chunk):
     """The first and the last KV row that any of these rows sees, as whole blocks."""
-    first, last = (1 << 60) if window else 0, 0
+    first, last = 1 << 60, 0
     for i in range(len(path)):
-        if window:
-            first = min(first, prefix + path[i, 0] - window)
+        first = min(first, _first_seen(prefix + path[i, 0], window, chunk))
         last = max(last, prefix + path[i, 0], path[i, 1:].max() + 1 if path.shape[1] > 1 else 0)
-    return max(0, first) // BLOCK * BLOCK, -(-last // BLOCK) * BLOCK
+    return first // BLOCK * BLOCK, -(-last // BLOCK) * BLOCK
 
 
 @numba.njit
@@ -113,7 +123,7 @@ def _attend(call, numbers, segment, layer, head, together, first, count):
     the same keys and values. What is by row here has the heads of a row behind one another."""
     query, query_head, query_row = call.queries, call.queries_head, call.queries_row
     out, out_head, out_row = call.results, call.results_head, call.results_row
-    width, value_width, group, window = call.width, call.value_width, call.group, call.window
+    width, value_width, group, window, chunk = call.width, call.value_width, call.group, call.window, call.chunk
     capacity, prefix, start, chain = segment.capacity, segment.prefix, segment.start, segment.chain
     scale, softcap = np.float32(numbers[0]), np.float32(numbers[1])
     columns = -(-value_width // BLOCK) * BLOCK
@@ -122,7 +132,7 @@ def _attend(call, numbers, segment, layer, head, together, first, count):
     path = int64_at(segment.paths, (segment.rows, 1 + segment.longest))[first : first + count]
     behind = path[0, 0] - 1 if chain else 0  # rows of the tree that all of these see
     shared = prefix + behind
-    begin, used = _span(path, prefix, window)
+    begin, used = _span(path, prefix, window, chunk)
 
     rows = count * together
     queries = np.empty((rows, width), np.float32)
@@ -145,11 +155,14 @@ def _attend(call, numbers, segment, layer, head, together, first, count):
         if not chain:
             for t in range(max(0, begin - prefix), seen[0]):  # an ancestor never lies before its place on the path
                 own[prefix + t - begin] = own[seen[1 + t] - begin]
+        factor = scale
+        if call.biases:
+            _bias(own, scale, float32_at(call.biases + (head + i % together) * call.biases_head, end), begin)
+            factor = np.float32(1)
         own[end - begin :] = HIDDEN
-        if window:
-            own[: max(0, end - window - begin)] = HIDDEN
+        own[: _first_seen(end, window, chunk) - begin] = HIDDEN
         sink = np.float32(numbers[2 + head + i % together]) if len(numbers) > 2 else HIDDEN
-        totals[i] = _soften(own, scale, softcap, sink)
+        totals[i] = _soften(own, factor, softcap, sink)
 
     for column in range(0, columns, BLOCK):
         if shared > begin:
@@ -170,6 +183,13 @@ def _attend(call, numbers, segment, layer, head, together, first, count):
         place = out + (head + i % together) * out_head + (start + first + i // together) * out_row
         _store(sums[i, :value_width], place, call.rounded)
     keep((queries, scores, sums))
+
+
+@numba.njit
+def _bias(scores, scale, biases, begin):
+    """Scales scores of positions from ``begin`` on, and adds what the position of each has more than the last one."""
+    for i in range(len(biases) - begin):
+        scores[i] = scores[i] * scale + (biases[begin + i] - biases[-1])
 
 
 @numba.njit

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, Cache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tokentree.engines.gpu.recording import Recording
-from tokentree.engines.support import layer_windows
+from tokentree.engines.support import layer_chunks, layer_windows
 
 COLUMNS = 128  # KV rows that a step reads are a multiple of it
 PREFILL_TOKENS = 1 << 16  # read in one forward
@@ -40,7 +40,8 @@ class Writer:
     def __init__(self, model: PreTrainedModel, rows: int, capacity: int) -> None:
         self._model, self._device, self.rows = model, model.device, rows
         self.capacity = -(-capacity // COLUMNS) * COLUMNS
-        self._windows = layer_windows(model.config.get_text_config())
+        config = model.config.get_text_config()
+        self._windows, self._chunks = layer_windows(config), layer_chunks(config)
         keeps = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         self._last_only: dict[str, Any] = {"logits_to_keep": 1} if keeps else {}
         self._ids = torch.zeros(rows, 1, dtype=torch.int64, device=self._device)
@@ -118,6 +119,8 @@ class Writer:
             seen = column <= places
             if window is not None:
                 seen &= column > places - window
+            if kind in self._chunks:
+                seen &= column // self._chunks[kind] == places // self._chunks[kind]
             masks[kind] = torch.where(seen, 0.0, torch.finfo(self._model.dtype).min)[:, None, None].to(
                 self._model.dtype
             )

@@ -18,6 +18,7 @@ from transformers import DogeConfig, DogeForCausalLM, PreTrainedModel
 
 from tests.engines.test_engine import assert_near, decoded_alone, of_transformers, verified
 from tests.tiny_models import OTHERS, randomised, request, some_tokens, some_tree, tiny, tiny_other, tiny_vision
+from tokentree.engines.cpu.alibi import bloom_biases, falcon_biases, mpt_biases
 from tokentree.engines.cpu.attention import ForwardKV, Rule, attend_rows
 from tokentree.engines.cpu.linear import PackedLinear
 from tokentree.engines.cpu.prepare import private_copy, set_attention
@@ -28,9 +29,12 @@ from tokentree.engines.model_engine import ModelEngine
 from tokentree.engines.segment import Segment
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import ModelError
+from tokentree.hf import generator
 from tokentree.tree import TokenTree
 
 NAMES = [*OTHERS, "vision"]
+ALIBI = ["bloom", "falcon", "mpt"]
+NEW = [*ALIBI, "gemma3n_text", "gemma4_text", "granitemoehybrid", "llama4_text", "longcat_flash"]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 ROUTERS = ["ernie4_5_moe", "gpt_oss", "mixtral", "phimoe", "qwen2_moe"]
 
@@ -45,7 +49,7 @@ def engine_of(name: str, dtype: torch.dtype) -> KVEngine:
     return TorchEngine(model_of(name, dtype))  # a warning would be an error
 
 
-@pytest.mark.parametrize("prefix", [5, 62])
+@pytest.mark.parametrize("prefix", [5, 40, 62])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_tree_has_the_logits_that_transformers_gives_each_path(name: str, prefix: int) -> None:
     engine, tokens = engine_of(name, torch.float32), some_tokens(prefix + 1, seed=prefix)
@@ -75,6 +79,46 @@ def test_a_node_has_the_bits_of_decoding_its_path_alone(name: str, dtype: torch.
     engine.release(seqs)
 
 
+@pytest.mark.parametrize("name", NEW)
+def test_greedy_ids_are_those_of_transformers(name: str) -> None:
+    model = model_of(name, torch.float32)
+    inputs = {"input_ids": torch.tensor([some_tokens(40, seed=3)]), "attention_mask": torch.ones(1, 40)}
+    options: dict[str, Any] = {**inputs, "do_sample": False, "max_new_tokens": 24, "eos_token_id": None}
+    generate: Any = model.generate
+    expected = generate(**options)
+    assert len(set(expected[0, 40:].tolist())) > 3
+    got = generate(**options, custom_generate=generator(model, shape="2x2x2"))
+    assert got.tolist() == expected.tolist()
+
+
+@DTYPES
+@pytest.mark.parametrize("name", NEW)
+def test_kv_of_a_text_that_begins_alike_is_reused(name: str, dtype: torch.dtype) -> None:
+    model, tokens = model_of(name, dtype), some_tokens(60)
+    engine, first = TorchEngine(model, prefix_bytes=1 << 22), request(tokens)
+    engine.prefill(first)
+    engine.release([first])
+    other = [*tokens[:45], *some_tokens(9, seed=4)]
+    tree = some_tree(other[-1], 17)
+    seq = request(other)
+    assert engine.prefill(seq) >= 45
+    got = engine.verify([seq], [tree]).all_logits
+    assert torch.equal(got, verified(engine_of(name, dtype), request(other), tree))
+
+
+@pytest.mark.parametrize("name", ["gemma3n_text", "gemma4_text", "granitemoehybrid", "llama4_text", "longcat_flash"])
+def test_a_tree_has_these_logits_where_the_model_attends_by_itself(name: str) -> None:
+    model = model_of(name, torch.float32)
+    engine = TorchEngine(model, "sdpa")
+    seqs = [request(some_tokens(count, seed=count)) for count in (41, 12)]
+    trees = [some_tree(seq.tokens[-1], 14, seed=1) for seq in seqs]
+    for seq in seqs:
+        engine.prefill(seq)
+    out = engine.verify(seqs, trees)
+    for i, (seq, tree) in enumerate(zip(seqs, trees, strict=True)):
+        assert_near(out.rows(i, range(14)), of_transformers(model, seq.tokens[:-1], tree))
+
+
 # -- what a model attends with ---------------------------------------------------------------------------------------
 
 
@@ -93,6 +137,35 @@ def test_modules_of_a_copy_hold_copies_of_the_configurations_that_they_hold() ->
     assert all(new is not own and new._attn_implementation == "tokentree" for new, own in pairs)
     assert copied.config.text_config is copied.get_decoder().config
     assert [own._attn_implementation for _, own in pairs] == before
+
+
+@pytest.mark.parametrize("name", ["gemma3n_text", "gemma4_text"])
+def test_layers_that_read_keys_and_values_of_others_store_none(name: str) -> None:
+    by_itself = TorchEngine(model_of(name, torch.float32), "sdpa")
+    for engine in (engine_of(name, torch.float32), by_itself):
+        assert len(engine._storages.layout.shapes) == 2, engine.attention
+    assert engine_of(name, torch.float32)._storages.layout.reads == (0, 1, 0, 1)
+
+
+@pytest.mark.parametrize("name", ALIBI)
+def test_biases_by_positions_take_attention_of_ours(name: str) -> None:
+    for options in ({"attention": "sdpa"}, {"compile": True}):
+        said = ", ".join(f"{key}={value!r}" for key, value in options.items())
+        with pytest.raises(ModelError, match=f"uses ALiBi, .*, not with {said}"):
+            TorchEngine(model_of(name, torch.float32), **options)
+
+
+@pytest.mark.parametrize("name", ALIBI)
+def test_biases_stay_the_same_as_there_come_to_be_more(name: str) -> None:
+    heads = 6  # slopes that are no powers of two
+    made = {
+        "bloom": bloom_biases(heads, torch.float32), "falcon": falcon_biases(heads, torch.bfloat16, 24),
+        "mpt": mpt_biases(heads),
+    }[name]  # fmt: skip
+    few = made.upto(1000).clone()
+    many = made.upto(5000)
+    assert many.shape[1] >= 5000
+    assert torch.equal(many[:, :1000], few[:, :1000])
 
 
 def storage(heads: int = 2, width: int = 8, value_width: int = 8, rows: int = 32) -> ForwardKV:
@@ -240,7 +313,7 @@ def test_products_that_are_off_by_a_few_per_cent_are_found_out(name: str, monkey
         TorchEngine(model, "tree")
 
 
-@pytest.mark.parametrize("change", [{"scale": 0.9}, {"window": 4}, {"softcap": 1.0}])
+@pytest.mark.parametrize("change", [{"scale": 0.9}, {"window": 4}, {"chunk": 4}, {"softcap": 1.0}])
 def test_attention_that_is_another_is_found_out(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     own = ForwardKV.attend
 
@@ -304,6 +377,41 @@ def test_linear_layers_of_another_library_are_named(name: str) -> None:
         engine = TorchEngine(model)
     assert engine.execution == "tree attention, Linear8bitLt"
     assert "Linear8bitLt" in engine.signature
+
+
+class Int8Tensor(torch.Tensor):
+    """Stands for a weight of torchao's."""
+
+
+class Linear4bit(nn.Linear):
+    """Stands for a layer of bitsandbytes' that readies its weight when that is first used."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight: Any = self.weight
+        if not hasattr(weight, "ready"):
+            weight.ready = True
+            weight.data = weight.data.clone()
+        return super().forward(x)
+
+
+def test_weights_and_layers_of_known_libraries_are_named_for_these(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Int8Tensor, "__module__", "torchao.quantization")
+    monkeypatch.setattr(Linear8bitLt, "__module__", "bitsandbytes.nn.modules")
+    monkeypatch.setattr(Linear4bit, "__module__", "bitsandbytes.nn.modules")
+    model = in_8_bits(tiny("llama"))
+    for layer in model.model.layers:
+        own = layer.mlp.up_proj
+        own._parameters["weight"] = own.weight.detach().as_subclass(Int8Tensor)
+    with pytest.warns(UserWarning, match=r"another kind here \(bitsandbytes' Linear8bitLt, torchao's Int8Tensor\)"):
+        TorchEngine(model)
+    model = tiny("llama")
+    layer = model.model.layers[0].mlp.down_proj
+    layer.__class__ = Linear4bit
+    layer._parameters["weight"] = layer.weight.detach().as_subclass(Int8Tensor)
+    with pytest.raises(ModelError, match=r"down_proj is not as it was.*; bitsandbytes' Linear4bit may ready"):
+        TorchEngine(model)
+    with pytest.warns(UserWarning, match=r"another kind here \(bitsandbytes' Linear4bit\)"):  # it has run
+        TorchEngine(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])

@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from tokentree.engines.cpu.attention import TREE, Attending, Rule, Sees, attending, running
+from tokentree.engines.cpu import alibi
+from tokentree.engines.cpu.attention import TREE, Attending, Biases, Rule, Sees, attending, one, running
 from tokentree.engines.cpu.prepare import set_attention
 from tokentree.engines.cpu.states.exchange import before_packing, exchanged
 from tokentree.engines.recurrent import Recurrence
@@ -31,8 +32,10 @@ if TYPE_CHECKING:
 @torch.inference_mode()
 def attended(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """What attention is given in a forward of ``model`` (a `private_copy`), which uses `tree_attention` from now on:
-    ``shapes`` int64[layers, 3] of it, KV heads, key width, value width; and ``heads`` int64[layers], of queries. If it
-    has any, ``recurrences`` int64[recurrences, 3], what a `Recurrence` says of each.
+    ``shapes`` int64[calls, 3] each time, KV heads, key width, value width; ``heads`` int64[calls], of queries;
+    ``reads`` int64[calls], which time the same keys and values came first; and ``beyond`` int64[calls], 1 where a row
+    sees its chunk, or scores have biases. If it has any, ``recurrences`` int64[recurrences, 3], what a `Recurrence`
+    says of each.
 
     Raises:
         ModelError: if not all of it comes to `tree_attention`, or a row is to see something else than the rows before
@@ -53,7 +56,8 @@ def attended(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     if given.untold and given.untold != set(layer_windows(config).values()):
         raise ModelError(f"{type(model).__name__} does not tell its attention of its sliding window")
     shapes = torch.tensor(given.shapes, dtype=torch.int64).reshape(-1, 3)
-    found = {"shapes": shapes, "heads": torch.tensor(given.heads, dtype=torch.int64)}
+    lists = {"heads": given.heads, "reads": given.reads, "beyond": given.beyond}
+    found = {"shapes": shapes} | {name: torch.tensor(each, dtype=torch.int64) for name, each in lists.items()}
     return found | ({"recurrences": torch.tensor(given.recurrences)} if given.recurrences else {})
 
 
@@ -61,7 +65,7 @@ class _Given:
     """Notes what attention is given.
 
     Attributes:
-        shapes, heads: of each layer.
+        shapes, heads, reads, beyond: each time, see `attended`.
         recurrences: what each keeps.
         untold: the windows of layers that no mask tells.
     """
@@ -69,11 +73,16 @@ class _Given:
     def __init__(self) -> None:
         self.shapes, self.heads = list[tuple[int, int, int]](), list[int]()
         self.recurrences = list[tuple[int, int, int]]()
+        self.reads, self.beyond = list[int](), list[int]()
+        self._rows = list[tuple[torch.Tensor, torch.Tensor]]()  # kept, so that no others come to lie there
         self.untold = set[int | None]()
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: Rule) -> torch.Tensor:
         self.shapes.append((len(key), key.shape[2], value.shape[2]))
         self.heads.append(len(query))
+        self._rows.append((key, value))
+        self.reads.append(next(call for call, rows in enumerate(self._rows) if all(map(_same, rows, (key, value)))))
+        self.beyond.append(int(rule.chunk is not None or rule.biases is not None))
         if not rule.masked:
             self.untold.add(rule.window)
         return torch.zeros(query.shape[1], len(query), value.shape[2], dtype=torch.float32, device=query.device)
@@ -81,20 +90,27 @@ class _Given:
     def recur(self, sizes: Recurrence, rows: torch.Tensor, loop: Callable[[list[StateRows]], None]) -> None:
         self.recurrences.append((sizes.row, sizes.back, sizes.state))
 
-    def knows(self, window: int | None, sees: Sees) -> bool:
+    def knows(self, window: int | None, chunk: int | None, sees: Sees) -> bool:
+        size = window or chunk or 0
         if window is not None and window < 1:
             return False
         places = torch.arange(len(PROBE))
-        rows = [*places.tolist(), *([window, 3 * window // 2] if window else [])]
+        rows = [*places.tolist(), *([size - 1, size, 3 * size // 2, 2 * size] if size else [])]
         for row in rows:
-            columns = places if row < len(PROBE) else torch.tensor([0, row - window, row - window + 1, row, row + 1])
+            first = row // chunk * chunk if chunk else max(0, row - window + 1) if window else 0
+            columns = places if row < len(PROBE) else torch.tensor([0, max(0, first - 1), first, row, row + 1])
             try:
                 told = sees(torch.tensor(row), columns).expand(columns.shape)
             except IndexError:  # who sees whom depends on something that this text is too short for
                 return False
-            if not torch.equal(told, (columns <= row) & (columns > row - (window or row + 1))):
+            if not torch.equal(told, (columns <= row) & (columns >= first)):
                 return False
         return True
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are the same numbers in memory."""
+    return (one.data_ptr(), one.shape, one.stride()) == (other.data_ptr(), other.shape, other.stride())
 
 
 def adapt(model: nn.Module) -> None:
@@ -102,10 +118,11 @@ def adapt(model: nn.Module) -> None:
     readies those that carry states."""
     before_packing(model)
     for module in model.modules():
-        if type(module).__name__ in SCORES and type(module).__module__.startswith("transformers."):
-            _scored(module, SCORES[type(module).__name__](module))
-        elif type(module).__name__ == "FalconAttention":
-            _called(module)
+        name, known = type(module).__name__, type(module).__module__.startswith("transformers.")
+        if name in SCORES and known:
+            _scored(module, SCORES[name](module))
+        elif name == "FalconAttention" or (name in OTHERS and known):
+            OTHERS[name](module)
 
 
 def _local(module: Any) -> Rule:
@@ -134,41 +151,41 @@ def _scored(module: Any, rule: Rule) -> None:
         forward = running()
         if forward is None:
             return own(query, key, value, mask)
-        return _one(forward, query, key, value, rule), None
+        return one(forward, query, key, value, rule), None
 
     module._attn = attend
 
 
 def _called(module: Any) -> None:
     """Falcon calls torch's attention."""
-    own = module.forward
+    own, biases = module.forward, None
+    if module.config.alibi:
+        biases = alibi.falcon_biases(module.num_heads, module.dense.weight.dtype, module.head_dim)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         attends = running()
         if attends is None:
             return own(*args, **kwargs)
-        with _Instead(attends):
+        with _Instead(attends, biases):
             return own(*args, **kwargs)
 
-    module.config, module.forward = SimpleNamespace(_attn_implementation="sdpa"), forward
+    module.config, module.forward = SimpleNamespace(_attn_implementation="sdpa", alibi=module.config.alibi), forward
+
+
+OTHERS: dict[str, Callable[[Any], None]] = {
+    "BloomAttention": alibi.bloom, "FalconAttention": _called, "MptAttention": alibi.mpt,
+}  # fmt: skip
 
 
 class _Instead(TorchFunctionMode):
-    """In here torch's attention is that of ``forward``."""
+    """In here torch's attention is that of ``forward``, with ``biases`` if there are some."""
 
-    def __init__(self, forward: Attending) -> None:
+    def __init__(self, forward: Attending, biases: Biases | None) -> None:
         super().__init__()
-        self._forward = forward
+        self._forward, self._biases = forward, biases
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         query, key, value = args
-        return _one(self._forward, query, key, value, Rule(query.shape[3] ** -0.5))
-
-
-def _one(
-    forward: Attending, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: Rule
-) -> torch.Tensor:  # fmt: skip
-    """[1, heads, rows, value width], as torch's attention gives it."""
-    return forward.attend(query[0], key[0], value[0], rule).transpose(0, 1)[None].to(value.dtype)
+        return one(self._forward, query, key, value, Rule(query.shape[3] ** -0.5, biases=self._biases))

@@ -11,18 +11,21 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 
 from tokentree.engines.recurrent import Recurrence
-from tokentree.engines.segment import Segment
+from tokentree.engines.segment import Segment, end_of, inputs_of
 from tokentree.errors import ModelError
 from tokentree.kernels.attention import AttentionCall, attend_worker
 from tokentree.kernels.recurrence import StateRows
 from tokentree.kernels.threads import num_threads, run
+
+if TYPE_CHECKING:
+    from tokentree.engines.model_facts import Facts
 
 TREE = "tokentree"  # the name of `tree_attention` among transformers' attentions
 UNKNOWN = -1  # stands for a mask that no tree has
@@ -39,11 +42,16 @@ class ForwardKV(Cache):
     stored by `update`, and gets all rows back, one sequence behind another, to be seen through a block-diagonal mask.
     For any other, `update` hands on what it is given, and `attend` stores what attention is given: a model's cache may
     hold something else, such as latents, or nothing for some of its layers.
+
+    Args:
+        segments: the rows.
+        attends_itself: whether the model does.
+        padding: rows behind them that only fill up.
     """
 
-    def __init__(self, segments: SequenceOf[Segment], attends_itself: bool) -> None:
+    def __init__(self, segments: SequenceOf[Segment], attends_itself: bool, padding: int = 0) -> None:
         super().__init__(layers=[])
-        self.segments = segments
+        self.segments, self.padding = segments, padding
         self._attends_itself = attends_itself
         self._calls = self._recurred = 0  # attention and recurrences so far: they come in one order
         for segment in segments:
@@ -68,12 +76,13 @@ class ForwardKV(Cache):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: Rule
     ) -> torch.Tensor:  # fmt: skip
         """See `Attending`."""
-        layer = self._calls
+        layer, stores = self.segments[0].kv.layout.read_by(self._calls)
         self._calls += 1
-        self.write(layer, key, value)
+        if stores:
+            self.write(layer, key, value)
         return attend_rows(self, layer, query.float(), len(key), value.shape[2], rule)
 
-    def knows(self, window: int | None, sees: Sees) -> bool:
+    def knows(self, window: int | None, chunk: int | None, sees: Sees) -> bool:
         """See `Attending`. `attending.attended` has looked."""
         return True
 
@@ -127,16 +136,32 @@ class ForwardKV(Cache):
             rows = slice(segment.start, segment.start + segment.count)
             segment.kv.write(layer, segment.prefix + segment.first, keys[:, rows], values[:, rows])
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
+    def get_seq_length(self, layer_idx: int | None = None) -> Any:
+        """Nothing is cached before these rows. A layer that asks for itself adds rows' places to that, to get their
+        positions: it is told how far each lies from its place."""
+        if layer_idx is None:
+            return 0
+        _, positions = inputs_of(self.segments, self.padding)
+        return torch.from_numpy(positions - np.arange(len(positions))).to(self.segments[0].kv.layout.device)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return query_length, 0
 
 
+def dense_masks(
+    segments: SequenceOf[Segment], rows: int, facts: Facts, dtype: torch.dtype, device: torch.device,
+    columns: int | None = None,
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """A `dense_mask` for each kind of layer."""
+    return {
+        kind: dense_mask(segments, rows, window, dtype, device, columns, facts.chunks.get(kind))
+        for kind, window in facts.windows.items()
+    }
+
+
 def dense_mask(
     segments: SequenceOf[Segment], rows: int, window: int | None, dtype: torch.dtype, device: torch.device,
-    columns: int | None = None,
+    columns: int | None = None, chunk: int | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """[1, 1, rows, columns], additive: what each row sees, for models that attend by themselves; by default there are
     as many columns as KV rows of all segments."""
@@ -144,7 +169,7 @@ def dense_mask(
     column = 0
     for segment in segments:
         width = segment.prefix + len(segment.tree)
-        seen[segment.start : segment.start + segment.count, column : column + width] = segment.visible(window)
+        seen[segment.start : segment.start + segment.count, column : column + width] = segment.visible(window, chunk)
         column += width
     seen[~seen.any(1), 0] = True
     mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(torch.from_numpy(~seen), torch.finfo(dtype).min)
@@ -154,22 +179,45 @@ def dense_mask(
 # -- how a model asks for it -----------------------------------------------------------------------------------------
 
 
+class Biases:
+    """What is added to scaled scores by the position of a key. Only differences count: a row takes what each key has
+    more than its own.
+
+    Args:
+        make: of a number of positions, float32[heads, positions]; the first ones are the same for any number.
+    """
+
+    def __init__(self, make: Callable[[int], torch.Tensor]) -> None:
+        self._make, self._table = make, torch.empty(0, 0)
+
+    def upto(self, positions: int) -> torch.Tensor:
+        """float32[heads, as many positions or more]."""
+        if self._table.shape[1] < positions:
+            self._table = self._make(max(1024, 1 << (positions - 1).bit_length())).float().contiguous()
+        return self._table
+
+
 @dataclass(frozen=True)
 class Rule:
-    """How queries, keys and values become what attention gives, beside who sees whom.
+    """How queries, keys and values become what attention gives, and which positions before a row's own it sees.
 
     Args:
         scale: products of queries and keys are multiplied by it.
         window: positions that are seen, or None: all.
         softcap: scores x become softcap * tanh(x / softcap), or None.
         sinks: float32[heads], a score for each head that counts among the weights and has no value, or None.
+        masked: whether a mask tells the window, as where a model attends by itself.
+        chunk: a row sees the positions of its own chunk of so many, or None: all.
+        biases: what is added to scaled scores, or None.
     """
 
     scale: float
     window: int | None = None
     softcap: float | None = None
     sinks: torch.Tensor | None = None
-    masked: bool = True  # whether a mask tells the window, as where a model attends by itself
+    masked: bool = True
+    chunk: int | None = None
+    biases: Biases | None = None
 
 
 class Attending(Protocol):
@@ -180,8 +228,8 @@ class Attending(Protocol):
         [KV heads, rows, width]."""
         ...
 
-    def knows(self, window: int | None, sees: Sees) -> bool:
-        """Whether a mask by which ``sees`` tells who sees whom is that of a tree with this window."""
+    def knows(self, window: int | None, chunk: int | None, sees: Sees) -> bool:
+        """Whether a mask by which ``sees`` tells who sees whom is that of a tree with this window, or such chunks."""
         ...
 
 
@@ -218,6 +266,13 @@ def running() -> Attending | None:
     return _running.get()
 
 
+def one(
+    forward: Attending, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: Rule
+) -> torch.Tensor:  # fmt: skip
+    """[1, heads, rows, value width], as torch's attention gives it."""
+    return forward.attend(query[0], key[0], value[0], rule).transpose(0, 1)[None].to(value.dtype)
+
+
 def tree_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -240,17 +295,18 @@ def tree_attention(
         raise ModelError(f"{type(module).__name__} is asked to attend outside of an engine's forward")
     if unknown := sorted(name for name, given in kwargs.items() if name not in KNOWN and torch.is_tensor(given)):
         raise ModelError(f"{type(module).__name__} gives its attention {', '.join(unknown)}, which is unknown here")
-    window = sliding_window
+    window, chunk = sliding_window, None
     if attention_mask is not None:  # it decides, as it does where a model attends by itself
         if attention_mask.shape != (1, 1, 1, 1) or attention_mask.dtype is not torch.int64:
             raise ModelError(f"{type(module).__name__} makes a mask of its own")
         told = int(attention_mask)
         if told == UNKNOWN:
             raise ModelError(f"a row of {type(module).__name__} sees something else than the rows before it")
-        window = told or None
+        window, chunk = (told or None, None) if told >= 0 else (None, UNKNOWN - told)
     scale = query.shape[3] ** -0.5 if scaling is None else float(scaling)
     sinks = None if s_aux is None else s_aux.detach().float().flatten()
-    out = forward.attend(query[0], key[0], value[0], Rule(scale, window, softcap, sinks, attention_mask is not None))
+    rule = Rule(scale, window, softcap, sinks, attention_mask is not None, chunk)
+    out = forward.attend(query[0], key[0], value[0], rule)
     return out[None].to(value.dtype), None
 
 
@@ -258,10 +314,17 @@ def tree_mask(
     mask_function: Callable[..., torch.Tensor], local_size: int | None = None, **kwargs: Any
 ) -> torch.Tensor:  # fmt: skip
     """For transformers' `AttentionMaskInterface`: a mask that tells `tree_attention` the window, int64[1, 1, 1, 1], 0
-    where there is none. Who sees whom in a tree it knows."""
+    where there is none, and less than `UNKNOWN` by the size of chunks. Who sees whom in a tree it knows."""
     forward, zero = running(), torch.tensor(0)
-    known = forward is None or forward.knows(local_size, lambda row, column: mask_function(zero, zero, row, column))
-    return torch.full((1, 1, 1, 1), (local_size or 0) if known else UNKNOWN)
+
+    def sees(row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        return mask_function(zero, zero, row, column)
+
+    # the first row of the second chunk does not see the row before it
+    chunked = local_size is not None and not bool(sees(torch.tensor(local_size), torch.tensor(local_size - 1)))
+    window, chunk = (None, local_size) if chunked else (local_size, None)
+    known = forward is None or forward.knows(window, chunk, sees)
+    return torch.full((1, 1, 1, 1), UNKNOWN if not known else UNKNOWN - chunk if chunk else window or 0)
 
 
 AttentionInterface.register(TREE, tree_attention)
@@ -295,11 +358,16 @@ def attend_rows(
         table += segment.described(layer)
     out = torch.zeros(rows, heads, value_width, dtype=torch.float32)  # rows that only fill up get zeros
     numbers = np.array([rule.scale, rule.softcap or 0.0, *([] if rule.sinks is None else rule.sinks.tolist())])
+    biases = None if rule.biases is None else rule.biases.upto(end_of(forward_kv.segments))
+    if biases is not None and len(biases) != heads:
+        raise ModelError(f"attention got biases of {len(biases)} heads for {heads} heads of queries")
     call = AttentionCall(
         queries=query.data_ptr(), queries_head=4 * query.stride(0), queries_row=4 * query.stride(1),
         results=out.data_ptr(), results_head=4 * out.stride(1), results_row=4 * out.stride(0),
-        width=width, value_width=value_width, group=heads // kv_heads, window=rule.window or 0, heads=heads,
-        segments=len(forward_kv.segments), rounded=0,
+        width=width, value_width=value_width, group=heads // kv_heads, window=rule.window or 0,
+        chunk=rule.chunk or 0, biases=0 if biases is None else biases.data_ptr(),
+        biases_head=0 if biases is None else 4 * biases.stride(0), heads=heads, segments=len(forward_kv.segments),
+        rounded=0,
     )  # fmt: skip
     run(attend_worker(), [num_threads(), *call, *table, numbers.ctypes.data, len(numbers)])
     return out

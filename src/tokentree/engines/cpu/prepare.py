@@ -9,14 +9,17 @@ activations whose bits depend on how many values they are computed with.
 from __future__ import annotations
 
 import copy
+import dis
+import functools
+import inspect
 import math
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.activations import GELUTanh, SiLUActivation
 from transformers.pytorch_utils import Conv1D
 
 from tokentree.engines.cpu.attention import TREE
@@ -25,7 +28,7 @@ from tokentree.engines.cpu.linear import PackedEmbedding, PackedLinear, Readable
 from tokentree.engines.cpu.llama import Llama
 from tokentree.engines.cpu.packing import Packing, is_plain
 from tokentree.engines.cpu.program import Program
-from tokentree.engines.foreign import ForeignCode
+from tokentree.engines.foreign import ForeignCode, is_own
 from tokentree.engines.rebound import Rebound
 from tokentree.engines.support import decoder_layers
 from tokentree.errors import ModelError
@@ -225,7 +228,8 @@ def pack(model: PreTrainedModel, packing: Packing, release: bool, whole: bool) -
     shared: dict[tuple[Any, ...], nn.Module] = {}  # packed layers, by the weights that several layers may have
     for parent, name, layer in _children(model):
         weights = type(layer), id(getattr(layer, "weight", None)), id(getattr(layer, "bias", None))
-        packed = None if id(layer) in code.at else shared.get(weights) or _packed(layer, packing)
+        read = id(layer) in code.at or name in weights_read(type(parent).forward)
+        packed = None if read else shared.get(weights) or _packed(layer, packing)
         if packed is not None and id(layer) not in code.below:
             setattr(parent, name, packed)
             shared[weights] = packed
@@ -233,6 +237,17 @@ def pack(model: PreTrainedModel, packing: Packing, release: bool, whole: bool) -
         elif packed is not None and isinstance(layer, nn.Linear):
             setattr(parent, name, ReadableLinear(layer, packed))
     return Program(Llama.of(model)) if whole else None
+
+
+@functools.cache
+def weights_read(forward: Callable[..., Any]) -> frozenset[str]:
+    """The parts of a module whose weights its ``forward`` reads, as routers' do."""
+    names, before = set[str](), ""
+    for step in dis.get_instructions(inspect.unwrap(forward)):
+        if step.opname == "LOAD_ATTR" and step.argval == "weight":
+            names.add(before)
+        before = step.argval if step.opname == "LOAD_ATTR" else ""
+    return frozenset(names)
 
 
 def _packed(layer: nn.Module, packing: Packing) -> nn.Module | None:
@@ -278,7 +293,7 @@ class SteadyActivation(nn.Module):
     def __init__(self, own: nn.Module) -> None:
         super().__init__()
         self.own = own
-        self._steady = steady_silu if isinstance(own, nn.SiLU | SiLUActivation) else steady_gelu_tanh
+        self._steady = STEADY[type(own).__name__]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         width = x.shape[-1]
@@ -301,9 +316,18 @@ def steady_gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return inner.tanh_().add_(1).mul_(x).mul_(0.5)
 
 
+def steady_bloom_gelu(x: torch.Tensor) -> torch.Tensor:
+    return (x * x).mul_(0.044715).add_(1).mul_(x).mul_(0.79788456).tanh_().add_(1).mul_(x).mul_(0.5)
+
+
+STEADY = {
+    "SiLU": steady_silu, "SiLUActivation": steady_silu, "GELUTanh": steady_gelu_tanh, "BloomGelu": steady_bloom_gelu
+}  # fmt: skip
+
+
 def steady_activations(model: PreTrainedModel) -> None:
     """Exchanges the activations of ``model`` (a `private_copy`) whose bits depend on how many rows there are."""
     code = ForeignCode.of(model)
     for parent, name, child in _children(model):
-        if type(child) in (nn.SiLU, SiLUActivation, GELUTanh) and id(child) not in code.at:
+        if type(child).__name__ in STEADY and is_own(type(child)) and id(child) not in code.at:
             setattr(parent, name, SteadyActivation(child))

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from tokentree.engines.cpu.linear import OneDNNLinear, PackedLinear, linear_of
 from tokentree.engines.cpu.packing import is_plain
 from tokentree.engines.cpu.prepare import SPLIT
+from tokentree.engines.foreign import kind_of
 from tokentree.errors import ModelError
 
 LEAST = 4  # rows of a product in float32: fewer take other loops
@@ -204,11 +205,11 @@ class _WholeVectors(TorchFunctionMode):
 
 
 def foreign_layers(model: nn.Module) -> list[str]:
-    """The classes of linear layers in ``model``, a copy with packed layers and steady weights, that multiply in a way
+    """The kinds of linear layers in ``model``, a copy with packed layers and steady weights, that multiply in a way
     of their own: those of other libraries, such as bitsandbytes' or GPTQ's, and types that nothing here packs."""
     return sorted(
         {
-            type(module).__name__
+            kind_of(module)
             for module in model.modules()
             if hasattr(module, "in_features") and hasattr(module, "out_features") and _multiplies(module)
         }

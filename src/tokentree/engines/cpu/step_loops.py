@@ -44,7 +44,7 @@ from tokentree.kernels.topk import STRETCH, most_probable, sum_of_powers
 
 NORM, PREPARE, MULTIPLY, MULTIPLY_INT8, MULTIPLY_INT4, ROTARY, ATTEND, COPY, EMBED, BEST = range(10)
 AS_IT_IS, WIDER, IN_8_BITS = range(3)  # how a product takes its inputs
-STEP = 16  # numbers of 64 bits that a step has in the table: its kind, its fields, and nothing behind them
+STEP = 20  # numbers of 64 bits that a step has in the table: its kind, its fields, and nothing behind them
 COUNTERS = 8  # integers of a step that threads count in, a whole line of the cache: shares taken, threads at work
 
 

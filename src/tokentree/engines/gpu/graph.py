@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from typing import Any
@@ -25,9 +25,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Cache, PreTrainedModel
 
 from tokentree.cache import cache_folder
-from tokentree.engines.cpu.attention import dense_mask
+from tokentree.engines.cpu.attention import dense_masks
 from tokentree.engines.gpu.recording import ROWS, Recordings, padded
 from tokentree.engines.kv import KVLayout, SequenceKV
+from tokentree.engines.model_facts import Facts
 from tokentree.engines.segment import Segment
 from tokentree.errors import ModelError
 from tokentree.tree import TokenTree
@@ -49,7 +50,7 @@ class Graph:
 
     Args:
         model: attends by itself, under a dense mask.
-        windows: the sliding window of each kind of attention layer, as `support.layer_windows` has them.
+        facts: of the model.
         noted: hidden states by place, which hooks in ``model`` put there; a compiled graph has the last one alone.
         compile: compile what is run, or recorded.
 
@@ -58,9 +59,9 @@ class Graph:
     """
 
     def __init__(
-        self, model: PreTrainedModel, windows: Mapping[str, int | None], noted: dict[int, torch.Tensor], compile: bool
-    ) -> None:
-        self._model, self._windows, self._noted, self._compiles = model, windows, noted, compile
+        self, model: PreTrainedModel, facts: Facts, noted: dict[int, torch.Tensor], compile: bool
+    ) -> None:  # fmt: skip
+        self._model, self._facts, self._noted, self._compiles = model, facts, noted, compile
         self._on_cpu, self._head_input = model.device.type == "cpu", torch.empty(0)
         self._run: Callable[..., Said] = self._forward
         self._hook: RemovableHandle | None = None
@@ -117,10 +118,7 @@ class Graph:
         columns, numbers = layers[0][0].shape[1], np.zeros((3, rows), np.int64)
         numbers[0, :count], numbers[1, :count] = segment.tree.tokens[segment.first :], segment.positions
         numbers[2] = np.arange(start, start + rows)
-        masks = {
-            kind: dense_mask([segment], rows, window, self._model.dtype, torch.device("cpu"), columns)
-            for kind, window in self._windows.items()
-        }
+        masks = dense_masks([segment], rows, self._facts, self._model.dtype, torch.device("cpu"), columns)
         inputs = torch.from_numpy(numbers)
         logits, states = (
             self._compute(inputs, masks, layers) if self._on_cpu else self._replay(kv, inputs, masks, layers)
@@ -156,7 +154,7 @@ class Graph:
             input_ids=ids,
             position_ids=positions,
             attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
-            past_key_values=FixedKV(layers, places),
+            past_key_values=FixedKV(layers, places, positions[0]),
             use_cache=True,
             return_dict=True,
         )
@@ -191,11 +189,14 @@ class FixedKV(Cache):
     Args:
         layers: keys and values [heads, capacity, width] of each.
         places: int64[rows].
+        positions: int64[rows].
     """
 
-    def __init__(self, layers: list[tuple[torch.Tensor, torch.Tensor]], places: torch.Tensor) -> None:
+    def __init__(
+        self, layers: list[tuple[torch.Tensor, torch.Tensor]], places: torch.Tensor, positions: torch.Tensor
+    ) -> None:
         super().__init__(layers=[])
-        self.stored, self.places = layers, places
+        self.stored, self.places, self.positions = layers, places, positions
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -205,8 +206,11 @@ class FixedKV(Cache):
         values.index_copy_(1, self.places, value_states[0])
         return keys[None], values[None]
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
+    def get_seq_length(self, layer_idx: int | None = None) -> Any:
+        """See `ForwardKV.get_seq_length`."""
+        if layer_idx is None:
+            return 0
+        return self.positions - torch.arange(len(self.positions), device=self.positions.device)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return query_length, 0

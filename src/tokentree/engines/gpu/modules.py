@@ -62,6 +62,8 @@ class TritonModulesEngine(TritonEngine):
         found = attended(model)
         set_attention(model, TREE)
         set_experts(model, EXPERTS)
+        if bool(found["beyond"].any()):
+            raise ModelError(f"{prepared.name} attends in chunks, or with biases, which there is no kernel for")
         shapes, heads = {*map(tuple, found["shapes"].tolist())}, {*found["heads"].tolist()}
         if len(shapes) > 1 or len(heads) > 1:
             raise ModelError(f"the layers of {prepared.name} attend in different sizes")
@@ -187,8 +189,12 @@ class PagedKV(Cache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return key_states, value_states
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
+    def get_seq_length(self, layer_idx: int | None = None) -> Any:
+        """See `ForwardKV.get_seq_length`."""
+        if layer_idx is None:
+            return 0
+        positions = self._inputs.device["positions"][: self._rows]
+        return positions - torch.arange(self._rows, device=positions.device)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return query_length, 0
@@ -199,7 +205,7 @@ class PagedKV(Cache):
         rules = Rules(rule.scale, rule.window or 0, rule.softcap or 0.0, rule.sinks)
         return self._forward.attend(layer, query, key, value, rules, self._inputs, self._long)
 
-    def knows(self, window: int | None, sees: Sees) -> bool:
+    def knows(self, window: int | None, chunk: int | None, sees: Sees) -> bool:
         """`attending.attended` has looked."""
         return True
 

@@ -31,7 +31,7 @@ class RecordedEngine(SelfAttendingEngine):
     def __init__(self, prepared: Prepared, layout: KVLayout, prefix_bytes: int) -> None:
         super().__init__(prepared, layout, prefix_bytes)
         self.recorded = self.device.type == "cuda"
-        self._graph = Graph(self._model, self.facts.windows, self._noted, self.traced)
+        self._graph = Graph(self._model, self.facts, self._noted, self.traced)
         self._graph.check(layout)
 
     @classmethod
