@@ -178,8 +178,9 @@ class LLM:
         self.engine, self.max_batch = make_engine(engine, model, options), batch
         self.tokenizer = tokenizer_of(model) if own_tokenizer is None and model is not None else own_tokenizer
         self._grammars = Grammars(self.tokenizer)
-        draft_engines = draft_engines_of(drafts, self.tokenizer, options)
-        self._parts = Parts(self.engine, draft_engines, heads, fingerprint_of(self.engine, self.tokenizer, heads))
+        draft_engines, others = draft_engines_of(drafts, self.engine, self.tokenizer, options)
+        made_for = fingerprint_of(self.engine, self.tokenizer, heads)
+        self._parts = Parts(self.engine, draft_engines, heads, made_for, others)
         self._curve: CostCurve | None = None
         self._way = _Way(drafter, shape, accept, watch)
         self._limits: dict[str, Any] = {

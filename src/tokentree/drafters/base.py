@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tokentree.draft import Draft
@@ -11,6 +12,7 @@ from tokentree.engines.base import Engine, TargetOutput
 from tokentree.heads.fingerprint import Fingerprint
 from tokentree.sequence import Accepted, Sequence
 from tokentree.shapes.base import Shape
+from tokentree.vocabularies import Vocabularies
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,14 @@ class Parts:
         draft_engines: the name and the engine of each draft model. The name is shown beside its tokens.
         heads: a folder with heads for the target, or None.
         fingerprint: the fingerprint of the target. Heads must have been made for a model with the same one.
+        vocabularies: those of each draft model whose tokenizer isn't the target's, and of the target, by its name.
     """
 
     engine: Engine
     draft_engines: tuple[tuple[str, Engine], ...] = ()
     heads: Path | None = None
     fingerprint: Fingerprint | None = None
+    vocabularies: Mapping[str, Vocabularies] = field(default_factory=dict)
 
 
 class Drafter(ABC):
