@@ -73,8 +73,9 @@ def usable(parts: Parts) -> list[str]:
 
 
 def make_drafter(drafter: Named, parts: Parts) -> Drafter:
-    """A drafter by its name, which options may follow; several names are merged. Without a name the draft models draft, if there are any and no
-    heads. Otherwise it is ``merged``: all drafters that ``parts`` allow, see `drafters.names.fitting`.
+    """A drafter by its name, which options may follow (``draft_model:vocabulary=tli``); several names are merged.
+    Without a name the draft models draft, if there are any and no heads. Otherwise it is ``merged``: all drafters that
+    ``parts`` allow, see `drafters.names.fitting`.
 
     Raises:
         OptionError: if there is none of that name.

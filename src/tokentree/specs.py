@@ -28,9 +28,13 @@ def options_of(text: str, kind: Callable[..., object], what: str) -> dict[str, A
         try:
             found[key] = known[key](value)
         except (KeyError, ValueError):
-            numbers = [name for name, kind_ in known.items() if not issubclass(kind_, Enum)]
-            said = [f"{name}={'|'.join(one.value for one in words)}" for name, words in known.items() if issubclass(words, Enum)]
-            said += [f"{', '.join(numbers)}, as numbers"] if numbers else []
-            takes = f"it takes {', '.join(said)}" if said else "it takes none"
+            takes = f"it takes {_told(known)}" if known else "it takes none"
             raise OptionError(f"{part!r} is not an option of this {what}: {takes}") from None
     return found
+
+
+def _told(known: dict[str, type]) -> str:
+    """The options of these types, in words."""
+    words = [f"{name}={'|'.join(one.value for one in kind)}" for name, kind in known.items() if issubclass(kind, Enum)]
+    numbers = ", ".join(name for name, kind in known.items() if not issubclass(kind, Enum))
+    return ", ".join([*words, *([f"{numbers}, as numbers"] if numbers else [])])

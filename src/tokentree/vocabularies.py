@@ -107,12 +107,12 @@ class Spelling:
         Args:
             begins: whether nothing stands before the text.
         """
-        ids, runs = list[int](), RUNS.findall(text.decode("utf-8", "surrogateescape"))
+        ids, runs = list[int](), RUNS.findall(_characters(text))
         for place, run in enumerate(runs):
             if not ODD.match(run):
                 ids += self._encode(run) if begins and not place else self._behind(run)
                 continue
-            known = [self.ids.get(byte.encode("utf-8", "surrogateescape")) for byte in run]
+            known = [self.ids.get(_bytes(byte)) for byte in run]
             found = [token for token in known if token is not None]
             if len(found) == len(known):
                 ids += found
@@ -170,8 +170,8 @@ class Vocabularies:
 
     @cached_property
     def overlap(self) -> float:
-        """The share of the draft model's tokens that the target has too, 0 to 1."""
-        return len(self.shared[0]) / max(1, len(self.draft.ids) + len(self.draft.special))
+        """The share of the larger vocabulary that the other one has too, 0 to 1."""
+        return len(self.shared[0]) / max(1, *(len(one.ids) + len(one.special) for one in (self.target, self.draft)))
 
 
 class DraftText:
@@ -194,7 +194,7 @@ class DraftText:
         self._start_anew()
 
     def _start_anew(self) -> None:
-        self.ids, self.whole = list(self._draft.begin), True
+        self.ids = list(self._draft.begin)
         self._tokens: list[int] = []  # of the target, that were followed
         self._space = b" " if self._target.spaced else b""  # that the target puts before the first ordinary token
         self._close()
@@ -205,6 +205,7 @@ class DraftText:
         self._text = b""  # what these spell
         self._ends: list[int] | None = []  # where in it they end; None where they spell something else
         self._cut = 0  # bytes of it that were cut into tokens
+        self.whole = True
 
     def follow(self, tokens: Sequence[int]) -> None:
         """Makes this the text of the target's ``tokens``."""
@@ -250,16 +251,12 @@ class DraftText:
         behind, kept = LOOKBEHIND, len(self._ends or [])
         while True:
             kept = self._place(kept - behind)
-            start = self._end(kept)
-            new = self._draft.encode(self._text[start:], begins=not start and self._first == len(self._draft.begin))
-            found = new if new is None or not kept else self._joined(kept, new)
-            if new is None or not kept or found is not None:
-                break
+            rest = self._text[self._end(kept) :]
+            new = self._draft.encode(rest, begins=not kept and self._first == len(self._draft.begin))
+            self.whole = new is not None
+            if new is None or self._found(kept, new, self._draft.ends(new, rest)):
+                return
             behind *= 2
-        self.whole = found is not None
-        if found is not None:
-            self.ids[self._first :] = found
-            self._ends, self._cut = self._draft.ends(found, self._text), len(self._text)
 
     def _end(self, count: int) -> int:
         """Where the first ``count`` tokens end."""
@@ -271,21 +268,30 @@ class DraftText:
             count -= 1
         return max(0, count)
 
-    def _joined(self, kept: int, new: list[int]) -> list[int] | None:
-        """The first ``kept`` tokens, those behind them that are found again in ``new``, and the rest of ``new``. None
-        if none is found again."""
-        own, start = self.ids[self._first :], self._end(kept)
-        ends = self._draft.ends(new, self._text[start:])
-        if ends is None or self._ends is None:
-            return None
-        if new[0] == own[kept]:
-            return own[:kept] + new
-        places = {end: place for place, end in enumerate(self._ends) if place >= kept}
-        for number, (end, token) in enumerate(zip(ends, new)):
-            place = places.get(start + end)
-            if place is not None and own[place] == token:
-                return own[: place + 1] + new[number + 1 :]
-        return None
+    def _found(self, kept: int, new: list[int], ends: list[int] | None) -> bool:
+        """Puts ``new`` behind the first ``kept`` tokens: the text behind them, cut anew. Returns False, and does
+        nothing, if none of the tokens that were there is found again.
+
+        Args:
+            ends: where ``new`` end in that text.
+        """
+        start, place, first, own = self._end(kept), kept, 0, self.ids[self._first + kept :]
+        if kept and (ends is None or self._ends is None):
+            return False
+        if kept and new[0] != own[0]:
+            assert ends is not None
+            assert self._ends is not None
+            olds = {end - start: number for number, end in enumerate(self._ends[kept:])}
+            found = (n for n, end in enumerate(ends) if end in olds and own[olds[end]] == new[n])
+            first = next(found, -1) + 1
+            if not first:
+                return False
+            place = kept + olds[ends[first - 1]] + 1
+        self.ids[self._first + place :] = new[first:]
+        before = (self._ends or [])[:place]
+        self._ends = None if ends is None else [*before, *(start + end for end in ends[first:])]
+        self._cut = len(self._text)
+        return True
 
 
 class Continuation:
@@ -311,7 +317,7 @@ class Continuation:
     def tokens(self, text: bytes) -> list[tuple[int, int]]:
         """``text`` in tokens, each with where it ends in ``text``. Bytes at the end that are no whole character are
         left out. Nothing, if no token ends where ``text`` begins: tokens that are there already would be others."""
-        whole = (self._tail + text).decode("utf-8", "surrogateescape").rstrip(ODD_ONES).encode("utf-8", "surrogateescape")
+        whole = _bytes(_characters(self._tail + text).rstrip(ODD_ONES))
         ids, start = self._target.encode(whole, self._begins), len(self._tail)
         ends = None if ids is None else self._target.ends(ids, whole)
         if ids is None or ends is None or (start and start not in ends):
@@ -320,6 +326,16 @@ class Continuation:
 
 
 CONTINUED = {bytes([byte]) for byte in range(0x80, 0xC0)}  # bytes within characters
+
+
+def _characters(text: bytes) -> str:
+    """``text``, with one of `ODD_ONES` for each byte that is part of no character."""
+    return text.decode("utf-8", "surrogateescape")
+
+
+def _bytes(text: str) -> bytes:
+    """What `_characters` made ``text`` of."""
+    return text.encode("utf-8", "surrogateescape")
 
 
 def _speller(decoder: Any) -> Any:

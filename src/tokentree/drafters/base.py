@@ -24,6 +24,7 @@ class Parts:
         draft_engines: the name and the engine of each draft model. The name is shown beside its tokens.
         heads: a folder with heads for the target, or None.
         fingerprint: the fingerprint of the target. Heads must have been made for a model with the same one.
+        draws_children: whether the acceptance rule needs drawn children.
         vocabularies: those of each draft model whose tokenizer isn't the target's, and of the target, by its name.
     """
 
@@ -31,6 +32,7 @@ class Parts:
     draft_engines: tuple[tuple[str, Engine], ...] = ()
     heads: Path | None = None
     fingerprint: Fingerprint | None = None
+    draws_children: bool = False
     vocabularies: Mapping[str, Vocabularies] = field(default_factory=dict)
 
 

@@ -2,8 +2,8 @@
 
 Two ways:
 
-- `SharedTokens` (token-level intersection, TLI) proposes the tokens that both vocabularies have.
-- `SameText` (string-level exact match, SLEM) proposes text, cut into the target's tokens.
+- `SharedTokens` (token-level intersection, TLI) proposes the tokens that both vocabularies have. It can draw them.
+- `SameText` (string-level exact match, SLEM) proposes text, cut into the target's tokens. It picks the most probable.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence as SequenceOf
 from enum import Enum
-from typing import Any
 
 import numpy as np
+import torch
 
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter, Parts
 from tokentree.drafters.draft_model import DraftModel
 from tokentree.drafters.merged import Merged
-from tokentree.engines.base import Rewinds, TargetOutput
+from tokentree.engines.base import Engine, Rewinds, TargetOutput
 from tokentree.errors import PairingError
 from tokentree.growing import LOG_SCORE, PARENT, TOKEN
 from tokentree.sampling import SamplingParams
@@ -28,7 +28,7 @@ from tokentree.shapes.base import Shape
 from tokentree.tree import TokenTree
 from tokentree.vocabularies import Continuation, DraftText, Vocabularies
 
-ENOUGH = 0.5  # of a draft model's tokens shared: then its own distribution over them is worth more than its text
+ENOUGH = 0.9  # of the larger vocabulary is shared: then what the other tokens would bring isn't worth cutting texts
 LONGER = 4  # times as many tokens as the target's a text may get in a draft model's
 
 
@@ -49,33 +49,30 @@ class DraftModels(Merged):
 
         Args:
             vocabulary: how those draft whose tokenizer isn't the target's. By default by the tokens that both have if
-                these are at least half of the draft model's, otherwise by text.
+                these are nearly all, or if children must be drawn; otherwise by text.
         """
         if not parts.draft_engines:
             raise PairingError("drafter='draft_model' needs draft_model=..., a smaller model")
-        others = parts.vocabularies
-        if vocabulary is not Way.AUTO and not others:
+        if vocabulary is not Way.AUTO and not parts.vocabularies:
             raise PairingError(
-                f"vocabulary={vocabulary.value} is for a draft model with another tokenizer, and no draft model here is "
-                "known to have one: give models by name, or load them from where their tokenizers are"
+                f"vocabulary={vocabulary.value} is for a draft model with another tokenizer, and none of those here is "
+                "known to have one: name it, or load it from where its tokenizer is"
             )
-        drafters: list[Drafter] = [
-            _with_other_tokenizer(name, engine, parts.engine.vocab_size, others[name], vocabulary)
-            if name in others
-            else DraftModel(engine, parts.engine.vocab_size, name)
-            for name, engine in parts.draft_engines
-        ]
+        drafters = [_drafter(name, engine, parts, vocabulary) for name, engine in parts.draft_engines]
         return drafters[0] if len(drafters) == 1 else cls(drafters)
 
 
-def _with_other_tokenizer(name: str, engine: Any, vocab_size: int, vocabularies: Vocabularies, way: Way) -> Drafter:
+def _drafter(name: str, engine: Engine, parts: Parts, way: Way) -> Drafter:
+    vocab_size, vocabularies = parts.engine.vocab_size, parts.vocabularies.get(name)
+    if vocabularies is None:
+        return DraftModel(engine, vocab_size, name)
     if not isinstance(engine, Rewinds):
-        raise PairingError(f"the engine of the draft model {name!r} can't rewind a text, as another tokenizer needs it")
-    tokens = way is Way.TLI or (way is Way.AUTO and vocabularies.overlap >= ENOUGH)
-    if tokens and not len(vocabularies.shared[0]):
+        raise PairingError(f"the draft model {name!r} has another tokenizer, and its engine can't rewind a text")
+    by_tokens = way is Way.TLI or (way is Way.AUTO and (parts.draws_children or vocabularies.overlap >= ENOUGH))
+    if by_tokens and not len(vocabularies.shared[0]):
         raise PairingError(f"the draft model {name!r} has no token in common with the target: use vocabulary=slem")
     texts = DraftTexts(engine, vocabularies)
-    return SharedTokens(texts, vocab_size, name) if tokens else SameText(texts, vocab_size, name)
+    return SharedTokens(texts, vocab_size, name) if by_tokens else SameText(texts, name)
 
 
 class DraftTexts:
@@ -170,6 +167,7 @@ class SharedTokens(DraftModel):
         engine = SharedVocabulary(texts, vocab_size)
         super().__init__(engine, vocab_size, name, texts.vocabularies.shared[0])
         self._texts = texts
+        self._followed: dict[int, Sequence] = {}  # in this step
 
     def propose(self, seqs: list[Sequence], shape: Shape, sampled: bool) -> list[Draft]:
         self._followed = {seq.id: own for seq in seqs if (own := self._texts.followed(seq)) is not None}
@@ -196,9 +194,10 @@ class SharedVocabulary:
 
     def __init__(self, texts: DraftTexts, vocab_size: int) -> None:
         self.vocab_size, self._texts = vocab_size, texts
-        ids, self._columns = texts.vocabularies.shared
-        self._draft_ids = np.zeros(vocab_size, np.int64)
-        self._draft_ids[ids] = self._columns
+        ids, columns = texts.vocabularies.shared
+        self._draft_ids = np.zeros(vocab_size, np.int64)  # of the target's tokens
+        self._draft_ids[ids] = columns
+        self._columns = torch.from_numpy(columns)
         self._trees: dict[int, tuple[TokenTree, int]] = {}  # the last ones, and how many rows come before their roots
 
     def prefill(self, seq: Sequence, upto: int | None = None) -> int:
@@ -212,7 +211,7 @@ class SharedVocabulary:
         self, seqs: SequenceOf[Sequence], trees: SequenceOf[TokenTree], firsts: SequenceOf[int] | None = None
     ) -> TargetOutput:
         firsts = [0] * len(seqs) if firsts is None else list(firsts)
-        grown, computed = list[TokenTree](), list[int]()
+        grown, done, starts = list[TokenTree](), list[int](), list[int]()
         for seq, tree, first in zip(seqs, trees, firsts, strict=True):
             unread = self._texts.unread(seq)
             more = len(unread) - 1
@@ -220,12 +219,16 @@ class SharedVocabulary:
             tokens = np.concatenate([unread, self._draft_ids[tree.tokens[1:]]])
             parents = np.concatenate([np.arange(-1, more), tree.parents[1:] + more])
             grown.append(TokenTree(tokens, parents))
-            computed.append(first + more if first else 0)
-        out = self._texts.engine.verify(self._texts.of(seqs), grown, computed)
-        starts = [start + first + more - done for start, first, done, (_, more) in zip(
-            out.starts, firsts, computed, (self._trees[seq.id] for seq in seqs), strict=True
-        )]  # fmt: skip
-        return TargetOutput(lambda: out.all_logits[:, self._columns], starts, firsts, out.seconds)
+            done.append(first + more if first else 0)
+            starts.append(first + more - done[-1])  # rows before that of the first node
+        out = self._texts.engine.verify(self._texts.of(seqs), grown, done)
+        starts = [start + more for start, more in zip(out.starts, starts, strict=True)]
+        return TargetOutput(lambda: self._shared(out.all_logits), starts, firsts, out.seconds)
+
+    def _shared(self, logits: torch.Tensor) -> torch.Tensor:
+        """[rows, shared tokens], of logits over the draft model's vocabulary."""
+        self._columns = self._columns.to(logits.device)
+        return logits.index_select(1, self._columns)
 
     def commit(self, seqs: SequenceOf[Sequence], paths: SequenceOf[list[int]]) -> None:
         for seq, path, own in zip(seqs, paths, self._texts.of(seqs), strict=True):
@@ -252,14 +255,13 @@ class SameText(Drafter):
 
     Args:
         texts: of the draft model.
-        vocab_size: the target's.
         name: shown beside the tokens it earned.
     """
 
     by_levels = True
 
-    def __init__(self, texts: DraftTexts, vocab_size: int, name: str = "draft_model") -> None:
-        self.name, self._texts, self._vocab_size = name, texts, vocab_size
+    def __init__(self, texts: DraftTexts, name: str = "draft_model") -> None:
+        self.name, self._texts = name, texts
         self._model = DraftModel(texts.engine, len(texts.vocabularies.draft.pieces), name)
         self._drafted: dict[int, Draft] = {}  # in the draft model's tokens
 
