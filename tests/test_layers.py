@@ -32,6 +32,7 @@ LAYERS = {
             "draft",
             "growing",
             "rotary",
+            "vocabularies",
             "sequence",
             "gguf.header",
         ),

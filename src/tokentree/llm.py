@@ -182,9 +182,9 @@ class LLM:
         self.engine, self.max_batch = make_engine(engine, model, options), batch
         self.tokenizer = tokenizer_of(model) if own_tokenizer is None and model is not None else own_tokenizer
         self._grammars = Grammars(self.tokenizer)
-        draft_engines = draft_engines_of(drafts, self.tokenizer, options)
-        fingerprint = fingerprint_of(self.engine, self.tokenizer, heads)
-        self._parts = Parts(self.engine, draft_engines, heads, fingerprint, lookup_bytes)
+        draft_engines, others = draft_engines_of(drafts, self.engine, self.tokenizer, options)
+        made_for = fingerprint_of(self.engine, self.tokenizer, heads)
+        self._parts = Parts(self.engine, draft_engines, heads, made_for, lookup_bytes, vocabularies=others)
         self._curve: CostCurve | None = None
         self._way = _Way(drafter, shape, accept, watch)
         self._limits: dict[str, Any] = {
@@ -277,7 +277,8 @@ class LLM:
         """The loop, as it was asked for, and who shares its steps."""
         way, parts = self._way, self._parts
         rule, form = acceptance(way.accept), shape_of(way.shape, way.drafter, parts.heads)
-        self.decoder = Decoder(self.engine, make_drafter(way.drafter, parts), self._priced(form), rule, way.watch)
+        drafter = make_drafter(way.drafter, replace(parts, draws_children=rule.draws_children))
+        self.decoder = Decoder(self.engine, drafter, self._priced(form), rule, way.watch)
         self._shared = Shared(self.scheduler())
 
     def scheduler(self, max_batch: int | None = None) -> Scheduler:

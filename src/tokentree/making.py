@@ -12,8 +12,9 @@ from tokentree.errors import ModelError
 from tokentree.heads.fingerprint import Fingerprint
 from tokentree.loading import find_tokenizer, load_engine, load_tokenizer
 from tokentree.options import Model, kv_memory
-from tokentree.pairing import check_same_tokenizer
+from tokentree.pairing import difference
 from tokentree.scheduler import PREFILL_ROWS
+from tokentree.vocabularies import Spelling, Vocabularies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,22 +31,26 @@ def tokenizer_of(model: Model) -> PreTrainedTokenizerBase | None:
 
 
 def draft_engines_of(
-    drafts: SequenceOf[Model], tokenizer: PreTrainedTokenizerBase | None, options: EngineOptions
-) -> tuple[tuple[str, TransformersEngine], ...]:
-    """The engine of each draft model, and what it is called in figures.
+    drafts: SequenceOf[Model], target: Engine, tokenizer: PreTrainedTokenizerBase | None, options: EngineOptions
+) -> tuple[tuple[tuple[str, TransformersEngine], ...], dict[str, Vocabularies]]:  # fmt: skip
+    """The engine of each draft model, and what it is called in figures; by these names, the vocabularies of those whose
+    tokenizer isn't ``tokenizer``. A model of which no tokenizer is known is taken to have the target's.
 
     Raises:
-        PairingError: if the tokenizer of one isn't the target's ``tokenizer``.
+        PairingError: if the tokens of another tokenizer can't be told as text.
         ModelError: if one can't be loaded.
     """
-    engines = list[tuple[str, TransformersEngine]]()
+    engines, vocabularies = list[tuple[str, TransformersEngine]](), dict[str, Vocabularies]()
     for draft in drafts:
         name = str(draft) if isinstance(draft, str | Path) else draft.config._name_or_path
-        if tokenizer is not None:
-            check_same_tokenizer(tokenizer, tokenizer_of(draft), name)
+        own = None if tokenizer is None else tokenizer_of(draft)
         short = short_name(name, [known for known, _ in engines])
-        engines.append((short, load_engine(draft, options)))
-    return tuple(engines)
+        engine = load_engine(draft, options)
+        if tokenizer is not None and own is not None and difference(tokenizer, own) is not None:
+            spelled = Spelling(tokenizer, target.vocab_size), Spelling(own, engine.vocab_size)
+            vocabularies[short] = Vocabularies(*spelled)
+        engines.append((short, engine))
+    return tuple(engines), vocabularies
 
 
 def short_name(name: str, taken: SequenceOf[str]) -> str:

@@ -7,8 +7,6 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from tokentree.errors import PairingError
-
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -27,21 +25,14 @@ TEXTS = (
 MOST = 4000  # tokens whose own texts are compared
 
 
-def check_same_tokenizer(
-    target: PreTrainedTokenizerBase | None, draft: PreTrainedTokenizerBase | None, name: str
-) -> None:
-    """Raises `PairingError` unless both give a text the same ids. Vocabulary sizes say nothing: they are padded."""
-    if target is None or draft is None:
-        return
+def difference(target: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBase) -> str | None:
+    """A token or a text that the two give other ids; None if they are one tokenizer. Vocabulary sizes say nothing: they
+    are padded."""
     ours, theirs = (_names(one.get_vocab()) for one in (target, draft))
     odd = next(_differences(ours, theirs), None)
     if odd is None and _form(target) != _form(draft):
         odd = _other_ids(target, draft, sorted(set(ours.values()) & set(theirs.values())))
-    if odd is not None:
-        raise PairingError(
-            f"the draft model {name!r} has another tokenizer ({len(draft.get_vocab())} tokens, the target "
-            f"{len(target.get_vocab())}; they differ on {odd!r}): choose a draft model of the target's own family"
-        )
+    return odd
 
 
 def _names(vocab: dict[str, int]) -> dict[int, str]:

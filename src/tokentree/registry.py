@@ -13,6 +13,7 @@ from tokentree.engines.base import Engine, EngineOptions
 from tokentree.engines.names import ENGINES, TORCH
 from tokentree.errors import OptionError
 from tokentree.heads.saved import is_eagle
+from tokentree.specs import options_of
 
 Named = str | SequenceOf[str | Drafter] | Drafter | None
 
@@ -29,13 +30,28 @@ def drafter_class(name: str) -> type[Drafter]:
     return found
 
 
+def _name(drafter: str) -> str:
+    """The name in ``name:option=value,…``."""
+    return drafter.partition(":")[0]
+
+
+def _with_options(drafter: str) -> tuple[type[Drafter], dict[str, Any]]:
+    """The class that ``name:option=value,…`` names, and the options of its `make`.
+
+    Raises:
+        OptionError: if there is none of that name, or it has no such option.
+    """
+    kind = drafter_class(_name(drafter) if isinstance(drafter, str) else drafter)
+    return kind, options_of(drafter.partition(":")[2], kind.make, "drafter")
+
+
 def check_names(drafter: Named) -> None:
     """Raises `OptionError` unless ``drafter`` is None, a drafter, the name of one, or a list of these in which none
     comes twice."""
     if drafter is None or isinstance(drafter, Drafter):
         return
     if isinstance(drafter, str):
-        drafter_class(drafter)
+        _with_options(drafter)
         return
     if not isinstance(drafter, list | tuple):
         raise OptionError(f"drafter={drafter!r} is neither a name, a list of names nor a Drafter")
@@ -43,9 +59,9 @@ def check_names(drafter: Named) -> None:
         raise OptionError("drafter=[] names none: give at least one drafter")
     for place, one in enumerate(drafter):
         if not isinstance(one, Drafter):
-            drafter_class(one)
-            if one in drafter[:place]:
-                raise OptionError(f"the drafter {one!r} is named twice")
+            _with_options(one)
+            if _name(one) in [_name(other) for other in drafter[:place] if isinstance(other, str)]:
+                raise OptionError(f"the drafter {_name(one)!r} is named twice")
             if one == "none" and len(drafter) > 1:
                 raise OptionError("the drafter 'none' proposes nothing: leave it out beside others")
 
@@ -57,8 +73,9 @@ def usable(parts: Parts) -> list[str]:
 
 
 def make_drafter(drafter: Named, parts: Parts) -> Drafter:
-    """A drafter by its name; several names are merged. Without a name the draft models draft, if there are any and no
-    heads. Otherwise it is ``merged``: all drafters that ``parts`` allow, see `drafters.names.fitting`.
+    """A drafter by its name, which options may follow (``draft_model:vocabulary=tli``); several names are merged.
+    Without a name the draft models draft, if there are any and no heads. Otherwise it is ``merged``: all drafters that
+    ``parts`` allow, see `drafters.names.fitting`.
 
     Raises:
         OptionError: if there is none of that name.
@@ -71,7 +88,8 @@ def make_drafter(drafter: Named, parts: Parts) -> Drafter:
     if drafter == "merged":
         drafter = usable(parts)
     if isinstance(drafter, str):
-        return drafter_class(drafter).make(parts)
+        kind, options = _with_options(drafter)
+        return kind.make(parts, **options)
     return Merged([make_drafter(name, parts) for name in drafter])
 
 

@@ -63,6 +63,8 @@ def make_method(spec: str, llm: LLM, peers: Peers, heads: Sequence[Path] = ()) -
     kind, _, rest = spec.partition(":")
     if kind in peers.kinds:
         return peers.method(spec, kind, rest)
+    while "=" in (option := rest.partition(":"))[0]:  # of the last drafter; a shape's come behind its name
+        kind, rest = f"{kind}:{option[0]}", option[2]
     if not rest:
         raise OptionError(f"{spec!r} is not a method: write {FORMS}")
     names = kind.split("+")

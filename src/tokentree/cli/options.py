@@ -251,7 +251,7 @@ def check_loading(
         find(name)
         check_quantization(quantization, is_gguf(name))
     check_names(drafters(drafter))
-    for one in (drafter or "").split("+"):
+    for one in (named.partition(":")[0] for named in (drafter or "").split("+")):
         needs = DRAFTERS[one].drafts_from if one in DRAFTERS else ""
         given = {DRAFT_MODELS: draft_model, EAGLE_HEADS: heads, MEDUSA_HEADS: heads}
         if needs in given and not given[needs]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tokentree.draft import Draft
@@ -11,6 +12,7 @@ from tokentree.engines.base import Engine, TargetOutput
 from tokentree.heads.fingerprint import Fingerprint
 from tokentree.sequence import Accepted, Sequence
 from tokentree.shapes.base import Shape
+from tokentree.vocabularies import Vocabularies
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class Parts:
         heads: a folder with heads for the target, or None.
         fingerprint: the fingerprint of the target. Heads must have been made for a model with the same one.
         lookup_bytes: memory for what a drafter's look-ups learn from all sequences. None: as the drafter likes.
+        draws_children: whether the acceptance rule needs drawn children.
+        vocabularies: those of each draft model whose tokenizer isn't the target's, and of the target, by its name.
     """
 
     engine: Engine
@@ -30,6 +34,8 @@ class Parts:
     heads: Path | None = None
     fingerprint: Fingerprint | None = None
     lookup_bytes: int | None = None
+    draws_children: bool = False
+    vocabularies: Mapping[str, Vocabularies] = field(default_factory=dict)
 
 
 class Drafter(ABC):

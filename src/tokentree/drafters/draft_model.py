@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 from torch.nn.functional import pad
 
 from tokentree.draft import Draft
-from tokentree.drafters.base import Drafter, Parts
-from tokentree.drafters.merged import Merged
+from tokentree.drafters.base import Drafter
 from tokentree.engines.base import DraftEngine, TargetOutput
-from tokentree.errors import PairingError, RequestError
+from tokentree.errors import RequestError
 from tokentree.growing import DEPTH, PARENT, TOKEN
 from tokentree.kernels.topk import top_logprobs
 from tokentree.sampling import to_probs
@@ -48,13 +47,6 @@ class DraftModel(Drafter):
         self._rows: dict[int, _Rows] = {}
         self._level_seconds = 0.0
         self._unknown: set[int] = set()  # sequences with a token that the draft model doesn't have
-
-    @classmethod
-    def make(cls, parts: Parts) -> Drafter:
-        if not parts.draft_engines:
-            raise PairingError("drafter='draft_model' needs draft_model=..., a smaller model with the same tokenizer")
-        drafters = [cls(engine, parts.engine.vocab_size, name) for name, engine in parts.draft_engines]
-        return drafters[0] if len(drafters) == 1 else Merged(drafters)
 
     def prefill(self, seqs: list[Sequence], upto: int | None = None) -> None:
         for seq in seqs:

@@ -27,7 +27,7 @@ class Entry:
 # in the order in which they are merged, and shown
 DRAFTERS = {
     "none": Entry("tokentree.drafters.none:NoDrafter", NOTHING),
-    "draft_model": Entry("tokentree.drafters.draft_model:DraftModel", DRAFT_MODELS),
+    "draft_model": Entry("tokentree.drafters.other_tokenizer:DraftModels", DRAFT_MODELS),
     "eagle": Entry("tokentree.drafters.eagle:Eagle", EAGLE_HEADS),
     "medusa": Entry("tokentree.drafters.medusa:Medusa", MEDUSA_HEADS),
     "recycling": Entry("tokentree.drafters.lookup.recycling:Recycling", TEXT),

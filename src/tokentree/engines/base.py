@@ -249,6 +249,17 @@ class DraftEngine(Protocol):
     def release(self, seqs: SequenceOf[Sequence]) -> None: ...
 
 
+@runtime_checkable
+class Rewinds(DraftEngine, Protocol):
+    """A draft engine that can forget the end of a text. Draft models with another tokenizer need one: when a text
+    grows, its last tokens there may become others."""
+
+    def rewind(self, seq: Sequence, rows: int) -> None:
+        """Keeps at most the first ``rows`` committed rows of ``seq``, and drops all provisional ones. Fewer are kept
+        where other texts share what would be overwritten."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class DraftLevels:
     """A draft that an engine has grown by itself. A level has at most W parents with W candidates each.
@@ -409,7 +420,7 @@ class Branches(Engine, Protocol):
 
 
 @runtime_checkable
-class TransformersEngine(HeadEngines, Branches, Protocol):
+class TransformersEngine(HeadEngines, Branches, Rewinds, Protocol):
     """An engine of a transformers model.
 
     Attributes:

@@ -216,6 +216,11 @@ class KVEngine(NotCopied, ABC):
     def keep(self, seq: Sequence, nodes: SequenceOf[int], committed: int) -> None:
         self._kv_of(seq).keep(nodes, committed)
 
+    @exclusive
+    def rewind(self, seq: Sequence, rows: int) -> None:
+        kv = self._kv_of(seq)
+        kv.length = min(kv.length, rows)
+
     def committed(self, seq: Sequence) -> int:
         if seq.id in self._branches:
             of, nodes = self._branches[seq.id]

@@ -93,6 +93,9 @@ class TableEngine:
         self._committed[seq.id] = self._committed[seq.id] + tree.tokens[list(nodes[:committed])].tolist()
         self._kept[seq.id] = tree.tokens[list(nodes[committed:])].tolist()
 
+    def rewind(self, seq: Sequence, rows: int) -> None:
+        self._committed[seq.id] = self._committed.get(seq.id, [])[:rows]
+
     def committed(self, seq: Sequence) -> int:
         of, nodes = self._branches.get(seq.id, (seq, 0))
         return len(self._committed.get(of.id, ())) + nodes

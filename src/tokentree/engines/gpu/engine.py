@@ -335,6 +335,12 @@ class TritonEngine(NotCopied):
         self._flush(text)  # where no forward came between
         text.keep(nodes, committed)
 
+    @exclusive
+    def rewind(self, seq: Sequence, rows: int) -> None:
+        text = self._text(seq)
+        self._flush(text)
+        self.pages.rewind(text, rows)
+
     def committed(self, seq: Sequence) -> int:
         if seq.id in self._branches:
             of, nodes = self._branches[seq.id]

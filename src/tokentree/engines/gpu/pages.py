@@ -120,6 +120,18 @@ class Pages:
             raise ModelError(f"no memory is left for the KV of {rows} rows: {len(self._free)} pages are free")
         self.give(text, [self._free.popleft() for _ in range(wanted)])
 
+    def rewind(self, text: Text, rows: int) -> None:
+        """Keeps at most the first ``rows`` rows of ``text``. A page that others refer to is never written to again, so
+        if such a page would be, all of it is given back."""
+        if rows >= text.length:
+            return
+        whole = rows // CHUNK
+        shared = any(self._references[page] > 1 for page in text.pages[whole:])
+        text.length = whole * CHUNK if shared else rows
+        kept = -(-text.length // CHUNK)
+        self.drop(text.pages[kept:])
+        text.pages = text.pages[:kept]
+
     def give(self, text: Text, pages: list[int]) -> None:
         """Puts ``pages`` behind those of ``text``, which refers to them from now on."""
         self.share(pages)
