@@ -122,8 +122,8 @@ def test_shared_tokens_are_the_same_text_one_to_one(target: str, draft: str) -> 
 
 def test_a_piece_is_shared_rather_than_the_byte_that_is_the_same() -> None:
     ours, theirs = pair("bytes", "pieces").shared
-    names = sentence_pieces().convert_ids_to_tokens(theirs.tolist())
-    token = tiny_tokenizer().convert_tokens_to_ids("T")
+    names = tokenizers()["pieces"].convert_ids_to_tokens(theirs.tolist())
+    token = tokenizers()["bytes"].convert_tokens_to_ids("T")
     assert names[ours.tolist().index(token)] == "T"
     assert "<0xE3>" in names
 

@@ -408,20 +408,22 @@ def test_it_goes_with_beams_other_drafters_and_bench(world: World, way: str) -> 
     name = f"draft_model:vocabulary={way}"
     merged = llm.using([name, "ngram"], "2x2")
     params = SamplingParams(max_tokens=12)
-    plain = llm.plain().generate(PROMPTS[0], params)[0].token_ids
+    result = llm.plain().generate(PROMPTS[0], params)[0]
+    plain, ids = result.token_ids, result.prompt_token_ids
     assert merged.generate(PROMPTS[0], params)[0].token_ids == plain
     beams = SamplingParams(max_tokens=10, num_beams=3, num_return_sequences=2)
     assert [one.token_ids for one in llm.using(name).generate(PROMPTS[0], beams)] == [
         one.token_ids for one in llm.plain().generate(PROMPTS[0], beams)
     ]
     method = make_method(f"ngram+{name}:chain:3", llm, Peers("", None, None, None, llm))
-    assert method.run(known_tokenizer("pieces")(PROMPTS[0]).input_ids, params).token_ids == plain
+    assert method.run(ids, params).token_ids == plain
 
 
 def test_generator_takes_such_a_draft_model(world: World) -> None:
     llm = world.llms["one", "other"]
     model: Any = AutoModelForCausalLM.from_pretrained(world.one, dtype=torch.float32)
-    ids = torch.tensor([known_tokenizer("bytes")(PROMPTS[0]).input_ids])
+    result = llm.plain().generate(PROMPTS[0], SamplingParams(max_tokens=12))[0]
+    ids = torch.tensor([result.prompt_token_ids])
     drafts = AutoModelForCausalLM.from_pretrained(world.other, dtype=torch.float32)
     tree = generator(draft_model=drafts, shape="2x2")
     out = model.generate(ids, custom_generate=tree, max_new_tokens=12, do_sample=False)
