@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -363,3 +364,22 @@ def kv_engine(llm: LLM) -> KVEngine:
     """The engine of a transformers model."""
     assert isinstance(llm.engine, KVEngine)
     return llm.engine
+
+
+def sentence_pieces(texts: Sequence[str] = TEXTS, size: int = 400, with_bytes: bool = True) -> PreTrainedTokenizerFast:
+    """BPE as SentencePiece writes it: spaces are signs, one is put before a text, and what has no token is spelled in
+    bytes, or without these is unknown. It puts a special token before a text."""
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    trained.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size - 260, show_progress=False))
+    said = json.loads(trained.to_str())["model"]
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256) if with_bytes), *said["vocab"]]
+    vocab = {name: place for place, name in enumerate(names)}
+    merges = [(one[0], one[1]) for one in said["merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=with_bytes))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")

@@ -28,8 +28,10 @@ from transformers.activations import GELUTanh, SiLUActivation
 from tests.conftest import each_two
 from tests.tiny_models import FAMILIES, VOCAB, full_logits, randomised, request, some_tokens, some_tree, tiny
 from tokentree.engines import kv_engine
+from tokentree.engines.base import Rewinds
 from tokentree.engines.cpu.prepare import SteadyActivation
 from tokentree.engines.kv_engine import KVEngine
+from tokentree.engines.prefix import LEAST
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import ModelError
 from tokentree.kernels.tile import BLOCK
@@ -589,3 +591,29 @@ def test_the_context_ends_where_longrope_would_turn_all_rows_of_a_forward_otherw
     assert engine.context == 64
     tree = some_tree(tokens[-1], 8, depth=3)
     assert_near(verified(engine, request(tokens), tree), of_transformers(model, tokens[:-1], tree))
+
+
+@pytest.mark.parametrize(("family", "attention"), [("llama", "tree"), ("gpt2", "tree"), ("gemma2", "sdpa")])
+@pytest.mark.parametrize("rows", [0, 9, 31, 40, 90])
+def test_a_text_that_is_rewound_goes_on_as_one_that_was_never_longer(family: str, attention: str, rows: int) -> None:
+    engine = TorchEngine(model_of(family), attention, prefix_bytes=1 << 20)
+    assert isinstance(engine, Rewinds)
+    long, other = request(some_tokens(41)), request([*some_tokens(rows)[:40], *some_tokens(8, seed=3)])
+    engine.prefill(long)
+    engine.verify([long], [some_tree(long.tokens[-1], 5)])  # provisional rows go too
+    engine.rewind(long, rows)
+    assert engine.committed(long) == min(rows, 40)
+    long.tokens = list(other.tokens)
+    fresh = TorchEngine(model_of(family), attention)
+    tree = some_tree(other.tokens[-1], 6)
+    for one, seq in ((engine, long), (fresh, other)):
+        one.prefill(seq)
+    expected = fresh.verify([other], [tree]).all_logits
+    same = {"rtol": 0.0, "atol": 0.0 if attention == "tree" else 1e-4}
+    torch.testing.assert_close(engine.verify([long], [tree]).all_logits, expected, **same)
+    engine.release([long])
+    again = request(other.tokens)
+    known = len(other.tokens) - 1
+    assert engine.begin(again) == (known if known >= LEAST else 0)  # what is kept of it belongs to these tokens
+    engine.prefill(again)
+    torch.testing.assert_close(engine.verify([again], [tree]).all_logits, expected, **same)

@@ -19,7 +19,7 @@ from tests.engines.test_engine import of_transformers
 from tests.tiny_models import request, some_tokens, some_tree
 from tokentree.drafters.lookup.ngram import NGram
 from tokentree.drafters.lookup.recycling import Recycling
-from tokentree.engines.base import Branches, HeadEngines, TransformersEngine
+from tokentree.engines.base import Branches, HeadEngines, Rewinds, TransformersEngine
 from tokentree.engines.gpu.attending import CHUNK
 from tokentree.engines.gpu.engine import TritonEngine
 from tokentree.engines.gpu.quantized import Int8
@@ -105,7 +105,7 @@ def test_a_tree_has_transformers_logits_and_the_bits_of_each_path_alone(family: 
 
 
 def test_a_protocol_s_parts_are_there() -> None:
-    for kind in (TransformersEngine, HeadEngines, Branches):
+    for kind in (TransformersEngine, HeadEngines, Branches, Rewinds):
         assert isinstance(llama(), kind)
     assert llama().info.attention == "tree"
     assert llama().info.kv_bytes == 16 * llama().pages.page_nbytes
@@ -423,3 +423,27 @@ def test_a_model_whose_inputs_come_in_no_groups_is_refused_in_8_bits() -> None:
     model = Prepared(small(), False, "int8", None, None)
     with pytest.raises(ModelError, match=r"it has sizes that there is no kernel for in 8 bits$"):
         TritonEngine(model)
+
+
+@pytest.mark.parametrize("rows", [CHUNK + 20, CHUNK - 3, 0])
+def test_a_text_that_is_rewound_goes_on_and_those_that_share_its_pages_stay_as_they_are(rows: int) -> None:
+    engine = engine_of(prefix_bytes=1 << 30)
+    beginning = some_tokens(CHUNK + 30)
+    seq, other = request([*beginning, ROOT]), request([*beginning, 9, ROOT])
+    engine.prefill(seq)
+    assert engine.prefill(other) == CHUNK
+    tree = some_tree(ROOT, 4)
+    theirs = engine.verify([other], [tree]).all_logits.clone()
+    engine.rewind(seq, 2 * CHUNK)
+    assert engine.committed(seq) == len(beginning)
+    engine.rewind(seq, rows)
+    kept = rows if rows > CHUNK else 0  # of a page that another text reads nothing is written again
+    assert engine.committed(seq) == kept
+    engine.check()
+    seq.tokens = [*beginning[:rows], *some_tokens(12, seed=3), ROOT]
+    got = verified(engine, seq, tree)
+    fresh = engine_of()
+    assert torch.equal(got, verified(fresh, request(seq.tokens), tree))
+    assert torch.equal(engine.verify([other], [tree]).all_logits, theirs)
+    engine.release([seq, other])
+    engine.check()
