@@ -5,8 +5,12 @@ refused, and why: a tiny model of each, with random weights, in float32 and bflo
     python benchmarks/families.py --only gpt_oss,falcon
     TRITON_INTERPRET=1 python benchmarks/families.py --kernels --out kernels.json
 
-For each that can be decoded it says how many of some texts, decoded with trees, differ from plain decoding's. With
-``--kernels`` it says which have the kernels of GPUs in their modules, in Triton's interpreter and bfloat16.
+For each that can be decoded it says how many of some texts, decoded with trees, differ from plain decoding's, how far
+logits are off transformers', and whether greedy ids are those of ``generate``. With ``--kernels`` it says which have
+the kernels of GPUs in their modules, in Triton's interpreter and bfloat16. With ``--page`` it writes what a run found
+as a page of the manual:
+
+    python benchmarks/families.py --page docs/models.md --found families.json
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +35,7 @@ KERNELS = "--kernels"
 TIMEOUT = 300  # seconds for one family
 MOST = 40_000_000  # parameters of a model that is still tiny
 VOCAB, CONTEXT, SEED = 160, 512, 0
+FAR = 1e-3  # of the spread of logits: more is another model
 
 # what a tiny configuration has, by the names that families have for it
 SIZES: dict[str, Any] = {
@@ -57,16 +63,27 @@ SIZES: dict[str, Any] = {
 TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "sep_token_id")
 
 
+# settings that some families need beside these
+MROPE = {
+    **dict.fromkeys(("glm_ocr", "glm4v", "glm46v", "glmga", "paddleocr_vl", "qwen2_5_omni_thinker"), (2, 3, 3)),
+    **dict.fromkeys(("qwen2_5_vl", "qwen2_vl"), (2, 3, 3)),
+    "glm4v_moe": (1, 1, 2),
+}
+
+
 @dataclass(frozen=True)
 class Found:
     """What became of a family in one type.
 
     Args:
         family, model, dtype: whose model it is, its class, its type.
-        kind: ``own``, ``by itself``, ``refused``, or ``not built``: no tiny model could be made here.
+        kind: ``own``, ``by itself``, ``refused``, ``FAULT``, or ``not built``: no tiny model could be made here.
         reason: why, in one sentence.
         differing: of the texts decoded with trees, those that differ from plain decoding's.
         texts: decoded.
+        form: of the forward, in words.
+        error: how far logits are off transformers', where they spread by 1, in float32.
+        ids: "same" if greedy ids are those of ``generate``, or "other"; "" if it wasn't asked.
     """
 
     family: str
@@ -76,6 +93,15 @@ class Found:
     reason: str = ""
     differing: int = 0
     texts: int = 0
+    form: str = ""
+    error: float = 0.0
+    ids: str = ""
+
+    @property
+    def right(self) -> bool:
+        """Whether it was decoded, and as transformers does."""
+        exact = self.kind == "by itself" or not self.differing or bool(self.reason)
+        return self.kind in ("own", "by itself") and exact and self.error < FAR and self.ids != "other"
 
 
 def families() -> dict[str, str]:
@@ -119,7 +145,18 @@ def shrunk(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def build(family: str, name: str) -> Any:
-    """A tiny model of a family."""
+    """A tiny model of a family: with its own settings, tiny sizes apart, or else with those that tests have."""
+    from tests.tiny_models import OTHERS, tiny_other
+
+    try:
+        return _shrunk_model(family, name)
+    except Exception:
+        if family not in OTHERS:
+            raise
+        return tiny_other(family)
+
+
+def _shrunk_model(family: str, name: str) -> Any:
     import torch
     import transformers
     from tests.tiny_models import randomised
@@ -133,6 +170,8 @@ def build(family: str, name: str) -> Any:
     for part in _parts(config):
         part.use_cache = True
         rope = getattr(part, "rope_parameters", None) or {}
+        if rope and family in MROPE:
+            rope["mrope_section"] = list(MROPE[family])
         for each in (rope, *(value for value in rope.values() if isinstance(value, dict))):
             if each.get("rope_type") in ("yarn", "longrope", "llama3", "linear", "dynamic", "proportional"):
                 each.update(rope_type="default")
@@ -158,7 +197,7 @@ def _parts(config: Any) -> Iterator[Any]:
 def tried(family: str, name: str) -> Iterator[Found]:
     """What becomes of a family, in each type."""
     import torch
-    from tests.tiny_models import request, some_tokens, some_tree
+    from tests.tiny_models import full_logits, request, some_tokens, some_tree
 
     from tokentree.engines.torch import TorchEngine
     from tokentree.errors import ModelError
@@ -182,7 +221,7 @@ def tried(family: str, name: str) -> Iterator[Found]:
         except Exception as error:  # noqa: BLE001 - what isn't a ModelError is a fault of ours, and listed
             yield Found(*about, "FAULT", _line(error))
             continue
-        differing = texts = 0
+        differing, texts, error = 0, 0, 0.0
         for seed in range(3):
             tokens = some_tokens(40, seed)
             tree = some_tree(tokens[-1], 24, seed)
@@ -196,10 +235,42 @@ def tried(family: str, name: str) -> Iterator[Found]:
                 row = engine.verify([alone], [TokenTree.root(int(tree.tokens[node]))]).logits(0, 0)
                 engine.commit([alone], [[0]])
                 same &= torch.equal(row, out.logits(0, node))
+            if dtype is torch.float32:
+                own = full_logits(model, [*tokens[:-1], *tree.tokens[path].tolist()])[len(tokens) - 1 :]
+                error = max(error, float((out.rows(0, path) - own).abs().max() / own.std()))
             engine.release([whole, alone])
             texts, differing = texts + 1, differing + (not same)
         kind = "own" if engine.attention == "tree" else "by itself"
-        yield Found(*about, kind, getattr(engine, "caveat", None) or "", differing, texts)
+        ids = _ids(model) if dtype is torch.float32 else ""
+        form = FORMS[type(engine).__name__]
+        yield Found(*about, kind, engine.caveat, differing, texts, form, error, ids)
+
+
+FORMS = {
+    "ProgramEngine": "one compiled call",
+    "ModulesEngine": "own attention",
+    "SelfAttendingEngine": "the model's attention",
+}
+
+
+def _ids(model: Any) -> str:
+    """Whether greedy ids of `generator` are those of ``generate``: "" where that writes none of text alone."""
+    import torch
+    from tests.tiny_models import some_tokens
+
+    from tokentree.hf import generator
+
+    prompt = torch.tensor([some_tokens(24, SEED)])
+    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 12, "do_sample": False}
+    options |= {"eos_token_id": None, "pad_token_id": 0}
+    try:
+        expected = model.generate(prompt, **options)
+    except Exception:  # noqa: BLE001 - other people's models raise anything
+        return ""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        got = model.generate(prompt, **options, custom_generate=generator())
+    return "same" if got.tolist() == expected.tolist() else "other"
 
 
 def tried_on_kernels(family: str, name: str) -> Iterator[Found]:
@@ -286,15 +357,86 @@ def table(found: list[Found]) -> str:
     return "\n".join(lines)
 
 
+def page(found: list[Found], version: str) -> str:
+    """A page of the manual: what becomes of each family."""
+    by_family: dict[str, list[Found]] = {}
+    for one in found:
+        by_family.setdefault(one.family, []).append(one)
+    rows: dict[str, list[str]] = {"exact": [], "ties": [], "wrong": []}
+    reasons: dict[str, dict[str, list[str]]] = {"refused": {}, "not built": {}}
+    for family, types in by_family.items():
+        first = types[0]
+        if first.kind in reasons:
+            reason = " ".join(first.reason.replace(f"{first.model} ", "").split())
+            reasons[first.kind].setdefault(reason, []).append(f"`{first.model}` ({family})")
+            continue
+        forms = [f"{one.form or one.kind} ({one.dtype})" for one in types]
+        same = len({one.form for one in types}) == 1
+        entry = f"| {family} | `{first.model}` | {first.form if same else ', '.join(forms)} |"
+        if not all(one.right for one in types):
+            rows["wrong"].append(f"{entry} {'; '.join(filter(None, (_wrong(one) for one in types)))} |")
+        elif any(one.reason for one in types):
+            rows["ties"].append(f"{entry} {next(one.reason for one in types if one.reason)} |")
+        else:
+            rows["exact"].append(entry)
+    counts = Counter("right" if all(one.right for one in types) else types[0].kind for types in by_family.values())
+    told = {"right": "right", "refused": "refused", "not built": "not tried", "own": "wrong", "by itself": "wrong"}
+    said = ", ".join(f"{count} {told.get(kind, 'failed')}" for kind, count in sorted(counts.items()))
+    head = ["family", "class", "forward"]
+    return "\n".join(
+        [
+            "# Models", "", "<!-- Written by benchmarks/families.py --page. -->", "",
+            f"What becomes of each family of transformers {version} on a CPU: a tiny model with random weights, text",
+            f"alone, in float32 and bfloat16. Of {len(by_family)} families: {said}.", "",
+            "## Exact", "",
+            "Trees give each node the bits of decoding its path alone. In float32, logits are those of transformers'",
+            "own forward, and greedy ids those of `generate`, where that takes text alone.", "",
+            *_table(head, rows["exact"]), "",
+            "## Up to ties", "", *_table([*head, "why"], rows["ties"]), "",
+            *(["## Wrong", "", *_table([*head, "what"], rows["wrong"]), ""] if rows["wrong"] else []),
+            "## Refused", "", *_reasons(reasons["refused"]), "",
+            "## Not tried", "", "No tiny model with random weights could be made, or it reads no text alone.", "",
+            *_reasons(reasons["not built"]),
+        ]
+    )  # fmt: skip
+
+
+def _wrong(one: Found) -> str:
+    """What is wrong in one type, "" if nothing is."""
+    if one.right:
+        return ""
+    off = f"off by {one.error:.1g}" if one.error >= FAR else ""
+    ids = "other ids" if one.ids == "other" else ""
+    bits = f"{one.differing} of {one.texts} paths differ" if one.differing else ""
+    return f"{one.dtype}: {', '.join(filter(None, (off, ids, bits))) or one.reason}"
+
+
+def _table(columns: list[str], rows: list[str]) -> list[str]:
+    return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *rows]
+
+
+def _reasons(found: dict[str, list[str]]) -> list[str]:
+    """A table of reasons and the classes that each is true of, the most frequent one first."""
+    ordered = sorted(found.items(), key=lambda entry: (-len(entry[1]), entry[0]))
+    cells = [(reason.replace("|", "\\|"), ", ".join(names)) for reason, names in ordered]
+    return _table(["reason", "classes (families)"], [f"| {reason} | {names} |" for reason, names in cells])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="these families, with commas between them")
     parser.add_argument(KERNELS, action="store_true", help="only whether the kernels of GPUs run them")
     parser.add_argument("--out", type=Path, help="write what was found as JSON, and as Markdown beside it")
+    parser.add_argument("--page", type=Path, help="write a page of what a run found, and run nothing")
+    parser.add_argument("--found", type=Path, help="the JSON file of that run")
     asked = parser.parse_args()
+    if asked.page:
+        results = [Found(**one) for one in json.loads(asked.found.read_text())]
+        asked.page.write_text(page(results, version("transformers")) + "\n")
+        return
     known = families()
     names = asked.only.split(",") if asked.only else list(known)
-    results: list[Found] = []
+    results = []
     import tokentree.engines.torch  # noqa: F401 - once for all processes
 
     for family in track(names, description="families"):

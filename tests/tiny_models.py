@@ -153,6 +153,8 @@ _ROUTED: dict[str, Any] = {
     "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_group": 1, "topk_group": 1,
     "first_k_dense_replace": 1, "n_shared_experts": 1,
 }  # fmt: skip
+_INDEXED: dict[str, Any] = {"index_topk": 150, "index_head_dim": 16, "index_n_heads": 2}
+_MLPS = ["dense", "sparse"]
 _PAIR = ["sliding_attention", "full_attention"]
 # Families by the names of their configurations, and what their tiny ones have beside `_GROUPED`.
 OTHERS: dict[str, dict[str, Any]] = {
@@ -160,6 +162,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "codegen": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT, "n_inner": 96, "rotary_dim": 8},
     "deepseek_v2": {**_LATENT, **_ROUTED},
     "deepseek_v3": {**_LATENT, **_ROUTED},
+    "deepseek_v32": {**_LATENT, **_ROUTED, **_INDEXED},
     "diffllama": {},
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64, "moe_layer_start_index": 1},
     "falcon": {"new_decoder_architecture": False, "multi_query": True, "alibi": True},
@@ -175,6 +178,7 @@ OTHERS: dict[str, dict[str, Any]] = {
         "use_double_wide_mlp": True, "tie_word_embeddings": False,
     },
     "glm4_moe_lite": {**_LATENT, **_ROUTED},
+    "glm_moe_dsa": {**_LATENT, **_ROUTED, **_INDEXED, "indexer_types": ["full", "shared"], "mlp_layer_types": _MLPS},
     "gpt_neo": {
         "num_layers": 2, "num_heads": 4, "intermediate_size": 96, "window_size": WINDOW,
         "attention_types": [[["global", "local"], 1]],

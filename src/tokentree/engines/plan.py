@@ -38,7 +38,7 @@ class Traits:
         from_gguf: whether its weights come from a GGUF file.
         supports_sdpa: whether transformers has torch's attention for it.
         has_softcap: whether its attention caps scores, which torch's can't.
-        has_alibi: whether its attention has ALiBi's biases, which know a tree's positions in our attention alone.
+        ours_alone: what it does, in words, that is right for a tree in our attention on CPUs alone.
         one_call: whether its layers are Llama's, as they came, and can be packed: see `Llama.fits`.
         recurrent: whether it has recurrent states, which are rolled back on CPUs alone.
         runs_more: whether hooks or replaced forwards run with it.
@@ -55,7 +55,7 @@ class Traits:
     from_gguf: bool = False
     supports_sdpa: bool = True
     has_softcap: bool = False
-    has_alibi: bool = False
+    ours_alone: str = ""
     one_call: bool = False
     recurrent: bool = False
     runs_more: bool = False
@@ -107,8 +107,8 @@ def plan(traits: Traits, options: EngineOptions) -> EnginePlan:
         raise ModelError(f"attention={attention!r} can't be used with {traits.name}: use attention='sdpa'")
     if traits.recurrent:
         _check_recurrent(traits, options)
-    if traits.has_alibi:
-        return _biased(traits, options)
+    if traits.ours_alone:
+        return _ours_alone(traits, options)
     own_attention = "sdpa" if traits.supports_sdpa and not traits.has_softcap else "eager"
     itself = EnginePlan("self_attending", "sdpa", own_attention, packs=on_cpu)
     if on_cpu:
@@ -139,8 +139,8 @@ def _check_recurrent(traits: Traits, options: EngineOptions) -> None:
         raise ModelError(f"{traits.name} has recurrent states, which can't be rolled back with {other}")
 
 
-def _biased(traits: Traits, options: EngineOptions) -> EnginePlan:
-    """For ALiBi: the one engine that can.
+def _ours_alone(traits: Traits, options: EngineOptions) -> EnginePlan:
+    """The one engine with our attention on CPUs.
 
     Raises:
         ModelError: if another one is asked for.
@@ -148,8 +148,8 @@ def _biased(traits: Traits, options: EngineOptions) -> EnginePlan:
     if traits.device != "cpu" or options.attention == "sdpa" or options.compile:
         other = "attention='sdpa'" if options.attention == "sdpa" else "compile=True" if options.compile else "a GPU"
         raise ModelError(
-            f"{traits.name} uses ALiBi, whose biases follow a tree's positions in this library's own attention on CPUs "
-            f"alone, not with {other}"
+            f"{traits.name} {traits.ours_alone}, as this library's own attention on CPUs does alone: there is no other "
+            f"way, and none with {other}"
         )
     own_attention = "sdpa" if traits.supports_sdpa else "eager"
     return EnginePlan("modules", "tree", own_attention, packs=True)

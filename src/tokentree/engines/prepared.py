@@ -26,7 +26,7 @@ from tokentree.engines.model_facts import Facts, settings_of
 from tokentree.engines.plan import Traits
 from tokentree.engines.recurrent import Recurrence
 from tokentree.engines.self_check import ATTENDED, OWN, own_forward
-from tokentree.engines.support import has_alibi, has_softcap, is_recurrent, unsupported
+from tokentree.engines.support import has_softcap, is_recurrent, ours_alone, unsupported
 from tokentree.engines.watch import Shared, Watch, in_common
 from tokentree.errors import ModelError
 from tokentree.gguf.header import is_gguf
@@ -98,7 +98,7 @@ class Prepared:
             unsupported=unsupported(self._model) or not_in_a_copy(self._model),
             from_gguf=self._file is not None and is_gguf(self._file),
             supports_sdpa=bool(getattr(type(self._model), "_supports_sdpa", False)),
-            has_softcap=has_softcap(self.config.get_text_config()), has_alibi=has_alibi(self.config),
+            has_softcap=has_softcap(self.config.get_text_config()), ours_alone=ours_alone(self.config),
             recurrent=is_recurrent(self._model),
         )  # fmt: skip
         if known.unsupported is not None:

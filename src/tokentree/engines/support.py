@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 QUANTIZATIONS = ("int8", "gguf")
 NO_LIMIT = 1 << 24  # positions, of a model that knows none
 ALIBI = {"bloom", "mpt"}
+INDEXED = "indexed_attention"  # the kind of layers whose rows see what an index chooses
 CHUNKED = "chunked_attention"  # the kind of layers whose rows see the positions of their own chunk
-SEEN = {"full_attention", "sliding_attention", "chunked_attention"}  # layers that keep keys and values alone
+SEEN = {"full_attention", "sliding_attention", CHUNKED}  # layers that keep keys and values alone
 STATES = {"linear_attention", "conv", "hybrid", "hybrid_sliding", "mamba", "recurrent", "attention_and_mamba"}
 # what modules call whose recurrences `engines/cpu/states` computes, and their classes where they call no function
 CLASSES = {"MiniMaxLightningAttention", "RecurrentGemmaRecurrentBlock", "RecurrentGemmaRglru"}
@@ -37,8 +38,8 @@ def unsupported(model: PreTrainedModel) -> str | None:
     elif kinds & STATES or (getattr(type(model), "_is_stateful", False) and kinds != {"full_attention"}):
         what = ", ".join(sorted(kinds & STATES)) or "a recurrent state"
         return f"{name} has {what}: a state that can't be rolled back to an accepted path of a tree"
-    if kinds - SEEN:
-        what = ", ".join(sorted(kinds - SEEN))
+    if unknown := kinds - SEEN - ({INDEXED} if index_size(config) else set()):
+        what = ", ".join(sorted(unknown))
         return f"{name} has layers of the kind {what}, which this library has neither masks nor KV for"
     taken = set(inspect.signature(type(model).forward).parameters)
     missing = {"position_ids", "attention_mask", "past_key_values"} - taken
@@ -77,8 +78,11 @@ def context_length(config: PreTrainedConfig) -> int:
     """The most positions that the model can take.
 
     LongRoPE turns all rows of a forward otherwise as soon as one of them lies beyond the length it was first trained
-    for, so that a tree that reaches there would disagree with plain decoding: the context ends there.
+    for, so that a tree that reaches there would disagree with plain decoding: the context ends there. It also ends
+    where an index begins to choose among positions: up to there it chooses all of them.
     """
+    if size := index_size(config):
+        return min(size, int(config.max_position_embeddings))
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
         return int(rope.get("original_max_position_embeddings") or config.original_max_position_embeddings)
@@ -118,6 +122,19 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 def has_alibi(config: PreTrainedConfig) -> bool:
     """Whether attention has biases by positions, and no other ones."""
     return config.model_type in ALIBI or bool(getattr(config, "alibi", False))
+
+
+def index_size(config: PreTrainedConfig) -> int:
+    """How many positions an index chooses, 0 where there is none."""
+    text = config.get_text_config()
+    return int(getattr(text, "index_topk", 0) or 0) if INDEXED in (getattr(text, "layer_types", None) or ()) else 0
+
+
+def ours_alone(config: PreTrainedConfig) -> str:
+    """What a model does, in words, that is right for a tree in our attention on CPUs alone; "" if there is nothing."""
+    if has_alibi(config):
+        return "adds biases by positions (ALiBi)"
+    return "sees what an index chooses" if index_size(config) else ""
 
 
 def has_softcap(config: PreTrainedConfig) -> bool:

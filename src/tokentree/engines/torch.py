@@ -65,9 +65,9 @@ def _first_that_works(prepared: Prepared, best: EnginePlan, prefix_bytes: int) -
     that it names instead, and so on.
 
     Raises:
-        ModelError: the last one's.
+        ModelError: the last one's, and why our attention can't be used.
     """
-    now, caveat = best, best.caveat
+    now, caveat, reasons = best, best.caveat, list[str]()
     while True:
         try:
             engine = _made(prepared, now, prefix_bytes)
@@ -75,10 +75,12 @@ def _first_that_works(prepared: Prepared, best: EnginePlan, prefix_bytes: int) -
                 engine._check_trees(prepared.own)
         except ModelError as error:
             if now.otherwise is None:
-                raise ModelError(f"{error}{now.hint}") from error.__cause__
+                others = [reason for reason in reasons if not str(error).startswith(reason)]
+                raise ModelError("; ".join([f"{error}{now.hint}", *others])) from error.__cause__
             told = f"{now.failing}: {error}"
             if now.attention == "tree":
                 caveat = told
+                reasons = [str(error)]
             else:
                 warnings.warn(told, stacklevel=4)
             now = now.otherwise

@@ -34,7 +34,8 @@ from tokentree.tree import TokenTree
 
 NAMES = [*OTHERS, "vision"]
 ALIBI = ["bloom", "falcon", "mpt"]
-NEW = [*ALIBI, "gemma3n_text", "gemma4_text", "granitemoehybrid", "llama4_text", "longcat_flash"]
+INDEXED = ["deepseek_v32", "glm_moe_dsa"]
+NEW = [*ALIBI, *INDEXED, "gemma3n_text", "gemma4_text", "granitemoehybrid", "llama4_text", "longcat_flash"]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 ROUTERS = ["ernie4_5_moe", "gpt_oss", "mixtral", "phimoe", "qwen2_moe"]
 
@@ -147,11 +148,11 @@ def test_layers_that_read_keys_and_values_of_others_store_none(name: str) -> Non
     assert engine_of(name, torch.float32)._storages.layout.reads == (0, 1, 0, 1)
 
 
-@pytest.mark.parametrize("name", ALIBI)
-def test_biases_by_positions_take_attention_of_ours(name: str) -> None:
+@pytest.mark.parametrize("name", [*ALIBI, *INDEXED])
+def test_biases_by_positions_and_an_index_take_attention_of_ours(name: str) -> None:
     for options in ({"attention": "sdpa"}, {"compile": True}):
         said = ", ".join(f"{key}={value!r}" for key, value in options.items())
-        with pytest.raises(ModelError, match=f"uses ALiBi, .*, not with {said}"):
+        with pytest.raises(ModelError, match=f"(ALiBi|an index chooses).*, as this library.*with {said}"):
             TorchEngine(model_of(name, torch.float32), **options)
 
 
@@ -166,6 +167,16 @@ def test_biases_stay_the_same_as_there_come_to_be_more(name: str) -> None:
     many = made.upto(5000)
     assert many.shape[1] >= 5000
     assert torch.equal(many[:, :1000], few[:, :1000])
+
+
+@pytest.mark.parametrize("name", INDEXED)
+def test_a_context_ends_where_an_index_would_choose(name: str) -> None:
+    engine = engine_of(name, torch.float32)
+    assert engine.context == 150
+    tokens = some_tokens(146)
+    tree = some_tree(tokens[-1], 9, depth=4)
+    got = verified(engine, request(tokens), tree)
+    assert_near(got, of_transformers(model_of(name, torch.float32), tokens[:-1], tree))
 
 
 def storage(heads: int = 2, width: int = 8, value_width: int = 8, rows: int = 32) -> ForwardKV:

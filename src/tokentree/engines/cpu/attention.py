@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache
 
 from tokentree.engines.recurrent import Recurrence
 from tokentree.engines.segment import Segment, end_of, inputs_of
+from tokentree.engines.support import index_size
 from tokentree.errors import ModelError
 from tokentree.kernels.attention import AttentionCall, attend_worker
 from tokentree.kernels.recurrence import StateRows
@@ -143,6 +144,10 @@ class ForwardKV(Cache):
             return 0
         _, positions = inputs_of(self.segments, self.padding)
         return torch.from_numpy(positions - np.arange(len(positions))).to(self.segments[0].kv.layout.device)
+
+    def update_indexer(self, keys: torch.Tensor, layer_idx: int) -> torch.Tensor:
+        """What an index chooses is known: see `support.context_length`."""
+        return keys
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return query_length, 0
@@ -293,7 +298,10 @@ def tree_attention(
     forward = running()
     if forward is None:
         raise ModelError(f"{type(module).__name__} is asked to attend outside of an engine's forward")
-    if unknown := sorted(name for name, given in kwargs.items() if name not in KNOWN and torch.is_tensor(given)):
+    unknown = sorted(name for name, given in kwargs.items() if name not in KNOWN and torch.is_tensor(given))
+    if unknown == ["indices"] and index_size(module.config):  # of all positions that there are in a context
+        unknown = []
+    if unknown:
         raise ModelError(f"{type(module).__name__} gives its attention {', '.join(unknown)}, which is unknown here")
     window, chunk = sliding_window, None
     if attention_mask is not None:  # it decides, as it does where a model attends by itself
@@ -320,11 +328,18 @@ def tree_mask(
     def sees(row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
         return mask_function(zero, zero, row, column)
 
-    # the first row of the second chunk does not see the row before it
-    chunked = local_size is not None and not bool(sees(torch.tensor(local_size), torch.tensor(local_size - 1)))
+    chunked = local_size is not None and _in_chunks(local_size, sees)
     window, chunk = (None, local_size) if chunked else (local_size, None)
     known = forward is None or forward.knows(window, chunk, sees)
     return torch.full((1, 1, 1, 1), UNKNOWN if not known else UNKNOWN - chunk if chunk else window or 0)
+
+
+def _in_chunks(size: int, sees: Sees) -> bool:
+    """Whether the first row of the second chunk does not see the row before it, as it does in a window of this size."""
+    try:
+        return not bool(sees(torch.tensor(size), torch.tensor(size - 1)))
+    except IndexError:  # who sees whom depends on something that this text is too short for
+        return False
 
 
 AttentionInterface.register(TREE, tree_attention)
