@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +28,8 @@ from tokentree.sequence import Sequence
 from tokentree.shapes import Shape, shape
 from tokentree.text import Detokenizer
 
+gc.disable()  # up to the first test, see `pytest_collection`
+
 A = TypeVar("A")
 B = TypeVar("B")
 C = TypeVar("C")
@@ -45,6 +48,16 @@ def slow_tests() -> set[str]:
     """The tests that tests/slow.txt names, each as file::function."""
     lines = (Path(__file__).parent / "slow.txt").read_text(encoding="utf-8").splitlines()
     return {line.split()[-1] for line in lines if not line.startswith("#")}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Imports are no garbage: neither while there are more and more of them, nor in what tests collect later. With a
+    million objects, looking for some among them takes a second each time."""
+    collected = yield
+    gc.freeze()
+    gc.enable()
+    return collected
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
