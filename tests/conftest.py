@@ -60,12 +60,29 @@ def pytest_collection() -> Generator[None, object, object]:
     return collected
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks as slow all cases of those."""
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None, None, None]:
+    """Marks as slow all cases of those, and sorts what is left without those that aren't asked for."""
     slow = slow_tests()
     for item in items:
         if item.nodeid.partition("[")[0].removeprefix("tests/") in slow:
             item.add_marker(pytest.mark.slow)
+    yield
+    items[:] = ordered(items)
+
+
+def ordered(items: list[pytest.Item]) -> list[pytest.Item]:
+    """The drafters' tests first, which compile most of the loops that others need too. Two processes begin with the
+    first test and the one in the middle. That one runs Triton's compiler, and finds loops compiled when it is through.
+    """
+
+    def those_of(place: str) -> list[pytest.Item]:
+        return [item for item in items if item.nodeid.startswith(place)]
+
+    compiling, alone = those_of("tests/drafters/"), those_of("tests/engines/gpu/test_compiled.py")
+    known = {*compiling, *alone}
+    others = [*compiling, *(item for item in items if item not in known)]
+    return [*others[: len(items) // 2], *alone, *others[len(items) // 2 :]]
 
 
 def random_table(vocab: int, order: int = 2, seed: int = 0, sharpness: float = 1.0) -> torch.Tensor:
