@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +27,8 @@ from tokentree.sampling import Noise, SamplingParams, seeded_noise
 from tokentree.sequence import Sequence
 from tokentree.shapes import Shape, shape
 from tokentree.text import Detokenizer
+
+gc.disable()  # up to the first test, see `pytest_collection`
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -47,12 +50,39 @@ def slow_tests() -> set[str]:
     return {line.split()[-1] for line in lines if not line.startswith("#")}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks as slow all cases of those."""
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Imports are no garbage: neither while there are more and more of them, nor in what tests collect later. With a
+    million objects, looking for some among them takes a second each time."""
+    collected = yield
+    gc.freeze()
+    gc.enable()
+    return collected
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None, None, None]:
+    """Marks as slow all cases of those, and sorts what is left without those that aren't asked for."""
     slow = slow_tests()
     for item in items:
         if item.nodeid.partition("[")[0].removeprefix("tests/") in slow:
             item.add_marker(pytest.mark.slow)
+    yield
+    items[:] = ordered(items)
+
+
+def ordered(items: list[pytest.Item]) -> list[pytest.Item]:
+    """The drafters' tests first, which compile most of the loops that others need too. Two processes begin with the
+    first test and the one in the middle. That one runs Triton's compiler, and finds loops compiled when it is through.
+    """
+
+    def those_of(place: str) -> list[pytest.Item]:
+        return [item for item in items if item.nodeid.startswith(place)]
+
+    compiling, alone = those_of("tests/drafters/"), those_of("tests/engines/gpu/test_compiled.py")
+    known = {*compiling, *alone}
+    others = [*compiling, *(item for item in items if item not in known)]
+    return [*others[: len(items) // 2], *alone, *others[len(items) // 2 :]]
 
 
 def random_table(vocab: int, order: int = 2, seed: int = 0, sharpness: float = 1.0) -> torch.Tensor:

@@ -13,6 +13,7 @@ is compiled for 120. Both hold where the capability of which it is known is name
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import subprocess
@@ -222,6 +223,7 @@ def main(capability: int, compiler: Compiler) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # what is imported is no garbage
     compiler = Compiler()
     for number in sys.argv[1:]:
         main(int(number), compiler)

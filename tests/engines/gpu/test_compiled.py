@@ -7,9 +7,10 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 PROCESSES = (80, 89, 120), (90,)  # compute capabilities that one process compiles for: as much work as the other's
 FEW = 32  # bytes of a thread that may wait in memory, so that more programs fit: what loops use is far more
@@ -27,10 +28,12 @@ def compiled(capabilities: tuple[int, ...]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_kernels_of_all_sizes_compile_without_spills_within_the_shared_memory_of_each_gpu() -> None:
-    with ThreadPoolExecutor(len(PROCESSES)) as pool:
-        found = [one for kernels in pool.map(compiled, PROCESSES) for one in kernels]
-    for capability in sum(PROCESSES, ()):
+@pytest.mark.parametrize("capabilities", PROCESSES)
+def test_kernels_of_all_sizes_compile_without_spills_within_the_shared_memory_of_each_gpu(
+    capabilities: tuple[int, ...],
+) -> None:
+    found = compiled(capabilities)
+    for capability in capabilities:
         kernels = [one for one in found if one["capability"] == capability]
         assert len({one["kernel"] for one in kernels}) == 19
         assert len(kernels) > (20 if capability == 120 else 80)
