@@ -609,7 +609,7 @@ def test_a_text_that_is_rewound_goes_on_as_one_that_was_never_longer(family: str
     for one, seq in ((engine, long), (fresh, other)):
         one.prefill(seq)
     expected = fresh.verify([other], [tree]).all_logits
-    same = {"rtol": 0.0, "atol": 0.0 if attention == "tree" else 1e-4}
+    same: dict[str, Any] = {"rtol": 0.0, "atol": 0.0 if attention == "tree" else 1e-4}
     torch.testing.assert_close(engine.verify([long], [tree]).all_logits, expected, **same)
     engine.release([long])
     again = request(other.tokens)

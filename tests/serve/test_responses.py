@@ -155,6 +155,15 @@ def test_formats(calling: Served, form: dict[str, Any]) -> None:
         assert response.text.format.type == form["type"]
 
 
+def test_tools_go_together_with_a_format(calling: Served) -> None:
+    whole, final = both(calling, **ASKED | {"max_output_tokens": 100, "tools": [TOOL], "text": FORM})
+    assert said(whole) == said(final)
+    assert whole.output
+    for item in whole.output:
+        told = item.arguments if item.type == "function_call" else item.content[0].text
+        assert json.loads(told)["city"] in ("Rome", "東京")
+
+
 def test_a_call_is_forced(calling: Served) -> None:
     asked = ASKED | {"max_output_tokens": 100, "tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False}
     whole, final = both(calling, **asked)
@@ -276,7 +285,6 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"tools": [TOOL, TOOL]}, "tools[1].name"),
     ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "b"}}, "tool_choice.name"),
     ({"tool_choice": "required"}, "tool_choice"),
-    ({"tools": [TOOL], "text": FORM}, "text.format"),
     ({"messages": []}, "messages"),
     ({"n": 2}, "n"),
 ]
