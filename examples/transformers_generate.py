@@ -2,7 +2,7 @@
 
     python examples/transformers_generate.py [TARGET [DRAFT]]
 
-TARGET and DRAFT are folders or hub names of models with one tokenizer. Without a draft model, what follows is looked up
+TARGET and DRAFT are folders or hub names of models. Without a draft model, what follows is looked up
 in the text itself. Without arguments the target is a tiny model with random weights that drafts for itself.
 """
 

@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.tiny_models import TEXTS, sentence_pieces, tiny_tokenizer
@@ -219,6 +219,22 @@ def test_the_end_of_a_text_may_become_other_tokens() -> None:
     grown.follow([*ids, *target("e").input_ids])
     assert grown.ids == draft("A fox. The").input_ids
     assert len(grown.ids) < len(before)
+
+
+def test_as_many_tokens_are_cut_anew_as_change() -> None:
+    """Some tokenizers cut numbers into threes from their ends: one more digit changes all of these tokens."""
+    tokenizer = Tokenizer(models.BPE({"1": 0, "11": 1, "111": 2, "a": 3}, [("1", "1"), ("11", "1")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\d{1,3}(?=(\d{3})*(\D|$))"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    draft = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    single = Tokenizer(models.BPE({"a": 0, "1": 1}, []))
+    single.decoder = decoders.Fuse()
+    target = PreTrainedTokenizerFast(tokenizer_object=single)
+    grown = DraftText(Vocabularies(Spelling(target, 2), Spelling(draft, 4)))
+    text = "a" * 30 + "1" * 61 + "a" * 3 + "1" * 8
+    for count in range(1, len(text) + 1):
+        grown.follow(target(text[:count]).input_ids)
+        assert grown.ids == draft(text[:count]).input_ids
 
 
 def test_another_text_is_begun_anew() -> None:

@@ -85,7 +85,7 @@ def generator(
     (see `_Signature`). The first two work as usual, and the others are refused with a reason.
 
     Args:
-        draft_model: a smaller model with the same tokenizer, loaded or by name; or several.
+        draft_model: a smaller model, loaded or by name; or several. See `LLM` for other tokenizers.
         drafter, shape, accept, heads: as in `LLM`.
         streamer: its ``put(prompt ids [1, n])``, ``put(token [1])`` for each token, and ``end()`` are called. It may be
             given to ``generate`` instead.

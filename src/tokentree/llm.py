@@ -88,9 +88,11 @@ class LLM:
         model: a hub name, a folder of safetensors, a GGUF file, or a loaded transformers model, also one that peft
             wraps. A loaded model isn't changed. Its adapters, hooks and replaced forwards are run. If it changes later,
             the next request is refused: make a new `LLM` of it. Leave it out if ``engine`` needs no model.
-        drafter: a name from the registry, a list of names to be merged, or a `Drafter`. The default is ``draft_model``
-            if there are draft models and no heads. Otherwise it is all lookups, draft models and heads, merged.
-        draft_model: one draft model or several. Several are merged into one tree.
+        drafter: a name from the registry, a list of names to be merged, or a `Drafter`. Options may follow a name, as
+            in ``draft_model:vocabulary=tli``. The default is ``draft_model`` if there are draft models and no heads.
+            Otherwise it is all lookups, draft models and heads, merged.
+        draft_model: one draft model or several. Several are merged into one tree. Its tokenizer may be another one
+            (see `drafters.other_tokenizer`). A loaded model whose tokenizer isn't known is taken to have the target's.
         engine: an engine (`tokentree.engines.base.Engine`), or the name of one, which is made of ``model`` and the
             options below. Installed packages may add names. The default is ``torch``: see `TorchEngine`.
         heads: a folder with Medusa or EAGLE heads for this model.

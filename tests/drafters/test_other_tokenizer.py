@@ -417,6 +417,8 @@ def test_it_goes_with_beams_other_drafters_and_bench(world: World, way: str) -> 
     ]
     method = make_method(f"ngram+{name}:chain:3", llm, Peers("", None, None, None, llm))
     assert method.run(ids, params).token_ids == plain
+    peers = Peers(str(world.other), str(world.one), "float32", None, llm)
+    assert make_method("transformers:assisted:3", llm, peers).run(ids, params).token_ids == plain
 
 
 def test_generator_takes_such_a_draft_model(world: World) -> None:

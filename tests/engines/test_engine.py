@@ -609,11 +609,11 @@ def test_a_text_that_is_rewound_goes_on_as_one_that_was_never_longer(family: str
     for one, seq in ((engine, long), (fresh, other)):
         one.prefill(seq)
     expected = fresh.verify([other], [tree]).all_logits
-    same: dict[str, Any] = {"rtol": 0.0, "atol": 0.0 if attention == "tree" else 1e-4}
-    torch.testing.assert_close(engine.verify([long], [tree]).all_logits, expected, **same)
+    off = 0.0 if attention == "tree" else 1e-4
+    torch.testing.assert_close(engine.verify([long], [tree]).all_logits, expected, rtol=0.0, atol=off)
     engine.release([long])
     again = request(other.tokens)
     known = len(other.tokens) - 1
     assert engine.begin(again) == (known if known >= LEAST else 0)  # what is kept of it belongs to these tokens
     engine.prefill(again)
-    torch.testing.assert_close(engine.verify([again], [tree]).all_logits, expected, **same)
+    torch.testing.assert_close(engine.verify([again], [tree]).all_logits, expected, rtol=0.0, atol=off)

@@ -155,15 +155,6 @@ def test_formats(calling: Served, form: dict[str, Any]) -> None:
         assert response.text.format.type == form["type"]
 
 
-def test_tools_go_together_with_a_format(calling: Served) -> None:
-    whole, final = both(calling, **ASKED | {"max_output_tokens": 100, "tools": [TOOL], "text": FORM})
-    assert said(whole) == said(final)
-    assert whole.output
-    for item in whole.output:
-        told = item.arguments if item.type == "function_call" else item.content[0].text
-        assert json.loads(told)["city"] in ("Rome", "東京")
-
-
 def test_a_call_is_forced(calling: Served) -> None:
     asked = ASKED | {"max_output_tokens": 100, "tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False}
     whole, final = both(calling, **asked)

@@ -13,9 +13,9 @@ from tokentree.llm import LLM
 from tokentree.sampling import SamplingParams
 
 FORMS = (
-    "plain, default, DRAFTER:SHAPE such as merged:cost, draft_model:chain:3 or ngram+draft_model:2x2x1, transformers, "
-    "transformers:assisted:N, transformers:lookup:N, llama.cpp:FILE, llama.cpp:FILE:lookup:N, openvino:MODEL or "
-    "openvino:MODEL:lookup:N"
+    "plain, default, DRAFTER:SHAPE such as merged:cost, draft_model:chain:3, ngram+draft_model:2x2x1 or "
+    "draft_model:vocabulary=tli:cost, transformers, transformers:assisted:N, transformers:lookup:N, llama.cpp:FILE, "
+    "llama.cpp:FILE:lookup:N, openvino:MODEL or openvino:MODEL:lookup:N"
 )
 
 

@@ -17,6 +17,8 @@ from transformers.generation.streamers import BaseStreamer
 from tokentree.bench.figures import PEERS
 from tokentree.errors import OptionError
 from tokentree.llm import LLM
+from tokentree.loading import find_tokenizer
+from tokentree.pairing import difference
 from tokentree.sampling import SamplingParams
 
 CONTEXT = 4096  # tokens that llama.cpp makes room for
@@ -219,10 +221,17 @@ class Peers:
             assert generation is not None
             generation.num_assistant_tokens, generation.num_assistant_tokens_schedule = int(number), "constant"
             generation.assistant_confidence_threshold = 0.0
-            options["assistant_model"] = assistant
+            options |= {"assistant_model": assistant, **self._tokenizers(self._names[1])}
         elif found[1] == "lookup":
             options["prompt_lookup_num_tokens"] = int(number)
         return TransformersMethod(spec, self._load(self._names[0]), sorted(self._llm.eos_ids), options)
+
+    def _tokenizers(self, draft_model: str) -> dict[str, Any]:
+        """What `generate` is told beside an assistant model, if that has another tokenizer."""
+        own, other = self._llm.tokenizer, find_tokenizer(draft_model)
+        if own is None or other is None or difference(own, other) is None:
+            return {}
+        return {"tokenizer": own, "assistant_tokenizer": other}
 
     def _load(self, name: str) -> PreTrainedModel:
         from tokentree.loading import load_model, pick_device

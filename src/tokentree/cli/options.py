@@ -40,7 +40,7 @@ DraftOption = Annotated[
     typer.Option(
         "--draft-model",
         "-d",
-        help="A smaller model of the same family, named likewise; may be repeated.",
+        help="A smaller model, named likewise; may be repeated. Its tokenizer may be another one.",
         rich_help_panel=DRAFTING,
     ),
 ]
@@ -52,7 +52,8 @@ DrafterOption = Annotated[
     typer.Option(
         help=f"{', '.join(SINGLE)}, one of an installed package, several joined by '+', merged (all that can be), or "
         f"none; default: draft_model where one is given, else heads that are given and the "
-        f"lookups ({', '.join(LOOKUPS)}), merged.",
+        f"lookups ({', '.join(LOOKUPS)}), merged. draft_model:vocabulary=tli or slem says how a draft model with "
+        "another tokenizer drafts.",
         rich_help_panel=DRAFTING,
     ),
 ]
