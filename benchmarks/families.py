@@ -83,7 +83,8 @@ class Found:
         texts: decoded.
         form: of the forward, in words.
         error: how far logits are off transformers', where they spread by 1, in float32.
-        ids: "same" if greedy ids are those of ``generate``, or "other"; "" if it wasn't asked.
+        ids: "same" if greedy ids are those of ``generate``, "forward's" if only a forward over the whole text tells
+            them, or "other"; "" if it wasn't asked.
     """
 
     family: str
@@ -254,9 +255,9 @@ FORMS = {
 
 
 def _ids(model: Any) -> str:
-    """Whether greedy ids of `generator` are those of ``generate``: "" where that writes none of text alone."""
+    """See `Found.ids`."""
     import torch
-    from tests.tiny_models import some_tokens
+    from tests.tiny_models import full_logits, some_tokens
 
     from tokentree.hf import generator
 
@@ -270,7 +271,10 @@ def _ids(model: Any) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         got = model.generate(prompt, **options, custom_generate=generator())
-    return "same" if got.tolist() == expected.tolist() else "other"
+    if got.tolist() == expected.tolist():
+        return "same"
+    text = got[0].tolist()
+    return "forward's" if full_logits(model, text[:-1]).argmax(-1)[23:].tolist() == text[24:] else "other"
 
 
 def tried_on_kernels(family: str, name: str) -> Iterator[Found]:
@@ -390,7 +394,8 @@ def page(found: list[Found], version: str) -> str:
             f"alone, in float32 and bfloat16. Of {len(by_family)} families: {said}.", "",
             "## Exact", "",
             "Trees give each node the bits of decoding its path alone. In float32, logits are those of transformers'",
-            "own forward, and greedy ids those of `generate`, where that takes text alone.", "",
+            "own forward over the whole text, and greedy ids those that it tells. They are those of `generate` too,",
+            "where that takes text alone and doesn't differ from it.", "",
             *_table(head, rows["exact"]), "",
             "## Up to ties", "", *_table([*head, "why"], rows["ties"]), "",
             *(["## Wrong", "", *_table([*head, "what"], rows["wrong"]), ""] if rows["wrong"] else []),

@@ -45,7 +45,14 @@ class Fingerprint(BaseModel):
 def hash_of_sizes(config: PreTrainedConfig) -> str:
     """Of the sizes that heads depend on."""
     own = config.get_text_config()
-    return _hash({name: getattr(own, name, None) for name in SIZES})
+    return _hash({name: _size(own, name) for name in SIZES})
+
+
+def _size(config: PreTrainedConfig, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers': it has one for each layer
+        return "of each layer"
 
 
 def _hash(content: Any) -> str:

@@ -282,6 +282,23 @@ def test_products_with_steady_weights_are_the_same_beside_any_rows(dtype: torch.
             assert torch.equal(got, other[:rows]), rows
 
 
+class Gate(nn.Module):
+    """A gate for each of a few heads, fewer than a vector has numbers."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.sigmoid()
+
+
+def test_a_gate_of_few_numbers_is_the_same_beside_any_rows() -> None:
+    steady = Gate()
+    steady_weights(steady)
+    x = 3 * torch.randn(70, 5, generator=torch.Generator().manual_seed(1))
+    whole = steady(x)
+    torch.testing.assert_close(whole, x.sigmoid())
+    for row in range(70):
+        assert torch.equal(steady(x[row : row + 1])[0], whole[row]), row
+
+
 @pytest.mark.parametrize("name", ["gpt_oss", "mixtral"])
 def test_experts_of_a_model_that_nobody_else_uses_are_there_once(name: str) -> None:
     def made() -> PreTrainedModel:

@@ -299,8 +299,8 @@ def tree_attention(
     if forward is None:
         raise ModelError(f"{type(module).__name__} is asked to attend outside of an engine's forward")
     unknown = sorted(name for name, given in kwargs.items() if name not in KNOWN and torch.is_tensor(given))
-    config: Any = module.config
-    if unknown == ["indices"] and index_size(config):  # of all positions that there are in a context
+    config: Any = getattr(module, "config", None)
+    if unknown == ["indices"] and config and index_size(config):  # of all positions that there are in a context
         unknown = []
     if unknown:
         raise ModelError(f"{type(module).__name__} gives its attention {', '.join(unknown)}, which is unknown here")

@@ -155,8 +155,18 @@ def steady_weights(model: nn.Module, release: bool = False) -> None:
                 lets_go = release and weight.ndim == 3
                 steady = SteadyWeight.of(weight, weight if lets_go else None, lets_go)
                 module._parameters[name] = steady  # type: ignore[assignment]
-    for module in [module for module in model.modules() if any(map(_leaves_over, [module, *module.children()]))]:
+    for module in [module for module in model.modules() if _leaves_vectors(module)]:
         module.forward = in_whole_vectors(module.forward)
+
+
+def _leaves_vectors(module: nn.Module) -> bool:
+    """Whether ``module`` may compute functions of single numbers on less than whole vectors."""
+    return any(map(_leaves_over, [module, *module.children()])) or computes_numbers(module)
+
+
+def computes_numbers(module: nn.Module) -> bool:
+    """Whether the forward of ``module`` itself calls functions of single numbers."""
+    return bool({"sigmoid", "softplus"} & {*unwrap(type(module).forward).__code__.co_names})
 
 
 def _leaves_over(module: nn.Module) -> bool:

@@ -1,0 +1,45 @@
+"""The page of models: what it says of a few families is what becomes of them here."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from benchmarks.families import Found, families, page, tried
+
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+SECTIONS = ["Exact", "Up to ties", "Wrong", "Refused", "Not tried"]
+FEW = {"bart": "Refused", "bloom": "Exact", "doge": "Up to ties", "granitemoehybrid": "Exact", "llama4_text": "Exact"}
+
+
+def section_of(text: str, model: str) -> str:
+    """The section in which a class is named."""
+    parts = {part.splitlines()[0]: part for part in text.split("\n## ")[1:]}
+    (name,) = (name for name, part in parts.items() if f"`{model}`" in part)
+    return name
+
+
+@pytest.mark.parametrize("family", FEW)
+def test_the_page_says_of_a_family_what_becomes_of_it(family: str) -> None:
+    model, text = families()[family], PAGE.read_text()
+    found = next(tried(family, model))
+    assert section_of(page([found], version("transformers")), model) == FEW[family]
+    assert section_of(text, model) == FEW[family]
+
+
+def test_what_is_wrong_is_called_wrong() -> None:
+    kinds = {
+        "Exact": {"ids": "same"}, "Wrong": {"ids": "other"}, "Up to ties": {"differing": 3, "reason": "up to ties"},
+        "Refused": {"kind": "refused", "reason": "One can't"}, "Not tried": {"kind": "not built"},
+    }  # fmt: skip
+    for section, told in kinds.items():
+        one = Found(**{"family": "one", "model": "One", "dtype": "float32", "kind": "own", "texts": 3, **told})
+        assert section_of(page([one], "5"), "One") == section
+    off = Found("one", "One", "float32", "own", error=0.1, texts=3)
+    bits = Found("one", "One", "bfloat16", "own", differing=1, texts=3)
+    for one in (off, bits):
+        assert section_of(page([one], "5"), "One") == "Wrong"
+    assert "1 wrong" in page([off], "5")
+    fault = Found("one", "One", "float32", "FAULT", "took more than 300 s")
+    assert section_of(page([fault], "5"), "One") == "Wrong"
