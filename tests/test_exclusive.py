@@ -323,7 +323,7 @@ FAMILIES = [
 
 @pytest.mark.parametrize(("family", "dtype", "whole"), FAMILIES)
 def test_torch_s_global_state_changes_no_text(family: str, dtype: torch.dtype, whole: bool) -> None:
-    """Set after the model was made, and before."""
+    """Set after the engine was made; and before, each state with one family of those with the same kind of engine."""
     model = one_call(family) if whole else tiny(family, dtype)
     llm, prompt = LLM(model, "suffix", shape="2x2x1"), some_tokens(40)
     greedy, drawn = SamplingParams(max_tokens=6), SamplingParams(max_tokens=6, temperature=0.8, top_p=0.9, seed=1)
@@ -334,9 +334,12 @@ def test_torch_s_global_state_changes_no_text(family: str, dtype: torch.dtype, w
 
     expected = texts(llm)
     assert texts(llm.plain()) == expected
-    for name, state in STATES.items():
+    alike = [one for one in FAMILIES if one[1:] == (dtype, whole)]
+    place = alike.index((family, dtype, whole))
+    for number, (name, state) in enumerate(STATES.items()):
         with state():
-            got, anew = texts(llm), texts(LLM(model, "recycling", shape="2x2"))
+            got = texts(llm)
+            anew = texts(LLM(model, "recycling", shape="2x2")) if number % len(alike) == place else expected
         assert got == expected, name
         assert anew == expected, name
     assert torch.get_default_dtype() is torch.float32
