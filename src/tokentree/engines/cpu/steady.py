@@ -164,11 +164,6 @@ def _leaves_vectors(module: nn.Module) -> bool:
     return any(map(_leaves_over, [module, *module.children()])) or computes_numbers(module)
 
 
-def computes_numbers(module: nn.Module) -> bool:
-    """Whether the forward of ``module`` itself calls functions of single numbers."""
-    return bool({"sigmoid", "softplus"} & {*unwrap(type(module).forward).__code__.co_names})
-
-
 def _leaves_over(module: nn.Module) -> bool:
     """Whether a weight of ``module`` itself makes rows that aren't whole vectors."""
     held = [weight for weight in module.parameters(recurse=False) if isinstance(weight, SteadyWeight)]
