@@ -222,7 +222,7 @@ def tried(family: str, name: str) -> Iterator[Found]:
         except Exception as error:  # noqa: BLE001 - what isn't a ModelError is a fault of ours, and listed
             yield Found(*about, "FAULT", _line(error))
             continue
-        differing, texts, error = 0, 0, 0.0
+        differing, texts, off = 0, 0, 0.0
         for seed in range(3):
             tokens = some_tokens(40, seed)
             tree = some_tree(tokens[-1], 24, seed)
@@ -238,13 +238,13 @@ def tried(family: str, name: str) -> Iterator[Found]:
                 same &= torch.equal(row, out.logits(0, node))
             if dtype is torch.float32:
                 own = full_logits(model, [*tokens[:-1], *tree.tokens[path].tolist()])[len(tokens) - 1 :]
-                error = max(error, float((out.rows(0, path) - own).abs().max() / own.std()))
+                off = max(off, float((out.rows(0, path) - own).abs().max() / own.std()))
             engine.release([whole, alone])
             texts, differing = texts + 1, differing + (not same)
         kind = "own" if engine.attention == "tree" else "by itself"
         ids = _ids(model) if dtype is torch.float32 else ""
         form = FORMS[type(engine).__name__]
-        yield Found(*about, kind, engine.caveat, differing, texts, form, error, ids)
+        yield Found(*about, kind, engine.caveat, differing, texts, form, off, ids)
 
 
 FORMS = {
