@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 from benchmarks.families import Found, families, page, tried
@@ -29,12 +30,12 @@ def test_the_page_says_of_a_family_what_becomes_of_it(family: str) -> None:
 
 
 def test_what_is_wrong_is_called_wrong() -> None:
-    kinds = {
+    kinds: dict[str, dict[str, Any]] = {
         "Exact": {"ids": "same"}, "Wrong": {"ids": "other"}, "Up to ties": {"differing": 3, "reason": "up to ties"},
         "Refused": {"kind": "refused", "reason": "One can't"}, "Not tried": {"kind": "not built"},
     }  # fmt: skip
     for section, told in kinds.items():
-        one = Found(**{"family": "one", "model": "One", "dtype": "float32", "kind": "own", "texts": 3, **told})
+        one = Found("one", "One", "float32", told.pop("kind", "own"), **told)
         assert section_of(page([one], "5"), "One") == section
     off = Found("one", "One", "float32", "own", error=0.1, texts=3)
     bits = Found("one", "One", "bfloat16", "own", differing=1, texts=3)
