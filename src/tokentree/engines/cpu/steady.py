@@ -28,6 +28,7 @@ LEAST = 4  # rows of a product in float32: fewer take other loops
 VECTOR = 64  # the most numbers that one step of a loop computes
 _OF_NUMBERS = {torch.exp, Tensor.exp, torch.sigmoid, Tensor.sigmoid, silu, softplus, torch.tanh, Tensor.tanh}
 _NAMES = {"exp", "sigmoid", "silu", "softplus", "tanh"}
+_GATES = {"sigmoid", "softplus"}  # those that no layer of ours computes
 _TURNED: set[Any] = {Tensor.t, torch.t, *(vars(torch._C.TensorBase)[name].__get__ for name in ("T", "mT"))}
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
 _ABOUT = {
@@ -161,7 +162,7 @@ def steady_weights(model: nn.Module, release: bool = False) -> None:
 
 def _leaves_vectors(module: nn.Module) -> bool:
     """Whether ``module`` may compute functions of single numbers on less than whole vectors."""
-    return any(map(_leaves_over, [module, *module.children()])) or computes_numbers(module)
+    return any(map(_leaves_over, [module, *module.children()])) or bool(_GATES & _named_in(module))
 
 
 def _leaves_over(module: nn.Module) -> bool:
@@ -172,7 +173,12 @@ def _leaves_over(module: nn.Module) -> bool:
 
 def computes_numbers(module: nn.Module) -> bool:
     """Whether the forward of ``module`` itself calls functions of single numbers."""
-    return bool(_NAMES & {*unwrap(type(module).forward).__code__.co_names})
+    return bool(_NAMES & _named_in(module))
+
+
+def _named_in(module: nn.Module) -> set[str]:
+    """What the forward of a module's class names."""
+    return {*unwrap(type(module).forward).__code__.co_names}
 
 
 def in_whole_vectors(forward: Callable[..., Any]) -> Callable[..., Any]:
