@@ -134,6 +134,7 @@ def test_no_token_beyond_the_model_s_logits_is_shared() -> None:
     assert max(ours) < 280
     assert max(theirs) < 270
     assert len(ours) > 200
+    assert {*Spelling(tokenizers()["bytes"], 1).special} == {"<|end|>"}
 
 
 def test_special_tokens_of_one_name_are_shared() -> None:
