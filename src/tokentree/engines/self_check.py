@@ -30,6 +30,7 @@ OWN = "own forward and its rounding"  # the name by which what a model says by i
 ATTENDED = "attention"  # the name by which the sizes of what attention is given are kept
 PROBE = (0.11, 0.37, 0.23, 0.71, 0.53, 0.31, 0.83)  # any tokens, as parts of the vocabulary
 TIE = 0.1  # of the range of a router's scores: less is as good as equal
+NEAR = 0.1  # of a model's rounding: what is nearer than that to its own logits has the same rounding
 CHOICE = "choice "  # begins the names of routers' choices in what `own_forward` gives
 
 
@@ -78,7 +79,7 @@ def _without_rounding(exact: Callable[[], PreTrainedModel], tokens: torch.Tensor
     try:
         with routes:
             out = _read(exact(), tokens)
-    except RuntimeError:  # torch's: it computes in its own type wherever that is
+    except ModelError:  # it computes in its own type wherever that is
         return {}
     return {"exact": out.logits[0].float().contiguous()} | routes.choices
 
@@ -86,7 +87,9 @@ def _without_rounding(exact: Callable[[], PreTrainedModel], tokens: torch.Tensor
 def _read(model: PreTrainedModel, tokens: torch.Tensor) -> Any:
     try:
         return model(input_ids=tokens[None].to(model.device), use_cache=True, return_dict=True)
-    except ValueError as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, RuntimeError) as error:
         raise ModelError(f"{type(model).__name__} can't read a text alone: {' '.join(str(error).split())}") from None
 
 
@@ -246,16 +249,22 @@ def compare(
     """
     logits = own["logits"].float()
     expected, spread = own.get("exact", logits), float(logits.std())
-    # what the model says by itself, or what it would say without its rounding: some weights blow that up
-    error = min(float((got - said).square().mean().sqrt()) for said in (logits, expected))
+    error = _distance(got, expected)
     if few_bits:
         allowed = 0.3 * spread
     elif "exact" in own:  # twice what the model's own rounding is
-        rounding = float((logits - expected).square().mean().sqrt())
-        allowed = min(2 * rounding + 0.001 * spread, 0.1 * spread)
+        rounding = _distance(logits, expected)
+        allowed = 2 * rounding + 0.001 * spread
+        if _distance(got, logits) > NEAR * rounding:  # else it is that rounding, whatever some weights make of it
+            allowed = min(allowed, 0.1 * spread)
     else:
         allowed = (0.001 if own["logits"].dtype in (torch.float32, torch.float64) else 0.1) * spread
     return error, allowed, spread
+
+
+def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The root mean square of the difference."""
+    return float((one - other).square().mean().sqrt())
 
 
 def probe(model: PreTrainedModel) -> list[int]:
