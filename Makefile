@@ -23,9 +23,10 @@ test-fast: .venv/ready
 coverage: .venv/ready
 	$(PYTEST) --cov --cov-report=term
 
-# Ten thousand wrong requests to a server of a tiny model.
-fuzz: .venv/ready
+# Ten thousand wrong requests to a server of a tiny model, and what its OpenAPI document allows and forbids.
+fuzz: .venv/ready .venv/openapi/ready
 	mkdir -p results
+	PYTHONPATH=.venv/openapi $(BIN)/python -W ignore -m benchmarks.fuzz_openapi
 	$(BIN)/python -W ignore -m benchmarks.fuzz_serving --out results/fuzz.json
 
 # Other projects' own code takes what is written for it.
@@ -73,6 +74,10 @@ format: .venv/ready
 
 .venv/browser/ready: tests/browser.txt .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/browser --upgrade -r tests/browser.txt
+	touch $@
+
+.venv/openapi/ready: tests/serve/openapi.txt .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/openapi --upgrade -r tests/serve/openapi.txt
 	touch $@
 
 .venv/llm/ready: tests/chatting/peers.txt .venv/ready

@@ -6,7 +6,8 @@ From the root of the repository, as the tiny model comes from its tests. A good 
 JSON, its bytes, its headers, its route, or in how it is sent: cut, nested, compressed, in pieces, in another encoding.
 No answer may have a status 5xx, and each one below 500 that is an error must be OpenAI's: one sentence in JSON. An
 answer must come within `PATIENCE` seconds. Behind every 500 requests a good one is asked for: its ids must be those
-that were written first, nothing may be left of the others, and memory is written down.
+that were written first, nothing may be left of the others, and memory is written down. Memory grows if its mean in the
+last quarter is more than 5% above that in the second one; it takes 4,000 requests to tell.
 Exit status 1 if anything went wrong; a request is made again by its seed and number.
 """
 
@@ -18,11 +19,13 @@ import json
 import multiprocessing
 import random
 import socket
+import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
@@ -34,6 +37,7 @@ from rich.progress import Progress
 
 PATIENCE = 30.0  # seconds for an answer
 LOOK = 500  # requests between two looks at memory
+LEVEL = 1.05
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": [{"type": "text", "text": "one"}]}]
 SCHEMA: dict[str, Any] = {
     "$defs": {"leaf": {"type": "object", "properties": {"v": {"type": "integer"}}, "additionalProperties": False}},
@@ -360,6 +364,12 @@ def fuzz(address: tuple[str, int], seed: int, numbers: range, clients: int) -> F
     return found
 
 
+def growth(memory: list[int]) -> float:
+    """The mean of the last quarter of ``memory`` by that of the second one; 1 where there are less than two in each."""
+    quarter = len(memory) // 4
+    return statistics.mean(memory[-quarter:]) / statistics.mean(memory[quarter : 2 * quarter]) if quarter > 1 else 1.0
+
+
 # -- a server ----------------------------------------------------------------------------------------------------------
 
 SETTINGS: dict[str, Any] = {"max_tokens": 8, "max_queue": 1000, "tool_parser": "hermes"}
@@ -386,28 +396,55 @@ def _serve(pipe: Connection) -> None:
                 pipe.send(f"something is left: {error!r}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    here, there = multiprocessing.get_context("spawn").Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=_serve, args=(there,))
+@dataclass(frozen=True)
+class Alone:
+    """A server in a process of its own.
+
+    Args:
+        url: where it answers.
+        process: its id.
+        left: what is left of requests; empty if nothing is.
+    """
+
+    url: str
+    process: int
+    left: Callable[[], str]
+
+    @property
+    def mebibytes(self) -> int:
+        lines = Path(f"/proc/{self.process}/status").read_text().splitlines()
+        return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("VmRSS"))
+
+
+@contextmanager
+def serving_alone() -> Iterator[Alone]:
+    """The server of a tiny model, until the end of the block."""
+    fresh = multiprocessing.get_context("spawn")
+    here, there = fresh.Pipe()
+    process = fresh.Process(target=_serve, args=(there,))
     process.start()
-    url = urlsplit(here.recv())
+
+    def left() -> str:
+        here.send(True)
+        return str(here.recv())
+
+    try:
+        yield Alone(here.recv(), process.pid or 0, left)
+    finally:
+        here.send(False)
+        process.join(60)
+
+
+def fuzzed(served: Alone, options: argparse.Namespace) -> dict[str, Any]:
+    """All requests, and what is to be told of them."""
+    url = urlsplit(served.url)
     address = url.hostname or "", url.port or 0
     good = Sent("/v1/completions", [json.dumps({"prompt": "one two", "max_tokens": 8, "temperature": 0}).encode()])
 
     def text() -> str:
         return str(json.loads(send(address, good).body)["choices"][0]["text"])
 
-    def mebibytes() -> int:
-        lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-        return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("VmRSS"))
-
-    first, found, memory, began = text(), Fuzzed(), [mebibytes()], time.perf_counter()
+    first, found, memory, began = text(), Fuzzed(), [served.mebibytes], time.perf_counter()
     with Progress(disable=not sys.stderr.isatty()) as bar:
         line = bar.add_task("requests", total=options.requests)
         for begin in range(0, options.requests, LOOK):
@@ -416,24 +453,34 @@ def main() -> None:
             found.counts += part.counts
             found.wrong += part.wrong
             found.slowest = max(found.slowest, part.slowest)
-            here.send(True)
-            if left := here.recv():
+            if left := served.left():
                 found.wrong.append((begin, left))
             if text() != first:
                 found.wrong.append((begin, "a good request gets another text than before"))
-            memory.append(mebibytes())
+            memory.append(served.mebibytes)
             bar.advance(line, len(numbers))
-    here.send(False)
-    process.join(60)
-    told = {
+    if growth(memory) > LEVEL:
+        found.wrong.append((options.requests, f"memory grew to {growth(memory):.2f} of what it was"))
+    return {
         "requests": options.requests, "seed": options.seed, "seconds": round(time.perf_counter() - began, 1),
         "statuses": dict(sorted(found.counts.items())), "slowest": found.slowest, "mebibytes": memory,
-        "num_wrong": len(found.wrong), "wrong": found.wrong[:50],
+        "growth": round(growth(memory), 3), "num_wrong": len(found.wrong), "wrong": found.wrong[:50],
     }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    with serving_alone() as served:
+        told = fuzzed(served, options)
     print(json.dumps(told, indent=1))
     if options.out:
         options.out.write_text(json.dumps(told, indent=1))
-    sys.exit(bool(found.wrong))
+    sys.exit(bool(told["num_wrong"]))
 
 
 if __name__ == "__main__":

@@ -179,10 +179,12 @@ class Watched(TableEngine):
         super().__init__(TABLE)
         self.read: list[dict[int, int]] = []
         self.decoded: list[list[int]] = []
+        self.nodes: list[int] = []
 
     def verify(self, seqs: Any, trees: Any, firsts: Any = None, reading: Any = ()) -> Any:
         self.read.append({seq.id: count for seq, count in reading})
         self.decoded.append([seq.id for seq in seqs])
+        self.nodes.append(sum(len(tree) for tree in trees))
         return super().verify(seqs, trees, firsts, reading)
 
 
@@ -205,6 +207,21 @@ def test_a_long_prompt_holds_up_nobody_for_longer_than_a_budget() -> None:
     assert engine.read[begun] == {late.id: 4, joining.id: 6}  # the short prompt is read first
     assert late.id in engine.decoded[begun + 1]
     assert joining.output_ids
+
+
+def test_trees_rest_while_a_prompt_is_read_if_they_are_sized_by_cost() -> None:
+    engine = Watched()
+    scheduler = scheduler_of(engine, NGram(min_n=1), "cost", prefill_rows=10)
+    repeating = [made([1, 2] * 10, max_tokens=200) for _ in range(2)]
+    for seq in repeating:
+        scheduler.add(seq)
+    steps(scheduler, 6)
+    assert engine.nodes[-1] > 2
+    scheduler.add(made([3] * 60, max_tokens=1))
+    begun = len(engine.read)
+    steps(scheduler, 7)
+    with_prompt = [nodes for read, nodes in zip(engine.read[begun:], engine.nodes[begun:], strict=True) if read]
+    assert with_prompt == [2] * 6
 
 
 def test_who_begins_as_one_that_is_being_read_takes_its_kv_over() -> None:

@@ -115,8 +115,8 @@ class Decoder:
             reading: pairs of a sequence that has begun and a number of tokens. So many of its next tokens go through
                 the same forward.
         """
-        clock = [time.perf_counter()]
-        drafts = [draft.cut(seq.room - 1) for seq, draft in zip(seqs, self._draft(seqs), strict=True)]
+        clock, unread = [time.perf_counter()], sum(count for _, count in reading)
+        drafts = [draft.cut(seq.room - 1) for seq, draft in zip(seqs, self._draft(seqs, unread), strict=True)]
         clock.append(time.perf_counter())
         out = self.engine.verify(seqs, [draft.tree for draft in drafts], reading=reading)
         clock.append(time.perf_counter())
@@ -131,7 +131,7 @@ class Decoder:
         clock.append(time.perf_counter())
         for i, (seq, draft, step) in enumerate(zip(seqs, drafts, accepted, strict=True)):
             self._record(i, seq, draft, step, out, clock)
-        rows = sum(map(len, drafts)) + sum(count for _, count in reading)
+        rows = sum(map(len, drafts)) + unread
         for seq, count in reading:
             started = time.perf_counter()
             self.drafter.prefill([seq], self.engine.committed(seq))
@@ -144,8 +144,8 @@ class Decoder:
         self.drafter.release(seqs)
         self.shape.release(seqs)
 
-    def _draft(self, seqs: list[Sequence]) -> list[Draft]:
-        if not seqs or self.shape.rests(seqs):
+    def _draft(self, seqs: list[Sequence], unread: int) -> list[Draft]:
+        if not seqs or self.shape.rests(seqs, unread):
             return [Draft(seq.tokens[-1]) for seq in seqs]
         drafts = self.drafter.propose(seqs, self.shape, self.accept.draws_children)
         return self.shape.cut(seqs, [self._guided(seq, draft) for seq, draft in zip(seqs, drafts, strict=True)])

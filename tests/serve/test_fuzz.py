@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from benchmarks.fuzz_serving import GOOD, SETTINGS, Answer, Sent, complaint, fuzz, fuzzed_llm, send
+from benchmarks.fuzz_serving import GOOD, SETTINGS, Answer, Sent, complaint, fuzz, fuzzed_llm, growth, send
 
 from tests.serve.serving import Served, error_of, serving
 from tokentree.serve.protocol import MOST_VALUES
@@ -52,6 +52,12 @@ def test_wrong_requests_get_errors_and_change_no_text(running: Served, address: 
 @pytest.mark.parametrize(("route", "body"), GOOD)
 def test_requests_that_others_are_made_of_are_good(address: tuple[str, int], route: str, body: dict[str, Any]) -> None:
     assert send(address, Sent(route, [json.dumps(body).encode()])).status == 200
+
+
+def test_growth_is_seen_and_a_cache_that_fills_at_first_is_none() -> None:
+    assert growth([600, 650, *[700] * 18]) == pytest.approx(1.0, abs=0.001)
+    assert growth([600 + 10 * look for look in range(20)]) > 1.1
+    assert growth([600, 900, 1200]) == 1.0
 
 
 def test_complaints_are_made() -> None:

@@ -327,6 +327,16 @@ def test_while_it_rests_it_does_not_forget_what_drafting_takes() -> None:
     assert form._overhead == pytest.approx(0.1, rel=0.01)
 
 
+def test_it_rests_while_a_prompt_is_read_and_forgets_nothing_by_that() -> None:
+    form = Cost(curve=MILD)
+    assert [form.rests([SEQ], reading) for reading in (0, 1, 64, 0)] == [False, True, True, False]
+    form = Cost(curve=STEEP)
+    _rests(form, 0.1, right=False, steps=1000)
+    form.rests([SEQ], 64)
+    form.observe([SEQ], [Draft(0)], [Accepted([0], [5])], 0.0, 0.0)
+    assert form._overhead == pytest.approx(0.1, rel=0.01)
+
+
 def test_a_pause_that_ends_in_vain_is_followed_by_one_twice_as_long() -> None:
     pause = Pause(2, 16)
     assert [step for step in range(1, 64) if pause.count()] == [2, 6, 14, 30, 46, 62]

@@ -53,9 +53,13 @@ class Shape(ABC):
     def beside(self, seq: Sequence, draft: Draft) -> None:
         """Tells the shape what other drafters propose, before a drafter that grows level by level begins."""
 
-    def rests(self, seqs: list[Sequence]) -> bool:
+    def rests(self, seqs: list[Sequence], reading: int = 0) -> bool:
         """Whether this step should do without drafts, because they would cost more than they gain. The loop calls this
-        once a step."""
+        once a step.
+
+        Args:
+            reading: the number of prompt tokens that go through the same forward.
+        """
         return False
 
     @abstractmethod

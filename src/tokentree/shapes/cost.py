@@ -122,9 +122,15 @@ class Cost(Shape):
             self._levels.stop()
         return pays or self._levels.count(1 / self._batch)
 
-    def rests(self, seqs: list[Sequence]) -> bool:
+    def rests(self, seqs: list[Sequence], reading: int = 0) -> bool:
         """Drafting takes time too, and more of a step the larger the batch: where it isn't earned back, no draft is
-        made for 2 steps, then for 4, and so on up to 16. What is new in the batch is looked at first."""
+        made for 2 steps, then for 4, and so on up to 16. What is new in the batch is looked at first.
+
+        Nor is one made while a prompt is read. Its tokens fill the forward, so that each further row costs as much as
+        a token brings, and a first token would wait for these rows."""
+        if reading:
+            self._resting = True
+            return True
         if len(seqs) != self._batch or any(seq.id not in self._requests for seq in seqs):
             self._worth = max(self._worth, 1.0)
         if self._worth >= 1:
