@@ -200,6 +200,13 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
+def told(found: dict[str, Any], out: Path | None) -> None:
+    """Prints what was found, and keeps it."""
+    print(json.dumps(found, indent=1), flush=True)
+    if out:
+        out.write_text(json.dumps(found, indent=1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -241,23 +248,21 @@ def main() -> None:
                         asyncio.run(loaded(server, count, part, prompts, number, load))
                         bar.advance(line)
             by_name = {server.name: server for server in servers}
+            found: dict[str, Any] = {
+                "servers": {
+                    name: {
+                        "mebibytes": [before[name], by_name[name].mebibytes],
+                        "clients": {count: loads[name, count].figures() for count in counts},
+                    }
+                    for name in by_name
+                }
+            }
+            told(found, options.out)  # the comparison takes minutes, and is left out where it is cut off
             texts = [one for (name, _), load in loads.items() if name == "default" for one in load.texts]
             line = bar.add_task("alone", total=len(texts))
             reference = by_name.get("plain", servers[0])
             wrong = asyncio.run(alone(reference, texts, lambda: bar.advance(line)))
-        found = {
-            "servers": {
-                name: {
-                    "mebibytes": [before[name], by_name[name].mebibytes],
-                    "clients": {count: loads[name, count].figures() for count in counts},
-                }
-                for name in by_name
-            },
-            "texts_compared": len(texts), "texts_that_differ": wrong[:5], "differ": len(wrong),
-        }  # fmt: skip
-    print(json.dumps(found, indent=1))
-    if options.out:
-        options.out.write_text(json.dumps(found, indent=1))
+    told(found | {"texts_compared": len(texts), "texts_that_differ": wrong[:5], "differ": len(wrong)}, options.out)
     sys.exit(bool(wrong or any(load.failed for load in loads.values())))
 
 

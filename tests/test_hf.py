@@ -20,19 +20,11 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    CLIPVisionConfig,
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
     GenerationConfig,
     GenerationMixin,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
     StoppingCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
@@ -48,7 +40,6 @@ from tests.tiny_models import (
     CONTEXT,
     VOCAB,
     full_logits,
-    randomised,
     save_model,
     some_tokens,
     tiny,
@@ -743,60 +734,6 @@ def test_a_setting_that_is_not_known_is_refused(monkeypatch: pytest.MonkeyPatch)
 def test_what_has_no_effect(options: dict[str, Any]) -> None:
     expected = run(model_of("llama"), batch(PROMPT), **options).tolist()
     assert run(model_of("llama"), batch(PROMPT), custom_generate=tree(), **options).tolist() == expected
-
-
-_TEXT: dict[str, Any] = {
-    "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": VOCAB, "max_position_embeddings": CONTEXT,
-}  # fmt: skip
-_EYES = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-PICTURE = VOCAB - 10  # the token that stands for one
-
-
-def _gemma3() -> PreTrainedModel:
-    text = {**_TEXT, "head_dim": 16, "sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
-    ids = {"image_token_index": PICTURE, "boi_token_index": PICTURE + 1, "eoi_token_index": PICTURE + 2}
-    eyes = {**_EYES, "num_hidden_layers": 1}
-    config = Gemma3Config(text_config=text, vision_config=eyes, mm_tokens_per_image=4, **ids)  # type: ignore[arg-type]
-    return Gemma3ForConditionalGeneration(config)
-
-
-def _qwen() -> PreTrainedModel:
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 2, 3]}
-    eyes = {"hidden_size": 16, "out_hidden_size": 48, "depth": 1, "num_heads": 2, "intermediate_size": 16}
-    ids: dict[str, Any] = {"image_token_id": PICTURE, "video_token_id": PICTURE + 1}
-    config = Qwen2_5_VLConfig(
-        text_config={**_TEXT, "rope_parameters": rope}, vision_config={**eyes, "fullatt_block_indexes": [0]}, **ids
-    )
-    return Qwen2_5_VLForConditionalGeneration(config)
-
-
-def _llava() -> PreTrainedModel:
-    eyes = CLIPVisionConfig(**{**_EYES, "num_hidden_layers": 1})  # type: ignore[arg-type]
-    config = LlavaConfig(text_config=LlamaConfig(**_TEXT), vision_config=eyes, image_token_index=PICTURE)
-    return LlavaForConditionalGeneration(config)
-
-
-@pytest.mark.parametrize("make", [_gemma3, _qwen, _llava])
-def test_vision_models_without_pictures(make: Callable[[], PreTrainedModel]) -> None:
-    with torch.random.fork_rng(devices=[]):
-        model = randomised(make())
-    model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=1)
-    prompts, made = [some_tokens(9 - i, vocab=100, seed=i) for i in range(3)], generator(shape="2x2")
-    for inputs in (batch(prompts[0]), batch(*prompts)):
-        expected = run(model, inputs).tolist()
-        assert run(model, inputs, custom_generate=made).tolist() == expected
-        kinds = {"mm_token_type_ids" if make is _qwen else "token_type_ids": torch.zeros_like(inputs["input_ids"])}
-        if make is not _llava:  # processors tell which tokens are pictures: none
-            assert run(model, {**inputs, **kinds}, custom_generate=made).tolist() == expected
-    found = LLM(model).generate([prompts[0]], SamplingParams(max_tokens=NEW))[0].token_ids
-    assert [*prompts[0], *found] == run(model, batch(prompts[0]))[0].tolist()
-    pictures: dict[str, torch.Tensor] = {"pixel_values": torch.zeros(1, 3, 28, 28)}
-    if make is _qwen:
-        pictures = {"pixel_values": torch.zeros(16, 1176), "image_grid_thw": torch.tensor([[1, 4, 4]])}
-    inputs = {"input_ids": torch.tensor([[*prompts[0], *[PICTURE] * 4]]), **pictures}
-    with pytest.raises(OptionError, match="the image in mm_encoder_outputs"):
-        run(model, inputs, custom_generate=made)
 
 
 def test_threads_share_one_engine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,8 @@ from tokentree.acceptance import Acceptance
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter
 from tokentree.drafters.none import NoDrafter
-from tokentree.engines.base import Engine, TargetOutput
-from tokentree.errors import OptionError, PairingError, RequestError
+from tokentree.engines.base import Engine, TakesPrompts, TargetOutput
+from tokentree.errors import ModelError, OptionError, PairingError, RequestError
 from tokentree.exclusive import Exclusive, exclusive
 from tokentree.grammars.drafting import NAME, guided
 from tokentree.growing import SOURCES, compile_loops
@@ -87,9 +87,18 @@ class Decoder:
 
     @exclusive
     def begin(self, seq: Sequence) -> None:
-        """Makes room for a new sequence, and reuses the KV of a text that begins alike."""
+        """Makes room for a new sequence, and reuses the KV of a text that begins alike, or of its prompt itself.
+
+        Raises:
+            ModelError: if the engine can't use the KV that its prompt came with.
+        """
         started = time.perf_counter()
-        seq.metrics.reused_tokens = self.engine.begin(seq)
+        if seq.prompt_kv is None:
+            seq.metrics.reused_tokens = self.engine.begin(seq)
+        elif isinstance(self.engine, TakesPrompts):
+            self.engine.take(seq, seq.prompt_kv)
+        else:
+            raise ModelError(f"{self.engine.info.name} can't go on here behind a prompt that the model read by itself")
         self.drafter.prefill([seq], self.engine.committed(seq))
         seq.metrics.prefill_seconds += time.perf_counter() - started
         seq.metrics.lossy = self.accept.lossy

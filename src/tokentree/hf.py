@@ -25,10 +25,11 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from tokentree.acceptance import acceptance
 from tokentree.engines.support import check_supported
 from tokentree.errors import OptionError, PromptError
-from tokentree.hf_options import OWN_DRAFTS, check_config, check_kwargs, check_prepares
+from tokentree.hf_options import OWN_DRAFTS, beside_tokens, check_config, check_prepares
 from tokentree.llm import LLM, Model, shape_of
 from tokentree.metrics import Metrics
 from tokentree.options import heads_in, models_in
+from tokentree.pictures import read_by_the_model
 from tokentree.registry import Named, check_names
 from tokentree.sampling import SamplingParams, seeded_noise
 from tokentree.sequence import Sequence
@@ -91,6 +92,8 @@ def generator(
             given to ``generate`` instead.
         seed: the same seed gives the same text at every call. None draws a new seed for each call. torch's global
             random state is neither read nor changed.
+
+    A prompt with pictures or sounds in it is read by the model itself, and trees begin behind it.
 
     These options of ``generate`` are honoured: do_sample, temperature, top_k, top_p, min_p, penalties, biases, bans and
     length bounds, ``stop_strings`` (with ``tokenizer=``), the user's ``logits_processor``,
@@ -192,14 +195,18 @@ class TreeGenerator:
         check_supported(model)
         check_prepares(model)
         check_config(generation_config)
-        check_kwargs(model, model_kwargs)
+        beside = beside_tokens(model, model_kwargs)
         streamer = self._streamer_of(given or {})
         rows = len(input_ids)
         if streamer is not None and rows > 1:
             raise OptionError(f"a streamer takes one sequence, and this batch has {rows}")
-        paddings = _paddings(input_ids, model_kwargs.get("attention_mask"), model_kwargs.get("position_ids"))
+        positions = None if beside else model_kwargs.get("position_ids")  # those of pictures are the model's own
+        paddings = _paddings(input_ids, model_kwargs.get("attention_mask"), positions)
         limits = _Limits(stopping_criteria, generation_config, input_ids)
         llm = self._llm(model)
+        if beside and self._options["heads"] is not None:
+            raise OptionError(f"heads read the hidden states of a prompt, and those of {beside[0]} aren't kept")
+        read = read_by_the_model(model, input_ids, model_kwargs, paddings) if beside else [None] * rows
         seed = secrets.randbits(63) if self._seed is None else self._seed
         seqs, processors = list[Sequence](), list[_PathProcessor]()
         for row, padding in enumerate(paddings):
@@ -212,7 +219,9 @@ class TreeGenerator:
             params = SamplingParams(max_tokens=limits.max_tokens, **options)
             noise = seeded_noise(seed, row)
             rules = limits.rules(left)
-            seqs.append(Sequence(prompt, params, noise, llm.engine.context, limits.eos_ids, None, rules))
+            seqs.append(
+                Sequence(prompt, params, noise, llm.engine.context, limits.eos_ids, None, rules, prompt_kv=read[row])
+            )
         if streamer is not None and streamer is self._streamer:
             streamer.put(input_ids.cpu())  # transformers gives it to one of its own
         self._run(llm, seqs, processors, streamer)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
 from tokentree.errors import ModelError, OptionError
 
@@ -85,12 +86,17 @@ def check_prepares(model: PreTrainedModel) -> None:
         )
 
 
-def check_kwargs(model: PreTrainedModel, model_kwargs: dict[str, Any]) -> None:
-    """Raises `OptionError` if ``model`` would be given anything beside tokens, their mask and their positions."""
+def beside_tokens(model: PreTrainedModel, model_kwargs: dict[str, Any]) -> list[str]:
+    """What ``model`` would be given beside tokens, their mask and their positions, by name. That is nothing, or
+    something that its first forward alone reads, such as pictures.
+
+    Raises:
+        OptionError: if it is anything else.
+    """
     for name in ("past_key_values", "cache_params"):
         if getattr(model_kwargs.get(name), "_is_user_defined", False):
             raise OptionError(f"tokentree can't honour {name}: it keeps KV in storage of its own")
-    sees = "image" in model.input_modalities
+    sees, found = "image" in model.input_modalities, list[str]()
     for name, value in model_kwargs.items():
         if name in PREPARED or value is None or value is False:
             continue
@@ -98,5 +104,9 @@ def check_kwargs(model: PreTrainedModel, model_kwargs: dict[str, Any]) -> None:
             continue
         if sees and name in KINDS_OF_TOKENS and isinstance(value, torch.Tensor) and not value.any():
             continue
-        what = f"the {' and '.join(value)} in {name}" if isinstance(value, dict) else name
+        found.append(name)
+    if found and ("inputs_embeds" in found or not {*found} & {*MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL}):
+        value = model_kwargs[found[0]]
+        what = f"the {' and '.join(value)} in {found[0]}" if isinstance(value, dict) else found[0]
         raise OptionError(f"tokentree can't honour {what}: it decodes from token ids and an attention mask alone")
+    return found

@@ -21,6 +21,7 @@ from tokentree.text import Detokenizer
 
 if TYPE_CHECKING:
     from tokentree.draft import Draft
+    from tokentree.engines.prompt_kv import PromptKV
 
 FinishReason = Literal["stop", "length", "timeout", "interrupted", "error"]
 
@@ -70,6 +71,7 @@ class Sequence:
         references: texts that the output may copy from; lookups search them.
         stop_rules: further rules, called with all ids after each new token; any True ends the text.
         guide: what ``params.structured_outputs`` allows; without such an option there is none.
+        prompt_kv: the KV of a prompt that the model read by itself.
         watch: called after each of its steps with itself, the draft, and what was accepted of it, see `Decoder`.
 
     Raises:
@@ -101,6 +103,7 @@ class Sequence:
     text_end: int | None = None
     error: TokenTreeError | None = None
     watch: Callable[[Sequence, Draft, Accepted], None] | None = None
+    prompt_kv: PromptKV | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from tokentree.engines.model_facts import Facts
+    from tokentree.engines.prompt_kv import PromptKV
     from tokentree.heads.eagle import EagleHead
 
 CPU = torch.device("cpu")
@@ -361,6 +362,20 @@ class HasPrefixes(Protocol):
 
     @property
     def prefix_nbytes(self) -> int: ...
+
+
+@runtime_checkable
+class TakesPrompts(Engine, Protocol):
+    """An engine that goes on behind a prompt which the model has read by itself."""
+
+    def take(self, seq: Sequence, prompt: PromptKV) -> None:
+        """Instead of `begin`: commits the rows of ``prompt``, which are those of all tokens of ``seq``'s prompt but the
+        last one.
+
+        Raises:
+            ModelError: if its KV isn't such as this engine keeps, or the engine goes on otherwise than the model.
+        """
+        ...
 
 
 @runtime_checkable

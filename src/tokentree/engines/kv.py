@@ -101,12 +101,14 @@ class SequenceKV:
     Attributes:
         layout: how they are stored.
         length: committed rows.
+        shift: what a row's rotary position is more than its number. See `PromptKV`.
+        is_private: whether it came of more than the text's tokens, so that no other text may use it.
         states: [states, capacity, width], hidden states of the rows, for drafters that read them.
         recurrent: the recurrent states of the text, of a model that has any.
     """
 
     def __init__(self, layout: KVLayout, capacity: int) -> None:
-        self.length = 0
+        self.length, self.shift, self.is_private = 0, 0, False
         self.recurrent = RecurrentStates(layout.recurrences)
         self._addresses: dict[int, tuple[int, ...]] = {}
         self.layout = layout
@@ -267,7 +269,7 @@ class Storages:
         for kv in self._spare:
             if kv.capacity == self.layout.capacity(rows):
                 self._spare.remove(kv)
-                kv.length = 0
+                kv.length, kv.shift, kv.is_private = 0, 0, False
                 return kv
         return self.layout.make(rows)
 

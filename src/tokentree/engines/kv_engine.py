@@ -20,6 +20,7 @@ from tokentree.engines.guard import Unwatched
 from tokentree.engines.kv import KVLayout, SequenceKV, Storages
 from tokentree.engines.model_facts import Facts
 from tokentree.engines.prefix import LEAST, PrefixCache
+from tokentree.engines.prompt_kv import PromptKV
 from tokentree.engines.segment import Segment, Upto
 from tokentree.engines.self_check import compare, in_trees
 from tokentree.errors import ModelError, PairingError
@@ -160,12 +161,36 @@ class KVEngine(NotCopied, ABC):
         kv = self._kv_of(seq)
         if kv.length:
             return 0
-        live = [(_ids(other, known), known) for other, known in list(self._kv.values()) if known is not kv]
+        live = [
+            (_ids(other, known), known)
+            for other, known in list(self._kv.values())
+            if known is not kv and not known.is_private
+        ]
         tokens = np.array(seq.tokens[:-1])
         reused = self._prefixes.fill(kv, tokens, live)
         if kv.recurrent.recurrences and (known := self._prefixes.known(tokens, live)) >= reused + LEAST:
             kv.recurrent.mark = known
         return reused
+
+    @exclusive
+    def take(self, seq: Sequence, prompt: PromptKV) -> None:
+        kv, layout, name = self._kv_of(seq), self._storages.layout, self.facts.name
+        shapes = tuple((len(keys), keys.shape[-1], values.shape[-1]) for keys, values in prompt.layers)
+        if layout.recurrences or self.recorded or shapes != layout.shapes:
+            why = "is recorded as a graph" if self.recorded else "keeps more or other things than its cache has"
+            raise ModelError(f"{name} can't go on behind a prompt that it read by itself: it {why} here")
+        kv.reserve(prompt.rows + 1)
+        for layer, (keys, values) in enumerate(prompt.layers):
+            kv.write(layer, prompt.rows - keys.shape[1], keys, values)
+        kv.length, kv.shift, kv.is_private = prompt.rows, prompt.shift, True
+        last = self._chain(kv, seq.tokens[prompt.rows : prompt.rows + 1], 0)
+        got = tensor_of(self._guarded([last], "logits"))[:1].float()
+        error, allowed, spread = compare({"logits": prompt.logits[None]}, got, self.quantization is not None)
+        if not error <= allowed:
+            raise ModelError(
+                f"{name} goes on otherwise behind such a prompt than by itself (off by {error:.3g} where logits spread "
+                f"by {spread:.3g})"
+            )
 
     @exclusive
     def prefill(self, seq: Sequence, upto: int | None = None) -> int:
@@ -243,7 +268,7 @@ class KVEngine(NotCopied, ABC):
             self._branches.pop(seq.id, None)
             if seq.id in self._kv:
                 _, kv = self._kv.pop(seq.id)
-                self._storages.give(self._prefixes.keep(_ids(seq, kv), kv))
+                self._storages.give([kv] if kv.is_private else self._prefixes.keep(_ids(seq, kv), kv))
 
     @exclusive
     def capture(self, places: SequenceOf[int] | None = None) -> Features:

@@ -52,6 +52,11 @@ class Segment:
         return self._rows[3]
 
     @property
+    def turns(self) -> np.ndarray:
+        """int64[count]: their rotary positions."""
+        return self.positions + self.kv.shift if self.kv.shift else self.positions
+
+    @property
     def tokens(self) -> Ints:
         """int64[count]: the tokens of the computed nodes."""
         return self._rows[2]
@@ -117,17 +122,17 @@ class Segment:
 
 
 def inputs_of(segments: SequenceOf[Segment], padding: int = 0) -> tuple[Ints, Ints]:
-    """The tokens and positions of all rows of a forward, int64[rows], and so many zeros behind them."""
+    """The tokens and rotary positions of all rows of a forward, int64[rows], and so many zeros behind them."""
     if len(segments) == 1 and not padding:
-        return segments[0].tokens, segments[0].positions
+        return segments[0].tokens, segments[0].turns
     nothing = np.zeros(padding, np.int64)
     ids = np.concatenate([*(segment.tokens for segment in segments), nothing])
-    return ids, np.concatenate([*(segment.positions for segment in segments), nothing])
+    return ids, np.concatenate([*(segment.turns for segment in segments), nothing])
 
 
 def end_of(segments: SequenceOf[Segment]) -> int:
-    """A position behind those of all rows."""
-    return max(segment.prefix + len(segment.tree) for segment in segments)
+    """A rotary position behind those of all rows."""
+    return max(segment.prefix + max(0, segment.kv.shift) + len(segment.tree) for segment in segments)
 
 
 @njit(cache=True)
