@@ -34,16 +34,16 @@ def read_by_the_model(
     inner = {getattr(model.config, f"{kind}_token_id", None) for kind in ("image", "video", "audio")}
     if inner & {*input_ids[:, -1].tolist()}:
         raise OptionError("a prompt that ends within a picture has no token from which a tree can grow")
-    forward: Any = model
+    own: Any = model
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     before = {name: _without_last(name, value) for name, value in model_kwargs.items()}
     before["past_key_values"] = cache
-    inputs = model.prepare_inputs_for_generation(input_ids[:, :-1], is_first_iteration=True, **before)
-    forward(**inputs, return_dict=True)
+    inputs = own.prepare_inputs_for_generation(input_ids[:, :-1], is_first_iteration=True, **before)
+    own(**inputs, return_dict=True)
     kept = [_layers(cache, row, padding, length) for row, padding in enumerate(paddings)]
     behind = {**model_kwargs, "past_key_values": cache}
-    inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, is_first_iteration=False, **behind)
-    logits = forward(**inputs, return_dict=True).logits[:, -1]
+    inputs = own.prepare_inputs_for_generation(input_ids, next_sequence_length=1, is_first_iteration=False, **behind)
+    logits = own(**inputs, return_dict=True).logits[:, -1]
     return [
         PromptKV(length - padding - 1, layers, _shift(model_kwargs.get("position_ids"), row, length - padding), said)
         for row, (padding, layers, said) in enumerate(zip(paddings, kept, logits, strict=True))
