@@ -376,7 +376,8 @@ def _begin(counters: Ints, places: Ints, end: int, ids: Ints, tokens: int) -> tu
     are looked up; and where places and ids lie, 0 where there are no ids."""
     counters[:] = 0
     known = not len(ids) or not tokens or _within(ids, tokens)
-    ids_at: int = np.int64(ids.ctypes.data) if len(ids) else 0  # type: ignore[assignment]  # numba would make a float of both kinds of integers
+    # of an unsigned and a signed integer numba would make a float
+    ids_at: int = np.int64(ids.ctypes.data) if len(ids) else 0  # type: ignore[assignment]
     return _within(places, end), known, places.ctypes.data, ids_at
 
 
