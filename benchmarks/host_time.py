@@ -98,7 +98,7 @@ def watch(phases: Phases, llm: LLM) -> None:
     """Has ``phases`` time the parts of the loop."""
     decoder = llm.decoder
     for part in getattr(decoder.drafter, "drafters", ()):
-        phases.watch(part, "propose", f"draft {part.name}")
+        phases.watch(part, "add_to", f"draft {part.name}")
         phases.watch(part, "observe", f"learn {part.name}")
     phases.watch(decoder.drafter, "propose", "merge" if decoder.drafter.name == "merged" else "draft")
     phases.watch(decoder.drafter, "observe", "learn")

@@ -16,7 +16,7 @@ from tokentree.engines.base import Engine, TakesPrompts, TargetOutput
 from tokentree.errors import ModelError, OptionError, PairingError, RequestError
 from tokentree.exclusive import Exclusive, exclusive
 from tokentree.grammars.drafting import NAME, guided
-from tokentree.growing import SOURCES, compile_loops
+from tokentree.growing import compile_loops
 from tokentree.scheduler import Scheduler
 from tokentree.sequence import Accepted, Sequence, TokenLogprobs
 from tokentree.shapes.base import Shape
@@ -185,10 +185,8 @@ class Decoder:
         metrics.accept_seconds += clock[3] - clock[2]
         metrics.decode_seconds += clock[4] - clock[0]
         metrics.steps.append((len(draft), len(step.tokens), clock[4] - clock[0]))
-        for node in step.path[1:]:
-            for bit, name in enumerate(self.names):
-                if draft.ints[SOURCES, node] >> bit & 1:
-                    metrics.accepted_by_source[name] = metrics.accepted_by_source.get(name, 0) + 1
+        if len(step.path) > 1:
+            metrics.count_sources(draft.sources, step.path[1:], self.names)
         if seq.params.logprobs is not None:
             for node, token in zip(step.path, step.tokens, strict=True):
                 seq.logprobs.append(_logprobs(out.logits(i, node), token, seq.params.logprobs))

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from operator import index
 
 import numpy as np
@@ -176,9 +177,19 @@ class Draft:
 
     def join(self, other: Draft, source: int) -> None:
         """Adds all nodes of ``other``, which has the same root, as proposed by ``source``. Equal paths are joined: a
-        node of both drafts keeps the higher probability and the lower rank."""
+        node of both drafts keeps the higher probability and the lower rank. What the levels of both took adds up."""
+        if other.levels:
+            spent = self.level_seconds * self.levels + other.level_seconds * other.levels
+            self.paid, self.levels = self.paid | source, max(self.levels, other.levels)
+            self.level_seconds = spent / self.levels
         self._reserve(len(other))
         self._size = growing.join(self.ints, self.floats, self._size, other.ints, other.floats, len(other), source)
+
+    def grow(self, loop: Callable[..., int], most: int, source: int, *told: object) -> None:
+        """Has the compiled ``loop(ints, floats, size, source, *told)`` join what it finds, at most so many nodes; it
+        returns the new size."""
+        self._reserve(most)
+        self._size = loop(self.ints, self.floats, self._size, source, *told)
 
     def _reserve(self, nodes: int) -> None:
         """Makes room for so many more."""

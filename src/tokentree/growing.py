@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tokentree.jit import njit
 from tokentree.tree import Floats, Ints
 
-ROOM = 64  # nodes that there is room for at first
+ROOM = 256  # nodes that there is room for at first
 TOKEN, PARENT, DEPTH, RANK, SOURCES = range(5)  # rows of ``ints``
 LOG_PROB, LOG_SCORE = range(2)  # rows of ``floats``
 
@@ -62,7 +62,7 @@ def planted(root: int, room: int) -> tuple[Ints, Floats, int]:
 def grown(root: int, tokens: Ints, parents: Ints, probs: Floats) -> tuple[Ints, Floats, int]:
     """The arrays of a draft, and its size: node i + 1 carries ``tokens[i]`` under node ``parents[i]``, with the
     conditional probability ``probs[i]``; siblings come in the order of their ranks."""
-    ints, floats, _ = planted(root, max(ROOM, len(tokens) + 1))
+    ints, floats, _ = planted(root, len(tokens) + 1)
     ranks = np.zeros(len(tokens) + 1, np.int64)
     for i in range(len(tokens)):
         put(ints, floats, i + 1, parents[i], tokens[i], np.log(probs[i]), ranks[parents[i]], 1)
@@ -138,6 +138,15 @@ def join(
     return size
 
 
+@njit
+def join_grown(
+    ints: Ints, floats: Floats, size: int, source: int, tokens: Ints, parents: Ints, probs: Floats
+) -> int:  # fmt: skip
+    """`join` with the draft that `grown` makes of these."""
+    other_ints, other_floats, count = grown(ints[TOKEN, 0], tokens, parents, probs)
+    return join(ints, floats, size, other_ints, other_floats, count, source)
+
+
 @njit(cache=True)
 def take(ints: Ints, floats: Floats, size: int, nodes: Ints) -> tuple[Ints, Floats]:
     """The arrays of ``nodes`` alone, every parent among them."""
@@ -170,43 +179,11 @@ def take_marked(
     return new_ints, new_floats, count
 
 
-@njit(cache=True)
-def walk(
-    tokens: Ints, parents: Ints, best: Ints, logits: NDArray[np.float32], first: int
-) -> tuple[Ints, Ints, bool, bool]:  # fmt: skip
-    """The path from the root along the most probable tokens, as far as there are nodes that carry them.
-
-    Args:
-        tokens, parents: of a tree.
-        best, logits: [rows, k], the most probable tokens after each row, best first, and their logits.
-        first: the row of the root.
-
-    Returns:
-        The nodes; the most probable token after each; whether the path ended at a node whose children were all refused;
-        and whether at one whose logits are NaN.
-    """
-    path, count, node = np.zeros(len(tokens), np.int64), 1, 0
-    said = np.zeros(len(tokens), np.int64)
-    said[0] = best[first, 0]
-    refused = False
-    for other in range(1, len(tokens)):
-        if np.isnan(logits[first + node, 0]):
-            break
-        if parents[other] == node:
-            refused = tokens[other] != best[first + node, 0]
-            if not refused:
-                node = other
-                path[count], said[count] = node, best[first + node, 0]
-                count += 1
-    return path[:count], said[:count], refused, np.isnan(logits[first + node, 0])
-
-
 @functools.cache
 def compile_loops() -> None:
     """Compiles them, or loads them from the cache, before any request waits for it."""
     ints, floats = np.zeros((5, 4), np.int64), np.zeros((2, 4), np.float64)
-    none, chance, fixed = np.zeros(0, np.int64), np.zeros((1, 1), np.float32), np.zeros(1, np.int64)
-    fixed.flags.writeable = False  # as those of a `TokenTree`
+    none, chance = np.zeros(0, np.int64), np.zeros((1, 1), np.float32)
     planted(0, 1)
     grown(0, none, none, floats[0, :0])
     grow_level(ints, floats, 1, none, none, np.zeros((1, 1), np.int64), chance)
@@ -214,4 +191,3 @@ def compile_loops() -> None:
     join(ints, floats, 1, ints, floats, 1, 1)
     take(ints, floats, 1, np.zeros(1, np.int64))
     take_marked(ints, floats, 1, np.zeros(0, np.bool_), 0)
-    walk(fixed, fixed, np.zeros((1, 1), np.int64), chance, 0)

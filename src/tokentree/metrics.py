@@ -80,6 +80,13 @@ class Metrics:
             self.offered_by_depth[level] += 1
             self.accepted_by_depth[level] += level < accepted
 
+    def count_sources(self, sources: list[int], accepted: list[int], names: list[str]) -> None:
+        """Counts who proposed the ``accepted`` nodes, as the bits of ``sources`` say, which stand for ``names``."""
+        for node in accepted:
+            for bit, name in enumerate(names):
+                if sources[node] >> bit & 1:
+                    self.accepted_by_source[name] = self.accepted_by_source.get(name, 0) + 1
+
     def to_dict(self) -> dict[str, Any]:
         """All fields and properties as plain numbers, by name."""
         return asdict(self) | {

@@ -182,14 +182,14 @@ class Sequence:
     def truncate(self, accepted: Accepted) -> Accepted:
         """Cuts what a step adds where a limit or a stop rule ends the text. What failed behind that is of no account:
         plain decoding would not have come there."""
-        detokenizer = self.detokenizer.copy() if self.detokenizer and self.params.stop else None
+        detokenizer, room = self.detokenizer.copy() if self.detokenizer and self.params.stop else None, self.room
         for count in range(1, len(accepted.tokens) + 1):
             new = accepted.tokens[:count]
             try:
                 stopped, text_end = self._stops(new, detokenizer)
             except RequestError as error:
                 return Accepted(accepted.path[: count - 1], new[:-1], finish_reason="error", error=error)
-            if stopped or count == self.room:
+            if stopped or count == room:
                 refused = accepted.refused and count == len(accepted.tokens)
                 return Accepted(accepted.path[:count], new, refused, "stop" if stopped else "length", text_end)
         return accepted if accepted.error is None else accepted._replace(finish_reason="error")
@@ -206,11 +206,17 @@ class Sequence:
         if len(self.tokens) + len(new) - len(self.prompt_ids) < params.min_tokens:
             return False, None
         ends = (token in self.eos_ids and not params.ignore_eos) or token in params.stop_token_ids
-        try:
-            ends = ends or any(rule([*self.tokens, *new]) for rule in self.stop_rules)
-        except Exception as error:
-            raise RequestError(f"a rule that says where the text ends raised {told(error)}") from error
-        return ends or text_end is not None, text_end
+        return ends or self._ends_by_rule(new) or text_end is not None, text_end
+
+    def _ends_by_rule(self, new: list[int]) -> bool:
+        """Whether one of `stop_rules` ends the text with the last of the tokens ``new``."""
+        for rule in self.stop_rules:
+            try:
+                if rule([*self.tokens, *new]):
+                    return True
+            except Exception as error:
+                raise RequestError(f"a rule that says where the text ends raised {told(error)}") from error
+        return False
 
     def extend(self, accepted: Accepted) -> None:
         """Makes the tokens of a truncated step part of the text."""

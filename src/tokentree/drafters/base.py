@@ -84,6 +84,11 @@ class Drafter(ABC):
                 for requests that aren't greedy.
         """
 
+    def add_to(self, drafts: list[Draft], seqs: list[Sequence], shape: Shape, source: int) -> None:
+        """Adds to each of ``drafts`` what it proposes, marked with the bit ``source``: see `Draft.join`."""
+        for draft, proposed in zip(drafts, self.propose(seqs, shape, sampled=False), strict=True):
+            draft.join(proposed, source)
+
     def prefill(self, seqs: list[Sequence], upto: int | None = None) -> None:
         """Reads the first ``upto`` tokens of new sequences, as far as it hasn't read them yet. By default it reads all.
 

@@ -56,15 +56,13 @@ class Merged(Drafter):
             drafter.prefill(seqs, upto)
 
     def propose(self, seqs: list[Sequence], shape: Shape, sampled: bool) -> list[Draft]:
-        joined = [_Joined(seq.tokens[-1]) for seq in seqs]
-        for number, drafter in self._in_turn:
-            if drafter.by_levels:  # a level is worth what it adds to what is there
-                for seq, one in zip(seqs, joined, strict=True):
-                    if one.count:
-                        shape.beside(seq, one.draft)
-            for one, draft in zip(joined, drafter.propose(seqs, shape, sampled=False), strict=True):
-                one.add(1 << number, draft)
-        return [one.draft for one in joined]
+        drafts = [Draft(seq.tokens[-1], paid=0) for seq in seqs]
+        for turn, (number, drafter) in enumerate(self._in_turn):
+            if drafter.by_levels and turn:  # a level is worth what it adds to what is there
+                for seq, draft in zip(seqs, drafts, strict=True):
+                    shape.beside(seq, draft)
+            drafter.add_to(drafts, seqs, shape, 1 << number)
+        return drafts
 
     def observe(self, seqs: list[Sequence], drafts: list[Draft], out: TargetOutput, accepted: list[Accepted]) -> None:
         for drafter in self._drafters:
@@ -81,27 +79,3 @@ class Merged(Drafter):
     def load(self, folder: Path) -> None:
         for drafter in self._drafters:
             drafter.load(folder)
-
-
-class _Joined:
-    """Drafts of one sequence in one tree, as they come.
-
-    Attributes:
-        draft: all that was added so far.
-        count: how many drafts that were.
-    """
-
-    def __init__(self, root: int) -> None:
-        self.count, self.draft = 0, Draft(root, paid=0)
-        self._level_seconds = 0.0  # that all levels together took
-
-    def add(self, bit: int, draft: Draft) -> None:
-        """Takes in what the drafter proposes whose bit this is."""
-        joined = self.draft
-        self.count += 1
-        if draft.levels:  # several draft models take turns: what they spent, per level
-            joined.paid |= bit
-            joined.levels = max(joined.levels, draft.levels)
-            self._level_seconds += draft.level_seconds * draft.levels
-            joined.level_seconds = self._level_seconds / joined.levels
-        joined.join(draft, bit)

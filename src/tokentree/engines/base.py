@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,6 @@ from numpy.typing import NDArray
 
 from tokentree.errors import ModelError, RequestError
 from tokentree.exclusive import Exclusive
-from tokentree.growing import walk
 from tokentree.kernels.topk import top_logits
 from tokentree.sampling import NOT_NUMBERS
 from tokentree.sequence import Accepted, Sequence
@@ -125,12 +125,23 @@ class _TreeLogits:
         return self.out.logits(self.tree, node)
 
     def follow(self, tree: TokenTree) -> Accepted:
-        values, ids = map(np.ascontiguousarray, self.out.top(KEPT))
+        values, ids = self.out.top(KEPT)
         first = self.out.row(self.tree, 0)
-        nodes, tokens, refused, broken = walk(tree.tokens, tree.parents, ids, values, first)
-        if broken:
-            return Accepted(nodes[:-1].tolist(), tokens[:-1].tolist(), error=RequestError(NOT_NUMBERS))
-        return Accepted(nodes.tolist(), tokens.tolist(), refused)
+        rows = slice(first, first + len(tree))
+        largest, best = values[rows, 0].tolist(), ids[rows, 0].tolist()
+        # a tree is small: in Python this takes less than the way into a compiled loop
+        tokens, path, node, refused = tree.tokens.tolist(), [0], 0, False
+        for other, parent in enumerate(tree.parents.tolist()):
+            if parent == node:
+                refused = tokens[other] != best[node]
+                if not refused:
+                    node = other
+                    path.append(node)
+        said = [best[node] for node in path]
+        for place, node in enumerate(path):
+            if math.isnan(largest[node]):
+                return Accepted(path[:place], said[:place], error=RequestError(NOT_NUMBERS))
+        return Accepted(path, said, refused)
 
 
 @dataclass(frozen=True, eq=False)

@@ -321,10 +321,9 @@ class BlockedKV(SequenceKV):
             new[:, :, first:end] = old[:, :, first - behind : end - behind]
 
     def _move(self, rows: Ints, start: int) -> None:
-        if not 0 <= start <= int(rows.min()) <= int(rows.max()) < self.capacity:
-            raise IndexError(f"rows {rows.tolist()} can't be moved to {start} and on, of {self.capacity}")
         for keys, values in zip(self._keys, self._values, strict=True):
-            _move(keys.numpy(), values.numpy(), rows, start)
+            if not _move(keys.numpy(), values.numpy(), rows, start):
+                raise IndexError(f"rows {rows.tolist()} can't be moved to {start} and on, of {self.capacity}")
 
 
 @njit(cache=True)
@@ -340,8 +339,11 @@ def _write(keys: Floats32, values: Floats32, row: int, new_keys: Floats32, new_v
 
 
 @njit(cache=True)
-def _move(keys: Floats32, values: Floats32, rows: Ints, start: int) -> None:
+def _move(keys: Floats32, values: Floats32, rows: Ints, start: int) -> bool:
+    """Whether that can be done: nothing is, if a row lies outside."""
     layers, heads = keys.shape[:2]
+    if not 0 <= start <= rows.min() <= rows.max() < values.shape[2]:
+        return False
     for layer in range(layers):
         for head in range(heads):
             for i, row in enumerate(rows):
@@ -349,3 +351,4 @@ def _move(keys: Floats32, values: Floats32, rows: Ints, start: int) -> None:
                     keys[layer, head, row // BLOCK, :, row % BLOCK]
                 )  # fmt: skip
                 values[layer, head, start + i] = values[layer, head, row]
+    return True

@@ -148,16 +148,17 @@ class Cost(Shape):
     def cut(self, seqs: list[Sequence], drafts: list[Draft]) -> list[Draft]:
         self._batch = len(seqs)
         self._others.clear()
-        joints = [self._joint(seq, draft, remember=True) for seq, draft in zip(seqs, drafts, strict=True)]
-        drawn = [draft.sampled is not None for draft in drafts]
-        rows = sum(len(draft) if whole else 1 for draft, whole in zip(drafts, drawn, strict=True))
-        tokens = sum(float(joint.sum()) if whole else 1.0 for joint, whole in zip(joints, drawn, strict=True))
-        offers = [joint[:0] if whole else joint[1:] for joint, whole in zip(joints, drawn, strict=True)]
+        rows, tokens, count, offers, starts = 0, 0.0, 0, list[Floats](), list[int]()
+        for seq, draft in zip(seqs, drafts, strict=True):
+            joint, whole = self._joint(seq, draft, remember=True), draft.sampled is not None
+            rows += len(draft) if whole else 1
+            tokens += float(joint.sum()) if whole else 1.0
+            offers.append(joint[:0] if whole else joint[1:])
+            starts.append(count)
+            count += len(offers[-1])
         offered = offers[0] if len(offers) == 1 else np.concatenate(offers)
-        sizes = [len(offer) for offer in offers]
-        ends = np.array(sizes) if len(sizes) == 1 else np.cumsum(sizes)
-        spent = self._overhead + _level_seconds(drafts)
-        times = self.curve.upto(rows + len(offered), len(seqs))
+        ends, spent = np.array([*starts[1:], count]), self._overhead + _level_seconds(drafts)
+        times = self.curve.upto(rows + count, len(seqs))
         keep, taken, pace, self._promised = worth.best_cut(
             offered, ends, self._nodes - 1, rows, tokens, self._trust, spent, times
         )
@@ -165,11 +166,10 @@ class Cost(Shape):
         used = (rows + taken) / len(seqs)
         self._typical += (PACE if used < self._typical else 0.5) * (used - self._typical)
         self.max_nodes = min(self._nodes, max(LEAST_OFFER, int(2 * self._typical)))
-        cut, start = [], 0
-        for draft, whole, end in zip(drafts, drawn, ends.tolist(), strict=True):
-            cut.append(draft if whole else draft.take_marked(keep, start))
-            start = end
-        return cut
+        return [
+            draft.take_marked(keep, start) if draft.sampled is None else draft
+            for draft, start in zip(drafts, starts, strict=True)
+        ]
 
     def observe(
         self, seqs: list[Sequence], drafts: list[Draft], accepted: list[Accepted], draft_seconds: float,
@@ -203,8 +203,6 @@ class Cost(Shape):
     def _learn(self, request: _Request, draft: Draft, step: Accepted) -> None:
         """From every candidate whose parent was right, taken or not."""
         nodes, hits = tried(draft, step.tokens)
-        if not len(nodes):
-            return
         if draft.sampled is not None:
             self._drawn.learn(0 * nodes, draft.ints[RANK, nodes], hits)
             return

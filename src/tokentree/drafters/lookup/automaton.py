@@ -11,6 +11,7 @@ from collections.abc import Sequence as SequenceOf
 
 import numpy as np
 
+from tokentree.draft import Draft
 from tokentree.drafters.lookup import automaton_loops as compiled
 from tokentree.drafters.lookup.automaton_loops import Int32s
 from tokentree.tree import Floats, Ints
@@ -81,17 +82,16 @@ class SuffixAutomaton:
         )
         return found
 
-    def drafted(
-        self, store: SuffixAutomaton, place: tuple[int, int], root: int, max_nodes: int, max_depth: int,
+    def add_to(
+        self, draft: Draft, source: int, store: SuffixAutomaton, place: tuple[int, int], max_nodes: int, max_depth: int,
         min_prob: float, max_children: int = 8,
-    ) -> tuple[Ints, Floats, int]:  # fmt: skip
-        """The arrays of a draft: what `grow` gives at `repeated`, or in ``store`` at ``place``, a state and a length,
+    ) -> None:  # fmt: skip
+        """Joins to ``draft`` what `grow` gives at `repeated`, or in ``store`` at ``place``, a state and a length,
         whichever expects more tokens."""
-        found: tuple[Ints, Floats, int] = compiled.drafted(
-            self._states, self._edges, self.last, store._states, store._edges, place[0], place[1], root, max_nodes,
-            max_depth, min_prob, max_children,
+        draft.grow(
+            compiled.add, max_nodes, source, self._states, self._edges, self.last, store._states, store._edges, *place,
+            max_nodes, max_depth, min_prob, max_children,
         )  # fmt: skip
-        return found
 
     @property
     def nbytes(self) -> int:
@@ -117,7 +117,7 @@ def warm_up() -> None:
     """Compiles the loops, or loads them from numba's cache, so that no request waits for it."""
     automaton = SuffixAutomaton(2)
     automaton.extend([1, 2, 1, 2])
-    automaton.drafted(automaton, automaton.match(0, 0, [1]), 1, 2, 2, 0.0)
+    automaton.add_to(Draft(1), 1, automaton, automaton.match(0, 0, [1]), 2, 2, 0.0)
 
 
 def _slots_for(edges: int) -> int:

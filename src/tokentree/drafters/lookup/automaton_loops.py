@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokentree.drafters.best_first import best_first
-from tokentree.growing import grown
+from tokentree.growing import join_grown
 from tokentree.jit import njit
 from tokentree.tree import Floats, Ints
 
@@ -150,18 +150,19 @@ def repeated(states: Int32s, last: int) -> tuple[int, int]:
 
 
 @njit(cache=True)
-def drafted(
-    states: Int32s, edges: Int32s, last: int, stored_states: Int32s, stored_edges: Int32s, stored: int, length: int,
-    root: int, max_nodes: int, max_depth: int, min_prob: float, max_children: int,
-) -> tuple[Ints, Floats, int]:  # fmt: skip
-    """As `SuffixAutomaton.drafted`."""
+def add(
+    ints: Ints, floats: Floats, size: int, source: int, states: Int32s, edges: Int32s, last: int,
+    stored_states: Int32s, stored_edges: Int32s, stored: int, length: int, max_nodes: int, max_depth: int,
+    min_prob: float, max_children: int,
+) -> int:  # fmt: skip
+    """As `SuffixAutomaton.add_to`; see `Draft.grow`."""
     state, matched = repeated(states, last)
     tokens, parents, probs = grow(states, edges, state, matched, max_nodes, max_depth, min_prob, max_children)
     if length:
         others = grow(stored_states, stored_edges, stored, length, max_nodes, max_depth, min_prob, max_children)
         if expected_tokens(others[1], others[2]) > expected_tokens(parents, probs):
             tokens, parents, probs = others
-    return grown(root, tokens, parents, probs)
+    return join_grown(ints, floats, size, source, tokens, parents, probs)
 
 
 @njit(cache=True)

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter, Parts
 from tokentree.drafters.best_first import best_first
+from tokentree.drafters.lookup.base import Lookup
 from tokentree.drafters.lookup.storage import Array, read_arrays, write_arrays
 from tokentree.engines.base import TargetOutput
 from tokentree.errors import OptionError
-from tokentree.growing import PARENT, TOKEN, grown
+from tokentree.growing import PARENT, TOKEN, join_grown
 from tokentree.jit import njit
 from tokentree.sequence import Accepted, Sequence
-from tokentree.shapes.base import Shape
 from tokentree.tree import Floats, Ints
 
 SUCCESSORS = 8  # of a token or a pair that are kept, where there are as many
@@ -27,7 +27,7 @@ HOLDS_ALONE, HOLDS_IN_PAIR = 0.5, 0.7  # how far a successor's probability holds
 LEAST_PROB = 0.01
 
 
-class Recycling(Drafter):
+class Recycling(Lookup):
     """An adjacency matrix: for each token the k most probable successors when the target last scored it, on the
     accepted path or beside it, with their probabilities among those k. Trees grow best-first along it.
 
@@ -53,6 +53,7 @@ class Recycling(Drafter):
         self._successors = np.full((vocab_size + PAIRS, k), -1, np.int32)
         self._probs = np.zeros((vocab_size + PAIRS, k), np.float32)
         self._pairs = np.full(PAIRS, -1, np.int64)  # which pair a row belongs to
+        self._rows = self._successors, self._probs, self._pairs, vocab_size
         self._compile()
 
     @classmethod
@@ -63,18 +64,15 @@ class Recycling(Drafter):
     def nbytes(self) -> int:
         return self._successors.nbytes + self._probs.nbytes + self._pairs.nbytes
 
-    def propose(self, seqs: list[Sequence], shape: Shape, sampled: bool) -> list[Draft]:
-        return [self._grow(seq, shape.max_nodes - 1, min(shape.max_depth, seq.room - 1)) for seq in seqs]
+    def look_up(self, seq: Sequence, draft: Draft, source: int, nodes: int, depth: int) -> None:
+        draft.grow(_add, nodes, source, *self._rows, _before(seq), nodes, depth)
 
     def observe(self, seqs: list[Sequence], drafts: list[Draft], out: TargetOutput, accepted: list[Accepted]) -> None:
         logits, successors = out.top(self._k)
         logits, successors = np.ascontiguousarray(logits), np.ascontiguousarray(successors)
         for i, (seq, draft, step) in enumerate(zip(seqs, drafts, accepted, strict=True)):
-            first, path = out.starts[i], np.array(step.path, np.int64)
-            _remember(
-                self._successors, self._probs, self._pairs, self._vocab_size, successors[first:], logits[first:],
-                _before(seq), draft.ints, len(draft), path,
-            )  # fmt: skip
+            told = _before(seq), draft.ints, len(draft), np.array(step.path, np.int64)
+            _remember(*self._rows, successors, logits, out.starts[i], *told)
 
     def save(self, folder: Path) -> None:
         arrays: dict[str, Array] = {"successors": self._successors, "probs": self._probs, "pairs": self._pairs}
@@ -115,16 +113,8 @@ class Recycling(Drafter):
     def _compile(self) -> None:
         """Before any request waits for it."""
         none, draft = np.zeros(0, np.int64), Draft(0)
-        rows = self._successors, self._probs, self._pairs, self._vocab_size
-        _grow(*rows, 0, 0, 1, 1)
-        _remember(*rows, np.zeros((0, self._k), np.int64), self._probs[:0], 0, draft.ints, 0, none)
-
-    def _grow(self, seq: Sequence, nodes: int, depth: int) -> Draft:
-        root = seq.tokens[-1]
-        if nodes < 1 or depth < 1:
-            return Draft(root)
-        rows = self._successors, self._probs, self._pairs
-        return Draft(root, grown=_grow(*rows, self._vocab_size, _before(seq), root, nodes, depth))
+        draft.grow(_add, 1, 1, *self._rows, 0, 1, 1)
+        _remember(*self._rows, np.zeros((0, self._k), np.int64), self._probs[:0], 0, 0, draft.ints, 0, none)
 
 
 def _before(seq: Sequence) -> int:
@@ -143,31 +133,31 @@ def _row(pairs: Ints, vocab_size: int, before: int, token: int) -> int:
 @njit(cache=True)
 def _remember(
     successors: NDArray[np.int32], chances: NDArray[np.float32], pairs: Ints, vocab_size: int, ids: Ints,
-    logits: NDArray[np.float32], before: int, ints: Ints, size: int, path: Ints,
+    logits: NDArray[np.float32], first: int, before: int, ints: Ints, size: int, path: Ints,
 ) -> None:  # fmt: skip
-    """Writes what the target said after the nodes of a draft, ``ids`` and ``logits`` [nodes, k]; of one token's rows,
-    the one on the ``path`` stays."""
+    """Writes what the target said after the nodes of a draft, ``ids`` and ``logits`` [rows, k] from row ``first`` on;
+    of one token's rows, the one on the ``path`` stays."""
     for turn in range(size + len(path)):
         node = turn if turn < size else path[turn - size]
         token = ints[TOKEN, node]
-        probs = np.exp(logits[node] - logits[node].max())
+        probs = np.exp(logits[first + node] - logits[first + node].max())
         probs /= probs.sum()
         pair = (before if node == 0 else ints[TOKEN, ints[PARENT, node]]) * vocab_size + token
         slot = pair * HASH % PAIRS
         pairs[slot] = pair
         for row in (token, vocab_size + slot):
-            successors[row], chances[row] = ids[node], probs
+            successors[row], chances[row] = ids[first + node], probs
 
 
 @njit(cache=True)
-def _grow(
-    successors: NDArray[np.int32], chances: NDArray[np.float32], pairs: Ints, vocab_size: int, before: int, root: int,
-    max_nodes: int, max_depth: int,
-) -> tuple[Ints, Floats, int]:  # fmt: skip
-    """The arrays of a draft, see `best_first`."""
-    source = successors, chances, pairs, vocab_size
-    found = _best_first(source, before, root, max_nodes, max_depth, LEAST_PROB, successors.shape[1])
-    return grown(root, found[0], found[1], found[2])
+def _add(
+    ints: Ints, floats: Floats, size: int, source: int, successors: NDArray[np.int32], chances: NDArray[np.float32],
+    pairs: Ints, vocab_size: int, before: int, max_nodes: int, max_depth: int,
+) -> int:  # fmt: skip
+    """See `Draft.grow` and `best_first`; ``before`` is the token before the root."""
+    rows = successors, chances, pairs, vocab_size
+    found = _best_first(rows, before, ints[TOKEN, 0], max_nodes, max_depth, LEAST_PROB, successors.shape[1])
+    return join_grown(ints, floats, size, source, found[0], found[1], found[2])
 
 
 @njit

@@ -11,10 +11,10 @@ import numpy as np
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter, Parts
 from tokentree.drafters.lookup.automaton import SuffixAutomaton, warm_up
+from tokentree.drafters.lookup.base import Lookup
 from tokentree.drafters.lookup.storage import read_arrays, write_arrays
 from tokentree.errors import OptionError
 from tokentree.sequence import Sequence
-from tokentree.shapes.base import Shape
 
 END = -1
 REMATCHED = 64  # tokens that are matched again when the store was rebuilt
@@ -22,7 +22,7 @@ LEAST_PROB = 0.01
 TOKEN_NBYTES = 280  # of a token in the store, at most: two states and three edges, in arrays that double
 
 
-class Suffix(Drafter):
+class Suffix(Lookup):
     """Grows the most probable continuations of the longest match (SuffixDecoding, Oliaro et al. 2024,
     arXiv:2411.04975), in the request itself with its references, or in what earlier requests have answered, whichever
     expects more tokens.
@@ -59,8 +59,10 @@ class Suffix(Drafter):
         for seq in seqs:
             self._follow(seq, upto)
 
-    def propose(self, seqs: list[Sequence], shape: Shape, sampled: bool) -> list[Draft]:
-        return [self._grow(seq, shape.max_nodes - 1, min(shape.max_depth, seq.room - 1)) for seq in seqs]
+    def look_up(self, seq: Sequence, draft: Draft, source: int, nodes: int, depth: int) -> None:
+        request = self._follow(seq)
+        place = request.state, request.length
+        request.automaton.add_to(draft, source, self._store.automaton, place, nodes, depth, LEAST_PROB)
 
     def release(self, seqs: list[Sequence]) -> None:
         for seq in seqs:
@@ -87,18 +89,11 @@ class Suffix(Drafter):
 
     def _follow(self, seq: Sequence, upto: int | None = None) -> _Request:
         """What is known of ``seq``, up to its last token, or of its first tokens."""
-        if seq.id not in self._requests:
-            self._requests[seq.id] = _Request(seq)
-        self._requests[seq.id].follow(seq.tokens[:upto], self._store)
-        return self._requests[seq.id]
-
-    def _grow(self, seq: Sequence, nodes: int, depth: int) -> Draft:
-        request = self._follow(seq)
-        if nodes < 1 or depth < 1:
-            return Draft(seq.tokens[-1])
-        place = request.state, request.length
-        grown = request.automaton.drafted(self._store.automaton, place, seq.tokens[-1], nodes, depth, LEAST_PROB)
-        return Draft(seq.tokens[-1], grown=grown)
+        request = self._requests.get(seq.id)
+        if request is None:
+            request = self._requests[seq.id] = _Request(seq)
+        request.follow(seq.tokens[:upto], self._store)
+        return request
 
 
 class _Request:

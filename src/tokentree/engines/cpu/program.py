@@ -64,10 +64,11 @@ class Program(Steps):
         if rows:
             self.best = np.empty((rows, self._kept), np.float32), np.empty((rows, self._kept), np.int64)
             self.write_to(logits, *self.best)
-        cos, sin, places = self._rotary.at(positions, end_of(segments))
-        self.run(whole, segments, (cos, sin, places), ids)
+        turns = self._rotary.at(positions, end_of(segments))
+        self.run(whole, segments, turns, ids)
         if rows and whole < last:
-            self.run(last, [one for one in segments if one.start < rows], (cos, sin, places[:rows]), first=before_head)
+            turns = turns._replace(places=turns.places[:rows])
+            self.run(last, [one for one in segments if one.start < rows], turns, first=before_head)
         return partial(tensor_in, logits, self._vocab_size)
 
     def build(self) -> list[Step]:

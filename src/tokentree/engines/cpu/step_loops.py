@@ -59,8 +59,7 @@ class ForwardCall(NamedTuple):
     rest: int  # see `threads.rest`
     num_steps: int
     steps: int  # int64[num_steps, STEP]
-    counters: int  # int64[num_steps, COUNTERS]
-    segments: int  # `SegmentRows`[num_segments]
+    counters: int  # int64[num_steps, COUNTERS], zeros
     num_segments: int
     cos: int  # bfloat16[positions, width]
     sin: int
@@ -156,6 +155,7 @@ _KINDS: dict[int, type[tuple[Any, ...]]] = {
 }  # fmt: skip
 RECORDS = {number: record(kind) for number, kind in _KINDS.items()}  # of each kind of step
 
+FORWARD_BYTES = record(ForwardCall).itemsize
 forward_at, norm_at, prepare_at, rotary_at, attend_at, copy_at, embed_at, best_at = (
     record_at(kind)
     for kind in (ForwardCall, NormStep, PrepareStep, RotaryStep, AttendStep, CopyStep, EmbedStep, BestStep)
@@ -167,13 +167,13 @@ forward_at, norm_at, prepare_at, rotary_at, attend_at, copy_at, embed_at, best_a
 
 @functools.cache
 def forward_worker() -> Any:
-    """What each thread runs; it is told a `ForwardCall`."""
+    """What each thread runs; it is told a `ForwardCall`, and `SegmentRows` of each segment."""
 
     @cfunc(WORKER, cache=True)
     def worker(arguments):
         call = forward_at(address_of(arguments))
         rows, threads, yields = call.rows, call.threads, call.rest
-        kv = segments_at(call.segments, call.num_segments)
+        kv = segments_at(address_of(arguments) + FORWARD_BYTES, call.num_segments)
         for i in range(call.num_steps):
             kind, step = int64_at(call.steps + 8 * STEP * i, 1)[0], call.steps + 8 * STEP * i + 8
             counter = call.counters + 8 * COUNTERS * i

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -57,7 +57,7 @@ from tokentree.tree import Ints
 
 Step = tuple[int, tuple[Any, ...]]  # its kind, and what it is told: a `NamedTuple`, see `RECORDS`
 LOGITS, VALUES, TOKENS, SUMS = (1 + BestStep._fields.index(name) for name in ("logits", "values", "tokens", "sums"))
-NOTHING = np.empty(0, np.float32)
+NOTHING, NO_IDS = np.empty(0, np.float32), np.empty(0, np.int64)
 
 
 class Heads(Protocol):
@@ -93,6 +93,21 @@ class Behind:
     down_proj: Any
 
 
+class Turns(NamedTuple):
+    """Rotary positions of rows.
+
+    Args:
+        cos, sin: addresses of cosines and sines, bfloat16[positions, width].
+        positions: that they are of.
+        places: int64[rows], which of them are the rows'.
+    """
+
+    cos: int
+    sin: int
+    positions: int
+    places: Ints
+
+
 class RotaryTable:
     """Rotary positions, computed once for each position.
 
@@ -103,8 +118,8 @@ class RotaryTable:
     def __init__(self, rotary: nn.Module) -> None:
         self._rotary: Any = rotary
         self._fixed = self.fixed(rotary)
-        self._cos = self._sin = torch.empty(0, 0)
-        self._end = 0  # positions that they are of
+        self._kept = torch.empty(0, 0), torch.empty(0, 0)
+        self._table = 0, 0, 0  # where these lie, and of how many positions they are
 
     @staticmethod
     def fixed(rotary: nn.Module) -> bool:
@@ -115,19 +130,19 @@ class RotaryTable:
             return bool(own.config.rope_parameters["short_factor"] == own.config.rope_parameters["long_factor"])
         return kind != "dynamic"
 
-    def at(self, positions: Ints, end: int) -> tuple[torch.Tensor, torch.Tensor, Ints]:
-        """Cosines and sines, bfloat16[n, width], and which of them are those of ``positions`` int64[rows], all below
-        ``end``."""
+    def at(self, positions: Ints, end: int) -> Turns:
+        """What rows are turned by at ``positions`` int64[rows], all below ``end``. It holds until the next call."""
         if not self._fixed:
-            return *self._computed(torch.from_numpy(positions)), np.arange(len(positions))
-        if end > self._end:
-            self._end = max(1024, 1 << (end - 1).bit_length())
-            self._cos, self._sin = self._computed(torch.arange(self._end))
-        return self._cos, self._sin, positions
+            self._compute(torch.from_numpy(positions))
+            return Turns(*self._table, np.arange(len(positions)))
+        if end > self._table[2]:
+            self._compute(torch.arange(max(1024, 1 << (end - 1).bit_length())))
+        return Turns(*self._table, positions)
 
-    def _computed(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _compute(self, positions: torch.Tensor) -> None:
         cos, sin = self._rotary(torch.empty(0, dtype=torch.bfloat16), positions[None])
-        return cos[0].contiguous(), sin[0].contiguous()
+        self._kept = cos[0].contiguous(), sin[0].contiguous()
+        self._table = self._kept[0].data_ptr(), self._kept[1].data_ptr(), len(positions)
 
 
 class Steps:
@@ -164,6 +179,8 @@ class Steps:
         self._scales, self._totals = (self.room(self._widest // 32, torch.float32) for _ in range(2))
         steps = self.build()
         self._steps = np.zeros((len(steps), STEP), np.int64)  # a step's kind, then its fields
+        self._counters = np.zeros((len(steps), COUNTERS), np.int64)
+        self._addresses = self._steps.ctypes.data, self._counters.ctypes.data
         for row, (kind, fields) in zip(self._steps, steps, strict=True):
             row[0], dtype = kind, RECORDS[kind]
             told = row[1 : 1 + dtype.itemsize // 8].view(dtype)
@@ -178,39 +195,33 @@ class Steps:
         return self._memory[-1]
 
     def run(
-        self, count: int, segments: SequenceOf[Segment], rotary: tuple[torch.Tensor, torch.Tensor, Ints],
-        ids: Ints | None = None, first: int = 0,
+        self, count: int, segments: SequenceOf[Segment], turns: Turns, ids: Ints = NO_IDS, first: int = 0
     ) -> None:  # fmt: skip
-        """Runs steps ``first`` to ``count`` on rows with these rotary positions, see `RotaryTable.at`.
+        """Runs steps ``first`` to ``count`` on rows that are turned so.
 
         Args:
             ids: int64[rows], if a step reads the tokens.
+            first: the first of them.
 
         Raises:
             IndexError: if one of them is none of the embedding's, or a row or a position is none of those that there
                 is room for.
             ModelError: if the KV of a segment has other sizes than the steps.
         """
-        cos, sin, places = rotary
-        rows = len(places)
-        if rows > self._capacity or not _within(places, len(cos)):
-            raise IndexError(f"there is room for {self._capacity} rows, and positions up to {len(cos)}")
+        rows = len(turns.places)
         self._check(segments, rows)
-        if ids is not None and self._tokens and not _within(ids, self._tokens):
+        fits, known, places_at, ids_at = _begin(self._counters, turns.places, turns.positions, ids, self._tokens)
+        if rows > self._capacity or not fits:
+            raise IndexError(f"there is room for {self._capacity} rows, and positions up to {turns.positions}")
+        if not known:
             raise IndexError(f"a token id is outside the embedding of {self._tokens}")
-        for segment in segments:
-            segment.windows |= self._windows
-        table = np.array([segment.described(0) for segment in segments], np.int64)
-        counters = np.zeros((count, COUNTERS), np.int64)
-        steps_at, counters_at, table_at, places_at, ids_at = _addresses(
-            self._steps[first:], counters, table, places, places if ids is None else ids
-        )
+        steps_at, counters_at = self._addresses
         call = ForwardCall(
-            rows=rows, threads=num_threads(), rest=rest(), num_steps=count - first, steps=steps_at,
-            counters=counters_at, segments=table_at, num_segments=len(table), cos=cos.data_ptr(), sin=sin.data_ptr(),
-            places=places_at, ids=0 if ids is None else ids_at,
+            rows=rows, threads=num_threads(), rest=rest(), num_steps=count - first, steps=steps_at + 8 * STEP * first,
+            counters=counters_at, num_segments=len(segments), cos=turns.cos, sin=turns.sin, places=places_at,
+            ids=ids_at,
         )  # fmt: skip
-        run(forward_worker(), call)
+        run(forward_worker(), [*call, *(number for segment in segments for number in segment.described(0))])
 
     def _check(self, segments: SequenceOf[Segment], rows: int) -> None:
         """See `run`."""
@@ -221,6 +232,7 @@ class Steps:
                 for layer, sizes in self._stored.items():
                     segment.kv.layout.check(layer, *sizes)
                 self._fitting = segment.kv.layout
+            segment.windows |= self._windows
 
     def _at(self, tensor: torch.Tensor, dtype: torch.dtype, *sizes: int) -> int:
         """The address of a tensor of these sizes, which is kept as long as the steps are."""
@@ -359,9 +371,14 @@ class Steps:
 
 
 @njit(cache=True)
-def _addresses(steps: Ints, counters: Ints, segments: Ints, places: Ints, ids: Ints) -> tuple[int, int, int, int, int]:
-    """Where these lie."""
-    return steps.ctypes.data, counters.ctypes.data, segments.ctypes.data, places.ctypes.data, ids.ctypes.data
+def _begin(counters: Ints, places: Ints, end: int, ids: Ints, tokens: int) -> tuple[bool, bool, int, int]:
+    """Sets ``counters`` to 0. Whether all ``places`` lie before ``end``, and all ``ids`` before ``tokens``, where these
+    are looked up; and where places and ids lie, 0 where there are no ids."""
+    counters[:] = 0
+    known = not len(ids) or not tokens or _within(ids, tokens)
+    # of an unsigned and a signed integer numba would make a float
+    ids_at: int = np.int64(ids.ctypes.data) if len(ids) else 0  # type: ignore[assignment]
+    return _within(places, end), known, places.ctypes.data, ids_at
 
 
 @njit(cache=True)
@@ -375,7 +392,7 @@ def _write_to(
     last[1, SUMS] = sums.ctypes.data if len(sums) else 0
 
 
-@njit(cache=True)
+@njit
 def _within(numbers: Ints, end: int) -> bool:
     """Whether there are any, all from 0 to below ``end``."""
     for number in numbers:
