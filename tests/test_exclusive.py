@@ -312,6 +312,7 @@ STATES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 }
 FAMILIES = [
     ("llama", torch.bfloat16, True),
+    ("gemma3", torch.bfloat16, True),
     ("llama", torch.float32, False),
     ("gemma2", torch.bfloat16, False),
     ("gemma3", torch.float32, False),

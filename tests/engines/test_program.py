@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tests.tiny_models import VOCAB, WINDOW, request, some_tokens, some_tree, tiny
+from tests.tiny_models import VOCAB, WINDOW, full_logits, request, some_tokens, some_tree, tiny
+from tokentree import LLM, SamplingParams
 from tokentree.engines.base import KEPT, Engine
 from tokentree.engines.cpu.families.gemma3 import Gemma3
 from tokentree.engines.cpu.families.names import FAMILIES as STACKS
@@ -50,6 +51,20 @@ def test_it_says_what_the_modules_say(
     assert isinstance(program, ProgramEngine)
     assert isinstance(modules, ModulesEngine)
     assert torch.equal(logits_of(program), logits_of(modules))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_ids_are_plain_s_and_those_that_transformers_tells(family: str) -> None:
+    model, prompts, params = wide(family), [some_tokens(20), some_tokens(3, 1)], SamplingParams(max_tokens=30)
+    llm = LLM(model, "recycling", shape="3x2x1")
+    texts = [result.token_ids for result in llm.generate(prompts, params)]
+    assert llm.engine.execution == "one call"
+    assert texts == [result.token_ids for result in llm.plain().generate(prompts, params)]
+    for prompt, ids in zip(prompts, texts, strict=True):
+        said = full_logits(model, [*prompt, *ids])[len(prompt) - 1 : -1]
+        behind = said.amax(-1) - said[torch.arange(len(ids)), torch.tensor(ids)]
+        assert float(behind.max()) <= 0.05 * float(said.std())  # a tie, in bfloat16
+        assert int((behind == 0).sum()) >= 0.9 * len(ids)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
