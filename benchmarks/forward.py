@@ -87,7 +87,7 @@ def main() -> None:
     for name, engine in engines.items():
         if name == "graph":
             continue
-        parts = engine._model if isinstance(engine, ModelEngine) else engine._program.llama
+        parts = engine._model if isinstance(engine, ModelEngine) else engine._program.stack
         packed = [m for m in parts.modules() if isinstance(m, PackedLinear | QuantizedLinear)]
         own_weights = {weight.data_ptr(): weight.nbytes for weight in model.parameters()}
         weights = sum(layer.weight.nbytes for layer in packed) or sum(own_weights.values())

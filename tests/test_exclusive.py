@@ -312,6 +312,7 @@ STATES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 }
 FAMILIES = [
     ("llama", torch.bfloat16, True),
+    ("gemma3", torch.bfloat16, True),
     ("llama", torch.float32, False),
     ("gemma2", torch.bfloat16, False),
     ("gemma3", torch.float32, False),
@@ -478,7 +479,7 @@ def test_weights_that_don_t_fit_each_other_are_refused_before_a_loop_reads_them(
     engine = TorchEngine(one_call())
     assert isinstance(engine, ProgramEngine)
     program = engine._program
-    change(program.llama)
+    change(program.stack)
     program._capacity = 0  # so that the steps are built again
     with pytest.raises(ModelError):
         engine.prefill(request(some_tokens(9)))

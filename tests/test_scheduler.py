@@ -42,6 +42,7 @@ TABLE = random_table(VOCAB, 2, seed=1, sharpness=2.0)
 
 ENGINES: dict[str, Callable[[], KVEngine]] = {
     "one call": lambda: TorchEngine(tiny("llama", torch.bfloat16, hidden_size=64, intermediate_size=96)),
+    "gemma3": lambda: TorchEngine(tiny("gemma3", torch.bfloat16, hidden_size=64, intermediate_size=96)),
     "llama": lambda: TorchEngine(tiny("llama")),
     "gemma2": lambda: TorchEngine(tiny("gemma2", torch.bfloat16)),
     "gpt2": lambda: TorchEngine(tiny("gpt2")),

@@ -361,7 +361,7 @@ def parts_of(engine: KVEngine) -> list[nn.Module]:
     if isinstance(engine, ModelEngine):
         return list(engine._model.modules())
     assert isinstance(engine, ProgramEngine)
-    return list(engine._program.llama.modules())
+    return list(engine._program.stack.modules())
 
 
 def kv_engine(llm: LLM) -> KVEngine:

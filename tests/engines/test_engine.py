@@ -462,13 +462,14 @@ def test_an_engine_that_owns_its_model_lets_go_of_the_linear_weights_and_says_th
     assert tied.get_input_embeddings().weight.shape == (VOCAB, 48)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize("quantization", [None, "int8"])
-def test_an_embedding_that_is_the_output_layer_too_is_kept_once(quantization: str | None) -> None:
+def test_an_embedding_that_is_the_output_layer_too_is_kept_once(quantization: str | None, family: str) -> None:
     tokens = some_tokens(20)
     tree = some_tree(tokens[-1], 9)
     texts = []
     for owned in (False, True):
-        model = tiny("llama", torch.bfloat16, tie_word_embeddings=True, vocab_size=128, **WIDER)
+        model = tiny(family, torch.bfloat16, tie_word_embeddings=True, vocab_size=128, **WIDER)
         engine = TorchEngine(model, "tree", owned, quantization)
         texts.append(verified(engine, request(tokens), tree))
         kept = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
@@ -480,7 +481,7 @@ def test_an_embedding_that_is_the_output_layer_too_is_kept_once(quantization: st
 def test_an_embedding_that_does_more_than_look_up_keeps_its_weight() -> None:
     tokens, options = some_tokens(20), {"vocab_size": 128, "tie_word_embeddings": True, **WIDER}
     tree = some_tree(tokens[-1], 9)
-    shared, owned = (tiny("gemma3", torch.bfloat16, **options) for _ in range(2))
+    shared, owned = (tiny("gemma2", torch.bfloat16, **options) for _ in range(2))
     expected = verified(TorchEngine(shared, "tree"), request(tokens), tree)
     assert torch.equal(verified(TorchEngine(owned, "tree", owns_model=True), request(tokens), tree), expected)
     assert owned.get_input_embeddings().weight.shape == (128, 64)

@@ -80,9 +80,10 @@ def test_the_last_ones_are_what_the_output_layer_reads(family: str) -> None:
     assert float((again - out.all_logits).abs().max()) < 1e-4 * float(out.all_logits.std())
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3"])
 @pytest.mark.parametrize("quantization", [None, "int8"])
-def test_a_program_has_them_too(quantization: str | None) -> None:
-    model = tiny("qwen2", torch.bfloat16, **WIDE)
+def test_a_program_has_them_too(quantization: str | None, family: str) -> None:
+    model = tiny(family, torch.bfloat16, **WIDE)
     engine = TorchEngine(model, quantization=quantization)
     assert isinstance(engine, ProgramEngine)
     features, seq = engine.capture(), request(some_tokens(20))

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tests.tiny_models import VOCAB, request, some_tokens, some_tree, tiny
+from tests.tiny_models import VOCAB, WINDOW, full_logits, request, some_tokens, some_tree, tiny
+from tokentree import LLM, SamplingParams
 from tokentree.engines.base import KEPT, Engine
+from tokentree.engines.cpu.families.gemma3 import Gemma3
+from tokentree.engines.cpu.families.names import FAMILIES as STACKS
+from tokentree.engines.cpu.families.names import family_of
 from tokentree.engines.cpu.linear import PackedLinear
-from tokentree.engines.cpu.llama import Llama
 from tokentree.engines.cpu.packing import Packing
-from tokentree.engines.cpu.step_loops import ATTEND, BEST, MULTIPLY, NORM
+from tokentree.engines.cpu.step_loops import ATTEND, BEST, MULTIPLY, NORM, NORM_ONCE
 from tokentree.engines.modules import ModulesEngine
 from tokentree.engines.program import ProgramEngine
 from tokentree.engines.torch import TorchEngine
@@ -21,7 +26,8 @@ from tokentree.kernels.topk import top_logits
 from tokentree.tree import TokenTree
 
 AS_IT_IS = Packing(PackedLinear)
-FAMILIES = ["llama", "mistral", "qwen2"]
+LAYERS = ["sliding_attention", "full_attention"]
+FAMILIES = {"llama": "llama", "mistral": "llama", "qwen2": "llama", "qwen3": "qwen3", "gemma3": "gemma3"}
 
 
 def wide(family: str = "llama") -> PreTrainedModel:
@@ -40,18 +46,37 @@ def test_it_says_what_the_modules_say(
     family: str, quantization: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     program = TorchEngine(wide(family), quantization=quantization)
-    monkeypatch.setattr(Llama, "fits", staticmethod(lambda *_: False))
+    monkeypatch.setattr("tokentree.engines.prepared.family_of", lambda *_: None)
     modules = TorchEngine(wide(family), quantization=quantization)
     assert isinstance(program, ProgramEngine)
     assert isinstance(modules, ModulesEngine)
-    got, expected = logits_of(program).float(), logits_of(modules).float()
-    assert got.shape == expected.shape
-    assert float((got - expected).square().mean().sqrt()) < 0.02 * float(expected.std())
+    assert torch.equal(logits_of(program), logits_of(modules))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_ids_are_plain_s_and_those_that_transformers_tells(family: str) -> None:
+    model, prompts, params = wide(family), [some_tokens(20), some_tokens(3, 1)], SamplingParams(max_tokens=30)
+    llm = LLM(model, "recycling", shape="3x2x1")
+    texts = [result.token_ids for result in llm.generate(prompts, params)]
+    assert llm.engine.execution == "one call"
+    assert texts == [result.token_ids for result in llm.plain().generate(prompts, params)]
+    for prompt, ids in zip(prompts, texts, strict=True):
+        said = full_logits(model, [*prompt, *ids])[len(prompt) - 1 : -1]
+        behind = said.amax(-1) - said[torch.arange(len(ids)), torch.tensor(ids)]
+        assert float(behind.max()) <= 0.05 * float(said.std())  # a tie, in bfloat16
+        assert int((behind == 0).sum()) >= 0.9 * len(ids)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_is_of_one_family(family: str) -> None:
+    fitting = [name for name, stack in STACKS.items() if stack.fits(wide(family), AS_IT_IS)]
+    assert fitting == [FAMILIES[family]]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_threads_change_no_bit(count: int) -> None:
-    engine, before = TorchEngine(wide()), torch.get_num_threads()
+def test_threads_change_no_bit(count: int, family: str) -> None:
+    engine, before = TorchEngine(wide(family)), torch.get_num_threads()
     expected = logits_of(engine)
     torch.set_num_threads(count)
     got = logits_of(engine)
@@ -80,8 +105,9 @@ def test_the_most_probable_tokens_are_found_in_the_call() -> None:
     assert out.best_known[1].tolist() == ids.tolist()
 
 
-def test_room_grows_for_more_rows_than_there_were_without_a_change() -> None:
-    engine = TorchEngine(wide())
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_room_grows_for_more_rows_than_there_were_without_a_change(family: str) -> None:
+    engine = TorchEngine(wide(family))
     expected = logits_of(engine)
     seq, many = request(some_tokens(3)), TokenTree.chain(1, some_tokens(150))
     engine.prefill(seq)
@@ -103,28 +129,71 @@ def test_a_token_that_there_isn_t_is_refused_before_memory_is_read(token: int) -
     assert len(engine.verify([seq], [TokenTree.chain(1, [VOCAB - 1])]).all_logits) == 2
 
 
-def test_a_prefill_ends_at_the_last_layer_s_kv() -> None:
-    engine = TorchEngine(wide())
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prefill_ends_at_the_last_layer_s_kv(family: str) -> None:
+    engine = TorchEngine(wide(family))
     assert isinstance(engine, ProgramEngine)
     program = engine._program
     behind = program._steps[program._up_to_kv :, 0].tolist()
     assert behind[0] == ATTEND
     assert behind.count(ATTEND) == 1
-    assert behind[-3:] == [NORM, MULTIPLY, BEST]
+    assert behind[-3:] == [NORM_ONCE if family == "gemma3" else NORM, MULTIPLY, BEST]
 
 
-@pytest.mark.parametrize("part", ["model.layers.1.mlp", "model.norm", "lm_head"])
-def test_a_model_that_someone_listens_to_or_changed_is_left_to_transformers(part: str) -> None:
-    model = wide()
-    assert Llama.fits(model, AS_IT_IS)
+CHANGED = [
+    *(("llama", part) for part in ("model.layers.1.mlp", "model.norm", "lm_head")),
+    ("qwen3", "model.layers.1.self_attn.k_norm"),
+    *(("gemma3", f"model.{part}") for part in ("layers.1.self_attn.q_norm", "layers.0.pre_feedforward_layernorm")),
+    ("gemma3", "model.embed_tokens"),
+]
+
+
+@pytest.mark.parametrize(("family", "part"), CHANGED)
+def test_a_model_that_someone_listens_to_or_changed_is_left_to_transformers(family: str, part: str) -> None:
+    model = wide(family)
+    assert family_of(model, AS_IT_IS) is not None
     handle = model.get_submodule(part).register_forward_hook(lambda *_: None)
-    assert not Llama.fits(model, AS_IT_IS)
+    assert family_of(model, AS_IT_IS) is None
     handle.remove()
     parent, _, name = part.rpartition(".")
     setattr(model.get_submodule(parent), name, nn.Identity())
-    assert not Llama.fits(model, AS_IT_IS)
+    assert family_of(model, AS_IT_IS) is None
 
 
 def test_a_model_of_another_family_is_left_to_transformers() -> None:
-    assert not Llama.fits(wide("gemma2"), AS_IT_IS)
-    assert not Llama.fits(tiny("llama"), AS_IT_IS)
+    assert family_of(wide("gemma2"), AS_IT_IS) is None
+    assert family_of(tiny("llama"), AS_IT_IS) is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"final_logit_softcapping": 30.0},
+        {"hidden_activation": "gelu_new"},
+        {"hidden_activation": "gelu_python_tanh"},
+        {"use_bidirectional_attention": True},
+        {"rope_parameters": {kind: {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0} for kind in LAYERS}},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_what_gemma_3_has_no_steps_for_is_left_to_transformers(options: dict[str, Any]) -> None:
+    own = tiny("gemma3", torch.bfloat16, hidden_size=64, intermediate_size=96, **options)
+    assert family_of(own, AS_IT_IS) is None
+
+
+def test_positions_turn_as_gemma_3_s_own_do_in_each_kind_of_layer() -> None:
+    rope = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    }
+    own: Any = tiny("gemma3", torch.bfloat16, hidden_size=64, intermediate_size=96, rope_parameters=rope)
+    rotaries, tables = Gemma3.turns(own)
+    at, like = torch.arange(50)[None], torch.empty(0, dtype=torch.bfloat16)
+    for kind, table in zip(own.config.layer_types, tables, strict=True):
+        for got, expected in zip(rotaries[table](like, at), own.model.rotary_emb(like, at, kind), strict=True):
+            assert torch.equal(got, expected)
+    assert tables == [1, 0]
+    engine = TorchEngine(own)
+    assert isinstance(engine, ProgramEngine)
+    windows = [layer.attention.window for layer in engine._program.stack.layers]
+    assert windows == [WINDOW, None]

@@ -44,31 +44,60 @@ SCALED = {
 
 
 SIZES: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "heads": lambda ready: ready["llama"]["layers"][1]["attention"].update(heads=400),
-    "no kv heads": lambda ready: ready["llama"]["layers"][1]["attention"].update(kv_heads=0),
-    "width": lambda ready: ready["llama"]["layers"][0]["attention"].update(width=1 << 20),
-    "scale": lambda ready: ready["llama"]["layers"][0]["attention"].update(scale=float("nan")),
-    "window": lambda ready: ready["llama"]["layers"][0]["attention"].update(window=-3),
-    "norm": lambda ready: ready["llama"]["norm"].update(weight=torch.ones(8)),
-    "a scale of positions that torch can't multiply by": lambda ready: ready["llama"]["rotary"].update(
+    "heads": lambda ready: ready["stack"]["layers"][1]["attention"].update(heads=400),
+    "no kv heads": lambda ready: ready["stack"]["layers"][1]["attention"].update(kv_heads=0),
+    "width": lambda ready: ready["stack"]["layers"][0]["attention"].update(width=1 << 20),
+    "scale": lambda ready: ready["stack"]["layers"][0]["attention"].update(scale=float("nan")),
+    "window": lambda ready: ready["stack"]["layers"][0]["attention"].update(window=-3),
+    "norm": lambda ready: ready["stack"]["norm"].update(weight=torch.ones(8)),
+    "a scale of positions that torch can't multiply by": lambda ready: ready["stack"]["rotaries"][0].update(
         scale=-(1 << 70)
     ),
-    "epsilon": lambda ready: ready["llama"]["norm"].update(eps=1 << 2000),
-    "flat embedding": lambda ready: ready["llama"]["embedding"].update(
-        weight=ready["llama"]["embedding"]["weight"].flatten()
+    "epsilon": lambda ready: ready["stack"]["norm"].update(eps=1 << 2000),
+    "flat embedding": lambda ready: ready["stack"]["embedding"].update(
+        weight=ready["stack"]["embedding"]["weight"].flatten()
     ),
-    "embedding in another type": lambda ready: ready["llama"]["embedding"].update(
-        weight=ready["llama"]["embedding"]["weight"].float()
+    "embedding in another type": lambda ready: ready["stack"]["embedding"].update(
+        weight=ready["stack"]["embedding"]["weight"].float()
     ),
-    "an embedding that isn't packed": lambda ready: ready["llama"]["embedding"].update(packed=True),
-    "embedding": lambda ready: ready["llama"]["embedding"].update(count=10**6),
-    "frequencies": lambda ready: ready["llama"]["rotary"].update(frequencies=torch.ones(1)),
-    "product": lambda ready: ready["llama"]["layers"][0].update(o_proj=ready["llama"]["layers"][0]["qkv"]),
-    "no layers": lambda ready: ready["llama"].update(layers=[]),
+    "an embedding that isn't packed": lambda ready: ready["stack"]["embedding"].update(packed=True),
+    "embedding": lambda ready: ready["stack"]["embedding"].update(count=10**6),
+    "frequencies": lambda ready: ready["stack"]["rotaries"][0].update(frequencies=torch.ones(1)),
+    "product": lambda ready: ready["stack"]["layers"][0]["attention"].update(
+        o_proj=ready["stack"]["layers"][0]["attention"]["qkv"]
+    ),
+    "more of an attention": lambda ready: ready["stack"]["layers"][0]["attention"].update(forward=1),
+    "table of positions": lambda ready: ready["stack"]["layers"][1].update(table=1),
+    "norms": lambda ready: ready["stack"]["layers"][1]["norms"].pop(),
+    "family": lambda ready: ready.update(family="gemma3"),
+    "no family": lambda ready: ready.update(family="gemma33"),
+    "no layers": lambda ready: ready["stack"].update(layers=[]),
     "context": lambda ready: ready["facts"].update(context="long"),
     "a context below nothing": lambda ready: ready["facts"].update(context=-(1 << 70)),
     "number of layers": lambda ready: ready["facts"].update(num_layers=7),
 }
+
+
+# of Gemma 3, which has more
+OF_GEMMA: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "scale of the embedding": lambda ready: ready["stack"]["embedding"].update(scale=float("inf")),
+    "no scale": lambda ready: ready["stack"]["embedding"].update(scale=None),
+    "table of positions": lambda ready: ready["stack"]["layers"][1].update(table=2),
+    "the other table": lambda ready: ready["stack"]["layers"][0].update(table=0),
+    "one table": lambda ready: ready["stack"]["rotaries"].pop(),
+    "frequencies": lambda ready: ready["stack"]["rotaries"][1].update(frequencies=torch.ones(1)),
+    "no norms of heads": lambda ready: ready["stack"]["layers"][0]["attention"].pop("norms"),
+    "norms of fewer heads": lambda ready: ready["stack"]["layers"][0]["attention"]["norms"].update(
+        weights=torch.ones(3, 16)
+    ),
+    "epsilon of heads": lambda ready: ready["stack"]["layers"][0]["attention"]["norms"].update(eps=float("nan")),
+    "rounding of heads": lambda ready: ready["stack"]["layers"][0]["attention"]["norms"].update(once=2),
+    "gates": lambda ready: ready["stack"]["layers"][0]["mlp"].update(
+        gate_up=ready["stack"]["layers"][0]["attention"]["o_proj"]
+    ),
+    "norms": lambda ready: ready["stack"]["layers"][1]["norms"].pop(),
+    "order of norms": lambda ready: ready["stack"]["layers"][1]["norms"].reverse(),
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +123,7 @@ def twice(model: Path, quantization: str | None = None) -> tuple[KVEngine, KVEng
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("quantization", [None, "int8"])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3"])
 def test_the_second_engine_says_the_same_bit_for_bit(
     family: str, quantization: str | None, tied: bool, tmp_path: Path
 ) -> None:  # fmt: skip
@@ -205,19 +234,25 @@ def test_a_folder_that_changed_is_read_again(tmp_path: Path) -> None:
     twice(folder)
 
 
-@pytest.mark.parametrize("spoilt", ["llama", "settings", "facts", "weight", *SIZES])
-def test_what_is_spoilt_is_made_again(spoilt: str, tmp_path: Path) -> None:
-    folder = saved(tmp_path / "model", tiny("llama", torch.bfloat16, vocab_size=300, **WIDE))
+@pytest.mark.parametrize(
+    ("family", "spoilt"),
+    [
+        *(("llama", part) for part in ["stack", "family of it", "settings", "facts", "weight", *SIZES]),
+        *(("gemma3", part) for part in OF_GEMMA),
+    ],
+)
+def test_what_is_spoilt_is_made_again(family: str, spoilt: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model", tiny(family, torch.bfloat16, vocab_size=300, **WIDE))
     expected = logits_of(twice(folder)[1])
     (file,) = tmp_path.glob("cache/models/*/packed-bfloat16.pt")
     content = torch.load(file, weights_only=True)
     ready = content["layers"][READY]
     if spoilt == "weight":
-        ready["llama"]["layers"][0]["before"]["weight"] *= 3
-    elif spoilt in SIZES:
-        SIZES[spoilt](ready)
+        ready["stack"]["layers"][0]["norms"][0]["weight"] *= 3
+    elif spoilt in (changes := SIZES if family == "llama" else OF_GEMMA):
+        changes[spoilt](ready)
     else:
-        del ready[spoilt]
+        del ready[spoilt.removesuffix(" of it")]
     rewrite(file, content)
     with pytest.warns(UserWarning, match="is damaged: it is made again"):
         engines = twice(folder)

@@ -44,6 +44,15 @@ def test_without_the_exact_ones_the_model_s_own_decide() -> None:
         assert (error <= allowed) is right
 
 
+def test_what_all_logits_of_a_row_have_in_common_counts_for_nothing() -> None:
+    own, shift = {"logits": EXACT + 0.03 * NOISE[1], "exact": EXACT}, torch.arange(6.0)[:, None] - 2
+    for got, right in ((EXACT + shift, True), (EXACT + shift * (torch.arange(400) < 200), False)):
+        error, allowed, _ = compare(own, got, few_bits=False)
+        assert (error <= allowed) is right
+    shifted = {"logits": own["logits"] + 100 * shift, "exact": EXACT + 100 * shift}
+    assert compare(shifted, EXACT, False) == pytest.approx(compare(own, EXACT, False), rel=1e-3, abs=1e-4)
+
+
 def test_a_model_that_fails_by_itself_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = tiny("llama")
 

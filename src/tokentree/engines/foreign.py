@@ -93,9 +93,13 @@ def is_own(kind: type[nn.Module]) -> bool:
 
 def same_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether ``module`` computes as a ``kind`` of transformers does, instruction by instruction."""
-    ours, theirs = (unwrap(each.forward).__code__ for each in (type(module), kind))
-    alike = (ours.co_code, ours.co_names, ours.co_consts) == (theirs.co_code, theirs.co_names, theirs.co_consts)
-    return alike and is_own(type(module)) and is_own(kind)
+    return same_code(type(module).forward, kind.forward) and is_own(type(module)) and is_own(kind)
+
+
+def same_code(one: Any, other: Any) -> bool:
+    """Whether two functions compute the same, instruction by instruction."""
+    ours, theirs = (unwrap(each).__code__ for each in (one, other))
+    return (ours.co_code, ours.co_names, ours.co_consts) == (theirs.co_code, theirs.co_names, theirs.co_consts)
 
 
 def not_in_a_copy(model: PreTrainedModel) -> str | None:

@@ -9,8 +9,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from tokentree.cache import damaged
 from tokentree.engines.cpu.checked import expect, is_count
+from tokentree.engines.cpu.families.names import FAMILIES
+from tokentree.engines.cpu.fused import Kind
 from tokentree.engines.cpu.linear import PackedLinear
-from tokentree.engines.cpu.llama import Kind, Llama
 from tokentree.engines.cpu.packed_file import Place, kept
 from tokentree.engines.cpu.program import Program
 from tokentree.engines.cpu.quantized import QuantizedLinear
@@ -40,16 +41,16 @@ class ReadyEngine(ProgramEngine):
     def __init__(self, found: dict[str, dict[str, Any]], quantization: str | None, prefix_bytes: int) -> None:
         ready, own = found[READY], found[OWN]
         kind: Kind = QuantizedLinear if quantization else PackedLinear
-        program = Program(Llama.of_state(ready["llama"], kind))
-        settings, facts, llama = ready["settings"], _facts(ready["facts"]), program.llama
+        stack = FAMILIES[ready["family"]].of_state(ready["stack"], kind)
+        settings, facts = ready["settings"], _facts(ready["facts"])
         shapes = tuple((heads, keys, values) for heads, keys, values in own["shapes"].tolist())
         sizes = tuple(
-            (layer.attention.kv_heads, layer.attention.width, layer.attention.width) for layer in llama.layers
+            (layer.attention.kv_heads, layer.attention.width, layer.attention.width) for layer in stack.layers
         )
-        expect("a model", shapes == sizes, own["logits"].shape[1] == llama.head.num_outputs)
-        expect("a model", (facts.num_layers, facts.hidden_size) == (len(sizes), len(llama.norm.weight)))
+        expect("a model", shapes == sizes, own["logits"].shape[1] == stack.head.num_outputs)
+        expect("a model", (facts.num_layers, facts.hidden_size) == (len(sizes), stack.hidden_size))
         super().__init__(
-            program, facts, own, lambda: config_of(settings), quantization, prefix_bytes, Unwatched(facts.ends)
+            Program(stack), facts, own, lambda: config_of(settings), quantization, prefix_bytes, Unwatched(facts.ends)
         )  # fmt: skip
         self._check_trees(own)
 

@@ -39,7 +39,7 @@ class Traits:
         supports_sdpa: whether transformers has torch's attention for it.
         has_softcap: whether its attention caps scores, which torch's can't.
         ours_alone: what it does, in words, that is right for a tree in our attention on CPUs alone.
-        one_call: whether its layers are Llama's, as they came, and can be packed: see `Llama.fits`.
+        one_call: whether it is of a family, as it came, whose forward is one compiled call: see `families`.
         recurrent: whether it has recurrent states, which are rolled back on CPUs alone.
         runs_more: whether hooks or replaced forwards run with it.
         has_kernels: whether kernels of our own run all of it on a GPU.

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tokentree.engines.cpu.attending import adapt, attended
+from tokentree.engines.cpu.families.names import family_of, name_of
+from tokentree.engines.cpu.families.stack import Stack
 from tokentree.engines.cpu.linear import PackedLinear
-from tokentree.engines.cpu.llama import Llama
 from tokentree.engines.cpu.packed_file import KeptPacking, Place
 from tokentree.engines.cpu.packing import GgufPacking, Packing
 from tokentree.engines.cpu.prepare import in_float32, pack, private_copy, set_attention
@@ -103,8 +104,7 @@ class Prepared:
         )  # fmt: skip
         if known.unsupported is not None:
             return known
-        one_call = self.device.type == "cpu" and Llama.fits(self.copy, Packing(self._kind))
-        runs = replace(known, one_call=one_call, runs_more=runs_more(self.copy))
+        runs = replace(known, one_call=self.family is not None, runs_more=runs_more(self.copy))
         if self.device.type != "cuda":
             return runs
         reason, none = self.without_kernels, self.without_any_kernels
@@ -113,6 +113,11 @@ class Prepared:
             runs, has_kernels=reason is None, without_kernels=reason or "",
             has_module_kernels=reason is not None and modules,
         )  # fmt: skip
+
+    @functools.cached_property
+    def family(self) -> type[Stack] | None:
+        """The one whose forward is one compiled call, if the model, as it came, is of one."""
+        return family_of(self.copy, Packing(self._kind)) if self.device.type == "cpu" else None
 
     @functools.cached_property
     def without_any_kernels(self) -> str | None:
@@ -197,22 +202,23 @@ class Prepared:
     def pack(self) -> None:
         """Exchanges modules of the copy for packed and fused ones, once."""
         if not self._packed:
-            pack(self.copy, self.packing, self.owned, whole=False)
+            pack(self.copy, self.packing, self.owned)
             self.packing.keep()
             self._packed = True
 
     def program(self) -> Program:
         """The whole forward as a program, for a model with the trait `one_call`; the copy can't run by itself then."""
-        program = pack(self.copy, self.packing, self.owned, whole=True)
-        assert program is not None
-        self.packing.remember(READY, lambda: self._state(program))
+        assert self.family is not None
+        pack(self.copy, self.packing, self.owned, self.family)
+        stack = self.family.of(self.copy)
+        self.packing.remember(READY, lambda: self._state(stack))
         self.packing.keep()
-        return program
+        return Program(stack)
 
-    def _state(self, program: Program) -> dict[str, Any] | None:
+    def _state(self, stack: Stack) -> dict[str, Any] | None:
         """What a `ReadyEngine` is made of the next time."""
-        llama = program.llama.state()
-        return llama and {"facts": asdict(self.facts), "settings": settings_of(self.config), "llama": llama}
+        state, about = stack.state(), {"facts": asdict(self.facts), "settings": settings_of(self.config)}
+        return state and {**about, "family": name_of(stack), "stack": state}
 
     def finish(self) -> None:
         """An engine is made of it: from now on the model must stay as it is.

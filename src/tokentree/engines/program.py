@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class ProgramEngine(KVEngine):
-    """Verifies trees by a `Program`: on a CPU, for models of Llama's layers.
+    """Verifies trees by a `Program`: on a CPU, for models of the families that have one.
 
     Args:
         program: the forward.
@@ -80,7 +80,7 @@ class ProgramEngine(KVEngine):
         self._program.capture(places)
 
     def _outer_layers(self) -> tuple[Any, Any]:
-        return self._program.llama.embedding, self._program.llama.head
+        return self._program.stack.embedding, self._program.stack.head
 
     def _check_windows(self, windows: set[int | None]) -> None:
         if windows != set(self.facts.windows.values()):

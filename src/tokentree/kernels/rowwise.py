@@ -5,16 +5,41 @@ there is rounded here. Arrays of int16 hold bfloat16."""
 
 from __future__ import annotations
 
+import math
+
 import numba
 import numpy as np
 
 from tokentree.kernels.bfloat16 import exponentials, narrow, widen
 from tokentree.kernels.tile import LANES
 
+STRIP = 512  # numbers of a row that are gated at a time, so that they stay in the nearest cache
+TWICE_ROOT, CUBE = np.float32(2 * math.sqrt(2 / math.pi)), np.float32(0.044715)  # of GELU's approximation by tanh
+
 
 @numba.njit
 def normalize(bits, weight, eps, result):
     """RMS norm as Llama has it: x * rsqrt(mean(x ** 2) + eps) in float32, rounded, times the weight."""
+    x = _by_root_mean_square(bits, eps)
+    narrow(x, result)
+    widen(result, x)
+    for i in range(len(x)):
+        x[i] *= weight[i]
+    narrow(x, result)
+
+
+@numba.njit
+def normalize_once(bits, weight, eps, result):
+    """RMS norm as Gemma has it: x * rsqrt(mean(x ** 2) + eps) * weight in float32, rounded once."""
+    x = _by_root_mean_square(bits, eps)
+    for i in range(len(x)):
+        x[i] *= weight[i]
+    narrow(x, result)
+
+
+@numba.njit
+def _by_root_mean_square(bits, eps):
+    """float32 x * rsqrt(mean(x ** 2) + eps)."""
     width = len(bits)
     x, lanes = np.zeros(-(-width // LANES) * LANES, np.float32), np.zeros(LANES, np.float32)
     widen(bits, x[:width])
@@ -27,11 +52,7 @@ def normalize(bits, weight, eps, result):
     factor = np.float32(1) / np.sqrt(total / np.float32(width) + eps)
     for i in range(width):
         x[i] *= factor
-    narrow(x[:width], result)
-    widen(result, x[:width])
-    for i in range(width):
-        x[i] *= weight[i]
-    narrow(x[:width], result)
+    return x[:width]
 
 
 @numba.njit
@@ -42,6 +63,16 @@ def add(bits, more):
     widen(more, y)
     for i in range(len(x)):
         x[i] += y[i]
+    narrow(x, bits)
+
+
+@numba.njit
+def scale(bits, factor):
+    """``bits`` *= ``factor``, rounded."""
+    x = np.empty(len(bits), np.float32)
+    widen(bits, x)
+    for i in range(len(x)):
+        x[i] *= factor
     narrow(x, bits)
 
 
@@ -78,6 +109,28 @@ def swiglu(g, u, scratch, result):
     for i in range(len(g)):
         g[i] *= u[i]
     narrow(g, result)
+
+
+@numba.njit
+def geglu(bits, result):
+    """gelu(g) * u by tanh's approximation, each step rounded; ``bits`` are those of g, then those of u."""
+    width, scratch = len(result), np.empty((3, STRIP), np.float32)
+    for start in range(0, width, STRIP):
+        end = min(start + STRIP, width)
+        g, u, power = scratch[0, : end - start], scratch[1, : end - start], scratch[2, : end - start]
+        into = result[start:end]
+        widen(bits[start:end], g)
+        widen(bits[width + start : width + end], u)
+        for i in range(len(g)):  # (1 + tanh(x)) / 2 = 1 / (1 + exp(-2 x))
+            power[i] = -TWICE_ROOT * (g[i] + CUBE * g[i] * g[i] * g[i])
+        exponentials(power)
+        for i in range(len(g)):
+            g[i] /= np.float32(1) + power[i]
+        narrow(g, into)
+        widen(into, g)
+        for i in range(len(g)):
+            g[i] *= u[i]
+        narrow(g, into)
 
 
 @numba.njit

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig
+from transformers import Gemma3TextConfig, LlamaConfig
+from transformers.models.gemma3.modeling_gemma3 import Gemma3MLP, Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from tests.tiny_models import parts_of, tiny
-from tokentree.engines.cpu.fused import FusedAttention, FusedMLP, FusedNorm
+from tokentree.engines.cpu.fused import FusedAttention, FusedMLP, FusedNorm, GeluMLP, GemmaNorm, NormedAttention, _geglu
 from tokentree.engines.cpu.linear import PackedLinear
 from tokentree.engines.cpu.packing import Packing
 from tokentree.engines.cpu.quantized import QuantizedLinear
@@ -31,6 +33,11 @@ def mlp(width: int, inner: int, bias: bool = False, act: str = "silu") -> nn.Mod
     config = LlamaConfig(hidden_size=width, intermediate_size=inner, mlp_bias=bias, hidden_act=act)
     torch.manual_seed(0)
     return LlamaMLP(config).bfloat16()
+
+
+def gelu_mlp(width: int, inner: int, act: str = "gelu_pytorch_tanh") -> nn.Module:
+    torch.manual_seed(0)
+    return Gemma3MLP(Gemma3TextConfig(hidden_size=width, intermediate_size=inner, hidden_activation=act)).bfloat16()
 
 
 def assert_steady(module: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> None:
@@ -71,6 +78,44 @@ def test_an_mlp_is_llama_s(width: int, inner: int, bias: bool) -> None:
         assert_steady(fused, x)
 
 
+@pytest.mark.parametrize("width", [8, 40, 576])
+def test_a_norm_is_gemma_s(width: int) -> None:
+    own = Gemma3RMSNorm(width, eps=1e-6).bfloat16()
+    own.weight.data = rows(1, width)[0, 0]
+    assert GemmaNorm.fits(own)
+    assert not FusedNorm.fits(own)
+    fused, x = GemmaNorm(own), rows(13, width)
+    assert_within_rounding(fused(x), own(x), 1)
+    assert (fused(x) == own(x)).float().mean() > 0.995  # rounded once, so that hardly any differs
+    assert_steady(fused, x)
+
+
+@pytest.mark.parametrize(("width", "inner"), [(32, 32), (64, 160), (576, 1536)])
+def test_an_mlp_is_gemma_s(width: int, inner: int) -> None:
+    own, x = gelu_mlp(width, inner), rows(13, width)
+    with torch.inference_mode():
+        expected = own(x)
+        assert GeluMLP.fits(own, AS_IT_IS)
+        assert not FusedMLP.fits(own, AS_IT_IS)
+        fused = GeluMLP(own, AS_IT_IS)
+        assert_within_rounding(fused(x), expected, 2)
+        fused.down_proj = PackedLinear(own.down_proj.weight, None)  # type: ignore[union-attr, arg-type]
+        assert_steady(fused, x)
+
+
+@pytest.mark.parametrize("width", [16, 1040])  # one strip, and more with a part of one at the end
+def test_gates_are_those_of_the_mathematics(width: int) -> None:
+    g = torch.linspace(-12, 12, width).bfloat16()
+    u = rows(1, width)[0, 0]
+    got = torch.empty(width, dtype=torch.bfloat16)
+    _geglu(torch.cat([g, u])[None].view(torch.int16).numpy(), got[None].view(torch.int16).numpy())
+    wide = g.double()
+    exact = wide * (2 * math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)).sigmoid()
+    expected = exact.bfloat16().double() * u.double()
+    assert torch.allclose(got.double(), expected, rtol=2**-7, atol=1e-30)
+    assert (got == expected.bfloat16())[g > -8].float().mean() > 0.99
+
+
 def test_an_mlp_in_8_bits_is_nearly_llama_s() -> None:
     own, x = mlp(576, 1536), rows(13, 576)
     with torch.inference_mode():
@@ -91,6 +136,25 @@ def test_what_only_looks_like_such_a_module_is_left_alone() -> None:
     assert not FusedNorm.fits(LlamaRMSNorm(8))
     assert not FusedNorm.fits(nn.LayerNorm(8).bfloat16())
     assert not FusedAttention.fits(mlp(64, 64), AS_IT_IS)
+    assert not NormedAttention.fits(tiny("llama", torch.bfloat16, hidden_size=64).model.layers[0].self_attn, AS_IT_IS)
+    for act in ("silu", "gelu", "gelu_new", "gelu_python_tanh"):
+        assert not GeluMLP.fits(gelu_mlp(64, 64, act), AS_IT_IS)
+    assert not GemmaNorm.fits(Gemma3RMSNorm(8))
+    other_norm = type("OtherRMSNorm", (Gemma3RMSNorm,), {"_norm": lambda self, x: x})
+    assert not GemmaNorm.fits(other_norm(8).bfloat16())
+
+
+@pytest.mark.parametrize("change", ["epsilon", "width", "kind"])
+def test_norms_of_heads_that_differ_are_left_alone(change: str) -> None:
+    own = tiny("qwen3", torch.bfloat16, hidden_size=64).model.layers[0].self_attn
+    assert NormedAttention.fits(own, AS_IT_IS)
+    if change == "epsilon":
+        own.q_norm.variance_epsilon = 1e-3
+    elif change == "width":
+        own.k_norm = LlamaRMSNorm(8).bfloat16()
+    else:
+        own.k_norm = Gemma3RMSNorm(16).bfloat16()
+    assert not NormedAttention.fits(own, AS_IT_IS)
 
 
 @pytest.mark.parametrize("name", ["q_proj", "v_proj", "gate_proj"])
@@ -109,13 +173,21 @@ def test_a_linear_layer_with_an_adapter_is_not_fused_away(name: str) -> None:
     assert sum(isinstance(module, Adapted) for module in parts_of(engine)) == 1
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+LLAMA_S = (FusedAttention, FusedMLP, FusedNorm)
+PARTS = {
+    "llama": LLAMA_S, "mistral": LLAMA_S, "qwen2": LLAMA_S, "qwen3": (NormedAttention, FusedMLP, FusedNorm),
+    "gemma3": (NormedAttention, GeluMLP, GemmaNorm),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", PARTS)
 def test_models_that_have_them_get_them(family: str) -> None:
-    model = tiny(family, torch.bfloat16, hidden_size=64, intermediate_size=96)
+    model, (attention, *others) = tiny(family, torch.bfloat16, hidden_size=64, intermediate_size=96), PARTS[family]
     engine = TorchEngine(model)
-    assert {FusedAttention, FusedMLP, FusedNorm, PackedLinear} <= {type(m) for m in parts_of(engine)}
-    attends_itself = TorchEngine(model, "sdpa")
-    assert FusedAttention not in {type(m) for m in parts_of(attends_itself)}
+    assert {attention, *others, PackedLinear} <= {type(m) for m in parts_of(engine)}
+    kinds = {type(m) for m in parts_of(TorchEngine(model, "sdpa"))}
+    assert attention not in kinds
+    assert {*others, PackedLinear} <= kinds
 
 
 def test_exponentials_are_those_of_the_mathematics() -> None:

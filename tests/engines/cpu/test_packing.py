@@ -69,7 +69,7 @@ def test_layers_have_the_weights_of_the_file(kinds: str, tmp_path: Path) -> None
     exact: Any = load_model(path, "float32", CPU)
     engine = TorchEngine(load_model(path, "bfloat16", CPU), owns_model=True, quantization="gguf", file=path)
     assert isinstance(engine, ProgramEngine)
-    llama = engine._program.llama
+    llama = engine._program.stack
     layer, packed = exact.model.layers[1], llama.layers[1]
     attention = layer.self_attn
     qkv = torch.cat([part.weight for part in (attention.q_proj, attention.k_proj, attention.v_proj)])

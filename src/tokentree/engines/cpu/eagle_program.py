@@ -17,7 +17,8 @@ from tokentree.engines.cpu.fused import FusedNorm
 from tokentree.engines.cpu.packing import Packing
 from tokentree.engines.cpu.quantized import QuantizedLinear
 from tokentree.engines.cpu.reused import Reused, tensor_in
-from tokentree.engines.cpu.steps import Behind, RotaryTable, Step, Steps
+from tokentree.engines.cpu.steps import Behind, Step, Steps
+from tokentree.engines.cpu.turns import RotaryTables
 from tokentree.engines.segment import Segment, end_of
 from tokentree.heads.eagle import EagleHead
 from tokentree.kernels.tile import BLOCK
@@ -47,7 +48,7 @@ class EagleProgram(Steps):
 
     def __init__(self, head: EagleHead, embedding: Callable[[torch.Tensor], torch.Tensor]) -> None:
         sizes = head.sizes
-        self._version, self._rotary, self._width = sizes.version, RotaryTable(head.rotary), sizes.hidden_size
+        self._version, self._rotary, self._width = sizes.version, RotaryTables([head.rotary]), sizes.hidden_size
         self._heads = _Heads(sizes.num_heads, sizes.num_kv_heads, sizes.head_dim, sizes.head_dim**-0.5)
         self._inner_size = sizes.intermediate_size
         packing, half = Packing(QuantizedLinear), sizes.intermediate_size

@@ -9,40 +9,51 @@ class in transformers that one of these stands for.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
-from tokentree.engines.cpu.checked import expect, is_number, is_tensor
-from tokentree.engines.cpu.linear import restored
+from tokentree.engines.cpu.checked import expect, is_count, is_number, is_tensor
+from tokentree.engines.cpu.linear import PackedLinear, restored
 from tokentree.engines.cpu.packing import Packing
+from tokentree.engines.cpu.quantized import QuantizedLinear
 from tokentree.jit import njit
 from tokentree.kernels import rowwise as rows
 from tokentree.kernels.tile import BLOCK
 
-ROTARY = {"LlamaAttention", "MistralAttention", "Qwen2Attention"}  # of transformers, all alike
+Kind = type[PackedLinear] | type[QuantizedLinear]
+Bits = NDArray[np.int16]  # of bfloat16[rows, width]
+
+SIZES = ("heads", "kv_heads", "width", "scale", "window")  # of an attention
 GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}  # the parts of a gated MLP, as transformers calls them
 
 
 class FusedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)), with gate and up as one product."""
+    """down(silu(gate(x)) * up(x)), with gate and up as one product.
+
+    Attributes:
+        gated: whether that product is gated too.
+    """
+
+    gated: ClassVar[bool] = True
 
     def __init__(self, own: Any, packing: Packing) -> None:
         super().__init__()
-        self.gate_up = packing.pack(own.gate_proj, own.up_proj, gated=True)
+        self.gate_up = packing.pack(own.gate_proj, own.up_proj, gated=self.gated)
         self.down_proj = own.down_proj
 
-    @staticmethod
-    def fits(own: Any, packing: Packing) -> bool:
+    @classmethod
+    def fits(cls, own: Any, packing: Packing) -> bool:
         """Whether ``own`` is such a module, with sizes that suit ``packing``."""
-        from transformers.activations import SiLUActivation  # takes seconds
-        from transformers.models.llama.modeling_llama import LlamaMLP
+        from transformers.models.llama.modeling_llama import LlamaMLP  # takes seconds
 
         from tokentree.engines.foreign import same_forward
 
-        if set(own._modules) != GATED or type(own.act_fn) not in (nn.SiLU, SiLUActivation):
+        if set(own._modules) != GATED or not cls._gates(own.act_fn):
             return False
         if not same_forward(own, LlamaMLP):
             return False
@@ -54,14 +65,61 @@ class FusedMLP(nn.Module):
             and not gate.out_features % BLOCK
         )
 
+    @staticmethod
+    def _gates(own: nn.Module) -> bool:
+        """Whether ``own`` is the activation that gates."""
+        from transformers.activations import SiLUActivation  # takes seconds
+
+        return type(own) in (nn.SiLU, SiLUActivation)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.down_proj(self.gate_up(x))
+        return out
+
+    def state(self) -> dict[str, Any]:
+        """What `of_state` makes one of."""
+        return {"gate_up": self.gate_up.state(), "down_proj": self.down_proj.state()}
+
+    @classmethod
+    def of_state(cls, state: dict[str, Any], kind: Kind) -> Self:
+        """One that is kept, whose linear layers are of this kind."""
+        return restored(cls, {name: kind.of_state(state[name]) for name in ("gate_up", "down_proj")})
+
+
+class GeluMLP(FusedMLP):
+    """down(gelu(gate(x)) * up(x)), by tanh's approximation, with gate and up as one product."""
+
+    gated: ClassVar[bool] = False
+
+    @staticmethod
+    def _gates(own: nn.Module) -> bool:
+        from transformers.activations import GELUTanh  # takes seconds
+
+        act = getattr(own, "act", None)
+        return (
+            type(own) is GELUTanh
+            and isinstance(act, functools.partial)
+            and (act.func, act.args, act.keywords) == (nn.functional.gelu, (), {"approximate": "tanh"})
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        both: torch.Tensor = self.gate_up(x)
+        both = both.contiguous()
+        gated = both.new_empty(*both.shape[:-1], both.shape[-1] // 2)
+        _geglu(*(part.view(torch.int16).view(-1, part.shape[-1]).numpy() for part in (both, gated)))
+        out: torch.Tensor = self.down_proj(gated)
         return out
 
 
 class FusedAttention(nn.Module):
     """The weights of an attention with rotary positions as Llama, Mistral and Qwen2 have it, those of queries, keys and
-    values as one. `program` computes it."""
+    values as one. `program` computes it.
+
+    Attributes:
+        kinds: of transformers, all alike.
+    """
+
+    kinds: ClassVar[set[str]] = {"LlamaAttention", "MistralAttention", "Qwen2Attention"}
 
     def __init__(self, own: Any, packing: Packing) -> None:
         super().__init__()
@@ -73,14 +131,67 @@ class FusedAttention(nn.Module):
         config_window = getattr(own.config, "sliding_window", None)
         self.window: int | None = getattr(own, "sliding_window", config_window)
 
-    @staticmethod
-    def fits(own: Any, packing: Packing) -> bool:
+    @classmethod
+    def fits(cls, own: Any, packing: Packing) -> bool:
         """Whether ``own`` is such a module, with sizes that suit ``packing``."""
-        if type(own).__name__ not in ROTARY or not type(own).__module__.startswith("transformers."):
+        if type(own).__name__ not in cls.kinds or not type(own).__module__.startswith("transformers."):
             return False
         parts = [getattr(own, f"{name}_proj") for name in "qkvo"]
         same = len({part.bias is None for part in parts[:3]}) == 1
         return packing.fits(*parts) and same and own.head_dim % 2 == 0
+
+    def state(self) -> dict[str, Any]:
+        """What `of_state` makes one of."""
+        sizes = {name: getattr(self, name) for name in SIZES}
+        return {**sizes, "qkv": self.qkv.state(), "o_proj": self.o_proj.state()}
+
+    @classmethod
+    def of_state(cls, state: dict[str, Any], kind: Kind) -> Self:
+        """One that is kept, whose linear layers are of this kind.
+
+        Raises:
+            ModelError: if its sizes are none, or don't belong together.
+        """
+        expect("attention", set(state) == {*SIZES, "qkv", "o_proj"})
+        made = restored(cls, state | {name: kind.of_state(state[name]) for name in ("qkv", "o_proj")})
+        expect("attention", *map(is_count, (made.heads, made.kv_heads, made.width)), is_number(made.scale))
+        expect("attention", made.window is None or is_count(made.window))
+        expect("attention", not made.heads % made.kv_heads, not made.width % 2)
+        return made
+
+
+class NormedAttention(FusedAttention):
+    """One that norms each head of queries and keys before it turns them, as Qwen3's and Gemma 3's."""
+
+    kinds: ClassVar[set[str]] = {"Qwen3Attention", "Gemma3Attention"}
+
+    def __init__(self, own: Any, packing: Packing) -> None:
+        super().__init__(own, packing)
+        query, key = (fused_norm(norm) for norm in (own.q_norm, own.k_norm))
+        assert query is not None
+        assert key is not None
+        self.norms = HeadNorms(query, key, self.heads, self.kv_heads)
+
+    @classmethod
+    def fits(cls, own: Any, packing: Packing) -> bool:
+        if not super().fits(own, packing):
+            return False
+        query, key = (fused_norm(norm) for norm in (own.q_norm, own.k_norm))
+        return (
+            query is not None
+            and key is not None
+            and (type(query), query.eps) == (type(key), key.eps)
+            and len(query.weight) == len(key.weight) == own.head_dim
+        )
+
+    def state(self) -> dict[str, Any]:
+        return super().state() | {"norms": self.norms.state()}
+
+    @classmethod
+    def of_state(cls, state: dict[str, Any], kind: Kind) -> Self:
+        made = super().of_state({name: part for name, part in state.items() if name != "norms"}, kind)
+        made.norms = HeadNorms.of_state(state["norms"], made.heads + made.kv_heads, made.width)
+        return made
 
 
 class FusedNorm(nn.Module):
@@ -111,9 +222,13 @@ class FusedNorm(nn.Module):
             and same_forward(own, LlamaRMSNorm)
         )
 
+    def state(self) -> dict[str, Any]:
+        """What `of_state` makes one of: its weight, and epsilon."""
+        return {"weight": self.weight, "eps": float(self.eps)}
+
     @classmethod
-    def of_state(cls, state: dict[str, Any]) -> FusedNorm:
-        """One that is kept: its weight, and epsilon.
+    def of_state(cls, state: dict[str, Any]) -> Self:
+        """One that is kept.
 
         Raises:
             ModelError: if they are none.
@@ -127,11 +242,103 @@ class FusedNorm(nn.Module):
         x = x.contiguous()
         out = torch.empty_like(x)
         bits, results = (part.view(torch.int16).view(-1, part.shape[-1]).numpy() for part in (x, out))
-        _norm(bits, self.weight.numpy(), self.eps, results)
+        self._rows(bits, self.weight.numpy(), self.eps, results)
         return out
+
+    @staticmethod
+    def _rows(bits: Bits, weight: NDArray[np.float32], eps: np.float32, results: Bits) -> None:
+        _norm(bits, weight, eps, results)
+
+
+class GemmaNorm(FusedNorm):
+    """RMS norm as Gemma has it: x * rsqrt(mean(x ** 2) + eps) * (1 + weight) in float32, rounded once.
+
+    Attributes:
+        weight: 1 + the model's.
+    """
+
+    def __init__(self, own: Any) -> None:
+        nn.Module.__init__(self)
+        self.register_buffer("weight", 1.0 + own.weight.detach().float())
+        self.eps = np.float32(own.eps)
+
+    @staticmethod
+    def fits(own: Any) -> bool:
+        from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm  # takes seconds
+
+        from tokentree.engines.foreign import same_code, same_forward
+
+        weight = getattr(own, "weight", None)
+        return (
+            type(own).__name__.endswith("RMSNorm")
+            and isinstance(weight, nn.Parameter)
+            and weight.dtype is torch.bfloat16
+            and weight.ndim == 1
+            and isinstance(getattr(own, "eps", None), float)
+            and set(own._parameters) == {"weight"}
+            and same_forward(own, Gemma3RMSNorm)
+            and same_code(type(own)._norm, Gemma3RMSNorm._norm)
+        )
+
+    @staticmethod
+    def _rows(bits: Bits, weight: NDArray[np.float32], eps: np.float32, results: Bits) -> None:
+        _norm_once(bits, weight, eps, results)
+
+
+class HeadNorms(nn.Module):
+    """The norms of all heads of queries and keys.
+
+    Args:
+        query, key: norms, of the same kind and with the same epsilon.
+        heads, kv_heads: how many there are.
+
+    Attributes:
+        weights: float32[heads + KV heads, width].
+        once: whether they round once, as Gemma's.
+    """
+
+    weights: torch.Tensor
+
+    def __init__(self, query: FusedNorm, key: FusedNorm, heads: int, kv_heads: int) -> None:
+        super().__init__()
+        self.register_buffer("weights", torch.stack([*[query.weight] * heads, *[key.weight] * kv_heads]))
+        self.eps, self.once = query.eps, isinstance(query, GemmaNorm)
+
+    def state(self) -> dict[str, Any]:
+        """What `of_state` makes one of."""
+        return {"weights": self.weights, "eps": float(self.eps), "once": self.once}
+
+    @classmethod
+    def of_state(cls, state: dict[str, Any], heads: int, width: int) -> HeadNorms:
+        """One that is kept, for so many heads.
+
+        Raises:
+            ModelError: if it is none.
+        """
+        expect("norms of heads", is_tensor(state["weights"], torch.float32, heads, width), is_number(state["eps"]))
+        expect("norms of heads", type(state["once"]) is bool, set(state) == {"weights", "eps", "once"})
+        return restored(cls, state | {"eps": np.float32(state["eps"])})
+
+
+def fused_norm(own: nn.Module) -> FusedNorm | None:
+    """The norm that stands for ``own``, if there is one."""
+    kind = next((kind for kind in (FusedNorm, GemmaNorm) if kind.fits(own)), None)
+    return None if kind is None else kind(own)
 
 
 @njit(cache=True)
 def _norm(bits, weight, eps, results):
     for row in range(len(bits)):
         rows.normalize(bits[row], weight, eps, results[row])
+
+
+@njit(cache=True)
+def _norm_once(bits, weight, eps, results):
+    for row in range(len(bits)):
+        rows.normalize_once(bits[row], weight, eps, results[row])
+
+
+@njit(cache=True)
+def _geglu(bits, results):
+    for row in range(len(bits)):
+        rows.geglu(bits[row], results[row])

@@ -147,6 +147,53 @@ class PackedEmbedding(nn.Module):
         return self.weight[ids // BLOCK, :, ids % BLOCK].contiguous().view(torch.bfloat16)
 
 
+class ScaledEmbedding(nn.Module):
+    """An embedding whose rows are multiplied by a number, as Gemma's.
+
+    Args:
+        table: of rows as they are.
+        scale: bfloat16.
+    """
+
+    scale: torch.Tensor
+
+    def __init__(self, table: nn.Embedding | PackedEmbedding, scale: torch.Tensor) -> None:
+        super().__init__()
+        self.table = table
+        self.register_buffer("scale", scale, persistent=False)
+
+    @classmethod
+    def of(cls, own: Any) -> ScaledEmbedding:
+        """Of one that `fits`; it shares the weight."""
+        table = nn.Embedding(own.num_embeddings, own.embedding_dim, device="meta")
+        table.weight = own.weight
+        return cls(table, own.embed_scale.detach().to(own.weight.dtype))
+
+    @staticmethod
+    def fits(own: Any) -> bool:
+        """Whether ``own`` is such a module of transformers'."""
+        from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding  # takes seconds
+
+        from tokentree.engines.foreign import same_forward
+
+        return (
+            isinstance(own, nn.Embedding)
+            and own.weight.dtype is torch.bfloat16
+            and own.max_norm is None
+            and set(own._parameters) == {"weight"}
+            and same_forward(own, Gemma3TextScaledWordEmbedding)
+        )
+
+    @property
+    def num_embeddings(self) -> int:
+        return int(self.table.num_embeddings)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """bfloat16[..., width]"""
+        rows: torch.Tensor = self.table(ids)
+        return rows * self.scale
+
+
 class OneDNNLinear(nn.Module):
     """A linear layer on oneDNN's own weight layout. A row has the same bits beside any number of rows from 2 on."""
 

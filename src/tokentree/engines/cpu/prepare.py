@@ -23,11 +23,16 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tokentree.engines.cpu.attention import TREE
-from tokentree.engines.cpu.fused import FusedAttention, FusedMLP, FusedNorm
-from tokentree.engines.cpu.linear import PackedEmbedding, PackedLinear, ReadableLinear, packed_linear
-from tokentree.engines.cpu.llama import Llama
+from tokentree.engines.cpu.families.stack import Stack
+from tokentree.engines.cpu.fused import FusedMLP, GeluMLP, fused_norm
+from tokentree.engines.cpu.linear import (
+    PackedEmbedding,
+    PackedLinear,
+    ReadableLinear,
+    ScaledEmbedding,
+    packed_linear,
+)
 from tokentree.engines.cpu.packing import Packing, is_plain
-from tokentree.engines.cpu.program import Program
 from tokentree.engines.foreign import ForeignCode, is_own
 from tokentree.engines.rebound import Rebound
 from tokentree.engines.support import decoder_layers
@@ -190,7 +195,7 @@ def _widen(modules: list[nn.Module], known: dict[int, Any]) -> None:
         module._buffers = {name: wide(value) for name, value in module._buffers.items()}
 
 
-def pack(model: PreTrainedModel, packing: Packing, release: bool, whole: bool) -> Program | None:
+def pack(model: PreTrainedModel, packing: Packing, release: bool, whole: type[Stack] | None = None) -> None:
     """Exchanges, in ``model`` (a `private_copy` of one on a CPU), linear layers for packed ones where this CPU has any
     for them, and modules that `fused` has.
 
@@ -199,9 +204,12 @@ def pack(model: PreTrainedModel, packing: Packing, release: bool, whole: bool) -
         release: drop each weight from the layer it came from once it is packed, so that memory does not double. Only
             for a model that nobody else uses. Embeddings that share a weight with a layer read it there (bfloat16), or
             keep it.
-        whole: return the whole forward as a program, which must fit; ``model`` can't run by itself then.
+        whole: exchange all that a `Stack` of this family takes, which must fit; ``model`` can't run by itself then.
     """
     code = ForeignCode.of(model)
+    for parent, name, child in _children(model) if whole is not None else ():
+        if ScaledEmbedding.fits(child):
+            setattr(parent, name, ScaledEmbedding.of(child))
     tables = [entry for entry in _children(model) if isinstance(entry[2], nn.Embedding)]
 
     def drop(*layers: Any, packed: nn.Module | None = None) -> None:
@@ -217,14 +225,14 @@ def pack(model: PreTrainedModel, packing: Packing, release: bool, whole: bool) -
     for parent, name, child in _children(model):
         if not code.leaves(child):
             continue
-        if FusedMLP.fits(child, packing):
-            setattr(parent, name, FusedMLP(child, packing))
+        if (mlp := next((kind for kind in (FusedMLP, GeluMLP) if kind.fits(child, packing)), None)) is not None:
+            setattr(parent, name, mlp(child, packing))
             drop(child.gate_proj, child.up_proj)
-        elif whole and FusedAttention.fits(child, packing):
-            setattr(parent, name, FusedAttention(child, packing))
+        elif whole is not None and whole.attention.fits(child, packing):
+            setattr(parent, name, whole.attention(child, packing))
             drop(child.q_proj, child.k_proj, child.v_proj)
-        elif FusedNorm.fits(child):
-            setattr(parent, name, FusedNorm(child))
+        elif (norm := fused_norm(child)) is not None:
+            setattr(parent, name, norm)
     shared: dict[tuple[Any, ...], nn.Module] = {}  # packed layers, by the weights that several layers may have
     for parent, name, layer in _children(model):
         weights = type(layer), id(getattr(layer, "weight", None)), id(getattr(layer, "bias", None))
@@ -236,7 +244,6 @@ def pack(model: PreTrainedModel, packing: Packing, release: bool, whole: bool) -
             drop(layer, packed=packed)
         elif packed is not None and isinstance(layer, nn.Linear):
             setattr(parent, name, ReadableLinear(layer, packed))
-    return Program(Llama.of(model)) if whole else None
 
 
 @functools.cache

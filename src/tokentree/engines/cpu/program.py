@@ -1,4 +1,4 @@
-"""The forward of a model whose layers are Llama's, in one compiled call."""
+"""The forward of a model in one compiled call."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ import numpy as np
 import torch
 
 from tokentree.engines.base import KEPT
-from tokentree.engines.cpu.llama import Llama
+from tokentree.engines.cpu.families.stack import Stack
 from tokentree.engines.cpu.reused import Reused, tensor_in
-from tokentree.engines.cpu.steps import Behind, RotaryTable, Step, Steps
+from tokentree.engines.cpu.steps import Step, Steps
+from tokentree.engines.cpu.turns import RotaryTables
 from tokentree.engines.segment import Segment, Upto, end_of
 from tokentree.tree import Ints
 
 
 class Program(Steps):
-    """The forward of a model whose layers are Llama's, in bfloat16 or 8 bits on a CPU.
+    """The forward of a model of one of `families`, in bfloat16 or few bits on a CPU.
 
     Args:
-        llama: its weights.
+        stack: its layers and their weights.
 
     Attributes:
         states: bfloat16[places, rows or more, hidden size], the hidden states of the last forward that `capture` asked
@@ -30,12 +31,10 @@ class Program(Steps):
             float32[rows, `KEPT`], and these tokens, int64[rows, `KEPT`].
     """
 
-    def __init__(self, llama: Llama) -> None:
-        self.llama, self._rotary, self._head = llama, RotaryTable(llama.rotary), llama.head
-        first = llama.layers[0]
-        self._hidden_size = first.attention.o_proj.num_outputs
-        self._inner_size, sizes = first.mlp.gate_up.num_outputs, first.attention
-        super().__init__(max(self._hidden_size, self._inner_size, sizes.heads * sizes.width))
+    def __init__(self, stack: Stack) -> None:
+        self.stack, self._rotary, self._head = stack, RotaryTables(stack.rotaries), stack.head
+        sizes = stack.layers[0].attention
+        super().__init__(max(stack.hidden_size, stack.inner_size, sizes.heads * sizes.width))
         self._places: list[int] = []
         self.states = torch.empty(0, 0, 0)
         self._vocab_size, self._width = self._head.num_outputs, len(self._head.start)
@@ -67,27 +66,23 @@ class Program(Steps):
         turns = self._rotary.at(positions, end_of(segments))
         self.run(whole, segments, turns, ids)
         if rows and whole < last:
-            turns = turns._replace(places=turns.places[:rows])
-            self.run(last, [one for one in segments if one.start < rows], turns, first=before_head)
+            self.run(last, [one for one in segments if one.start < rows], turns.of(rows), first=before_head)
         return partial(tensor_in, logits, self._vocab_size)
 
     def build(self) -> list[Step]:
-        llama, hidden, steps, update = self.llama, self._hidden_size, list[Step](), None
-        at = self.rows_of_a_layer(hidden, self._inner_size, llama.layers[0].attention)
-        steps += self.embed(llama.embedding, at.residual)
-        self.states = torch.empty(len(self._places), self._capacity, hidden, dtype=torch.bfloat16)
-        for index, layer in enumerate(llama.layers):
-            attention, mlp = layer.attention, layer.mlp
-            steps += self.norm(layer.before, at.residual, at.normed, attention.qkv, update)
+        stack, steps, update = self.stack, list[Step](), None
+        at = stack.room(self)
+        steps += self.embed(stack.embedding, at.residual)
+        self.states = torch.empty(len(self._places), self._capacity, stack.hidden_size, dtype=torch.bfloat16)
+        for index, layer in enumerate(stack.layers):
+            steps += stack.into_attention(self, layer, at, update)
             steps += self._keep(index, at.residual)
-            steps += self.multiply(attention.qkv, at.normed, at.qkv)
-            steps += self.rotary(index, attention, at.qkv, at.queries)
+            steps += stack.store(self, index, layer, at)
             self._up_to_kv = len(steps)
-            behind = Behind(attention.o_proj, layer.after, mlp.gate_up, mlp.down_proj)
-            steps += self.after_rotary(index, attention, behind, at)
+            steps += stack.attend(self, index, layer, at)
             update = at.added
-        steps += self.norm(llama.norm, at.residual, at.normed, self._head, update)
-        steps += self._keep(len(llama.layers), at.normed)
+        steps += self.norm(stack.norm, at.residual, at.normed, self._head, update)
+        steps += self._keep(len(stack.layers), at.normed)
         return steps + self.output(self._head, at.normed, self._kept)
 
     def _keep(self, place: int, x: torch.Tensor) -> list[Step]:

@@ -42,7 +42,8 @@ from tokentree.kernels.tile import BLOCK
 from tokentree.kernels.tile_quantized import WIDE
 from tokentree.kernels.topk import STRETCH, most_probable, sum_of_powers
 
-NORM, PREPARE, MULTIPLY, MULTIPLY_INT8, MULTIPLY_INT4, ROTARY, ATTEND, COPY, EMBED, BEST = range(10)
+MULTIPLY, MULTIPLY_INT8, MULTIPLY_INT4, ATTEND = range(4)  # whose work is shared out in other ways than by rows
+NORM, NORM_ONCE, NORM_HEADS, NORM_HEADS_ONCE, PREPARE, GATE, ROTARY, COPY, EMBED, SCALE, BEST = range(4, 15)
 AS_IT_IS, WIDER, IN_8_BITS = range(3)  # how a product takes its inputs
 STEP = 20  # numbers of 64 bits that a step has in the table: its kind, its fields, and nothing behind them
 COUNTERS = 8  # integers of a step that threads count in, a whole line of the cache: shares taken, threads at work
@@ -61,8 +62,7 @@ class ForwardCall(NamedTuple):
     steps: int  # int64[num_steps, STEP]
     counters: int  # int64[num_steps, COUNTERS], zeros
     num_segments: int
-    cos: int  # bfloat16[positions, width]
-    sin: int
+    turns: int  # int64[tables, 2]: where cosines and sines are, bfloat16[positions, width] each
     places: int  # int64[rows]: which of the positions are those of the rows
     ids: int  # int64[rows], or 0
 
@@ -79,7 +79,8 @@ class InputForm(NamedTuple):
 
 
 class NormStep(NamedTuple):
-    """Adds ``update`` to ``residual``, norms the sum, and makes what the next product takes."""
+    """Adds ``update`` to ``residual``, norms the sum, and makes what the next product takes. The norm is Llama's, or
+    Gemma's, which rounds once."""
 
     residual: int  # bfloat16[rows, width]
     update: int  # bfloat16[rows, width], or 0
@@ -88,6 +89,26 @@ class NormStep(NamedTuple):
     eps: float
     result: int  # bfloat16[rows, width]
     stride: int  # of the result, in numbers
+    form: InputForm
+
+
+class NormHeadsStep(NamedTuple):
+    """Norms each head of queries and keys in its place, as Llama's norm does, or Gemma's."""
+
+    x: int  # bfloat16[rows, stride], which begin with the heads
+    stride: int
+    heads: int
+    width: int  # of a head
+    weights: int  # float32[heads, width]
+    eps: float
+
+
+class GateStep(NamedTuple):
+    """gelu(g) * u, and makes what the next product takes."""
+
+    x: int  # bfloat16[rows, 2 * width]: g, then u
+    width: int
+    result: int  # bfloat16[rows, width]
     form: InputForm
 
 
@@ -103,6 +124,7 @@ class RotaryStep(NamedTuple):
     """Gives queries and keys their rotary positions, and stores keys and values."""
 
     layer: int
+    table: int  # which of the cosines and sines
     heads: int
     kv_heads: int
     width: int  # of a head
@@ -136,6 +158,15 @@ class EmbedStep(NamedTuple):
     stride: int  # of the result, in numbers
 
 
+class ScaleStep(NamedTuple):
+    """Multiplies rows in their place."""
+
+    x: int  # bfloat16[rows, width]
+    width: int
+    stride: int  # in numbers
+    factor: float
+
+
 class BestStep(NamedTuple):
     """Finds the most probable tokens of rows of logits."""
 
@@ -149,17 +180,21 @@ class BestStep(NamedTuple):
 
 
 _KINDS: dict[int, type[tuple[Any, ...]]] = {
-    NORM: NormStep, PREPARE: PrepareStep, MULTIPLY: Product, MULTIPLY_INT8: QuantizedProduct,
-    MULTIPLY_INT4: QuantizedProduct, ROTARY: RotaryStep, ATTEND: AttendStep, COPY: CopyStep, EMBED: EmbedStep,
+    MULTIPLY: Product, MULTIPLY_INT8: QuantizedProduct, MULTIPLY_INT4: QuantizedProduct, ATTEND: AttendStep,
+    NORM: NormStep, NORM_ONCE: NormStep, NORM_HEADS: NormHeadsStep, NORM_HEADS_ONCE: NormHeadsStep,
+    PREPARE: PrepareStep, GATE: GateStep, ROTARY: RotaryStep, COPY: CopyStep, EMBED: EmbedStep, SCALE: ScaleStep,
     BEST: BestStep,
 }  # fmt: skip
 RECORDS = {number: record(kind) for number, kind in _KINDS.items()}  # of each kind of step
 
 FORWARD_BYTES = record(ForwardCall).itemsize
-forward_at, norm_at, prepare_at, rotary_at, attend_at, copy_at, embed_at, best_at = (
+forward_at, norm_at, norm_heads_at, prepare_at, gate_at, rotary_at, attend_at, copy_at, embed_at, scale_at, best_at = (
     record_at(kind)
-    for kind in (ForwardCall, NormStep, PrepareStep, RotaryStep, AttendStep, CopyStep, EmbedStep, BestStep)
-)
+    for kind in (
+        ForwardCall, NormStep, NormHeadsStep, PrepareStep, GateStep, RotaryStep, AttendStep, CopyStep, EmbedStep,
+        ScaleStep, BestStep,
+    )
+)  # fmt: skip
 
 
 # -- the loop, compiled when first asked for ---------------------------------------------------------------------------
@@ -203,7 +238,18 @@ def forward_worker() -> Any:
 def _one_row(kind, step, call, kv, row):
     """A row's part of the step whose fields lie at the address ``step``."""
     if kind == NORM:
-        _norm(norm_at(step), row)
+        _norm(norm_at(step), each.normalize, row)
+    elif kind == NORM_ONCE:
+        _norm(norm_at(step), each.normalize_once, row)
+    elif kind == NORM_HEADS:
+        _norm_heads(norm_heads_at(step), each.normalize, row)
+    elif kind == NORM_HEADS_ONCE:
+        _norm_heads(norm_heads_at(step), each.normalize_once, row)
+    elif kind == GATE:
+        _gate(gate_at(step), row)
+    elif kind == SCALE:
+        told = scale_at(step)
+        each.scale(int16_at(told.x + 2 * told.stride * row, told.width), np.float32(told.factor))
     elif kind == PREPARE:
         told = prepare_at(step)
         _prepare(told.x, told.width, told.form, row)
@@ -217,8 +263,8 @@ def _one_row(kind, step, call, kv, row):
         _embed(embed_at(step), int64_at(call.ids + 8 * row, 1)[0], row)
     else:
         told = rotary_at(step)
-        place = 2 * told.width * int64_at(call.places + 8 * row, 1)[0]
-        _rotary(told, kv, call.cos + place, call.sin + place, row)
+        place, turns = 2 * told.width * int64_at(call.places + 8 * row, 1)[0], int64_at(call.turns + 16 * told.table, 2)
+        _rotary(told, kv, turns[0] + place, turns[1] + place, row)
 
 
 @numba.njit
@@ -248,7 +294,7 @@ def _embed(step, token, row):
 
 
 @numba.njit
-def _norm(step, row):
+def _norm(step, normalize, row):
     width = step.width
     bits, result = (
         int16_at(step.residual + 2 * width * row, width),
@@ -256,8 +302,23 @@ def _norm(step, row):
     )
     if step.update:
         each.add(bits, int16_at(step.update + 2 * width * row, width))
-    each.normalize(bits, float32_at(step.weight, width), np.float32(step.eps), result)
+    normalize(bits, float32_at(step.weight, width), np.float32(step.eps), result)
     _prepare(step.result, width, step.form, row)
+
+
+@numba.njit
+def _norm_heads(step, normalize, row):
+    width, weights, x = step.width, step.weights, step.x + 2 * step.stride * row
+    for head in range(step.heads):
+        bits = int16_at(x + 2 * width * head, width)
+        normalize(bits, float32_at(weights + 4 * width * head, width), np.float32(step.eps), bits)
+
+
+@numba.njit
+def _gate(step, row):
+    width, result = step.width, step.result
+    each.geglu(int16_at(step.x + 4 * width * row, 2 * width), int16_at(result + 2 * width * row, width))
+    _prepare(result, width, step.form, row)
 
 
 @numba.njit

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from tokentree.engines.cpu.fused import FusedNorm
-from tokentree.engines.cpu.linear import PackedEmbedding, PackedLinear
+from tokentree.engines.cpu.fused import FusedNorm, GemmaNorm, HeadNorms
+from tokentree.engines.cpu.linear import PackedEmbedding, PackedLinear, ScaledEmbedding
 from tokentree.engines.cpu.quantized import QuantizedLinear
 from tokentree.engines.cpu.step_loops import (
     AS_IT_IS,
@@ -25,14 +25,19 @@ from tokentree.engines.cpu.step_loops import (
     COPY,
     COUNTERS,
     EMBED,
+    GATE,
     IN_8_BITS,
     MULTIPLY,
     MULTIPLY_INT4,
     MULTIPLY_INT8,
     NORM,
+    NORM_HEADS,
+    NORM_HEADS_ONCE,
+    NORM_ONCE,
     PREPARE,
     RECORDS,
     ROTARY,
+    SCALE,
     STEP,
     WIDER,
     AttendStep,
@@ -40,12 +45,16 @@ from tokentree.engines.cpu.step_loops import (
     CopyStep,
     EmbedStep,
     ForwardCall,
+    GateStep,
     InputForm,
+    NormHeadsStep,
     NormStep,
     PrepareStep,
     RotaryStep,
+    ScaleStep,
     forward_worker,
 )
+from tokentree.engines.cpu.turns import Turns
 from tokentree.engines.kv import KVLayout
 from tokentree.engines.segment import Segment
 from tokentree.errors import ModelError
@@ -72,11 +81,12 @@ class Heads(Protocol):
 
 @dataclass(frozen=True)
 class Rows:
-    """Where a layer's intermediate results are, [rows, columns] each."""
+    """Where a layer's intermediate results are, [rows, columns] each; ``gates`` are those that a step gates."""
 
     residual: torch.Tensor
     normed: torch.Tensor
     added: torch.Tensor
+    gates: torch.Tensor
     inner: torch.Tensor
     qkv: torch.Tensor
     queries: torch.Tensor
@@ -91,58 +101,6 @@ class Behind:
     norm: FusedNorm
     gate_up: Any
     down_proj: Any
-
-
-class Turns(NamedTuple):
-    """Rotary positions of rows.
-
-    Args:
-        cos, sin: addresses of cosines and sines, bfloat16[positions, width].
-        positions: that they are of.
-        places: int64[rows], which of them are the rows'.
-    """
-
-    cos: int
-    sin: int
-    positions: int
-    places: Ints
-
-
-class RotaryTable:
-    """Rotary positions, computed once for each position.
-
-    Args:
-        rotary: a transformers model's own module, or one like it.
-    """
-
-    def __init__(self, rotary: nn.Module) -> None:
-        self._rotary: Any = rotary
-        self._fixed = self.fixed(rotary)
-        self._kept = torch.empty(0, 0), torch.empty(0, 0)
-        self._table = 0, 0, 0  # where these lie, and of how many positions they are
-
-    @staticmethod
-    def fixed(rotary: nn.Module) -> bool:
-        """Whether they are the same for texts of any length."""
-        kind = getattr(rotary, "rope_type", None)
-        if kind == "longrope":
-            own: Any = rotary
-            return bool(own.config.rope_parameters["short_factor"] == own.config.rope_parameters["long_factor"])
-        return kind != "dynamic"
-
-    def at(self, positions: Ints, end: int) -> Turns:
-        """What rows are turned by at ``positions`` int64[rows], all below ``end``. It holds until the next call."""
-        if not self._fixed:
-            self._compute(torch.from_numpy(positions))
-            return Turns(*self._table, np.arange(len(positions)))
-        if end > self._table[2]:
-            self._compute(torch.arange(max(1024, 1 << (end - 1).bit_length())))
-        return Turns(*self._table, positions)
-
-    def _compute(self, positions: torch.Tensor) -> None:
-        cos, sin = self._rotary(torch.empty(0, dtype=torch.bfloat16), positions[None])
-        self._kept = cos[0].contiguous(), sin[0].contiguous()
-        self._table = self._kept[0].data_ptr(), self._kept[1].data_ptr(), len(positions)
 
 
 class Steps:
@@ -163,7 +121,10 @@ class Steps:
         self._windows: set[int | None] = set()
         self._tokens = 0  # that there are, where a step looks them up
         self._stored: dict[int, tuple[int, int]] = {}  # by layer that a step stores or reads: KV heads, their width
-        self._fitting: KVLayout | None = None  # one that has been checked against that
+        self._turned: dict[int, int] = {}  # by table of cosines and sines that a step reads: its width
+        # those that have been checked against that
+        self._fitting: KVLayout | None = None
+        self._turning: object = None
 
     def build(self) -> list[Step]:
         """The steps, in memory from `room`."""
@@ -174,7 +135,8 @@ class Steps:
         if rows <= self._capacity:
             return
         self._capacity = max(64, 1 << (rows - 1).bit_length())
-        self._numbers, self._memory, self._windows, self._fitting = [], [], set(), None
+        self._numbers, self._memory, self._windows = [], [], set()
+        self._fitting = self._turning = None
         self._prepared = self.room(self._widest, torch.float32)
         self._scales, self._totals = (self.room(self._widest // 32, torch.float32) for _ in range(2))
         steps = self.build()
@@ -206,10 +168,10 @@ class Steps:
         Raises:
             IndexError: if one of them is none of the embedding's, or a row or a position is none of those that there
                 is room for.
-            ModelError: if the KV of a segment has other sizes than the steps.
+            ModelError: if the KV of a segment, or rotary positions, have other sizes than the steps.
         """
         rows = len(turns.places)
-        self._check(segments, rows)
+        self._check(segments, turns, rows)
         fits, known, places_at, ids_at = _begin(self._counters, turns.places, turns.positions, ids, self._tokens)
         if rows > self._capacity or not fits:
             raise IndexError(f"there is room for {self._capacity} rows, and positions up to {turns.positions}")
@@ -218,13 +180,17 @@ class Steps:
         steps_at, counters_at = self._addresses
         call = ForwardCall(
             rows=rows, threads=num_threads(), rest=rest(), num_steps=count - first, steps=steps_at + 8 * STEP * first,
-            counters=counters_at, num_segments=len(segments), cos=turns.cos, sin=turns.sin, places=places_at,
-            ids=ids_at,
+            counters=counters_at, num_segments=len(segments), turns=turns.at, places=places_at, ids=ids_at,
         )  # fmt: skip
         run(forward_worker(), [*call, *(number for segment in segments for number in segment.described(0))])
 
-    def _check(self, segments: SequenceOf[Segment], rows: int) -> None:
+    def _check(self, segments: SequenceOf[Segment], turns: Turns, rows: int) -> None:
         """See `run`."""
+        if turns.tables is not self._turning:
+            for place, width in self._turned.items():
+                if place >= len(turns.tables) or any(part.shape[1] != width for part in turns.tables[place]):
+                    raise ModelError(f"heads of {width} numbers have no rotary positions of that width")
+            self._turning = turns.tables
         for segment in segments:
             if segment.start + segment.count > rows:
                 raise IndexError(f"a segment ends at row {segment.start + segment.count} of {rows}")
@@ -244,11 +210,16 @@ class Steps:
     @staticmethod
     def embeds(embedding: Any) -> bool:
         """Whether `embed` can look up the rows of ``embedding``."""
+        if type(embedding) is ScaledEmbedding:
+            return Steps.embeds(embedding.table)
         plain = type(embedding) is nn.Embedding and embedding.weight.dtype is torch.bfloat16
         return plain or type(embedding) is PackedEmbedding
 
     def embed(self, embedding: Any, result: torch.Tensor) -> list[Step]:
         """Looks up the rows' tokens."""
+        if isinstance(embedding, ScaledEmbedding):
+            scaled = ScaleStep(result.data_ptr(), result.shape[1], result.stride(0), float(embedding.scale))
+            return [*self.embed(embedding.table, result), (SCALE, scaled)]
         self._tokens, width = int(embedding.num_embeddings), result.shape[1]
         packed = isinstance(embedding, PackedEmbedding)
         if packed:
@@ -269,12 +240,26 @@ class Steps:
             residual=x.data_ptr(), update=0 if update is None else update.data_ptr(), width=width, weight=weight,
             eps=float(norm.eps), result=result.data_ptr(), stride=result.stride(0), form=form,
         )  # fmt: skip
-        return [(NORM, fields)]
+        return [(NORM_ONCE if isinstance(norm, GemmaNorm) else NORM, fields)]
+
+    def norm_heads(self, norms: HeadNorms, qkv: torch.Tensor) -> list[Step]:
+        """Norms queries and keys, which ``qkv`` begins with, each head by itself."""
+        heads, width = norms.weights.shape
+        _same(max(heads * width, qkv.shape[1]), qkv.shape[1])
+        weights = self._at(norms.weights, torch.float32, heads, width)
+        fields = NormHeadsStep(qkv.data_ptr(), qkv.stride(0), heads, width, weights, float(norms.eps))
+        return [(NORM_HEADS_ONCE if norms.once else NORM_HEADS, fields)]
 
     def prepare(self, before: PackedLinear | QuantizedLinear, x: torch.Tensor) -> list[Step]:
         """Makes of ``x`` what the layer ``before`` which that comes takes."""
         form = self._form(before)
         return [(PREPARE, PrepareStep(x.data_ptr(), x.shape[1], form))] if form.kind != AS_IT_IS else []
+
+    def gate(self, before: PackedLinear | QuantizedLinear, x: torch.Tensor, result: torch.Tensor) -> list[Step]:
+        """gelu(g) * u of ``x``, which has g and u, and makes what the layer ``before`` which that comes takes."""
+        width = result.shape[1]
+        _same(x.shape[1], 2 * width)
+        return [(GATE, GateStep(x.data_ptr(), width, result.data_ptr(), self._form(before)))]
 
     def multiply(self, layer: PackedLinear | QuantizedLinear, x: torch.Tensor, y: torch.Tensor | None) -> list[Step]:
         """``layer`` of ``x``, which was prepared, into ``y``; None: see `write_to`."""
@@ -310,12 +295,16 @@ class Steps:
         """
         _write_to(self._steps[-2:], self._results, logits, values, tokens, NOTHING if sums is None else sums)
 
-    def rotary(self, index: int, sizes: Heads, qkv: torch.Tensor, queries: torch.Tensor) -> list[Step]:
-        """Gives queries and keys their rotary positions, and stores keys and values as layer ``index``."""
+    def rotary(
+        self, index: int, sizes: Heads, qkv: torch.Tensor, queries: torch.Tensor, table: int = 0
+    ) -> list[Step]:  # fmt: skip
+        """Gives queries and keys their rotary positions, of that ``table``, and stores keys and values as layer
+        ``index``."""
         _same((sizes.heads + 2 * sizes.kv_heads) * sizes.width, qkv.shape[1])
         _same(sizes.heads * sizes.width, queries.shape[1])
+        _same(sizes.width, self._turned.setdefault(table, sizes.width))
         self._stored[index] = sizes.kv_heads, sizes.width
-        fields = RotaryStep(index, sizes.heads, sizes.kv_heads, sizes.width, qkv.data_ptr(), queries.data_ptr())
+        fields = RotaryStep(index, table, sizes.heads, sizes.kv_heads, sizes.width, qkv.data_ptr(), queries.data_ptr())
         return [(ROTARY, fields)]
 
     def attend(self, index: int, sizes: Heads, queries: torch.Tensor, result: torch.Tensor) -> list[Step]:
@@ -334,13 +323,13 @@ class Steps:
         self._numbers.append(np.array([sizes.scale, 0.0]))
         return [(ATTEND, AttendStep(index, self._numbers[-1].ctypes.data, call))]
 
-    def rows_of_a_layer(self, hidden: int, inner: int, sizes: Heads) -> Rows:
-        """Room for a layer's intermediate results."""
+    def rows_of_a_layer(self, hidden: int, inner: int, sizes: Heads, gates: int = 0) -> Rows:
+        """Room for a layer's intermediate results, ``gates`` of which a step gates."""
         wide = sizes.heads * sizes.width
         return Rows(
-            residual=self.room(hidden), normed=self.room(hidden), added=self.room(hidden), inner=self.room(inner),
-            qkv=self.room(wide + 2 * sizes.kv_heads * sizes.width), queries=self.room(wide, torch.float32),
-            attended=self.room(wide),
+            residual=self.room(hidden), normed=self.room(hidden), added=self.room(hidden), gates=self.room(gates),
+            inner=self.room(inner), qkv=self.room(wide + 2 * sizes.kv_heads * sizes.width),
+            queries=self.room(wide, torch.float32), attended=self.room(wide),
         )  # fmt: skip
 
     def after_rotary(self, index: int, sizes: Heads, layer: Behind, at: Rows) -> list[Step]:

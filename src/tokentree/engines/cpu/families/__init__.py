@@ -1,0 +1,1 @@
+"""Families of models whose forward is one compiled call: a file each."""
