@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests import forked
 from tests.tiny_models import save_model, tiny, tiny_tokenizer
 from tokentree.calibrate import Calibration
 from tokentree.check import Verdict
@@ -84,7 +84,7 @@ def test_depth_and_branching_are_a_shape(run: Command, folder: Path) -> None:
 def test_a_dash_reads_standard_input(folder: Path) -> None:
     options = ["-m", str(folder), "--max-tokens", "4", "--json", "--threads", "1"]
     words = [sys.executable, "-m", "tokentree", "generate", "-", *options]
-    done = subprocess.run(words, input="one two", capture_output=True, text=True, check=True)
+    done = forked.run(words, input="one two")
     assert json.loads(done.stdout)["token_ids"]
     assert "Traceback" not in done.stderr
 
