@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer.main
 
 from tests import forked
 from tests.tiny_models import save_model, tiny, tiny_tokenizer
@@ -16,6 +18,7 @@ from tokentree.check import Verdict
 from tokentree.cli import main as cli
 
 Command = Callable[..., tuple[int, str, str]]
+made = functools.cache(typer.main.get_command)  # a process makes its commands once, which takes a while
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +28,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    monkeypatch.setattr(typer.main, "get_command", made)
+
     def command(*words: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["tokentree", *map(str, words)])
         with pytest.raises(SystemExit) as stopped:
