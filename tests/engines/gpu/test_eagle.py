@@ -150,5 +150,5 @@ def test_rejection_draws_level_by_level_in_torch() -> None:
 
 
 def test_heads_without_kernels_draft_in_torch() -> None:
-    engine = engine_of(**ONE)
+    engine = engine_of()
     assert type(engine.head_engine(some_head(1, None, 64))) is not TritonEagle
