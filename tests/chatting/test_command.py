@@ -143,8 +143,8 @@ class Terminal:
 
     def __init__(self, *words: object) -> None:
         self._end, theirs = pty.openpty()
-        streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
-        self._process = Forked([sys.executable, *words], env=os.environ | {"TERM": "xterm"}, **streams)
+        begin, env = [sys.executable, *map(str, words)], os.environ | {"TERM": "xterm"}
+        self._process = Forked(begin, env=env, stdin=theirs, stdout=theirs, stderr=theirs)
         os.close(theirs)
         self.seen = ""
 
@@ -176,7 +176,8 @@ class Terminal:
         while self._read():
             pass
         os.close(self._end)
-        return self._process.wait(60)
+        code: int = self._process.wait(60)
+        return code
 
 
 def test_ctrl_c_in_a_terminal_stops_the_answer_and_ctrl_d_ends_the_chat(folder: Path, tmp_path: Path) -> None:  # noqa: F811
