@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests import forked
 from tokentree.acceptance import acceptance
 from tokentree.decoder import Decoder
 from tokentree.drafters.base import Drafter
@@ -83,6 +84,10 @@ def ordered(items: list[pytest.Item]) -> list[pytest.Item]:
     known = {*compiling, *alone}
     others = [*compiling, *(item for item in items if item not in known)]
     return [*others[: len(items) // 2], *alone, *others[len(items) // 2 :]]
+
+
+def pytest_unconfigure() -> None:
+    forked.end()
 
 
 def random_table(vocab: int, order: int = 2, seed: int = 0, sharpness: float = 1.0) -> torch.Tensor:

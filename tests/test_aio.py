@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-import subprocess
 import sys
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests import forked
 from tests.tiny_models import kv_engine, some_tokens, tiny, tiny_tokenizer
 from tokentree import LLM, AsyncLLM, OptionError, RequestError, SamplingParams, StepError
 from tokentree.sharing import AHEAD
@@ -257,6 +257,5 @@ asyncio.run(inside())
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks")
 def test_a_fork_is_refused_at_once_and_leaves_the_parent_alone() -> None:
-    command = [sys.executable, "-W", "ignore", "-c", FORKS]
-    done = subprocess.run(command, check=False, timeout=300, capture_output=True, text=True)
+    done = forked.run([sys.executable, "-W", "ignore", "-c", FORKS])
     assert done.returncode == 0, done.stderr

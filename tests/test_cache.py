@@ -13,6 +13,7 @@ import pytest
 from filelock import FileLock
 
 import tokentree
+from tests.forked import Forked
 from tests.tiny_models import tiny, tiny_tokenizer
 from tokentree import cache
 from tokentree.cache import PART, cache_folder, intact, locked, ours, private, replacing, seal, unkept
@@ -57,7 +58,7 @@ def test_what_two_processes_keep_at_once_is_whole(tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(model)
     env = {**os.environ, "TOKENTREE_CACHE": str(tmp_path / "cache"), "PYTHONWARNINGS": "error::UserWarning:tokentree"}
     both = [
-        subprocess.Popen([sys.executable, "-c", AT_ONCE, memory, model, str(me)], env=env, stderr=subprocess.PIPE)
+        Forked([sys.executable, "-c", AT_ONCE, memory, model, str(me)], env=env, stderr=subprocess.PIPE)
         for me in range(2)
     ]
     told = [process.communicate()[1].decode() for process in both]
@@ -102,7 +103,7 @@ def test_a_lock_keeps_other_threads_and_processes_out(tmp_path: Path) -> None:
         "import sys; from pathlib import Path; from tokentree.cache import locked\nwith locked(Path(sys.argv[1])): pass"
     )
     with locked(tmp_path / "a"):
-        other = subprocess.Popen([sys.executable, "-c", wait, tmp_path / "a"])
+        other = Forked([sys.executable, "-c", wait, tmp_path / "a"])
         with pytest.raises(subprocess.TimeoutExpired):
             other.wait(2)
     assert other.wait(30) == 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -18,6 +17,7 @@ import pytest
 import torch
 from transformers import LogitsProcessor, PreTrainedModel
 
+from tests import forked
 from tests.tiny_models import kv_engine, request, some_tokens, some_tree, tiny
 from tokentree import LLM, ModelError, OptionError, SamplingParams, exclusive, generator
 from tokentree.drafters.medusa import Medusa
@@ -244,14 +244,13 @@ assert llm.generate([some_tokens(5)], params)[0].token_ids == expected
 
 
 def test_a_fork_behind_a_forward_is_refused_at_once_and_leaves_the_parent_alone() -> None:
-    command = [sys.executable, "-W", "ignore", "-c", FORKS]
-    done = subprocess.run(command, check=False, timeout=120, capture_output=True, text=True)
+    done = forked.run([sys.executable, "-W", "ignore", "-c", FORKS])
     assert done.returncode == 0, done.stderr
 
 
 def test_a_fork_before_any_forward_is_no_trouble() -> None:
     code = "import os, tokentree.llm, tokentree.kernels.threads as t; os.fork(); t.check_fork(); os._exit(0)"
-    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], timeout=120, check=False).returncode == 0
+    assert forked.run([sys.executable, "-W", "ignore", "-c", code]).returncode == 0
 
 
 @pytest.mark.parametrize("count", [0, -1, 4096 * 8, 100_000, 2.0, "2", True, np.True_, np.int64(0), np.float64(2)])

@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests import forked
+from tests.forked import Forked
 from tests.test_layers import MODULES, SOURCE, _imports
 from tokentree import jit
 from tokentree.jit import KeptCode, compiled_folder, imported, njit
@@ -168,11 +170,11 @@ def test_without_a_place_to_write_it_works_and_says_so_once(tmp_path: Path) -> N
 
 def test_two_processes_compile_at_once(folder: Path) -> None:
     command = [sys.executable, "-c", NORM]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [Forked(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     (first, told), (second, more) = (process.communicate() for process in both)
     assert not told + more
     assert first == second
-    assert running(SOURCE.parent, NORM).stdout.split()[-1] == "1"
+    assert forked.run(command).stdout.split()[-1] == "1"
 
 
 def test_the_code_of_few_versions_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

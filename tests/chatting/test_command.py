@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.test_cli import Command, folder, run  # noqa: F401  fixtures
+from tests.forked import Forked
 from tests.serve.serving import serving, tiny_llm
 from tests.tiny_models import save_model, tiny, tiny_tokenizer
 from tokentree import LLM, SamplingParams
@@ -141,9 +142,10 @@ class Terminal:
     """A process in a terminal of its own."""
 
     def __init__(self, *words: object) -> None:
-        self._pid, self._end = pty.fork()
-        if self._pid == 0:
-            os.execve(sys.executable, [sys.executable, *map(str, words)], os.environ | {"TERM": "xterm"})
+        self._end, theirs = pty.openpty()
+        begin, env = [sys.executable, *map(str, words)], os.environ | {"TERM": "xterm"}
+        self._process = Forked(begin, env=env, stdin=theirs, stdout=theirs, stderr=theirs)
+        os.close(theirs)
         self.seen = ""
 
     def wait(self, text: str, seconds: float = 120) -> None:
@@ -174,7 +176,8 @@ class Terminal:
         while self._read():
             pass
         os.close(self._end)
-        return os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+        code: int = self._process.wait(60)
+        return code
 
 
 def test_ctrl_c_in_a_terminal_stops_the_answer_and_ctrl_d_ends_the_chat(folder: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -205,7 +208,7 @@ def test_ctrl_c_in_a_terminal_stops_the_answer_and_ctrl_d_ends_the_chat(folder: 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_chat_through_a_pipe(folder: Path, number: signal.Signals) -> None:  # noqa: F811
     words = [sys.executable, "-c", SLOWLY, "chat", "-m", str(folder), "--drafter", "none", "--threads", "1"]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with Forked(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdin.write(b"one two three\n")

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer.main
 
+from tests import forked
 from tests.tiny_models import save_model, tiny, tiny_tokenizer
 from tokentree.calibrate import Calibration
 from tokentree.check import Verdict
 from tokentree.cli import main as cli
 
 Command = Callable[..., tuple[int, str, str]]
+made = functools.cache(typer.main.get_command)  # a process makes its commands once, which takes a while
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +28,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    monkeypatch.setattr(typer.main, "get_command", made)
+
     def command(*words: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["tokentree", *map(str, words)])
         with pytest.raises(SystemExit) as stopped:
@@ -84,7 +89,7 @@ def test_depth_and_branching_are_a_shape(run: Command, folder: Path) -> None:
 def test_a_dash_reads_standard_input(folder: Path) -> None:
     options = ["-m", str(folder), "--max-tokens", "4", "--json", "--threads", "1"]
     words = [sys.executable, "-m", "tokentree", "generate", "-", *options]
-    done = subprocess.run(words, input="one two", capture_output=True, text=True, check=True)
+    done = forked.run(words, input="one two")
     assert json.loads(done.stdout)["token_ids"]
     assert "Traceback" not in done.stderr
 

@@ -95,6 +95,33 @@ def decoded_alone(
     return nodes, torch.stack([rows[node] for node in nodes])
 
 
+def assert_bits_of_paths(engine: KVEngine) -> None:
+    """The nodes of a tree have the bits of decoding their paths alone: whatever its size, in two calls, beside another
+    text, and beside a prompt that is read."""
+    assert (engine.attention, engine.caveat) == ("tree", "")
+    tokens = some_tokens(41)
+    tree = some_tree(tokens[-1], 33, seed=1)
+    nodes, alone = decoded_alone(engine, tokens[:-1], tree, leaves=4)
+    seq = request(tokens)
+    engine.prefill(seq)
+    for size in (1, 2, 3, 5, 8, 17, 33):
+        known = [node for node in nodes if node < size]
+        got = engine.verify([seq], [tree.take(np.arange(size))]).rows(0, known)
+        assert torch.equal(got, alone[: len(known)]), f"{size} nodes"
+    for first in (1, 7, 20):
+        engine.verify([seq], [tree.take(np.arange(first))])
+        late = [node for node in nodes if node >= first]
+        got = engine.verify([seq], [tree], [first]).rows(0, late)
+        assert torch.equal(got, alone[len(nodes) - len(late) :]), f"node {first} and on by themselves"
+    trees, seqs = [tree, some_tree(tokens[9], 5)], [seq, request(tokens[:10])]
+    engine.prefill(seqs[1])
+    assert torch.equal(engine.verify(seqs, trees).rows(0, nodes), alone), "beside another text"
+    reading = request(some_tokens(30, seed=2))
+    engine.begin(reading)
+    assert torch.equal(engine.verify([seq], [tree], reading=[(reading, 29)]).rows(0, nodes), alone), "beside a prompt"
+    engine.release([*seqs, reading])
+
+
 def of_transformers(model: PreTrainedModel, prefix: Sequence[int], tree: TokenTree) -> torch.Tensor:
     """[nodes, vocab]: the last rows of the model's own forward over each path."""
     rows: dict[int, torch.Tensor] = {}

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests import forked
 from tests.test_layers import MODULES
 
 COMPILERS = {"njit", "cfunc", "vectorize"}
@@ -102,11 +103,9 @@ def test_free_memory_that_is_overwritten_changes_no_bit() -> None:
     if sys.platform != "linux":
         pytest.skip("only glibc overwrites what is freed when it is told to")
 
-    def run(**env: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-c", FORWARDS], env={**os.environ, **env}, capture_output=True, text=True, check=False
-        )
+    command, env = [sys.executable, "-c", FORWARDS], {**os.environ, "GLIBC_TUNABLES": OVERWRITTEN}
+    overwritten = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    as_it_is = forked.run(command)
+    for done in (overwritten, as_it_is):
         assert not done.returncode, done.stderr
-        return done.stdout
-
-    assert run(GLIBC_TUNABLES=OVERWRITTEN) == run()
+    assert overwritten.stdout == as_it_is.stdout

@@ -23,6 +23,7 @@ import pytest
 from benchmarks.kill import files
 
 from tests.cli.test_cli import Command
+from tests.forked import Forked
 from tests.serve.serving import error_of, events_of, serving, slowed, tiny_llm, until
 from tokentree import LLM, ModelError
 from tokentree.serve.defaults import defaults_of
@@ -39,7 +40,7 @@ def started(*words: object, code: str | None = None) -> Iterator[tuple[subproces
     """A server in a process of its own; what it says is gathered."""
     begin = [sys.executable, "-W", "ignore", *(["-c", code] if code else ["-m", "tokentree"])]
     options = ["serve", "--port", "0", "--threads", "1", *map(str, words)]
-    process = subprocess.Popen([*begin, *options], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = Forked([*begin, *options], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     said = list[str]()
     assert process.stderr is not None
     reader = threading.Thread(target=lambda: said.extend(process.stderr or ()))

@@ -2,93 +2,56 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
-import subprocess
 import sys
-from collections.abc import Iterator
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.forked import Forked
 from tests.tiny_models import save_model, tiny, tiny_tokenizer
 from tokentree.train.keeping import whole
 
-# Starts the command again and again without importing everything again; a signal comes so many seconds behind the
-# first time that standard error has a word in it.
-SERVER = """
-import json, os, signal, sys, time
-import torch, transformers, accelerate
-import tokentree.cli.main, tokentree.llm, tokentree.train.run, tokentree.train.run_eagle
-torch.set_num_threads(1)
-for line in sys.stdin:
-    args, said, number, word, delay = json.loads(line)
-    child = os.fork()
-    if not child:
-        out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(out, 1), os.dup2(out, 2)
-        sys.argv, code = ["tokentree", *args], 0
-        try:
-            tokentree.cli.main.main()
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
-    sent = number is None
-    while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            break
-        if not sent and os.path.exists(said) and word in open(said).read():
-            time.sleep(delay)
-            os.kill(child, number)
-            sent = True
-        time.sleep(0.003)
-    print(os.waitstatus_to_exitcode(status), flush=True)
-"""
 INT, TERM, KILL = signal.SIGINT, signal.SIGTERM, signal.SIGKILL
 STATUS = {INT: 130, TERM: 143, KILL: -9}
 
 
-class Server:
+class Trainings:
     """Runs the command in a process of its own each time."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         small = tiny("llama", vocab_size=300, num_hidden_layers=3, max_position_embeddings=96)  # its texts are short
         self.model = save_model(folder / "model", small, tiny_tokenizer())
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
 
     def run(
         self, kind: str, out: Path, *more: str, number: int | None = None, word: str = "", delay: float = 0.0
     ) -> tuple[int, str]:
-        """The exit status and what was printed, of a training that gets a signal of this number."""
+        """The exit status and what was printed, of a training that gets a signal of this number so many seconds behind
+        the first time that it prints ``word``."""
         args = ["train", *kind.split(), "--model", str(self.model), "--out", str(out), "--dtype", "float32"]
         args += ["--data", "self", "--tokens", "250", "--threads", "1", "--evaluate-every", "4", *more]
-        said = self.folder / "said.txt"
-        said.unlink(missing_ok=True)
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps([args, str(said), number, word, delay]) + "\n")
-        self._process.stdin.flush()
-        return int(self._process.stdout.readline()), said.read_text()
-
-    def close(self) -> None:
-        self._process.communicate(timeout=60)
+        file = self.folder / "said.txt"
+        with file.open("w") as said:
+            env = os.environ | {"OMP_NUM_THREADS": "1"}
+            process = Forked([sys.executable, "-m", "tokentree", *args], stdout=said, stderr=said, env=env)
+        while process.poll() is None:
+            if number is not None and word in file.read_text():
+                time.sleep(delay)
+                process.send_signal(number)
+                number = None
+            time.sleep(0.003)
+        return process.wait(), file.read_text()
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    started = Server(tmp_path_factory.mktemp("interrupted"))
-    yield started
-    started.close()
+def command(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
+    return Trainings(tmp_path_factory.mktemp("interrupted"))
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -114,12 +77,12 @@ MEDUSA = "medusa --heads 2 --batch-size 32 --epochs 6"
     ],
 )  # fmt: skip
 def test_a_training_that_is_interrupted_again_and_again_ends_with_the_same_heads(
-    server: Server, tmp_path: Path, kind: str, times: list[tuple[signal.Signals, str, float]]
+    command: Trainings, tmp_path: Path, kind: str, times: list[tuple[signal.Signals, str, float]]
 ) -> None:  # fmt: skip
-    assert server.run(kind, tmp_path / "whole")[0] == 0
+    assert command.run(kind, tmp_path / "whole")[0] == 0
     parts, interrupted = tmp_path / "parts", 0
     for number, word, delay in times:
-        status, said = server.run(kind, parts, number=number, word=word, delay=delay)
+        status, said = command.run(kind, parts, number=number, word=word, delay=delay)
         assert "Traceback" not in said
         assert status in (STATUS[number], 0), said
         interrupted += status != 0
@@ -134,7 +97,7 @@ def test_a_training_that_is_interrupted_again_and_again_ends_with_the_same_heads
         if status:
             assert "heads are in" not in said
     assert interrupted > len(times) // 2
-    status, said = server.run(kind, parts)
+    status, said = command.run(kind, parts)
     assert status == 0, said
     assert "training: going on from" in said
     assert "reading the texts: going on from" in said

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.forked import Forked
 from tests.tiny_models import save_model, tiny, tiny_tokenizer
 from tests.train.commands import DONE
 from tokentree import LLM
 from tokentree.cli import main as cli
 
-# what `accelerate launch` runs where there are several GPUs: told to use CPUs, it starts one process
-TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--module"]
-ENVIRONMENT = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+# what `accelerate launch` tells each process where there are several GPUs: told to use CPUs, it starts one process
+ENVIRONMENT = {
+    "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "127.0.0.1",
+}  # fmt: skip
 KINDS = {
     "medusa": ["--heads", "2", "--batch-size", "64"],
     "eagle": ["--unroll", "2", "--batch-size", "8"],
@@ -42,11 +46,16 @@ def test_two_processes_train_what_one_does(
                 "--evaluate-every", "3", "--dtype", "float32", "--threads", "1", *KINDS[kind],
                 "--out", str(tmp_path / processes / kind)]  # fmt: skip
 
-    two = subprocess.Popen(
-        [*TWO, "tests.train.commands", *(json.dumps(command(kind, "two")) for kind in KINDS)],
-        env=os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    words = [sys.executable, "-m", "tests.train.commands", *(json.dumps(command(kind, "two")) for kind in KINDS)]
+    two = [
+        Forked(
+            words, env=os.environ | ENVIRONMENT | {"MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in ("0", "1")
+    ]  # fmt: skip
     alone = list[tuple[str, str]]()
     for kind in KINDS:
         monkeypatch.setattr(sys, "argv", command(kind, "one"))
@@ -55,8 +64,10 @@ def test_two_processes_train_what_one_does(
         assert not ended.value.code
         told = capsys.readouterr()
         alone.append((told.out, told.err))
-    out, err = two.communicate(timeout=300)
-    assert two.returncode == 0, err[-9000:]
+    (out, err), (more_out, more_err) = (process.communicate(timeout=300) for process in two)
+    assert [process.returncode for process in two] == [0, 0], (err + more_err)[-9000:]
+    assert "heads are in" not in more_out  # it is told once
+    assert "step" not in more_err
     both = list(zip(out.split(DONE), err.split(DONE), strict=True))
     assert len(both) == len(KINDS) + 1  # and what comes behind the last
     for kind, one, other in zip(KINDS, alone, both[:-1], strict=True):

@@ -9,14 +9,13 @@ import functools
 import warnings
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import linear
 from transformers import DogeConfig, DogeForCausalLM, PreTrainedModel
 
-from tests.engines.test_engine import assert_near, decoded_alone, of_transformers, verified
+from tests.engines.test_engine import assert_bits_of_paths, assert_near, of_transformers, verified
 from tests.tiny_models import OTHERS, randomised, request, some_tokens, some_tree, tiny, tiny_other, tiny_vision
 from tokentree.engines.cpu.alibi import bloom_biases, falcon_biases, mpt_biases
 from tokentree.engines.cpu.attention import ForwardKV, Rule, attend_rows
@@ -63,21 +62,7 @@ def test_a_tree_has_the_logits_that_transformers_gives_each_path(name: str, pref
 @DTYPES
 @pytest.mark.parametrize("name", NAMES)
 def test_a_node_has_the_bits_of_decoding_its_path_alone(name: str, dtype: torch.dtype) -> None:
-    engine, tokens = engine_of(name, dtype), some_tokens(41)
-    assert engine.attention == "tree"
-    assert not engine.caveat
-    tree = some_tree(tokens[-1], 33, seed=1)
-    nodes, alone = decoded_alone(engine, tokens[:-1], tree, leaves=4)
-    seq = request(tokens)
-    engine.prefill(seq)
-    for size in (1, 2, 3, 5, 8, 17, 33):
-        known = [node for node in nodes if node < size]
-        got = engine.verify([seq], [tree.take(np.arange(size))]).rows(0, known)
-        assert torch.equal(got, alone[: len(known)]), f"{size} nodes"
-    trees, seqs = [tree, some_tree(tokens[9], 5)], [seq, request(tokens[:10])]
-    engine.prefill(seqs[1])
-    assert torch.equal(engine.verify(seqs, trees).rows(0, nodes), alone), "beside another text"
-    engine.release(seqs)
+    assert_bits_of_paths(engine_of(name, dtype))
 
 
 @pytest.mark.parametrize("name", NEW)

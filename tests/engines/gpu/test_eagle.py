@@ -22,6 +22,7 @@ from tokentree.sequence import Sequence
 from tokentree.tree import TokenTree
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_heads": 4, "head_dim": 16}
+ONE: dict[str, Any] = {"num_hidden_layers": 1}  # of the target: each takes the interpreter as long
 
 
 @pytest.fixture(autouse=True)
@@ -30,8 +31,8 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tokentree.engines.gpu.eagle.PROMPT", 128)
 
 
-def head_of(known: int | None = 40, **options: Any) -> EagleHead:
-    return some_head(3, known, **{**SIZES, **options})
+def head_of(known: int | None = 40, taps: tuple[int, ...] = (0, 1), **options: Any) -> EagleHead:
+    return some_head(3, known, **{**SIZES, "taps": taps, **options})
 
 
 def begun(engine: object, ids: list[int], most: int = 40) -> Sequence:
@@ -44,7 +45,8 @@ def begun(engine: object, ids: list[int], most: int = 40) -> Sequence:
     "options", [{}, {"known": None}, {"known": 0}, {"norm_before_residual": True, "qkv_bias": True, "fc_bias": True}]
 )
 def test_candidates_have_the_probabilities_of_the_formulas_and_the_best_go_on(options: dict[str, Any]) -> None:
-    head, engine, model = head_of(**options), engine_of(), small().float().cpu()
+    sizes, taps = (ONE, (0, 1)) if options else ({}, (0, 1, 2))
+    head, engine, model = head_of(taps=taps, **options), engine_of(**sizes), small(**sizes).float().cpu()
     own = engine.head_engine(head)
     assert isinstance(own, TritonEagle)
     texts = [some_tokens(11), some_tokens(4, seed=1)]
@@ -72,10 +74,10 @@ def test_candidates_have_the_probabilities_of_the_formulas_and_the_best_go_on(op
 
 
 def test_a_draft_is_the_same_in_a_batch_and_behind_any_history() -> None:
-    engine, head = engine_of(), head_of()
+    engine, head = engine_of(**ONE), head_of()
     own = engine.head_engine(head)
     assert isinstance(own, GrowsDrafts)
-    ids = some_tokens(90)
+    ids = some_tokens(45)
     alone = own.grow([begun(engine, ids)], 4)
     other, again = begun(engine, some_tokens(7, seed=2)), begun(engine, ids[:-6])
     for count in (1, 3, 2):  # the text grows, and its head's rows with it
@@ -94,7 +96,7 @@ def test_a_draft_is_the_same_in_a_batch_and_behind_any_history() -> None:
 
 
 def test_a_draft_is_the_same_where_a_program_has_all_chunks_of_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, head = engine_of(), head_of()
+    engine, head = engine_of(**ONE), head_of()
     engines = []
     for items in (512, 9):  # more than that are needed for the levels of one text
         monkeypatch.setattr("tokentree.engines.gpu.eagle.ITEMS", items)
@@ -111,7 +113,7 @@ def test_a_draft_is_the_same_where_a_program_has_all_chunks_of_a_tile(monkeypatc
 
 
 def test_where_pages_are_short_nothing_is_drafted_and_texts_go_on_up_to_the_context() -> None:
-    engine = engine_of(max_position_embeddings=CHUNK + 9)  # a text goes on from a page to the next
+    engine = engine_of(max_position_embeddings=CHUNK + 9, **ONE)  # a text goes on from a page to the next
     drafter = Eagle(head_of(), engine)
     own = drafter._engine
     assert isinstance(own, TritonEagle)
@@ -128,7 +130,7 @@ def test_where_pages_are_short_nothing_is_drafted_and_texts_go_on_up_to_the_cont
 
 
 def test_texts_are_plain_s_alone_and_in_a_batch() -> None:
-    engine = engine_of()
+    engine = engine_of(**ONE)
     drafter = Eagle(head_of(), engine)
 
     def texts() -> list[Sequence]:
@@ -141,7 +143,7 @@ def test_texts_are_plain_s_alone_and_in_a_batch() -> None:
 
 
 def test_rejection_draws_level_by_level_in_torch() -> None:
-    engine = engine_of()
+    engine = engine_of(**ONE)
     seq = request(some_tokens(9), max_tokens=4, temperature=1.0, seed=1)
     assert len(decode(engine, [seq], Eagle(head_of(), engine), accept="rejection")[0]) == 4
     engine.check()

@@ -30,6 +30,8 @@ from tokentree.sequence import Sequence
 from tokentree.tree import TokenTree
 
 ROOT = 5
+ONE: dict[str, Any] = {"num_hidden_layers": 1}  # where layers are all alike: each takes the interpreter as long
+ALIKE = ("qwen2", "qwen3", "phi3")
 
 
 class Interpreted(TritonEngine):
@@ -63,7 +65,7 @@ def test_a_text_ends_where_generate_ends_it_now(owned: bool) -> None:
 
 @functools.cache
 def llama() -> TritonEngine:
-    return engine_of(prefix_bytes=1 << 30)
+    return engine_of(prefix_bytes=1 << 30, **ONE)
 
 
 def verified(engine: TritonEngine, seq: Sequence, tree: TokenTree, first: int = 0) -> torch.Tensor:
@@ -89,13 +91,14 @@ def alone(engine: TritonEngine, before: list[int], tree: TokenTree, path: list[i
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_tree_has_transformers_logits_and_the_bits_of_each_path_alone(family: str) -> None:
-    model = prepared(family)
+    options = ONE if family in ALIKE else {}
+    model = prepared(family, **options)
     engine, before = Interpreted(model, 0, 2000), some_tokens(9)
     tree = TokenTree(np.array([ROOT, 7, 8, 9, 10, 11]), np.array([-1, 0, 0, 2, 1, 3]))
     engine._check_trees(model.own)
     seq = request([*before, ROOT])
     got = verified(engine, seq, tree)
-    expected = of_transformers(small(family).float().cpu(), before, tree)
+    expected = of_transformers(small(family, **options).float().cpu(), before, tree)
     error = float((got.cpu().float() - expected).square().mean().sqrt())
     assert error < 0.05 * float(expected.std())
     if family in ("qwen2", "phi3", "gemma3"):
@@ -112,7 +115,7 @@ def test_a_protocol_s_parts_are_there() -> None:
 
 
 def test_a_ragged_batch_has_the_bits_of_each_text_alone_and_prompts_beside_it_too() -> None:
-    engine = engine_of()
+    engine = engine_of(**ONE)
     texts = [[*some_tokens(n, seed=n), ROOT] for n in (3, 126, 20)]
     trees = [some_tree(ROOT, n) for n in (4, 9, 1)]
     expected = [verified(engine, request(ids), tree) for ids, tree in zip(texts, trees, strict=True)]
@@ -147,7 +150,7 @@ def test_after_commits_over_pages_a_text_is_like_one_prefilled_with_the_same_tok
 
 
 def test_more_rows_than_a_forward_takes_go_through_several(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = engine_of()
+    engine = engine_of(**ONE)
     texts = [[*some_tokens(n, seed=n), ROOT] for n in (3, 9, 20)]
     trees = [some_tree(ROOT, n) for n in (5, 8, 4)]
     expected = [verified(engine, request(ids), tree) for ids, tree in zip(texts, trees, strict=True)]
@@ -168,7 +171,7 @@ def test_more_rows_than_a_forward_takes_go_through_several(monkeypatch: pytest.M
 
 
 def test_a_tree_grown_over_several_calls_equals_one_call() -> None:
-    engine, before, tree = engine_of(), some_tokens(20), some_tree(ROOT, 9)
+    engine, before, tree = engine_of(**ONE), some_tokens(20), some_tree(ROOT, 9)
     whole = verified(engine, request([*before, ROOT]), tree)
     seq = request([*before, ROOT])
     engine.prefill(seq)
@@ -221,7 +224,7 @@ def test_rows_that_move_are_moved_once_when_a_forward_is_recorded(monkeypatch: p
 
 
 def test_texts_that_begin_alike_share_pages_and_keep_their_bits() -> None:
-    engine, common = engine_of(prefix_bytes=1 << 30), some_tokens(2 * CHUNK + 20)
+    engine, common = engine_of(prefix_bytes=1 << 30, **ONE), some_tokens(2 * CHUNK + 20)
     first, tree = request([*common, ROOT]), some_tree(ROOT, 4)
     expected = verified(engine, first, tree)
     live = request([*common, ROOT])
@@ -234,7 +237,7 @@ def test_texts_that_begin_alike_share_pages_and_keep_their_bits() -> None:
     assert engine.begin(again) == 2 * CHUNK
     assert engine.begin(other) == CHUNK
     assert torch.equal(verified(engine, again, tree), expected)
-    assert torch.equal(verified(engine, other, tree), verified(engine_of(), request(other.tokens), tree))
+    assert torch.equal(verified(engine, other, tree), verified(engine_of(**ONE), request(other.tokens), tree))
     engine.check()
     engine.release([again, other])
     engine.check()
@@ -242,7 +245,7 @@ def test_texts_that_begin_alike_share_pages_and_keep_their_bits() -> None:
 
 
 def test_what_is_kept_gives_way_to_texts_and_a_full_engine_says_so() -> None:
-    engine = engine_of(prefix_bytes=1 << 30, tokens=3 * CHUNK, num_hidden_layers=1)
+    engine = engine_of(prefix_bytes=1 << 30, tokens=3 * CHUNK, **ONE)
     for seed in range(3):
         seq = request([*some_tokens(CHUNK + 9, seed=seed), ROOT])
         engine.prefill(seq)
@@ -259,7 +262,7 @@ def test_what_is_kept_gives_way_to_texts_and_a_full_engine_says_so() -> None:
 
 
 def test_what_is_kept_gives_way_though_live_texts_have_the_oldest_of_it_too() -> None:
-    engine = engine_of(prefix_bytes=1 << 30, tokens=4 * CHUNK, num_hidden_layers=1)
+    engine = engine_of(prefix_bytes=1 << 30, tokens=4 * CHUNK, **ONE)
     first, second = ([*some_tokens(CHUNK + 2, seed=seed), ROOT] for seed in (1, 2))
     for ids in (first, second):
         seq = request(ids)
@@ -276,7 +279,7 @@ def test_what_is_kept_gives_way_though_live_texts_have_the_oldest_of_it_too() ->
 
 
 def test_a_tree_may_reach_beyond_the_context_s_rows() -> None:
-    engine, ids = engine_of(max_position_embeddings=CHUNK // 2), some_tokens(CHUNK // 2 - 3)
+    engine, ids = engine_of(max_position_embeddings=CHUNK // 2, **ONE), some_tokens(CHUNK // 2 - 3)
     tree = TokenTree(np.arange(70), np.array([-1, *([0] * 35), *range(1, 35)]))
     got = verified(engine, request([*ids, 0]), tree)  # its rows need a page more than the context has
     assert torch.equal(alone(engine, ids, tree, path_to(tree, 69)), got[path_to(tree, 69)])
@@ -356,9 +359,9 @@ def test_a_model_with_no_kernels_is_refused_with_the_reason() -> None:
 GROUPS: dict[str, Any] = {"intermediate_size": 128}  # inputs that come in groups of 64
 
 
-def rounded(family: str) -> PreTrainedModel:
+def rounded(family: str, **options: Any) -> PreTrainedModel:
     """The model whose layers' weights are those that 8 bits have, in float32; its embedding is as it was."""
-    model = small(family, **GROUPS, tie_word_embeddings=False)
+    model = small(family, **GROUPS, **options, tie_word_embeddings=False)
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             module.weight.data = Int8.of(module.weight.data)[:]
@@ -368,12 +371,13 @@ def rounded(family: str) -> PreTrainedModel:
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
 def test_in_8_bits_a_tree_has_the_logits_of_the_rounded_model_and_the_bits_of_each_path_alone(family: str) -> None:
-    model = prepared(family, True, "int8", **GROUPS, tie_word_embeddings=False)
+    options = {} if family == "gemma2" else ONE
+    model = prepared(family, True, "int8", **GROUPS, **options, tie_word_embeddings=False)
     engine = Interpreted(model, 0, 2000)
     engine._check_trees(model.own)
     before, tree = some_tokens(9), some_tree(ROOT, 6)
     got = verified(engine, request([*before, ROOT]), tree)
-    expected = of_transformers(rounded(family), before, tree)
+    expected = of_transformers(rounded(family, **options), before, tree)
     error = float((got.cpu().float() - expected).square().mean().sqrt())
     assert error < 0.05 * float(expected.std())
     for path in (path_to(tree, 3), path_to(tree, 5)):
@@ -382,7 +386,7 @@ def test_in_8_bits_a_tree_has_the_logits_of_the_rounded_model_and_the_bits_of_ea
 
 
 def test_in_8_bits_texts_are_plain_s_and_prompts_may_be_cut_anywhere() -> None:
-    engine = engine_of(quantization="int8", **GROUPS)
+    engine = engine_of(quantization="int8", **GROUPS, **ONE)
     prompts = [[5, 6, 7, 8] * 6, [9, 9, 9, 9]]
     expected = [decode(engine, [request(ids, max_tokens=4)])[0] for ids in prompts]
     assert decode(engine, [request(ids, max_tokens=4) for ids in prompts], NGram()) == expected
@@ -408,10 +412,10 @@ def test_in_8_bits_the_embedding_stays_and_heads_get_the_output_layer_s_values()
 
 
 def test_in_8_bits_an_engine_may_be_further_off_from_the_model_by_itself_and_not_much_further() -> None:
-    own = {name: told for name, told in own_forward(small(**GROUPS)).items() if name != "exact"}
+    own = {name: told for name, told in own_forward(small(**GROUPS, **ONE)).items() if name != "exact"}
     noise = torch.randn(own["logits"].shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     logits, spread = own["logits"].float(), float(own["logits"].float().std())
-    few, many = engine_of(quantization="int8", **GROUPS), engine_of(**GROUPS)
+    few, many = engine_of(quantization="int8", **GROUPS, **ONE), engine_of(**GROUPS, **ONE)
     few._check_trees({**own, "logits": logits + 0.2 * spread * noise})
     with pytest.raises(ModelError, match="other logits"):
         many._check_trees({**own, "logits": logits.bfloat16() + 0.2 * spread * noise.bfloat16()})
@@ -427,7 +431,7 @@ def test_a_model_whose_inputs_come_in_no_groups_is_refused_in_8_bits() -> None:
 
 @pytest.mark.parametrize("rows", [CHUNK + 20, CHUNK - 3, 0])
 def test_a_text_that_is_rewound_goes_on_and_those_that_share_its_pages_stay_as_they_are(rows: int) -> None:
-    engine = engine_of(prefix_bytes=1 << 30)
+    engine = engine_of(prefix_bytes=1 << 30, **ONE)
     beginning = some_tokens(CHUNK + 30)
     seq, other = request([*beginning, ROOT]), request([*beginning, 9, ROOT])
     engine.prefill(seq)
@@ -442,7 +446,7 @@ def test_a_text_that_is_rewound_goes_on_and_those_that_share_its_pages_stay_as_t
     engine.check()
     seq.tokens = [*beginning[:rows], *some_tokens(12, seed=3), ROOT]
     got = verified(engine, seq, tree)
-    fresh = engine_of()
+    fresh = engine_of(**ONE)
     assert torch.equal(got, verified(fresh, request(seq.tokens), tree))
     assert torch.equal(engine.verify([other], [tree]).all_logits, theirs)
     engine.release([seq, other])

@@ -56,7 +56,11 @@ def compiled(family: str) -> CompiledEngine:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_tree_has_the_logits_that_transformers_gives_each_path(family: str, graphs: Graphs) -> None:
+def test_a_tree_has_the_logits_that_transformers_gives_each_path(
+    family: str, graphs: Graphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if family != "llama":
+        record_only(monkeypatch, 16, 64)
     engine = compiled(family)
     for prefix, nodes in ((0, 1), (5, 9), (62, 30)):
         before, tree = some_tokens(prefix), some_tree(ROOT, nodes)

@@ -26,7 +26,10 @@ from tokentree.tree import TokenTree
 ROOT = 5
 # of latents and experts; of sinks, windows and experts with biases; of layer norms, where a part of a head turns; of
 # weights [inputs, outputs]; of scores of its own; of two attentions a layer
-FAMILIES = ("deepseek_v3", "gpt_oss", "stablelm", "gpt2", "gptj", "diffllama")
+FAMILIES: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {}, "gpt_oss": {}, "stablelm": {"num_hidden_layers": 1}, "gpt2": {"n_layer": 1},
+    "gptj": {"n_layer": 1}, "diffllama": {"num_hidden_layers": 1},
+}  # fmt: skip
 
 
 class Interpreted(TritonModulesEngine):
@@ -51,7 +54,7 @@ def prepared(model: PreTrainedModel) -> Prepared:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_tree_has_transformers_logits_and_the_bits_of_each_path_alone(family: str) -> None:
-    model = prepared(model_of(family))
+    model = prepared(model_of(family, **FAMILIES[family]))
     engine, before = Interpreted(model, 0, 2000), some_tokens(9)
     engine._check_trees(model.own)
     tree = TokenTree(np.array([ROOT, 7, 8, 9, 10, 11]), np.array([-1, 0, 0, 2, 1, 3]))
@@ -106,7 +109,7 @@ def test_a_model_whose_bits_depend_on_its_rows_is_refused(monkeypatch: pytest.Mo
             return made
 
     monkeypatch.setattr("tokentree.engines.gpu.modules.Steady", Unsteady)
-    model = prepared(model_of("llama"))
+    model = prepared(model_of("llama", num_hidden_layers=1))
     with pytest.raises(ModelError, match=r"depend on how many|give other logits"):
         Interpreted(model, 0, 2000)._check_trees(model.own)
 

@@ -36,6 +36,7 @@ def quicken() -> None:
     - It looks up numpy's types in a table that it makes for each.
     - It looks whether sums of whole numbers overflow, and tells nobody, as a kernel's assertions are off.
     - It makes the type of each value anew, with a name and a checked shape, see `know_types`.
+    - It works out anew for each two values what type both are to have, see `know_operands`.
     """
     patch, patched = interpreter._patch_lang, dict[int, Any]()
 
@@ -53,6 +54,7 @@ def quicken() -> None:
     assert not builder.options.debug
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
     know_types()
+    know_operands()
 
 
 def know_types() -> None:
@@ -84,6 +86,52 @@ def know_types() -> None:
     block.to_ir = lambda self, builder: self  # the interpreter's types are the language's
     language.tensor.__init__ = begin
     TritonSemantic.broadcast_impl_value = broadcast_unlike
+
+
+def know_operands() -> None:
+    """Has the interpreter take operands of one type as they are, and keep blocks of a constant."""
+    own, cast, equal, unwrap = (
+        TritonSemantic.binary_op_type_checking_impl, TritonSemantic.cast, language.dtype.__eq__,
+        language.core._unwrap_if_constexpr,
+    )  # fmt: skip
+    same = {language.int32, language.int64, language.float32, language.float64}  # what two of these give
+    blocks = dict[Any, Any]()
+    builtin = language.core.builtin(lambda: None).__code__
+
+    def operands(self: Any, left: Any, right: Any, *given: Any, **options: Any) -> Any:
+        if type(left) is not language.tensor:
+            return own(self, left, right, *given, **options)
+        if type(right) is language.tensor:
+            alike = left.type is right.type or left.type.__dict__ is right.type.__dict__
+            return (left, right) if alike and left.dtype in same else own(self, left, right, *given, **options)
+        key = right, type(right), left.type.name, given, *options.items()
+        if key in blocks:
+            return left, blocks[key]
+        first, second = own(self, left, right, *given, **options)
+        if first is left:
+            blocks[key] = second
+        return first, second
+
+    def cast_unlike(self: Any, value: Any, kind: Any, *given: Any) -> Any:
+        return value if value.dtype is kind.scalar else cast(self, value, kind, *given)
+
+    def unwrapped(value: Any) -> Any:
+        return value if type(value) in (language.tensor, int, float, bool) else unwrap(value)
+
+    def patch_attribute(place: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
+        plain = member.__wrapped__ if getattr(member, "__code__", None) is builtin else member
+
+        def called(*given: Any, **options: Any) -> Any:
+            options["_semantic"] = interpreter.interpreter_semantic
+            return plain(*given, **options)
+
+        scope.set_attr(place, name, called)
+
+    TritonSemantic.binary_op_type_checking_impl = operands
+    TritonSemantic.cast = cast_unlike
+    language.dtype.__eq__ = lambda self, other: self is other or equal(self, other)
+    language.core._unwrap_if_constexpr = unwrapped
+    interpreter._patch_attr = patch_attribute
 
 
 if os.environ.get("TRITON_INTERPRET") == "1":
