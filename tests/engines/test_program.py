@@ -58,7 +58,7 @@ def test_greedy_ids_are_plain_s_and_those_that_transformers_tells(family: str) -
     model, prompts, params = wide(family), [some_tokens(20), some_tokens(3, 1)], SamplingParams(max_tokens=30)
     llm = LLM(model, "recycling", shape="3x2x1")
     texts = [result.token_ids for result in llm.generate(prompts, params)]
-    assert llm.engine.execution == "one call"
+    assert isinstance(llm.engine, ProgramEngine)
     assert texts == [result.token_ids for result in llm.plain().generate(prompts, params)]
     for prompt, ids in zip(prompts, texts, strict=True):
         said = full_logits(model, [*prompt, *ids])[len(prompt) - 1 : -1]
