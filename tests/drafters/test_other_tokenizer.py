@@ -347,6 +347,11 @@ class World:
             for a, b in ((self.one, self.other), (self.other, self.one))
         }
 
+    @cache  # noqa: B019
+    def plain(self, names: tuple[str, str], way: int) -> list[list[int]]:
+        """Plain decoding's ids for `PROMPTS` in one of `WAYS_TO_DRAW`."""
+        return [one.token_ids for one in self.llms[names].plain().generate(PROMPTS, WAYS_TO_DRAW[way])]
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
@@ -360,6 +365,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"temperature": 0.8, "top_p": 0.9, "top_k": 30, "min_p": 0.02, "seed": 4},
     {"repetition_penalty": 1.4, "presence_penalty": 0.3, "logit_bias": {5: 2.0, 7: float("-inf")}},
 ]
+WAYS_TO_DRAW = [SamplingParams(max_tokens=30, ignore_eos=True, **options) for options in OPTIONS]
 
 
 @pytest.mark.parametrize(
@@ -369,10 +375,9 @@ def test_models_give_plain_s_ids(world: World, names: tuple[str, str], way: str,
     """These models write bytes that are no characters, and special tokens."""
     llm = world.llms[names]
     tree = llm.using(f"draft_model:vocabulary={way}", form)
-    for options in OPTIONS:
-        params = SamplingParams(max_tokens=30, ignore_eos=True, **options)
-        got, plain = tree.generate(PROMPTS, params), llm.plain().generate(PROMPTS, params)
-        assert [one.token_ids for one in got] == [one.token_ids for one in plain], options
+    for number, params in enumerate(WAYS_TO_DRAW):
+        got = tree.generate(PROMPTS, params)
+        assert [one.token_ids for one in got] == world.plain(names, number), OPTIONS[number]
         assert form == "cost" or sum(one.metrics.drafted_tokens for one in got) > 0
     assert all(not engine._kv for engine in llm.engines)  # type: ignore[attr-defined]
 
