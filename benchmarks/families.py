@@ -38,7 +38,7 @@ from rich.progress import track
 
 KERNELS = "--kernels"
 TIMEOUT = 300  # seconds for one family
-MOST = 250_000_000  # parameters of a model that is still tiny
+MOST = 150_000_000  # parameters of a model that is still tiny
 VOCAB, CONTEXT, SEED = 160, 512, 0
 FAR = 1e-3  # of the spread of logits: more is another model
 
@@ -238,8 +238,9 @@ def _model(family: str, name: str, settings: Callable[[Any], dict[str, Any]]) ->
 
     kind = getattr(transformers, name)
     made = CONFIG_MAPPING[family]()
-    if kind.config_class is not type(made):  # the class is that of the language model in it
-        made = made.get_text_config(decoder=True)
+    inner = made.get_text_config(decoder=True)
+    if kind.config_class is type(inner):  # the class is that of the language model in it
+        made = inner
     config = type(made)(**{key: value for key, value in settings(made).items() if key != "model_type"})
     for part in _parts(config):
         part.use_cache = True
