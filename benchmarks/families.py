@@ -11,19 +11,24 @@ the kernels of GPUs in their modules, in Triton's interpreter and bfloat16. With
 as a page of the manual:
 
     python benchmarks/families.py --page docs/models.md --found families.json
+
+A run takes half an hour on one core. ``--part 1/2`` and ``--part 2/2`` share it between two. One family (Inkling) takes
+scipy to be made.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import multiprocessing
 import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,16 +38,18 @@ from rich.progress import track
 
 KERNELS = "--kernels"
 TIMEOUT = 300  # seconds for one family
-MOST = 40_000_000  # parameters of a model that is still tiny
+MOST = 150_000_000  # parameters of a model that is still tiny
 VOCAB, CONTEXT, SEED = 160, 512, 0
 FAR = 1e-3  # of the spread of logits: more is another model
 
 # what a tiny configuration has, by the names that families have for it
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers")
+FEW, MORE = 2, 10  # layers; more where kinds of layers follow a longer pattern
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "embed_dim", "word_embed_proj_dim"), 64),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "d_ff", "decoder_ffn_dim", "encoder_ffn_dim"), 96),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "mlp_hidden_size"), 64),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"), 2),
+    **dict.fromkeys(LAYERS, FEW),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 4),
     **dict.fromkeys(("encoder_attention_heads", "attention_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "multi_query_group_num"), 2),
@@ -58,15 +65,42 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("image_size", "patch_size"), 14),
     **dict.fromkeys(("vocab_size", "padded_vocab_size"), VOCAB),
     **dict.fromkeys(("hidden_size_per_layer_input",), 8),
+    **dict.fromkeys(("out_hidden_size", "text_hidden_size", "adapter_in_dim"), 64),  # what comes to the language model
     "vocab_size_per_layer_input": VOCAB,
 }
+# what families need, and have none of by themselves
+WANTED: dict[str, Any] = {
+    **{name: SIZES[name] for name in ("n_routed_experts", "num_experts_per_tok", "num_experts", "top_k_experts")},
+    **{name: SIZES[name] for name in ("moe_intermediate_size", "sliding_window", "head_dim")},
+    **{"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_compress_ratio": 4},
+    **{"n_shared_experts": 1, "deepstack_layer_map": [], "downsample_rate": "1/2", "vocabulary_map": {"<image>": 3}},
+    "clip_qkv": 8.0,
+    "indexer_budget": 2 * CONTEXT,
+    "mlp_layer_types": ["dense", "sparse"],
+}
+# what they have, and isn't a size
+OTHERWISE: dict[str, Any] = {"axial_pos_embds_dim": [32, 32], "num_kv_shared_layers": 5, "qk_dim_factor": 1.0}
+BY_KIND = ("cohere_compass_text",)  # whose rotary positions are told by kinds of layers
+MISSING = {"rope_theta": 10_000.0}  # what models read of a configuration that has none
+INPUTS = ("pixel_values", "flattened_patches", "image_embeds", "Bbox")  # in errors of models that take more than text
+POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "sep_token_id")
 
+
+# families that no rule of `no_decoder` finds, and what they do
+NO_DECODERS = {
+    "diffusion_gemma": "denoises blocks of tokens",
+    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), "drafts from another model's keys and values"),
+    **dict.fromkeys(("musicgen", "musicgen_melody"), "writes codes of sounds"),
+    "xlm": "writes each token in the place of a mask",
+    "xlnet": "writes each token in a place that others see",
+}
 
 # settings that some families need beside these
 MROPE = {
     **dict.fromkeys(("glm_ocr", "glm4v", "glm46v", "glmga", "paddleocr_vl", "qwen2_5_omni_thinker"), (2, 3, 3)),
-    **dict.fromkeys(("qwen2_5_vl", "qwen2_vl"), (2, 3, 3)),
+    **dict.fromkeys(("hunyuan_vl", "qwen2_5_vl", "qwen2_vl"), (2, 3, 3)),
+    "ernie4_5_vl_moe": (3, 3, 2),
     "glm4v_moe": (1, 1, 2),
 }
 
@@ -77,7 +111,8 @@ class Found:
 
     Args:
         family, model, dtype: whose model it is, its class, its type.
-        kind: ``own``, ``by itself``, ``refused``, ``FAULT``, or ``not built``: no tiny model could be made here.
+        kind: ``own``, ``by itself``, ``refused``, ``FAULT``; ``no decoder``: it doesn't write text from text alone,
+            left to right; or ``not built``: no tiny model could be made here.
         reason: why, in one sentence.
         differing: of the texts decoded with trees, those that differ from plain decoding's.
         texts: decoded.
@@ -146,18 +181,56 @@ def shrunk(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def build(family: str, name: str) -> Any:
-    """A tiny model of a family: with its own settings, tiny sizes apart, or else with those that tests have."""
+    """A tiny model of a family, made in the first of these ways that gives one that reads text: with its own settings,
+    sizes apart; as tests have it; with sizes alone, and what its configuration makes of them, of a few layers and of
+    more."""
+    from tests.hybrids import HYBRIDS, tiny_hybrid
     from tests.tiny_models import OTHERS, tiny_other
 
-    try:
-        return _shrunk_model(family, name)
-    except Exception:
-        if family not in OTHERS:
-            raise
-        return tiny_other(family)
+    ways: list[Callable[[], Any]] = [partial(_model, family, name, _shrunk)]
+    ways += [partial(tests, family) for tests, has in ((tiny_other, OTHERS), (tiny_hybrid, HYBRIDS)) if family in has]
+    ways += [partial(_model, family, name, partial(_sized, layers=layers)) for layers in (FEW, MORE)]
+    failed: Exception | None = None
+    for way in ways:
+        try:
+            return way()
+        except Exception as error:  # noqa: BLE001 - other people's constructors raise anything
+            failed = failed or error
+    assert failed is not None
+    raise failed
 
 
-def _shrunk_model(family: str, name: str) -> Any:
+def _shrunk(config: Any) -> dict[str, Any]:
+    return shrunk(config.to_dict())
+
+
+def _sized(config: Any, layers: int) -> dict[str, Any]:
+    """The sizes that a configuration takes, tiny ones; and those of the configurations in it."""
+    from transformers import PreTrainedConfig
+
+    small: dict[str, Any] = {}
+    config.allow_global_per_layer_attribute_access = True
+    for name in type(config).__dataclass_fields__:
+        value = getattr(config, name, None)
+        if isinstance(value, PreTrainedConfig):
+            small[name] = {"model_type": value.model_type, **_sized(value, layers)}
+        elif name in TOKENS and value is not None:
+            small[name] = TOKENS.index(name) % 3
+        elif type(value) is int and name in SIZES:
+            small[name] = min(value, layers if name in LAYERS else SIZES[name])
+        elif value is None and name in WANTED:
+            small[name] = WANTED[name]
+        elif name in OTHERWISE:
+            small[name] = OTHERWISE[name]
+        elif name.endswith("feature_layer") and isinstance(value, list | tuple):
+            small[name] = [max(0, layers - 1 - place) for place, _ in enumerate(value)]
+    heads, shared = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if heads and heads == shared:
+        small["num_key_value_heads"] = small["num_attention_heads"]
+    return small
+
+
+def _model(family: str, name: str, settings: Callable[[Any], dict[str, Any]]) -> Any:
     import torch
     import transformers
     from tests.tiny_models import randomised
@@ -165,11 +238,18 @@ def _shrunk_model(family: str, name: str) -> Any:
 
     kind = getattr(transformers, name)
     made = CONFIG_MAPPING[family]()
-    settings = shrunk(made.to_dict())
-    settings.pop("model_type", None)
-    config = type(made)(**settings)
+    inner = made.get_text_config(decoder=True)
+    if kind.config_class is type(inner):  # the class is that of the language model in it
+        made = inner
+    config = type(made)(**{key: value for key, value in settings(made).items() if key != "model_type"})
     for part in _parts(config):
         part.use_cache = True
+        if getattr(part, "is_decoder", None) is False:
+            part.is_decoder = True  # or it would be an encoder
+        for missing in set(MISSING) - set(vars(part)):
+            setattr(part, missing, MISSING[missing])
+        _without_timm(part)
+        _with_ropes(part)
         rope = getattr(part, "rope_parameters", None) or {}
         if rope and family in MROPE:
             rope["mrope_section"] = list(MROPE[family])
@@ -182,8 +262,31 @@ def _shrunk_model(family: str, name: str) -> Any:
         raise MemoryError(f"{size:,} parameters are too many")
     torch.manual_seed(SEED)
     model = randomised(kind(config), SEED)
+    if hasattr(model, "set_default_language"):
+        model.set_default_language(model.config.languages[0])
     model(input_ids=torch.arange(20, 30)[None])
     return model
+
+
+def _without_timm(config: Any) -> None:
+    """Exchanges vision models of another library, which text doesn't touch, for one of transformers."""
+    from transformers import CLIPVisionConfig
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    for name, value in list(vars(config).items()):
+        if MODEL_MAPPING_NAMES.get(getattr(value, "model_type", None)) == "TimmWrapperModel":
+            other = CLIPVisionConfig(**shrunk(CLIPVisionConfig().to_dict()))
+            for key in set(vars(value)) - set(vars(other)):
+                setattr(other, key, getattr(value, key))
+            other.model_args = {"embed_dim": other.hidden_size}
+            vars(config)[name] = other
+
+
+def _with_ropes(config: Any) -> None:
+    """Rotary positions for each kind of layer, where a model looks for them there and its configuration has one."""
+    rope = getattr(config, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 10_000.0}
+    if config.model_type in BY_KIND and "rope_theta" in rope:
+        config.rope_parameters = {kind: dict(rope) for kind in set(config.layer_types)}
 
 
 def _parts(config: Any) -> Iterator[Any]:
@@ -195,7 +298,32 @@ def _parts(config: Any) -> Iterator[Any]:
             yield from _parts(value)
 
 
-def tried(family: str, name: str) -> Iterator[Found]:
+def no_decoder(family: str, name: str) -> str:
+    """Why a family doesn't write text from text alone, left to right; "" if it may."""
+    import transformers
+    from transformers import CONFIG_MAPPING
+
+    if family in NO_DECODERS:
+        return NO_DECODERS[family]
+    taken = inspect.signature(getattr(transformers, name).forward).parameters.values()
+    needed = [one.name for one in taken if one.default is one.empty and one.name != "self" and one.kind in POSITIONAL]
+    if needed:
+        return "takes more than text"
+    encodes = getattr(CONFIG_MAPPING[family](), "is_encoder_decoder", False)
+    return "reads with an encoder what a decoder writes of" if encodes and not name.endswith("ForCausalLM") else ""
+
+
+def sees_behind(model: Any) -> bool:
+    """Whether tokens of a model see those behind them."""
+    import torch
+
+    texts = torch.tensor([[*range(20, 24), *rest] for rest in (range(24, 30), range(40, 46))])
+    with torch.inference_mode():
+        one, other = (model.float()(input_ids=text[None], use_cache=False).logits[0, :4] for text in texts)
+    return float((one - other).abs().max()) > FAR * float(one.std())
+
+
+def tried(family: str, name: str) -> Iterator[Found]:  # noqa: PLR0915 - one after another
     """What becomes of a family, in each type."""
     import torch
     from tests.tiny_models import full_logits, request, some_tokens, some_tree
@@ -205,19 +333,27 @@ def tried(family: str, name: str) -> Iterator[Found]:
     from tokentree.tree import TokenTree
 
     torch.set_num_threads(1)
+    reason = no_decoder(family, name)
     for dtype in (torch.float32, torch.bfloat16):
         about = (family, name, str(dtype).removeprefix("torch."))
+        if reason:
+            yield Found(*about, "no decoder", reason)
+            continue
         try:
             model = build(family, name).to(dtype).eval()
         except Exception as error:  # noqa: BLE001 - other people's constructors raise anything
-            yield Found(*about, "not built", _line(error))
+            asks = any(word in str(error) for word in INPUTS)
+            yield Found(*about, *(("no decoder", "takes more than text") if asks else ("not built", _line(error))))
             continue
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 engine = TorchEngine(model)
         except ModelError as error:
-            yield Found(*about, "refused", _line(error))
+            if sees_behind(model):
+                yield Found(*about, "no decoder", "tokens see those behind them")
+            else:
+                yield Found(*about, "refused", _line(error))
             continue
         except Exception as error:  # noqa: BLE001 - what isn't a ModelError is a fault of ours, and listed
             yield Found(*about, "FAULT", _line(error))
@@ -263,7 +399,7 @@ def _ids(model: Any) -> str:
 
     prompt = torch.tensor([some_tokens(24, SEED)])
     options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 12, "do_sample": False}
-    options |= {"eos_token_id": None, "pad_token_id": 0}
+    options |= {"eos_token_id": None, "pad_token_id": 0, "encoder_no_repeat_ngram_size": None}
     try:
         expected = model.generate(prompt, **options)
     except Exception:  # noqa: BLE001 - other people's models raise anything
@@ -367,7 +503,7 @@ def page(found: list[Found], version: str) -> str:
     for one in found:
         by_family.setdefault(one.family, []).append(one)
     rows: dict[str, list[str]] = {"exact": [], "ties": [], "wrong": []}
-    reasons: dict[str, dict[str, list[str]]] = {"refused": {}, "not built": {}}
+    reasons: dict[str, dict[str, list[str]]] = {"refused": {}, "not built": {}, "no decoder": {}}
     for family, types in by_family.items():
         first = types[0]
         if first.kind in reasons:
@@ -383,15 +519,19 @@ def page(found: list[Found], version: str) -> str:
             rows["ties"].append(f"{entry} {next(one.reason for one in types if one.reason)} |")
         else:
             rows["exact"].append(entry)
-    counts = Counter("right" if all(one.right for one in types) else types[0].kind for types in by_family.values())
-    told = {"right": "right", "refused": "refused", "not built": "not tried", "own": "wrong", "by itself": "wrong"}
-    said = ", ".join(f"{count} {told.get(kind, 'failed')}" for kind, count in sorted(counts.items()))
+    others, missing = (sum(map(len, reasons[kind].values())) for kind in ("no decoder", "not built"))
+    refused = sum(map(len, reasons["refused"].values()))
+    right = len(rows["exact"]) + len(rows["ties"])
+    said = f"{right} decode with trees and are right ({len(rows['ties'])} of them up to ties)"
     head = ["family", "class", "forward"]
     return "\n".join(
         [
             "# Models", "", "<!-- Written by benchmarks/families.py --page. -->", "",
             f"What becomes of each family of transformers {version} on a CPU: a tiny model with random weights, text",
-            f"alone, in float32 and bfloat16. Of {len(by_family)} families: {said}.", "",
+            f"alone, in float32 and bfloat16. transformers maps {len(by_family)} families to models that write text.",
+            f"{others} of them don't do so from text alone, left to right. Of the other {len(by_family) - others},",
+            f"{said}, {refused} are refused,",
+            f"{len(rows['wrong'])} are wrong or fail, and no tiny model could be made of {missing}.", "",
             "## Exact", "",
             "Trees give each node the bits of decoding its path alone. In float32, logits are those of",
             "transformers' own forward over the whole text, and greedy ids those that it tells. They are those",
@@ -400,8 +540,11 @@ def page(found: list[Found], version: str) -> str:
             "## Up to ties", "", *_table([*head, "why"], rows["ties"]), "",
             *(["## Wrong", "", *_table([*head, "what"], rows["wrong"]), ""] if rows["wrong"] else []),
             "## Refused", "", *_reasons(reasons["refused"]), "",
-            "## Not tried", "", "No tiny model with random weights could be made, or it reads no text alone.", "",
-            *_reasons(reasons["not built"]),
+            "## Not tried", "", "No tiny model with random weights could be made.", "",
+            *_reasons(reasons["not built"]), "",
+            "## No decoders of text", "",
+            "They are mapped, but don't write text from text alone, left to right.", "",
+            *_reasons(reasons["no decoder"]),
         ]
     )  # fmt: skip
 
@@ -433,14 +576,17 @@ def main() -> None:
     parser.add_argument(KERNELS, action="store_true", help="only whether the kernels of GPUs run them")
     parser.add_argument("--out", type=Path, help="write what was found as JSON, and as Markdown beside it")
     parser.add_argument("--page", type=Path, help="write a page of what a run found, and run nothing")
-    parser.add_argument("--found", type=Path, help="the JSON file of that run")
+    parser.add_argument("--found", type=Path, nargs="+", help="the JSON files of that run, or of its parts")
+    parser.add_argument("--part", default="1/1", help="2/3: the second third of all families")
     asked = parser.parse_args()
     if asked.page:
-        results = [Found(**one) for one in json.loads(asked.found.read_text())]
+        results = [Found(**one) for part in asked.found for one in json.loads(part.read_text())]
+        results.sort(key=lambda one: one.family)
         asked.page.write_text(page(results, version("transformers")) + "\n")
         return
     known = families()
-    names = asked.only.split(",") if asked.only else list(known)
+    part, parts = map(int, asked.part.split("/"))
+    names = (asked.only.split(",") if asked.only else list(known))[part - 1 :: parts]
     results = []
     import tokentree.engines.torch  # noqa: F401 - once for all processes
 

@@ -88,6 +88,12 @@ HYBRIDS: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {
         "lru_width": 64, "sliding_window": 7, "num_hidden_layers": 6, "head_dim": 16, "conv1d_width": 4,
     },
+    "rwkv": {"hidden_size": 80, "rescale_every": 2},
+    "xlstm": {"num_heads": 4, "qk_dim_factor": 1.0},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "mamba_d_state": 8, "mamba_dt_rank": 6, "n_mamba_heads": 2, "num_key_value_heads": 4, "attention_head_dim": 32,
+    },
     "zamba2": {
         "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"], "mamba_d_state": 24,
         "mamba_ngroups": 2, "n_mamba_heads": 8, "mamba_headdim": 16, "chunk_size": 16, "num_key_value_heads": 4,
@@ -110,4 +116,6 @@ def tiny_hybrid(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, 
         else:
             model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**sizes))
     made: PreTrainedModel = randomised(model, seed).to(dtype)  # type: ignore[arg-type]
+    if family == "rwkv":
+        made(input_ids=torch.tensor([[3]]))  # it divides its weights in its first forward
     return made

@@ -154,12 +154,23 @@ _ROUTED: dict[str, Any] = {
     "first_k_dense_replace": 1, "n_shared_experts": 1,
 }  # fmt: skip
 _INDEXED: dict[str, Any] = {"index_topk": 150, "index_head_dim": 16, "index_n_heads": 2}
+_ENCODER: dict[str, Any] = {"is_decoder": True, "tie_word_embeddings": False}  # which is a decoder then
 _MLPS = ["dense", "sparse"]
 _PAIR = ["sliding_attention", "full_attention"]
 # Families by the names of their configurations, and what their tiny ones have beside `_GROUPED`.
 OTHERS: dict[str, dict[str, Any]] = {
+    "bart": {
+        "d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 96, "encoder_layers": 2,
+        "forced_eos_token_id": None,
+    },
+    "bert": _ENCODER,
     "bloom": {"n_layer": 2, "n_head": 4, "tie_word_embeddings": False},
     "codegen": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT, "n_inner": 96, "rotary_dim": 8},
+    "dbrx": {
+        "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": CONTEXT,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "deepseek_v2": {**_LATENT, **_ROUTED},
     "deepseek_v3": {**_LATENT, **_ROUTED},
     "deepseek_v32": {**_LATENT, **_ROUTED, **_INDEXED},
@@ -199,12 +210,25 @@ OTHERS: dict[str, dict[str, Any]] = {
         **_LATENT, "num_layers": 2, "head_dim": 8, "ffn_hidden_size": 96, "expert_ffn_hidden_size": 64, "moe_topk": 2,
         "n_routed_experts": 4, "zero_expert_num": 2,
     },
+    "megatron-bert": _ENCODER,
     "minicpm3": {**_LATENT},
     "mpt": {"d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": CONTEXT},
+    "mvp": {
+        "d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 96, "encoder_layers": 2,
+        "forced_eos_token_id": None,
+    },
     "nemotron": {"head_dim": 16},
+    "openai-gpt": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT},
     "phimoe": {**_EXPERTS, "sliding_window": WINDOW},
     "qwen2_moe": {**_EXPERTS, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
+    "roberta": {**_ENCODER, "max_position_embeddings": CONTEXT + 1},  # of which one is of padding
+    "roformer": {**_ENCODER, "embedding_size": 64, "rotary_value": True},
     "stablelm": {},
+    "whisper": {
+        "d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 96, "encoder_layers": 2,
+        "max_target_positions": CONTEXT, "forced_decoder_ids": None,
+    },
+    "xglm": {"d_model": 64, "num_layers": 2, "attention_heads": 4, "ffn_dim": 96, "tie_word_embeddings": False},
     "youtu": {**_LATENT},
 }  # fmt: skip
 

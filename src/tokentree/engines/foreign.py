@@ -117,6 +117,8 @@ def not_in_a_copy(model: PreTrainedModel) -> str | None:
             f"{name} attends by the function {_name(attends)!r} that was registered as {kind!r}, and it can't be told "
             "of a tree: use model.set_attn_implementation('sdpa')"
         )
+    if any(changes_weights(module) for module in model.modules()):
+        return f"{name} divides its weights in its first forward: let the model run once before"
     if told := drops(model):
         return f"{name} would give another text each time: {told}; call model.eval() first"
     for module in model.modules():
@@ -131,6 +133,11 @@ def not_in_a_copy(model: PreTrainedModel) -> str | None:
                 "a tree: use model.set_attn_implementation('sdpa')"
             )
     return None
+
+
+def changes_weights(module: nn.Module) -> bool:
+    """Whether the next forward of ``module`` changes its weights, as RWKV's first one does."""
+    return getattr(module, "layers_are_rescaled", True) is False and not module.training
 
 
 def drops(model: nn.Module) -> str | None:

@@ -18,7 +18,7 @@ from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.plan import EnginePlan
 from tokentree.engines.prepared import Prepared
 from tokentree.engines.segment import Segment, Upto, inputs_of
-from tokentree.engines.support import decoder_layers
+from tokentree.engines.support import decoder_layers, output_layer, takes_positions
 from tokentree.errors import ModelError
 
 
@@ -41,8 +41,8 @@ class ModelEngine(KVEngine):
         option = taken.get("logits_to_keep")
         self._keeps_logits = option is not None
         self._picks_logits = option is not None and "Tensor" in str(option.annotation)  # rows by their numbers
-        self._takes_positions = "position_ids" in taken
-        self._cache_name = "past_key_values" if "past_key_values" in taken else "cache_params"
+        self._takes_positions = takes_positions(self._model)
+        self._takes_cache = "past_key_values" in taken  # others have their states here, or keep nothing
         # On a CPU a product of fewer than four rows takes other code paths, whose bits differ, and is no faster.
         self._min_rows = 4 if self.device.type == "cpu" else 1
         self._noted: dict[int, torch.Tensor] = {}  # hidden states of the last forward by place, [rows, hidden size]
@@ -87,7 +87,7 @@ class ModelEngine(KVEngine):
         return self._model(
             input_ids=torch.from_numpy(ids)[None].to(self.device),
             attention_mask=mask,
-            **{self._cache_name: cache},
+            **({"past_key_values": cache} if self._takes_cache else {}),
             use_cache=not self._storages.layout.recurrences,  # some would look for states in it, or in themselves
             return_dict=True,
             **options,
@@ -110,12 +110,13 @@ class ModelEngine(KVEngine):
         return {"logits_to_keep": torch.arange(max(rows, self._min_rows), device=self.device)}
 
     def _outer_layers(self) -> tuple[Any, Any]:
-        return self._model.get_input_embeddings(), self._model.get_output_embeddings()
+        return self._model.get_input_embeddings(), output_layer(self._model)
 
     def _capture(self, places: list[int]) -> None:
         for place in {*places} - self._hooked:
             last = place == self.facts.num_layers
-            module = self._model.get_output_embeddings() if last else decoder_layers(self._model)[place]
+            module = output_layer(self._model) if last else decoder_layers(self._model)[place]
+            assert module is not None
             module.register_forward_pre_hook(functools.partial(self._note, place), with_kwargs=True)
             self._hooked.add(place)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from tokentree.engines.support import context_length, layer_chunks, layer_windows
+from tokentree.engines.support import context_length, first_position, layer_chunks, layer_windows
 from tokentree.errors import ModelError
 from tokentree.heads.fingerprint import hash_of_sizes
 
@@ -47,9 +47,9 @@ class Facts:
     def of(cls, model: PreTrainedModel) -> Facts:
         config = model.config.get_text_config()
         return cls(
-            type(model).__name__, context_length(config), int(config.hidden_size), int(config.num_hidden_layers),
-            int(config.vocab_size), layer_windows(config),
-            ends_of(model), hash_of_sizes(config), layer_chunks(config),
+            type(model).__name__, context_length(config) - first_position(model), int(config.hidden_size),
+            int(config.num_hidden_layers), int(config.vocab_size), layer_windows(config), ends_of(model),
+            hash_of_sizes(config), layer_chunks(config),
         )  # fmt: skip
 
     @property

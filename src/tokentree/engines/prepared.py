@@ -19,7 +19,7 @@ from tokentree.engines.cpu.packing import GgufPacking, Packing
 from tokentree.engines.cpu.prepare import in_float32, pack, private_copy, set_attention
 from tokentree.engines.cpu.program import Program
 from tokentree.engines.cpu.quantized import QuantizedLinear
-from tokentree.engines.foreign import ForeignCode, explained, not_in_a_copy, of_libraries, runs_more
+from tokentree.engines.foreign import ForeignCode, changes_weights, explained, not_in_a_copy, of_libraries, runs_more
 from tokentree.engines.from_cache import READY
 from tokentree.engines.guard import Guard, Unwatched
 from tokentree.engines.kv import KVLayout
@@ -66,6 +66,9 @@ class Prepared:
         self.device, self.dtype = model.device, model.dtype
         self.own: dict[str, torch.Tensor] = {}
         self._packed = False
+        for module in model.modules() if owned else ():
+            if changes_weights(module):
+                module._rescale_layers()  # type: ignore[operator]
 
     @functools.cached_property
     def facts(self) -> Facts:
@@ -99,7 +102,7 @@ class Prepared:
             unsupported=unsupported(self._model) or not_in_a_copy(self._model),
             from_gguf=self._file is not None and is_gguf(self._file),
             supports_sdpa=bool(getattr(type(self._model), "_supports_sdpa", False)),
-            has_softcap=has_softcap(self.config.get_text_config()), ours_alone=ours_alone(self.config),
+            has_softcap=has_softcap(self.config.get_text_config()), ours_alone=ours_alone(self._model),
             recurrent=is_recurrent(self._model),
         )  # fmt: skip
         if known.unsupported is not None:

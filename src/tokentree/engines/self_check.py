@@ -8,6 +8,7 @@ wherever scores are as good as equal, and only there.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
-from transformers.cache_utils import DummyLayer
+from transformers.cache_utils import DummyLayer, DynamicCache
 
 from tokentree.engines.cpu.checked import is_tensor
 from tokentree.engines.kv import SequenceKV
 from tokentree.engines.segment import Segment
+from tokentree.engines.support import ALONE
 from tokentree.errors import ModelError
 from tokentree.tree import Ints, TokenTree
 
@@ -57,16 +59,20 @@ def own_forward(
     with routes:
         out = _read(model, tokens)
     cache = out.past_key_values if "past_key_values" in out else out.get("cache_params")
+    cache = getattr(cache, "self_attention_cache", cache)  # beside that of an encoder that isn't there
     if cache is None and not recurrent and getattr(model.config.get_text_config(), "is_decoder", None) is False:
         raise ModelError(
             f"{type(model).__name__} is an encoder here, whose tokens see those behind them too: load it with "
             "is_decoder=True"
         )
+    if cache is None and not recurrent and "past_key_values" in inspect.signature(type(model).forward).parameters:
+        cache = DynamicCache(config=model.config.get_text_config())  # some give none out
+        _read(model, tokens, past_key_values=cache)
     layers = list(getattr(cache, "layers", []))
     while layers and isinstance(layers[-1], DummyLayer):  # it reads another one's
         layers.pop()
     attending = [layer for layer in layers if isinstance(getattr(layer, "keys", None), torch.Tensor)]
-    if not recurrent and (not layers or len(attending) < len(layers)):
+    if not recurrent and model.config.model_type not in ALONE and (not layers or len(attending) < len(layers)):
         raise ModelError(f"{type(model).__name__} keeps more than keys and values, which a tree can't roll back")
     shapes = [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in attending]
     kept = torch.tensor(shapes, dtype=torch.int64).reshape(-1, 3)
@@ -84,9 +90,9 @@ def _without_rounding(exact: Callable[[], PreTrainedModel], tokens: torch.Tensor
     return {"exact": out.logits[0].float().contiguous()} | routes.choices
 
 
-def _read(model: PreTrainedModel, tokens: torch.Tensor) -> Any:
+def _read(model: PreTrainedModel, tokens: torch.Tensor, **options: Any) -> Any:
     try:
-        return model(input_ids=tokens[None].to(model.device), use_cache=True, return_dict=True)
+        return model(input_ids=tokens[None].to(model.device), use_cache=True, return_dict=True, **options)
     except torch.OutOfMemoryError:
         raise
     except (ValueError, RuntimeError) as error:

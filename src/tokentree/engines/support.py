@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -15,38 +16,58 @@ if TYPE_CHECKING:
 QUANTIZATIONS = ("int8", "gguf")
 NO_LIMIT = 1 << 24  # positions, of a model that knows none
 ALIBI = {"bloom", "mpt"}
+ALONE = {"openai-gpt"}  # families that keep no keys and values by themselves
 INDEXED = "indexed_attention"  # the kind of layers whose rows see what an index chooses
 CHUNKED = "chunked_attention"  # the kind of layers whose rows see the positions of their own chunk
 SEEN = {"full_attention", "sliding_attention", CHUNKED}  # layers that keep keys and values alone
+FULL = {"full_attention"}
 STATES = {"linear_attention", "conv", "hybrid", "hybrid_sliding", "mamba", "recurrent", "attention_and_mamba"}
 # what modules call whose recurrences `engines/cpu/states` computes, and their classes where they call no function
-CLASSES = {"MiniMaxLightningAttention", "RecurrentGemmaRecurrentBlock", "RecurrentGemmaRglru"}
+CLASSES = {
+    "MiniMaxLightningAttention", "RecurrentGemmaRecurrentBlock", "RecurrentGemmaRglru", "RwkvFeedForward",
+    "RwkvSelfAttention", "xLSTMBackend",
+}  # fmt: skip
 RECURRENCES = {
     "causal_conv1d_fn", "chunk_kimi_delta_attention", "mamba2_chunk_scan", "mamba_selective_scan",
-    "torch_chunk_gated_delta_rule",
+    "rwkv_linear_attention", "torch_chunk_gated_delta_rule",
 }  # fmt: skip
 
 
 def unsupported(model: PreTrainedModel) -> str | None:
     """Why ``model`` can't verify a tree; None if it may."""
     config, name = model.config, type(model).__name__
-    if getattr(config, "is_encoder_decoder", False) or model.get_output_embeddings() is None:
-        return f"{name} is not a decoder-only language model with an output layer"
+    if getattr(config, "is_encoder_decoder", False):
+        return f"{name} reads a text with an encoder, whose tokens see those behind them too"
+    if output_layer(model) is None:
+        return f"{name} is not a language model with an output layer"
+    if getattr(config.get_text_config(), "use_bidirectional_attention", None) in (True, "all"):
+        return f"{name} reads a text in both directions (use_bidirectional_attention): tokens see those behind them too"
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or ())
-    if is_recurrent(model):
-        kinds -= STATES | {"mlp", "moe"}
-    elif kinds & STATES or (getattr(type(model), "_is_stateful", False) and kinds != {"full_attention"}):
-        what = ", ".join(sorted(kinds & STATES)) or "a recurrent state"
-        return f"{name} has {what}: a state that can't be rolled back to an accepted path of a tree"
-    if unknown := kinds - SEEN - ({INDEXED} if index_size(config) else set()):
+    recurrent = is_recurrent(model)
+    if unknown := kinds - SEEN - STATES - {"mlp", "moe"} - ({INDEXED} if index_size(config) else set()):
         what = ", ".join(sorted(unknown))
         return f"{name} has layers of the kind {what}, which this library has neither masks nor KV for"
+    if not recurrent and (kinds & STATES or (getattr(type(model), "_is_stateful", False) and kinds != FULL)):
+        what = ", ".join(sorted(kinds & STATES)) or "a recurrent state"
+        return f"{name} has {what}: a state that can't be rolled back to an accepted path of a tree"
     taken = set(inspect.signature(type(model).forward).parameters)
     missing = {"position_ids", "attention_mask", "past_key_values"} - taken
-    others = has_alibi(config) or (is_recurrent(model) and "cache_params" in taken)  # these need no other positions
-    if missing and not others:
+    if takes_positions(model) or any(counting(model)):
+        missing -= {"position_ids"}
+    if config.model_type in ALONE:
+        missing -= {"past_key_values"}
+    states = recurrent and bool({"cache_params", "state"} & taken)
+    if missing and not states and not has_alibi(config):  # those need no other positions
         return f"{name} takes no {', '.join(sorted(missing))}, without which a tree can't be verified"
     return None
+
+
+def output_layer(model: PreTrainedModel) -> nn.Module | None:
+    """The output layer of ``model``: its own, or that of a language model in it."""
+    inner = getattr(model, "language_model", None)
+    parts = (part for part in (model, inner) if part is not None and hasattr(part, "get_output_embeddings"))
+    held = (part.get_output_embeddings() for part in parts)
+    return next((layer for layer in held if layer is not None), None)
 
 
 def is_recurrent(model: PreTrainedModel) -> bool:
@@ -86,7 +107,7 @@ def context_length(config: PreTrainedConfig) -> int:
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
         return int(rope.get("original_max_position_embeddings") or config.original_max_position_embeddings)
-    names = ("max_position_embeddings", "model_max_length", "max_seq_len")
+    names = ("max_position_embeddings", "model_max_length", "max_seq_len", "max_target_positions")
     return int(next((value for name in names if (value := getattr(config, name, None))), NO_LIMIT))
 
 
@@ -130,11 +151,45 @@ def index_size(config: PreTrainedConfig) -> int:
     return int(getattr(text, "index_topk", 0) or 0) if INDEXED in (getattr(text, "layer_types", None) or ()) else 0
 
 
-def ours_alone(config: PreTrainedConfig) -> str:
+def ours_alone(model: PreTrainedModel) -> str:
     """What a model does, in words, that is right for a tree in our attention on CPUs alone; "" if there is nothing."""
-    if has_alibi(config):
+    if has_alibi(model.config):
         return "adds biases by positions (ALiBi)"
-    return "sees what an index chooses" if index_size(config) else ""
+    if index_size(model.config):
+        return "sees what an index chooses"
+    if any(counting(model)):
+        return "counts positions by itself"
+    return "keeps no keys and values by itself" if model.config.model_type in ALONE else ""
+
+
+def takes_positions(model: Any) -> bool:
+    """Whether the forward of ``model`` takes position_ids, or hands what it doesn't know on to a language model."""
+    taken = inspect.signature(type(model).forward).parameters
+    inner: Any = getattr(getattr(model, "model", None), "language_model", None)
+    if "position_ids" in taken or inner is None or all(one.kind is not one.VAR_KEYWORD for one in taken.values()):
+        return "position_ids" in taken
+    return "position_ids" in inspect.signature(type(inner).forward).parameters
+
+
+def counting(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules of ``model`` that count positions: because nobody tells the model of any, or from another number
+    than 0."""
+    told = takes_positions(model)
+    for module in model.modules():
+        taken = inspect.signature(type(module).forward).parameters
+        if {"past_key_values_length", "position_ids"} <= set(taken) and (not told or first_of(module)):
+            yield module
+
+
+def first_of(module: Any) -> int:
+    """The position that ``module``, if it counts any, gives the first token."""
+    counts = hasattr(type(module), "create_position_ids_from_input_ids")  # from behind that of padding
+    return int(module.padding_idx) + 1 if counts else 0
+
+
+def first_position(model: nn.Module) -> int:
+    """The position that ``model`` gives the first token."""
+    return max(map(first_of, counting(model)), default=0)
 
 
 def has_softcap(config: PreTrainedConfig) -> bool:

@@ -226,6 +226,84 @@ def gated_step(call, row, query, head, strip, source, target, result, scratch):
         float32_at(result, width)[:] = new[:width]
 
 
+@numba.njit
+def wkv_step(call, row, query, head, strip, source, target, result, scratch):
+    """RWKV's: a weighted mean of values, in which this row's weight is exp(key + first), and that of a row before it
+    exp(key + decay * rows between). A state is the weighted sum, the sum of weights, and the exponent that both are
+    under; there is one head, keys stand in the place of decays, and the constants are decay and first,
+    float32[strips, 2, BLOCK].
+
+    Source: RWKV-4, arXiv 2305.13048, in the form that can't overflow.
+    """
+    begin = strip * BLOCK
+    width = min(BLOCK, call.values - begin)
+    key, value, factors = float32_at(row + 4 * (call.decay_at + begin), width), scratch[2], scratch[0]
+    constants = float32_at(call.constants + 8 * strip * BLOCK, (2, BLOCK))
+    old = float32_at(source, (3, BLOCK))
+    new = float32_at(target if target else scratch[3].ctypes.data, (3, BLOCK))
+    before = scratch[1]
+    _value(call, row, 0, strip, value)
+    for j in range(BLOCK):  # a state of no row has no weights, and so no exponent
+        before[j] = old[2, j] if old[1, j] > 0 else np.float32(-1e38)
+    if query:
+        for j in range(width):
+            now = key[j] + constants[1, j]
+            most = max(before[j], now)
+            factors[j], factors[BLOCK + j] = before[j] - most, now - most
+        exponentials(factors[: 2 * BLOCK])
+        out = float32_at(result, width)
+        for j in range(width):
+            kept, added = factors[j], factors[BLOCK + j]
+            out[j] = (kept * old[0, j] + added * value[j]) / (kept * old[1, j] + added)
+    factors[: 2 * BLOCK] = 0
+    for j in range(width):
+        decayed = before[j] + constants[0, j]
+        most = max(decayed, key[j])
+        factors[j], factors[BLOCK + j], before[BLOCK + j] = decayed - most, key[j] - most, most
+    exponentials(factors[: 2 * BLOCK])
+    for j in range(width):
+        kept, added = factors[j], factors[BLOCK + j]
+        new[0, j] = kept * old[0, j] + added * value[j]
+        new[1, j] = kept * old[1, j] + added
+        new[2, j] = before[BLOCK + j]
+    new[:, width:] = 0
+
+
+@numba.njit
+def mlstm_step(call, row, query, head, strip, source, target, result, scratch):
+    """The mLSTM: S = keep * S + write * key ⊗ value, where both gates are exponentials under one exponent. That stands
+    in the last row of the state, and is what the last number of a result is. The decays are the logarithms of a write
+    and of a keep.
+
+    Source: xLSTM, arXiv 2405.04517.
+    """
+    keys, begin = call.keys - 1, strip * BLOCK
+    width = min(BLOCK, call.values - begin)
+    key, gates = _key_and_decay(call, row, head)
+    value, factors, sums = scratch[2], scratch[0], scratch[1]
+    old = float32_at(source, (keys + 1, BLOCK))
+    new = float32_at(target if target else scratch[3].ctypes.data, (keys + 1, BLOCK))
+    _value(call, row, head, strip, value)
+    decayed = gates[1] + old[keys, 0]
+    most = max(decayed, gates[0])
+    factors[0], factors[1] = decayed - most, gates[0] - most
+    exponentials(factors[:2])
+    kept, added = factors[0], factors[1]
+    asked = float32_at(query + 4 * (head // call.group) * call.keys if query else row, keys)
+    sums[:BLOCK] = 0
+    for i in range(keys):
+        number, weight = added * key[i], asked[i]
+        for j in range(BLOCK):
+            new[i, j] = kept * old[i, j] + number * value[j]
+            sums[j] += weight * new[i, j]
+    new[keys] = most
+    if query:
+        out = float32_at(result, width)
+        out[:] = sums[:width]
+        if begin + width == call.values:
+            out[width - 1] = most
+
+
 # -- the loop --------------------------------------------------------------------------------------------------------
 
 
@@ -276,8 +354,8 @@ def loop_of(step):
     return numba.njit(recur)
 
 
-_delta, _linear, _selective, _gated = (
-    loop_of(step) for step in (delta_step, linear_step, selective_step, gated_step)
+_delta, _linear, _selective, _gated, _wkv, _mlstm = (
+    loop_of(step) for step in (delta_step, linear_step, selective_step, gated_step, wkv_step, mlstm_step)
 )  # fmt: skip
 
 
@@ -321,5 +399,27 @@ def gated_worker() -> Any:
     @cfunc(WORKER, cache=True)
     def worker(arguments):
         _gated(arguments)
+
+    return worker
+
+
+@functools.cache
+def wkv_worker() -> Any:
+    """Likewise, for `wkv_step`."""
+
+    @cfunc(WORKER, cache=True)
+    def worker(arguments):
+        _wkv(arguments)
+
+    return worker
+
+
+@functools.cache
+def mlstm_worker() -> Any:
+    """Likewise, for `mlstm_step`."""
+
+    @cfunc(WORKER, cache=True)
+    def worker(arguments):
+        _mlstm(arguments)
 
     return worker

@@ -16,7 +16,19 @@ from torch.nn.functional import linear
 from transformers import DogeConfig, DogeForCausalLM, PreTrainedModel
 
 from tests.engines.test_engine import assert_bits_of_paths, assert_near, of_transformers, verified
-from tests.tiny_models import OTHERS, randomised, request, some_tokens, some_tree, tiny, tiny_other, tiny_vision
+from tests.tiny_models import (
+    CONTEXT,
+    OTHERS,
+    full_logits,
+    randomised,
+    request,
+    some_tokens,
+    some_tree,
+    tiny,
+    tiny_other,
+    tiny_vision,
+)
+from tokentree import LLM, SamplingParams
 from tokentree.engines.cpu.alibi import bloom_biases, falcon_biases, mpt_biases
 from tokentree.engines.cpu.attention import ForwardKV, Rule, attend_rows
 from tokentree.engines.cpu.linear import PackedLinear
@@ -26,6 +38,7 @@ from tokentree.engines.kv import KVLayout
 from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.model_engine import ModelEngine
 from tokentree.engines.segment import Segment
+from tokentree.engines.support import counting
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import ModelError
 from tokentree.hf import generator
@@ -34,7 +47,11 @@ from tokentree.tree import TokenTree
 NAMES = [*OTHERS, "vision"]
 ALIBI = ["bloom", "falcon", "mpt"]
 INDEXED = ["deepseek_v32", "glm_moe_dsa"]
-NEW = [*ALIBI, *INDEXED, "gemma3n_text", "gemma4_text", "granitemoehybrid", "llama4_text", "longcat_flash"]
+COUNTING = ["bart", "mvp", "roberta", "roformer", "whisper"]  # positions by themselves
+NEW = [
+    *ALIBI, *INDEXED, *COUNTING, "bert", "dbrx", "gemma3n_text", "gemma4_text", "granitemoehybrid", "llama4_text",
+    "longcat_flash", "megatron-bert", "openai-gpt", "xglm",
+]  # fmt: skip
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 ROUTERS = ["ernie4_5_moe", "gpt_oss", "mixtral", "phimoe", "qwen2_moe"]
 
@@ -65,7 +82,7 @@ def test_a_node_has_the_bits_of_decoding_its_path_alone(name: str, dtype: torch.
     assert_bits_of_paths(engine_of(name, dtype))
 
 
-@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("name", [name for name in NEW if name != "roberta"])
 def test_greedy_ids_are_those_of_transformers(name: str) -> None:
     model = model_of(name, torch.float32)
     inputs = {"input_ids": torch.tensor([some_tokens(40, seed=3)]), "attention_mask": torch.ones(1, 40)}
@@ -75,6 +92,29 @@ def test_greedy_ids_are_those_of_transformers(name: str) -> None:
     assert len(set(expected[0, 40:].tolist())) > 3
     got = generate(**options, custom_generate=generator(model, shape="2x2x2"))
     assert got.tolist() == expected.tolist()
+
+
+def test_positions_begin_where_a_models_forward_begins_them() -> None:
+    """``generate`` counts RoBERTa's from 0, and its forward from behind padding."""
+    model, prompt = model_of("roberta", torch.float32), some_tokens(40, seed=3)
+    llm = LLM(model, shape="2x2x2")
+    assert llm.engine.context == CONTEXT  # of one table entry more
+    ids = llm.generate([prompt], SamplingParams(max_tokens=24, ignore_eos=True))[0].token_ids
+    assert full_logits(model, [*prompt, *ids[:-1]]).argmax(-1)[39:].tolist() == ids
+
+
+@pytest.mark.parametrize("name", COUNTING)
+def test_who_counts_positions_is_known_and_told(name: str) -> None:
+    model = model_of(name, torch.float32)
+    assert any(counting(model))
+    with pytest.raises(ModelError, match=r"counts positions by itself, as this library.*with attention='sdpa'"):
+        TorchEngine(model, "sdpa")
+
+
+def test_what_reads_in_both_directions_is_refused() -> None:
+    model = tiny("gemma3", use_bidirectional_attention=True)
+    with pytest.raises(ModelError, match="reads a text in both directions"):
+        TorchEngine(model)
 
 
 @DTYPES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,31 @@ def test_inside_of_transformers_generate(name: str) -> None:
     options: dict[str, Any] = {"max_new_tokens": 14, "do_sample": False, "eos_token_id": None}
     expected = model.generate(prompt, **options)  # type: ignore[operator]
     assert torch.equal(model.generate(prompt, custom_generate=generator(shape="2x2"), **options), expected)  # type: ignore[operator]
+
+
+def test_a_first_row_may_have_a_tiny_weight() -> None:
+    """There is nothing before it that could outweigh it."""
+    model = tiny_hybrid("rwkv")
+    for block in model.rwkv.blocks:
+        block.attention.time_first.data -= 200
+    engine, tokens = TorchEngine(model), some_tokens(2)
+    tree, seq = some_tree(tokens[-1], 9), request(tokens)
+    engine.prefill(seq)
+    expected = of_transformers(model, tokens[:-1], tree)
+    got = engine.verify([seq], [tree]).all_logits
+    assert float((got - expected).abs().max()) <= 1e-3 * float(expected.std())
+
+
+def test_weights_that_a_first_forward_divides_are_not_divided_behind_ones_back() -> None:
+    model = tiny_hybrid("rwkv")
+    fresh = type(model)(model.config).eval()
+    with pytest.raises(ModelError, match="divides its weights in its first forward"):
+        TorchEngine(fresh)
+    tokens = some_tokens(20)
+    owned = copy.deepcopy(fresh)
+    fresh(input_ids=torch.tensor([tokens]))
+    expected = decode(TorchEngine(fresh), [request(tokens)])
+    assert decode(TorchEngine(owned, owns_model=True), [request(tokens)]) == expected
 
 
 def test_a_cache_of_the_user_is_refused() -> None:

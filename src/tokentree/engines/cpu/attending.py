@@ -15,8 +15,9 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from tokentree.engines.cpu import alibi
+from tokentree.engines.cpu import alibi, projected
 from tokentree.engines.cpu.attention import TREE, Attending, Biases, Rule, Sees, attending, one, running
+from tokentree.engines.cpu.counted import tell_positions
 from tokentree.engines.cpu.prepare import set_attention
 from tokentree.engines.cpu.states.exchange import before_packing, exchanged
 from tokentree.engines.recurrent import Recurrence
@@ -117,6 +118,7 @@ def adapt(model: nn.Module) -> None:
     """Has all modules of ``model`` (a `private_copy`) that are known here attend through `attention.running`, and
     readies those that carry states."""
     before_packing(model)
+    tell_positions(model)
     for module in model.modules():
         name, known = type(module).__name__, type(module).__module__.startswith("transformers.")
         if name in SCORES and known:
@@ -173,7 +175,10 @@ def _called(module: Any) -> None:
 
 
 OTHERS: dict[str, Callable[[Any], None]] = {
-    "BloomAttention": alibi.bloom, "FalconAttention": _called, "MptAttention": alibi.mpt,
+    "Attention": projected.gpt, "BigBirdSelfAttention": projected.bert, "BloomAttention": alibi.bloom,
+    "FalconAttention": _called, "GitSelfAttention": projected.bert, "MegatronBertSelfAttention": projected.bert,
+    "MptAttention": alibi.mpt, "MvpAttention": projected.bart, "RemBertSelfAttention": projected.bert,
+    "RoFormerSelfAttention": projected.bert, "TrOCRAttention": projected.bart, "XGLMAttention": projected.bart,
 }  # fmt: skip
 
 

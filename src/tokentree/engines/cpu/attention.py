@@ -306,17 +306,28 @@ def tree_attention(
         raise ModelError(f"{type(module).__name__} gives its attention {', '.join(unknown)}, which is unknown here")
     window, chunk = sliding_window, None
     if attention_mask is not None:  # it decides, as it does where a model attends by itself
-        if attention_mask.shape != (1, 1, 1, 1) or attention_mask.dtype is not torch.int64:
-            raise ModelError(f"{type(module).__name__} makes a mask of its own")
-        told = int(attention_mask)
-        if told == UNKNOWN:
-            raise ModelError(f"a row of {type(module).__name__} sees something else than the rows before it")
-        window, chunk = (told or None, None) if told >= 0 else (None, UNKNOWN - told)
+        window, chunk = window_and_chunk(module, attention_mask)
     scale = query.shape[3] ** -0.5 if scaling is None else float(scaling)
     sinks = None if s_aux is None else s_aux.detach().float().flatten()
     rule = Rule(scale, window, softcap, sinks, attention_mask is not None, chunk)
     out = forward.attend(query[0], key[0], value[0], rule)
     return out[None].to(value.dtype), None
+
+
+def window_and_chunk(module: torch.nn.Module, mask: torch.Tensor | None) -> tuple[int | None, int | None]:
+    """What `tree_mask` tells ``module``: the window that a row sees, and the size of chunks; None where there is none.
+
+    Raises:
+        ModelError: if it is told something else.
+    """
+    if mask is None:
+        return None, None
+    if mask.shape != (1, 1, 1, 1) or mask.dtype is not torch.int64:
+        raise ModelError(f"{type(module).__name__} makes a mask of its own")
+    told = int(mask)
+    if told == UNKNOWN:
+        raise ModelError(f"a row of {type(module).__name__} sees something else than the rows before it")
+    return (told or None, None) if told >= 0 else (None, UNKNOWN - told)
 
 
 def tree_mask(

@@ -27,9 +27,10 @@ LEAST = 4  # rows of a product in float32: fewer take other loops
 
 VECTOR = 64  # the most numbers that one step of a loop computes
 _OF_NUMBERS = {torch.exp, Tensor.exp, torch.sigmoid, Tensor.sigmoid, silu, softplus, torch.tanh, Tensor.tanh}
-_NAMES = {"exp", "sigmoid", "silu", "softplus", "tanh"}
+_NAMES = {"exp", "sigmoid", "silu", "soft_cap", "softplus", "tanh"}
 _GATES = {"sigmoid", "softplus"}  # those that no layer of ours computes
 _TURNED: set[Any] = {Tensor.t, torch.t, *(vars(torch._C.TensorBase)[name].__get__ for name in ("T", "mT"))}
+APART = (slice(None), None)  # the index by which the parts of a weight multiply apart
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
 _ABOUT = {
     "__get__",
@@ -72,6 +73,11 @@ class SteadyWeight(Tensor):
                 return weight._times(x, bias)
         elif func in _PRODUCTS and isinstance(args[1], cls) and args[1].ndim == 2 and not isinstance(args[0], cls):
             return args[1]._turned()._times(args[0], None)
+        elif func in _PRODUCTS and isinstance(args[0], cls) and "each" in args[0]._parts:
+            each: Any = args[0]._parts["each"]
+            turned = (rows.transpose(-1, -2) for rows in args[1])
+            made = [each[part]._times(rows, None).transpose(-1, -2) for part, rows in enumerate(turned)]
+            return torch.stack(made)
         elif func in _PRODUCTS and isinstance(args[0], cls) and args[0].ndim == 2 and not isinstance(args[1], cls):
             return args[0]._times(args[1].transpose(-1, -2), None).transpose(-1, -2)
         elif func is torch.baddbmm and isinstance(args[2], cls) and not named and not isinstance(args[1], cls):
@@ -81,6 +87,10 @@ class SteadyWeight(Tensor):
             return args[0]._turned()
         elif func is Tensor.__getitem__ and isinstance(args[0], cls) and args[0].ndim == 3 and _whole(args[1]):
             return args[0]._part(int(args[1]))
+        elif func is Tensor.__getitem__ and isinstance(args[0], cls) and args[0].ndim == 3 and args[1] == APART:
+            return args[0]._apart()
+        elif func is Tensor.view and isinstance(args[0], cls) and args[0].ndim == 2:
+            return args[0]._viewed(args[1:])
         if func.__name__ not in _ABOUT and any(isinstance(x, cls) and x._gone for x in args):
             raise ModelError(f"weights that were packed and released are asked for {func.__name__}")
         with torch._C.DisableTorchFunctionSubclass():
@@ -98,6 +108,21 @@ class SteadyWeight(Tensor):
             elif index not in self._parts:
                 self._parts[index] = SteadyWeight.of(self[index])
             return self._parts[index]
+
+    def _apart(self) -> SteadyWeight:
+        """[parts, 1, outputs, inputs], by which each part multiplies rows of its own."""
+        with torch._C.DisableTorchFunctionSubclass():
+            if "apart" not in self._parts:
+                made = self._parts["apart"] = SteadyWeight.of(self[:, None])
+                made._parts["each"] = self
+            return self._parts["apart"]
+
+    def _viewed(self, shape: tuple[Any, ...]) -> SteadyWeight:
+        """The same numbers in another shape."""
+        with torch._C.DisableTorchFunctionSubclass():
+            if shape not in self._parts:
+                self._parts[shape] = SteadyWeight.of(self.view(*shape))
+            return self._parts[shape]
 
     def _turned(self) -> SteadyWeight:
         with torch._C.DisableTorchFunctionSubclass():

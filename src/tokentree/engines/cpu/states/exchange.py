@@ -25,6 +25,8 @@ from tokentree.engines.cpu.states.lightning import lightning_attention
 from tokentree.engines.cpu.states.linear_unit import convolution, linear_unit
 from tokentree.engines.cpu.states.mamba import leave_weights, mamba_selective_scan
 from tokentree.engines.cpu.states.mamba2 import mamba2_chunk_scan
+from tokentree.engines.cpu.states.mlstm import matrix_memory
+from tokentree.engines.cpu.states.wkv import row_before, weighted_values
 from tokentree.engines.cpu.steady import computes_numbers, in_whole_vectors
 from tokentree.engines.foreign import is_own
 from tokentree.errors import ModelError
@@ -34,6 +36,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "chunk_kimi_delta_attention": gated_delta_rule,
     "mamba2_chunk_scan": mamba2_chunk_scan,
     "mamba_selective_scan": mamba_selective_scan,
+    "rwkv_linear_attention": weighted_values,
     "torch_chunk_gated_delta_rule": gated_delta_rule,
 }
 
@@ -43,6 +46,9 @@ METHODS: dict[str, tuple[str, Callable[..., Any]]] = {
     "MiniMaxLightningAttention": ("forward", lightning_attention),
     "RecurrentGemmaRecurrentBlock": ("conv_1d.forward", convolution),
     "RecurrentGemmaRglru": ("_rnn_scan", linear_unit),
+    "RwkvFeedForward": ("time_shift.forward", row_before),
+    "RwkvSelfAttention": ("time_shift.forward", row_before),
+    "xLSTMBackend": ("forward", matrix_memory),
 }
 
 Changed = list[tuple[nn.Module, str]]  # modules, and the names of attributes that they were given
@@ -51,8 +57,13 @@ Changed = list[tuple[nn.Module, str]]  # modules, and the names of attributes th
 def carries_state(module: nn.Module) -> bool:
     """Whether ``module`` has a recurrence that is known here, and does what its class says."""
     kind = type(module)
-    known = kind.__name__ in METHODS or bool(set(FUNCTIONS) & {*unwrap(kind.forward).__code__.co_names})
+    known = kind.__name__ in METHODS or _calls_functions(kind)
     return known and "forward" not in vars(module) and is_own(kind)
+
+
+def _calls_functions(kind: type[nn.Module]) -> bool:
+    """Whether modules of a class call any of `FUNCTIONS`."""
+    return bool(set(FUNCTIONS) & {*unwrap(kind.forward).__code__.co_names})
 
 
 def before_packing(model: nn.Module) -> None:
@@ -78,7 +89,7 @@ def exchange(model: nn.Module) -> Changed:
             owner = module.get_submodule(path)
             setattr(owner, name, in_whole_vectors(partial(_running(ours), owner)))
             found.append((owner, name))
-        else:
+        if _calls_functions(type(module)):
             module.forward = in_whole_vectors(MethodType(_with_our_functions(module), module))
             found.append((module, "forward"))
     for module in model.modules() if found else ():
