@@ -28,7 +28,7 @@ from tests.engines.gpu.test_engine import engine_of
 from tests.test_lossless import PROMPT, TARGET, VOCAB, Law, decoder_maker, distance, text_law
 from tests.tiny_models import save_model, some_tokens, tiny_pair, tiny_tokenizer
 from tokentree import LLM, AsyncLLM, OptionError, RequestError, SamplingParams, StructuredOutputs
-from tokentree.acceptance import Match, Rejection
+from tokentree.acceptance import Block, Match, Rejection, Traversal
 from tokentree.cli import main as cli
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter
@@ -239,8 +239,14 @@ def _words(count: int) -> list[str]:
     return [""] if not count else [word + letter for word in _words(count - 1) for letter in "ab"]
 
 
-@pytest.mark.parametrize("form", ["2", "2x2", "3x1"])
-@pytest.mark.parametrize("rule", [Match, Rejection])
+@pytest.mark.parametrize(
+    ("form", "rule"),
+    [
+        *((form, rule) for form in ("2", "2x1", "3") for rule in (Match, Rejection, Traversal)),
+        ("2x2", Match),
+        ("chain:3", Block),
+    ],
+)
 @pytest.mark.parametrize("regex", ["(a|b){1,3}", "a(ab|b)?", "ab?a?"])
 def test_the_law_of_texts_is_the_targets_under_the_mask(form: str, rule: Any, regex: str) -> None:
     params: dict[str, Any] = {"max_tokens": 3, "temperature": 0.8}

@@ -82,7 +82,10 @@ BranchingOption = Annotated[
 ]
 AcceptOption = Annotated[
     str,
-    typer.Option(help="match or rejection (both lossless), best_path or typical (lossy).", rich_help_panel=DRAFTING),
+    typer.Option(
+        help="match, rejection, block (of a chain) or traversal: lossless; best_path or typical: lossy.",
+        rich_help_panel=DRAFTING,
+    ),
 ]
 DtypeOption = Annotated[
     str | None,

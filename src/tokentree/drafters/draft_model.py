@@ -17,8 +17,8 @@ from tokentree.engines.base import DraftEngine, TargetOutput
 from tokentree.errors import RequestError
 from tokentree.growing import DEPTH, PARENT, TOKEN
 from tokentree.kernels.topk import top_logprobs
-from tokentree.sampling import to_probs
-from tokentree.sequence import DRAFT, Accepted, Sequence
+from tokentree.sampling import Noise, to_probs
+from tokentree.sequence import Accepted, Sequence
 from tokentree.shapes.base import Shape
 from tokentree.tree import Ints, TokenTree
 
@@ -173,12 +173,16 @@ class DraftModel(Drafter):
             return []
         assert draft.sampled is not None
         draft.sampled[node] = probs
-        noise, left, level = seq.noise_after(path, DRAFT), probs.clone(), list[int]()
+        noise, left, level = self._noise(seq, draft, node), probs.clone(), list[int]()
         for rank in range(min(count, int((probs > 0).sum()))):
             token = noise.choose(left)
             level.append(draft.add(node, token, float(probs[token].log()), rank))
             left[token] = 0
         return level
+
+    def _noise(self, seq: Sequence, draft: Draft, node: int) -> Noise:
+        """What the children of ``node`` are drawn with."""
+        return seq.noise_below(node)
 
 
 def _ruled(seq: Sequence, draft: Draft, node: int, logits: torch.Tensor) -> torch.Tensor | None:
