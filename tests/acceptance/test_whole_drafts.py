@@ -36,11 +36,12 @@ from tokentree.decoder import Decoder
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter
 from tokentree.drafters.draft_model import DraftModel
+from tokentree.drafters.drawing import draw
 from tokentree.drafters.lookup.ngram import NGram
 from tokentree.engines.base import TargetOutput
 from tokentree.engines.table import TableEngine
 from tokentree.errors import PairingError, RequestError
-from tokentree.sampling import Noise, to_probs
+from tokentree.sampling import to_probs
 from tokentree.sequence import ACCEPT, DRAFT, Accepted, Sequence
 from tokentree.shapes import Shape, shape
 
@@ -253,15 +254,15 @@ class PositionsOwnNumbers(Traversal):
 class DrawsByPosition(DraftModel):
     """Draws children with the numbers of the position that they stand at, which the next draft uses again."""
 
-    def _noise(self, seq: Sequence, draft: Draft, node: int) -> Noise:
-        return seq.noise_after(draft.path_tokens(node), DRAFT)
+    def _draw(self, seq: Sequence, draft: Draft, node: int, count: int, logits: torch.Tensor) -> list[int]:
+        return draw(seq, draft, node, count, logits, seq.noise_after(draft.path_tokens(node), DRAFT))
 
 
 class DrawsByDepth(DraftModel):
     """Draws the children of all nodes of a depth with the same numbers."""
 
-    def _noise(self, seq: Sequence, draft: Draft, node: int) -> Noise:
-        return seq.noise(len(seq.tokens), DRAFT + draft.depths[node])
+    def _draw(self, seq: Sequence, draft: Draft, node: int, count: int, logits: torch.Tensor) -> list[int]:
+        return draw(seq, draft, node, count, logits, seq.noise(len(seq.tokens), DRAFT + draft.depths[node]))
 
 
 def off(form: str, rule: Acceptance, kind: type[DraftModel] = DraftModel) -> float:
