@@ -26,6 +26,7 @@ from tokentree.errors import PairingError
 from tokentree.heads.block import BlockHead
 from tokentree.heads.block_files import write_block
 from tokentree.heads.saved import About
+from tokentree.sampling import to_probs
 from tokentree.sequence import Sequence
 from tokentree.shapes import shape
 
@@ -160,6 +161,26 @@ def test_a_markov_part_conditions_on_the_token_before(form: str) -> None:
                 assert draft.log_probs[node] == pytest.approx(float(said.log_softmax(-1)[number]), abs=3e-3)
             grown += 1
     assert grown > 10
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_children_are_drawn_from_what_the_head_says_after_their_parent(form: str) -> None:
+    model, head = tiny("llama"), some_block(form)
+    engine = TorchEngine(model)
+    seq, drafter = request(some_tokens(9), temperature=0.7, top_k=20, max_tokens=20), Block(head, engine)
+    engine.prefill(seq)
+    draft = drafter.propose([seq], shape("3x2x1"), sampled=True)[0]
+    states, logits = said_by(head, model, seq.tokens)
+    assert draft.sampled is not None
+    assert len(draft.sampled) == 10  # of all nodes that have children
+    for node, probs in draft.sampled.items():
+        place = draft.depths[node]
+        said = logits[place]
+        if head.markov is not None:
+            said = said + head.markov(torch.tensor([draft.tokens[node]]), states[place][None])[0].detach()
+        if head.token_map is not None:
+            said = torch.full((VOCAB,), -torch.inf).index_copy(0, head.token_map, said)
+        assert torch.allclose(probs, to_probs(said, seq.params), atol=1e-3)
 
 
 def test_one_pass_serves_any_depth(monkeypatch: pytest.MonkeyPatch) -> None:
