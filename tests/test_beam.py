@@ -13,8 +13,10 @@ from transformers import GenerationConfig, PreTrainedModel
 from typer.testing import CliRunner
 
 from tests.conftest import each_two, make_sequence
+from tests.drafters import test_block
 from tests.drafters.test_eagle import Kept, said_by, some_head
 from tests.drafters.test_medusa import random_heads
+from tests.heads.block_heads import some_block
 from tests.tiny_models import CONTEXT, kv_engine, save_model, some_tokens, tiny, tiny_pair, tiny_tokenizer
 from tokentree import LLM, SamplingParams
 from tokentree.beam import BeamDecoder, BeamSearch
@@ -175,13 +177,16 @@ def test_what_does_not_go_with_beams_is_refused() -> None:
 
 @pytest.mark.parametrize("form", ["3x2x1", "cost"])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-@pytest.mark.parametrize("kind", ["medusa", "eagle-1", "eagle-3", "all"])
+@pytest.mark.parametrize("kind", ["medusa", "eagle-1", "eagle-3", "block", "all"])
 def test_heads_draft_for_each_beam_from_its_own_hidden_states(kind: str, family: str, form: str) -> None:
     """The texts are transformers'; and what an EAGLE head proposes is what computing it anew gives."""
     model, engine = model_of(family), TorchEngine(model_of(family))
     head = some_head(1) if kind == "eagle-1" else some_head(3, 60)
     eagle = Kept(head, engine)
     drafter: Drafter = Medusa(random_heads(48), engine) if kind == "medusa" else eagle
+    blocks = test_block.Kept(some_block(), engine)
+    if kind == "block":
+        drafter = blocks
     if kind == "all":
         drafter = Merged([eagle, Medusa(random_heads(48), engine), NGram()])
     seq = make_sequence(PROMPT, context=CONTEXT, eos_ids=frozenset(engine.facts.ends), max_tokens=NEW, num_beams=4)
@@ -190,7 +195,14 @@ def test_heads_draft_for_each_beam_from_its_own_hidden_states(kind: str, family:
     assert seq.metrics.drafted_tokens > 0 or form == "cost"
     assert not engine._branches
     seen = eagle.__dict__.get("seen", [])
-    assert len(seen) >= 20 or kind == "medusa"
+    assert len(seen) >= 20 or kind in ("medusa", "block")
+    guessed = blocks.__dict__.get("seen", [])
+    assert len(guessed) >= 20 or kind != "block"
+    for tokens, draft in guessed[::3]:
+        rows = test_block.said_by(blocks._engine.head, model, tokens)[1].log_softmax(-1)
+        for node in range(1, len(draft)):
+            anew = float(rows[draft.depths[node] - 1, draft.tokens[node]])
+            assert draft.log_probs[node] == pytest.approx(anew, abs=2e-3)
     for tokens, draft in seen[::3]:
         for node in range(1, len(draft)):
             said = said_by(head, model, tokens, draft.path_tokens(draft.parents[node]))

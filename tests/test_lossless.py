@@ -214,8 +214,7 @@ def test_the_proof_cuts_the_unit_interval_where_seeded_noise_does() -> None:
 @pytest.mark.parametrize(
     ("form", "params"),
     [
-        ("2x2", {"max_tokens": 3}),
-        ("3x1", {"max_tokens": 3, "temperature": 0.7}),
+        ("2x1", {"max_tokens": 3, "temperature": 0.7}),
         ("1x3", {"max_tokens": 3}),
         ("4", {"max_tokens": 2}),
         ("chain:3", {"max_tokens": 4, "top_k": 3}),
@@ -251,9 +250,10 @@ def _without(table: torch.Tensor, *tokens: int) -> torch.Tensor:
     ],
 )
 def test_rejection_holds_for_any_support(table: torch.Tensor, smaller: torch.Tensor) -> None:
-    make = decoder_maker("3x1", Rejection(), lambda: DraftModel(TableEngine(smaller), VOCAB), table)
-    params: dict[str, Any] = {"max_tokens": 3, "temperature": 1.0}
-    assert distance(text_law(make, **params), target_law(table, **params)) < 1e-9
+    for form, max_tokens in (("3", 2), ("2x1", 3)):
+        make = decoder_maker(form, Rejection(), lambda: DraftModel(TableEngine(smaller), VOCAB), table)
+        params: dict[str, Any] = {"max_tokens": max_tokens, "temperature": 1.0}
+        assert distance(text_law(make, **params), target_law(table, **params)) < 1e-9
 
 
 def test_a_drafter_that_is_the_target_is_never_refused() -> None:
@@ -351,7 +351,7 @@ class DrawsWithReplacement(DraftModel):
         return list(level.values())
 
 
-class RejectionWithReplacement:
+class RejectionWithReplacement(Acceptance):
     """The rule for draws with replacement: draft_probs stays as it is, and a repeated draw is tried again.
 
     Args:
@@ -360,6 +360,7 @@ class RejectionWithReplacement:
 
     lossy: ClassVar[bool] = False
     draws_children: ClassVar[bool] = True
+    takes_picked: ClassVar[bool] = False
 
     def __init__(self, drafter: DrawsWithReplacement | None) -> None:
         self.drafter = drafter
@@ -547,7 +548,7 @@ def test_no_draft_reaches_beyond_the_context_of_either_model(kind: str) -> None:
         assert decode(TableEngine(WIDE, context=20), requests(), drafter, "2x1x1") == plain
 
 
-@pytest.mark.parametrize("accept", ["match", "rejection"])
+@pytest.mark.parametrize("accept", ["match", "rejection", "traversal"])
 def test_what_else_is_in_the_batch_does_not_matter(accept: str) -> None:
     def run(max_batch: int) -> list[list[int]]:
         return decode(TableEngine(WIDE), _wide_requests(3), _wide_drafter("model", 3), "2x2x1", accept, max_batch)
@@ -575,7 +576,9 @@ def test_samples_differ_and_each_is_plain_s() -> None:
 # -- through the seeded stream --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("form", "accept"), [("2x1", "rejection"), ("2x1", "match")])
+@pytest.mark.parametrize(
+    ("form", "accept"), [("2x1", "rejection"), ("2x1", "match"), ("chain:2", "block"), ("2x2", "traversal")]
+)
 def test_texts_of_many_seeds_follow_the_target(form: str, accept: str) -> None:
     params: dict[str, Any] = {"temperature": 1.0, "max_tokens": 3}
     runs = 2000

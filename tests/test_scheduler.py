@@ -16,11 +16,13 @@ import torch
 from tests.conftest import decode, make_sequence, random_table
 from tests.drafters.test_eagle import some_head
 from tests.drafters.test_medusa import random_heads
+from tests.heads.block_heads import some_block
 from tests.tiny_models import CONTEXT, kv_engine, request, some_tokens, some_tree, tiny
 from tokentree import LLM, ModelError, OptionError, RequestError, SamplingParams, StepError
 from tokentree.acceptance import acceptance
 from tokentree.decoder import Decoder
 from tokentree.drafters.base import Drafter
+from tokentree.drafters.block import Block
 from tokentree.drafters.draft_model import DraftModel
 from tokentree.drafters.eagle import Eagle
 from tokentree.drafters.lookup.ngram import NGram
@@ -54,6 +56,7 @@ DRAFTERS: dict[str, Callable[[KVEngine], Drafter]] = {
     "none": lambda engine: NoDrafter(),
     "lookups": lambda engine: Merged([NGram(min_n=1), Suffix(), Recycling(engine.vocab_size)]),
     "draft model": lambda engine: DraftModel(TorchEngine(tiny("llama", seed=3)), engine.vocab_size),
+    "block": lambda engine: Block(some_block("dspark", hidden_size=engine.facts.hidden_size), engine),
     "medusa": lambda engine: Medusa(random_heads(engine.facts.hidden_size), engine),
     "eagle": lambda engine: Eagle(some_head(3, 60, hidden_size=engine.facts.hidden_size), engine),
 }
@@ -111,7 +114,7 @@ MIXED: list[tuple[list[int], dict[str, Any]]] = [
 @pytest.mark.parametrize(
     ("kind", "drafter"),
     [(kind, "lookups") for kind in ENGINES] + [("one call", name) for name in DRAFTERS if name != "lookups"]
-    + [("gpt2", "eagle"), ("gemma2", "medusa"), ("llama", "draft model")],
+    + [("gpt2", "eagle"), ("gpt2", "block"), ("gemma2", "medusa"), ("llama", "draft model")],
 )  # fmt: skip
 def test_prompts_read_in_parts_and_requests_that_join_give_the_texts_written_alone(
     kind: str, drafter: str, rows: int

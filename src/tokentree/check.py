@@ -52,7 +52,7 @@ def check(
         OptionError: if ``llm``'s rule is lossy, so that there is nothing to check.
     """
     if llm.decoder.accept.lossy:
-        raise OptionError("a lossy acceptance rule changes the output by design: check 'match' or 'rejection'")
+        raise OptionError("a lossy acceptance rule changes the output by design: check one that is lossless")
     params, verdicts = SamplingParams(max_tokens=max_tokens), []
     plain = llm.plain()
     for prompt in prompts:

@@ -37,7 +37,7 @@ class Decoder:
             step. So it must not decode with this engine, nor wait for a thread that does.
 
     Raises:
-        PairingError: if the rule needs drawn children, and the drafter can't draw any.
+        PairingError: if the rule needs drawn children and the drafter can't draw any, or chains and the shape branches.
         OptionError: if ``drafter`` isn't a `Drafter`, or ``shape`` isn't a `Shape`.
     """
 
@@ -49,10 +49,15 @@ class Decoder:
                 raise OptionError(f"{given!r} is not a {kind.__name__}: names are for LLM")
         if isinstance(accept, str) or not callable(accept):
             raise OptionError(f"{accept!r} is not a rule: names are for LLM and for acceptance()")
-        if accept.draws_children and not drafter.draws_children:
+        if not accept.takes_picked and not drafter.draws_children:
             raise PairingError(
                 f"accept='rejection' needs children drawn from a distribution, and the drafter {drafter.name!r} picks "
                 "them: use accept='match', which is lossless with any drafter"
+            )
+        if accept.chains_only and shape.branches:
+            raise PairingError(
+                f"accept='block' verifies chains, and the shape {shape!r} branches: use shape='chain:6', or "
+                "accept='traversal', which verifies trees"
             )
         compile_loops()
         self.engine, self.drafter, self.shape, self.accept, self.watch = engine, drafter, shape, accept, watch

@@ -95,9 +95,10 @@ class LLM:
             (see `drafters.other_tokenizer`). A loaded model whose tokenizer isn't known is taken to have the target's.
         engine: an engine (`tokentree.engines.base.Engine`), or the name of one, which is made of ``model`` and the
             options below. Installed packages may add names. The default is ``torch``: see `TorchEngine`.
-        heads: a folder with Medusa or EAGLE heads for this model.
+        heads: a folder with Medusa, EAGLE or block heads for this model.
         shape: how trees grow, see `tokentree.shapes.shape`. ``choices`` is the static tree that is stored beside heads.
-        accept: ``match`` or ``rejection`` (both lossless), ``best_path`` or ``typical`` (both lossy).
+        accept: ``match``, ``rejection``, ``block`` or ``traversal`` (all lossless), ``best_path`` or ``typical`` (both
+            lossy).
         dtype: ``float32``, ``bfloat16`` or ``float16``. The default is bfloat16 on CPUs, and the checkpoint's type
             elsewhere.
         device: by default the first GPU, if there is one.

@@ -8,11 +8,11 @@ from typing import Any
 
 from tokentree.drafters.base import Drafter, Parts
 from tokentree.drafters.merged import Merged
-from tokentree.drafters.names import DRAFT_MODELS, EAGLE_HEADS, MEDUSA_HEADS, REGISTRY, fitting
+from tokentree.drafters.names import DRAFT_MODELS, DRAFTERS, REGISTRY, fitting
 from tokentree.engines.base import Engine, EngineOptions
 from tokentree.engines.names import ENGINES, TORCH
 from tokentree.errors import OptionError
-from tokentree.heads.saved import is_eagle
+from tokentree.heads.saved import kind_of
 from tokentree.specs import options_of
 
 Named = str | SequenceOf[str | Drafter] | Drafter | None
@@ -68,7 +68,7 @@ def check_names(drafter: Named) -> None:
 
 def usable(parts: Parts) -> list[str]:
     """The names of our drafters that ``parts`` allow, those that are merged by default."""
-    heads = set() if parts.heads is None else {EAGLE_HEADS if is_eagle(parts.heads) else MEDUSA_HEADS}
+    heads = set() if parts.heads is None else {DRAFTERS[kind_of(parts.heads)].drafts_from}
     return fitting(heads | ({DRAFT_MODELS} if parts.draft_engines else set()))
 
 

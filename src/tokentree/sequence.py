@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "length", "timeout", "interrupted", "error"]
 
-ACCEPT, DRAFT = 0, 1  # what the random numbers of a position are for
+ACCEPT, DRAFT = 0, 1  # what the random numbers of a position are for; DRAFT + n: for the children of a draft's node n
 
 
 class Accepted(NamedTuple):
@@ -176,6 +176,11 @@ class Sequence:
     def noise_after(self, path: abc.Sequence[int], purpose: int) -> Noise:
         """The random numbers of the position that follows ``path``."""
         return self.noise(len(self.tokens) + len(path), purpose)
+
+    def noise_below(self, node: int) -> Noise:
+        """The random numbers that the children of ``node`` of the next draft are drawn with. No other node has them,
+        and no later draft: rules that judge a draft as a whole rely on it."""
+        return self.noise(len(self.tokens), DRAFT + node)
 
     # -- growing ---------------------------------------------------------------------------------------------------
 

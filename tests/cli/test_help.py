@@ -95,6 +95,9 @@ def test_help_names_all_that_there_is(run: Command) -> None:  # noqa: F811
         acceptance("none of them")
     rules = str(raised.value).partition("choose one of ")[2].split(", ")
     assert [rule for rule in rules if rule not in of("accept")] == []
+    lossless, lossy, _ = of("accept").replace("lossless", "|").replace("lossy", "|").split("|")
+    assert [rule for rule in rules if (rule in lossy) is not acceptance(rule).lossy] == []
+    assert [rule for rule in rules if (rule in lossless) is acceptance(rule).lossy] == []
 
 
 def test_options_stand_under_what_they_are_about(run: Command) -> None:  # noqa: F811

@@ -272,7 +272,7 @@ def test_greedy_ids_and_sampled_ids_are_plain_s(
 
 
 # under match a seed gives plain's ids, see above
-@pytest.mark.parametrize(("accept", "known"), [("rejection", None), ("rejection", 4), ("match", 4)])
+@pytest.mark.parametrize(("accept", "known"), [("rejection", None), ("rejection", 4), ("traversal", 4), ("match", 4)])
 def test_sampling_has_the_target_s_distribution(accept: str, known: int | None) -> None:
     """Chi-square of the first two tokens together, merged into the most probable ones and a rest. With so few tokens
     those of head and target are often the same ones, with other probabilities, so that a wrong rule shows."""

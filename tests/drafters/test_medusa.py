@@ -18,8 +18,9 @@ from tokentree.acceptance import Typical, acceptance
 from tokentree.draft import Draft
 from tokentree.drafters.lookup.ngram import NGram
 from tokentree.drafters.lookup.recycling import Recycling
-from tokentree.drafters.medusa import LEAST_PROB, TOP, FastHeads, Medusa, _grow
+from tokentree.drafters.medusa import TOP, FastHeads, Medusa
 from tokentree.drafters.merged import Merged
+from tokentree.drafters.slots import LEAST_PROB, Slots, _grow
 from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.table import TableEngine
 from tokentree.engines.torch import TorchEngine
@@ -117,7 +118,7 @@ def test_the_tree_is_the_most_probable_one() -> None:
             ),
             reverse=True,
         )
-        taken, parents, probs = _grow(tokens, chances, 13, heads)
+        taken, parents, probs = _grow(*Slots.independent(tokens, chances), 13, heads)
         joint, depths, paths = [1.0], [0], [()]
         for token, parent, prob in zip(taken.tolist(), parents.tolist(), probs.tolist(), strict=True):
             joint.append(joint[parent] * prob)
@@ -127,7 +128,7 @@ def test_the_tree_is_the_most_probable_one() -> None:
         best = [value for value in every if value >= LEAST_PROB][:13]
         assert np.allclose(joint[1:], best)
         assert len(set(paths)) == len(paths)
-        assert max(_depths(_grow(tokens, chances, 13, 1)[1])) == 1
+        assert max(_depths(_grow(*Slots.independent(tokens, chances), 13, 1)[1])) == 1
 
 
 def _depths(parents: Any) -> list[int]:

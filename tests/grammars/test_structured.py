@@ -26,13 +26,15 @@ from tests.conftest import decode, make_sequence
 from tests.drafters.test_eagle import some_head
 from tests.drafters.test_medusa import random_heads
 from tests.engines.gpu.test_engine import engine_of
+from tests.heads.block_heads import some_block
 from tests.test_lossless import PROMPT, TARGET, VOCAB, Law, decoder_maker, distance, text_law
 from tests.tiny_models import save_model, some_tokens, tiny_pair, tiny_tokenizer
 from tokentree import LLM, AsyncLLM, OptionError, RequestError, SamplingParams, StructuredOutputs
-from tokentree.acceptance import Match, Rejection
+from tokentree.acceptance import Block, Match, Rejection, Traversal
 from tokentree.cli import main as cli
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter
+from tokentree.drafters.block import Block as BlockDrafter
 from tokentree.drafters.eagle import Eagle
 from tokentree.drafters.medusa import Medusa
 from tokentree.engines.table import TableEngine
@@ -48,7 +50,8 @@ EOS = 0
 PROMPTS = ["The quick brown", "one two three four", "A tree"]
 REGEX = "(one|two|three) (Baum|東京){1,3}[.!]"
 DRAFTERS = [
-    "ngram", "suffix", "recycling", "draft_model", "merged", ["draft_model", "ngram"], "medusa", "eagle1", "eagle3"
+    "ngram", "suffix", "recycling", "draft_model", "merged", ["draft_model", "ngram"], "medusa", "eagle1", "eagle3",
+    "block", "dspark",
 ]  # fmt: skip
 SHAPES = ["cost", "2x2x1", "chain:4", "dynamic:nodes=9", "adaptive:mass=0.9,width=3", "paths:[[0],[1],[0,0]]"]
 WAYS: list[dict[str, Any]] = [
@@ -79,9 +82,12 @@ class World:
         """As `LLM.using`, with random heads too."""
         if drafter == "medusa":
             return self.llm.using(Medusa(random_heads(48), self.llm.engine), shape)
+        if drafter in ("block", "dspark"):
+            head = some_block("dflash" if drafter == "block" else drafter, vocab_size=self.size)
+            return self.llm.using(BlockDrafter(head, self.llm.engine), shape)
         if drafter in ("eagle1", "eagle3"):
-            head = some_head(int(drafter[-1]), vocab_size=self.size)
-            return self.llm.using(Eagle(head, self.llm.engine), shape)
+            eagle = some_head(int(drafter[-1]), vocab_size=self.size)
+            return self.llm.using(Eagle(eagle, self.llm.engine), shape)
         return self.llm.using(drafter, shape)
 
 
@@ -246,8 +252,14 @@ def _words(count: int) -> list[str]:
     return [""] if not count else [word + letter for word in _words(count - 1) for letter in "ab"]
 
 
-@pytest.mark.parametrize("form", ["2", "2x2", "3x1"])
-@pytest.mark.parametrize("rule", [Match, Rejection])
+@pytest.mark.parametrize(
+    ("form", "rule"),
+    [
+        *((form, rule) for form in ("2", "2x1", "3") for rule in (Match, Rejection, Traversal)),
+        ("2x2", Match),
+        ("chain:3", Block),
+    ],
+)
 @pytest.mark.parametrize("regex", ["(a|b){1,3}", "a(ab|b)?", "ab?a?"])
 def test_the_law_of_texts_is_the_targets_under_the_mask(form: str, rule: Any, regex: str) -> None:
     params: dict[str, Any] = {"max_tokens": 3, "temperature": 0.8}

@@ -18,7 +18,7 @@ from tokentree.heads.eagle import EagleHead
 from tokentree.heads.eagle_files import default_taps, read_eagle, tap_places, write_eagle
 from tokentree.heads.fingerprint import Fingerprint
 from tokentree.heads.medusa import MedusaHeads
-from tokentree.heads.saved import About, is_eagle, write_heads
+from tokentree.heads.saved import About, kind_of, write_heads
 
 LAYERS = 2  # of the target
 
@@ -91,7 +91,7 @@ def test_a_round_trip(tmp_path: Path, version: int, known: int | None, layout: s
             write_eagle(head, tmp_path, "tiny", layout)
         return
     write_eagle(head, tmp_path, "tiny", layout, about)
-    assert is_eagle(tmp_path)
+    assert kind_of(tmp_path) == "eagle"
     saved = read_eagle(tmp_path, LAYERS)
     assert saved.head.sizes == head.sizes
     assert_same(saved.head, head)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tokentree.heads.eagle_files import read_eagle
-from tokentree.heads.saved import is_eagle, read_heads
+from tokentree.heads.saved import kind_of, read_heads
 
 HEADS = Path(__file__).parents[2] / "heads"
 FOLDERS = sorted(file.parent for file in HEADS.glob("*/*/config.json"))
@@ -17,7 +17,7 @@ LIMITS = {"eagle": 16e6, "medusa": 8e6}  # bytes
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_they_are_read_and_small(folder: Path) -> None:
-    assert is_eagle(folder) == (folder.name == "eagle")
+    assert kind_of(folder) == folder.name
     if folder.name == "eagle":
         eagle = read_eagle(folder, 30)
         assert eagle.head.sizes.taps == (2, 15, 27)

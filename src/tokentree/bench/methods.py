@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokentree.bench.peers import Method, Output, Peers
 from tokentree.errors import OptionError
-from tokentree.heads.saved import is_eagle
+from tokentree.heads.saved import kind_of
 from tokentree.llm import LLM
 from tokentree.sampling import SamplingParams
 
@@ -68,5 +68,5 @@ def make_method(spec: str, llm: LLM, peers: Peers, heads: Sequence[Path] = ()) -
     if not rest:
         raise OptionError(f"{spec!r} is not a method: write {FORMS}")
     names = kind.split("+")
-    own = next((folder for folder in heads if ("eagle" if is_eagle(folder) else "medusa") in names), None)
+    own = next((folder for folder in heads if kind_of(folder) in names), None)
     return TreeMethod(spec, llm.using(names if len(names) > 1 else kind, rest, heads=own))

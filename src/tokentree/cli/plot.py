@@ -144,13 +144,13 @@ def methods(
 ) -> None:  # fmt: skip
     """Draw two drafters or more side by side: the trees that each proposes after the same text."""
     from tokentree.drafters.merged import Merged
-    from tokentree.heads.saved import is_eagle
+    from tokentree.heads.saved import kind_of
     from tokentree.plots.drawing import check_plot
     from tokentree.plots.trees import Panel, common_step, draw_methods
 
     drafts, folders = draft_model or [], heads or []
     given = {"draft_model"} if drafts else set[str]()
-    given |= {"medusa", "eagle"} if folders else set()  # each draft model and folder is drawn by itself
+    given |= {"medusa", "eagle", "block"} if folders else set()  # each draft model and folder is drawn by itself
     lookups = [name for name in drafter or () if name not in given]
     if len(drafts) + len(folders) + len(lookups) < 2:
         raise OptionError(
@@ -162,7 +162,7 @@ def methods(
     for folder in folders:
         if not folder.is_dir():
             raise OptionError(f"there is no folder {str(folder)!r} with heads")
-    kinds = ["eagle" if is_eagle(folder) else "medusa" for folder in folders]
+    kinds = [kind_of(folder) for folder in folders]
     llm = _with_texts(
         model, "draft_model" if drafts else "none", threads, draft_model=drafts, shape=shape, dtype=dtype,
         quantization=quantization,

@@ -169,6 +169,56 @@ def eagle(
     _tell(done, model, str(out))
 
 
+@train.command(cls=Command)
+def block(
+    model: ModelOption,
+    data: DataOption,
+    out: OutOption,
+    layers: Annotated[int, typer.Option(min=1, help="Layers of the head.")] = 2,
+    block_size: Annotated[int, typer.Option(min=1, help="Tokens that it guesses in one pass.")] = 7,
+    markov_rank: Annotated[
+        int, typer.Option(min=0, help="Numbers by which a token tells of its successor; 0: none.")
+    ] = 64,
+    anchors: Annotated[int, typer.Option(min=1, help="Blocks that are laid into a text, at most.")] = 64,
+    distil: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the loss that is the distance to what the model says.")
+    ] = 0.9,
+    tokens: TokensOption = TOKENS,
+    known_tokens: KnownOption = 16384,
+    epochs: EpochsOption = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts in a step.")] = 4,
+    learning_rate: RateOption = 6e-4,
+    warmup_steps: WarmupOption = 50,
+    evaluate_every: EvaluateOption = 100,
+    patience: PatienceOption = 5,
+    batch: TogetherOption = 64,
+    seed: SeedOption = 0,
+    precision: PrecisionOption = Precision.float32,
+    work: WorkOption = None,
+    force: ForceOption = False,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Train a block head; the model stays as it is."""
+    _check(learning_rate, data, out, force)
+    _, errors = consoles()
+    with _going_on(out):
+        llm = load(errors, model, None, threads, dtype=dtype, device=device, max_batch=batch)
+        from tokentree.train.run_block import train_block
+
+        recipe = _recipe(
+            epochs, batch_size=batch_size, learning_rate=learning_rate, warmup_steps=warmup_steps, seed=seed,
+            evaluate_every=evaluate_every, patience=patience, precision=precision.value,
+        )  # fmt: skip
+        done = train_block(
+            llm, name_of(model), data, out, recipe, num_layers=layers, block_size=block_size, markov_rank=markov_rank,
+            anchors=anchors, distil=distil, known_tokens=known_tokens, tokens=tokens, work=work, console=errors,
+            command=_command(), force=force,
+        )  # fmt: skip
+    _tell(done, model, str(out))
+
+
 def _check(learning_rate: float, data: str, out: Path, force: bool, *packages: str) -> None:
     """What can be told before a model is loaded."""
     if not 0 < learning_rate < math.inf:

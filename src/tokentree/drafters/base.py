@@ -25,7 +25,7 @@ class Parts:
         heads: a folder with heads for the target, or None.
         fingerprint: the fingerprint of the target. Heads must have been made for a model with the same one.
         lookup_bytes: memory for what a drafter's look-ups learn from all sequences. None: as the drafter likes.
-        draws_children: whether the acceptance rule needs drawn children.
+        draws_children: whether the acceptance rule asks for drawn children.
         vocabularies: those of each draft model whose tokenizer isn't the target's, and of the target, by its name.
     """
 
@@ -46,7 +46,8 @@ class Drafter(ABC):
     Attributes:
         name: its name in the registry. It is shown beside the accepted tokens that this drafter proposed.
         by_levels: whether each level of a draft takes a forward of its own.
-        draws_children: whether it can draw children from a distribution. The rule ``rejection`` needs that.
+        draws_children: whether it can draw children from a distribution. The rule ``rejection`` needs that;
+            ``block`` and ``traversal`` accept more so.
     """
 
     name: str

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn.functional import pad
 
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter
+from tokentree.drafters.drawing import draw, whole
 from tokentree.engines.base import DraftEngine, TargetOutput
 from tokentree.errors import RequestError
 from tokentree.growing import DEPTH, PARENT, TOKEN
 from tokentree.kernels.topk import top_logprobs
-from tokentree.sampling import to_probs
-from tokentree.sequence import DRAFT, Accepted, Sequence
+from tokentree.sequence import Accepted, Sequence
 from tokentree.shapes.base import Shape
 from tokentree.tree import Ints, TokenTree
 
@@ -159,26 +157,11 @@ class DraftModel(Drafter):
 
     def _whole(self, logits: torch.Tensor) -> torch.Tensor:
         """float32[n, vocab of the target], -inf where the draft model knows no token."""
-        if self._token_map is None:
-            return pad(logits.float(), (0, self._vocab_size - logits.shape[1]), value=-math.inf)
-        whole = logits.new_full((len(logits), self._vocab_size), -math.inf, dtype=torch.float32)
-        return whole.index_copy(1, torch.from_numpy(self._token_map).to(logits.device), logits.float())
+        return whole(logits, self._vocab_size, self._token_map)
 
     def _draw(self, seq: Sequence, draft: Draft, node: int, count: int, logits: torch.Tensor) -> list[int]:
-        """Draws ``count`` children without replacement, fewer where the distribution has fewer tokens."""
-        path = draft.path_tokens(node)
-        try:
-            probs = to_probs(seq.processed(logits, path), seq.params)
-        except RequestError:  # as in `_ruled`
-            return []
-        assert draft.sampled is not None
-        draft.sampled[node] = probs
-        noise, left, level = seq.noise_after(path, DRAFT), probs.clone(), list[int]()
-        for rank in range(min(count, int((probs > 0).sum()))):
-            token = noise.choose(left)
-            level.append(draft.add(node, token, float(probs[token].log()), rank))
-            left[token] = 0
-        return level
+        """Draws ``count`` children of ``node``, see `draw`."""
+        return draw(seq, draft, node, count, logits, seq.noise_below(node))
 
 
 def _ruled(seq: Sequence, draft: Draft, node: int, logits: torch.Tensor) -> torch.Tensor | None:

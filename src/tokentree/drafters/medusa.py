@@ -10,19 +10,17 @@ from torch.nn.functional import silu
 
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter, Parts
-from tokentree.drafters.best_first import best_first
+from tokentree.drafters.slots import Slots, compile_growth
 from tokentree.engines.base import Engine, Features, HasHiddenStates
 from tokentree.errors import PairingError
 from tokentree.heads.medusa import Layer, MedusaHeads
 from tokentree.heads.saved import read_heads
-from tokentree.jit import njit
 from tokentree.kernels.topk import top_logprobs
 from tokentree.sequence import Sequence
 from tokentree.shapes.base import Shape
 from tokentree.tree import Floats, Ints
 
 TOP = 10  # tokens that are kept of each head
-LEAST_PROB = 0.0005
 
 
 class Medusa(Drafter):
@@ -61,7 +59,7 @@ class Medusa(Drafter):
         if len(divisors) != heads.num_heads or not all(divisor > 0 for divisor in divisors):
             raise PairingError(f"{heads.num_heads} Medusa heads need as many temperatures, all above 0")
         self._divisors = np.array(divisors, np.float32)
-        _grow(np.zeros((1, 1), np.int64), np.ones((1, 1)), 1, 1)  # compiled before any request waits for it
+        compile_growth()  # before any request waits for it
 
     @classmethod
     def make(cls, parts: Parts) -> Drafter:
@@ -77,11 +75,8 @@ class Medusa(Drafter):
             tokens, probs = self._guess(torch.stack([self._engine.hidden(seq)[-1] for seq in ready]))
             for i, seq in enumerate(ready):
                 depth = min(shape.max_depth, seq.room - 1)
-                if shape.paths:
-                    drafts[seq.id] = _along(seq.tokens[-1], tokens[:depth, i], probs[:depth, i], shape)
-                else:
-                    grown = _grow(tokens[:, i], probs[:, i], shape.max_nodes - 1, depth)
-                    drafts[seq.id] = Draft.grown(seq.tokens[-1], *grown)
+                slots = Slots.independent(tokens[:, i], probs[:, i])
+                drafts[seq.id] = slots.grown(seq.tokens[-1], shape, depth)
         return [drafts[seq.id] for seq in seqs]
 
     @torch.inference_mode()
@@ -139,36 +134,3 @@ class FastHeads:
 def _each(layers: SequenceOf[Layer], x: torch.Tensor) -> torch.Tensor:
     """What each layer makes of its part of ``x``, behind one another."""
     return torch.stack([layer(part) for layer, part in zip(layers, x, strict=True)])
-
-
-def _along(root: int, tokens: Ints, probs: Floats, shape: Shape) -> Draft:
-    """The nodes of a static shape, as far as there are heads and candidates; ``tokens`` and ``probs`` [heads, TOP]."""
-    draft = Draft(root)
-    where: dict[tuple[int, ...], int] = {(): 0}
-    heads, count = tokens.shape
-    scores = np.log(np.maximum(probs, 1e-30))
-    for path in shape.paths:
-        depth, rank = len(path) - 1, path[-1]
-        if depth < heads and rank < count and path[:-1] in where:
-            where[path] = draft.add(where[path[:-1]], int(tokens[depth, rank]), float(scores[depth, rank]), rank)
-    return draft
-
-
-@njit(cache=True)
-def _grow(tokens: Ints, chances: Floats, max_nodes: int, max_depth: int) -> tuple[Ints, Ints, Floats]:
-    """See `best_first`: the most probable nodes of ``tokens`` with ``chances``, [heads, k], best first. Heads know
-    nothing of one another: the same tokens may follow every node of a depth."""
-    heads, k = tokens.shape
-    return _best_first((tokens, chances), 0, 0, max_nodes, min(heads, max_depth), LEAST_PROB, k)
-
-
-@njit
-def _follow(
-    source: tuple[Ints, Floats], first: int, second: int, depth: int, tokens: Ints, probs: Floats, firsts: Ints,
-    seconds: Ints,
-) -> int:  # fmt: skip
-    tokens[:], probs[:], firsts[:], seconds[:] = source[0][depth], source[1][depth], 0, 0
-    return len(tokens)
-
-
-_best_first = best_first(_follow)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from tokentree.plugins import Registry
 
-NOTHING, DRAFT_MODELS, EAGLE_HEADS, MEDUSA_HEADS, TEXT, OTHERS = (
-    "nothing", "draft models", "EAGLE heads", "Medusa heads", "the text", "other drafters",
+NOTHING, DRAFT_MODELS, EAGLE_HEADS, BLOCK_HEADS, MEDUSA_HEADS, TEXT, OTHERS = (
+    "nothing", "draft models", "EAGLE heads", "block heads", "Medusa heads", "the text", "other drafters",
 )  # fmt: skip
 
 
@@ -29,6 +29,7 @@ DRAFTERS = {
     "none": Entry("tokentree.drafters.none:NoDrafter", NOTHING),
     "draft_model": Entry("tokentree.drafters.other_tokenizer:DraftModels", DRAFT_MODELS),
     "eagle": Entry("tokentree.drafters.eagle:Eagle", EAGLE_HEADS),
+    "block": Entry("tokentree.drafters.block:Block", BLOCK_HEADS),
     "medusa": Entry("tokentree.drafters.medusa:Medusa", MEDUSA_HEADS),
     "recycling": Entry("tokentree.drafters.lookup.recycling:Recycling", TEXT),
     "suffix": Entry("tokentree.drafters.lookup.suffix:Suffix", TEXT),

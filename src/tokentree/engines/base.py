@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from tokentree.engines.model_facts import Facts
     from tokentree.engines.prompt_kv import PromptKV
+    from tokentree.heads.block import BlockHead
     from tokentree.heads.eagle import EagleHead
 
 CPU = torch.device("cpu")
@@ -416,6 +417,44 @@ class HeadEngines(HasHiddenStates, Protocol):
 
     def head_engine(self, head: EagleHead) -> DraftEngine:
         """A draft engine that runs ``head`` on the hidden states of this engine.
+
+        Raises:
+            PairingError: if the head doesn't fit the target.
+        """
+        ...
+
+
+class BlockEngine(Protocol):
+    """What runs a block head on the hidden states of a target.
+
+    Attributes:
+        head: in the target's type.
+        context: the largest number of positions that it can take.
+    """
+
+    head: BlockHead
+    context: int
+
+    def read(self, seqs: SequenceOf[Sequence]) -> None:
+        """Computes what it keeps of the tokens that the target has read since the last time."""
+        ...
+
+    def guess(self, seqs: SequenceOf[Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The states [texts, guesses, hidden size] of a block behind each of ``seqs``, and the logits [texts, guesses,
+        tokens that the head knows] of what it guesses, without what the tokens before add; see `BlockHead`."""
+        ...
+
+    def release(self, seqs: SequenceOf[Sequence]) -> None:
+        """Drops what is kept of ``seqs``."""
+        ...
+
+
+@runtime_checkable
+class BlockEngines(HasHiddenStates, Protocol):
+    """An engine on which block heads can draft."""
+
+    def block_engine(self, head: BlockHead) -> BlockEngine:
+        """What runs ``head`` on the hidden states of this engine.
 
         Raises:
             PairingError: if the head doesn't fit the target.

@@ -13,7 +13,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tokentree.engines.base import KEPT, DraftEngine, EngineInfo, Features, Logits, NotCopied, TargetOutput, tensor_of
+from tokentree.engines.base import (
+    KEPT,
+    BlockEngine,
+    DraftEngine,
+    EngineInfo,
+    Features,
+    Logits,
+    NotCopied,
+    TargetOutput,
+    tensor_of,
+)
 from tokentree.engines.cpu.linear import weights_of
 from tokentree.engines.cpu.quantized import draft_linear
 from tokentree.engines.guard import Unwatched
@@ -33,6 +43,7 @@ from tokentree.tree import Ints, TokenTree
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from tokentree.heads.block import BlockHead
     from tokentree.heads.eagle import EagleHead
 
 PREFILL_ROWS = 256
@@ -302,6 +313,11 @@ class KVEngine(NotCopied, ABC):
         kv = self._kv_of(of)
         states = kv.states[number, : kv.length]
         return torch.cat([states, kv.states[number, [kv.length + node for node in nodes]]]) if nodes else states
+
+    def block_engine(self, head: BlockHead) -> BlockEngine:
+        from tokentree.engines.block import TorchBlocks  # few need what it imports
+
+        return TorchBlocks(head, self)
 
     def head_engine(self, head: EagleHead) -> DraftEngine:
         from tokentree.engines.eagle import EagleEngine  # few need what it imports

@@ -73,13 +73,13 @@ def read_eagle(folder: str | Path, num_layers: int, target: Fingerprint | None =
             check_part(tensors.get(name), list(into.shape), f"tensor {name}", where)
         head = EagleHead(sizes)
     except MEANINGLESS as error:
-        raise _meaningless(where, error) from None
+        raise meaningless(where, error) from None
     with torch.no_grad():
         for name, into in _places(head).items():
             into.copy_(tensors.pop(name))
     offsets, known = tensors.pop("d2t", None), tensors.pop("t2d", None)
     if head.token_map is not None:
-        head.token_map = _token_map(offsets, known, head.token_map, sizes.vocab_size, where)
+        head.token_map = token_map_of(offsets, known, head.token_map, sizes.vocab_size, where)
     if tensors:
         raise ModelError(f"{where!r} has a tensor that an EAGLE-{sizes.version} head doesn't have: {min(tensors)}")
     return SavedEagle(head, about, told)
@@ -162,7 +162,7 @@ class _Layer(BaseModel):
     rope_parameters: dict[str, Any]
 
 
-def _layer_of(config: Mapping[str, Any]) -> Any:
+def layer_of(config: Mapping[str, Any]) -> Any:
     """A `_Layer`; where ``config`` doesn't say all of that, transformers' configuration, which knows the rest."""
     if all(config.get(name) is not None for name in _Layer.model_fields):
         return _Layer(**{name: config[name] for name in _Layer.model_fields})
@@ -184,7 +184,7 @@ def _sizes(
     if not own_output and "d2t" in tensors and bool(tensors["d2t"].any()):
         raise ModelError(f"{where!r} knows some tokens alone (d2t), and lacks the tensor lm_head.weight for them")
     try:
-        inner = _layer_of(config.get("transformer_layer_config") or config)
+        inner = layer_of(config.get("transformer_layer_config") or config)
         hidden, width = tensors["fc.weight"].shape
         kv = tensors[f"{LAYER[version]}self_attn.k_proj.weight"].shape[0]
         target = int(config.get("target_hidden_size") or hidden)
@@ -218,10 +218,10 @@ def _sizes(
             norm_before_residual=bool(config.get("norm_before_residual", False)),
         ), told  # fmt: skip
     except MEANINGLESS as error:
-        raise _meaningless(where, error) from None
+        raise meaningless(where, error) from None
 
 
-def _meaningless(where: str, error: Exception) -> ModelError:
+def meaningless(where: str, error: Exception) -> ModelError:
     """An error that says what is wrong with a configuration."""
     if isinstance(error, ModelError):
         return error
@@ -255,7 +255,7 @@ def _places(head: EagleHead) -> dict[str, torch.Tensor]:
     return found
 
 
-def _token_map(
+def token_map_of(
     offsets: torch.Tensor | None, known: torch.Tensor | None, into: torch.Tensor, vocab_size: int, where: str
 ) -> torch.Tensor:
     """The target's ids, of what each lies beyond the head's own (SafeAILab's ``d2t``)."""

@@ -73,14 +73,19 @@ def check_made_for(about: About, config: Mapping[str, Any], folder: str | Path, 
             )
 
 
-def is_eagle(folder: str | Path) -> bool:
-    """Whether what ``config.json`` in ``folder`` says is of an EAGLE head rather than of Medusa heads.
+def kind_of(folder: str | Path) -> str:
+    """Which heads what ``config.json`` in ``folder`` says is of: "medusa", "eagle" or "block"; the name of the drafter
+    that they are for.
 
     Raises:
         ModelError: if it can't be read.
     """
     config = read_config(folder)
-    return "medusa_num_heads" not in config and config.get("model_type") != "medusa" and bool(config)
+    if not config or "medusa_num_heads" in config or config.get("model_type") == "medusa":
+        return "medusa"
+    kinds = " ".join(map(str, [*(config.get("architectures") or ()), config.get("speculators_model_type")])).lower()
+    blocks = "dflash_config" in config or "block_size" in config or "dflash" in kinds or "dspark" in kinds
+    return "block" if blocks else "eagle"
 
 
 def saved_choices(folder: str | Path | None) -> list[list[int]]:

@@ -36,11 +36,13 @@ class Shape(ABC):
         max_nodes: the number of nodes that a drafter should propose, root included.
         paths: the rank path of each node below the root, parents first, if the tree is the same at every step. Empty
             otherwise.
+        branches: whether a node may have more than one child. The rule ``block`` needs a shape without.
     """
 
     max_depth: int
     max_nodes: int
     paths: tuple[tuple[int, ...], ...] = ()
+    branches: bool = True
 
     @abstractmethod
     def counts(self, seq: Sequence, draft: Draft, frontier: SequenceOf[int]) -> list[int]:

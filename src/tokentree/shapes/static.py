@@ -61,6 +61,7 @@ class Static(Shape):
             self.max_depth = max(map(len, choices))
             self.max_nodes = 1 + len(choices)
             self.paths = tuple(sorted(choices, key=lambda path: (len(path), path)))
+        self.branches = any(max(path) > 0 for path in self.paths)
 
     def counts(self, seq: Sequence, draft: Draft, frontier: SequenceOf[int]) -> list[int]:
         if self.branching:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
 
 from tokentree.engines.base import Features
 from tokentree.errors import OptionError
@@ -31,8 +30,8 @@ from tokentree.train.job import (
 from tokentree.train.loop import Figures, Recipe, train
 from tokentree.train.medusa import frequent_tokens
 from tokentree.train.run import Trained
-from tokentree.train.target import engine_of
-from tokentree.train.texts import Texts
+from tokentree.train.target import begin, engine_of, layer_sizes, plain_rope
+from tokentree.train.texts import Texts, coverage
 
 
 def train_eagle(
@@ -88,7 +87,7 @@ def train_eagle(
             figures = train(model, groups, task, recipe, own, watch, about, stop_after, phases)
             told = recipe.model_dump() | {
                 "version": version, "unroll": unroll if version == 3 else 1, "data": str(data), "texts": len(texts.ids),
-                "tokens": texts.tokens, "coverage": round(_coverage(texts, known), 4),
+                "tokens": texts.tokens, "coverage": round(coverage(texts, known), 4),
             }  # fmt: skip
             with leading() as lead:
                 if lead:
@@ -109,22 +108,13 @@ def _fresh(
 ) -> EagleWithLoss:  # fmt: skip
     """An untrained head of the target's sizes. An EAGLE-3 head's output layer begins as the target's."""
     config: Any = llm.config.get_text_config()
-    heads = int(config.num_attention_heads)
-    width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
     sizes = EagleSizes(
-        version=version, hidden_size=features.hidden_size,
-        intermediate_size=int(getattr(config, "intermediate_size", None) or 4 * features.hidden_size),
-        num_heads=heads, num_kv_heads=int(getattr(config, "num_key_value_heads", None) or heads), head_dim=width,
-        vocab_size=llm.engine.vocab_size, taps=read, fc_bias=version == 1, context=llm.engine.context,
-        draft_vocab_size=None if known is None or version == 1 else len(known), rope=_plain_rope(config),
+        version=version, **layer_sizes(config, features.hidden_size), vocab_size=llm.engine.vocab_size, taps=read,
+        fc_bias=version == 1, context=llm.engine.context,
+        draft_vocab_size=None if known is None or version == 1 else len(known), rope=plain_rope(config),
     )  # fmt: skip
     head = EagleHead(sizes)
-    generator = torch.Generator().manual_seed(seed)
-    for layer in head.modules():
-        if isinstance(layer, nn.Linear):
-            nn.init.normal_(layer.weight, std=layer.in_features**-0.5, generator=generator)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+    begin(head, seed)
     ids = torch.arange(llm.engine.vocab_size, device=features.device)
     with torch.inference_mode():
         embedding = features.embedding(ids).float()
@@ -137,24 +127,9 @@ def _fresh(
     return EagleWithLoss(head.to(features.device), embedding.clone(), output, unroll)
 
 
-def _plain_rope(config: Any) -> dict[str, Any]:
-    """The target's rotary positions, if heads everywhere know them; else plain ones."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    theta = float(rope.get("rope_theta") or 10000.0)
-    return {"rope_type": "default", "rope_theta": theta}
-
-
 def _identity(head: EagleHead, texts: Texts, unroll: int) -> dict[str, Any]:
     """What a checkpoint belongs to beside its recipe."""
     return {"head": head.sizes.model_dump_json(), "unroll": unroll, "texts": texts.digest}
-
-
-def _coverage(texts: Texts, known: torch.Tensor | None) -> float:
-    """The share of all tokens of the texts that are among ``known``."""
-    if known is None:
-        return 1.0
-    there = set(known.tolist())
-    return sum(token in there for ids in texts.ids for token in ids) / max(1, texts.tokens)
 
 
 def _write(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
@@ -155,3 +156,11 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]],
         reason = str(error).partition("\n")[0]
         raise PromptError(f"is a conversation that the chat template refuses: {reason}") from None
     return [int(token) for token in ids]  # type: ignore[arg-type]
+
+
+def coverage(texts: Texts, known: torch.Tensor | None) -> float:
+    """The share of all tokens of the texts that are among ``known``."""
+    if known is None:
+        return 1.0
+    there = set(known.tolist())
+    return sum(token in there for ids in texts.ids for token in ids) / max(1, texts.tokens)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from triton.errors import TritonError
 
-from tokentree.engines.base import DraftEngine, EngineInfo, Features, NotCopied, TargetOutput
+from tokentree.engines.base import BlockEngine, DraftEngine, EngineInfo, Features, NotCopied, TargetOutput
 from tokentree.engines.cpu.quantized import draft_linear
 from tokentree.engines.gpu.attending import CHUNK
 from tokentree.engines.gpu.forward import Forward
@@ -35,6 +35,7 @@ from tokentree.tree import Ints, TokenTree
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from tokentree.heads.block import BlockHead
     from tokentree.heads.eagle import EagleHead
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # numbers of rows that are recorded
@@ -406,6 +407,11 @@ class TritonEngine(NotCopied):
         self._flush(text)
         rows = np.concatenate([np.arange(text.length), text.length + np.array(nodes, np.int64)])
         return self.pages.states[number, torch.from_numpy(text.slots(rows)).to(self.device)]
+
+    def block_engine(self, head: BlockHead) -> BlockEngine:
+        from tokentree.engines.block import TorchBlocks  # few need what it imports
+
+        return TorchBlocks(head, self)
 
     def head_engine(self, head: EagleHead) -> DraftEngine:
         from tokentree.engines.eagle import EagleEngine  # few need what these import

@@ -1,0 +1,218 @@
+"""Training a block head on a target that stays as it is (DFlash, arXiv:2602.06036; DSpark, arXiv:2607.05147)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from tokentree.heads.block import BlockHead
+from tokentree.train.features import HiddenTexts
+from tokentree.train.loop import Figures
+
+MASKED = -1e9
+
+
+@dataclass(frozen=True, eq=False)
+class Guesses:
+    """What a head guesses behind some anchors, of all places that the text has, behind one another.
+
+    Args:
+        logits: [n, tokens that it knows].
+        states: [n, hidden size], of the rows.
+        before, labels: int64[n], the text's tokens before each place and there, in the target's ids.
+        target: [n, tokens], the target's own logits there.
+        places: int64[n], how many guesses come before each one in its block.
+    """
+
+    logits: torch.Tensor
+    states: torch.Tensor
+    before: torch.Tensor
+    labels: torch.Tensor
+    target: torch.Tensor
+    places: torch.Tensor
+
+
+class BlockWithLoss(nn.Module):
+    """A head and what it loses.
+
+    Args:
+        head: its parameters are trained.
+        embedding: float32[vocab, hidden size], of the target, where the head has none of its own.
+        output: float32[tokens, hidden size] and a bias or None, the target's output layer for the tokens that the head
+            knows.
+        anchors: the most blocks that are laid into a text.
+        fade: places behind the anchor after which a guess counts for 1/e.
+        distil: the share of the loss that is the distance from the target's distribution; the rest is the cross entropy
+            of the text.
+    """
+
+    def __init__(
+        self, head: BlockHead, embedding: torch.Tensor, output: tuple[torch.Tensor, torch.Tensor | None],
+        anchors: int = 64, fade: float = 4.0, distil: float = 0.9,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.head, self.anchors, self.fade, self.distil = head, anchors, fade, distil
+        self.embedding: torch.Tensor
+        self.weight: torch.Tensor
+        self.bias: torch.Tensor | None
+        self.known: torch.Tensor | None
+        self.register_buffer("embedding", embedding, persistent=False)
+        self.register_buffer("weight", output[0], persistent=False)
+        self.register_buffer("bias", output[1], persistent=False)
+        known = None
+        if head.token_map is not None:  # the head's own number of each token, -100 where it knows none
+            known = torch.full((head.sizes.vocab_size,), -100)
+            known[head.token_map] = torch.arange(len(head.token_map))
+        self.register_buffer("known", known, persistent=False)
+
+    def forward(self, texts: Sequence[tuple[torch.Tensor, torch.Tensor]], seed: int) -> torch.Tensor:
+        """The loss over ``texts``, see `guesses`, a scalar; ``seed`` chooses the anchors."""
+        found = self.guesses(texts, seed)
+        labels = found.labels if self.known is None else self.known[found.labels]
+        weights = torch.exp(-found.places / self.fade)
+        entropy = cross_entropy(found.logits, labels, reduction="none")
+        away = (found.logits.softmax(-1) - found.target.softmax(-1)).abs().sum(-1)
+        loss = ((1 - self.distil) * entropy + self.distil * away) * weights
+        if self.head.confidence is not None:
+            sure = self.head.confidences(found.states, found.before)
+            right = (1 - away / 2).detach()
+            loss = loss + weights * nn.functional.binary_cross_entropy_with_logits(sure, right, reduction="none")
+        return loss.sum() / weights.sum()
+
+    def guesses(self, texts: Sequence[tuple[torch.Tensor, torch.Tensor]], seed: int) -> Guesses:
+        """What the head guesses behind anchors at random places of each text.
+
+        Args:
+            texts: ids int64[n] and the target's hidden states float32[n, width]: those that the head reads, then the
+                last one. Each has at least 3 tokens.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        return _joined([self._of(ids, states, generator) for ids, states in texts])
+
+    def _of(self, ids: torch.Tensor, states: torch.Tensor, generator: torch.Generator) -> Guesses:
+        head, sizes = self.head, self.head.sizes
+        width = sizes.target_hidden_size or sizes.hidden_size
+        read, last = states[:, : len(sizes.taps) * width], states[:, -width:]
+        anchors = 1 + torch.randperm(len(ids) - 2, generator=generator)[: self.anchors].to(ids.device)
+        places = torch.arange(len(ids), device=ids.device)
+        kept = head.keys_values(head.context(read), places)
+        positions = anchors[:, None] + torch.arange(sizes.block_size, device=ids.device)
+        attend = _Attend(head, kept, places < anchors[:, None], positions)
+        rows = head(head.embed(ids[anchors], lambda x: self.embedding[x]), positions, attend)  # [blocks, guesses, size]
+        number = torch.arange(sizes.num_guesses, device=ids.device)
+        guessed = anchors[:, None] + 1 + number  # [blocks, guesses], which token each one is
+        there = (guessed < len(ids)).flatten().nonzero()[:, 0]
+        guessed, rows = guessed.flatten()[there], rows.flatten(0, 1)[there]
+        logits = head.logits(rows, self._output)
+        if head.markov is not None:
+            logits = logits + head.markov(ids[guessed - 1], rows)
+        with torch.no_grad():
+            target = self._output(last[guessed - 1])
+        return Guesses(logits, rows, ids[guessed - 1], ids[guessed], target, there % sizes.num_guesses)
+
+    def _output(self, hidden: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(hidden, self.weight, self.bias)
+
+
+class _Attend:
+    """Attention of many blocks of a text at once: each sees the tokens before its anchor, and itself.
+
+    Args:
+        kept: for each layer, keys and values [tokens, KV heads, head_dim] of the text.
+        before: bool[blocks, tokens], whether a token comes before the block's anchor.
+        positions: int64[blocks, rows].
+    """
+
+    def __init__(
+        self, head: BlockHead, kept: list[tuple[torch.Tensor, torch.Tensor]], before: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> None:  # fmt: skip
+        self._sizes, self._kept = head.sizes, kept
+        blocks, tokens = before.shape
+        keys = torch.arange(tokens, device=before.device).expand(blocks, tokens)
+        rows = positions.shape[1]
+        seen = [before[:, None].expand(-1, rows, -1), before.new_ones(blocks, rows, rows)]
+        for part, where in enumerate((keys, positions)):
+            if (near := head.sees(positions, where)) is not None:
+                seen[part] = seen[part] & near
+        self._seen = torch.cat(seen, -1)[:, None, None]  # [blocks, 1, 1, rows, tokens + rows]
+
+    def __call__(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        groups = self._sizes.num_heads // self._sizes.num_kv_heads
+        query = query.unflatten(2, (-1, groups)) * self._sizes.head_dim**-0.5  # [blocks, rows, KV heads, groups, width]
+        keys, values = self._kept[layer]
+        scores = torch.cat([
+            torch.einsum("brhgd,thd->bhgrt", query, keys), torch.einsum("brhgd,bthd->bhgrt", query, key)
+        ], -1)  # fmt: skip
+        weights = scores.masked_fill(~self._seen, MASKED).softmax(-1)
+        before, own = weights.split([len(keys), key.shape[1]], -1)
+        out = torch.einsum("bhgrt,thd->brhgd", before, values) + torch.einsum("bhgrt,bthd->brhgd", own, value)
+        return out.flatten(2)
+
+
+class BlockTask:
+    """A head over texts whose hidden states were computed before. Places are texts of at least 3 tokens.
+
+    Args:
+        texts: to train on; held_back: to look at.
+        look: texts held back that each look reads.
+    """
+
+    def __init__(self, texts: HiddenTexts, held_back: HiddenTexts, look: int = 24) -> None:
+        self._texts, self._held_back = texts, held_back
+        self._spans, self._held_spans = _long(texts), _long(held_back)[:look]
+        self.size = len(self._spans)
+
+    def loss(self, model: nn.Module, places: torch.Tensor) -> torch.Tensor:
+        texts = [_text(self._texts, self._spans[place], _device(model)) for place in places.tolist()]
+        loss: torch.Tensor = model(texts, int(places.sum()))
+        return loss
+
+    @torch.inference_mode()
+    def evaluate(self, model: nn.Module) -> tuple[float, Figures]:
+        """The loss; at each depth, how often the head's first choice is the text's token if those before it were; and
+        the mean number of tokens of a step that takes first choices alone, the target's own included."""
+        assert isinstance(model, BlockWithLoss)
+        guesses = model.head.sizes.num_guesses
+        loss, right, asked, blocks = 0.0, torch.zeros(guesses), torch.zeros(guesses), 0
+        for number, span in enumerate(self._held_spans):
+            texts = [_text(self._held_back, span, _device(model))]
+            loss += float(model(texts, number))
+            found = model.guesses(texts, number)
+            said = found.logits.argmax(-1)
+            hits = (said if model.head.token_map is None else model.head.token_map[said]) == found.labels
+            going = True
+            for place, hit in zip(found.places.tolist(), hits.tolist(), strict=True):
+                going = going or place == 0
+                blocks += place == 0
+                if going:
+                    asked[place] += 1
+                    right[place] += hit
+                    going = hit
+        rates = (right / asked.clamp(min=1)).tolist()
+        figures = {f"depth {depth} top-1": rate for depth, rate in enumerate(rates, start=1)}
+        return loss / max(1, len(self._held_spans)), figures | {
+            "tokens a step": 1 + float(right.sum()) / max(1, blocks)
+        }
+
+
+def _long(texts: HiddenTexts) -> list[tuple[int, int]]:
+    return [(start, end) for start, end in texts.spans() if end - start > 2]
+
+
+def _text(texts: HiddenTexts, span: tuple[int, int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    start, end = span
+    return texts.ids[start:end].to(device), texts.hidden[start:end].float().to(device)
+
+
+def _joined(parts: list[Guesses]) -> Guesses:
+    names = ("logits", "states", "before", "labels", "target", "places")
+    return Guesses(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

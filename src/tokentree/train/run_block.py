@@ -1,0 +1,167 @@
+"""Training a block head, from a model's name to a folder that `LLM` reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from tokentree.engines.base import Features
+from tokentree.errors import OptionError
+from tokentree.heads.block import BlockHead, BlockSizes
+from tokentree.heads.block_files import default_places, write_block
+from tokentree.heads.fingerprint import Fingerprint
+from tokentree.heads.saved import About
+from tokentree.llm import LLM
+from tokentree.train.block import BlockTask, BlockWithLoss
+from tokentree.train.features import keep_features
+from tokentree.train.job import check, claimed, leading, phases_on, publish, training_in, watch_with
+from tokentree.train.loop import Figures, Recipe, train
+from tokentree.train.medusa import frequent_tokens
+from tokentree.train.run import Trained
+from tokentree.train.target import begin, engine_of, layer_sizes, plain_rope
+from tokentree.train.texts import coverage
+
+
+def train_block(
+    llm: LLM, base_model: str, data: str | Path, folder: str | Path, recipe: Recipe | None = None, *,
+    num_layers: int = 2, block_size: int = 7, markov_rank: int = 64, anchors: int = 64, distil: float = 0.9,
+    taps: Sequence[int] | None = None, known_tokens: int = 16384, tokens: int = 1_000_000, held_back: float = 0.05,
+    work: str | Path | None = None, console: Console | None = None, command: str = "", force: bool = False,
+    stop_after: int | None = None,
+) -> Trained:  # fmt: skip
+    """Trains a block head on ``llm``, which stays as it is, and writes it into ``folder``, in DeepSpec's layout.
+
+    Its layers have the target's own sizes. It takes the target's embedding and output layer, and has an embedding of
+    its own for the mask. The anchor's row guesses the next token. What is finished is kept: after an interruption, the
+    same call goes on from there.
+
+    Args:
+        base_model: the name that the head will say it belongs to.
+        data: a file of texts, see `read_texts`; or ``self``: the model writes its own, see `write_texts`.
+        recipe: a step takes ``batch_size`` texts.
+        num_layers, block_size, markov_rank: of the head, see `BlockSizes`.
+        anchors, distil: see `BlockWithLoss`.
+        taps: the hidden states that it reads; by default three, as z-lab's heads choose them.
+        known_tokens: how many of the model's tokens it knows: the most frequent ones of the texts.
+        tokens, held_back, work, console, command, force: as for `train_medusa`.
+
+    Raises:
+        OptionError, PromptError, PairingError: if a number makes no sense, the data is no data, the model's engine has
+            no such hidden states, a folder can't be written into, or it belongs to another training.
+    """
+    recipe, folder = recipe or Recipe(learning_rate=6e-4), Path(folder)
+    sizes = {"num_layers": num_layers, "block_size": block_size, "anchors": anchors}
+    check(llm, held_back, known_tokens=known_tokens, tokens=tokens, **sizes)
+    if markov_rank < 0 or not 0 <= distil <= 1:
+        raise OptionError("markov_rank must be at least 0, and distil a share")
+    last = engine_of(llm).capture([]).num_layers
+    read = tuple(taps or _taps(last))
+    places = (*read, last)
+    features = engine_of(llm).capture(places)
+    settings = {"method": "block", "known_tokens": known_tokens, "markov_rank": markov_rank, "taps": read, **sizes}
+    settings |= {"data": str(data), "tokens": tokens if str(data) == "self" else None, "held_back": held_back}
+    settings["distil"] = distil
+    with phases_on(console) as phases:
+        count = len(set(places))
+        with claimed(llm, data, folder, settings, recipe, work, tokens, count, force, phases) as (own, shared, texts):
+            hidden = keep_features(engine_of(llm), texts.ids, shared / "hidden", places, phases)
+        known = frequent_tokens(texts.ids, known_tokens, llm.engine.vocab_size)
+        head = _fresh(llm, features, read, known, num_layers, block_size, markov_rank, recipe.seed)
+        model = _with_loss(head, features, anchors, distil)
+        first, rest = hidden.split(held_back)
+        about = {"head": head.sizes.model_dump_json(), "anchors": anchors, "distil": distil, "texts": texts.digest}
+        groups = [{"params": list(head.parameters())}]
+        watch, task = watch_with(phases, own), BlockTask(first, rest)
+        with training_in(own, phases):
+            figures = train(model, groups, task, recipe, own, watch, about, stop_after, phases)
+            told = recipe.model_dump() | {
+                "anchors": anchors, "distil": distil, "data": str(data), "texts": len(texts.ids),
+                "tokens": texts.tokens, "coverage": round(coverage(texts, known), 4),
+            }  # fmt: skip
+            with leading() as lead:
+                if lead:
+                    _write(llm, head.cpu(), folder, base_model, told, figures, command)
+    return Trained(folder, figures, texts)
+
+
+def _taps(last: int) -> tuple[int, ...]:
+    """Three hidden states before the last norm, fewer of a model with few layers."""
+    return default_places(last, 3) if last > 5 else tuple(sorted({0, last // 2, last - 1}))
+
+
+def _fresh(
+    llm: LLM, features: Features, read: tuple[int, ...], known: torch.Tensor | None, num_layers: int, block_size: int,
+    markov_rank: int, seed: int,
+) -> BlockHead:  # fmt: skip
+    """An untrained head of the target's sizes. The mask begins as the mean of all tokens, and the Markov part says
+    nothing at first."""
+    config: Any = llm.config.get_text_config()
+    head = BlockHead(BlockSizes(
+        **layer_sizes(config, features.hidden_size), num_layers=num_layers, vocab_size=llm.engine.vocab_size, taps=read,
+        block_size=block_size, anchor_first=True, markov_rank=markov_rank, rope=plain_rope(config),
+        context=llm.engine.context, draft_vocab_size=None if known is None else len(known),
+    ))  # fmt: skip
+    begin(head, seed)
+    head.token_map = known
+    ids = torch.arange(llm.engine.vocab_size, device=features.device)
+    with torch.no_grad():
+        assert head.mask_embedding is not None
+        head.mask_embedding.copy_(features.embedding(ids).float().mean(0))
+        if head.markov is not None:
+            generator = torch.Generator().manual_seed(seed)
+            nn.init.normal_(head.markov.first.weight, std=markov_rank**-0.5, generator=generator)
+            nn.init.zeros_(head.markov.second.weight)
+    return head.to(features.device)
+
+
+def _with_loss(head: BlockHead, features: Features, anchors: int, distil: float) -> BlockWithLoss:
+    ids = torch.arange(head.sizes.vocab_size, device=features.device)
+    with torch.inference_mode():
+        embedding = features.embedding(ids).float()
+        weight, bias = features.output_weights(ids if head.token_map is None else head.token_map)
+    output = weight.float().clone(), None if bias is None else bias.float().clone()
+    return BlockWithLoss(head, embedding.clone(), output, anchors, distil=distil)
+
+
+def _write(
+    llm: LLM, head: BlockHead, folder: Path, base_model: str, recipe: dict[str, Any], figures: Figures, command: str
+) -> None:  # fmt: skip
+    """Writes the head with a model card."""
+    about = About(
+        fingerprint=Fingerprint.of(llm.config, llm.tokenizer), recipe=recipe, taps=list(head.sizes.taps)
+    )  # fmt: skip
+
+    def write(room: Path) -> None:
+        layers = engine_of(llm).capture([]).num_layers
+        write_block(head, room, base_model, about=about, num_layers=layers)
+        (room / "README.md").write_text(_card(base_model, about, figures, head, command), encoding="utf-8")
+
+    publish(folder, write)
+
+
+def _card(base_model: str, about: About, figures: Figures, head: BlockHead, command: str) -> str:
+    assert about.fingerprint is not None
+    size, sizes = sum(weight.numel() for weight in head.parameters()) / 1e6, head.sizes
+    parts = [
+        f"# A block head for {base_model}",
+        f"It reads hidden states {about.taps} of the target, knows {sizes.draft_vocab_size or sizes.vocab_size} "
+        f"tokens, guesses {sizes.num_guesses} in one pass, and has {size:.1f} million parameters. It is lossless: "
+        "under `match`, the default rule, the text is the one that the model writes alone.",
+        f"Made for a configuration with hash {about.fingerprint.config} and a tokenizer with hash "
+        f"{about.fingerprint.tokenizer}; others are refused.",
+        "## On texts that were held back: how often its first choice is the text's token where those before it were, "
+        "and tokens of a step with first choices alone",
+        "\n".join(
+            f"- {name}: {value:.1%}" if "top-1" in name else f"- {name}: {value:.2f}" for name, value in figures.items()
+        ),
+        "## Recipe",
+        "\n".join(f"- {name}: {value}" for name, value in about.recipe.items()),
+    ]
+    if command:
+        parts.append(f"```\n{command}\n```")
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,45 @@
+"""Block heads with random weights, for tiny models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tests.tiny_models import CONTEXT, VOCAB
+from tokentree.heads.block import BlockHead, BlockSizes
+
+# what published forms of heads differ in
+FORMS: dict[str, dict[str, Any]] = {
+    "dflash": {"mask_token": 3},
+    "jetspec": {"mask_token": 3, "causal": True},
+    "window": {"mask_token": 3, "causal": True, "window": 4},
+    "dspark": {"anchor_first": True, "mask_token": 3, "markov_rank": 6},
+    "gated": {
+        "anchor_first": True, "mask_token": 3, "markov_rank": 6, "gated": True, "confidence": True,
+        "confident_by_token": True,
+    },
+    "own mask": {"anchor_first": True, "markov_rank": 4, "confidence": True},
+    "few tokens": {"mask_token": 3, "draft_vocab_size": 60, "own_output": True, "own_embedding": True},
+    "shared output": {"anchor_first": True, "markov_rank": 4, "draft_vocab_size": 60},
+}  # fmt: skip
+
+
+def some_block(form: str = "dflash", seed: int = 0, **sizes: Any) -> BlockHead:
+    """A head of that form; ``sizes`` are others than the tiny models'."""
+    made = BlockHead(
+        BlockSizes(**{
+            "hidden_size": 48, "intermediate_size": 80, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2,
+            "head_dim": 16, "vocab_size": VOCAB, "taps": (0, 1), "block_size": 4, "context": CONTEXT,
+        } | FORMS[form] | sizes)
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)
+    for weight in made.parameters():
+        if weight.ndim == 2:
+            torch.nn.init.normal_(weight, std=1.5 / weight.shape[1] ** 0.5, generator=generator)
+        else:
+            torch.nn.init.uniform_(weight, 0.5, 1.5, generator=generator)
+    if made.token_map is not None:
+        known = len(made.token_map)
+        made.token_map = torch.randperm(made.sizes.vocab_size, generator=generator)[:known].sort().values
+    return made.requires_grad_(False)
