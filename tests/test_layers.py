@@ -34,6 +34,7 @@ LAYERS = {
             "rotary",
             "vocabularies",
             "sequence",
+            "prompt_kv",
             "gguf.header",
         ),
         1,

@@ -26,9 +26,9 @@ from transformers import (
 from tests.test_hf import NEW, batch, run
 from tests.tiny_models import CONTEXT, VOCAB, randomised, some_tokens
 from tokentree import LLM, pictures
-from tokentree.engines.prompt_kv import PromptKV
 from tokentree.errors import ModelError, OptionError
 from tokentree.hf import TreeGenerator, generator
+from tokentree.prompt_kv import PromptKV
 from tokentree.sampling import SamplingParams
 
 TEXT: dict[str, Any] = {

@@ -9,9 +9,9 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DummyLayer
 
-from tokentree.engines.prompt_kv import PromptKV
 from tokentree.errors import OptionError
 from tokentree.hf_options import KINDS_OF_TOKENS
+from tokentree.prompt_kv import PromptKV
 
 OF_TOKENS = {"attention_mask", "position_ids", *KINDS_OF_TOKENS}  # what `generate` prepares for each of them
 

@@ -21,7 +21,7 @@ from tokentree.text import Detokenizer
 
 if TYPE_CHECKING:
     from tokentree.draft import Draft
-    from tokentree.engines.prompt_kv import PromptKV
+    from tokentree.prompt_kv import PromptKV
 
 FinishReason = Literal["stop", "length", "timeout", "interrupted", "error"]
 

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from tokentree.engines.model_facts import Facts
-    from tokentree.engines.prompt_kv import PromptKV
     from tokentree.heads.block import BlockHead
     from tokentree.heads.eagle import EagleHead
+    from tokentree.prompt_kv import PromptKV
 
 CPU = torch.device("cpu")
 Logits = torch.Tensor | Callable[[], torch.Tensor]

@@ -30,13 +30,13 @@ from tokentree.engines.guard import Unwatched
 from tokentree.engines.kv import KVLayout, SequenceKV, Storages
 from tokentree.engines.model_facts import Facts
 from tokentree.engines.prefix import LEAST, PrefixCache
-from tokentree.engines.prompt_kv import PromptKV
 from tokentree.engines.segment import Segment, Upto
 from tokentree.engines.self_check import compare, in_trees
 from tokentree.errors import ModelError, PairingError
 from tokentree.exclusive import Exclusive, exclusive
 from tokentree.kernels.threads import num_threads
 from tokentree.kernels.topk import top_logits
+from tokentree.prompt_kv import PromptKV
 from tokentree.sequence import Sequence
 from tokentree.tree import Ints, TokenTree
 

@@ -169,7 +169,7 @@ def test_inside_of_transformers_generate(name: str) -> None:
 
 def test_a_first_row_may_have_a_tiny_weight() -> None:
     """There is nothing before it that could outweigh it."""
-    model = tiny_hybrid("rwkv")
+    model: Any = tiny_hybrid("rwkv")
     for block in model.rwkv.blocks:
         block.attention.time_first.data -= 200
     engine, tokens = TorchEngine(model), some_tokens(2)
