@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -191,7 +191,7 @@ def test_inside_of_transformers_generate(name: str) -> None:
 def test_a_first_row_may_have_a_tiny_weight() -> None:
     """There is nothing before it that could outweigh it."""
     model = tiny_hybrid("rwkv")
-    for block in model.rwkv.blocks:
+    for block in cast(Any, model).rwkv.blocks:
         block.attention.time_first.data -= 200
     engine, tokens = TorchEngine(model), some_tokens(2)
     tree, seq = some_tree(tokens[-1], 9), request(tokens)
