@@ -18,6 +18,8 @@ from transformers import (
     GPTNeoForCausalLM,
     LlamaForCausalLM,
     PreTrainedModel,
+    RwkvConfig,
+    RwkvForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -535,6 +537,7 @@ HEADS: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "in
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
+        (lambda: _small(RwkvConfig, RwkvForCausalLM, num_hidden_layers=2), "RwkvForCausalLM divides its weights"),
         (
             lambda: _small(
                 T5Config, T5ForConditionalGeneration, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
@@ -544,13 +547,13 @@ HEADS: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "in
         ),
         (lambda: tiny("llama").base_model, "LlamaModel is not .* with an output layer"),
         (lambda: _kinds("indexed_attention"), "has layers of the kind indexed_attention, which .* neither masks nor"),
-        (lambda: _kinds("linear_attention", "dense"), "has layers of the kind dense, which .* neither masks nor"),
+        (lambda: _kinds("linear_attention", "dense"), "has linear_attention: a state that can't be rolled back"),
         (
             lambda: _small(BertConfig, BertLMHeadModel, num_hidden_layers=1, num_attention_heads=2),
             "BertLMHeadModel is an encoder here, .*: load it with is_decoder=True",
         ),
     ],
-    ids=["t5", "no_output_layer", "another kind", "state", "encoder"],
+    ids=["rwkv", "t5", "no_output_layer", "another kind", "state", "encoder"],
 )  # fmt: skip
 def test_a_model_that_no_tree_can_be_verified_with_is_refused_with_the_reason(make: Any, reason: str) -> None:
     with pytest.raises(ModelError, match=reason) as error:

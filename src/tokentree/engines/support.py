@@ -37,18 +37,20 @@ def unsupported(model: PreTrainedModel) -> str | None:
     """Why ``model`` can't verify a tree; None if it may."""
     config, name = model.config, type(model).__name__
     if getattr(config, "is_encoder_decoder", False):
-        return f"{name} reads a text with an encoder, whose tokens see those behind them too"
+        return f"{name} is not a decoder-only language model: an encoder's tokens see those behind them too"
     if output_layer(model) is None:
-        return f"{name} is not a language model with an output layer"
+        return f"{name} is not a decoder-only language model with an output layer"
     if getattr(config.get_text_config(), "use_bidirectional_attention", None) in (True, "all"):
         return f"{name} reads a text in both directions (use_bidirectional_attention): tokens see those behind them too"
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or ())
     recurrent = is_recurrent(model)
-    if unknown := kinds - SEEN - STATES - {"mlp", "moe"} - ({INDEXED} if index_size(config) else set()):
+    states, indexed = kinds & STATES, {INDEXED} if index_size(config) else set()
+    unknown = kinds - SEEN - STATES - {"mlp", "moe"} - indexed
+    if unknown and (recurrent or not states):
         what = ", ".join(sorted(unknown))
         return f"{name} has layers of the kind {what}, which this library has neither masks nor KV for"
-    if not recurrent and (kinds & STATES or (getattr(type(model), "_is_stateful", False) and kinds != FULL)):
-        what = ", ".join(sorted(kinds & STATES)) or "a recurrent state"
+    if not recurrent and (states or (getattr(type(model), "_is_stateful", False) and kinds != FULL)):
+        what = ", ".join(sorted(states)) or "a recurrent state"
         return f"{name} has {what}: a state that can't be rolled back to an accepted path of a tree"
     taken = set(inspect.signature(type(model).forward).parameters)
     missing = {"position_ids", "attention_mask", "past_key_values"} - taken
@@ -56,8 +58,8 @@ def unsupported(model: PreTrainedModel) -> str | None:
         missing -= {"position_ids"}
     if config.model_type in ALONE:
         missing -= {"past_key_values"}
-    states = recurrent and bool({"cache_params", "state"} & taken)
-    if missing and not states and not has_alibi(config):  # those need no other positions
+    others = has_alibi(config) or (recurrent and {"cache_params", "state"} & taken)  # these need no other positions
+    if missing and not others:
         return f"{name} takes no {', '.join(sorted(missing))}, without which a tree can't be verified"
     return None
 
