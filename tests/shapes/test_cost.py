@@ -20,6 +20,7 @@ from tokentree.errors import OptionError
 from tokentree.sequence import Accepted, Sequence
 from tokentree.shapes import Cost, CostCurve, shape
 from tokentree.shapes.pause import Pause
+from tokentree.shapes.rates import Rates
 
 SEQ, OTHER = make_sequence([0]), make_sequence([0])
 FLAT = CostCurve([1, 64], [1.0, 1.0])
@@ -281,8 +282,9 @@ def test_what_is_known_of_a_request_goes_with_it() -> None:
 
 def test_promises_that_are_not_kept_count_less(monkeypatch: pytest.MonkeyPatch) -> None:
     form = Cost(curve=MILD)
-    cells = np.zeros(9, np.int64), np.zeros(9, np.int64)
-    monkeypatch.setattr(form.rates, "estimate", lambda draft, request: (0.5 ** np.array(draft.depths), cells))
+    monkeypatch.setattr(
+        form.rates, "told", lambda request: Rates().told(Rates().new_request())
+    )  # what it learns is lost
     sizes = [len(_step(form, _chain(*[0.5] * 9), [7])) for _ in range(99)]
     assert sizes[0] == 3
     assert np.mean(sizes[30:]) <= 2
