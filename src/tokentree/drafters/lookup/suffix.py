@@ -113,7 +113,8 @@ class _Request:
         if self.store is not store:
             self.store, new = store, tokens[-REMATCHED:]
             self.place[:] = 0
-        self.place[:] = store.automaton.match(*self.place.tolist(), new)
+        state, length = self.place.tolist()
+        self.place[:] = store.automaton.match(state, length, new)
 
     def add_to(self, draft: Draft, source: int, tokens: list[int], store: _Store, nodes: int, depth: int) -> None:
         """Takes in those of ``tokens`` that are new, and joins to ``draft`` what may follow them."""
