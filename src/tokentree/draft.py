@@ -27,6 +27,7 @@ class Draft:
         root: the last token of the text so far.
         sampled, level_seconds, levels, paid: see below.
         grown: `ints`, `floats`, and how many of their columns are nodes; by default the root is the only one.
+        tree: of these nodes, if it is known.
 
     Attributes:
         level_seconds: the seconds that one more level would cost, for a drafter whose levels take a forward each.
@@ -40,11 +41,11 @@ class Draft:
 
     def __init__(
         self, root: int, sampled: dict[int, torch.Tensor] | None = None, level_seconds: float = 0.0, levels: int = 0,
-        paid: int = 1, grown: tuple[Ints, Floats, int] | None = None,
+        paid: int = 1, grown: tuple[Ints, Floats, int] | None = None, tree: TokenTree | None = None,
     ) -> None:  # fmt: skip
         self.root, self.sampled, self.level_seconds, self.levels, self.paid = root, sampled, level_seconds, levels, paid
         self.ints, self.floats, self._size = growing.planted(root, growing.ROOM) if grown is None else grown
-        self._tree: TokenTree | None = None
+        self._tree = tree
 
     def __len__(self) -> int:
         return self._size
@@ -217,8 +218,12 @@ class Draft:
         """`take` for the root and the marked nodes. ``marks[first]`` is the mark of node 1."""
         if self.sampled is not None:
             raise PairingError("a draft whose children were drawn at random can't be pruned: use accept='match'")
-        marked = growing.take_marked(self.ints, self.floats, self._size, marks, first)
-        return Draft(self.root, None, self.level_seconds, self.levels, self.paid, marked)
+        return self.taken(*growing.take_marked(self.ints, self.floats, self._size, marks, first))
+
+    def taken(self, ints: Ints, floats: Floats, size: int, fault: int, is_chain: bool) -> Draft:
+        """The draft of what `growing.take_marked` took of this one."""
+        tree = TokenTree.of(ints[TOKEN], ints[PARENT], ints[DEPTH], fault, is_chain)
+        return Draft(self.root, None, self.level_seconds, self.levels, self.paid, (ints, floats, size), tree)
 
     def cut(self, depth: int) -> Draft:
         """The draft without the nodes deeper than ``depth``. Drawn children may be dropped too, since whole levels

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokentree.jit import njit
-from tokentree.tree import Floats, Ints
+from tokentree.tree import Floats, Ints, check
 
 ROOM = 256  # nodes that there is room for at first
 TOKEN, PARENT, DEPTH, RANK, SOURCES = range(5)  # rows of ``ints``
@@ -167,16 +167,17 @@ def take(ints: Ints, floats: Floats, size: int, nodes: Ints) -> tuple[Ints, Floa
 @njit(cache=True)
 def take_marked(
     ints: Ints, floats: Floats, size: int, marks: NDArray[np.bool_], first: int
-) -> tuple[Ints, Floats, int]:
-    """The arrays of the root, and of those nodes that are marked, and how many that are: ``marks[first]`` is node 1's.
-    Parents of marked nodes are marked."""
+) -> tuple[Ints, Floats, int, int, bool]:
+    """The arrays of the root, and of those nodes that are marked, and how many that are; then as `tree.check`.
+    ``marks[first]`` is node 1's. Parents of marked nodes are marked."""
     nodes, count = np.zeros(size, np.int64), 1
     for node in range(1, size):
         if marks[first + node - 1]:
             nodes[count] = node
             count += 1
     new_ints, new_floats = take(ints, floats, size, nodes[:count])
-    return new_ints, new_floats, count
+    fault, is_chain = check(new_ints[TOKEN], new_ints[PARENT], new_ints[DEPTH])
+    return new_ints, new_floats, count, fault, is_chain
 
 
 @functools.cache

@@ -44,17 +44,25 @@ class TokenTree:
         tokens, parents = _numbers(self.tokens), _numbers(self.parents)
         if tokens.ndim != 1 or tokens.shape != parents.shape or tokens.size == 0:
             raise TreeError("a token tree needs as many parents as tokens, and at least a root")
-        fault, is_chain, tokens, parents, depths = _read(tokens, parents)
+        self._set(*_read(tokens, parents))
+
+    def _set(self, tokens: Ints, parents: Ints, depths: Ints, fault: int, is_chain: bool) -> None:
         if fault == DISORDER:
             raise TreeError("parents must come before their children, and only node 0 is without one")
         if fault == TWINS:
             raise TreeError("siblings must carry different tokens")
-        for array in (tokens, parents, depths):
-            array.setflags(write=False)
+        tokens.flags.writeable = parents.flags.writeable = depths.flags.writeable = False
         # what a frozen dataclass lets nobody set
         self.__dict__.update(tokens=tokens, parents=parents, depths=depths, is_chain=is_chain)
 
     # -- ways to make one ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def of(cls, tokens: Ints, parents: Ints, depths: Ints, fault: int, is_chain: bool) -> TokenTree:
+        """The tree of arrays that nobody changes, of which `check` has said so."""
+        tree = cls.__new__(cls)
+        tree._set(tokens, parents, depths, fault, is_chain)
+        return tree
 
     @classmethod
     def root(cls, token: int) -> TokenTree:
@@ -172,22 +180,30 @@ SOUND, DISORDER, TWINS = range(3)
 
 
 @njit(cache=True)
-def _read(tokens: Ints, parents: Ints) -> tuple[int, bool, Ints, Ints, Ints]:
-    """What is wrong with these arrays; whether they are a chain; copies of them; and the depths of their nodes."""
-    tokens, parents, depths, is_chain = tokens.copy(), parents.copy(), np.zeros(len(tokens), np.int64), True
+def _read(tokens: Ints, parents: Ints) -> tuple[Ints, Ints, Ints, int, bool]:
+    """Copies of these arrays, the depths of their nodes, and what `check` says of them."""
+    tokens, parents, depths = tokens.copy(), parents.copy(), np.zeros(len(tokens), np.int64)
+    fault, is_chain = check(tokens, parents, depths)
+    return tokens, parents, depths, fault, is_chain
+
+
+@njit
+def check(tokens: Ints, parents: Ints, depths: Ints) -> tuple[int, bool]:
+    """What is wrong with a tree's tokens and parents, and whether it is a chain. Fills in the depths."""
+    is_chain, depths[0] = True, 0
     if parents[0] != -1:
-        return DISORDER, is_chain, tokens, parents, depths
+        return DISORDER, is_chain
     latest, before = np.zeros(len(tokens), np.int64), np.zeros(len(tokens), np.int64)  # children: one, and those before
     for node in range(1, len(tokens)):
         parent = parents[node]
         if not 0 <= parent < node:
-            return DISORDER, is_chain, tokens, parents, depths
+            return DISORDER, is_chain
         sibling = latest[parent]
         while sibling:
             if tokens[sibling] == tokens[node]:
-                return TWINS, is_chain, tokens, parents, depths
+                return TWINS, is_chain
             sibling = before[sibling]
         latest[parent], before[node] = node, latest[parent]
         depths[node] = depths[parent] + 1
         is_chain &= parent == node - 1
-    return SOUND, is_chain, tokens, parents, depths
+    return SOUND, is_chain

@@ -20,6 +20,8 @@ from tokentree.errors import OptionError
 from tokentree.sequence import Accepted, Sequence
 from tokentree.shapes import Cost, CostCurve, shape
 from tokentree.shapes.pause import Pause
+from tokentree.shapes.rates import Rates
+from tokentree.tree import TokenTree
 
 SEQ, OTHER = make_sequence([0]), make_sequence([0])
 FLAT = CostCurve([1, 64], [1.0, 1.0])
@@ -248,6 +250,26 @@ def test_it_asks_for_fewer_candidates_where_few_pay() -> None:
     assert free.max_nodes == 40
 
 
+def test_the_curve_learns_the_same_from_a_step_with_a_draft_and_from_one_without() -> None:
+    form, alone = Cost(curve=MILD), MILD.copy()
+    for took in (1.5, 1.6, 0.9):
+        cut = form.cut([SEQ], [_chain(0.9)])[0]
+        form.observe([SEQ], [cut], [Accepted([0], [5])], 0.0, took)
+        alone.observe(len(cut), 1, took)
+    assert form.curve.points == alone.points
+
+
+@given(drafts())
+def test_the_tree_of_a_cut_draft_is_the_one_that_its_tokens_and_parents_make(draft: Draft) -> None:
+    for cut in (Cost(curve=MILD).cut([SEQ], [draft])[0], Cost(curve=FLAT).cut([SEQ], [draft])[0]):
+        made = TokenTree(np.array(cut.tokens), np.array(cut.parents))
+        assert cut.tree.tokens.tolist() == made.tokens.tolist()
+        assert cut.tree.parents.tolist() == made.parents.tolist()
+        assert cut.tree.depths.tolist() == made.depths.tolist()
+        assert cut.tree.is_chain == made.is_chain
+        assert not cut.tree.tokens.flags.writeable
+
+
 def test_a_curve_that_was_measured_goes_on_learning_and_one_that_was_not_takes_its_scale() -> None:
     form = Cost(curve=MILD)
     for _ in range(100):
@@ -281,8 +303,9 @@ def test_what_is_known_of_a_request_goes_with_it() -> None:
 
 def test_promises_that_are_not_kept_count_less(monkeypatch: pytest.MonkeyPatch) -> None:
     form = Cost(curve=MILD)
-    cells = np.zeros(9, np.int64), np.zeros(9, np.int64)
-    monkeypatch.setattr(form.rates, "estimate", lambda draft, request: (0.5 ** np.array(draft.depths), cells))
+    monkeypatch.setattr(
+        form.rates, "told", lambda request: Rates().told(Rates().new_request())
+    )  # what it learns is lost
     sizes = [len(_step(form, _chain(*[0.5] * 9), [7])) for _ in range(99)]
     assert sizes[0] == 3
     assert np.mean(sizes[30:]) <= 2

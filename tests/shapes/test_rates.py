@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.strategies import drafts, numbers
 from tokentree.draft import Draft
-from tokentree.shapes.rates import Ahead, Cells, Rates
+from tokentree.shapes.rates import Ahead, Cells, Rates, learn_nodes
 
 probs = st.floats(0.01, 0.99)
 
@@ -26,7 +26,7 @@ def _draft(*nodes: tuple[int, float], source: int = 1) -> Draft:
 
 
 def _joint(rates: Rates, draft: Draft, request: Cells | None = None) -> list[float]:
-    found: list[float] = rates.estimate(draft, request or rates.new_request())[0].tolist()
+    found: list[float] = rates.estimate(draft, request or rates.new_request()).tolist()
     return found
 
 
@@ -34,8 +34,8 @@ def _teach(rates: Rates, draft: Draft, hits: list[bool], times: int = 1, request
     """``hits`` says of each node below the root whether it was right."""
     request = request or rates.new_request()
     for _ in range(times):
-        _, cells = rates.estimate(draft, request)
-        rates.learn(cells, np.arange(1, len(draft)), np.array(hits), request)
+        nodes = np.arange(1, len(draft))
+        learn_nodes(draft.ints, draft.floats, len(draft), nodes, np.array(hits), *rates.told(request))
 
 
 @given(probs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -148,6 +148,9 @@ class Cost(Shape):
     def cut(self, seqs: list[Sequence], drafts: list[Draft]) -> list[Draft]:
         self._batch = len(seqs)
         self._others.clear()
+        spent = self._overhead + _level_seconds(drafts)
+        if len(drafts) == 1 and drafts[0].sampled is None:
+            return [self._cut_alone(seqs[0], drafts[0], spent)]
         rows, tokens, count, offers, starts = 0, 0.0, 0, list[Floats](), list[int]()
         for seq, draft in zip(seqs, drafts, strict=True):
             joint, whole = self._joint(seq, draft, remember=True), draft.sampled is not None
@@ -157,19 +160,34 @@ class Cost(Shape):
             starts.append(count)
             count += len(offers[-1])
         offered = offers[0] if len(offers) == 1 else np.concatenate(offers)
-        ends, spent = np.array([*starts[1:], count]), self._overhead + _level_seconds(drafts)
+        ends = np.array([*starts[1:], count])
         times = self.curve.upto(rows + count, len(seqs))
         keep, taken, pace, self._promised = worth.best_cut(
             offered, ends, self._nodes - 1, rows, tokens, self._trust, spent, times
         )
-        self._worth += PACE * (pace * float(times[len(seqs)]) / len(seqs) - self._worth)
-        used = (rows + taken) / len(seqs)
-        self._typical += (PACE if used < self._typical else 0.5) * (used - self._typical)
-        self.max_nodes = min(self._nodes, max(LEAST_OFFER, int(2 * self._typical)))
+        self._adapt(pace * float(times[len(seqs)]) / len(seqs), (rows + taken) / len(seqs))
         return [
             draft.take_marked(keep, start) if draft.sampled is None else draft
             for draft, start in zip(drafts, starts, strict=True)
         ]
+
+    def _cut_alone(self, seq: Sequence, draft: Draft, spent: float) -> Draft:
+        """`cut` of one draft whose children were not drawn, in one compiled call."""
+        request, times = self._request(seq), self.curve.upto(len(draft))
+        marked, taken, pace, self._promised = worth.cut(
+            draft.ints, draft.floats, len(draft), *self.rates.told(request.local), self._nodes - 1, self._trust, spent,
+            times,
+        )  # fmt: skip
+        request.draft = draft
+        self._adapt(pace * float(times[1]), 1 + taken)
+        return draft.taken(*marked)
+
+    def _adapt(self, worth: float, used: float) -> None:
+        """What drafts are worth now, relative to none, and for how many drafters are asked, if a sequence ``used`` so
+        many nodes."""
+        self._worth += PACE * (worth - self._worth)
+        self._typical += (PACE if used < self._typical else 0.5) * (used - self._typical)
+        self.max_nodes = min(self._nodes, max(LEAST_OFFER, int(2 * self._typical)))
 
     def observe(
         self, seqs: list[Sequence], drafts: list[Draft], accepted: list[Accepted], draft_seconds: float,
@@ -179,18 +197,24 @@ class Cost(Shape):
         if not self.measured and verify_seconds:
             self.curve.first_seen(rows, verify_seconds)
             self.measured = True
-        self.curve.observe(rows, len(seqs), verify_seconds)
         if not self._resting:
             self._overhead += PACE * (max(0.0, draft_seconds - _level_seconds(drafts)) - self._overhead)
         picked = [step for draft, step in zip(drafts, accepted, strict=True) if draft.sampled is None]
         came = sum(len(step.path) - 1 for step in picked)
         self._hoped, self._came = FADE * self._hoped + self._promised, FADE * self._came + came
         self._promised = 0.0
+        forward, lessons = (rows, len(seqs), verify_seconds), list[_Lesson]()
         for seq, step in zip(seqs, accepted, strict=True):
             request = self._requests.get(seq.id)
             if request is not None and request.draft is not None:
-                self._learn(request, request.draft, step)
+                lessons.append((request, request.draft, np.array(step.tokens, np.int64)))
                 request.draft = None
+        if len(lessons) == 1 and lessons[0][1].sampled is None:
+            self._learn_at_once(forward, *lessons[0])
+        else:
+            self.curve.observe(*forward)
+            for lesson in lessons:
+                self._learn(*lesson)
 
     def branch(self, seq: Sequence, of: Sequence) -> None:
         if of.id in self._requests:
@@ -200,14 +224,29 @@ class Cost(Shape):
         for seq in seqs:
             self._requests.pop(seq.id, None)
 
-    def _learn(self, request: _Request, draft: Draft, step: Accepted) -> None:
+    def _learn(self, request: _Request, draft: Draft, accepted: Ints) -> None:
         """From every candidate whose parent was right, taken or not."""
-        nodes, hits = tried(draft, step.tokens)
         if draft.sampled is not None:
+            nodes, hits = tried(draft, accepted)
             self._drawn.learn(0 * nodes, draft.ints[RANK, nodes], hits)
-            return
-        self.rates.learn(request.cells, nodes, hits, request.local)
+        else:
+            self.rates.learn(draft, accepted, request.local)
+            self._learn_ahead(draft, accepted)
+
+    def _learn_at_once(
+        self, forward: tuple[int, int, float], request: _Request, draft: Draft, accepted: Ints
+    ) -> None:  # fmt: skip
+        """`CostCurve.observe` and `_learn`, of a draft whose children were not drawn, in one compiled call."""
+        ratio = worth.learn(
+            *self.curve.told(*forward), draft.ints, draft.floats, len(draft), accepted, *self.rates.told(request.local)
+        )
+        self.curve.refined(ratio)
+        self._learn_ahead(draft, accepted)
+
+    def _learn_ahead(self, draft: Draft, accepted: Ints) -> None:
+        """From candidates whose level cost a forward."""
         if draft.paid:
+            nodes, hits = tried(draft, accepted)
             paid = (draft.ints[SOURCES, nodes] & draft.paid) > 0
             self._picked.learn(draft.ints[DEPTH, nodes[paid]], draft.ints[RANK, nodes[paid]], hits[paid])
 
@@ -215,19 +254,22 @@ class Cost(Shape):
 
     def _joint(self, seq: Sequence, draft: Draft, remember: bool = False) -> Floats:
         """float64[n]: how probable it is that each node gets accepted."""
-        if seq.id not in self._requests:
-            self._requests[seq.id] = _Request(self.rates.new_request())
-        request = self._requests[seq.id]
+        request = self._request(seq)
         if draft.sampled is not None:  # drawn children are accepted by their place, whatever they are
             joint, ahead = np.ones(len(draft)), self._drawn.at(0)
             for node in range(1, len(draft)):
                 joint[node] = joint[draft.ints[PARENT, node]] * ahead[draft.ints[RANK, node]]
-            cells = (np.zeros(0, np.int64), np.zeros(0, np.int64))
         else:
-            joint, cells = self.rates.estimate(draft, request.local)
+            joint = self.rates.estimate(draft, request.local)
         if remember:
-            request.draft, request.cells = draft, cells
+            request.draft = draft
         return joint
+
+    def _request(self, seq: Sequence) -> _Request:
+        request = self._requests.get(seq.id)
+        if request is None:
+            request = self._requests[seq.id] = _Request(self.rates.new_request())
+        return request
 
     @property
     def _trust(self) -> float:
@@ -253,10 +295,14 @@ def _compile() -> None:
     """Before any request waits for it."""
     rates, draft = Rates(), Draft.grown(0, np.array([1]), np.array([0]), np.array([0.5]))
     request = rates.new_request()
-    _, cells = rates.estimate(draft, request)
-    rates.learn(cells, *tried(draft, [1]), request)
+    rates.estimate(draft, request)
+    rates.learn(draft, np.array([1]), request)
+    tried(draft, np.array([1]))
+    curve = CostCurve.guess()
+    worth.learn(*curve.told(1, 1, 0.0), draft.ints, draft.floats, 2, np.array([1]), *rates.told(request))
     one, times, level = np.ones(1), np.ones(6), np.zeros(1, np.int64)
     worth.best_cut(one, level + 1, 1, 1, 1.0, 1.0, 0.0, times)
+    worth.cut(draft.ints, draft.floats, len(draft), *rates.told(request), 1, 1.0, 0.0, times)
     worth.best_size(*worth.beside(draft.ints, one, draft.ints, one)[:1], times, 0.0)
     worth.expanded(one, one, level, one, 1, 1, 1.0, times, 0.0, 0.0)
 
@@ -267,4 +313,6 @@ class _Request:
 
     local: Cells
     draft: Draft | None = None
-    cells: tuple[Ints, Ints] = field(default_factory=lambda: (np.zeros(0, np.int64), np.zeros(0, np.int64)))
+
+
+_Lesson = tuple[_Request, Draft, Ints]  # a request, its draft before the cut, and the tokens that were accepted

@@ -46,7 +46,7 @@ class CostCurve:
         self._knots, self._table = np.array(rows, np.int64), np.zeros(0)
         self.upto(max(rows))
         table = self._table.copy()  # compiled before a request waits
-        _refine(self._knots, self._seconds.copy(), table, 1, float(table[1]), 0.0)
+        refine(self._knots, self._seconds.copy(), table, 1, float(table[1]), 0.0)
 
     @classmethod
     def guess(cls) -> CostCurve:
@@ -76,11 +76,15 @@ class CostCurve:
         """Learns from a forward. Half of a difference is taken for a
         machine that is slower or faster now; what is left belongs to this number of rows. A time of 0, from an engine
         without a clock, says nothing."""
-        if seconds <= 0:
-            return
-        if rows >= len(self._table):
-            self.upto(rows)
-        ratio = _refine(self._knots, self._seconds, self._table, rows, seconds, self.per_sequence * (sequences - 1))
+        self.refined(refine(*self.told(rows, sequences, seconds)))
+
+    def told(self, rows: int, sequences: int, seconds: float) -> tuple[Ints, Floats, Floats, int, float, float]:
+        """What `refine` is told of a forward."""
+        self.upto(rows)
+        return self._knots, self._seconds, self._table, rows, float(seconds), self.per_sequence * (sequences - 1)
+
+    def refined(self, ratio: float) -> None:
+        """Learns what `refine` has returned."""
         self.per_sequence *= ratio ** (PACE / 2)
 
     def first_seen(self, rows: int, seconds: float) -> None:
@@ -110,9 +114,11 @@ def _tabulate(knots: Ints, seconds: Floats, table: Floats) -> None:
 
 
 @njit(cache=True)
-def _refine(knots: Ints, seconds: Floats, table: Floats, rows: int, measured: float, others: float) -> float:
+def refine(knots: Ints, seconds: Floats, table: Floats, rows: int, measured: float, others: float) -> float:
     """Moves the curve at ``rows`` by a part of what ``measured`` seconds are of those believed, half of it with the
-    whole curve; returns that ratio. ``others``: seconds that the sequences after the first take."""
+    whole curve; returns that ratio, 1 where that is 0. ``others``: seconds that the sequences after the first take."""
+    if measured <= 0:
+        return 1.0
     ratio = min(2.0, max(0.5, measured / (table[rows] + others)))
     right = min(np.searchsorted(knots, rows), len(knots) - 1)
     left = max(0, right - 1) if rows < knots[right] else right

@@ -21,6 +21,7 @@ DEPTH_NAMES = ("1", "2", "3-4", "5-")
 RANKS = 4  # rank 0, 1, 2, and all others
 RANK_NAMES = ("0", "1", "2", "3-")
 ROWS = 64  # combinations of drafters that are told apart
+FREE = -1  # a row without such a combination
 CLAIMS = len(CONFIDENCE) + 1
 BROAD = ROWS * CLAIMS
 NARROW = BROAD * 4 * RANKS
@@ -29,6 +30,10 @@ NARROW = BROAD * 4 * RANKS
 SHARED = (4.0, 1000.0)
 PARTICULAR = (8.0, 300.0)
 LOCAL = (8.0, 40.0)
+
+
+Told = tuple[Ints, Floats, Floats, Floats, Floats]  # see `Rates.told`
+Tried = tuple[Ints, NDArray[np.bool_]]  # see `tried`
 
 
 class Cells:
@@ -68,30 +73,27 @@ class Rates:
         self._claims = Cells(CLAIMS, *SHARED)
         self._shared = Cells(BROAD, *SHARED)
         self._particular = Cells(NARROW, *PARTICULAR)
-        self._rows = np.zeros(ROWS, np.int64)  # the combination of drafters of each row, in the order they came
-        self._num_rows = 0
+        self._rows = np.full(ROWS, FREE, np.int64)  # the combination of drafters of each row, in the order they came
 
     def new_request(self) -> Cells:
         """What is learnt within one request alone."""
         return Cells(BROAD, *LOCAL)
 
-    def estimate(self, draft: Draft, request: Cells) -> tuple[Floats, tuple[Ints, Ints]]:
-        """float64[n], the joint probability of the path to each node, 1 at the root; and int64[n], int64[n], the broad
-        and the narrow cell of each, which mean nothing for the root."""
-        joint, broad, narrow, self._num_rows = _estimate(
-            draft.ints, draft.floats, len(draft), self._rows, self._num_rows, *self._tables(request)
-        )
-        return joint, (broad, narrow)
+    def estimate(self, draft: Draft, request: Cells) -> Floats:
+        """float64[n], the joint probability of the path to each node, 1 at the root."""
+        joint: Floats = estimate(draft.ints, draft.floats, len(draft), *self.told(request))
+        return joint
 
-    def _tables(self, request: Cells) -> tuple[Floats, Floats, Floats, Floats]:
-        return self._claims.table, self._shared.table, self._particular.table, request.table
+    def told(self, request: Cells) -> Told:
+        """What compiled loops are told of them. Arrays are told one by one: a tuple takes numba longer."""
+        return self._rows, self._claims.table, self._shared.table, self._particular.table, request.table
 
     def table(self, names: SequenceOf[str]) -> list[tuple[list[str], str, str, float, float]]:
         """(drafters, depth, rank, hits, trials) of everything that was tried, the most tried first."""
         shape = (ROWS, CLAIMS, len(DEPTH_NAMES), RANKS)
         hits, trials = (part.reshape(shape).sum(1) for part in (self._particular.hits, self._particular.trials))
         found = []
-        for row, bits in enumerate(self._rows[: self._num_rows].tolist()):
+        for row, bits in enumerate(self._rows[self._rows != FREE].tolist()):
             who = [name for bit, name in enumerate(names) if bits >> bit & 1]
             for d, depth in enumerate(DEPTH_NAMES):
                 for r, rank in enumerate(RANK_NAMES):
@@ -106,9 +108,9 @@ class Rates:
         rates: Floats = hits / np.maximum(1.0, trials)
         return [float(rate) for rate in rates]
 
-    def learn(self, cells: tuple[Ints, Ints], nodes: Ints, hits: NDArray[np.bool_], request: Cells) -> None:
-        """Learns what became of ``nodes``, whose parents were all accepted."""
-        _learn_all(*cells, nodes, hits, *self._tables(request))
+    def learn(self, draft: Draft, accepted: Ints, request: Cells) -> None:
+        """Learns what became of the nodes of ``draft`` that `tried` finds."""
+        learn(draft.ints, draft.floats, len(draft), accepted, *self.told(request))
 
 
 class Ahead:
@@ -135,9 +137,9 @@ class Ahead:
         self._cells.learn(cells[known], hits[known])
 
 
-def tried(draft: Draft, accepted: SequenceOf[int]) -> tuple[Ints, NDArray[np.bool_]]:
+def tried(draft: Draft, accepted: Ints) -> Tried:
     """The nodes of ``draft`` whose parent was right, as the tokens tell that were accepted, and whether they were."""
-    return _tried(draft.ints, len(draft), np.array(accepted, np.int64))
+    return _tried(draft.ints, len(draft), accepted)
 
 
 # -- the loops, compiled by numba --------------------------------------------------------------------------------------
@@ -155,11 +157,22 @@ def _learn(table: Floats, memory: float, cells: Ints, hits: NDArray[np.bool_]) -
 
 
 @njit(cache=True)
-def _learn_all(
-    broad: Ints, narrow: Ints, nodes: Ints, hits: NDArray[np.bool_], claims: Floats, shared: Floats, particular: Floats,
-    request: Floats,
+def learn(
+    ints: Ints, floats: Floats, size: int, accepted: Ints, rows: Ints, claims: Floats, shared: Floats,
+    particular: Floats, request: Floats,
 ) -> None:  # fmt: skip
     """As `Rates.learn`."""
+    nodes, hits = _tried(ints, size, accepted)
+    learn_nodes(ints, floats, size, nodes, hits, rows, claims, shared, particular, request)
+
+
+@njit(cache=True)
+def learn_nodes(
+    ints: Ints, floats: Floats, size: int, nodes: Ints, hits: NDArray[np.bool_], rows: Ints, claims: Floats,
+    shared: Floats, particular: Floats, request: Floats,
+) -> None:  # fmt: skip
+    """Learns what became of ``nodes``, whose parents were all right."""
+    broad, narrow = _cells(ints, floats, size, rows)
     broad, narrow = broad[nodes], narrow[nodes]
     _learn(claims, SHARED[1], broad % CLAIMS, hits)
     _learn(shared, SHARED[1], broad, hits)
@@ -168,25 +181,23 @@ def _learn_all(
 
 
 @njit(cache=True)
-def _cells(ints: Ints, floats: Floats, size: int, rows: Ints, num_rows: int) -> tuple[Ints, Ints, int]:
-    """The cells of `Rates.estimate`; writes combinations of drafters that are new into ``rows``, and returns how many
-    there are."""
+def _cells(ints: Ints, floats: Floats, size: int, rows: Ints) -> tuple[Ints, Ints]:
+    """The broad and the narrow cell of each node; they mean nothing for the root. Writes combinations of drafters that
+    are new into ``rows``."""
     broad, narrow = np.empty(size, np.int64), np.empty(size, np.int64)
     for node in range(size):
         row = 0
-        while row < num_rows and rows[row] != ints[SOURCES, node]:
+        while row < ROWS - 1 and rows[row] != FREE and rows[row] != ints[SOURCES, node]:
             row += 1
-        if row == num_rows < ROWS:
-            rows[row] = ints[SOURCES, node]
-            num_rows += 1
-        row = min(row, ROWS - 1)  # more than there is room for share the last
+        if rows[row] == FREE:
+            rows[row] = ints[SOURCES, node]  # more than there is room for share the last
         bucket = 0
         while bucket < CLAIMS - 1 and CONFIDENCE[bucket] < floats[LOG_PROB, node]:
             bucket += 1
         broad[node] = row * CLAIMS + bucket
         depth = DEPTHS[min(ints[DEPTH, node], len(DEPTHS) - 1)]
         narrow[node] = (broad[node] * 4 + depth) * RANKS + min(ints[RANK, node], RANKS - 1)
-    return broad, narrow, num_rows
+    return broad, narrow
 
 
 @njit(cache=True)
@@ -195,12 +206,12 @@ def _shrunk(table: Floats, cell: int, weight: float, prior: float) -> float:
 
 
 @njit(cache=True)
-def _estimate(
-    ints: Ints, floats: Floats, size: int, rows: Ints, num_rows: int, claims: Floats, shared: Floats,
-    particular: Floats, request: Floats,
-) -> tuple[Floats, Ints, Ints, int]:  # fmt: skip
-    """As `Rates.estimate`; then as `_cells`."""
-    broad, narrow, num_rows = _cells(ints, floats, size, rows, num_rows)
+def estimate(
+    ints: Ints, floats: Floats, size: int, rows: Ints, claims: Floats, shared: Floats, particular: Floats,
+    request: Floats,
+) -> Floats:  # fmt: skip
+    """As `Rates.estimate`."""
+    broad, narrow = _cells(ints, floats, size, rows)
     joint, total = np.empty(len(broad)), np.zeros(len(broad))
     joint[0] = 1.0
     for node in range(1, len(broad)):
@@ -212,11 +223,11 @@ def _estimate(
     for node in range(1, len(broad)):  # siblings exclude each other
         parent = ints[PARENT, node]
         joint[node] *= joint[parent] / max(1.0, total[parent])
-    return joint, broad, narrow, num_rows
+    return joint
 
 
 @njit(cache=True)
-def _tried(ints: Ints, size: int, accepted: Ints) -> tuple[Ints, NDArray[np.bool_]]:
+def _tried(ints: Ints, size: int, accepted: Ints) -> Tried:
     """As `tried`."""
     nodes, hits = np.empty(size, np.int64), np.zeros(size, np.bool_)
     count, node = 0, 0

@@ -10,8 +10,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from tokentree.growing import PARENT, TOKEN, child, links
+from tokentree.growing import PARENT, TOKEN, child, links, take_marked
 from tokentree.jit import njit
+from tokentree.shapes import rates
+from tokentree.shapes.curve import refine
 from tokentree.tree import Floats, Ints
 
 
@@ -42,6 +44,41 @@ def best_cut(
         keep[candidate] = kept[draft] < most
         kept[draft] += 1
     return keep, taken, pace, promised
+
+
+@njit(cache=True)
+def cut(
+    ints: Ints, floats: Floats, size: int, rows: Ints, claims: Floats, shared: Floats, particular: Floats,
+    request: Floats, most: int, trust: float, spent: float, times: Floats,
+) -> tuple[tuple[Ints, Floats, int, int, bool], int, float, float]:  # fmt: skip
+    """A draft that is alone, cut as `best_cut` says: what is taken, as `take_marked` has it; how many nodes that are,
+    tokens per second then, and the tokens that they promise.
+
+    Args:
+        rows, claims, shared, particular, request: as `Rates.told` has them.
+        most, trust, spent, times: as in `best_cut`.
+    """
+    joint = rates.estimate(ints, floats, size, rows, claims, shared, particular, request)
+    keep, taken, pace, promised = best_cut(joint[1:], np.array([size - 1]), most, 1, 1.0, trust, spent, times)
+    return take_marked(ints, floats, size, keep, 0), taken, pace, promised
+
+
+@njit(cache=True)
+def learn(
+    knots: Ints, seconds: Floats, table: Floats, count: int, measured: float, others: float, ints: Ints,
+    floats: Floats, size: int, accepted: Ints, rows: Ints, claims: Floats, shared: Floats, particular: Floats,
+    request: Floats,
+) -> float:  # fmt: skip
+    """What a step teaches that has one draft to learn from: as `refine`, and as `Rates.learn`.
+
+    Args:
+        knots, seconds, table, count, measured, others: as `CostCurve.told` has them.
+        ints, floats, size: of the draft, before it was cut.
+        accepted: tokens.
+        rows, claims, shared, particular, request: as `Rates.told` has them.
+    """
+    rates.learn(ints, floats, size, accepted, rows, claims, shared, particular, request)
+    return refine(knots, seconds, table, count, measured, others)
 
 
 @njit(cache=True)

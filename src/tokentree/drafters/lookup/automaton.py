@@ -31,7 +31,7 @@ class SuffixAutomaton:
         self._slots = np.zeros(_slots_for(3 * capacity), np.int32)
         self._sizes = np.array([1, 0], np.int64)  # states, edges
         self._tokens = 0
-        self.last = 0
+        self._last = np.zeros(1, np.int64)  # the state of the current text
 
     def extend(self, tokens: Int32s | SequenceOf[int]) -> None:
         """Appends ``tokens`` to the current text."""
@@ -39,11 +39,11 @@ class SuffixAutomaton:
         for begin in range(0, len(new), 4096):
             part = new[begin : begin + 4096]
             self._reserve(len(part))
-            self.last = compiled.extend(self._states, self._edges, self._slots, self._sizes, self.last, part)
+            compiled.extend(self._states, self._edges, self._slots, self._sizes, self._last, part)
 
     def start_text(self) -> None:
         """What comes next starts a text of its own."""
-        self.last = 0
+        self._last[0] = 0
 
     def match(self, state: int, length: int, tokens: SequenceOf[int]) -> tuple[int, int]:
         """Where a walk through this automaton gets to, and how many of the last tokens match there.
@@ -60,7 +60,7 @@ class SuffixAutomaton:
     @property
     def repeated(self) -> tuple[int, int]:
         """The state of the longest end of the current text that also stood earlier in it, and its length in tokens."""
-        state, length = compiled.repeated(self._states, self.last)
+        state, length = compiled.repeated(self._states, self._last[0])
         return int(state), int(length)
 
     def grow(
@@ -83,14 +83,17 @@ class SuffixAutomaton:
         return found
 
     def add_to(
-        self, draft: Draft, source: int, store: SuffixAutomaton, place: tuple[int, int], max_nodes: int, max_depth: int,
-        min_prob: float, max_children: int = 8,
+        self, draft: Draft, source: int, store: SuffixAutomaton, place: Ints, tokens: SequenceOf[int], max_nodes: int,
+        max_depth: int, min_prob: float, max_children: int = 8,
     ) -> None:  # fmt: skip
-        """Joins to ``draft`` what `grow` gives at `repeated`, or in ``store`` at ``place``, a state and a length,
-        whichever expects more tokens."""
+        """Appends ``tokens`` as `extend` does, and goes on with them in ``store`` as `match` does, where ``place``,
+        int64[2], is a state and a length. Then joins to ``draft`` what `grow` gives at `repeated`, or in the store,
+        whichever expects more tokens. All in one compiled call."""
+        self._reserve(len(tokens))
         draft.grow(
-            compiled.add, max_nodes, source, self._states, self._edges, self.last, store._states, store._edges, *place,
-            max_nodes, max_depth, min_prob, max_children,
+            compiled.add, max_nodes, source, self._states, self._edges, self._slots, self._sizes, self._last,
+            store._states, store._edges, store._slots, place, np.array(tokens, np.int32), max_nodes, max_depth,
+            min_prob, max_children,
         )  # fmt: skip
 
     @property
@@ -117,7 +120,7 @@ def warm_up() -> None:
     """Compiles the loops, or loads them from numba's cache, so that no request waits for it."""
     automaton = SuffixAutomaton(2)
     automaton.extend([1, 2, 1, 2])
-    automaton.add_to(Draft(1), 1, automaton, automaton.match(0, 0, [1]), 2, 2, 0.0)
+    automaton.add_to(Draft(1), 1, automaton, np.array(automaton.match(0, 0, [1])), [1], 2, 2, 0.0)
 
 
 def _slots_for(edges: int) -> int:

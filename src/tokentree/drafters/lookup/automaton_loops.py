@@ -82,10 +82,11 @@ def split(states: Int32s, edges: Int32s, slots: Int32s, sizes: Ints, parent: int
 
 
 @njit(cache=True)
-def extend(states: Int32s, edges: Int32s, slots: Int32s, sizes: Ints, last: int, tokens: Int32s) -> int:
+def extend(states: Int32s, edges: Int32s, slots: Int32s, sizes: Ints, text: Ints, tokens: Int32s) -> None:
+    """Appends ``tokens`` to the text whose state is ``text[0]``."""
     for i in range(len(tokens)):
         token = np.int64(tokens[i])
-        state = np.int64(last)
+        state = text[0]
         slot = slots[find_slot(slots, edges, state, token)]
         if slot:  # another text went the same way
             target = np.int64(edges[slot - 1, TARGET])
@@ -108,7 +109,7 @@ def extend(states: Int32s, edges: Int32s, slots: Int32s, sizes: Ints, last: int,
             if counted == 0:
                 break
             counted = np.int64(states[counted, LINK])
-    return last
+        text[0] = last
 
 
 @njit(cache=True)
@@ -151,15 +152,17 @@ def repeated(states: Int32s, last: int) -> tuple[int, int]:
 
 @njit(cache=True)
 def add(
-    ints: Ints, floats: Floats, size: int, source: int, states: Int32s, edges: Int32s, last: int,
-    stored_states: Int32s, stored_edges: Int32s, stored: int, length: int, max_nodes: int, max_depth: int,
-    min_prob: float, max_children: int,
+    ints: Ints, floats: Floats, size: int, source: int, states: Int32s, edges: Int32s, slots: Int32s, sizes: Ints,
+    text: Ints, stored_states: Int32s, stored_edges: Int32s, stored_slots: Int32s, place: Ints, new: Int32s,
+    max_nodes: int, max_depth: int, min_prob: float, max_children: int,
 ) -> int:  # fmt: skip
     """As `SuffixAutomaton.add_to`; see `Draft.grow`."""
-    state, matched = repeated(states, last)
+    extend(states, edges, slots, sizes, text, new)
+    place[0], place[1] = match(stored_states, stored_edges, stored_slots, place[0], place[1], new)
+    state, matched = repeated(states, text[0])
     tokens, parents, probs = grow(states, edges, state, matched, max_nodes, max_depth, min_prob, max_children)
-    if length:
-        others = grow(stored_states, stored_edges, stored, length, max_nodes, max_depth, min_prob, max_children)
+    if place[1]:
+        others = grow(stored_states, stored_edges, place[0], place[1], max_nodes, max_depth, min_prob, max_children)
         if expected_tokens(others[1], others[2]) > expected_tokens(parents, probs):
             tokens, parents, probs = others
     return join_grown(ints, floats, size, source, tokens, parents, probs)

@@ -49,26 +49,27 @@ class NGram(Lookup):
             raise OptionError("ngram needs 1 <= min_n <= max_n and max_branches of at least 1")
         self._max_n, self._min_n, self._max_branches = max_n, min_n, max_branches
         self._indexes: dict[int, _Index] = {}
-        _Index(1, 1, [0, 0]).add_to(Draft(0), 1, 1, 1)  # compiled before any request waits for it
+        _Index(1, 1, [0, 0]).add_to(Draft(0), 1, [0], 1, 1)  # compiled before any request waits for it
 
     def prefill(self, seqs: list[Sequence], upto: int | None = None) -> None:
         for seq in seqs:
-            self._index(seq, upto)
+            index = self._index(seq)
+            index.append(seq.tokens[index.own : upto])
 
     def look_up(self, seq: Sequence, draft: Draft, source: int, nodes: int, depth: int) -> None:
-        self._index(seq).add_to(draft, source, self._max_branches, depth)
+        index = self._index(seq)
+        index.add_to(draft, source, seq.tokens[index.own :], self._max_branches, depth)
 
     def release(self, seqs: list[Sequence]) -> None:
         for seq in seqs:
             self._indexes.pop(seq.id, None)
 
-    def _index(self, seq: Sequence, upto: int | None = None) -> _Index:
-        """The index over all of ``seq`` as it stands, or its first tokens."""
+    def _index(self, seq: Sequence) -> _Index:
+        """The index over what was read of ``seq``."""
         index = self._indexes.get(seq.id)
         if index is None:
             before = [token for reference in seq.references for token in (*reference, END)]
             index = self._indexes[seq.id] = _Index(self._min_n, self._max_n, before)
-        index.append(seq.tokens[index.own : upto])
         return index
 
 
@@ -94,16 +95,25 @@ class _Index:
         return self._size - self._references
 
     def append(self, new: SequenceOf[int]) -> None:
-        tokens, arrays, size = np.array(new, np.int32), self._arrays, self._size + len(new)
-        if size > len(arrays[0]):
-            tokens, arrays = np.concatenate([arrays[0][: self._size], tokens]), self._empty(1 << size.bit_length())
-        _append(*arrays, self._min_n, tokens)
-        self._arrays, self._size = arrays, size
+        size = self._reserve(len(new))
+        _append(*self._arrays, self._min_n, np.array(new, np.int32))
+        self._size = size
 
-    def add_to(self, draft: Draft, source: int, branches: int, depth: int) -> None:
-        """Joins to ``draft`` what followed the end of the text at so many places."""
-        branches, depth = min(branches, self._size), min(depth, self._size)
-        draft.grow(_add, branches * depth, source, *self._arrays, self._min_n, branches, depth)
+    def add_to(self, draft: Draft, source: int, new: SequenceOf[int], branches: int, depth: int) -> None:
+        """As `append`; then joins to ``draft`` what followed the end of the text at so many places, in one call."""
+        size = self._reserve(len(new))
+        branches, depth, told = min(branches, size), min(depth, size), np.array(new, np.int32)
+        draft.grow(_add, branches * depth, source, *self._arrays, self._min_n, told, branches, depth)
+        self._size = size
+
+    def _reserve(self, count: int) -> int:
+        """Makes room for so many more tokens; returns how many there are then."""
+        size = self._size + count
+        if size > len(self._arrays[0]):
+            arrays = self._empty(1 << size.bit_length())
+            _append(*arrays, self._min_n, self._arrays[0][: self._size])
+            self._arrays = arrays
+        return size
 
     def _empty(self, room: int) -> tuple[Int32s, Int32s, Int32s, Ints]:
         """Arrays with room for so many tokens, a power of two."""
@@ -157,9 +167,10 @@ def _places(
 @njit(cache=True)
 def _add(
     ints: Ints, floats: Floats, size: int, source: int, tokens: Int32s, latest: Int32s, before: Int32s, counts: Ints,
-    min_n: int, branches: int, depth: int,
+    min_n: int, new: Int32s, branches: int, depth: int,
 ) -> int:  # fmt: skip
     """As `_Index.add_to`; see `Draft.grow`."""
+    _append(tokens, latest, before, counts, min_n, new)
     begins, lengths, count = _places(tokens, latest, before, counts, min_n, branches)
     paths, ends, firsts, total = np.empty(count * depth, np.int64), np.empty(count, np.int64), np.empty(count), 0
     for place in range(count):

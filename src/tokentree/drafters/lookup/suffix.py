@@ -57,12 +57,10 @@ class Suffix(Lookup):
 
     def prefill(self, seqs: list[Sequence], upto: int | None = None) -> None:
         for seq in seqs:
-            self._follow(seq, upto)
+            self._request(seq).follow(seq.tokens[:upto], self._store)
 
     def look_up(self, seq: Sequence, draft: Draft, source: int, nodes: int, depth: int) -> None:
-        request = self._follow(seq)
-        place = request.state, request.length
-        request.automaton.add_to(draft, source, self._store.automaton, place, nodes, depth, LEAST_PROB)
+        self._request(seq).add_to(draft, source, seq.tokens, self._store, nodes, depth)
 
     def release(self, seqs: list[Sequence]) -> None:
         for seq in seqs:
@@ -87,12 +85,11 @@ class Suffix(Lookup):
             for text in texts:
                 self._store = self._store.with_text(text[text != END].tolist(), self._max_store)
 
-    def _follow(self, seq: Sequence, upto: int | None = None) -> _Request:
-        """What is known of ``seq``, up to its last token, or of its first tokens."""
+    def _request(self, seq: Sequence) -> _Request:
+        """What is known of ``seq``."""
         request = self._requests.get(seq.id)
         if request is None:
             request = self._requests[seq.id] = _Request(seq)
-        request.follow(seq.tokens[:upto], self._store)
         return request
 
 
@@ -105,7 +102,7 @@ class _Request:
             self.automaton.extend(reference)
             self.automaton.start_text()
         self.known = 0
-        self.state = self.length = 0
+        self.place = np.zeros(2, np.int64)  # a state of the store, and how many tokens match there
         self.store: _Store | None = None
 
     def follow(self, tokens: list[int], store: _Store) -> None:
@@ -114,8 +111,18 @@ class _Request:
         self.automaton.extend(new)
         self.known = max(self.known, len(tokens))
         if self.store is not store:
-            self.store, self.state, self.length, new = store, 0, 0, tokens[-REMATCHED:]
-        self.state, self.length = store.automaton.match(self.state, self.length, new)
+            self.store, new = store, tokens[-REMATCHED:]
+            self.place[:] = 0
+        state, length = self.place.tolist()
+        self.place[:] = store.automaton.match(state, length, new)
+
+    def add_to(self, draft: Draft, source: int, tokens: list[int], store: _Store, nodes: int, depth: int) -> None:
+        """Takes in those of ``tokens`` that are new, and joins to ``draft`` what may follow them."""
+        if self.store is not store:
+            self.follow(tokens, store)
+        new = tokens[self.known :]
+        self.automaton.add_to(draft, source, store.automaton, self.place, new, nodes, depth, LEAST_PROB)
+        self.known += len(new)
 
 
 @dataclass(eq=False)
