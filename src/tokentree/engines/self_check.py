@@ -123,7 +123,12 @@ class Routes(TorchFunctionMode):
             return made
         scores, rows, (values, chosen) = args[0], len(self._rows), made
         lead = scores.shape[:2] if scores.shape[0] == 1 and scores.ndim > 2 else scores.shape[:1]
-        if scores.ndim < 2 or lead.numel() < rows or (scores.ndim > chosen.ndim and chosen.shape != scores.shape[:-1]):
+        if (
+            scores.ndim < 2
+            or not scores.numel()
+            or lead.numel() < rows
+            or (scores.ndim > chosen.ndim and chosen.shape != scores.shape[:-1])
+        ):
             return made
         name = f"{_kind(scores)}{sum(known.startswith(_kind(scores)) for known in self.choices)}"
         scores = scores.reshape(lead.numel(), *scores.shape[len(lead) :])
