@@ -543,7 +543,7 @@ HEADS: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "in
                 T5Config, T5ForConditionalGeneration, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
                 decoder_start_token_id=0,
             ),
-            "T5ForConditionalGeneration reads a text with an encoder, whose tokens see those behind them too",
+            "T5ForConditionalGeneration is not a decoder-only language model",
         ),
         (lambda: tiny("llama").base_model, "LlamaModel is not .* with an output layer"),
         (lambda: _kinds("indexed_attention"), "has layers of the kind indexed_attention, which .* neither masks nor"),
