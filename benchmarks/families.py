@@ -262,7 +262,7 @@ def _model(family: str, name: str, settings: Callable[[Any], dict[str, Any]]) ->
     if size > MOST:
         raise MemoryError(f"{size:,} parameters are too many")
     torch.manual_seed(SEED)
-    model = randomised(kind(config), SEED)
+    model: Any = randomised(kind(config), SEED)
     if hasattr(model, "set_default_language"):
         model.set_default_language(model.config.languages[0])
     model(input_ids=torch.arange(20, 30)[None])
@@ -275,7 +275,7 @@ def _without_timm(config: Any) -> None:
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
     for name, value in list(vars(config).items()):
-        if MODEL_MAPPING_NAMES.get(getattr(value, "model_type", None)) == "TimmWrapperModel":
+        if MODEL_MAPPING_NAMES.get(getattr(value, "model_type", "")) == "TimmWrapperModel":
             other = CLIPVisionConfig(**shrunk(CLIPVisionConfig().to_dict()))
             for key in set(vars(value)) - set(vars(other)):
                 setattr(other, key, getattr(value, key))
