@@ -10,6 +10,7 @@ from pathlib import Path
 
 EXTRAS = {
     "gguf": ("accelerate", "gguf", "sentencepiece"),
+    "gpu": ("triton",),
     "train": ("accelerate", "peft", "tensorboard"),
     "plot": ("matplotlib",),
     "chat": ("httpx", "prompt_toolkit"),

@@ -357,7 +357,9 @@ def told(whole: type[Reply], part: type[Reply] | None = None, last: str = "[DONE
     if part is not None:
         schema = {
             "description": f"Events, each a {part.__name__}, or an error.{f' The last one is {last}.' if last else ''}",
-            "type": "string",
+            "type": "object",
+            "properties": {name: {"type": "string"} for name in ("event", "data")},
+            "required": ["data"],
         }
         found["content"] = {"text/event-stream": {"schema": schema}}
     return {200: found, **ERRORS}
