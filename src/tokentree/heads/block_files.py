@@ -17,8 +17,8 @@ import torch
 
 from tokentree.errors import ModelError, OptionError
 from tokentree.heads.block import BlockHead, BlockSizes
-from tokentree.heads.checkpoints import check_part, read_config, read_tensors, write_tensors
-from tokentree.heads.eagle_files import FILES, MEANINGLESS, layer_of, meaningless, token_map_of
+from tokentree.heads.checkpoints import read_config, read_tensors, write_tensors
+from tokentree.heads.eagle_files import MEANINGLESS, filled, layer_of, meaningless, opened
 from tokentree.heads.fingerprint import Fingerprint
 from tokentree.heads.saved import About, check_made_for, read_about
 
@@ -60,31 +60,16 @@ def read_block(folder: str | Path, num_layers: int, target: Fingerprint | None =
             what the head needs, or says it twice in two ways.
         PairingError: if the folder says that it belongs to another model than ``target``.
     """
-    folder = Path(folder).expanduser()
-    file = next((folder / name for name in FILES if (folder / name).is_file()), None)
-    if file is None:
-        raise ModelError(f"the folder {str(folder)!r} has no block head: none of {', '.join(FILES)}")
-    config, where = read_config(folder), str(file)
+    folder, where = opened(folder, "block")
+    config = read_config(folder)
     about = read_about(config, str(folder))
     check_made_for(about, config, folder, target)
-    tensors = _renamed(read_tensors(file), where)
+    tensors = _renamed(read_tensors(Path(where)), where)
     try:
         sizes, told = _Read(config, tensors, num_layers, where).sizes()
-        with torch.device("meta"):  # what it would be, before any memory is taken for it
-            planned = _places(BlockHead(sizes))
-        for name, into in planned.items():
-            check_part(tensors.get(name), list(into.shape), f"tensor {name}", where)
-        head = BlockHead(sizes)
     except MEANINGLESS as error:
         raise meaningless(where, error) from None
-    with torch.no_grad():
-        for name, into in _places(head).items():
-            into.copy_(tensors.pop(name))
-    offsets, known = tensors.pop("d2t", None), tensors.pop("t2d", None)
-    if head.token_map is not None:
-        head.token_map = token_map_of(offsets, known, head.token_map, sizes.vocab_size, where)
-    if tensors:
-        raise ModelError(f"{where!r} has a tensor that a block head doesn't have: {min(tensors)}")
+    head = filled(lambda: BlockHead(sizes), _places, tensors, where, "a block head")
     return SavedBlock(head, about, told)
 
 

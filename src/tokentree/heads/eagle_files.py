@@ -6,10 +6,10 @@ A tensor that is unknown or missing is an error.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -19,6 +19,11 @@ from tokentree.heads.checkpoints import check_part, read_config, read_tensors, w
 from tokentree.heads.eagle import EagleHead, EagleSizes
 from tokentree.heads.fingerprint import Fingerprint
 from tokentree.heads.saved import About, check_made_for, read_about
+
+if TYPE_CHECKING:
+    from tokentree.heads.block import BlockHead
+
+Head = TypeVar("Head", EagleHead, "BlockHead")
 
 LAYOUTS = ("safeailab", "speculators")
 FILES = ("model.safetensors", "pytorch_model.bin")
@@ -57,32 +62,59 @@ def read_eagle(folder: str | Path, num_layers: int, target: Fingerprint | None =
         ModelError: if there is none, or a tensor is unknown, missing or of another size; it is named.
         PairingError: if the folder says that it belongs to another model than ``target``.
     """
+    folder, where = opened(folder, "EAGLE")
+    config = read_config(folder)
+    about = read_about(config, str(folder))
+    check_made_for(about, config, folder, target)
+    tensors = _renamed(read_tensors(Path(where)), where)
+    sizes, told = _sizes(config, tensors, num_layers, where)
+    head = filled(lambda: EagleHead(sizes), _places, tensors, where, f"an EAGLE-{sizes.version} head")
+    return SavedEagle(head, about, told)
+
+
+def opened(folder: str | Path, kind: str) -> tuple[Path, str]:
+    """The folder of a head of this ``kind``, and the file of its tensors.
+
+    Raises:
+        ModelError: if there is none.
+    """
     folder = Path(folder).expanduser()
     file = next((folder / name for name in FILES if (folder / name).is_file()), None)
     if file is None:
-        raise ModelError(f"the folder {str(folder)!r} has no EAGLE head: none of {', '.join(FILES)}")
-    config, where = read_config(folder), str(file)
-    about = read_about(config, str(folder))
-    check_made_for(about, config, folder, target)
-    tensors = _renamed(read_tensors(file), where)
-    sizes, told = _sizes(config, tensors, num_layers, where)
+        raise ModelError(f"the folder {str(folder)!r} has no {kind} head: none of {', '.join(FILES)}")
+    return folder, str(file)
+
+
+def filled(
+    make: Callable[[], Head], places: Callable[[Head], dict[str, torch.Tensor]], tensors: dict[str, torch.Tensor],
+    where: str, what: str,
+) -> Head:  # fmt: skip
+    """The head that ``make`` makes, with ``tensors`` in its ``places``.
+
+    Args:
+        where: the file that they come from.
+        what: the head, in words.
+
+    Raises:
+        ModelError: if a tensor is unknown, missing or of another size, or no such head can be.
+    """
     try:
         with torch.device("meta"):  # what it would be, before any memory is taken for it
-            planned = _places(EagleHead(sizes))
+            planned = places(make())
         for name, into in planned.items():
             check_part(tensors.get(name), list(into.shape), f"tensor {name}", where)
-        head = EagleHead(sizes)
+        head = make()
     except MEANINGLESS as error:
         raise meaningless(where, error) from None
     with torch.no_grad():
-        for name, into in _places(head).items():
+        for name, into in places(head).items():
             into.copy_(tensors.pop(name))
     offsets, known = tensors.pop("d2t", None), tensors.pop("t2d", None)
     if head.token_map is not None:
-        head.token_map = token_map_of(offsets, known, head.token_map, sizes.vocab_size, where)
+        head.token_map = token_map_of(offsets, known, head.token_map, head.sizes.vocab_size, where)
     if tensors:
-        raise ModelError(f"{where!r} has a tensor that an EAGLE-{sizes.version} head doesn't have: {min(tensors)}")
-    return SavedEagle(head, about, told)
+        raise ModelError(f"{where!r} has a tensor that {what} doesn't have: {min(tensors)}")
+    return head
 
 
 def write_eagle(

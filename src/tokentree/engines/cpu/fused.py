@@ -194,6 +194,19 @@ class NormedAttention(FusedAttention):
         return made
 
 
+def _has_norm_s_parts(own: Any, epsilon: str) -> bool:
+    """Whether ``own`` is called a norm, and has a weight in bfloat16 and that ``epsilon``, and nothing else."""
+    weight = getattr(own, "weight", None)
+    return (
+        type(own).__name__.endswith("RMSNorm")
+        and isinstance(weight, nn.Parameter)
+        and weight.dtype is torch.bfloat16
+        and weight.ndim == 1
+        and isinstance(getattr(own, epsilon, None), float)
+        and set(own._parameters) == {"weight"}
+    )
+
+
 class FusedNorm(nn.Module):
     """RMS norm as Llama has it: x * rsqrt(mean(x ** 2) + eps) in float32, rounded, times the weight."""
 
@@ -211,16 +224,7 @@ class FusedNorm(nn.Module):
 
         from tokentree.engines.foreign import same_forward
 
-        weight = getattr(own, "weight", None)
-        return (
-            type(own).__name__.endswith("RMSNorm")
-            and isinstance(weight, nn.Parameter)
-            and weight.dtype is torch.bfloat16
-            and weight.ndim == 1
-            and isinstance(getattr(own, "variance_epsilon", None), float)
-            and set(own._parameters) == {"weight"}
-            and same_forward(own, LlamaRMSNorm)
-        )
+        return _has_norm_s_parts(own, "variance_epsilon") and same_forward(own, LlamaRMSNorm)
 
     def state(self) -> dict[str, Any]:
         """What `of_state` makes one of: its weight, and epsilon."""
@@ -268,14 +272,8 @@ class GemmaNorm(FusedNorm):
 
         from tokentree.engines.foreign import same_code, same_forward
 
-        weight = getattr(own, "weight", None)
         return (
-            type(own).__name__.endswith("RMSNorm")
-            and isinstance(weight, nn.Parameter)
-            and weight.dtype is torch.bfloat16
-            and weight.ndim == 1
-            and isinstance(getattr(own, "eps", None), float)
-            and set(own._parameters) == {"weight"}
+            _has_norm_s_parts(own, "eps")
             and same_forward(own, Gemma3RMSNorm)
             and same_code(type(own)._norm, Gemma3RMSNorm._norm)
         )
