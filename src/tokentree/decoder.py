@@ -104,7 +104,7 @@ class Decoder:
             self.engine.take(seq, seq.prompt_kv)
         else:
             raise ModelError(f"{self.engine.info.name} can't go on here behind a prompt that the model read by itself")
-        self.drafter.prefill([seq], self.engine.committed(seq))
+        self.drafter.observe_prompt([seq], self.engine.committed(seq))
         seq.metrics.prefill_seconds += time.perf_counter() - started
         seq.metrics.lossy = self.accept.lossy
 
@@ -130,7 +130,9 @@ class Decoder:
                 the same forward.
         """
         clock, unread = [time.perf_counter()], sum(count for _, count in reading)
+        before = sum(seq.metrics.prefill_seconds for seq in seqs)
         drafts = [draft.cut(seq.room - 1) for seq, draft in zip(seqs, self._draft(seqs, unread), strict=True)]
+        clock[0] += sum(seq.metrics.prefill_seconds for seq in seqs) - before  # when a drafter read a prompt
         clock.append(time.perf_counter())
         out = self.engine.verify(seqs, [draft.tree for draft in drafts], reading=reading)
         clock.append(time.perf_counter())
@@ -148,7 +150,7 @@ class Decoder:
         rows = sum(map(len, drafts)) + unread
         for seq, count in reading:
             started = time.perf_counter()
-            self.drafter.prefill([seq], self.engine.committed(seq))
+            self.drafter.observe_prompt([seq], self.engine.committed(seq))
             share = (clock[2] - clock[1]) * count / rows
             seq.metrics.prefill_seconds += share + time.perf_counter() - started
 

@@ -179,13 +179,39 @@ def test_a_step_computes_the_new_tokens_and_the_nodes_that_get_children_and_no_o
     engine, seen = CountingEngine(draft), Seen()
     decode(TorchEngine(target), DraftModel(engine, VOCAB), [request(PROMPT, max_tokens=24)], STATIC, seen)
     calls = iter(engine.rows_of_calls)
-    unseen = 1
+    unseen = len(PROMPT)  # short enough to be read with the first root
     for _, _, room, _, accepted in seen.steps:
         rows = [next(calls) for _ in range(min(3, room - 1))]
         assert rows == [unseen, 2, 4][: len(rows)]
         # a leaf was never expanded: it goes in with the next root
         unseen = 2 if len(accepted.path) == 4 else 1
     assert next(calls, None) is None
+
+
+class WantedFor(Static):
+    """Wants drafts of texts of an even length alone."""
+
+    def select(self, seq: Request, draft: Draft, level: Any) -> list[int]:
+        return super().select(seq, draft, level) if len(seq.prompt_ids) % 2 == 0 else []
+
+
+def test_a_prompt_is_read_in_parts_once_a_draft_of_its_text_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DraftModel, "_part", 20)
+    engine, shape = CountingEngine(tiny_pair()[1]), WantedFor([2, 1])
+    drafter = DraftModel(engine, VOCAB)
+    even, odd = seqs = [request([*PROMPT, *range(5, 65 + more)]) for more in (1, 2)]
+    drafter.observe_prompt(seqs, 60)
+    assert [engine.committed(seq) for seq in seqs] == [0, 0]
+    read = list[int]()
+    for _ in range(4):
+        drafts = drafter.propose(seqs, shape, False)
+        read.append(engine.committed(even))
+        assert [len(draft) > 1 for draft in drafts] == [len(even.tokens) - read[-1] <= 17, False]
+        assert even.metrics.prefill_seconds > 0
+    assert read == [20, 40, 60, 60]  # the last tokens go with the root
+    assert (engine.committed(odd), odd.metrics.prefill_seconds) == (0, 0)
+    drafter.propose([alone := request([*PROMPT, *range(8, 69)])], shape, False)
+    assert engine.committed(alone) == 71  # nobody else waits
 
 
 class Uncut(Static):
@@ -215,7 +241,7 @@ def test_tokens_accepted_from_elsewhere_are_caught_up_in_the_next_forward() -> N
         text
     ]
     assert [len(accepted.tokens) for *_, accepted in seen.steps] == [4] * 5
-    assert engine.rows_of_calls == [1, 4, 4, 4, 4]
+    assert engine.rows_of_calls == [len(PROMPT), 4, 4, 4, 4]
     assert max(Counter(engine.computed).values()) == 1
 
 

@@ -112,7 +112,7 @@ def test_each_node_has_the_probability_that_computing_it_anew_gives(
 
 
 @pytest.mark.parametrize(("version", "known"), KINDS)
-@pytest.mark.parametrize(("family", "lengths"), [("llama", (11,)), ("gemma3", (1,)), ("gpt2", (11, 2))])
+@pytest.mark.parametrize(("family", "lengths"), [("llama", (11,)), ("gemma3", (1,)), ("gpt2", (31, 2))])
 def test_so_it_does_where_forwards_are_recorded(
     version: int, known: int | None, family: str, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip

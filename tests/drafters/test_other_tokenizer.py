@@ -239,7 +239,7 @@ def test_a_draft_model_that_knows_the_text_is_believed(ours: str, theirs: str, w
     assert got == target.ids[9:]
     assert seq.metrics.new_tokens / seq.metrics.target_forwards > (3.5 if way == "slem" else 1.7)
     assert draft.rewound or way == "slem"
-    assert np.mean(draft.unread) < 3.7  # what came true is not computed again
+    assert np.mean(draft.unread[1:]) < 3.9  # behind the prompt, what came true is not computed again
     assert not texts._texts
     assert not texts._seqs
     assert not draft._committed

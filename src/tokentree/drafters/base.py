@@ -91,10 +91,15 @@ class Drafter(ABC):
             draft.join(proposed, source)
 
     def prefill(self, seqs: list[Sequence], upto: int | None = None) -> None:
-        """Reads the first ``upto`` tokens of new sequences, as far as it hasn't read them yet. By default it reads all.
+        """Reads the first ``upto`` tokens of new sequences, by default all, as far as it hasn't read them yet."""
 
-        The loop calls this each time that the target has read a part of a prompt.
+    def observe_prompt(self, seqs: list[Sequence], upto: int) -> None:
+        """Learns that the target has read the first ``upto`` tokens of new sequences. By default it reads them too.
+
+        A drafter that runs a model of its own leaves that to `propose`: in a large batch it may never be asked. It adds
+        the seconds to `Metrics.prefill_seconds` of the sequence.
         """
+        self.prefill(seqs, upto)
 
     def observe(self, seqs: list[Sequence], drafts: list[Draft], out: TargetOutput, accepted: list[Accepted]) -> None:
         """Learns from a step. The accepted tokens are not yet part of ``seqs``."""

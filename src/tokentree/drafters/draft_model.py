@@ -20,6 +20,8 @@ from tokentree.sequence import Accepted, Sequence
 from tokentree.shapes.base import Shape
 from tokentree.tree import Ints, TokenTree
 
+LEFT = 16  # tokens at the end of a text that are read with the root, in one forward
+
 
 class DraftModel(Drafter):
     """Level by level: one forward of the draft model for the whole frontier of all sequences.
@@ -35,6 +37,7 @@ class DraftModel(Drafter):
     """
 
     draws_children = by_levels = True
+    _part = 256  # tokens of a text that are read in one step of a batch
 
     def __init__(
         self, engine: DraftEngine, vocab_size: int, name: str = "draft_model", token_map: Ints | None = None
@@ -58,14 +61,8 @@ class DraftModel(Drafter):
             Draft(seq.tokens[-1], {} if sampled and not seq.params.is_greedy else None, self._level_seconds / len(seqs))
             for seq in seqs
         ]
+        frontiers = [self._begin(seq, draft, shape, len(seqs)) for seq, draft in zip(seqs, drafts, strict=True)]
         rows = [_Rows(seq.tokens[self._engine.committed(seq) :]) for seq in seqs]
-        for seq, row in zip(seqs, rows, strict=True):
-            if max(row.unseen, default=0) >= self._engine.vocab_size:
-                self._unknown.add(seq.id)
-        frontiers = [
-            shape.select(seq, draft, [0]) if row.unseen and self._may_grow(seq, draft, 0, shape) else []
-            for seq, draft, row in zip(seqs, drafts, rows, strict=True)
-        ]
         done = [0] * len(seqs)
         while any(frontiers):
             for draft, row, frontier in zip(drafts, rows, frontiers, strict=True):
@@ -87,6 +84,9 @@ class DraftModel(Drafter):
         self._rows |= {seq.id: row for seq, row, seen in zip(seqs, rows, done, strict=True) if seen}
         return drafts
 
+    def observe_prompt(self, seqs: list[Sequence], upto: int) -> None:
+        """Nothing yet: `propose` reads the prompts of those for whom it drafts."""
+
     def observe(self, seqs: list[Sequence], drafts: list[Draft], out: TargetOutput, accepted: list[Accepted]) -> None:
         grown = [(seq, step) for seq, step in zip(seqs, accepted, strict=True) if seq.id in self._rows]
         paths = [self._rows.pop(seq.id).path(step.tokens) for seq, step in grown]
@@ -97,6 +97,21 @@ class DraftModel(Drafter):
         for seq in seqs:
             self._rows.pop(seq.id, None)
             self._unknown.discard(seq.id)
+
+    def _begin(self, seq: Sequence, draft: Draft, shape: Shape, texts: int) -> list[int]:
+        """The first frontier: the root, if a draft of ``seq`` is wanted and its text has been read."""
+        unseen = seq.tokens[self._engine.committed(seq) :]
+        if max(unseen, default=0) >= self._engine.vocab_size:
+            self._unknown.add(seq.id)
+        if not unseen or not self._may_grow(seq, draft, 0, shape):
+            return []
+        frontier = shape.select(seq, draft, [0])
+        return frontier if frontier and self._has_read(seq, texts) else []
+
+    def _has_read(self, seq: Sequence, texts: int) -> bool:
+        """Reads what is new of ``seq``, but for a few tokens at its end. Of one text among several it reads a part, so
+        that nobody waits for long. Returns whether that was all."""
+        return caught_up(self._engine, seq, None if texts == 1 else self._part)
 
     def _may_grow(self, seq: Sequence, draft: Draft, depth: int, shape: Shape) -> bool:
         """Nodes below what may still be emitted are useless, and so are rows past the draft model's own context."""
@@ -162,6 +177,18 @@ class DraftModel(Drafter):
     def _draw(self, seq: Sequence, draft: Draft, node: int, count: int, logits: torch.Tensor) -> list[int]:
         """Draws ``count`` children of ``node``, see `draw`."""
         return draw(seq, draft, node, count, logits, seq.noise_below(node))
+
+
+def caught_up(engine: DraftEngine, seq: Sequence, most: int | None) -> bool:
+    """Reads up to ``most`` tokens of ``seq``, by default all but the last, if many are new. Returns whether few are
+    left."""
+    done, end = engine.committed(seq), len(seq.tokens) - 1
+    if end - done <= LEFT:
+        return True
+    started = time.perf_counter()
+    engine.prefill(seq, end if most is None else min(end, done + most))
+    seq.metrics.prefill_seconds += time.perf_counter() - started
+    return end - engine.committed(seq) <= LEFT
 
 
 def _ruled(seq: Sequence, draft: Draft, node: int, logits: torch.Tensor) -> torch.Tensor | None:

@@ -26,6 +26,8 @@ class Eagle(DraftModel):
         PairingError: if the head doesn't fit the target.
     """
 
+    _part = 1024
+
     def __init__(self, head: EagleHead, target: Engine) -> None:
         known = None if head.token_map is None else head.token_map.cpu().numpy()
         if known is not None and int(known.max()) >= target.vocab_size:

@@ -55,6 +55,10 @@ class Merged(Drafter):
         for drafter in self._drafters:
             drafter.prefill(seqs, upto)
 
+    def observe_prompt(self, seqs: list[Sequence], upto: int) -> None:
+        for drafter in self._drafters:
+            drafter.observe_prompt(seqs, upto)
+
     def propose(self, seqs: list[Sequence], shape: Shape, sampled: bool) -> list[Draft]:
         drafts = [Draft(seq.tokens[-1], paid=0) for seq in seqs]
         for turn, (number, drafter) in enumerate(self._in_turn):

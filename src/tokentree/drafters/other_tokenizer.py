@@ -17,7 +17,7 @@ import torch
 
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter, Parts
-from tokentree.drafters.draft_model import DraftModel
+from tokentree.drafters.draft_model import DraftModel, caught_up
 from tokentree.drafters.merged import Merged
 from tokentree.engines.base import Engine, Rewinds, TargetOutput
 from tokentree.errors import PairingError
@@ -173,6 +173,13 @@ class SharedTokens(DraftModel):
         self._followed = {seq.id: own for seq in seqs if (own := self._texts.followed(seq)) is not None}
         return super().propose(seqs, shape, sampled)
 
+    def _has_read(self, seq: Sequence, texts: int) -> bool:
+        own = self._followed[seq.id]
+        before = own.metrics.prefill_seconds
+        done = caught_up(self._texts.engine, own, None if texts == 1 else self._part)
+        seq.metrics.prefill_seconds += own.metrics.prefill_seconds - before
+        return done
+
     def _may_grow(self, seq: Sequence, draft: Draft, depth: int, shape: Shape) -> bool:
         own = self._followed.get(seq.id)
         fits = own is not None and len(own.tokens) + depth <= self._texts.engine.context
@@ -269,10 +276,16 @@ class SameText(Drafter):
         for seq in seqs:
             self._texts.read(seq, upto)
 
+    def observe_prompt(self, seqs: list[Sequence], upto: int) -> None:
+        """Nothing yet, as with a `DraftModel`."""
+
     def propose(self, seqs: list[Sequence], shape: Shape, sampled: bool) -> list[Draft]:
         followed = [(seq, own) for seq in seqs if (own := self._texts.followed(seq)) is not None]
         seen = _ShapeOfTexts(shape, {own.id: seq for seq, own in followed})
+        before = [own.metrics.prefill_seconds for _, own in followed]
         drafted = self._model.propose([own for _, own in followed], seen, sampled=False) if followed else []
+        for (seq, own), seconds in zip(followed, before, strict=True):
+            seq.metrics.prefill_seconds += own.metrics.prefill_seconds - seconds
         self._drafted |= {seq.id: draft for (seq, _), draft in zip(followed, drafted, strict=True)}
         return [self._translated(seq, self._drafted.get(seq.id), shape) for seq in seqs]
 

@@ -92,8 +92,10 @@ class EagleEngine:
         self._states: dict[int, _State] = {}
 
     def prefill(self, seq: Sequence, upto: int | None = None) -> int:
-        """Commits rows as far as the target has read, but for the last one, with which the first tree begins."""
+        """Commits rows as far as the target has read, but for the last one, with which the first tree begins; and of no
+        more than the first ``upto`` tokens."""
         state, ready = self._state(seq), self._target.committed(seq) - 1
+        ready = ready if upto is None else min(ready, upto - 1)
         if not state.kv.length:
             self._take_over(state, ready)
         while state.kv.length < ready:

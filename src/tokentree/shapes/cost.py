@@ -25,6 +25,7 @@ FADE, DOUBT = 0.99, 10.0  # a step; tokens that count as promised and kept befor
 LEAST_OFFER = 8  # candidates that drafters are asked for even where small trees have paid best
 LEVELS_PAUSE = 16, 256  # steps without levels that cost a forward before they are tried again: at first, and at most
 DRAFTS_PAUSE = 2, 16  # steps without any draft
+NEWS = 0.5  # of a batch: once so much of it came or went, drafts are tried again
 HOPE = 1.3  # what drafting is believed to bring before anything is known, relative to plain decoding
 
 
@@ -68,6 +69,7 @@ class Cost(Shape):
         self._promised = 0.0  # tokens that the candidates taken last were expected to bring
         self._hoped = self._came = 0.0  # the same of lately, and what came true
         self._worth = HOPE  # lately: tokens per second with drafts, relative to what they would be without
+        self._changed = 0.0  # how much of the batch came or went since
         self._levels, self._drafts = Pause(*LEVELS_PAUSE), Pause(*DRAFTS_PAUSE)
         self._resting = False
         _compile()
@@ -124,15 +126,20 @@ class Cost(Shape):
 
     def rests(self, seqs: list[Sequence], reading: int = 0) -> bool:
         """Drafting takes time too, and more of a step the larger the batch: where it isn't earned back, no draft is
-        made for 2 steps, then for 4, and so on up to 16. What is new in the batch is looked at first.
+        made for 2 steps, then for 4, and so on up to 16; or until half of the batch is another.
 
         Nor is one made while a prompt is read. Its tokens fill the forward, so that each further row costs as much as
         a token brings, and a first token would wait for these rows."""
         if reading:
             self._resting = True
             return True
-        if len(seqs) != self._batch or any(seq.id not in self._requests for seq in seqs):
-            self._worth = max(self._worth, 1.0)
+        came = [seq for seq in seqs if seq.id not in self._requests]
+        for seq in came:
+            self._request(seq)
+        self._changed += (len(came) + max(0, self._batch - len(seqs))) / max(len(seqs), self._batch)
+        self._batch = len(seqs)
+        if self._changed >= NEWS:
+            self._worth, self._changed = max(self._worth, 1.0), 0.0
         if self._worth >= 1:
             self._drafts.stop()
         self._resting = self._worth < 1 and not self._drafts.count()
