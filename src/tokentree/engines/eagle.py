@@ -143,7 +143,7 @@ class EagleEngine:
         given, logits = self._forward(self._joined(known), segments)
         for seq, segment in zip(seqs, segments, strict=True):
             state, new = self._state(seq), given[segment.start : segment.start + segment.count]
-            state.known = torch.cat([state.known[: segment.first], new])
+            state.known = torch.cat([state.known[: segment.first], new]) if segment.first else new
         program = self._program
         best, sums = (None, None) if program is None else (program.best, program.log_sums)
         return TargetOutput(logits, starts, firsts, time.perf_counter() - started, best, sums)

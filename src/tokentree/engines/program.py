@@ -70,7 +70,10 @@ class ProgramEngine(KVEngine):
     def _forward(self, segments: SequenceOf[Segment], upto: Upto, rows: int | None = None) -> Logits:
         ids, positions = inputs_of(segments)
         logits = self._program.forward(ids, positions, segments, upto, rows)
-        self._keep(segments, self._program.states)
+        for segment in segments if self._places else ():  # all hidden states of its rows in one move
+            first, start = segment.prefix + segment.first, segment.start
+            rows = self._program.states[:, start : start + segment.count]
+            segment.kv.states[:, first : first + segment.count] = rows
         return logits
 
     def _most_probable(self) -> tuple[NDArray[np.float32], Ints] | None:

@@ -62,7 +62,7 @@ class Cost(Shape):
         self._picked = Ahead([0.7, *[0.1] * (top_k - 1)])
         self._drawn = Ahead([0.3] * top_k)
         self._requests: dict[int, _Request] = {}
-        self._others: dict[int, tuple[Draft, Floats]] = {}  # what others propose for this step, and its joint
+        self._others: dict[int, Draft] = {}  # what others propose for this step
         self._typical = float(nodes)  # nodes that lately paid best
         self._overhead = 0.0  # seconds of a step beside the forward
         self._batch = 1
@@ -94,26 +94,31 @@ class Cost(Shape):
         return counts
 
     def beside(self, seq: Sequence, draft: Draft) -> None:
-        self._others[seq.id] = draft, self._joint(seq, draft)
+        self._others[seq.id] = draft
 
     def select(self, seq: Sequence, draft: Draft, level: SequenceOf[int]) -> list[int]:
         if not level or draft.ints[DEPTH, level[0]] >= self.max_depth:
             return []
-        joint, others = self._joint(seq, draft), self._others.get(seq.id)
-        theirs, their_joint = (draft, joint[:1]) if others is None else others
-        spent, drawn = draft.level_seconds * draft.levels, draft.sampled is not None
-        together, covered = worth.beside(draft.ints, joint, theirs.ints, their_joint)
-        if drawn:
-            rows, tokens = len(draft), float(joint.sum())
-        else:
-            rows, tokens = worth.best_size(together, self._times(len(together)), spent)
-        if rows >= self._nodes or (draft.levels and not draft.level_seconds):
+        if draft.levels and not draft.level_seconds:
             return []  # after the first level, what one costs is known
+        drawn = draft.sampled is not None
+        theirs = self._others.get(seq.id)
+        theirs, count = (draft, 1) if theirs is None else (theirs, len(theirs))  # by default the root alone
         ahead = self._drawn.at(0) if drawn else self._picked.at(int(draft.ints[DEPTH, level[0]]) + 1)
-        times, nodes = self._times(rows + max(4, self.top_k * len(ahead))), np.array(level, np.int64)
-        pays, best = worth.expanded(
-            joint, covered, nodes, ahead, self.top_k, rows, tokens, times, spent, draft.level_seconds
-        )
+        times = self._times(count + len(draft) + max(4, self.top_k * len(ahead)))
+        given = np.array(level, np.int64), ahead, self.top_k
+        costs = times, draft.level_seconds * draft.levels, draft.level_seconds
+        if drawn:
+            joint, rows = self._joint(seq, draft), len(draft)
+            _, covered = worth.beside(draft.ints, joint, theirs.ints, self._joint(seq, theirs)[:count])
+            pays, best = worth.expanded(joint, covered, *given, rows, float(joint.sum()), *costs)
+        else:
+            told = self.rates.told(self._request(seq).local)
+            rows, pays, best = worth.further(
+                draft.ints, draft.floats, len(draft), *told, theirs.ints, theirs.floats, count, *given, *costs
+            )
+        if rows >= self._nodes:
+            return []
         if level[0] == 0:
             return [0] if self._starts(pays) else []
         return best.tolist() if pays else []
@@ -310,8 +315,10 @@ def _compile() -> None:
     one, times, level = np.ones(1), np.ones(6), np.zeros(1, np.int64)
     worth.best_cut(one, level + 1, 1, 1, 1.0, 1.0, 0.0, times)
     worth.cut(draft.ints, draft.floats, len(draft), *rates.told(request), 1, 1.0, 0.0, times)
-    worth.best_size(*worth.beside(draft.ints, one, draft.ints, one)[:1], times, 0.0)
+    worth.beside(draft.ints, one, draft.ints, one)
     worth.expanded(one, one, level, one, 1, 1, 1.0, times, 0.0, 0.0)
+    told = rates.told(request)
+    worth.further(draft.ints, draft.floats, 2, *told, draft.ints, draft.floats, 1, level, one, 1, times, 0.0, 0.0)
 
 
 @dataclass(eq=False)

@@ -164,3 +164,25 @@ def expanded(
             count += 1
     before, after = times[rows] + spent, times[rows + gains] + spent + level_seconds
     return count > 0 and (tokens + gained) / after > tokens / before, np.sort(picked[:count])
+
+
+@njit(cache=True)
+def further(
+    ints: Ints, floats: Floats, size: int, rows: Ints, claims: Floats, shared: Floats, particular: Floats,
+    request: Floats, their_ints: Ints, their_floats: Floats, their_size: int, level: Ints, ahead: Floats, top_k: int,
+    times: Floats, spent: float, level_seconds: float,
+) -> tuple[int, bool, Ints]:  # fmt: skip
+    """Rows of the best tree of what is there, and what `expanded` says of another level.
+
+    Args:
+        ints, floats, size: of a draft whose children were not drawn.
+        rows, claims, shared, particular, request: as `Rates.told` has them.
+        their_ints, their_floats, their_size: of what others propose.
+        level, ahead, top_k, times, spent, level_seconds: as in `expanded`.
+    """
+    joint = rates.estimate(ints, floats, size, rows, claims, shared, particular, request)
+    theirs = rates.estimate(their_ints, their_floats, their_size, rows, claims, shared, particular, request)
+    together, covered = beside(ints, joint, their_ints, theirs)
+    best, tokens = best_size(together, times, spent)
+    pays, picked = expanded(joint, covered, level, ahead, top_k, best, tokens, times, spent, level_seconds)
+    return best, pays, picked
