@@ -18,6 +18,7 @@ from tokentree.engines.table import TableEngine
 from tokentree.metrics import Metrics
 from tokentree.sequence import Accepted, Sequence
 from tokentree.shapes import Static, shape
+from tokentree.shapes.base import Shape
 
 
 def test_steps_add_up() -> None:
@@ -134,3 +135,20 @@ def test_seconds_of_the_parts_make_up_the_step() -> None:
         parts = seq.metrics.draft_seconds + seq.metrics.verify_seconds + seq.metrics.accept_seconds
         assert 0 < parts == pytest.approx(seq.metrics.decode_seconds)
         assert seq.metrics.tokens_per_second == 5 / seq.metrics.decode_seconds
+
+
+class Reads(NGram):
+    """Says that reading a prompt took it 100 seconds."""
+
+    def propose(self, seqs: list[Sequence], shape: Shape, sampled: bool) -> list[Draft]:
+        for seq in seqs if not seqs[0].output_ids else ():
+            seq.metrics.prefill_seconds += 100
+        return super().propose(seqs, shape, sampled)
+
+
+def test_a_prompt_that_a_drafter_reads_is_no_part_of_the_step() -> None:
+    seq = make_sequence([0, 1], max_tokens=5)
+    decode(TableEngine(random_table(6)), [seq], Reads(min_n=1))
+    assert seq.metrics.prefill_seconds > 100
+    assert -100 < seq.metrics.decode_seconds < -90  # it took no time here, so they are missing from the step
+    assert seq.metrics.draft_seconds < -90
