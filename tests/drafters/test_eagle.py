@@ -111,7 +111,7 @@ class Kept(Eagle):
 def test_each_node_has_the_probability_that_computing_it_anew_gives(
     kind: tuple[int, int | None], family: str, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("tokentree.engines.eagle.PREFILL_ROWS", 4)
+    monkeypatch.setattr("tokentree.engines.head_engine.PREFILL_ROWS", 4)
     model, head = tiny(family), some_head(*kind)
     check_what_it_drafts(TorchEngine(model), model, head, lengths)
 
