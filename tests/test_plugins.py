@@ -69,6 +69,7 @@ def test_the_registry_says_what_is_merged() -> None:
     lookups = ["recycling", "suffix", "ngram"]
     assert fitting(set()) == lookups
     assert fitting({"EAGLE heads", "draft models"}) == ["draft_model", "eagle", *lookups]
+    assert fitting({"the target's own layers"}) == ["mtp", *lookups]
     for name, entry in DRAFTERS.items():
         module, _, attribute = entry.where.partition(":")
         found = getattr(__import__(module, fromlist=[attribute]), attribute)

@@ -29,7 +29,7 @@ from tokentree.grammars.compiler import Grammars
 from tokentree.inputs import Prompt, Read, read_prompts
 from tokentree.kernels.threads import check_fork, set_threads
 from tokentree.loading import pick_device
-from tokentree.making import draft_engines_of, fingerprint_of, kv_bytes_of, prefill_rows_of, tokenizer_of
+from tokentree.making import draft_engines_of, fingerprint_of, folder_of, kv_bytes_of, prefill_rows_of, tokenizer_of
 from tokentree.metrics import Metrics
 from tokentree.options import (
     Model,
@@ -90,7 +90,8 @@ class LLM:
             the next request is refused: make a new `LLM` of it. Leave it out if ``engine`` needs no model.
         drafter: a name from the registry, a list of names to be merged, or a `Drafter`. Options may follow a name, as
             in ``draft_model:vocabulary=tli``. The default is ``draft_model`` if there are draft models and no heads.
-            Otherwise it is all lookups, draft models and heads, merged.
+            Otherwise it is all lookups, draft models and heads, merged; without these, the lookups and the model's own
+            layers for multi-token prediction (``mtp``), if its folder has any.
         draft_model: one draft model or several. Several are merged into one tree. Its tokenizer may be another one
             (see `drafters.other_tokenizer`). A loaded model whose tokenizer isn't known is taken to have the target's.
         engine: an engine (`tokentree.engines.base.Engine`), or the name of one, which is made of ``model`` and the
@@ -187,7 +188,9 @@ class LLM:
         self._grammars = Grammars(self.tokenizer)
         draft_engines, others = draft_engines_of(drafts, self.engine, self.tokenizer, options)
         made_for = fingerprint_of(self.engine, self.tokenizer, heads)
-        self._parts = Parts(self.engine, draft_engines, heads, made_for, lookup_bytes, vocabularies=others)
+        self._parts = Parts(
+            self.engine, draft_engines, heads, made_for, lookup_bytes, vocabularies=others, folder=folder_of(model)
+        )  # fmt: skip
         self._curve: CostCurve | None = None
         self._way = _Way(drafter, shape, accept, watch)
         self._limits: dict[str, Any] = {

@@ -113,14 +113,14 @@ def load_model(name: str | Path, dtype: str | torch.dtype | None, device: torch.
 
 
 def _gguf_model(name: str | Path, file: Path, dtype: torch.dtype) -> PreTrainedModel:
-    with _told(f"can't load the model {str(name)!r}"):
+    with told(f"can't load the model {str(name)!r}"):
         from tokentree.gguf.model import gguf_model
 
         return gguf_model(file, dtype)
 
 
 def _load_model(name: str | Path, found: Found, dtype: torch.dtype | str) -> PreTrainedModel:
-    with _told(f"can't load the model {str(name)!r}"):
+    with told(f"can't load the model {str(name)!r}"):
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
         from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
@@ -183,7 +183,7 @@ class _NoTokenizer(ModelError):
 
 
 def _gguf_tokenizer(name: str | Path, file: Path) -> PreTrainedTokenizerBase:
-    with _told(f"can't load the tokenizer of {str(name)!r}"):
+    with told(f"can't load the tokenizer of {str(name)!r}"):
         if not has_tokenizer(read_header(file)):
             raise _NoTokenizer(f"{str(name)!r} has no tokenizer")
         from tokentree.gguf.tokenizer import gguf_tokenizer
@@ -193,7 +193,7 @@ def _gguf_tokenizer(name: str | Path, file: Path) -> PreTrainedTokenizerBase:
 
 def _converted_tokenizer(name: str | Path, folder: Path) -> PreTrainedTokenizerBase:
     """What `_gguf_tokenizer` made: of a kind that is known, so that nothing else is imported."""
-    with _told(f"can't load the tokenizer of {str(name)!r}"):
+    with told(f"can't load the tokenizer of {str(name)!r}"):
         from transformers import PreTrainedTokenizerFast
 
         tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
@@ -201,7 +201,7 @@ def _converted_tokenizer(name: str | Path, folder: Path) -> PreTrainedTokenizerB
 
 
 def _load_tokenizer(name: str | Path, found: Found) -> PreTrainedTokenizerBase:
-    with _told(f"can't load the tokenizer of {str(name)!r}"):
+    with told(f"can't load the tokenizer of {str(name)!r}"):
         from transformers import AutoTokenizer
 
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -210,7 +210,7 @@ def _load_tokenizer(name: str | Path, found: Found) -> PreTrainedTokenizerBase:
         return tokenizer
 
 
-class _told(AbstractContextManager[None]):
+class told(AbstractContextManager[None]):
     """Whatever is raised of files that make no sense, as a `ModelError` that begins so."""
 
     kinds = (

@@ -11,6 +11,7 @@ from tokentree.engines.model_facts import Facts
 from tokentree.errors import ModelError
 from tokentree.heads.fingerprint import Fingerprint
 from tokentree.loading import find_tokenizer, load_engine, load_tokenizer
+from tokentree.names import find
 from tokentree.options import Model, kv_memory
 from tokentree.pairing import difference
 from tokentree.scheduler import PREFILL_ROWS
@@ -28,6 +29,19 @@ def tokenizer_of(model: Model) -> PreTrainedTokenizerBase | None:
         return load_tokenizer(model.config._name_or_path, local_only=True) if model.config._name_or_path else None
     except ModelError:  # weights alone, or a place that is gone
         return None
+
+
+def folder_of(model: Model | None) -> Path | None:
+    """The folder of safetensors that ``model`` is in, or was loaded from, if it is on this machine."""
+    name = model if isinstance(model, str | Path) or model is None else model.config._name_or_path
+    if not name:
+        return None
+    try:
+        found = find(name, local_only=True)
+    except ModelError:  # it was loaded from a place that is gone
+        return None
+    folder = Path(found.where).expanduser()
+    return folder if found.file is None and folder.is_dir() else None
 
 
 def draft_engines_of(

@@ -8,10 +8,11 @@ from typing import Any
 
 from tokentree.drafters.base import Drafter, Parts
 from tokentree.drafters.merged import Merged
-from tokentree.drafters.names import DRAFT_MODELS, DRAFTERS, REGISTRY, fitting
-from tokentree.engines.base import Engine, EngineOptions
+from tokentree.drafters.names import DRAFT_MODELS, DRAFTERS, OWN_LAYERS, REGISTRY, fitting
+from tokentree.engines.base import Engine, EngineOptions, HasHiddenStates
 from tokentree.engines.names import ENGINES, TORCH
 from tokentree.errors import OptionError
+from tokentree.heads.mtp_files import find_mtp
 from tokentree.heads.saved import kind_of
 from tokentree.specs import options_of
 
@@ -67,9 +68,13 @@ def check_names(drafter: Named) -> None:
 
 
 def usable(parts: Parts) -> list[str]:
-    """The names of our drafters that ``parts`` allow, those that are merged by default."""
-    heads = set() if parts.heads is None else {DRAFTERS[kind_of(parts.heads)].drafts_from}
-    return fitting(heads | ({DRAFT_MODELS} if parts.draft_engines else set()))
+    """The names of our drafters that ``parts`` allow, those that are merged by default. The target's own layers take
+    part where there are neither heads nor draft models."""
+    given = set() if parts.heads is None else {DRAFTERS[kind_of(parts.heads)].drafts_from}
+    given |= {DRAFT_MODELS} if parts.draft_engines else set()
+    if not given and isinstance(parts.engine, HasHiddenStates) and find_mtp(parts.folder) is not None:
+        given = {OWN_LAYERS}
+    return fitting(given)
 
 
 def make_drafter(drafter: Named, parts: Parts) -> Drafter:

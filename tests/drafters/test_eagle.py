@@ -35,6 +35,11 @@ from tokentree.tree import TokenTree
 
 SHAPES = ["cost", "3x2x1", "chain:4", "dynamic:nodes=12", "paths:[[0],[1],[0,0],[4],[1,2],[1,2,0]]"]
 KINDS = [(1, None), (3, None), (3, 60), (3, 0)]  # version, draft vocabulary: 0 where the target's output layer serves
+# norms of EAGLE-3.1
+NORMS = [
+    {"fc_norm": True, "norm_output": True},
+    {"norm_before_fc": True, "norm_output": True, "norm_before_residual": True, "own_output": False},
+]
 WIDE = {"hidden_size": 64, "intermediate_size": 96}
 
 
@@ -106,9 +111,42 @@ class Kept(Eagle):
 def test_each_node_has_the_probability_that_computing_it_anew_gives(
     kind: tuple[int, int | None], family: str, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("tokentree.engines.eagle.PREFILL_ROWS", 4)
+    monkeypatch.setattr("tokentree.engines.head_engine.PREFILL_ROWS", 4)
     model, head = tiny(family), some_head(*kind)
     check_what_it_drafts(TorchEngine(model), model, head, lengths)
+
+
+@pytest.mark.parametrize("norms", NORMS)
+@torch.inference_mode()
+def test_norms_stand_where_eagle_3_1_has_them(norms: dict[str, bool]) -> None:
+    """Beside a head with the same weights and none of these norms."""
+    head = some_head(3, **norms)
+    plain = some_head(3, own_output=head.sizes.own_output, norm_before_residual=head.sizes.norm_before_residual)
+    plain.load_state_dict({name: head.state_dict()[name] for name in plain.state_dict()})
+
+    def normed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x / (x.pow(2).mean(-1, keepdim=True) + head.sizes.eps).sqrt() * weight
+
+    generator = torch.Generator().manual_seed(1)
+    states, embedded, known, attended = (torch.randn(5, n, generator=generator) for n in (3 * 48, 48, 48, 64))
+    if head.sizes.fc_norm:
+        each = zip(states.split(48, -1), head.fc_norm, strict=True)
+        expected = torch.cat([normed(tap, norm.weight) for tap, norm in each], -1)  # type: ignore[arg-type]
+    else:
+        assert head.input_norm is not None
+        expected = normed(states, head.input_norm.weight)
+    assert torch.allclose(head.fuse(states), plain.fc(expected), atol=1e-5)
+    given = head(embedded, known, lambda *_: attended)
+    assert torch.allclose(given, normed(plain(embedded, known, lambda *_: attended), head.norm.weight), atol=1e-5)
+    output = torch.nn.Linear(48, VOCAB)
+    assert torch.equal(head.logits(given, output), (head.lm_head or output)(given))
+
+
+@pytest.mark.parametrize("norms", NORMS)
+@pytest.mark.parametrize("lengths", [(11,), (11, 2, 1)])
+def test_a_head_with_more_norms_drafts_so_too(norms: dict[str, bool], lengths: tuple[int, ...]) -> None:
+    model = tiny("llama")
+    check_what_it_drafts(TorchEngine(model), model, some_head(3, **norms), lengths)
 
 
 @pytest.mark.parametrize(("version", "known"), KINDS)
@@ -149,11 +187,13 @@ def check_what_it_drafts(engine: KVEngine, model: PreTrainedModel, head: EagleHe
 
 
 @pytest.mark.parametrize("lengths", [(21, 6), (21,)])
-@pytest.mark.parametrize(("version", "known"), KINDS)
+@pytest.mark.parametrize(
+    ("version", "known", "norms"), [*((*kind, {}) for kind in KINDS), *((3, None, norms) for norms in NORMS)]
+)
 def test_one_compiled_call_gives_what_the_modules_give(
-    version: int, known: int | None, lengths: tuple[int, ...]
+    version: int, known: int | None, norms: dict[str, bool], lengths: tuple[int, ...]
 ) -> None:  # fmt: skip
-    head = some_head(version, known, 64, intermediate_size=96)
+    head = some_head(version, known, 64, intermediate_size=96, **norms)
     engines = [EagleEngine(head, TorchEngine(tiny("llama", torch.bfloat16, **WIDE))) for _ in range(2)]
     assert engines[0]._program is not None
     engines[1]._program = None
@@ -234,10 +274,10 @@ def test_rows_of_a_live_text_that_begins_alike_are_copied(attention: str, monkey
     assert torch.equal(kept[0], kept[2])
 
 
-@pytest.mark.parametrize("attention", ["tree", "sdpa"])
-def test_a_text_that_begins_alike_gives_the_same_drafts(attention: str) -> None:
+@pytest.mark.parametrize(("attention", "norms"), [("tree", {}), ("sdpa", {}), ("tree", NORMS[0])])
+def test_a_text_that_begins_alike_gives_the_same_drafts(attention: str, norms: dict[str, bool]) -> None:
     engine = TorchEngine(tiny("llama"), attention, prefix_bytes=10_000_000)
-    drafter, text = Kept(some_head(3), engine), some_tokens(40)
+    drafter, text = Kept(some_head(3, **norms), engine), some_tokens(40)
     results = [decode(engine, [request([*text, 7], max_tokens=8)], drafter, "2x2") for _ in range(2)]
     assert results[0] == results[1]
     seen = drafter.__dict__["seen"]
@@ -253,15 +293,16 @@ def test_a_text_that_begins_alike_gives_the_same_drafts(attention: str) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "form", "model"),
-    each_two(KINDS, SHAPES, [("llama", torch.bfloat16), ("gemma3", torch.float32)]),
+    each_two([*KINDS, *NORMS], SHAPES, [("llama", torch.bfloat16), ("gemma3", torch.float32)]),
     ids=shown,
 )
 def test_greedy_ids_and_sampled_ids_are_plain_s(
-    kind: tuple[int, int | None], form: str, model: tuple[str, torch.dtype]
+    kind: tuple[int, int | None] | dict[str, bool], form: str, model: tuple[str, torch.dtype]
 ) -> None:  # fmt: skip
     family, dtype = model
     engine = TorchEngine(tiny(family, dtype, **WIDE))
-    drafter = Eagle(some_head(*kind, 64), engine)
+    head = some_head(3, None, 64, **kind) if isinstance(kind, dict) else some_head(*kind, 64)
+    drafter = Eagle(head, engine)
     for options in ({}, {"temperature": 1.0, "seed": 3}):
         prompts = [some_tokens(11), some_tokens(4, seed=1), some_tokens(1, seed=2)]
         plain = decode(engine, [request(p, max_tokens=24, **options) for p in prompts])
@@ -338,6 +379,18 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_sizes_that_make_no_sense_are_refused(field: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"num_kv_heads|EAGLE-1|multiple of 2"):
         some_head(1, **({"known": field["draft_vocab_size"]} if "draft_vocab_size" in field else field))
+
+
+@pytest.mark.parametrize(
+    ("version", "norms", "message"),
+    [
+        (1, {"norm_output": True}, "EAGLE-1 has no fc_norm"),
+        (3, {"fc_norm": True, "norm_before_fc": True}, "exclude each other"),
+    ],
+)
+def test_norms_that_make_no_sense_are_refused(version: int, norms: dict[str, bool], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        some_head(version, **norms)
 
 
 def test_a_folder_is_a_drafter(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from speculators.models.dflash.core import DFlashDraftModel
 from speculators.models.dspark.core import DSparkDraftModel
 from speculators.models.eagle3.core import Eagle3DraftModel
 
-from tests.drafters.test_eagle import some_head
+from tests.drafters.test_eagle import NORMS, some_head
 from tests.heads.block_heads import some_block
 from tests.tiny_models import save_model, some_tokens, tiny, tiny_tokenizer
 from tokentree.heads.block_files import write_block
@@ -25,12 +25,12 @@ from tokentree.heads.saved import About
 TAPS = (2, 3, 4)
 
 
-@pytest.mark.parametrize("known", [None, 60])
+@pytest.mark.parametrize(("known", "norms"), [(None, {}), (60, {}), *((None, norms) for norms in NORMS)])
 @torch.inference_mode()
-def test_its_own_class_loads_what_is_written(tmp_path: Path, known: int | None) -> None:
+def test_its_own_class_loads_what_is_written(tmp_path: Path, known: int | None, norms: dict[str, bool]) -> None:
     target = tiny("llama", num_hidden_layers=6)
     base = save_model(tmp_path / "base", target, tiny_tokenizer())
-    head = some_head(3, known, taps=TAPS)
+    head = some_head(3, known, taps=TAPS, **norms | {"own_output": True})
     write_eagle(head, tmp_path / "head", str(base), "speculators", About(taps=list(TAPS)), dtype=torch.float32)
     theirs: Any = Eagle3DraftModel.from_pretrained(tmp_path / "head")
     assert theirs.config.eagle_aux_hidden_state_layer_ids == list(TAPS)
@@ -44,7 +44,10 @@ def test_its_own_class_loads_what_is_written(tmp_path: Path, known: int | None) 
     read = torch.cat([states[tap] for tap in TAPS], -1)[:, :rows]
     embed: Any = target.get_input_embeddings()
     embedded = embed(torch.tensor([ids[1:]]))
-    x, positions = torch.cat([embedded, theirs.fc(read)], -1), torch.arange(rows)
+    normed = read if theirs.input_norm is None else theirs.input_norm(read)
+    if theirs.fc_norm is not None:
+        normed = torch.cat([norm(tap) for norm, tap in zip(theirs.fc_norm, read.chunk(3, -1), strict=True)], -1)
+    x, positions = torch.cat([embedded, theirs.fc(normed)], -1), torch.arange(rows)
     theirs.layers[0].self_attn.config._attn_implementation = "eager"
     said = theirs.layers[0](
         x, attention_mask=torch.full((rows, rows), -1e9).triu(1)[None, None], position_ids=positions[None],

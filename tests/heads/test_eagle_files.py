@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.drafters.test_eagle import KINDS, some_head
+from tests.drafters.test_eagle import KINDS, NORMS, some_head
 from tests.tiny_models import VOCAB, some_tokens, tiny
 from tokentree import LLM
 from tokentree.errors import ModelError, OptionError, PairingError
@@ -95,6 +95,39 @@ def test_a_round_trip(tmp_path: Path, version: int, known: int | None, layout: s
     saved = read_eagle(tmp_path, LAYERS)
     assert saved.head.sizes == head.sizes
     assert_same(saved.head, head)
+
+
+@pytest.mark.parametrize("layout", ["safeailab", "speculators"])
+@pytest.mark.parametrize("norms", NORMS)
+def test_norms_of_eagle_3_1_are_read_and_written(tmp_path: Path, layout: str, norms: dict[str, bool]) -> None:
+    head = some_head(3, **norms)
+    write_eagle(head, tmp_path, "tiny", layout, About(taps=[0, 1, 2]))
+    said = {name: True for name in norms if name != "own_output"}
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert {name: value for name, value in config.items() if "norm" in name and value is True} == said
+    shapes = {name: list(tensor.shape) for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    taps = {f"fc_norm.{tap}.weight": [48] for tap in range(3)}
+    assert (taps if head.sizes.fc_norm else {"input_norm.weight": [144]}).items() <= shapes.items()
+    saved = read_eagle(tmp_path, LAYERS)
+    assert saved.head.sizes == head.sizes
+    assert_same(saved.head, head)
+    change(tmp_path, **dict.fromkeys(said), eagle_config=said)
+    assert read_eagle(tmp_path, LAYERS).head.sizes == head.sizes
+    change(tmp_path, eagle_config={"norm_output": True})  # tensors say the rest
+    assert read_eagle(tmp_path, LAYERS).head.sizes == head.sizes.model_copy(update={"norm_before_residual": False})
+
+
+def test_norms_that_are_said_and_not_there_are_missed(tmp_path: Path) -> None:
+    write_eagle(some_head(3, **NORMS[0]), tmp_path, "tiny", about=About(taps=[0, 1, 2]))
+    change_tensors(tmp_path, fc_norm__1__weight=None)
+    with pytest.raises(ModelError, match=r"lacks the tensor fc_norm.1.weight"):
+        read_eagle(tmp_path, LAYERS)
+    change_tensors(tmp_path, input_norm__weight=torch.ones(144))
+    with pytest.raises(ModelError, match="fc_norm and norm_before_fc exclude each other"):
+        read_eagle(tmp_path, LAYERS)
+    change_tensors(tmp_path, fc_norm__0__weight=None, fc_norm__2__weight=None, input_norm__weight=None)
+    with pytest.raises(ModelError, match=r"lacks the tensor fc_norm.0.weight"):
+        read_eagle(tmp_path, LAYERS)
 
 
 def test_names_and_maps_are_those_of_the_projects(tmp_path: Path) -> None:

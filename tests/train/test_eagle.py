@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import smooth_l1_loss
 from typer.testing import CliRunner
 
-from tests.drafters.test_eagle import KINDS, said_by, some_head
+from tests.drafters.test_eagle import KINDS, NORMS, said_by, some_head
 from tests.tiny_models import VOCAB, save_model, some_tokens, tiny, tiny_tokenizer
 from tokentree import LLM
 from tokentree.cli.main import app
@@ -71,10 +71,14 @@ def asked_of(step: Step, row: int) -> list[int]:
     return [place - row * rows for place in step.asked.tolist() if place // rows == row]
 
 
-@pytest.mark.parametrize(("version", "known"), KINDS)
-def test_it_says_in_training_what_it_says_when_it_drafts(version: int, known: int | None) -> None:
+@pytest.mark.parametrize(
+    ("version", "known", "norms"), [*((*kind, {}) for kind in KINDS), *((3, 60, norms) for norms in NORMS[:1])]
+)
+def test_it_says_in_training_what_it_says_when_it_drafts(
+    version: int, known: int | None, norms: dict[str, bool]
+) -> None:
     """At each step and row, the training's logits are those of drafting along the text from there."""
-    head, model = some_head(version, known), tiny("llama")
+    head, model = some_head(version, known, **norms), tiny("llama")
     texts = some_texts(head)
     steps = with_loss(head).steps(whole_batch(texts), 3)
     for row, (start, end) in enumerate(texts.spans()):
@@ -143,8 +147,8 @@ def test_texts_beside_others_lose_what_they_lose_alone() -> None:
 
 
 def test_gradients_reach_all_of_the_head_and_nothing_else() -> None:
-    for version, known in KINDS:
-        model = with_loss(some_head(version, known))
+    heads = [some_head(*kind) for kind in KINDS] + [some_head(3, **norms) for norms in NORMS]
+    for model in map(with_loss, heads):
         model(whole_batch(some_texts(model.head)), 0).backward()
         for name, weight in model.named_parameters():
             assert weight.grad is not None, name
@@ -241,6 +245,9 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
         ({"version": 2}, "EAGLE versions 1"),
         ({"unroll": 0}, "at least 1"),
         ({"held_back": 1.0}, "share of the texts"),
+        ({"norms": ["fc"]}, "no norm 'fc'"),
+        ({"norms": ["norm_output"], "version": 1}, "none of EAGLE-3.1's norms"),
+        ({"norms": ["fc_norm", "norm_before_fc"]}, "choose one"),
     ):
         with pytest.raises(OptionError, match=message):
             trained(tmp_path, **options)
@@ -253,10 +260,13 @@ def test_the_command_trains_and_generate_uses_the_head(tmp_path: Path, version: 
     data.write_text("".join(json.dumps({"text": f"count {i} and {i} again, word by word"}) + "\n" for i in range(40)))
     args = ["train", "eagle", "--model", str(base), "--data", str(data), "--out", str(out), "--epochs", "2"]
     args += ["--version", version, "--known-tokens", "250", "--unroll", "2", "--evaluate-every", "10"]
+    args += ["--norm", "fc_norm", "--norm", "norm_output"] if version == "3" else []
     done = CliRunner().invoke(app, args)
     assert done.exit_code == 0, done.output
     assert f"--heads {out}" in done.output
-    assert read_eagle(out, 6).head.sizes.taps == ((6,) if version == "1" else (2, 3, 3))
+    sizes = read_eagle(out, 6).head.sizes
+    assert sizes.taps == ((6,) if version == "1" else (2, 3, 3))
+    assert sizes.fc_norm == sizes.norm_output == (version == "3")
     generate = [
         "generate",
         "--model",

@@ -51,8 +51,8 @@ DrafterOption = Annotated[
     str | None,
     typer.Option(
         help=f"{', '.join(SINGLE)}, one of an installed package, several joined by '+', merged (all that can be), or "
-        f"none; default: draft_model where one is given, else heads that are given and the "
-        f"lookups ({', '.join(LOOKUPS)}), merged. draft_model:vocabulary=tli or slem says how a draft model with "
+        f"none; default: draft_model where one is given, else heads that are given (or layers of the model's own: mtp) "
+        f"and lookups ({', '.join(LOOKUPS)}), merged. draft_model:vocabulary=tli or slem says how a draft model with "
         "another tokenizer drafts.",
         rich_help_panel=DRAFTING,
     ),

@@ -134,6 +134,10 @@ def eagle(
     tokens: TokensOption = TOKENS,
     known_tokens: KnownOption = 4096,
     unroll: Annotated[int, typer.Option(min=1, help="Steps of EAGLE-3's training-time test.")] = 5,
+    norm: Annotated[
+        list[str] | None,
+        typer.Option(help="EAGLE-3.1: fc_norm or norm_before_fc, and norm_output. May be repeated."),
+    ] = None,
     epochs: EpochsOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts in a step.")] = 4,
     learning_rate: RateOption = 1e-3,
@@ -164,7 +168,7 @@ def eagle(
         )  # fmt: skip
         done = train_eagle(
             llm, name_of(model), data, out, recipe, version=version, known_tokens=known_tokens, unroll=unroll,
-            tokens=tokens, work=work, console=errors, command=_command(), force=force,
+            norms=norm or (), tokens=tokens, work=work, console=errors, command=_command(), force=force,
         )  # fmt: skip
     _tell(done, model, str(out))
 

@@ -23,6 +23,7 @@ class Parts:
         engine: the target's engine.
         draft_engines: the name and the engine of each draft model. The name is shown beside its tokens.
         heads: a folder with heads for the target, or None.
+        folder: the target's own folder of safetensors, or None.
         fingerprint: the fingerprint of the target. Heads must have been made for a model with the same one.
         lookup_bytes: memory for what a drafter's look-ups learn from all sequences. None: as the drafter likes.
         draws_children: whether the acceptance rule asks for drawn children.
@@ -36,6 +37,7 @@ class Parts:
     lookup_bytes: int | None = None
     draws_children: bool = False
     vocabularies: Mapping[str, Vocabularies] = field(default_factory=dict)
+    folder: Path | None = None
 
 
 class Drafter(ABC):

@@ -33,6 +33,9 @@ class EagleSizes(BaseModel):
         eps: of its norms.
         fc_bias, qkv_bias: whether these products have a bias.
         norm_before_residual: whether an EAGLE-3 head adds its attention to what is known after the norm.
+        fc_norm: whether each of the hidden states that an EAGLE-3 head reads has a norm of its own (EAGLE-3.1).
+        norm_before_fc: whether these have one norm together.
+        norm_output: whether an EAGLE-3 head goes on from what its last norm gives, which its output layer reads too.
         own_embedding: whether it has an embedding of its own, not the target's.
         own_output: whether an EAGLE-3 head has an output layer of its own; else it uses the target's, as EAGLE-1 does.
     """
@@ -57,6 +60,9 @@ class EagleSizes(BaseModel):
     own_embedding: bool = False
     own_output: bool = True
     norm_before_residual: bool = False
+    fc_norm: bool = False
+    norm_before_fc: bool = False
+    norm_output: bool = False
 
     @model_validator(mode="after")
     def _fits(self) -> EagleSizes:
@@ -68,7 +74,16 @@ class EagleSizes(BaseModel):
             raise ValueError("a head with the target's output layer knows all tokens")
         if not self.own_output and self.target_hidden_size not in (None, self.hidden_size):
             raise ValueError("a head with the target's output layer is as wide as the target")
+        if self.more_norms and self.version == 1:
+            raise ValueError("EAGLE-1 has no fc_norm, norm_before_fc or norm_output")
+        if self.fc_norm and self.norm_before_fc:
+            raise ValueError("fc_norm and norm_before_fc exclude each other")
         return self
+
+    @property
+    def more_norms(self) -> bool:
+        """Whether it has norms that EAGLE-3 doesn't have: those of EAGLE-3.1."""
+        return self.fc_norm or self.norm_before_fc or self.norm_output
 
 
 class EagleHead(nn.Module):
@@ -81,6 +96,7 @@ class EagleHead(nn.Module):
     - EAGLE-1: ``x = fc([embedding; known])``, then a layer without a norm in front, which adds its attention to ``x``.
     - EAGLE-3: the layer attends with ``[norm(embedding); norm(known)]`` and adds that to ``known``; `fuse` is ``fc`` of
       the hidden states of several of the target's layers.
+    - EAGLE-3.1: the same, with norms in front of ``fc`` and behind the layer, see `EagleSizes`.
 
     Args:
         sizes: see there.
@@ -105,6 +121,9 @@ class EagleHead(nn.Module):
         if third:
             self.input_layernorm, self.hidden_norm = RMSNorm(size, sizes.eps), RMSNorm(size, sizes.eps)
             self.norm = RMSNorm(size, sizes.eps)
+        taps = sizes.taps if sizes.fc_norm else ()
+        self.fc_norm = nn.ModuleList(RMSNorm(target_size, sizes.eps) for _ in taps)
+        self.input_norm = RMSNorm(self.fc.in_features, sizes.eps) if sizes.norm_before_fc else None
         says, known_tokens = third and sizes.own_output, sizes.draft_vocab_size or sizes.vocab_size
         self.lm_head = nn.Linear(size, known_tokens, bias=False) if says else None
         self.embed_tokens = nn.Embedding(sizes.vocab_size, size) if sizes.own_embedding else None
@@ -117,7 +136,14 @@ class EagleHead(nn.Module):
     def fuse(self, states: torch.Tensor) -> torch.Tensor:
         """[..., hidden size]: what is known of positions where the target's hidden states are ``states`` [..., taps x
         hidden size of the target]."""
-        fused: torch.Tensor = self.fc(states) if self.sizes.version == 3 else states
+        if self.sizes.version == 1:
+            return states
+        if self.sizes.fc_norm:
+            taps = states.chunk(len(self.sizes.taps), -1)
+            states = torch.cat([norm(tap) for norm, tap in zip(self.fc_norm, taps, strict=True)], -1)
+        elif self.input_norm is not None:
+            states = self.input_norm(states)
+        fused: torch.Tensor = self.fc(states)
         return fused
 
     def forward(self, embedded: torch.Tensor, known: torch.Tensor, attend: Attend) -> torch.Tensor:
@@ -140,14 +166,15 @@ class EagleHead(nn.Module):
         residual = residual + self.o_proj(attend(*parts))
         gate, up = self.gate_up(self.post_attention_layernorm(residual)).chunk(2, -1)
         given: torch.Tensor = residual + self.down_proj(silu(gate) * up)
-        return given
+        return self.norm(given) if self.sizes.norm_output else given
 
     def logits(self, known: torch.Tensor, output_layer: Layer) -> torch.Tensor:
         """[..., tokens that the head knows], of what `forward` gave; ``output_layer`` is the target's, for EAGLE-1, and
         for heads without one of their own."""
         if self.sizes.version == 1:
             return output_layer(known)
-        return (output_layer if self.lm_head is None else self.lm_head)(self.norm(known))
+        normed = known if self.sizes.norm_output else self.norm(known)
+        return (output_layer if self.lm_head is None else self.lm_head)(normed)
 
     def rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """``x`` [..., rows, heads, head_dim] turned to ``positions`` int64[..., rows] (Su et al. 2021,

@@ -29,6 +29,8 @@ LAYOUTS = ("safeailab", "speculators")
 FILES = ("model.safetensors", "pytorch_model.bin")
 LAYER = {1: "layers.0.", 3: "midlayer."}  # what stands before a layer's tensors; speculators' EAGLE-3 has EAGLE-1's
 IDS = "eagle_aux_hidden_state_layer_ids"
+# fields that say where an EAGLE-3 head has norms, and what the tensors of these norms begin with
+NORMS = {"norm_before_residual": None, "fc_norm": "fc_norm.", "norm_before_fc": "input_norm.", "norm_output": None}
 
 
 # what a configuration may lead to that makes no sense
@@ -247,10 +249,21 @@ def _sizes(
             context=inner.max_position_embeddings, eps=inner.rms_norm_eps, fc_bias="fc.bias" in tensors,
             qkv_bias=f"{LAYER[version]}self_attn.q_proj.bias" in tensors,
             own_embedding="embed_tokens.weight" in tensors, own_output=own_output,
-            norm_before_residual=bool(config.get("norm_before_residual", False)),
+            **(_norms(config, tensors) if version == 3 else {}),
         ), told  # fmt: skip
     except MEANINGLESS as error:
         raise meaningless(where, error) from None
+
+
+def _norms(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, bool]:
+    """Which of `NORMS` a head has: those that are said, at the top or in ``eagle_config``, and those whose tensors are
+    there."""
+    inner = config.get("eagle_config") or {}
+    return {
+        field: bool(config.get(field, inner.get(field)))
+        or (prefix is not None and any(name.startswith(prefix) for name in tensors))
+        for field, prefix in NORMS.items()
+    }
 
 
 def meaningless(where: str, error: Exception) -> ModelError:
@@ -258,6 +271,9 @@ def meaningless(where: str, error: Exception) -> ModelError:
     if isinstance(error, ModelError):
         return error
     said = [*str(error).splitlines(), type(error).__name__][0]
+    if isinstance(error, ValidationError):
+        wrong = error.errors()[0]
+        said = ".".join(map(str, wrong["loc"])) + ": " * bool(wrong["loc"]) + wrong["msg"].removeprefix("Value error, ")
     return ModelError(f"the configuration beside {where!r} makes no sense: {said}")
 
 
@@ -280,6 +296,9 @@ def _places(head: EagleHead) -> dict[str, torch.Tensor]:
         found[f"{prefix}input_layernorm.weight"] = head.input_layernorm.weight
         found[f"{prefix}hidden_norm.weight"] = head.hidden_norm.weight
         found["norm.weight"] = head.norm.weight
+        found |= {f"fc_norm.{number}.weight": norm.get_parameter("weight") for number, norm in enumerate(head.fc_norm)}
+        if head.input_norm is not None:
+            found["input_norm.weight"] = head.input_norm.weight
         if head.lm_head is not None:
             found["lm_head.weight"] = head.lm_head.weight
     if head.embed_tokens is not None:
@@ -311,11 +330,13 @@ def _config(sizes: EagleSizes, base_model: str, layout: str, architecture: str) 
         "max_position_embeddings": sizes.context, "rope_parameters": sizes.rope, "attention_bias": sizes.qkv_bias,
         "rope_theta": sizes.rope.get("rope_theta", 10000.0), "tie_word_embeddings": False,
     }  # fmt: skip
+    norms = {field: True for field in NORMS if getattr(sizes, field)}
     if layout == "safeailab":
         own: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "bias": sizes.fc_bias}
         own |= {"qkv_bias": sizes.qkv_bias, "base_model_name_or_path": base_model}
         if sizes.version == 3:
             own["architectures"] = ["LlamaForCausalLMEagle3"]
+            own |= norms
             own |= {"draft_vocab_size": sizes.draft_vocab_size or sizes.vocab_size}
             own |= {"target_hidden_size": sizes.target_hidden_size or sizes.hidden_size, IDS: list(sizes.taps)}
         return layer | own
@@ -331,4 +352,4 @@ def _config(sizes: EagleSizes, base_model: str, layout: str, architecture: str) 
         "transformer_layer_config": layer, "draft_vocab_size": sizes.draft_vocab_size or sizes.vocab_size,
         "norm_before_residual": sizes.norm_before_residual, "target_hidden_size": sizes.target_hidden_size,
         IDS: list(sizes.taps), "base_model_name_or_path": base_model,
-    }  # fmt: skip
+    } | norms  # fmt: skip

@@ -33,10 +33,13 @@ from tokentree.train.run import Trained
 from tokentree.train.target import begin, engine_of, layer_sizes, plain_rope
 from tokentree.train.texts import Texts, coverage
 
+NORMS = ("fc_norm", "norm_before_fc", "norm_output")
+
 
 def train_eagle(
     llm: LLM, base_model: str, data: str | Path, folder: str | Path, recipe: Recipe | None = None, *,
     version: int = 3, known_tokens: int = 4096, unroll: int = 5, taps: Sequence[int] | None = None,
+    norms: Sequence[str] = (),
     tokens: int = 1_000_000, held_back: float = 0.05, work: str | Path | None = None, console: Console | None = None,
     command: str = "", force: bool = False, stop_after: int | None = None,
 ) -> Trained:  # fmt: skip
@@ -54,6 +57,7 @@ def train_eagle(
             frequent ones of the texts.
         unroll: steps of EAGLE-3's training-time test.
         taps: the hidden states that EAGLE-3 reads; by default a low, a middle and a high one.
+        norms: those of EAGLE-3.1 that the head has: of `NORMS`.
         tokens, held_back, work, console, command, force: as for `train_medusa`.
 
     Raises:
@@ -63,6 +67,12 @@ def train_eagle(
     recipe, folder = recipe or Recipe(), Path(folder)
     if version not in (1, 3):
         raise OptionError("there are EAGLE versions 1 (which version 2 drafts with too) and 3")
+    if wrong := sorted({*norms} - {*NORMS}):
+        raise OptionError(f"there is no norm {wrong[0]!r}: choose of {', '.join(NORMS)}")
+    if norms and version == 1:
+        raise OptionError("EAGLE-1 has none of EAGLE-3.1's norms")
+    if {"fc_norm", "norm_before_fc"} <= {*norms}:
+        raise OptionError("fc_norm and norm_before_fc exclude each other: choose one")
     check(llm, held_back, known_tokens=known_tokens, tokens=tokens, unroll=unroll)
     last = engine_of(llm).capture([]).num_layers
     if unroll > llm.engine.context:
@@ -71,13 +81,14 @@ def train_eagle(
     places = read if version == 1 else (*read, last)
     features = engine_of(llm).capture(places)
     settings = {"method": f"EAGLE-{version}", "known_tokens": known_tokens, "unroll": unroll, "taps": read}
+    settings |= {"norms": sorted(norms)} if norms else {}
     settings |= {"data": str(data), "tokens": tokens if str(data) == "self" else None, "held_back": held_back}
     with phases_on(console) as phases:
         count = len(set(places))
         with claimed(llm, data, folder, settings, recipe, work, tokens, count, force, phases) as (own, shared, texts):
             hidden = keep_features(engine_of(llm), texts.ids, shared / "hidden", places, phases)
         known = frequent_tokens(texts.ids, known_tokens, llm.engine.vocab_size)
-        model = _fresh(llm, features, version, read, known, unroll, recipe.seed)
+        model = _fresh(llm, features, version, read, known, unroll, recipe.seed, norms)
         first, rest = hidden.split(held_back)
         task, head = EagleTask(first, rest), model.head
         about = _identity(head, texts, unroll)
@@ -89,6 +100,7 @@ def train_eagle(
                 "version": version, "unroll": unroll if version == 3 else 1, "data": str(data), "texts": len(texts.ids),
                 "tokens": texts.tokens, "coverage": round(coverage(texts, known), 4),
             }  # fmt: skip
+            told |= {"norms": ", ".join(sorted(norms))} if norms else {}
             with leading() as lead:
                 if lead:
                     _write(llm, head.cpu(), folder, base_model, told, figures, command)
@@ -104,7 +116,7 @@ def _taps(last: int) -> tuple[int, ...]:
 
 def _fresh(
     llm: LLM, features: Features, version: int, read: tuple[int, ...], known: torch.Tensor | None, unroll: int,
-    seed: int,
+    seed: int, norms: Sequence[str],
 ) -> EagleWithLoss:  # fmt: skip
     """An untrained head of the target's sizes. An EAGLE-3 head's output layer begins as the target's."""
     config: Any = llm.config.get_text_config()
@@ -112,6 +124,7 @@ def _fresh(
         version=version, **layer_sizes(config, features.hidden_size), vocab_size=llm.engine.vocab_size, taps=read,
         fc_bias=version == 1, context=llm.engine.context,
         draft_vocab_size=None if known is None or version == 1 else len(known), rope=plain_rope(config),
+        **dict.fromkeys(norms, True),
     )  # fmt: skip
     head = EagleHead(sizes)
     begin(head, seed)

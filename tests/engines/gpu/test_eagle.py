@@ -152,3 +152,5 @@ def test_rejection_draws_level_by_level_in_torch() -> None:
 def test_heads_without_kernels_draft_in_torch() -> None:
     engine = engine_of()
     assert type(engine.head_engine(some_head(1, None, 64))) is not TritonEagle
+    assert type(engine.head_engine(head_of(fc_norm=True))) is not TritonEagle
+    assert type(engine.head_engine(head_of(norm_output=True))) is not TritonEagle

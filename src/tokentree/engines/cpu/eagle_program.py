@@ -59,11 +59,15 @@ class EagleProgram(Steps):
         gate_up, down_proj = packing.pack(*halves, gated=True), packing.pack(head.down_proj)
         self._behind = Behind(packing.pack(head.o_proj), norm, gate_up, down_proj)
         self._fc, self._embedding, self._taps = packing.pack(head.fc), embedding, len(sizes.taps)
+        self._tap_norms = [FusedNorm(norm) for norm in head.fc_norm]
+        self._wide_norm = None if head.input_norm is None else FusedNorm(head.input_norm)
+        self._normed_residual, self._normed_output = sizes.norm_before_residual, sizes.norm_output
         if sizes.version == 3:
             self._norms = FusedNorm(head.input_layernorm), FusedNorm(head.hidden_norm)
+            self._last = FusedNorm(head.norm)
         self._says = head.lm_head is not None
         if head.lm_head is not None:
-            self._last, self._lm_head = FusedNorm(head.norm), packing.pack(head.lm_head)
+            self._lm_head = packing.pack(head.lm_head)
             self._vocab_size, self._columns = self._lm_head.num_outputs, len(self._lm_head.start)
             self._kept, self._logits = min(KEPT, self._vocab_size), Reused()
         self.best: tuple[NDArray[np.float32], Ints] | None = None
@@ -80,7 +84,6 @@ class EagleProgram(Steps):
         return (
             Packing(QuantizedLinear).fits(*layers)
             and not any(count % BLOCK for count in columns)
-            and not sizes.norm_before_residual
             and (sizes.target_hidden_size or sizes.hidden_size) == sizes.hidden_size
         )
 
@@ -112,7 +115,7 @@ class EagleProgram(Steps):
             self.write_to(logits, *self.best, self.log_sums)
             said = partial(tensor_in, logits, self._vocab_size)
         self.run(len(self._steps), segments, self._rotary.at(positions, end_of(segments)), ids, first)
-        return self._residual[:rows].clone(), said
+        return self._given[:rows].clone(), said
 
     def store(
         self, ids: Ints, known: torch.Tensor | SequenceOf[torch.Tensor], positions: Ints,
@@ -127,7 +130,8 @@ class EagleProgram(Steps):
         rows = len(ids)
         self.reserve(rows)
         if not isinstance(known, torch.Tensor):
-            torch.cat(list(known), -1, out=self._states[:rows])
+            for part, room in zip(known, self._read, strict=True):
+                room[:rows] = part
         elif self._version == 3:
             self._residual[:rows] = known
         else:
@@ -139,20 +143,23 @@ class EagleProgram(Steps):
     def build(self) -> list[Step]:
         width, sizes, steps = self._width, self._heads, list[Step]()
         at = self.rows_of_a_layer(width, self._inner_size, sizes)
-        # in the last step the sum of the residual and what is added is what is known of the next positions
+        # in the last step the sum of the residual and what is added is what is known of the next positions, or its norm
         self._residual, self._x = at.residual, self.room(2 * width)
+        self._given = at.normed if self._normed_output else at.residual
         third = self._version == 3
         self._embedded = self.room(width) if third else self._x[:, :width]
         if third:
-            self._states = self.room(self._taps * width)
-            steps += self.prepare(self._fc, self._states)
-            steps += self.multiply(self._fc, self._states, at.residual)
+            states = self.room(self._taps * width)
+            steps += self._norm_states(states)
+            steps += self.multiply(self._fc, states, at.residual)
         self._fusing = len(steps)
         if self.embeds(self._embedding):
             steps += self.embed(self._embedding, self._embedded)
         if third:
             steps += self.norm(self._norms[0], self._embedded, self._x[:, :width], None)
             steps += self.norm(self._norms[1], at.residual, self._x[:, width:], None)
+            if self._normed_residual:
+                steps += self.norm(self._norms[1], at.residual, at.residual, None)
             steps += self.prepare(self._qkv, self._x)
             steps += self.multiply(self._qkv, self._x, at.qkv)
         else:
@@ -166,5 +173,19 @@ class EagleProgram(Steps):
         if self._says:
             steps += self.norm(self._last, at.residual, at.normed, self._lm_head, at.added)
             return steps + self.output(self._lm_head, at.normed, self._kept)
-        # the sum alone is wanted: what this norm makes of it is not looked at
-        return steps + self.norm(self._behind.norm, at.residual, at.normed, None, at.added)
+        # without `norm_output` the sum alone is wanted: what this norm makes of it is not looked at
+        last = self._last if third else self._behind.norm
+        return steps + self.norm(last, at.residual, at.normed, None, at.added)
+
+    def _norm_states(self, states: torch.Tensor) -> list[Step]:
+        """Norms the target's hidden states, if the head does, and makes of ``states`` [rows, taps x width] what ``fc``
+        takes. They are given in `_read`, one for each tap."""
+        parts, steps = states.split(self._width, 1), list[Step]()
+        self._read = parts
+        if self._wide_norm is not None:
+            return self.norm(self._wide_norm, states, states, self._fc)
+        if self._tap_norms:
+            self._read = tuple(self.room(self._width) for _ in parts)
+            for norm, tap, part in zip(self._tap_norms, self._read, parts, strict=True):
+                steps += self.norm(norm, tap, part, None)
+        return steps + self.prepare(self._fc, states)

@@ -156,6 +156,7 @@ class TritonEagle(EagleEngine):
         known = sizes.draft_vocab_size or sizes.vocab_size
         return (
             sizes.version == 3
+            and not sizes.more_norms
             and known >= WIDTH
             and sizes_fit(
                 sizes.num_heads, sizes.num_kv_heads, sizes.head_dim, sizes.hidden_size, sizes.intermediate_size
