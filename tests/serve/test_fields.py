@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from openai.types.chat import completion_create_params as chats
 from openai.types.responses import response_create_params as responses
 from pydantic import ValidationError
 
-from tests.serve.serving import NAME, Served
+from tests.serve.serving import NAME, Served, error_of
 from tokentree.serve.protocol import Body, ChatRequest, CompletionRequest
 from tokentree.serve.responses.protocol import ResponsesRequest
 
@@ -69,3 +70,15 @@ def test_whoever_asks_for_heads_alone_learns_whether_the_server_is_there(served:
     for path in ("/health", "/ready"):
         answer = served.http.head(path)
         assert (answer.status_code, answer.content) == (200, b"")
+
+
+def test_a_body_that_is_no_json_or_compressed_is_told_so(served: Served) -> None:
+    body = json.dumps({"prompt": "a", "max_tokens": 1}).encode()
+    for headers, status, code in (
+        ({"Content-Type": "application/json", "Content-Encoding": "Identity"}, 200, ""),
+        ({"Content-Type": "text/plain"}, 400, "invalid_json"),
+        ({"Content-Type": "application/json", "Content-Encoding": "br"}, 415, "compressed_body"),
+    ):
+        answer = served.http.post("/v1/completions", content=body, headers=headers)
+        assert answer.status_code == status
+        assert status == 200 or error_of(answer)["code"] == code
