@@ -39,8 +39,9 @@ from tokentree.drafters.eagle import Eagle
 from tokentree.drafters.medusa import Medusa
 from tokentree.engines.table import TableEngine
 from tokentree.grammars import compiler
-from tokentree.grammars.compiler import Grammars, _compiled, _Tokens
+from tokentree.grammars.compiler import Grammars, _compiled
 from tokentree.grammars.guide import Beginning, Guide
+from tokentree.grammars.tokens import Spelled, Tokens
 from tokentree.llm import Result
 from tokentree.sampling import process_logits, to_probs
 from tokentree.sequence import Accepted, Sequence
@@ -224,7 +225,7 @@ class Letters:
 
 
 def letters_guide(regex: str) -> Guide:
-    tokens = _Tokens(LLTokenizer(TokenizerWrapper(Letters())), VOCAB, np.zeros(4, np.uint8))
+    tokens = Tokens(Spelled(LLTokenizer(TokenizerWrapper(Letters())), VOCAB), np.zeros(4, np.uint8), {})
     return Guide(Beginning(_compiled("regex", regex, tokens)), frozenset({3}), VOCAB, tokens.hidden)
 
 

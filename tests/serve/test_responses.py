@@ -266,7 +266,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"conversation": "a"}, "conversation"),
     ({"background": True}, "background"),
     ({"include": ["message.output_text.logprobs"]}, "include"),
-    ({"reasoning": {"effort": "low"}}, "reasoning"),
+    ({"reasoning": {"effort": "low"}}, "reasoning.effort"),
     ({"truncation": "auto"}, "truncation"),
     ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "text.format"),
     ({"text": {"format": {"type": "text", "name": "a"}}}, "text.format"),

@@ -5,14 +5,14 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tokentree.errors import OptionError
-from tokentree.grammars.guide import Beginning, Bits, Guide
+from tokentree.grammars.guide import Beginning, Guide
 from tokentree.grammars.options import StructuredOutputs
+from tokentree.grammars.tokens import Tokens, read
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,7 +21,6 @@ KEPT = 64  # compiled grammars
 KEPT_CHARS = 1 << 17  # of these, together; one takes up to 2 kB of memory for each character
 # llguidance's limits on compiling, and on a step: a grammar takes 0.6 s, and what is ambiguous a few ms a node
 LEXER_FUEL, STEP_ITEMS = 1 << 16, 10_000
-END = "<|the end of a text under a grammar|>"  # a token of our own: which tokens end a text is a request's matter
 NAMES = {"json": "JSON schema", "regex": "regular expression", "lark": "grammar"}
 
 
@@ -37,7 +36,7 @@ class Grammars:
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         self._tokenizer, self._lock = tokenizer, threading.Lock()
         self._kept = OrderedDict[tuple[str, str], Beginning]()
-        self._tokens: _Tokens | None = None
+        self._tokens: Tokens | None = None
 
     def guide(self, wanted: StructuredOutputs, eos_ids: frozenset[int], stop_ids: Sequence[int] = ()) -> Guide:
         """A new guide of a text.
@@ -51,15 +50,17 @@ class Grammars:
                 tokenizer, or one whose tokens aren't known as bytes.
         """
         with self._lock:
-            read = self._read()
+            tokens = self._read()
             key = wanted.source
             if key not in self._kept or self._kept[key].worn:
-                self._kept[key] = Beginning(_compiled(*key, read))
+                self._kept[key] = Beginning(_compiled(*key, tokens))
             self._kept.move_to_end(key)
             while len(self._kept) > KEPT or (self._chars > KEPT_CHARS and len(self._kept) > 1):
                 self._kept.popitem(last=False)
-            ends = eos_ids | {token for token in stop_ids if token < read.end and read.tokens.is_special_token(token)}
-            return Guide(self._kept[key], ends, read.end, read.hidden)
+            ends = eos_ids | {
+                token for token in stop_ids if token < tokens.end and tokens.texts.is_special_token(token)
+            }
+            return Guide(self._kept[key], ends, tokens.end, tokens.hidden)
 
     @property
     def _chars(self) -> int:
@@ -74,58 +75,13 @@ class Grammars:
         with self._lock:
             self._read()
 
-    def _read(self) -> _Tokens:
+    def _read(self) -> Tokens:
         if self._tokens is None:
-            self._tokens = _read(self._tokenizer)
+            self._tokens = read(self._tokenizer)
         return self._tokens
 
 
-@dataclass(frozen=True)
-class _Tokens:
-    """A tokenizer as llguidance reads it.
-
-    Args:
-        tokens: its `LLTokenizer`, with `END` as one more token.
-        end: the id of `END`.
-        hidden: uint8, a bit for each token that a text is shown without, though it stands for bytes.
-    """
-
-    tokens: Any
-    end: int
-    hidden: Bits
-
-
-def _read(tokenizer: PreTrainedTokenizerBase | None) -> _Tokens:
-    if tokenizer is None:
-        raise OptionError("structured_outputs needs a tokenizer: this model came without one, pass tokenizer=")
-    try:
-        from llguidance import LLTokenizer
-    except ImportError:
-        raise OptionError("structured_outputs needs llguidance: pip install 'tokentree[grammar]'") from None
-    from tokenizers import Tokenizer
-
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise OptionError(f"structured_outputs needs a fast tokenizer, and {type(tokenizer).__name__} is none")
-    backend = Tokenizer.from_str(backend.to_str())
-    backend.no_padding()
-    backend.no_truncation()
-    known = set(backend.get_vocab().values())
-    backend.add_special_tokens([END])
-    end = backend.token_to_id(END)
-    if end is None or end in known:
-        raise OptionError("structured_outputs can't be used with this tokenizer: its token ids have gaps")
-    try:
-        tokens = LLTokenizer(backend.to_str(), eos_token=end)
-    except ValueError as error:
-        said = str(error).strip().splitlines()[0]
-        raise OptionError(f"structured_outputs can't be used with this tokenizer: {said}") from None
-    flags = np.zeros(-(-(tokens.vocab_size) // 32) * 32, bool)
-    flags[[token for token in tokenizer.all_special_ids if token < end and not tokens.is_special_token(token)]] = True
-    return _Tokens(tokens, end, np.packbits(flags, bitorder="little"))
-
-
-def _compiled(kind: str, text: str, tokens: _Tokens) -> Any:
+def _compiled(kind: str, text: str, tokens: Tokens) -> Any:
     """An `LLMatcher` at the beginning of a text, which is copied for each text."""
     from llguidance import LLMatcher, LLParserLimits
 
@@ -144,7 +100,7 @@ def _compiled(kind: str, text: str, tokens: _Tokens) -> Any:
     except ValueError as error:
         raise OptionError(_told(kind, str(error))) from None
     limits = LLParserLimits(verbose_errors=False, initial_lexer_fuel=LEXER_FUEL, step_max_items=STEP_ITEMS)
-    matcher = LLMatcher(tokens.tokens, grammar, log_level=0, limits=limits)
+    matcher = LLMatcher(tokens.of(kind, text), grammar, log_level=0, limits=limits)
     if not matcher.is_error():
         first = np.frombuffer(matcher.compute_bitmask(), np.uint8)
         if matcher.is_error() or not first.any():

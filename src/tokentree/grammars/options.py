@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json as json_of
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 from pydantic import BaseModel
@@ -15,6 +18,8 @@ from tokentree.errors import OptionError
 LARGEST = 1 << 17  # characters of a schema, an expression or a grammar: the largest ones take a second or two
 MOST_QUANTIFIERS = 1000  # ?, *, +, {n} and {n,m}: time and memory grow with their square
 QUANTIFIER = re.compile(r"[?*+]|\{\d")
+MOST_REMAINDERS = 100_000  # a digit goes on from each remainder of a multipleOf: so many take half a second
+JSON_PART = re.compile(r"%json\s*(?=\{)")
 DEEPEST = 64  # levels of objects and arrays in a schema
 
 
@@ -57,6 +62,8 @@ class StructuredOutputs:
             if text is not None:
                 _check_text(text, name)
                 _check_quantifiers([text], name)
+        if self.grammar is not None:
+            _check_multiples(_schemas_in(self.grammar), "grammar")
         if self.choice is not None:
             object.__setattr__(self, "choice", _texts(self.choice))
         if self.json is not None:
@@ -118,19 +125,47 @@ def _check_quantifiers(expressions: Iterable[str], name: str) -> None:
         raise OptionError(f"structured_outputs: {name} has {count} quantifiers, and {MOST_QUANTIFIERS} is the most")
 
 
-def _expressions(schema: Any) -> Iterator[str]:
-    """The regular expressions in a schema."""
+def _check_multiples(schemas: Iterable[Any], name: str) -> None:
+    """Refuses ``multipleOf`` that together have too many remainders, counted in the last decimal place of any."""
+    found = [value for schema in schemas for part in _objects(schema) for value in [part.get("multipleOf")]]
+    numbers = [value for value in found if isinstance(value, int | float) and not isinstance(value, bool)]
+    steps = [Decimal(repr(number)).normalize() for number in numbers if number > 0]
+    places = max((-int(step.as_tuple().exponent) for step in steps), default=0)
+    if math.lcm(*(int(Fraction(step) * 10 ** max(0, places)) for step in steps)) > MOST_REMAINDERS:
+        raise OptionError(
+            f"structured_outputs: {name} has multipleOf with more than {MOST_REMAINDERS} remainders together"
+        )
+
+
+def _schemas_in(grammar: str) -> list[Any]:
+    """The JSON schemas in a grammar."""
+    decoder = json_of.JSONDecoder(parse_constant=_refuse_constant)
+    try:
+        return [decoder.raw_decode(grammar, found.end())[0] for found in JSON_PART.finditer(grammar)]
+    except (ValueError, RecursionError) as error:
+        said = str(error).splitlines()[0]
+        raise OptionError(f"structured_outputs: what follows %json in the grammar is no JSON: {said}") from None
+
+
+def _objects(schema: Any) -> Iterator[dict[str, Any]]:
+    """The objects in a schema."""
     waiting = [schema]
     while waiting:
         value = waiting.pop()
         if isinstance(value, dict):
             waiting += value.values()
-            if isinstance(pattern := value.get("pattern"), str):
-                yield pattern
-            if isinstance(patterns := value.get("patternProperties"), dict):
-                yield from patterns
+            yield value
         elif isinstance(value, list):
             waiting += value
+
+
+def _expressions(schema: Any) -> Iterator[str]:
+    """The regular expressions in a schema."""
+    for part in _objects(schema):
+        if isinstance(pattern := part.get("pattern"), str):
+            yield pattern
+        if isinstance(patterns := part.get("patternProperties"), dict):
+            yield from patterns
 
 
 def _texts(choice: Any) -> tuple[str, ...]:
@@ -164,7 +199,9 @@ def _schema(schema: Any) -> str:
     except (TypeError, ValueError) as error:
         raise OptionError(f"structured_outputs: the schema can't be written as JSON: {error}") from None
     _check_text(text, "json")
-    _check_quantifiers(_expressions(json_of.loads(text)), "the JSON schema")
+    known = json_of.loads(text)
+    _check_quantifiers(_expressions(known), "the JSON schema")
+    _check_multiples([known], "the JSON schema")
     return text
 
 

@@ -34,6 +34,8 @@ async def completions(asked: CompletionRequest, request: Request) -> Response:
     check_logprobs(asked.logprobs, "logprobs", service.settings)
     if asked.echo and asked.logprobs is not None:
         raise ApiError(BAD, "echo: a prompt has no logprobs here, leave one of them out", "echo", "unsupported")
+    if asked.best_of not in (None, asked.n or 1):
+        raise ApiError(BAD, "best_of: all samples are told here, so it can only be n", "best_of", "unsupported")
     plan, made = partial(_planned, service, asked, prompts), partial(_Completion, service, asked, prompts)
     return await answer(request, service, asked, len(prompts) * (asked.n or 1), plan, made)
 

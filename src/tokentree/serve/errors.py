@@ -18,15 +18,17 @@ from tokentree.serve.protocol import MOST_VALUES, fields
 
 LOG = logging.getLogger("tokentree.serve")
 
-BAD, UNKNOWN_KEY, NOT_FOUND, TOO_SLOW, TOO_LARGE, TOO_MANY, GONE, BROKEN, NOT_READY, TOO_LATE = (
-    400, 401, 404, 408, 413, 429, 499, 500, 503, 504,
+BAD, UNKNOWN_KEY, NOT_FOUND, TOO_SLOW, TOO_LARGE, PACKED, TOO_MANY, GONE, BROKEN, NOT_READY, TOO_LATE = (
+    400, 401, 404, 408, 413, 415, 429, 499, 500, 503, 504,
 )  # fmt: skip
 TYPES = {429: "rate_limit_error", 500: "server_error", 503: "server_error", 504: "timeout_error"}
 CODES = {
+    400: "invalid_json",  # whatever else is wrong with a request has a code of its own
     404: "not_found",
     405: "method_not_allowed",
     408: "body_timeout",
     413: "request_too_large",
+    415: "compressed_body",
     500: "internal_error",
 }
 

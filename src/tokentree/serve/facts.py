@@ -18,12 +18,14 @@ from tokentree.serve.service import Service, service_of
 router = APIRouter()
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health", summary="Whether the server answers", response_class=Response)
 async def health() -> Response:
     """Answers at once, also while the model is being loaded."""
     return Response()
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready", summary="Whether requests are taken", response_class=Response, responses=ERRORS)
 async def ready(request: Request) -> Response:
     """The status is 200, or 503 while the model is being loaded and at the end."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ PASSED = (
     "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "n",
     "seed", "min_tokens", "ignore_eos",
 )  # fmt: skip
+TOKEN_ID = re.compile("0|[1-9][0-9]{0,9}")  # one way to write each, so that no two keys are one token
 STANDARD = {"temperature": 1.0}  # as OpenAI's interface has it; the others are those of `SamplingParams`
 
 
@@ -97,10 +99,9 @@ def _bias(asked: Sampled, settings: Settings) -> dict[int, float]:
     given = asked.logit_bias or {}
     if len(given) > settings.named_tokens:
         raise _too_many("logit_bias", len(given), settings.named_tokens, "tokens")
-    try:
-        return {int(token): bias for token, bias in given.items()}
-    except ValueError:
-        raise ApiError(BAD, "logit_bias: its keys must be token ids", "logit_bias", "invalid_value") from None
+    if not all(map(TOKEN_ID.fullmatch, given)):
+        raise ApiError(BAD, "logit_bias: its keys must be token ids", "logit_bias", "invalid_value")
+    return {int(token): bias for token, bias in given.items()}
 
 
 def _too_many(name: str, count: int, most: int, what: str) -> ApiError:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tokentree.serve.errors import TOO_LARGE, TOO_SLOW, UNKNOWN_KEY, ApiError, of_http
+from tokentree.serve.errors import PACKED, TOO_LARGE, TOO_SLOW, UNKNOWN_KEY, ApiError, of_http
 from tokentree.serve.page import is_page
 from tokentree.serve.service import Service
 
@@ -17,8 +17,8 @@ OPEN = ("/health", "/ready")  # to everybody, always
 
 
 class Protection:
-    """Refuses requests without a key, those that come before the model is loaded, and bodies that are too large. What
-    it refuses is not read further."""
+    """Refuses requests without a key, those that come before the model is loaded, and bodies that are compressed or too
+    large. What it refuses is not read further."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app, self._service = app, service
@@ -32,6 +32,8 @@ class Protection:
             if scope["path"] not in OPEN and not is_page(scope["path"]):
                 check_key(headers.get(b"authorization", b""), settings.keys)
                 assert self._service.backends  # raises while it is being loaded
+            if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+                raise ApiError(PACKED, "the body is compressed: send it as it is")
             length = headers.get(b"content-length", b"")
             if length.isdigit() and int(length) > settings.body_bytes:
                 raise of_http(HTTPException(TOO_LARGE))

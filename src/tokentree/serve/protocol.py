@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -21,6 +22,16 @@ FunctionName = Annotated[str, Field(max_length=64, pattern="^[a-zA-Z0-9_-]+$")]
 Texts = Annotated[list[str], Field(fail_fast=True)]
 Ids = Annotated[list[int], Field(fail_fast=True)]
 Role = Literal["system", "developer", "user", "assistant", "tool"]
+
+
+def _refused(value: Any) -> None:
+    if value is not None:
+        raise ValueError("this server doesn't have it: leave it out")
+
+
+Missing = Annotated[None, BeforeValidator(_refused)]  # a field of OpenAI's interface that is null alone
+Usual = Literal["medium"]  # what OpenAI's interface has by default: as if it was left out
+Retention = Literal["in-memory", "in_memory", "24h"]
 
 
 class Asked(BaseModel):
@@ -178,6 +189,8 @@ class CompletionRequest(Sampled):
     )
     logprobs: int | None = Field(None, description="How many of the most probable tokens are told at each place.")
     echo: bool | None = Field(None, description="The answer begins with the prompt.")
+    best_of: int | None = Field(None, description="As n: all samples are told.")
+    suffix: Literal[""] | None = None
 
     @field_validator("prompt", mode="wrap")
     @classmethod
@@ -286,6 +299,15 @@ class ChatRequest(Sampled):
     modalities: list[Literal["text"]] | None = None
     safety_identifier: str | None = Field(None, description="Accepted, and not used.")
     prompt_cache_key: str | None = Field(None, description="Accepted, and not used: prefixes are always looked up.")
+    prompt_cache_retention: Retention | None = Field(None, description="Accepted, and not used.")
+    reasoning_effort: Usual | None = None
+    verbosity: Usual | None = None
+    functions: list[Any] | None = Field(None, max_length=0)
+    function_call: Literal["none"] | None = None
+    audio: Missing = None
+    moderation: Missing = None
+    prompt_cache_options: Missing = None
+    web_search_options: Missing = None
 
     @field_validator("tool_choice", mode="wrap")
     @classmethod

@@ -6,7 +6,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, ValidationError, ValidatorFunctionWrapHandler, field_validator
 
-from tokentree.serve.protocol import Asked, Body, FunctionChoice, FunctionName, JsonSchema, Speculation
+from tokentree.serve.protocol import (
+    Asked,
+    Body,
+    FunctionChoice,
+    FunctionName,
+    JsonSchema,
+    Missing,
+    Retention,
+    Speculation,
+    Usual,
+)
 
 Status = Literal["in_progress", "completed", "incomplete"]
 
@@ -101,6 +111,15 @@ class TextOptions(Asked):
     """How the text is written."""
 
     format: Format | None = None
+    verbosity: Usual | None = None
+
+
+class Reasoning(Asked):
+    """How the model reasons: as it does."""
+
+    effort: Usual | None = None
+    summary: Missing = None
+    generate_summary: Missing = None
 
 
 class ObfuscationOptions(Asked):
@@ -142,6 +161,18 @@ class ResponsesRequest(Body):
     truncation: Literal["disabled"] | None = None
     service_tier: Literal["auto", "default"] | None = None
     include: list[str] | None = Field(None, max_length=0)
+    max_tool_calls: int | None = Field(None, description="Accepted, and not used: the server calls no tools itself.")
+    prompt_cache_retention: Retention | None = Field(None, description="Accepted, and not used.")
+    reasoning: Reasoning | None = None
+    top_logprobs: Literal[0] | None = None
+    access_programs: Missing = None
+    background_options: Missing = None
+    context_management: Missing = None
+    conversation: Missing = None
+    image: Missing = None
+    moderation: Missing = None
+    prompt: Missing = None
+    prompt_cache_options: Missing = None
 
     @field_validator("tool_choice", mode="wrap")
     @classmethod

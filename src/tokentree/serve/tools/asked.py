@@ -75,10 +75,6 @@ def tools_of(
         field = "structured_outputs"
         raise ApiError(BAD, f"{field} goes with tools only if tool_choice is none", field, "unsupported")
     form = _form(tokenizer, settings)
-    if has_format(asked) and form.bare and choice == "auto":  # a call is JSON there as well
-        field = "response_format"
-        said = f"{field} goes with tools only if tool_choice isn't auto, as this model writes calls as bare JSON"
-        raise ApiError(BAD, said, field, "unsupported")
     may_call = _chosen(tools, choice) if isinstance(choice, NamedTool) else tools
     names = [tool.function.name for tool in may_call]
     added = {entry.content for entry in tokenizer.added_tokens_decoder.values()}

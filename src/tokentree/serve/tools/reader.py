@@ -12,7 +12,7 @@ from uuid import uuid4
 from tokentree.serve.tools.formats import Format
 
 GAP = r"\s{0,64}"  # more white space is in no call
-OTHER = re.compile(rf'\{{{GAP}"(?!(?:name|arguments|parameters|type|id)")[^"]*"')  # an object that is no call
+OTHER = r'"(?!(?:name|arguments|parameters|type|id)")[^"]*"'  # a first key that is none of a call
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,9 @@ class CallReader:
         self._form, self._names = form, sorted(names)
         known = "|".join(map(re.escape, self._names))
         keys = f'{GAP}"(?:arguments|parameters)"{GAP}'
+        long = r'[^"\\]{0,64}"|[^"\\]{65}'  # as names of functions aren't
+        unknown = f'"name"{GAP}:{GAP}(?:[^"\\s]|"(?!(?:{known})")(?:{long}))'
+        self._other = re.compile(rf"\{{{GAP}(?:{OTHER}|{unknown})")
         self._header = re.compile(rf'\{{{GAP}"name"{GAP}:{GAP}"({known})"{GAP},{keys}:{GAP}(?=\{{)')
         self._step = self._text
         self._held = ""  # text that isn't told yet
@@ -147,7 +150,7 @@ class CallReader:
         self._tag, self._held = self._tag + self._held[: len(self._held) - len(json_text)], json_text
         if not json_text and not last:
             return False
-        if not json_text.startswith("{") or OTHER.match(json_text):
+        if not json_text.startswith("{") or self._other.match(json_text):
             return self._no_call(0)
         if header := self._header.match(json_text):
             self._begin(header[1])
