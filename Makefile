@@ -5,6 +5,8 @@ WORKERS ?= 2
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist worksteal
 MODELS ?= .models
 SMOLLM := $(MODELS)/smollm2-135m.gguf
+# Sources are compiled once for all processes, tests' own among them, also where Python is told to keep nothing.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-fast coverage fuzz peers browser lint bench docs wheel format clean
 
