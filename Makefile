@@ -5,8 +5,10 @@ WORKERS ?= 2
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist worksteal
 MODELS ?= .models
 SMOLLM := $(MODELS)/smollm2-135m.gguf
+# Sources are compiled once for all processes, tests' own among them, also where Python is told to keep nothing.
+export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-fast coverage fuzz peers browser lint bench docs wheel format clean
+.PHONY: demo test test-fast nightly coverage fuzz peers browser lint bench docs wheel format clean
 
 demo: .venv/ready $(SMOLLM)
 	$(BIN)/tokentree generate --model $(SMOLLM) --heads heads/smollm2-135m/eagle --chat --compare --stats --max-tokens 160 \
@@ -17,7 +19,11 @@ test: .venv/ready
 
 # For the work between: without what takes long, which tests/slow.txt lists.
 test-fast: .venv/ready
-	$(PYTEST) -m 'not slow and not real and not gpu'
+	$(PYTEST) -m 'not slow and not real and not gpu and not nightly'
+
+# What takes too long for each change: all sizes of what `make test` tries the heaviest of.
+nightly: .venv/ready
+	$(PYTEST) -m nightly
 
 # The tests, and how many of the lines they ran; too few are a failure.
 coverage: .venv/ready

@@ -74,13 +74,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None, N
 
 def ordered(items: list[pytest.Item]) -> list[pytest.Item]:
     """The drafters' tests first, which compile most of the loops that others need too. Two processes begin with the
-    first test and the one in the middle. That one runs Triton's compiler, and finds loops compiled when it is through.
+    first test and the one in the middle. That one runs Triton's compiler and its interpreter, and finds loops compiled
+    when it is through.
     """
 
     def those_of(place: str) -> list[pytest.Item]:
         return [item for item in items if item.nodeid.startswith(place)]
 
-    compiling, alone = those_of("tests/drafters/"), those_of("tests/engines/gpu/test_compiled.py")
+    compiling, alone = those_of("tests/drafters/"), those_of("tests/engines/gpu/")
+    alone.sort(key=lambda item: "/test_compiled.py" not in item.nodeid)
     known = {*compiling, *alone}
     others = [*compiling, *(item for item in items if item not in known)]
     return [*others[: len(items) // 2], *alone, *others[len(items) // 2 :]]

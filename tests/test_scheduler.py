@@ -297,12 +297,15 @@ def test_over_its_deadline_a_request_ends_with_what_it_has_and_others_go_on() ->
 
 def test_a_timeout_is_an_option() -> None:
     llm = LLM(tiny("llama"), "suffix")
-    prompts, params = [some_tokens(5), some_tokens(9)], [SamplingParams(max_tokens=9, timeout=0), SamplingParams()]
+    prompts, params = (
+        [some_tokens(5), some_tokens(9)],
+        [SamplingParams(max_tokens=9, timeout=0), SamplingParams(max_tokens=40)],
+    )
     results = llm.generate(prompts, params)
     assert [one.finish_reason for one in results] == ["timeout", "length"]
     assert results[0].token_ids == []
     assert results[0].error is None
-    assert results[1].token_ids == llm.plain().generate([prompts[1]])[0].token_ids
+    assert results[1].token_ids == llm.plain().generate([prompts[1]], params[1])[0].token_ids
     with pytest.raises(OptionError, match="without a timeout"):
         SamplingParams(num_beams=2, timeout=1)
 

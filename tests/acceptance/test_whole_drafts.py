@@ -13,7 +13,9 @@ import torch
 from tests.conftest import decode, make_sequence, random_table
 from tests.test_lossless import (
     PROMPT,
+    S3,
     SMALLER,
+    T3,
     TARGET,
     VOCAB,
     WIDE,
@@ -45,8 +47,7 @@ from tokentree.sampling import to_probs
 from tokentree.sequence import ACCEPT, DRAFT, Accepted, Sequence
 from tokentree.shapes import Shape, shape
 
-# here refused leaves often leave parents with a mass below 1 something to emit, which few random tables do
-T3, S3 = random_table(3, 2, seed=8), random_table(3, 2, seed=9)
+WRONG_SHOWS = random_table(3, 2, seed=11), random_table(3, 2, seed=21)  # on a chain too, as on few random tables
 
 # -- exact ----------------------------------------------------------------------------------------------------------
 
@@ -115,7 +116,7 @@ class Picks(DraftModel):
 
 
 DRAFTERS: dict[str, Callable[[], Drafter]] = {
-    "picks": lambda: Picks(TableEngine(SMALLER), VOCAB),
+    "picks": lambda: Picks(TableEngine(S3), 3),
     "ngram": lambda: NGram(2),
     "merged": _merged,
 }
@@ -127,8 +128,8 @@ DRAFTERS: dict[str, Callable[[], Drafter]] = {
 )
 def test_drafts_without_a_distribution_will_do(drafter: str, rule: Any, form: str) -> None:
     params: dict[str, Any] = {"max_tokens": 4, "temperature": 1.0, "presence_penalty": 0.3}
-    make = decoder_maker(form, rule(), DRAFTERS[drafter])
-    assert distance(text_law(make, **params), target_law(**params)) < 1e-9
+    make = decoder_maker(form, rule(), DRAFTERS[drafter], T3)
+    assert distance(text_law(make, **params), target_law(T3, **params)) < 1e-9
 
 
 class Refuses:
@@ -197,7 +198,7 @@ def tokens_a_step(make: Callable[[], Decoder], **params: Any) -> float:
     return sum(math.prod(numbers.shares) * len(seq.output_ids) for numbers, seq in _outcomes(run, []))
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(
     ("rule", "form", "gain"),
     [
@@ -222,7 +223,8 @@ def test_more_is_accepted_than_under_rejection(rule: Any, form: str, gain: float
 @pytest.mark.parametrize(("rule", "form"), [(Block, "chain:3"), (Traversal, "2x2")])
 def test_of_picked_children_as_many_are_accepted_as_under_match(rule: Any, form: str) -> None:
     lengths = [
-        tokens_a_step(decoder_maker(form, accept, DRAFTERS["picks"]), temperature=1.0) for accept in (rule(), Match())
+        tokens_a_step(decoder_maker(form, accept, DRAFTERS["picks"], T3), temperature=1.0)
+        for accept in (rule(), Match())
     ]
     assert lengths[0] == pytest.approx(lengths[1], abs=1e-9)
 
@@ -268,8 +270,8 @@ class DrawsByDepth(DraftModel):
 def off(form: str, rule: Acceptance, kind: type[DraftModel] = DraftModel) -> float:
     """How far the law of the texts is from the target's."""
     params: dict[str, Any] = {"max_tokens": 3, "temperature": 1.0}
-    make = decoder_maker(form, rule, lambda: kind(TableEngine(SMALLER), VOCAB))
-    return distance(text_law(make, **params), target_law(**params))
+    make = decoder_maker(form, rule, lambda: kind(TableEngine(WRONG_SHOWS[1]), 3), WRONG_SHOWS[0])
+    return distance(text_law(make, **params), target_law(WRONG_SHOWS[0], **params))
 
 
 def test_numbers_that_the_next_step_uses_again_are_not_lossless() -> None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from tests.conftest import decode, each_two, make_sequence, shown
 from tests.heads.block_heads import FORMS, some_block
 from tests.tiny_models import CONTEXT, VOCAB, full_logits, request, some_tokens, tiny
-from tokentree import LLM
+from tokentree import LLM, SamplingParams
 from tokentree.draft import Draft
 from tokentree.drafters.block import TOP, Block
 from tokentree.drafters.lookup.ngram import NGram
@@ -290,8 +290,8 @@ def test_greedy_ids_and_sampled_ids_are_plain_s(form: str, cut: str, model: tupl
     drafter = Block(some_block(form, **WIDE), engine)
     for options in ({}, {"temperature": 1.0, "seed": 3}):
         prompts = [some_tokens(11), some_tokens(4, seed=1), some_tokens(1, seed=2)]
-        plain = decode(engine, [request(p, max_tokens=24, **options) for p in prompts])
-        seqs = [request(p, max_tokens=24, **options) for p in prompts]
+        plain = decode(engine, [request(p, max_tokens=12, **options) for p in prompts])
+        seqs = [request(p, max_tokens=12, **options) for p in prompts]
         assert decode(engine, seqs, drafter, cut) == plain
         assert sum(seq.metrics.drafted_tokens for seq in seqs) > 0
 
@@ -309,7 +309,7 @@ def test_greedy_ids_and_sampled_ids_are_plain_s(form: str, cut: str, model: tupl
 )
 def test_sampling_has_the_target_s_distribution(accept: str, form: str, cut: str) -> None:
     """Chi-square of the first two tokens together, as for EAGLE; ``picked``: beside a look-up, without draws."""
-    vocab, samples, taken = 6, 2000, 0
+    vocab, samples, taken = 6, 1000, 0
     model, prompt = tiny("llama", vocab_size=vocab), [token % vocab for token in some_tokens(6)]
     engine = TorchEngine(model)
     sizes = {"draft_vocab_size": 4} if form == "few" else {}
@@ -383,10 +383,11 @@ def test_a_folder_is_a_drafter(form: str, tmp_path: Path, caplog: pytest.LogCapt
     write_block(some_block(form), tmp_path, "tiny", "deepspec", About(taps=[0, 1]))
     model = tiny("llama")
     with caplog.at_level("INFO", "tokentree"):
+        params = SamplingParams(max_tokens=30)
         for options in ({"drafter": "block"}, {}):
             llm = LLM(model, heads=tmp_path, **options)  # type: ignore[arg-type]
-            result = llm.generate([some_tokens(9)])[0]
-            assert result.token_ids == llm.plain().generate([some_tokens(9)])[0].token_ids
+            result = llm.generate([some_tokens(9)], params)[0]
+            assert result.token_ids == llm.plain().generate([some_tokens(9)], params)[0].token_ids
             assert "block" in llm.decoder.drafter.names
     assert "hidden states [0, 1], as the head's configuration says; the anchor's row guesses" in caplog.text
     assert "block" in llm.using(accept="traversal", shape="2x2").decoder.drafter.names

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from tests.conftest import decode, each_two, make_sequence, shown
 from tests.played import Played
 from tests.tiny_models import CONTEXT, VOCAB, full_logits, request, some_tokens, tiny
-from tokentree import LLM
+from tokentree import LLM, SamplingParams
 from tokentree.draft import Draft
 from tokentree.drafters.eagle import Eagle
 from tokentree.drafters.lookup.ngram import NGram
@@ -305,8 +305,8 @@ def test_greedy_ids_and_sampled_ids_are_plain_s(
     drafter = Eagle(head, engine)
     for options in ({}, {"temperature": 1.0, "seed": 3}):
         prompts = [some_tokens(11), some_tokens(4, seed=1), some_tokens(1, seed=2)]
-        plain = decode(engine, [request(p, max_tokens=24, **options) for p in prompts])
-        seqs = [request(p, max_tokens=24, **options) for p in prompts]
+        plain = decode(engine, [request(p, max_tokens=12, **options) for p in prompts])
+        seqs = [request(p, max_tokens=12, **options) for p in prompts]
         assert decode(engine, seqs, drafter, form) == plain
         assert sum(seq.metrics.drafted_tokens for seq in seqs) > 0
     assert not drafter._engine._states  # type: ignore[attr-defined]
@@ -317,7 +317,7 @@ def test_greedy_ids_and_sampled_ids_are_plain_s(
 def test_sampling_has_the_target_s_distribution(accept: str, known: int | None) -> None:
     """Chi-square of the first two tokens together, merged into the most probable ones and a rest. With so few tokens
     those of head and target are often the same ones, with other probabilities, so that a wrong rule shows."""
-    vocab, samples, taken = 6, 2000, 0
+    vocab, samples, taken = 6, 1000, 0
     model, prompt = tiny("llama", vocab_size=vocab), [token % vocab for token in some_tokens(6)]
     engine = TorchEngine(model)
     drafter, counts = Eagle(some_head(3, known, seed=1, vocab_size=vocab), engine), dict[tuple[int, ...], int]()
@@ -395,9 +395,9 @@ def test_norms_that_make_no_sense_are_refused(version: int, norms: dict[str, boo
 
 def test_a_folder_is_a_drafter(tmp_path: Path) -> None:
     write_eagle(some_head(3, 60), tmp_path, "tiny", about=About(taps=[0, 1, 2]))
-    model = tiny("llama")
+    model, params = tiny("llama"), SamplingParams(max_tokens=30)
     for options in ({"drafter": "eagle"}, {}):
         llm = LLM(model, heads=tmp_path, **options)  # type: ignore[arg-type]
-        result = llm.generate([some_tokens(9)])[0]
-        assert result.token_ids == llm.plain().generate([some_tokens(9)])[0].token_ids
+        result = llm.generate([some_tokens(9)], params)[0]
+        assert result.token_ids == llm.plain().generate([some_tokens(9)], params)[0].token_ids
         assert "eagle" in llm.decoder.drafter.names

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.drafters.test_eagle import KINDS, NORMS, some_head
 from tests.tiny_models import VOCAB, some_tokens, tiny
-from tokentree import LLM
+from tokentree import LLM, SamplingParams
 from tokentree.errors import ModelError, OptionError, PairingError
 from tokentree.heads.eagle import EagleHead
 from tokentree.heads.eagle_files import default_taps, read_eagle, tap_places, write_eagle
@@ -193,8 +193,9 @@ def test_a_head_without_an_output_layer_uses_the_target_s(
     assert saved.lm_head is None
     assert_same(saved, head)
     llm = LLM(model, heads=tmp_path, drafter="eagle", shape="2x2")
-    result = llm.generate([some_tokens(9)])[0]
-    assert result.token_ids == llm.plain().generate([some_tokens(9)])[0].token_ids
+    params = SamplingParams(max_tokens=30)
+    result = llm.generate([some_tokens(9)], params)[0]
+    assert result.token_ids == llm.plain().generate([some_tokens(9)], params)[0].token_ids
     assert result.metrics.drafted_tokens > 0
     change_tensors(tmp_path, d2t=torch.arange(60), t2d=None)
     with pytest.raises(ModelError, match=r"knows some tokens alone \(d2t\), and lacks the tensor lm_head.weight"):

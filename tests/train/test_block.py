@@ -15,6 +15,7 @@ from tests.drafters.test_block import said_by
 from tests.heads.block_heads import FORMS, some_block
 from tests.tiny_models import save_model, some_tokens, tiny, tiny_tokenizer
 from tests.train.test_eagle import even_texts, llm  # noqa: F401  a fixture
+from tokentree import SamplingParams
 from tokentree.cli.main import app
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import OptionError
@@ -159,8 +160,9 @@ def test_a_trained_head_proposes_what_the_model_writes(tmp_path: Path) -> None:
     assert 0 < saved.about.recipe["coverage"] <= 1
     with_head = llm(heads=done.folder, drafter="block", shape="2x2x1")
     prompts = [ids[:150] for ids in done.texts.ids[:4]]
-    results = with_head.generate(prompts)
-    assert [r.token_ids for r in results] == [r.token_ids for r in with_head.plain().generate(prompts)]
+    params = SamplingParams(max_tokens=60)
+    results = with_head.generate(prompts, params)
+    assert [r.token_ids for r in results] == [r.token_ids for r in with_head.plain().generate(prompts, params)]
     assert sum(r.metrics.accepted_tokens for r in results) > 10
 
 

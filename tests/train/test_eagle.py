@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from tests.drafters.test_eagle import KINDS, NORMS, said_by, some_head
 from tests.tiny_models import VOCAB, save_model, some_tokens, tiny, tiny_tokenizer
-from tokentree import LLM
+from tokentree import LLM, SamplingParams
 from tokentree.cli.main import app
 from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.torch import TorchEngine
@@ -197,8 +197,9 @@ def test_a_trained_head_proposes_what_the_model_writes(tmp_path: Path, version: 
     assert 0 < saved.about.recipe["coverage"] <= 1
     with_head = llm(heads=done.folder, drafter="eagle", shape="2x2x1")
     prompts = [ids[:150] for ids in done.texts.ids[:4]]
-    results = with_head.generate(prompts)
-    assert [r.token_ids for r in results] == [r.token_ids for r in with_head.plain().generate(prompts)]
+    params = SamplingParams(max_tokens=60)
+    results = with_head.generate(prompts, params)
+    assert [r.token_ids for r in results] == [r.token_ids for r in with_head.plain().generate(prompts, params)]
     assert sum(r.metrics.accepted_tokens for r in results) > 10
 
 

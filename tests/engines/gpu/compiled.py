@@ -1,10 +1,12 @@
 """Compiles the kernels of a forward for GPUs that needn't be there, as a program of its own: Triton's interpreter must
 be off, which the tests have on.
 
-    python tests/engines/gpu/compiled.py COMPUTE_CAPABILITY...
+    python tests/engines/gpu/compiled.py all|heaviest COMPUTE_CAPABILITY...
 
 Prints what each kernel needs, one JSON object a line: compute capability, name, options, registers of a thread, bytes
-of these that were spilled to memory, bytes of shared memory, and how many there may be.
+of these that were spilled to memory, bytes of shared memory, and how many there may be. Of the heaviest launches there
+is one of each kernel for weights of 16 bits, and one for 8: where a GPU has much shared memory, that with most sums in
+a thread's registers, and where it has little, that with most bytes of loads ahead.
 
 What is known already is not computed again. Triton writes the same PTX for 89 as for 80, its target aside. And a kernel
 that leaves half of the registers free on 89 can't spill on 120, which has as many: of these, one launch of each kernel
@@ -53,6 +55,7 @@ TYPES = {
 }  # fmt: skip
 SAME_PTX = {89: 80}  # capabilities for which Triton writes the same code, its target aside
 LIKE = {120: 89}  # capabilities with as many registers, and as much shared memory
+TIGHT = 100 * 1024  # of shared memory: less holds fewer stages of loads ahead than kernels would take
 HALF = 128  # of the registers that a thread may have
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -167,6 +170,26 @@ def of_modules(w: Weights, pages: Pages, memory: int) -> None:
             steady.expert_product(made(rows, w.width), weights, made(8, 2048), ids, 2, turned)
 
 
+def heaviest(found: dict[str, Launch], capability: int) -> dict[str, Launch]:
+    """One launch of each kernel for each kind of weights, see above."""
+
+    def weight(what: str) -> tuple[float, ...]:
+        kernel, _, constants, _, sizes = found[what]
+        named = {kernel.arg_names[place]: value for (place,), value in constants.items()}
+        rows, columns, inputs = (named.get(name, 1) for name in ("TILE", "COLUMNS", "INPUTS"))
+        sums = rows * columns * named.get("PARTS", 1) / sizes.get("num_warps", 4)
+        ahead = sizes.get("num_stages", 1) * inputs * (rows + columns)
+        measures = (ahead, sums) if SHARED[capability] < TIGHT else (sums, ahead)
+        return *measures, sum(value is not None and value > 0 for value in named.values())
+
+    chosen = dict[tuple[str, bool], str]()
+    for what, launch in found.items():
+        kind = launch[0].__name__, launch[1].get("scales", "constexpr") != "constexpr"
+        if kind not in chosen or weight(what) > weight(chosen[kind]):
+            chosen[kind] = what
+    return {what: found[what] for what in chosen.values()}
+
+
 class Compiler:
     """Compiles launches for GPUs, and knows what it compiled before."""
 
@@ -212,12 +235,12 @@ class Compiler:
         }  # fmt: skip
 
 
-def main(capability: int, compiler: Compiler) -> None:
+def main(capability: int, compiler: Compiler, every: bool) -> None:
     found = dict[str, Launch]()
     for model in MODELS.get(capability, SOME):
         bits, name = model.split(":")
         found |= launches(name, int(bits), capability)
-    for what, launch in found.items():
+    for what, launch in (found if every else heaviest(found, capability)).items():
         if not compiler.spares(what, launch, capability):
             print(json.dumps(compiler.needs(what, launch, capability)), flush=True)
 
@@ -225,5 +248,5 @@ def main(capability: int, compiler: Compiler) -> None:
 if __name__ == "__main__":
     gc.freeze()  # what is imported is no garbage
     compiler = Compiler()
-    for number in sys.argv[1:]:
-        main(int(number), compiler)
+    for number in sys.argv[2:]:
+        main(int(number), compiler, sys.argv[1] == "all")
