@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import Any
@@ -11,7 +12,7 @@ from tokentree.drafters.merged import Merged
 from tokentree.drafters.names import DRAFT_MODELS, DRAFTERS, OWN_LAYERS, REGISTRY, fitting
 from tokentree.engines.base import Engine, EngineOptions, HasHiddenStates
 from tokentree.engines.names import ENGINES, TORCH
-from tokentree.errors import OptionError
+from tokentree.errors import ModelError, OptionError, PairingError
 from tokentree.heads.mtp_files import find_mtp
 from tokentree.heads.saved import kind_of
 from tokentree.specs import options_of
@@ -91,11 +92,25 @@ def make_drafter(drafter: Named, parts: Parts) -> Drafter:
     if drafter is None:
         drafter = "draft_model" if parts.draft_engines and parts.heads is None else "merged"
     if drafter == "merged":
-        drafter = usable(parts)
+        return Merged(_usable_drafters(parts))
     if isinstance(drafter, str):
         kind, options = _with_options(drafter)
         return kind.make(parts, **options)
     return Merged([make_drafter(name, parts) for name in drafter])
+
+
+def _usable_drafters(parts: Parts) -> list[Drafter]:
+    """Those that are merged by default. Nobody asked for the target's own layers: if they can't be used, a warning says
+    why."""
+    made = list[Drafter]()
+    for name in usable(parts):
+        try:
+            made.append(make_drafter(name, parts))
+        except (ModelError, PairingError) as error:
+            if DRAFTERS[name].drafts_from != OWN_LAYERS:
+                raise
+            warnings.warn(f"the drafter {name!r} is left out: {error}", stacklevel=4)
+    return made
 
 
 def engine_maker(name: str) -> Callable[[Any, EngineOptions], Any]:

@@ -122,7 +122,6 @@ def test_a_text_that_begins_alike_gives_the_same_drafts(saved: dict[str, WithLay
     [
         ("qwen3_next", "dynamic:nodes=12", "bfloat16"),
         ("deepseek_v3", "3x2x1", "bfloat16"),
-        ("qwen3_5", "chain:3", "float32"),
     ],
 )
 def test_greedy_ids_and_sampled_ids_are_plain_s(
@@ -153,6 +152,16 @@ def test_it_is_merged_where_a_model_has_one(saved: dict[str, WithLayer], tmp_pat
     assert folder_of(made.target) is None
     write_eagle(some_head(3, hidden_size=64), tmp_path, "tiny", about=About(taps=[0, 1, 2]))
     assert "mtp" not in llm.using(heads=tmp_path).decoder.drafter.names
+
+
+def test_one_that_can_t_be_read_is_left_out_unless_it_is_asked_for(tmp_path: Path) -> None:
+    made = save_with_layer(tmp_path, "qwen3_5_text")
+    made.change(norm=None)
+    with pytest.warns(UserWarning, match=r"'mtp' is left out: .* lacks the tensor mtp.norm.weight"):
+        llm = LLM(made.folder, shape="2x1")
+    assert "mtp" not in llm.decoder.drafter.names
+    with pytest.raises(ModelError, match=r"lacks the tensor mtp.norm.weight"):
+        llm.using("mtp")
 
 
 def test_models_without_one_are_told_so(tmp_path: Path) -> None:

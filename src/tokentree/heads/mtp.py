@@ -45,6 +45,7 @@ class MtpHead(nn.Module):
         parts: Any = self.model
         x = self.projection(torch.cat([self.embedding_norm(embedded), self.hidden_norm(known)], -1))[None]
         turns = parts.rotary_emb(x, positions[None])
-        given = parts.layers[0](x, position_embeddings=turns, position_ids=positions[None], attention_mask=None)
+        all_seen = torch.zeros(1, 1, 1, 1, dtype=torch.int64)  # as `attention.tree_mask` says it
+        given = parts.layers[0](x, position_embeddings=turns, position_ids=positions[None], attention_mask=all_seen)
         normed: torch.Tensor = parts.norm(given[0] if isinstance(given, tuple) else given)
         return normed[0]

@@ -32,9 +32,8 @@ BLOCK = (128, 128)
 EXPERTS = re.compile(r"mlp\.(?:experts|gate|router)\.")
 # fields of a configuration that speak of layers by their numbers, and what they say of a lone one: sparse, or dense
 NUMBERED: dict[str, tuple[Any, Any]] = {
-    "num_hidden_layers": (1, 1), "layer_types": (["full_attention"], ["full_attention"]),
-    "mlp_layer_types": (["sparse"], ["dense"]), "first_k_dense_replace": (0, 1), "mlp_only_layers": ([], [0]),
-    "decoder_sparse_step": (1, 1),
+    "num_hidden_layers": (1, 1), "mlp_layer_types": (["sparse"], ["dense"]), "first_k_dense_replace": (0, 1),
+    "mlp_only_layers": ([], [0]), "decoder_sparse_step": (1, 1),
 }  # fmt: skip
 
 
@@ -155,9 +154,9 @@ def _read(layout: Layout, files: dict[str, Path]) -> dict[str, torch.Tensor]:
 def _widen(tensors: dict[str, torch.Tensor], where: str) -> None:
     """Multiplies weights in 8-bit floating point by the scales of their blocks, as DeepSeek-V3 has them."""
     for name in [name for name in tensors if name.endswith(SCALES)]:
-        scales, weight = tensors.pop(name).float(), tensors.get(name.removesuffix(SCALES))
-        blocks = [] if weight is None else [-(-size // block) for size, block in zip(weight.shape, BLOCK, strict=False)]
-        if weight is None or list(scales.shape) != blocks:
+        scales, weight = tensors.pop(name).float(), tensors.get(name.removesuffix(SCALES), torch.empty(0))
+        blocks = [-(-size // block) for size, block in zip(weight.shape, BLOCK, strict=False)]
+        if weight.ndim != 2 or list(scales.shape) != blocks:
             raise ModelError(f"in {where!r} the tensor {name} has no scale for each block of a weight")
         rows, columns = weight.shape
         wide = scales.repeat_interleave(BLOCK[0], 0)[:rows].repeat_interleave(BLOCK[1], 1)[:, :columns]
@@ -179,6 +178,8 @@ def _one_layer(folder: Path, sparse: bool) -> PreTrainedConfig:
     with told(f"can't read the configuration in {str(folder)!r}"):
         config: Any = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         config = copy.deepcopy(config.get_text_config())
+        if kinds := getattr(config, "layer_types", None):
+            config.layer_types = ["full_attention" if "full_attention" in kinds else kinds[-1]]
         for field, values in NUMBERED.items():
             if getattr(config, field, None) is not None:
                 setattr(config, field, values[not sparse])
