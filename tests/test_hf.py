@@ -498,7 +498,7 @@ def exact(options: dict[str, Any]) -> torch.Tensor:
     ],
 )
 def test_sampling_has_the_target_s_distribution(accept: str, options: dict[str, Any]) -> None:
-    draws, counts = 800, torch.zeros(SMALL, SMALL, dtype=torch.float64)
+    draws, counts = 400, torch.zeros(SMALL, SMALL, dtype=torch.float64)
     made = generator(small(1), shape="2x2", accept=accept, seed=11)
     ids = run(
         small(0),

@@ -124,7 +124,7 @@ def p_value(law: Law, counts: Counter[tuple[int, ...]], runs: int) -> float:
 
 def test_texts_of_many_seeds_follow_the_target() -> None:
     params: dict[str, Any] = {"temperature": 1.0, "max_tokens": 3}
-    runs, law = 2000, target_law(**params)
+    runs, law = 1000, target_law(**params)
 
     def found(drafter: Drafter, accept: str) -> float:
         seqs = [make_sequence(PROMPT, seed=seed, **params) for seed in range(runs)]

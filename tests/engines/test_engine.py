@@ -101,7 +101,7 @@ def assert_bits_of_paths(engine: KVEngine) -> None:
     assert (engine.attention, engine.caveat) == ("tree", "")
     tokens = some_tokens(41)
     tree = some_tree(tokens[-1], 33, seed=1)
-    nodes, alone = decoded_alone(engine, tokens[:-1], tree, leaves=4)
+    nodes, alone = decoded_alone(engine, tokens[:-1], tree, leaves=3)
     seq = request(tokens)
     engine.prefill(seq)
     for size in (1, 2, 3, 5, 8, 17, 33):

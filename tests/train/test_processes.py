@@ -34,10 +34,10 @@ KINDS = {
 def test_two_processes_train_what_one_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = save_model(tmp_path / "model", tiny("llama", vocab_size=300, num_hidden_layers=4), tiny_tokenizer())
+    model = save_model(tmp_path / "model", tiny("llama", vocab_size=300, num_hidden_layers=8), tiny_tokenizer())
     data = tmp_path / "data.jsonl"
     texts = [
-        " ".join(f"{word} {place}" for word in ("a tree", "an owl", "rain") * (2 + place % 3)) for place in range(32)
+        " ".join(f"{word} {place}" for word in ("a tree", "an owl", "rain") * (2 + place % 3)) for place in range(48)
     ]
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
 
