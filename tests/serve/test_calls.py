@@ -156,7 +156,10 @@ def test_arguments_of_a_call_in_another_order_are_json() -> None:
     assert json.loads(calls[0][1]) == {"ä": "ä"}
 
 
-@pytest.mark.parametrize("begin", ['{"name": "Al"', '{"name":5', '{"name": "adder"', f'{{"name": "{"a" * 65}', '{"size": '])
+NO_CALLS = ['{"name": "Al"', '{"name":5', '{"name": "adder"', f'{{"name": "{"a" * 65}', '{"size": ']
+
+
+@pytest.mark.parametrize("begin", NO_CALLS)
 def test_json_that_is_no_call_is_told_as_soon_as_that_is_certain(begin: str) -> None:
     reader = CallReader(FORMATS["llama3"], NAMES, {})
     told = [part for char in begin for part in reader.feed(char)]
