@@ -154,3 +154,16 @@ def test_templates_tell_the_format() -> None:
 def test_arguments_of_a_call_in_another_order_are_json() -> None:
     _, calls = read("hermes", [tagged('{"arguments": {"ä": "\\u00e4"}, "name": "add"}')])
     assert json.loads(calls[0][1]) == {"ä": "ä"}
+
+
+NO_CALLS = ['{"name": "Al"', '{"name":5', '{"name": "adder"', f'{{"name": "{"a" * 65}', '{"size": ']
+
+
+@pytest.mark.parametrize("begin", NO_CALLS)
+def test_json_that_is_no_call_is_told_as_soon_as_that_is_certain(begin: str) -> None:
+    reader = CallReader(FORMATS["llama3"], NAMES, {})
+    told = [part for char in begin for part in reader.feed(char)]
+    assert "".join(map(str, told)) == begin
+    more = CallReader(FORMATS["llama3"], NAMES, {})
+    assert more.feed('{"name": "add", ') == more.feed('"parameters": ') == []
+    assert len(more.feed('{"a')) == 2

@@ -403,7 +403,10 @@ def test_content_has_a_format_where_nothing_is_called(calling: Served) -> None:
             assert reason in ("tool_calls", "length")  # arguments that aren't strict may have no end
             assert len(message.get("tool_calls", [])) == (reason == "tool_calls" or "tool_calls" in message)
         seen.add(reason)
-    assert seen >= {"stop", "tool_calls"}
+        if seen >= {"stop", "tool_calls"}:
+            break
+    else:
+        pytest.fail(f"all texts end for the same reason: {seen}")
     forced = calling.post("/v1/chat/completions", asked | {"tool_choice": "required"}).json()["choices"][0]
     assert forced["message"]["content"] is None
     assert forced["finish_reason"] == "tool_calls"

@@ -97,7 +97,8 @@ class CallReader:
         keys = f'{GAP}"(?:arguments|parameters)"{GAP}'
         long = r'[^"\\]{0,64}"|[^"\\]{65}'  # as names of functions aren't
         unknown = f'"name"{GAP}:{GAP}(?:[^"\\s]|"(?!(?:{known})")(?:{long}))'
-        self._other = re.compile(rf"\{{{GAP}(?:{OTHER}|{unknown})")
+        # with tags JSON is no answer, so a name is no reason to stop waiting for the end
+        self._other = re.compile(rf"\{{{GAP}(?:{OTHER}{f'|{unknown}' if form.bare else ''})")
         self._header = re.compile(rf'\{{{GAP}"name"{GAP}:{GAP}"({known})"{GAP},{keys}:{GAP}(?=\{{)')
         self._step = self._text
         self._held = ""  # text that isn't told yet
