@@ -841,7 +841,7 @@ WRONG_SCORES: list[tuple[Callable[..., Any], str]] = [
     (lambda ids, scores: scores.repeat(2, 1), rf"returned \[2, {VOCAB}\]"),
     (lambda ids, scores: scores[0], rf"returned \[{VOCAB}\]"),
     (lambda ids, scores: scores.numpy(), "returned ndarray: it must return a tensor$"),
-    (lambda ids, scores: {}[0], "raised KeyError: 0$"),
+    (lambda ids, scores: scores[1], "raised IndexError: index 1 is out of bounds"),
 ]
 
 

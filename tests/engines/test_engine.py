@@ -531,8 +531,8 @@ def _kinds(*kinds: str) -> PreTrainedModel:
     return made
 
 
-def _blank(model: Any) -> Any:
-    model.model.layers[1].mlp.to("meta")
+def _blank(model: Any, whole: bool = False) -> Any:
+    (model if whole else model.model.layers[1].mlp).to("meta")
     return model
 
 
@@ -550,8 +550,8 @@ HEADS: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "in
             ),
             "T5ForConditionalGeneration is not a decoder-only language model",
         ),
-        (lambda: tiny("llama").to("meta"), "LlamaForCausalLM has weights without values, on the device 'meta'"),
-        (lambda: _blank(tiny("llama")), "LlamaForCausalLM has weights without values, on the device 'meta'"),
+        (lambda: _blank(tiny("llama"), whole=True), "has weights without values, on the device 'meta'"),
+        (lambda: _blank(tiny("llama")), "has weights without values, on the device 'meta'"),
         (lambda: tiny("llama").base_model, "LlamaModel is not .* with an output layer"),
         (lambda: _kinds("indexed_attention"), "has layers of the kind indexed_attention, which .* neither masks nor"),
         (lambda: _kinds("linear_attention", "dense"), "has linear_attention: a state that can't be rolled back"),
