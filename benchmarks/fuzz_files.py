@@ -144,11 +144,11 @@ def _texts(**options: Any) -> list[list[int]]:
     return [llm.generate(PROMPT, params)[0].token_ids for params in ways]
 
 
-def _model(dtype: str = "float32") -> Any:
+def _model(dtype: str = "float32", family: str = "llama") -> Any:
     import torch
     from tests.tiny_models import tiny
 
-    return tiny("llama", getattr(torch, dtype), vocab_size=300, hidden_size=64, intermediate_size=96)
+    return tiny(family, getattr(torch, dtype), vocab_size=300, hidden_size=64, intermediate_size=96)
 
 
 def _both(folder: Path) -> dict[str, Any]:
@@ -190,32 +190,58 @@ def _medusa(layout: str) -> Callable[[Path], Files]:
     return make
 
 
-def _eagle(version: int) -> Callable[[Path], Files]:
+def _eagle(version: int, layout: str = "safeailab") -> Callable[[Path], Files]:
     def make(folder: Path) -> Files:
         from tests.drafters.test_eagle import some_head
 
         from tokentree.heads.eagle_files import write_eagle
         from tokentree.heads.saved import About
 
-        head = some_head(version, 40 if version == 3 else None, hidden_size=64, vocab_size=300)
-        write_eagle(head, folder, "tiny", about=About(taps=list(head.sizes.taps)))
         options = {**_both(folder), "drafter": "eagle"}
+        head = some_head(version, 40 if version == 3 else None, hidden_size=64, vocab_size=300)
+        embedding = options["model"].get_input_embeddings().weight if layout == "speculators" else None
+        about = About(taps=list(head.sizes.taps))
+        write_eagle(head, folder, "tiny", layout=layout, about=about, embedding=embedding)
         plain = _texts(**{**options, "drafter": "none"})
         return Files(folder, lambda: _texts(**options, heads=folder), plain)
 
     return make
 
 
-def _packed(quantization: str | None) -> Callable[[Path], Files]:
+def _block(form: str, layout: str) -> Callable[[Path], Files]:
+    def make(folder: Path) -> Files:
+        from tests.heads.block_heads import some_block
+
+        from tokentree.heads.block_files import write_block
+
+        options = {**_both(folder), "drafter": "block"}
+        head = some_block(form, hidden_size=64, vocab_size=300)
+        rows = options["model"].get_input_embeddings().weight, options["model"].get_output_embeddings().weight
+        embedding, output = rows if layout == "speculators" else (None, None)
+        write_block(head, folder, "tiny", layout, embedding=embedding, output=output, num_layers=2)
+        plain = _texts(**{**options, "drafter": "none"})
+        return Files(folder, lambda: _texts(**options, heads=folder), plain)
+
+    return make
+
+
+def _packed(quantization: str | None, family: str = "llama") -> Callable[[Path], Files]:
+    """Packed weights: of a folder, or, where ``quantization`` is that of GGUF files, of such a file."""
+
     def make(folder: Path) -> Files:
         import torch
+        from tests.gguf_files import write_gguf
         from tests.tiny_models import tiny_tokenizer
 
         from tokentree.cache import cache_folder, seal
 
-        source = folder.with_name("source")
-        _model("bfloat16").save_pretrained(source)
-        tiny_tokenizer().save_pretrained(source)
+        source, model = folder.with_name("source"), _model("bfloat16", family)
+        if quantization == "gguf":
+            source = source.with_suffix(".gguf")
+            write_gguf(source, model, tiny_tokenizer(), lambda _: "Q8_0", family)
+        else:
+            model.save_pretrained(source)
+            tiny_tokenizer().save_pretrained(source)
         options = {"model": source, "drafter": "none", "quantization": quantization}
         expected = _texts(**options)
         (file,) = cache_folder().glob("models/*/packed-*")
@@ -233,15 +259,15 @@ def _packed(quantization: str | None) -> Callable[[Path], Files]:
     return make
 
 
-def _gguf(kind: str) -> Callable[[Path], Files]:
+def _gguf(kind: str, family: str = "llama") -> Callable[[Path], Files]:
     def make(folder: Path) -> Files:
         from tests.gguf_files import write_gguf
         from tests.tiny_models import tiny_tokenizer
 
-        file = folder / "tiny.gguf"
-        write_gguf(file, _model(), tiny_tokenizer(), lambda _: kind)
+        file, model = folder / "tiny.gguf", _model(family=family)
+        write_gguf(file, model, tiny_tokenizer(), lambda _: kind, family)
         whole = file.read_bytes()
-        header = len(whole) - sum(weight.nbytes for weight in _model().parameters()) // (4 if kind == "Q8_0" else 1)
+        header = len(whole) - sum(weight.nbytes for weight in model.parameters()) // (4 if kind == "Q8_0" else 1)
 
         def use() -> bool:  # other weights are another model: what drafts must be lossless for it
             return _texts(model=file, drafter="ngram") == _texts(model=file, drafter="none")
@@ -292,11 +318,20 @@ KINDS: dict[str, Callable[[Path], Files]] = {
     "medusa, FasterDecoding's": _medusa("fasterdecoding"),
     "EAGLE-1": _eagle(1),
     "EAGLE-3": _eagle(3),
+    "EAGLE-3, speculators'": _eagle(3, "speculators"),
+    "block, z-lab's layout": _block("dflash", "zlab"),
+    "block, DeepSpec's": _block("gated", "deepspec"),
+    "block, speculators'": _block("few tokens", "speculators"),
     "packed weights": _packed(None),
     "packed in 8 bits": _packed("int8"),
+    "packed GGUF": _packed("gguf"),
+    "packed Gemma 3": _packed(None, "gemma3"),
+    "packed Qwen3": _packed(None, "qwen3"),
     "costs": _costs,
     "GGUF": _gguf("F32"),
     "GGUF, quantized": _gguf("Q8_0"),
+    "GGUF, Gemma 3": _gguf("Q8_0", "gemma3"),
+    "GGUF, Qwen3": _gguf("F32", "qwen3"),
     "compiled code": _compiled,
 }
 

@@ -211,6 +211,15 @@ def large(ids: list[int], logits: torch.Tensor) -> Any:
     return logits.double() + 1e300
 
 
+def test_what_is_too_large_behind_the_temperature_is_no_fault_of_the_model(llm: LLM) -> None:
+    """Half of the largest float32 is finite, and a temperature of 0.4 makes it infinite."""
+    params = SamplingParams(temperature=0.4, max_tokens=5, logits_processors=lambda ids, logits: logits * 0 + 1.7e38)
+    with pytest.raises(RequestError, match=r"request's rules give hold 1.7e\+38: .* behind the temperature"):
+        llm.generate(PROMPT, params)
+    cool = params.model_copy(update={"temperature": 0.6})
+    assert llm.generate(PROMPT, cool)[0].finish_reason == "length"
+
+
 FAILING: dict[Processor, str] = {
     reshaped: r"returned float32\[3\]", sparse: r"returned sparse_coo float32\[120\]", complex_numbers: "complex64",
     unspeakable: "raised Unspeakable$", long_winded: "raised KeyError: 'many words", stopping: "raised StopIteration$",

@@ -8,6 +8,7 @@ import gc
 import inspect
 import itertools
 import math
+import pickle
 import threading
 import time
 import weakref
@@ -48,7 +49,7 @@ from tests.tiny_models import (
 from tokentree import LLM, hf_options
 from tokentree.engines import torch as engine_module
 from tokentree.engines.kv_engine import KVEngine
-from tokentree.errors import ModelError, OptionError, PromptError, TokenTreeError
+from tokentree.errors import ModelError, OptionError, PromptError, RequestError, TokenTreeError
 from tokentree.heads.medusa import MedusaHeads
 from tokentree.heads.saved import About, write_heads
 from tokentree.hf import WARPERS, TreeGenerator, generator
@@ -834,9 +835,43 @@ def test_a_logits_processor_with_a_memory_is_refused() -> None:
         run(model_of("llama"), batch(PROMPT), custom_generate=tree(), logits_processor=LogitsProcessorList([Counts()]))
 
 
+WRONG_SCORES: list[tuple[Callable[..., Any], str]] = [
+    (lambda ids, scores: scores[:, :-1], rf"returned \[1, {VOCAB - 1}\]: it must return \[1, {VOCAB}\]$"),
+    (lambda ids, scores: torch.cat([scores, scores], 1), rf"returned \[1, {2 * VOCAB}\]"),
+    (lambda ids, scores: scores.repeat(2, 1), rf"returned \[2, {VOCAB}\]"),
+    (lambda ids, scores: scores[0], rf"returned \[{VOCAB}\]"),
+    (lambda ids, scores: scores.numpy(), "returned ndarray: it must return a tensor$"),
+    (lambda ids, scores: scores[1], "raised IndexError: index 1 is out of bounds"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "says"), WRONG_SCORES, ids=range(len(WRONG_SCORES)))
+def test_what_a_logits_processor_returns_is_one_row_or_refused(wrong: Callable[..., Any], says: str) -> None:
+    """Nothing is cut off or taken from a batch, and the one to blame is named, whoever stands behind it."""
+    both = LogitsProcessorList([Counts(), wrong, Counts()])
+    with pytest.raises(RequestError, match=r"^the logits processor <lambda> " + says):
+        run(model_of("llama"), batch(PROMPT), custom_generate=tree(), logits_processor=both)
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))], ids=["copy", "pickle"])
+def test_a_generator_may_be_copied(way: Callable[[Any], Any]) -> None:
+    used = generator(drafter="ngram", shape="2x2", seed=3)
+    options: dict[str, Any] = {"do_sample": True, "temperature": 0.7}
+    expected = run(model_of("llama"), batch(PROMPT), custom_generate=used, **options)
+    assert torch.equal(run(model_of("llama"), batch(PROMPT), custom_generate=way(used), **options), expected)
+
+
 @pytest.mark.parametrize(
     "options",
-    [{"drafter": "oracle"}, {"drafter": ["ngram", "oracle"]}, {"shape": "2y2"}, {"accept": "never"}, {"seed": -1}],
+    [
+        {"drafter": "oracle"},
+        {"drafter": ["ngram", "oracle"]},
+        {"shape": "2y2"},
+        {"accept": "never"},
+        {"seed": -1},
+        {"seed": True},
+        {"seed": 2**63},
+    ],
     ids=str,
 )
 def test_unknown_names_are_told_at_once(options: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from tokentree.acceptance import acceptance
 from tokentree.engines.support import check_supported
-from tokentree.errors import OptionError, PromptError
+from tokentree.errors import OptionError, PromptError, RequestError
 from tokentree.hf_options import OWN_DRAFTS, beside_tokens, check_config, check_prepares
 from tokentree.llm import LLM, Model, shape_of
 from tokentree.metrics import Metrics
@@ -158,16 +158,19 @@ class TreeGenerator:
         acceptance(accept)  # unknown names are told now
         check_names(drafter)
         models_in(draft_model)
-        if seed is not None and not (isinstance(seed, int) and 0 <= seed < 2**63):
-            raise OptionError(f"seed={seed!r} is not a whole number from 0 to 2**63 - 1")
+        seed = SamplingParams(seed=seed).seed
         shape_of(shape, drafter, heads_in(heads))  # a mistake is told here; each model gets a shape of its own
-        self._options: dict[str, Any] = {"draft_model": draft_model, "drafter": drafter, "accept": accept}
-        self._options |= {"shape": shape, "heads": heads}
+        self._options: dict[str, Any] = {
+            "draft_model": draft_model, "drafter": drafter, "shape": shape, "accept": accept, "heads": heads,
+        }  # fmt: skip
         self._streamer, self._seed = streamer, seed
         self._llms: WeakKeyDictionary[PreTrainedModel, LLM] = WeakKeyDictionary()
         self._making = threading.Lock()
         self._last: list[Metrics] = []
         self._of_thread = threading.local()
+
+    def __reduce__(self) -> tuple[type[TreeGenerator], tuple[Any, ...]]:
+        return type(self), (*self._options.values(), self._streamer, self._seed)  # a copy makes engines of its own
 
     @property
     def metrics(self) -> list[Metrics]:
@@ -309,14 +312,20 @@ class _PathProcessor:
     """
 
     def __init__(self, processors: list[LogitsProcessor], left: list[int], vocab_size: int) -> None:
-        self._processors, self._left, self._vocab_size = LogitsProcessorList(processors), left, vocab_size
+        self._processors = [(_name_of(processor), LogitsProcessorList([processor])) for processor in processors]
+        self._left, self._vocab_size = left, vocab_size
+        self.__qualname__ = ""  # of whom an error is about
         self._first: tuple[list[int], torch.Tensor, torch.Tensor] | None = None
 
     def __call__(self, ids: list[int], logits: torch.Tensor) -> torch.Tensor:
         row = torch.tensor([[*self._left, *ids]], device=logits.device)
         scores = logits.new_full((1, self._vocab_size), -math.inf)
         scores[0, : logits.numel()] = logits
-        scores = self._processors(row, scores)[0, : logits.numel()]  # type: ignore[arg-type]
+        for name, processor in self._processors:
+            self.__qualname__ = name
+            scores = processor(row, scores)  # type: ignore[arg-type]
+            _check_scores(name, scores, self._vocab_size)
+        scores = scores[0, : logits.numel()]
         self._first = self._first or (ids, logits.clone(), scores.clone())
         return scores
 
@@ -325,11 +334,24 @@ class _PathProcessor:
         if self._first is not None:
             ids, logits, scores = self._first
             if not torch.equal(self(ids, logits), scores):
-                names = ", ".join(type(processor).__name__ for processor in self._processors)
+                names = ", ".join(name for name, _ in self._processors)
                 raise OptionError(
                     f"a logits processor among {names} keeps state from call to call: a token tree looks at several "
                     "continuations, so it must depend on input_ids and scores alone"
                 )
+
+
+def _name_of(processor: LogitsProcessor) -> str:
+    return getattr(processor, "__qualname__", type(processor).__qualname__)
+
+
+def _check_scores(name: str, scores: Any, vocab_size: int) -> None:
+    """Raises `RequestError` if these aren't one row of scores."""
+    if not isinstance(scores, torch.Tensor):
+        raise RequestError(f"the logits processor {name} returned {type(scores).__name__}: it must return a tensor")
+    if tuple(scores.shape) != (1, vocab_size):
+        given = list(scores.shape)
+        raise RequestError(f"the logits processor {name} returned {given}: it must return [1, {vocab_size}]")
 
 
 def _sampling_options(

@@ -109,7 +109,8 @@ class LLM:
         prefill_rows: the number of prompt tokens in a step that decodes texts too. These texts wait so much longer. By
             default 64 on CPUs, and 512 elsewhere. A step that decodes no text reads four times as many.
         kv_mb: memory for the KV of texts that are decoded, in megabytes. When it is full, the youngest text waits, and
-            is read again later. By default half of the machine's memory, or nine tenths of a GPU's free memory.
+            is read again later. By default half of the machine's memory, or nine tenths of a GPU's free memory. It
+            counts the target's KV of this `LLM` alone: beams, draft models and twins need memory beside it.
         threads: CPU threads, as ``torch.set_num_threads`` sets them for the whole process. Texts don't depend on them.
         prefix_mb: the size of each engine's prefix cache in megabytes. It holds KV of finished texts. A text that
             begins alike (the next turn of a chat, the same instructions) reuses it.

@@ -23,6 +23,7 @@ from tokentree.grammars.options import StructuredOutputs
 LogitsProcessor = Callable[[list[int], torch.Tensor], torch.Tensor]
 LARGEST = 1e9  # penalty, and
 LARGEST_BIAS = 1e30  # so that float32 holds what comes of them
+MOST_LOGIT = torch.finfo(torch.float32).max
 HOTTEST = 1e38  # temperature that float32 holds: by infinity, what is banned would be divided into NaN
 END = 2**63  # of whole numbers
 MOST = 65_536  # samples of one prompt
@@ -291,10 +292,10 @@ def process_logits(
     best = float(logits.max())  # NaN if there is one
     if best == -math.inf:
         raise DeadEnd(f"after {len(output_ids)} new tokens the request's rules leave no token to choose")
-    if not math.isfinite(best):
+    if not math.isfinite(best) or (not params.is_greedy and best / params.temperature > MOST_LOGIT):
         raise RequestError(
-            f"after {len(output_ids)} new tokens the logits that the request's rules give hold {best}: they must be "
-            "finite, or -inf for what is banned"
+            f"after {len(output_ids)} new tokens the logits that the request's rules give hold {best:g}: they must be "
+            "finite, also behind the temperature, or -inf for what is banned"
         )
     return logits
 

@@ -531,6 +531,11 @@ def _kinds(*kinds: str) -> PreTrainedModel:
     return made
 
 
+def _blank(model: Any, whole: bool = False) -> Any:
+    (model if whole else model.model.layers[1].mlp).to("meta")
+    return model
+
+
 HEADS: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32}
 
 
@@ -545,6 +550,8 @@ HEADS: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "in
             ),
             "T5ForConditionalGeneration is not a decoder-only language model",
         ),
+        (lambda: _blank(tiny("llama"), whole=True), "has weights without values, on the device 'meta'"),
+        (lambda: _blank(tiny("llama")), "has weights without values, on the device 'meta'"),
         (lambda: tiny("llama").base_model, "LlamaModel is not .* with an output layer"),
         (lambda: _kinds("indexed_attention"), "has layers of the kind indexed_attention, which .* neither masks nor"),
         (lambda: _kinds("linear_attention", "dense"), "has linear_attention: a state that can't be rolled back"),
@@ -553,7 +560,7 @@ HEADS: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "in
             "BertLMHeadModel is an encoder here, .*: load it with is_decoder=True",
         ),
     ],
-    ids=["rwkv", "t5", "no_output_layer", "another kind", "state", "encoder"],
+    ids=["rwkv", "t5", "meta", "partly meta", "no_output_layer", "another kind", "state", "encoder"],
 )  # fmt: skip
 def test_a_model_that_no_tree_can_be_verified_with_is_refused_with_the_reason(make: Any, reason: str) -> None:
     with pytest.raises(ModelError, match=reason) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,11 @@ def test_parts_of_a_split_file_are_named(small_first: bool, tmp_path: Path) -> N
         for way in (LLM, load_model_here, load_tokenizer):
             with pytest.raises(ModelError, match=rf"^can't load the .*{part.name}': {says}$"):
                 way(part)
+    other = tmp_path / "big-00001-of-00009.gguf"
+    shutil.copy(parts[0], other)
+    with pytest.raises(ModelError, match=f"it is one of {count} parts: .* --merge FIRST_PART WHOLE_FILE`$"):
+        LLM(other)
+    other.unlink()
     parts[1].unlink()
     for part in (parts[0], parts[2]):
         with pytest.raises(ModelError, match=f"{says}; {parts[1].name} isn't here$"):

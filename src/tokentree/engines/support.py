@@ -40,6 +40,8 @@ def unsupported(model: PreTrainedModel) -> str | None:
         return f"{name} is not a decoder-only language model: an encoder's tokens see those behind them too"
     if output_layer(model) is None:
         return f"{name} is not a decoder-only language model with an output layer"
+    if model.device.type == "meta" or (_has_blanks(model) and not _is_offloaded(model)):
+        return f"{name} has weights without values, on the device 'meta': load them first"
     if getattr(config.get_text_config(), "use_bidirectional_attention", None) in (True, "all"):
         return f"{name} reads a text in both directions (use_bidirectional_attention): tokens see those behind them too"
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or ())
@@ -62,6 +64,15 @@ def unsupported(model: PreTrainedModel) -> str | None:
     if missing and not others:
         return f"{name} takes no {', '.join(sorted(missing))}, without which a tree can't be verified"
     return None
+
+
+def _has_blanks(model: PreTrainedModel) -> bool:
+    return any(weight.is_meta for weight in model.parameters())
+
+
+def _is_offloaded(model: PreTrainedModel) -> bool:
+    """Whether accelerate's hooks bring weights to where they are needed."""
+    return any(hasattr(module, "_hf_hook") for module in model.modules())
 
 
 def output_layer(model: PreTrainedModel) -> nn.Module | None:

@@ -220,10 +220,11 @@ def _check_whole(entries: dict[str, Any], file: Path) -> None:
     if count < 2:
         return
     found = _PART.search(file.stem)
+    found = found if found and int(found[2]) == count else None  # else its name is about something else
     stem = file.stem[: found.start()] if found else ""
     names = [f"{stem}-{part:05d}-of-{found[2]}{file.suffix}" for part in range(1, count + 1)] if found else []
     missing = [name for name in names[:1000] if not file.with_name(name).exists()]
-    also = f"; {', '.join(missing[:3])} isn't here" if missing else ""
+    also = f"; {', '.join(missing[:3])} {'is' if len(missing) == 1 else 'are'}n't here" if missing else ""
     first, joined = (names[0], f"{stem}{file.suffix}") if names else ("FIRST_PART", "WHOLE_FILE")
     raise GgufError(
         f"it is one of {count} parts: join them first, with `llama-gguf-split --merge {first} {joined}`{also}"
