@@ -36,6 +36,7 @@ LAYERS = {
             "sequence",
             "prompt_kv",
             "gguf.header",
+            "misread",
         ),
         1,
     ),

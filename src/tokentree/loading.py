@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import pickle
-import zipfile
-from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 
 from tokentree.converted import converted, packed_place
 from tokentree.engines.base import EngineOptions, TransformersEngine
@@ -19,6 +13,7 @@ from tokentree.engines.from_cache import ready_engine
 from tokentree.engines.plan import may_be_kept
 from tokentree.errors import ModelError, OptionError
 from tokentree.gguf.header import has_tokenizer, read_header
+from tokentree.misread import told
 from tokentree.names import Found, find
 
 if TYPE_CHECKING:  # its model classes take seconds to import, and aren't needed where a model was packed before
@@ -208,29 +203,3 @@ def _load_tokenizer(name: str | Path, found: Found) -> PreTrainedTokenizerBase:
             found.where, local_files_only=found.local_only, trust_remote_code=False
         )
         return tokenizer
-
-
-class told(AbstractContextManager[None]):
-    """Whatever is raised of files that make no sense, as a `ModelError` that begins so."""
-
-    kinds = (
-        OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, ImportError,
-        RuntimeError, EOFError, pickle.PickleError, zipfile.BadZipFile, SafetensorError, StrictDataclassError,
-    )  # fmt: skip
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None or isinstance(error, ModelError):
-            return
-        if isinstance(error, self.kinds) or kind is Exception:  # the tokenizers package raises nothing narrower
-            raise ModelError(f"{self._what}: {_reason(error)}") from None
-
-
-def _reason(error: BaseException) -> str:
-    """The first sentence of an error that was written for a longer page."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

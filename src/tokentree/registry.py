@@ -10,7 +10,7 @@ from typing import Any
 from tokentree.drafters.base import Drafter, Parts
 from tokentree.drafters.merged import Merged
 from tokentree.drafters.names import DRAFT_MODELS, DRAFTERS, OWN_LAYERS, REGISTRY, fitting
-from tokentree.engines.base import Engine, EngineOptions, HasHiddenStates
+from tokentree.engines.base import Engine, EngineOptions, LayerEngines
 from tokentree.engines.names import ENGINES, TORCH
 from tokentree.errors import ModelError, OptionError, PairingError
 from tokentree.heads.mtp_files import find_mtp
@@ -73,7 +73,7 @@ def usable(parts: Parts) -> list[str]:
     part where there are neither heads nor draft models."""
     given = set() if parts.heads is None else {DRAFTERS[kind_of(parts.heads)].drafts_from}
     given |= {DRAFT_MODELS} if parts.draft_engines else set()
-    if not given and isinstance(parts.engine, HasHiddenStates) and find_mtp(parts.folder) is not None:
+    if not given and isinstance(parts.engine, LayerEngines) and find_mtp(parts.folder) is not None:
         given = {OWN_LAYERS}
     return fitting(given)
 

@@ -488,7 +488,7 @@ def test_trained_heads_propose_what_the_model_writes(tmp_path: Path, monkeypatch
     assert f"| 1 | {saved.about.accuracies[0][0]:.1%} |" in card
     with_heads = llm(heads=done.folder, drafter="medusa", shape="dynamic:nodes=16")
     prompts = [ids[:150] for ids in done.texts.ids[:4]]
-    params = SamplingParams(max_tokens=60)
+    params = SamplingParams(max_tokens=200)
     results = with_heads.generate(prompts, params)
     assert [r.token_ids for r in results] == [r.token_ids for r in with_heads.plain().generate(prompts, params)]
     fresh = MedusaHeads(2, 1, 48)

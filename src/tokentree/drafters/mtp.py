@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from tokentree.drafters.base import Drafter, Parts
 from tokentree.drafters.draft_model import DraftModel
-from tokentree.engines.base import Engine, HasHiddenStates
+from tokentree.engines.base import Engine, LayerEngines
 from tokentree.errors import PairingError
 from tokentree.heads.mtp import MtpHead
 from tokentree.heads.mtp_files import read_mtp
@@ -23,9 +23,7 @@ class Mtp(DraftModel):
     """
 
     def __init__(self, head: MtpHead, target: Engine) -> None:
-        from tokentree.engines.mtp import MtpEngine  # it imports transformers' model classes
-
-        super().__init__(MtpEngine(head, _with_states(target)), target.vocab_size, "mtp")
+        super().__init__(_with_states(target).layer_engine(head), target.vocab_size, "mtp")
 
     @classmethod
     def make(cls, parts: Parts) -> Drafter:
@@ -37,13 +35,13 @@ class Mtp(DraftModel):
         return cls(read_mtp(parts.folder, _with_states(parts.engine).capture([]).dtype), parts.engine)
 
 
-def _with_states(engine: Engine) -> HasHiddenStates:
+def _with_states(engine: Engine) -> LayerEngines:
     """``engine``, if a head can draft on it.
 
     Raises:
         PairingError: if it has no hidden states.
     """
-    if not isinstance(engine, HasHiddenStates):
+    if not isinstance(engine, LayerEngines):
         raise PairingError(
             f"{engine.info.name} has no hidden states, on which a layer for multi-token prediction drafts"
         )

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tokentree.engines.model_facts import Facts
     from tokentree.heads.block import BlockHead
     from tokentree.heads.eagle import EagleHead
+    from tokentree.heads.mtp import MtpHead
     from tokentree.prompt_kv import PromptKV
 
 CPU = torch.device("cpu")
@@ -416,6 +417,19 @@ class HeadEngines(HasHiddenStates, Protocol):
     """An engine that can make draft engines of EAGLE heads."""
 
     def head_engine(self, head: EagleHead) -> DraftEngine:
+        """A draft engine that runs ``head`` on the hidden states of this engine.
+
+        Raises:
+            PairingError: if the head doesn't fit the target.
+        """
+        ...
+
+
+@runtime_checkable
+class LayerEngines(HasHiddenStates, Protocol):
+    """An engine on which a layer for multi-token prediction can draft."""
+
+    def layer_engine(self, head: MtpHead) -> DraftEngine:
         """A draft engine that runs ``head`` on the hidden states of this engine.
 
         Raises:

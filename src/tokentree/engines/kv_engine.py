@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from tokentree.heads.block import BlockHead
     from tokentree.heads.eagle import EagleHead
+    from tokentree.heads.mtp import MtpHead
 
 PREFILL_ROWS = 256
 
@@ -318,6 +319,11 @@ class KVEngine(NotCopied, ABC):
         from tokentree.engines.block import TorchBlocks  # few need what it imports
 
         return TorchBlocks(head, self)
+
+    def layer_engine(self, head: MtpHead) -> DraftEngine:
+        from tokentree.engines.mtp import MtpEngine  # it imports transformers' model classes
+
+        return MtpEngine(head, self)
 
     def head_engine(self, head: EagleHead) -> DraftEngine:
         from tokentree.engines.eagle import EagleEngine  # few need what it imports

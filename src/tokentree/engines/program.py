@@ -72,8 +72,7 @@ class ProgramEngine(KVEngine):
         logits = self._program.forward(ids, positions, segments, upto, rows)
         for segment in segments if self._places else ():  # all hidden states of its rows in one move
             first, start = segment.prefix + segment.first, segment.start
-            rows = self._program.states[:, start : start + segment.count]
-            segment.kv.states[:, first : first + segment.count] = rows
+            segment.kv.states[:, first : first + segment.count] = self._program.states[:, start : start + segment.count]
         return logits
 
     def _most_probable(self) -> tuple[NDArray[np.float32], Ints] | None:

@@ -173,7 +173,7 @@ def _one_layer(folder: Path, sparse: bool) -> PreTrainedConfig:
     """The configuration of the text model in ``folder``, with one layer and one token."""
     from transformers import AutoConfig  # takes a second
 
-    from tokentree.loading import told
+    from tokentree.misread import told
 
     with told(f"can't read the configuration in {str(folder)!r}"):
         config: Any = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -200,7 +200,7 @@ def _model(
     """
     from transformers import AutoModelForCausalLM
 
-    from tokentree.loading import told
+    from tokentree.misread import told
 
     kind: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
     if kind is None:

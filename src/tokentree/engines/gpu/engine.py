@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from tokentree.heads.block import BlockHead
     from tokentree.heads.eagle import EagleHead
+    from tokentree.heads.mtp import MtpHead
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # numbers of rows that are recorded
 TEXTS = 256  # at a time
@@ -412,6 +413,11 @@ class TritonEngine(NotCopied):
         from tokentree.engines.block import TorchBlocks  # few need what it imports
 
         return TorchBlocks(head, self)
+
+    def layer_engine(self, head: MtpHead) -> DraftEngine:
+        from tokentree.engines.mtp import MtpEngine  # it imports transformers' model classes
+
+        return MtpEngine(head, self)
 
     def head_engine(self, head: EagleHead) -> DraftEngine:
         from tokentree.engines.eagle import EagleEngine  # few need what these import
