@@ -132,9 +132,9 @@ class RecurrentStates:
     def hold(self, length: int, read: int) -> None:
         """All states hold ``length`` rows from now on, and ``read`` ones behind these, of which the last ones were
         stored there, at most `back`. For a model whose states are windows alone."""
-        if new := min(self.back, read):
-            begin = length - self._origin + new
-            self._rows[: self.back] = self._rows[begin : begin + self.back].clone()
+        if read:
+            begin = length - self._origin + min(self.back, read)
+            self._rows = self._rows[begin : begin + self.back].clone()
         self.held = [length + read] * len(self.recurrences)
 
     def keep(self, length: int, nodes: SequenceOf[int], committed: int) -> None:
