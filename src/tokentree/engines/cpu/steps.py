@@ -64,7 +64,6 @@ from tokentree.engines.segment import Segment
 from tokentree.errors import ModelError
 from tokentree.jit import njit
 from tokentree.kernels.attention import AttentionCall
-from tokentree.kernels.recurrence import StateRows
 from tokentree.kernels.threads import address, num_threads, rest, run
 from tokentree.kernels.tile import BFLOAT16_WIDE, BLOCK
 from tokentree.tree import Ints
@@ -188,7 +187,9 @@ class Steps:
         if not known:
             raise IndexError(f"a token id is outside the embedding of {self._tokens}")
         steps_at, counters_at = self._addresses
-        states = [self._state_rows(segment) for segment in recurring]
+        for segment in recurring:
+            self._make_room(segment)
+        states = [segment.state_rows(0) for segment in recurring]
         call = ForwardCall(
             rows=rows, threads=num_threads(), rest=rest(), num_steps=count - first, steps=steps_at + 8 * STEP * first,
             counters=counters_at, num_segments=len(segments), turns=turns.at, places=places_at, ids=ids_at,
@@ -200,12 +201,15 @@ class Steps:
             segment.kv.recurrent.hold(segment.prefix, segment.count if segment.read else 0)
 
     @staticmethod
-    def _state_rows(segment: Segment) -> StateRows:
-        """What is told of a segment's states, which have room for its rows then."""
+    def _make_room(segment: Segment) -> None:
+        """Readies the states of a segment for its rows.
+
+        Raises:
+            ModelError: if they are in disorder.
+        """
         states = segment.kv.recurrent
         states.check(segment.prefix)
         states.reserve(segment.prefix, min(states.back, segment.count) if segment.read else len(segment.tree))
-        return segment.state_rows(0)
 
     def _check(self, segments: SequenceOf[Segment], turns: Turns, rows: int) -> None:
         """See `run`."""
