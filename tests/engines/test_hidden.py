@@ -8,6 +8,7 @@ import torch
 from tests.conftest import random_table
 from tests.drafters.test_eagle import some_head
 from tests.drafters.test_medusa import random_heads
+from tests.hybrids import HYBRIDS, tiny_hybrid
 from tests.tiny_models import FAMILIES, request, some_tokens, some_tree, tiny, tiny_vision
 from tokentree.drafters.eagle import Eagle
 from tokentree.drafters.medusa import Medusa
@@ -80,10 +81,10 @@ def test_the_last_ones_are_what_the_output_layer_reads(family: str) -> None:
     assert float((again - out.all_logits).abs().max()) < 1e-4 * float(out.all_logits.std())
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3", "lfm2"])
 @pytest.mark.parametrize("quantization", [None, "int8"])
 def test_a_program_has_them_too(quantization: str | None, family: str) -> None:
-    model = tiny(family, torch.bfloat16, **WIDE)
+    model = tiny_hybrid(family, torch.bfloat16) if family in HYBRIDS else tiny(family, torch.bfloat16, **WIDE)
     engine = TorchEngine(model, quantization=quantization)
     assert isinstance(engine, ProgramEngine)
     features, seq = engine.capture(), request(some_tokens(20))

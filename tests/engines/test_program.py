@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from tests.engines.test_engine import assert_bits_of_paths
+from tests.hybrids import HYBRIDS, tiny_hybrid
 from tests.tiny_models import VOCAB, WINDOW, full_logits, request, some_tokens, some_tree, tiny
 from tokentree import LLM, SamplingParams
 from tokentree.engines.base import KEPT, Engine
@@ -17,20 +21,32 @@ from tokentree.engines.cpu.families.names import FAMILIES as STACKS
 from tokentree.engines.cpu.families.names import family_of
 from tokentree.engines.cpu.linear import PackedLinear
 from tokentree.engines.cpu.packing import Packing
-from tokentree.engines.cpu.step_loops import ATTEND, BEST, MULTIPLY, NORM, NORM_ONCE
+from tokentree.engines.cpu.step_loops import ATTEND, BEST, CONVOLVE, MULTIPLY, NORM, NORM_ONCE
 from tokentree.engines.modules import ModulesEngine
 from tokentree.engines.program import ProgramEngine
+from tokentree.engines.segment import Segment
 from tokentree.engines.torch import TorchEngine
+from tokentree.errors import ModelError
 from tokentree.kernels import threads
 from tokentree.kernels.topk import top_logits
 from tokentree.tree import TokenTree
 
 AS_IT_IS = Packing(PackedLinear)
 LAYERS = ["sliding_attention", "full_attention"]
-FAMILIES = {"llama": "llama", "mistral": "llama", "qwen2": "llama", "qwen3": "qwen3", "gemma3": "gemma3"}
+FAMILIES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "llama",
+    "qwen3": "qwen3",
+    "gemma3": "gemma3",
+    "lfm2": "lfm2",
+}
+SOME = ["llama", "gemma3", "lfm2"]
 
 
 def wide(family: str = "llama") -> PreTrainedModel:
+    if family in HYBRIDS:
+        return tiny_hybrid(family, torch.bfloat16)
     return tiny(family, torch.bfloat16, hidden_size=64, intermediate_size=96)
 
 
@@ -73,7 +89,7 @@ def test_a_model_is_of_one_family(family: str) -> None:
     assert fitting == [FAMILIES[family]]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("family", SOME)
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_threads_change_no_bit(count: int, family: str) -> None:
     engine, before = TorchEngine(wide(family)), torch.get_num_threads()
@@ -105,7 +121,7 @@ def test_the_most_probable_tokens_are_found_in_the_call() -> None:
     assert out.best_known[1].tolist() == ids.tolist()
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("family", SOME)
 def test_room_grows_for_more_rows_than_there_were_without_a_change(family: str) -> None:
     engine = TorchEngine(wide(family))
     expected = logits_of(engine)
@@ -118,25 +134,29 @@ def test_room_grows_for_more_rows_than_there_were_without_a_change(family: str) 
     assert torch.equal(logits_of(engine), expected)
 
 
+@pytest.mark.parametrize("family", ["llama", "lfm2"])
 @pytest.mark.parametrize("token", [-1, VOCAB, 10**12])
-def test_a_token_that_there_isn_t_is_refused_before_memory_is_read(token: int) -> None:
-    engine = TorchEngine(wide())
+def test_a_token_that_there_isn_t_is_refused_before_memory_is_read(token: int, family: str) -> None:
+    engine = TorchEngine(wide(family))
     assert isinstance(engine, ProgramEngine)
-    seq = request(some_tokens(3))
+    seq, chain = request(some_tokens(3)), TokenTree.chain(1, [VOCAB - 1])
     engine.prefill(seq)
+    expected = engine.verify([seq], [chain]).all_logits
     with pytest.raises(IndexError, match="outside the embedding"):
         engine.verify([seq], [TokenTree.chain(1, [token])])
-    assert len(engine.verify([seq], [TokenTree.chain(1, [VOCAB - 1])]).all_logits) == 2
+    assert torch.equal(engine.verify([seq], [chain]).all_logits, expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_prefill_ends_at_the_last_layer_s_kv(family: str) -> None:
+def test_a_prefill_ends_at_the_last_layer_s_kv_or_state(family: str) -> None:
     engine = TorchEngine(wide(family))
     assert isinstance(engine, ProgramEngine)
     program = engine._program
-    behind = program._steps[program._up_to_kv :, 0].tolist()
-    assert behind[0] == ATTEND
-    assert behind.count(ATTEND) == 1
+    before, behind = (part.tolist() for part in np.split(program._steps[:, 0], [program._up_to_kv]))
+    last = CONVOLVE if family == "lfm2" else ATTEND
+    assert (before + behind)[program._up_to_kv - (last == CONVOLVE)] == last
+    assert behind.count(ATTEND) == (last == ATTEND)
+    assert behind.count(CONVOLVE) == 0
     assert behind[-3:] == [NORM_ONCE if family == "gemma3" else NORM, MULTIPLY, BEST]
 
 
@@ -145,6 +165,8 @@ CHANGED = [
     ("qwen3", "model.layers.1.self_attn.k_norm"),
     *(("gemma3", f"model.{part}") for part in ("layers.1.self_attn.q_norm", "layers.0.pre_feedforward_layernorm")),
     ("gemma3", "model.embed_tokens"),
+    *(("lfm2", f"model.layers.{part}") for part in ("0.conv", "0.conv.conv", "1.self_attn.k_layernorm", "2.ffn_norm")),
+    *(("lfm2", part) for part in ("model.layers.3.feed_forward.w1", "model.embedding_norm")),
 ]
 
 
@@ -197,3 +219,46 @@ def test_positions_turn_as_gemma_3_s_own_do_in_each_kind_of_layer() -> None:
     assert isinstance(engine, ProgramEngine)
     windows = [layer.attention.window for layer in engine._program.stack.layers]
     assert windows == [WINDOW, None]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"hidden_size": 320, "conv_L_cache": 5, "conv_bias": True},  # channels that a thread takes in two strips
+        {"conv_L_cache": 1, "layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
+        {"layer_types": ["full_attention", "full_attention"], "num_hidden_layers": 2},
+    ],
+    ids=["wide", "one tap", "attention alone"],
+)
+def test_convolutions_of_other_sizes(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tiny_hybrid("lfm2", torch.bfloat16, **options)
+    program = TorchEngine(own)
+    assert isinstance(program, ProgramEngine)
+    assert_bits_of_paths(program)
+    monkeypatch.setattr("tokentree.engines.prepared.family_of", lambda *_: None)
+    assert torch.equal(logits_of(program), logits_of(TorchEngine(own)))
+
+
+def test_what_lfm2_has_no_steps_for_is_left_to_transformers() -> None:
+    for change in ({"groups": 32}, {"padding": (1,)}, {"dilation": (2,)}, {"padding_mode": "circular"}):
+        own: Any = wide("lfm2")
+        for name, value in change.items():
+            setattr(own.model.layers[0].conv.conv, name, value)
+        assert family_of(own, AS_IT_IS) is None
+    assert family_of(tiny_hybrid("lfm2", torch.bfloat16, layer_types=["conv"] * 4), AS_IT_IS) is None
+    assert family_of(wide("lfm2_moe"), AS_IT_IS) is None
+    assert family_of(wide("lfm3"), AS_IT_IS) is None
+
+
+def test_states_of_other_sizes_are_refused_before_memory_is_read() -> None:
+    engine = TorchEngine(wide("lfm2"))
+    assert isinstance(engine, ProgramEngine)
+    program, layout, chain = engine._program, engine._storages.layout, TokenTree.chain(1, [2, 3])
+    one = layout.recurrences[0]
+    ids, places = np.array([1, 2, 3]), np.arange(3)
+    narrow, short = dataclasses.replace(one, row=32), dataclasses.replace(one, back=1)
+    for kept in ((), (one,) * 2, (one,) * 4, (narrow,) * 3, (short,) * 3):
+        kv = dataclasses.replace(layout, recurrences=kept).make(32)
+        with pytest.raises(ModelError, match="the states of a text have other sizes than the model's layers"):
+            program.forward(ids, places, [Segment(kv, chain, 0, 0)], "logits")
+    assert len(program.forward(ids, places, [Segment(layout.make(32), chain, 0, 0)], "logits")()) == 3

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from tests.drafters.test_eagle import some_head
 from tests.engines.cpu.test_kept import logits_of, rewrite
 from tests.gguf_files import write_gguf
+from tests.hybrids import HYBRIDS, tiny_hybrid
 from tests.tiny_models import request, some_tokens, tiny, tiny_tokenizer
 from tokentree import LLM, SamplingParams
 from tokentree.engines.base import EngineOptions
@@ -100,6 +101,36 @@ OF_GEMMA: dict[str, Callable[[dict[str, Any]], Any]] = {
 }  # fmt: skip
 
 
+def of_conv(change: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], Any]:
+    return lambda ready: change(ready["stack"]["layers"][0]["convolution"])
+
+
+OF_LFM2: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "taps": of_conv(lambda conv: conv.update(weight=torch.ones(1, 64))),
+    "no taps": of_conv(lambda conv: conv.update(weight=torch.ones(0, 64))),
+    "channels": of_conv(lambda conv: conv.update(weight=torch.ones(3, 32), bias=torch.ones(32))),
+    "weights in another type": of_conv(lambda conv: conv.update(weight=conv["weight"].bfloat16())),
+    "weights that lie otherwise": of_conv(lambda conv: conv.update(weight=torch.ones(64, 3).t())),
+    "bias": of_conv(lambda conv: conv.update(bias=torch.ones(63))),
+    "product": of_conv(lambda conv: conv.update(in_proj=conv["out_proj"])),
+    "more of a convolution": of_conv(lambda conv: conv.update(forward=1)),
+    "no mixer": lambda ready: ready["stack"]["layers"][0].pop("convolution"),
+    "two mixers": lambda ready: ready["stack"]["layers"][0].update(
+        attention=ready["stack"]["layers"][1]["attention"]
+    ),
+    "no attention": lambda ready: ready["stack"]["layers"].pop(1),
+    "family": lambda ready: ready.update(family="qwen3"),
+}  # fmt: skip
+SPOILT = {"llama": SIZES, "gemma3": OF_GEMMA, "lfm2": OF_LFM2}
+
+
+def made(family: str, **options: Any) -> PreTrainedModel:
+    """A model in bfloat16, with sizes that packed layers take."""
+    if family in HYBRIDS:
+        return tiny_hybrid(family, torch.bfloat16, **options)
+    return tiny(family, torch.bfloat16, **options, **WIDE)
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKENTREE_CACHE", str(tmp_path / "cache"))
@@ -123,16 +154,17 @@ def twice(model: Path, quantization: str | None = None) -> tuple[KVEngine, KVEng
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("quantization", [None, "int8"])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3", "lfm2"])
 def test_the_second_engine_says_the_same_bit_for_bit(
     family: str, quantization: str | None, tied: bool, tmp_path: Path
 ) -> None:  # fmt: skip
-    model = tiny(family, torch.bfloat16, tie_word_embeddings=tied, **WIDE)
+    model = made(family, tie_word_embeddings=tied)
     first, second = twice(saved(tmp_path / "model", model), quantization)
     assert torch.equal(logits_of(first), logits_of(second))
     assert first.facts == second.facts
     assert first.signature == second.signature
     assert first.bytes_per_token == second.bytes_per_token
+    assert first.info.state_bytes == second.info.state_bytes
     assert Fingerprint.of(first.config, None) == Fingerprint.of(second.config, None)
     assert second.facts.ends == [2, 7]
 
@@ -239,17 +271,18 @@ def test_a_folder_that_changed_is_read_again(tmp_path: Path) -> None:
     [
         *(("llama", part) for part in ["stack", "family of it", "settings", "facts", "weight", *SIZES]),
         *(("gemma3", part) for part in OF_GEMMA),
+        *(("lfm2", part) for part in OF_LFM2),
     ],
 )
 def test_what_is_spoilt_is_made_again(family: str, spoilt: str, tmp_path: Path) -> None:
-    folder = saved(tmp_path / "model", tiny(family, torch.bfloat16, vocab_size=300, **WIDE))
+    folder = saved(tmp_path / "model", made(family, vocab_size=300))
     expected = logits_of(twice(folder)[1])
     (file,) = tmp_path.glob("cache/models/*/packed-bfloat16.pt")
     content = torch.load(file, weights_only=True)
     ready = content["layers"][READY]
     if spoilt == "weight":
         ready["stack"]["layers"][0]["norms"][0]["weight"] *= 3
-    elif spoilt in (changes := SIZES if family == "llama" else OF_GEMMA):
+    elif spoilt in (changes := SPOILT[family]):
         changes[spoilt](ready)
     else:
         del ready[spoilt.removesuffix(" of it")]

@@ -44,11 +44,9 @@ class ReadyEngine(ProgramEngine):
         stack = FAMILIES[ready["family"]].of_state(ready["stack"], kind)
         settings, facts = ready["settings"], _facts(ready["facts"])
         shapes = tuple((heads, keys, values) for heads, keys, values in own["shapes"].tolist())
-        sizes = tuple(
-            (layer.attention.kv_heads, layer.attention.width, layer.attention.width) for layer in stack.layers
-        )
+        sizes = tuple((one.kv_heads, one.width, one.width) for one in stack.attentions)
         expect("a model", shapes == sizes, own["logits"].shape[1] == stack.head.num_outputs)
-        expect("a model", (facts.num_layers, facts.hidden_size) == (len(sizes), stack.hidden_size))
+        expect("a model", (facts.num_layers, facts.hidden_size) == (len(stack.layers), stack.hidden_size))
         super().__init__(
             Program(stack), facts, own, lambda: config_of(settings), quantization, prefix_bytes, Unwatched(facts.ends)
         )  # fmt: skip

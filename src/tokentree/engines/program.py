@@ -47,7 +47,8 @@ class ProgramEngine(KVEngine):
         quantization: str | None, prefix_bytes: int, guard: Unwatched,
     ) -> None:  # fmt: skip
         shapes = tuple((heads, keys, values) for heads, keys, values in own["shapes"].tolist())
-        layout = KVLayout(shapes, torch.float32, torch.device("cpu"), blocked=True)
+        recurrences = program.stack.recurrences
+        layout = KVLayout(shapes, torch.float32, torch.device("cpu"), blocked=True, recurrences=recurrences)
         super().__init__(facts, own["logits"].shape[1], layout, torch.bfloat16, quantization, prefix_bytes, guard)
         self._program, self._config = program, config
 

@@ -102,14 +102,18 @@ class RecurrentStates:
         begin, one = self._columns[number], self.recurrences[number]
         return self._rows[self.held[number] - self._origin :, begin : begin + one.row]
 
-    def store(self, number: int, length: int, first: int, rows: torch.Tensor) -> None:
-        """Stores the rows of nodes ``first`` and on, [nodes, numbers], behind ``length`` committed ones."""
-        begin = self.back + length - self._origin + first
-        if begin + len(rows) > len(self._rows):
-            more = self._rows.new_zeros(max(begin + len(rows), 3 * len(self._rows) // 2), self.width)
+    def reserve(self, length: int, nodes: int) -> None:
+        """Makes room for the rows of so many ``nodes`` behind ``length`` committed ones."""
+        end = self.back + length - self._origin + nodes
+        if end > len(self._rows):
+            more = self._rows.new_zeros(max(end, 3 * len(self._rows) // 2), self.width)
             more[: len(self._rows)] = self._rows
             self._rows = more
-        column = self._columns[number]
+
+    def store(self, number: int, length: int, first: int, rows: torch.Tensor) -> None:
+        """Stores the rows of nodes ``first`` and on, [nodes, numbers], behind ``length`` committed ones."""
+        self.reserve(length, first + len(rows))
+        begin, column = self.back + length - self._origin + first, self._columns[number]
         self._rows[begin : begin + len(rows), column : column + rows.shape[1]] = rows
 
     def advance(self, number: int, length: int, read: torch.Tensor | None = None) -> None:
@@ -124,6 +128,14 @@ class RecurrentStates:
             last = torch.cat([self._rows[begin : begin + self.back, column : column + width], read])
             self._rows[: self.back, column : column + width] = last[-self.back :]
         self.held[number] = length
+
+    def hold(self, length: int, read: int) -> None:
+        """All states hold ``length`` rows from now on, and ``read`` ones behind these, of which the last ones were
+        stored there, at most `back`. For a model whose states are windows alone."""
+        if read:
+            begin = length - self._origin + min(self.back, read)
+            self._rows = self._rows[begin : begin + self.back].clone()
+        self.held = [length + read] * len(self.recurrences)
 
     def keep(self, length: int, nodes: SequenceOf[int], committed: int) -> None:
         """Keeps the rows of ``nodes``, ascending, behind ``length`` committed ones, and drops those of all others, and

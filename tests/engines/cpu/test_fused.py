@@ -9,12 +9,22 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
-from transformers import Gemma3TextConfig, LlamaConfig
+from transformers import Gemma3TextConfig, Lfm2Config, LlamaConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3MLP, Gemma3RMSNorm
+from transformers.models.lfm2.modeling_lfm2 import Lfm2MLP
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from tests.tiny_models import parts_of, tiny
-from tokentree.engines.cpu.fused import FusedAttention, FusedMLP, FusedNorm, GeluMLP, GemmaNorm, NormedAttention, _geglu
+from tokentree.engines.cpu.fused import (
+    FusedAttention,
+    FusedMLP,
+    FusedNorm,
+    GeluMLP,
+    GemmaNorm,
+    NormedAttention,
+    NumberedMLP,
+    _geglu,
+)
 from tokentree.engines.cpu.linear import PackedLinear
 from tokentree.engines.cpu.packing import Packing
 from tokentree.engines.cpu.quantized import QuantizedLinear
@@ -101,6 +111,22 @@ def test_an_mlp_is_gemma_s(width: int, inner: int) -> None:
         assert_within_rounding(fused(x), expected, 2)
         fused.down_proj = PackedLinear(own.down_proj.weight, None)  # type: ignore[union-attr, arg-type]
         assert_steady(fused, x)
+
+
+def test_an_mlp_is_lfm2_s() -> None:
+    torch.manual_seed(0)
+    config = Lfm2Config(hidden_size=64, intermediate_size=160, block_auto_adjust_ff_dim=False)
+    own, x = Lfm2MLP(config).bfloat16(), rows(13, 64)
+    with torch.inference_mode():
+        expected = own(x)
+        assert NumberedMLP.fits(own, AS_IT_IS)
+        assert not FusedMLP.fits(own, AS_IT_IS)
+        assert not NumberedMLP.fits(mlp(64, 160), AS_IT_IS)
+        fused = NumberedMLP(own, AS_IT_IS)
+        assert_within_rounding(fused(x), expected, 2)
+        assert_steady(fused.gate_up, x)
+    own.add_module("more", nn.Linear(2, 2))
+    assert not NumberedMLP.fits(own, AS_IT_IS)
 
 
 @pytest.mark.parametrize("width", [16, 1040])  # one strip, and more with a part of one at the end

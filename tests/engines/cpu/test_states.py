@@ -31,6 +31,7 @@ from tokentree.engines.cpu.states.exchange import FUNCTIONS, METHODS
 from tokentree.engines.cpu.steady import in_whole_vectors
 from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.plan import Traits, plan
+from tokentree.engines.program import ProgramEngine
 from tokentree.engines.segment import steps_of, windows_of
 from tokentree.engines.self_check import compare, own_forward
 from tokentree.engines.support import CLASSES, RECURRENCES
@@ -43,17 +44,22 @@ from tokentree.tree import TokenTree
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 EACH = pytest.mark.parametrize("name", HYBRIDS)
-SOME = pytest.mark.parametrize("name", ["falcon_h1", "jamba", "lfm2", "mamba", "qwen3_5_text"])
+ONE_CALL = "lfm2 in one call"  # in bfloat16, where transformers' texts may be others
+WITH_IT = ["falcon_h1", "jamba", "lfm2", "mamba", "qwen3_5_text", ONE_CALL]
+SOME = pytest.mark.parametrize("name", WITH_IT)
+EXACT = pytest.mark.parametrize("name", WITH_IT[:-1])
 
 
 @functools.cache
 def model_of(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    return tiny_hybrid(name, dtype)
+    return tiny_hybrid("lfm2", torch.bfloat16) if name == ONE_CALL else tiny_hybrid(name, dtype)
 
 
 @functools.cache
 def engine_of(name: str, dtype: torch.dtype = torch.float32) -> KVEngine:
-    return TorchEngine(model_of(name, dtype))  # a warning would be an error
+    engine = TorchEngine(model_of(name, dtype))  # a warning would be an error
+    assert isinstance(engine, ProgramEngine) == (name == ONE_CALL or (name, dtype) == ("lfm2", torch.bfloat16))
+    return engine
 
 
 # -- a tree says what its paths say ----------------------------------------------------------------------------------
@@ -77,7 +83,7 @@ def test_a_node_has_the_bits_of_decoding_its_path_alone(name: str, dtype: torch.
     assert_bits_of_paths(engine_of(name, dtype))
 
 
-@EACH
+@pytest.mark.parametrize("name", [*HYBRIDS, ONE_CALL])
 def test_a_path_is_kept_and_the_rest_of_a_tree_leaves_no_trace(name: str) -> None:
     engine, tokens = engine_of(name), some_tokens(30)
     seq, text = request(tokens), list(tokens)
@@ -114,7 +120,7 @@ def test_a_prompt_may_be_cut_anywhere(name: str) -> None:
     engine.release([whole])
 
 
-@pytest.mark.parametrize("name", ["jamba", "mamba", "qwen3_5", "zamba2"])
+@pytest.mark.parametrize("name", ["jamba", "lfm2", "mamba", "qwen3_5", "zamba2"])
 def test_weights_that_are_packed_and_dropped_and_kept_give_the_same_bits(name: str, tmp_path: Path) -> None:
     tokens, kept = some_tokens(30), Place(tmp_path / "packed", "this model")
     tree = some_tree(tokens[-1], 20)
@@ -159,7 +165,7 @@ def test_seeds_batches_and_streams(name: str) -> None:
     assert stream.result.token_ids == plain.generate([prompts[0]], one)[0].token_ids
 
 
-@SOME
+@EXACT
 def test_inside_of_transformers_generate(name: str) -> None:
     model, prompt = model_of(name), torch.tensor([some_tokens(12)])
     options: dict[str, Any] = {"max_new_tokens": 14, "do_sample": False, "eos_token_id": None}
@@ -202,7 +208,8 @@ def test_a_cache_of_the_user_is_refused() -> None:
 
 @SOME
 def test_a_model_with_states_drafts_for_others_and_with_others(name: str) -> None:
-    draft, target = TorchEngine(tiny_hybrid(name, seed=3)), engine_of(name)
+    draft = TorchEngine(tiny_hybrid("lfm2", torch.bfloat16, 3) if name == ONE_CALL else tiny_hybrid(name, seed=3))
+    target = engine_of(name)
     merged = Merged([DraftModel(draft, VOCAB), Suffix(), Recycling(VOCAB)])
     for engine, drafter in (
         (target, DraftModel(draft, VOCAB)), (target, merged), (TorchEngine(tiny("llama")), DraftModel(draft, VOCAB)),
@@ -211,7 +218,7 @@ def test_a_model_with_states_drafts_for_others_and_with_others(name: str) -> Non
         assert decode(engine, [request(some_tokens(20), max_tokens=20)], drafter, "2x2x1") == expected
 
 
-@SOME
+@EXACT
 def test_beams(name: str) -> None:
     model, prompt = model_of(name), some_tokens(9)
     own = model.generate(  # type: ignore[operator]
@@ -300,8 +307,11 @@ def test_states_count_as_memory_and_texts_are_set_back_and_read_again(name: str)
 
 
 @pytest.mark.parametrize(
-    ("name", "keeps"), [("mamba", ("states",)), ("jamba", ("rows", "states")), ("llama", ("rows",))]
-)
+    ("name", "keeps"),
+    [
+        ("mamba", ("states",)), ("jamba", ("rows", "states")), (ONE_CALL, ("rows", "states")), ("llama", ("rows",)),
+    ],
+)  # fmt: skip
 def test_an_engine_says_what_it_keeps_of_a_text(name: str, keeps: tuple[str, ...]) -> None:
     engine = TorchEngine(tiny("llama"), "tree") if name == "llama" else engine_of(name)
     seq = request(some_tokens(40))

@@ -25,11 +25,11 @@ from tokentree.jit import njit
 from tokentree.kernels import rowwise as rows
 from tokentree.kernels.tile import BLOCK
 
+Packed = PackedLinear | QuantizedLinear
 Kind = type[PackedLinear] | type[QuantizedLinear]
 Bits = NDArray[np.int16]  # of bfloat16[rows, width]
 
 SIZES = ("heads", "kv_heads", "width", "scale", "window")  # of an attention
-GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}  # the parts of a gated MLP, as transformers calls them
 
 
 class FusedMLP(nn.Module):
@@ -37,33 +37,50 @@ class FusedMLP(nn.Module):
 
     Attributes:
         gated: whether that product is gated too.
+        parts: what gate, up and down are called in transformers.
     """
 
     gated: ClassVar[bool] = True
+    parts: ClassVar[tuple[str, ...]] = ("gate_proj", "up_proj", "down_proj")
 
     def __init__(self, own: Any, packing: Packing) -> None:
         super().__init__()
-        self.gate_up = packing.pack(own.gate_proj, own.up_proj, gated=self.gated)
-        self.down_proj = own.down_proj
+        *both, self.down_proj = self.products(own)
+        self.gate_up = packing.pack(*both, gated=self.gated)
+
+    @classmethod
+    def products(cls, own: Any) -> list[Any]:
+        """The linear layers of ``own``."""
+        return [getattr(own, name) for name in cls.parts]
+
+    @classmethod
+    def joined(cls, own: Any) -> list[Any]:
+        """The linear layers of ``own`` that are packed when one is made."""
+        return cls.products(own)[:2]
 
     @classmethod
     def fits(cls, own: Any, packing: Packing) -> bool:
         """Whether ``own`` is such a module, with sizes that suit ``packing``."""
-        from transformers.models.llama.modeling_llama import LlamaMLP  # takes seconds
-
-        from tokentree.engines.foreign import same_forward
-
-        if set(own._modules) != GATED or not cls._gates(own.act_fn):
+        if not cls._computes(own):
             return False
-        if not same_forward(own, LlamaMLP):
-            return False
-        gate, up = own.gate_proj, own.up_proj
+        gate, up, down = cls.products(own)
         return (
-            packing.fits(gate, up, own.down_proj)
+            packing.fits(gate, up, down)
             and gate.weight.shape == up.weight.shape
             and (gate.bias is None) == (up.bias is None)
             and not gate.out_features % BLOCK
         )
+
+    @classmethod
+    def _computes(cls, own: Any) -> bool:
+        """Whether ``own`` computes that."""
+        if set(own._modules) != {*cls.parts, "act_fn"} or not cls._gates(own.act_fn):
+            return False
+        from transformers.models.llama.modeling_llama import LlamaMLP  # takes seconds
+
+        from tokentree.engines.foreign import same_forward
+
+        return same_forward(own, LlamaMLP)
 
     @staticmethod
     def _gates(own: nn.Module) -> bool:
@@ -111,20 +128,39 @@ class GeluMLP(FusedMLP):
         return out
 
 
+class NumberedMLP(FusedMLP):
+    """w2(silu(w1(x)) * w3(x)), as LFM2's."""
+
+    parts: ClassVar[tuple[str, ...]] = ("w1", "w3", "w2")
+
+    @classmethod
+    def _computes(cls, own: Any) -> bool:
+        if set(own._modules) != {*cls.parts}:
+            return False
+        from transformers.models.lfm2.modeling_lfm2 import Lfm2MLP  # takes seconds
+
+        from tokentree.engines.foreign import same_forward
+
+        return same_forward(own, Lfm2MLP)
+
+
 class FusedAttention(nn.Module):
     """The weights of an attention with rotary positions as Llama, Mistral and Qwen2 have it, those of queries, keys and
     values as one. `program` computes it.
 
     Attributes:
         kinds: of transformers, all alike.
+        parts: what its linear layers are called there.
     """
 
+    name: ClassVar[str] = "attention"
     kinds: ClassVar[set[str]] = {"LlamaAttention", "MistralAttention", "Qwen2Attention"}
+    parts: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "o_proj")
 
     def __init__(self, own: Any, packing: Packing) -> None:
         super().__init__()
-        parts = [getattr(own, f"{name}_proj") for name in "qkv"]
-        self.qkv, self.o_proj = packing.pack(*parts), own.o_proj
+        *parts, self.o_proj = self.products(own)
+        self.qkv = packing.pack(*parts)
         self.width: int = own.head_dim
         self.heads, self.kv_heads = (part.out_features // self.width for part in parts[:2])
         self.scale = float(own.scaling)
@@ -136,9 +172,28 @@ class FusedAttention(nn.Module):
         """Whether ``own`` is such a module, with sizes that suit ``packing``."""
         if type(own).__name__ not in cls.kinds or not type(own).__module__.startswith("transformers."):
             return False
-        parts = [getattr(own, f"{name}_proj") for name in "qkvo"]
-        same = len({part.bias is None for part in parts[:3]}) == 1
-        return packing.fits(*parts) and same and own.head_dim % 2 == 0
+        same = len({part.bias is None for part in cls.joined(own)}) == 1
+        return packing.fits(*cls.products(own)) and same and own.head_dim % 2 == 0
+
+    @classmethod
+    def products(cls, own: Any) -> list[Any]:
+        """The linear layers of ``own``."""
+        return [getattr(own, name) for name in cls.parts]
+
+    @classmethod
+    def joined(cls, own: Any) -> list[Any]:
+        """The linear layers of ``own`` that are packed when one is made."""
+        return cls.products(own)[:3]
+
+    @property
+    def first(self) -> Packed:
+        """The product that it begins with."""
+        return self.qkv
+
+    def sizes_of_products(self, hidden: int) -> dict[Packed, tuple[int, int]]:
+        """Inputs and outputs that its products have in a model of that hidden size, if they fit one another."""
+        wide, rows = self.heads * self.width, (self.heads + 2 * self.kv_heads) * self.width
+        return {self.qkv: (hidden, rows), self.o_proj: (wide, hidden)}
 
     def state(self) -> dict[str, Any]:
         """What `of_state` makes one of."""
@@ -161,13 +216,18 @@ class FusedAttention(nn.Module):
 
 
 class NormedAttention(FusedAttention):
-    """One that norms each head of queries and keys before it turns them, as Qwen3's and Gemma 3's."""
+    """One that norms each head of queries and keys before it turns them, as Qwen3's and Gemma 3's.
+
+    Attributes:
+        norm_names: those of queries and keys, in transformers.
+    """
 
     kinds: ClassVar[set[str]] = {"Qwen3Attention", "Gemma3Attention"}
+    norm_names: ClassVar[tuple[str, ...]] = ("q_norm", "k_norm")
 
     def __init__(self, own: Any, packing: Packing) -> None:
         super().__init__(own, packing)
-        query, key = (fused_norm(norm) for norm in (own.q_norm, own.k_norm))
+        query, key = (fused_norm(getattr(own, name)) for name in self.norm_names)
         assert query is not None
         assert key is not None
         self.norms = HeadNorms(query, key, self.heads, self.kv_heads)
@@ -176,7 +236,7 @@ class NormedAttention(FusedAttention):
     def fits(cls, own: Any, packing: Packing) -> bool:
         if not super().fits(own, packing):
             return False
-        query, key = (fused_norm(norm) for norm in (own.q_norm, own.k_norm))
+        query, key = (fused_norm(getattr(own, name)) for name in cls.norm_names)
         return (
             query is not None
             and key is not None

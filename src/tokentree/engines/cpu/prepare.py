@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tokentree.engines.cpu.attention import TREE
 from tokentree.engines.cpu.families.stack import Stack
-from tokentree.engines.cpu.fused import FusedMLP, GeluMLP, fused_norm
+from tokentree.engines.cpu.fused import FusedMLP, GeluMLP, NumberedMLP, fused_norm
 from tokentree.engines.cpu.linear import (
     PackedEmbedding,
     PackedLinear,
@@ -222,15 +222,13 @@ def pack(model: PreTrainedModel, packing: Packing, release: bool, whole: type[St
                 continue
             layer.weight.data = layer.weight.data.new_empty(0)
 
+    fusing: list[Any] = [FusedMLP, GeluMLP, NumberedMLP, *(whole.mixers.values() if whole is not None else ())]
     for parent, name, child in _children(model):
         if not code.leaves(child):
             continue
-        if (mlp := next((kind for kind in (FusedMLP, GeluMLP) if kind.fits(child, packing)), None)) is not None:
-            setattr(parent, name, mlp(child, packing))
-            drop(child.gate_proj, child.up_proj)
-        elif whole is not None and whole.attention.fits(child, packing):
-            setattr(parent, name, whole.attention(child, packing))
-            drop(child.q_proj, child.k_proj, child.v_proj)
+        if (fused := next((kind for kind in fusing if kind.fits(child, packing)), None)) is not None:
+            setattr(parent, name, fused(child, packing))
+            drop(*fused.joined(child))
         elif (norm := fused_norm(child)) is not None:
             setattr(parent, name, norm)
     shared: dict[tuple[Any, ...], nn.Module] = {}  # packed layers, by the weights that several layers may have

@@ -33,7 +33,7 @@ class Program(Steps):
 
     def __init__(self, stack: Stack) -> None:
         self.stack, self._rotary, self._head = stack, RotaryTables(stack.rotaries), stack.head
-        sizes = stack.layers[0].attention
+        sizes = stack.attentions[0]
         super().__init__(max(stack.hidden_size, stack.inner_size, sizes.heads * sizes.width))
         self._places: list[int] = []
         self.states = torch.empty(0, 0, 0)
@@ -48,8 +48,8 @@ class Program(Steps):
     def forward(
         self, ids: Ints, positions: Ints, segments: SequenceOf[Segment], upto: Upto, rows: int | None = None
     ) -> Callable[[], torch.Tensor]:
-        """Writes the KV of all rows of ``segments``, and returns a function of bfloat16[rows, vocab], or of [0, vocab]
-        if it ends before the logits.
+        """Writes the KV of all rows of ``segments``, and what their states take in, and returns a function of
+        bfloat16[rows, vocab], or of [0, vocab] if it ends before the logits.
 
         Args:
             ids, positions: int64[n].
@@ -74,12 +74,12 @@ class Program(Steps):
         at = stack.room(self)
         steps += self.embed(stack.embedding, at.residual)
         self.states = torch.empty(len(self._places), self._capacity, stack.hidden_size, dtype=torch.bfloat16)
-        for index, layer in enumerate(stack.layers):
-            steps += stack.into_attention(self, layer, at, update)
-            steps += self._keep(index, at.residual)
-            steps += stack.store(self, index, layer, at)
+        for number, (place, layer) in enumerate(zip(stack.places, stack.layers, strict=True)):
+            steps += stack.into_layer(self, layer, at, update)
+            steps += self._keep(number, at.residual)
+            steps += stack.store(self, place, layer, at)
             self._up_to_kv = len(steps)
-            steps += stack.attend(self, index, layer, at)
+            steps += stack.attend(self, place, layer, at)
             update = at.added
         steps += self.norm(stack.norm, at.residual, at.normed, self._head, update)
         steps += self._keep(len(stack.layers), at.normed)

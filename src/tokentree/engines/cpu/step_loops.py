@@ -21,9 +21,11 @@ from tokentree.engines.cpu.quantized import QuantizedProduct, multiply_int4, mul
 from tokentree.engines.cpu.quantized import product_at as quantized_product_at
 from tokentree.jit import cfunc
 from tokentree.kernels import rowwise as each
-from tokentree.kernels.attention import AttentionCall, attend, segments_at
+from tokentree.kernels.attention import SEGMENT_BYTES, AttentionCall, attend, segments_at
 from tokentree.kernels.bfloat16 import widen
+from tokentree.kernels.convolution import gated_convolution
 from tokentree.kernels.records import record, record_at
+from tokentree.kernels.recurrence import segments_at as states_at
 from tokentree.kernels.threads import (
     WORKER,
     address_of,
@@ -43,7 +45,7 @@ from tokentree.kernels.tile_quantized import WIDE
 from tokentree.kernels.topk import STRETCH, most_probable, sum_of_powers
 
 MULTIPLY, MULTIPLY_INT8, MULTIPLY_INT4, ATTEND = range(4)  # whose work is shared out in other ways than by rows
-NORM, NORM_ONCE, NORM_HEADS, NORM_HEADS_ONCE, PREPARE, GATE, ROTARY, COPY, EMBED, SCALE, BEST = range(4, 15)
+NORM, NORM_ONCE, NORM_HEADS, NORM_HEADS_ONCE, PREPARE, GATE, ROTARY, COPY, EMBED, SCALE, BEST, CONVOLVE = range(4, 16)
 AS_IT_IS, WIDER, IN_8_BITS = range(3)  # how a product takes its inputs
 STEP = 20  # numbers of 64 bits that a step has in the table: its kind, its fields, and nothing behind them
 COUNTERS = 8  # integers of a step that threads count in, a whole line of the cache: shares taken, threads at work
@@ -65,6 +67,7 @@ class ForwardCall(NamedTuple):
     turns: int  # int64[tables, 2]: where cosines and sines are, bfloat16[positions, width] each
     places: int  # int64[rows]: which of the positions are those of the rows
     ids: int  # int64[rows], or 0
+    num_states: int  # as there are segments, or 0
 
 
 class InputForm(NamedTuple):
@@ -140,6 +143,19 @@ class AttendStep(NamedTuple):
     call: AttentionCall  # which leaves out how many segments there are
 
 
+class ConvolveStep(NamedTuple):
+    """A gated short convolution: C * conv(B * x), and makes what the next product takes. Stores B * x."""
+
+    gates: int  # bfloat16[rows, 3 * width]: B, C, x
+    width: int
+    taps: int
+    weight: int  # float32[taps, width]
+    bias: int  # float32[width]
+    column: int  # where its numbers begin in what is stored of a row
+    result: int  # bfloat16[rows, width]
+    form: InputForm
+
+
 class CopyStep(NamedTuple):
     """Copies rows."""
 
@@ -183,18 +199,18 @@ _KINDS: dict[int, type[tuple[Any, ...]]] = {
     MULTIPLY: Product, MULTIPLY_INT8: QuantizedProduct, MULTIPLY_INT4: QuantizedProduct, ATTEND: AttendStep,
     NORM: NormStep, NORM_ONCE: NormStep, NORM_HEADS: NormHeadsStep, NORM_HEADS_ONCE: NormHeadsStep,
     PREPARE: PrepareStep, GATE: GateStep, ROTARY: RotaryStep, COPY: CopyStep, EMBED: EmbedStep, SCALE: ScaleStep,
-    BEST: BestStep,
+    BEST: BestStep, CONVOLVE: ConvolveStep,
 }  # fmt: skip
 RECORDS = {number: record(kind) for number, kind in _KINDS.items()}  # of each kind of step
 
 FORWARD_BYTES = record(ForwardCall).itemsize
-forward_at, norm_at, norm_heads_at, prepare_at, gate_at, rotary_at, attend_at, copy_at, embed_at, scale_at, best_at = (
+forward_at, norm_at, norm_heads_at, prepare_at, gate_at, rotary_at, attend_at = (
     record_at(kind)
-    for kind in (
-        ForwardCall, NormStep, NormHeadsStep, PrepareStep, GateStep, RotaryStep, AttendStep, CopyStep, EmbedStep,
-        ScaleStep, BestStep,
-    )
+    for kind in (ForwardCall, NormStep, NormHeadsStep, PrepareStep, GateStep, RotaryStep, AttendStep)
 )  # fmt: skip
+copy_at, embed_at, scale_at, best_at, convolve_at = (
+    record_at(kind) for kind in (CopyStep, EmbedStep, ScaleStep, BestStep, ConvolveStep)
+)
 
 
 # -- the loop, compiled when first asked for ---------------------------------------------------------------------------
@@ -202,13 +218,16 @@ forward_at, norm_at, norm_heads_at, prepare_at, gate_at, rotary_at, attend_at, c
 
 @functools.cache
 def forward_worker() -> Any:
-    """What each thread runs; it is told a `ForwardCall`, and `SegmentRows` of each segment."""
+    """What each thread runs; it is told a `ForwardCall`, `SegmentRows` of each segment, and, where there are recurrent
+    states, `StateRows` of each too, at the first recurrence."""
 
     @cfunc(WORKER, cache=True)
     def worker(arguments):
         call = forward_at(address_of(arguments))
         rows, threads, yields = call.rows, call.threads, call.rest
         kv = segments_at(address_of(arguments) + FORWARD_BYTES, call.num_segments)
+        behind = address_of(arguments) + FORWARD_BYTES + SEGMENT_BYTES * call.num_segments
+        states = states_at(behind, call.num_states)
         for i in range(call.num_steps):
             kind, step = int64_at(call.steps + 8 * STEP * i, 1)[0], call.steps + 8 * STEP * i + 8
             counter = call.counters + 8 * COUNTERS * i
@@ -227,7 +246,7 @@ def forward_worker() -> Any:
                     row = claim(counter)
                     if row >= rows:
                         break
-                    _one_row(kind, step, call, kv, row)
+                    _one_row(kind, step, call, kv, states, row)
             leave(counter + 8)
             wait(counter + 8, yields)
 
@@ -235,7 +254,7 @@ def forward_worker() -> Any:
 
 
 @numba.njit
-def _one_row(kind, step, call, kv, row):
+def _one_row(kind, step, call, kv, states, row):
     """A row's part of the step whose fields lie at the address ``step``."""
     if kind == NORM:
         _norm(norm_at(step), each.normalize, row)
@@ -259,6 +278,8 @@ def _one_row(kind, step, call, kv, row):
         int16_at(result + 2 * width * row, width)[:] = int16_at(x + 2 * width * row, width)
     elif kind == BEST:
         _best(best_at(step), row)
+    elif kind == CONVOLVE:
+        _convolve(convolve_at(step), states, row)
     elif kind == EMBED:
         _embed(embed_at(step), int64_at(call.ids + 8 * row, 1)[0], row)
     else:
@@ -319,6 +340,20 @@ def _gate(step, row):
     width, result = step.width, step.result
     each.geglu(int16_at(step.x + 4 * width * row, 2 * width), int16_at(result + 2 * width * row, width))
     _prepare(result, width, step.form, row)
+
+
+@numba.njit
+def _convolve(step, states, row):
+    for segment in states:
+        node = segment.first + row - segment.start
+        if segment.first <= node < segment.nodes:
+            break
+    width = step.width
+    gated_convolution(
+        step.gates, segment, node, step.weight, step.bias, step.taps, step.column,
+        int16_at(step.result + 2 * width * row, width),
+    )  # fmt: skip
+    _prepare(step.result, width, step.form, row)
 
 
 @numba.njit

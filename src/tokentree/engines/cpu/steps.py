@@ -18,10 +18,12 @@ from torch import nn
 from tokentree.engines.cpu.fused import FusedNorm, GemmaNorm, HeadNorms
 from tokentree.engines.cpu.linear import PackedEmbedding, PackedLinear, ScaledEmbedding
 from tokentree.engines.cpu.quantized import QuantizedLinear
+from tokentree.engines.cpu.short_convolution import ShortConvolution
 from tokentree.engines.cpu.step_loops import (
     AS_IT_IS,
     ATTEND,
     BEST,
+    CONVOLVE,
     COPY,
     COUNTERS,
     EMBED,
@@ -42,6 +44,7 @@ from tokentree.engines.cpu.step_loops import (
     WIDER,
     AttendStep,
     BestStep,
+    ConvolveStep,
     CopyStep,
     EmbedStep,
     ForwardCall,
@@ -56,6 +59,7 @@ from tokentree.engines.cpu.step_loops import (
 )
 from tokentree.engines.cpu.turns import Turns
 from tokentree.engines.kv import KVLayout
+from tokentree.engines.recurrent import Recurrence
 from tokentree.engines.segment import Segment
 from tokentree.errors import ModelError
 from tokentree.jit import njit
@@ -121,6 +125,7 @@ class Steps:
         self._windows: set[int | None] = set()
         self._tokens = 0  # that there are, where a step looks them up
         self._stored: dict[int, tuple[int, int]] = {}  # by layer that a step stores or reads: KV heads, their width
+        self._recurrences: list[Recurrence] = []  # in the order of the steps that have them
         self._turned: dict[int, int] = {}  # by table of cosines and sines that a step reads: its width
         # those that have been checked against that
         self._fitting: KVLayout | None = None
@@ -137,11 +142,14 @@ class Steps:
         self._capacity = max(64, 1 << (rows - 1).bit_length())
         self._numbers, self._memory, self._windows = [], [], set()
         self._fitting = self._turning = None
+        self._recurrences = []
         self._prepared = self.room(self._widest, torch.float32)
         self._scales, self._totals = (self.room(self._widest // 32, torch.float32) for _ in range(2))
         steps = self.build()
         self._steps = np.zeros((len(steps), STEP), np.int64)  # a step's kind, then its fields
         self._counters = np.zeros((len(steps), COUNTERS), np.int64)
+        recurring = [place for place, (kind, _) in enumerate(steps) if kind == CONVOLVE]
+        self._recurring = recurring[-1] + 1 if recurring else 0  # steps, with the last one that has a state
         self._addresses = self._steps.ctypes.data, self._counters.ctypes.data
         for row, (kind, fields) in zip(self._steps, steps, strict=True):
             row[0], dtype = kind, RECORDS[kind]
@@ -168,21 +176,40 @@ class Steps:
         Raises:
             IndexError: if one of them is none of the embedding's, or a row or a position is none of those that there
                 is room for.
-            ModelError: if the KV of a segment, or rotary positions, have other sizes than the steps.
+            ModelError: if the KV or the states of a segment, or rotary positions, have other sizes than the steps.
         """
         rows = len(turns.places)
         self._check(segments, turns, rows)
+        recurring = segments if first < self._recurring else ()
         fits, known, places_at, ids_at = _begin(self._counters, turns.places, turns.positions, ids, self._tokens)
         if rows > self._capacity or not fits:
             raise IndexError(f"there is room for {self._capacity} rows, and positions up to {turns.positions}")
         if not known:
             raise IndexError(f"a token id is outside the embedding of {self._tokens}")
         steps_at, counters_at = self._addresses
+        for segment in recurring:
+            self._make_room(segment)
+        states = [segment.state_rows(0) for segment in recurring]
         call = ForwardCall(
             rows=rows, threads=num_threads(), rest=rest(), num_steps=count - first, steps=steps_at + 8 * STEP * first,
             counters=counters_at, num_segments=len(segments), turns=turns.at, places=places_at, ids=ids_at,
+            num_states=len(states),
         )  # fmt: skip
-        run(forward_worker(), [*call, *(number for segment in segments for number in segment.described(0))])
+        told = [*(segment.described(0) for segment in segments), *states]
+        run(forward_worker(), [*call, *(number for one in told for number in one)])
+        for segment in recurring:
+            segment.kv.recurrent.hold(segment.prefix, segment.count if segment.read else 0)
+
+    @staticmethod
+    def _make_room(segment: Segment) -> None:
+        """Readies the states of a segment for its rows.
+
+        Raises:
+            ModelError: if they are in disorder.
+        """
+        states = segment.kv.recurrent
+        states.check(segment.prefix)
+        states.reserve(segment.prefix, min(states.back, segment.count) if segment.read else len(segment.tree))
 
     def _check(self, segments: SequenceOf[Segment], turns: Turns, rows: int) -> None:
         """See `run`."""
@@ -197,6 +224,8 @@ class Steps:
             if segment.kv.layout is not self._fitting:
                 for layer, sizes in self._stored.items():
                     segment.kv.layout.check(layer, *sizes)
+                if segment.kv.layout.recurrences != tuple(self._recurrences):
+                    raise ModelError("the states of a text have other sizes than the model's layers")
                 self._fitting = segment.kv.layout
             segment.windows |= self._windows
 
@@ -323,6 +352,22 @@ class Steps:
         self._numbers.append(np.array([sizes.scale, 0.0]))
         return [(ATTEND, AttendStep(index, self._numbers[-1].ctypes.data, call))]
 
+    def convolve(
+        self, layer: ShortConvolution, gates: torch.Tensor, result: torch.Tensor
+    ) -> list[Step]:  # fmt: skip
+        """The convolution of ``gates``, which has B, C and x, and makes what its last product takes."""
+        taps, width = layer.weight.shape
+        _same(gates.shape[1], 3 * width)
+        _same(result.shape[1], width)
+        column = sum(one.row for one in self._recurrences)
+        self._recurrences.append(layer.recurrence)
+        fields = ConvolveStep(
+            gates=gates.data_ptr(), width=width, taps=taps, weight=self._at(layer.weight, torch.float32, taps, width),
+            bias=self._at(layer.bias, torch.float32, width), column=column, result=result.data_ptr(),
+            form=self._form(layer.out_proj),
+        )  # fmt: skip
+        return [(CONVOLVE, fields)]
+
     def rows_of_a_layer(self, hidden: int, inner: int, sizes: Heads, gates: int = 0) -> Rows:
         """Room for a layer's intermediate results, ``gates`` of which a step gates."""
         wide = sizes.heads * sizes.width
@@ -337,10 +382,14 @@ class Steps:
         steps = self.attend(index, sizes, at.queries, at.attended)
         steps += self.prepare(layer.o_proj, at.attended)
         steps += self.multiply(layer.o_proj, at.attended, at.added)
-        steps += self.norm(layer.norm, at.residual, at.normed, layer.gate_up, at.added)
-        steps += self.multiply(layer.gate_up, at.normed, at.inner)
-        steps += self.prepare(layer.down_proj, at.inner)
-        return steps + self.multiply(layer.down_proj, at.inner, at.added)
+        return steps + self.gated_mlp(layer.norm, layer.gate_up, layer.down_proj, at)
+
+    def gated_mlp(self, norm: FusedNorm, gate_up: Any, down_proj: Any, at: Rows) -> list[Step]:
+        """Adds ``at.added`` to the rows, and leaves in its place what the MLP behind a ``norm`` gives."""
+        steps = self.norm(norm, at.residual, at.normed, gate_up, at.added)
+        steps += self.multiply(gate_up, at.normed, at.inner)
+        steps += self.prepare(down_proj, at.inner)
+        return steps + self.multiply(down_proj, at.inner, at.added)
 
     def copy(self, x: torch.Tensor, result: torch.Tensor) -> list[Step]:
         """Keeps ``x``."""

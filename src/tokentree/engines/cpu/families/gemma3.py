@@ -68,7 +68,7 @@ class Gemma3(Qwen3):
 
     def room(self, to: Steps) -> Rows:
         return to.rows_of_a_layer(
-            self.hidden_size, self.inner_size, self.layers[0].attention, gates=2 * self.inner_size
+            self.hidden_size, self.inner_size, self.attentions[0], gates=2 * self.inner_size
         )  # fmt: skip
 
     def attend(self, to: Steps, index: int, layer: Layer, at: Rows) -> list[Step]:

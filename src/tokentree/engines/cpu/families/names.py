@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tokentree.engines.cpu.families.gemma3 import Gemma3
+from tokentree.engines.cpu.families.lfm2 import Lfm2
 from tokentree.engines.cpu.families.llama import Llama
 from tokentree.engines.cpu.families.qwen3 import Qwen3
 from tokentree.engines.cpu.families.stack import Stack
@@ -13,7 +14,8 @@ from tokentree.engines.cpu.packing import Packing
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FAMILIES: dict[str, type[Stack]] = {"llama": Llama, "qwen3": Qwen3, "gemma3": Gemma3}  # by the names that are kept
+# by the names that are kept
+FAMILIES: dict[str, type[Stack]] = {"llama": Llama, "qwen3": Qwen3, "gemma3": Gemma3, "lfm2": Lfm2}
 
 
 def family_of(model: PreTrainedModel, packing: Packing) -> type[Stack] | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from tokentree.engines.cpu.families.llama import Llama
-from tokentree.engines.cpu.families.stack import Layer
-from tokentree.engines.cpu.fused import FusedAttention, NormedAttention
+from tokentree.engines.cpu.families.stack import Layer, Mixer
+from tokentree.engines.cpu.fused import NormedAttention
 from tokentree.engines.cpu.steps import Rows, Step, Steps
 
 
@@ -14,7 +14,7 @@ class Qwen3(Llama):
     """Llama's, with norms of each head of queries and keys before these are turned."""
 
     names: ClassVar[tuple[str, ...]] = ("Qwen3",)
-    attention: ClassVar[type[FusedAttention]] = NormedAttention
+    mixers: ClassVar[dict[str, type[Mixer]]] = {"self_attn": NormedAttention}
 
     def store(self, to: Steps, index: int, layer: Layer, at: Rows) -> list[Step]:
         attention = layer.attention

@@ -15,8 +15,10 @@ from tokentree.engines.cpu.fused import FusedAttention, FusedMLP, FusedNorm, Kin
 from tokentree.engines.cpu.linear import PackedEmbedding, PackedLinear, ScaledEmbedding, restored
 from tokentree.engines.cpu.packing import Packing
 from tokentree.engines.cpu.quantized import QuantizedLinear
+from tokentree.engines.cpu.short_convolution import ShortConvolution
 from tokentree.engines.cpu.steps import Rows, Step, Steps
 from tokentree.engines.cpu.turns import fixed
+from tokentree.engines.recurrent import Recurrence
 from tokentree.kernels.tile import BLOCK
 from tokentree.rotary import Rotary, Rotation
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Embedding = nn.Embedding | PackedEmbedding | ScaledEmbedding
+Mixer = FusedAttention | ShortConvolution  # what a layer reads other rows by
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,17 +35,23 @@ class Layer:
 
     Args:
         norms: in the order of `Stack.norm_names`.
-        attention, mlp: its weights.
-        table: which of the model's rotaries turns its queries and keys.
+        mixer, mlp: its weights.
+        table: which of the model's rotaries turns its queries and keys, if it has any.
     """
 
     norms: tuple[FusedNorm, ...]
-    attention: FusedAttention
+    mixer: Mixer
     mlp: FusedMLP
     table: int = 0
 
+    @property
+    def attention(self) -> FusedAttention:
+        """The mixer of a layer that attends."""
+        assert isinstance(self.mixer, FusedAttention)
+        return self.mixer
+
     def modules(self) -> Iterator[nn.Module]:
-        yield from (*self.norms, self.attention, self.mlp)
+        yield from (*self.norms, self.mixer, self.mlp)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,17 +69,20 @@ class Stack:
     Attributes:
         names: what the classes of such models begin with, in transformers.
         body: what the name of the class of all layers ends with.
-        norm_names: those of a layer's norms.
+        norm_names, mlp_name, last_norm: those of a layer's norms, of its MLP, of the norm behind all layers.
         a_norm: what norms become.
-        attention, mlp: what a layer's parts become.
+        mixers: what a layer's mixer becomes, by what it is called. A layer has one of them.
+        mlp: what a layer's MLP becomes.
     """
 
     names: ClassVar[tuple[str, ...]]
     body: ClassVar[str] = "Model"
     norm_names: ClassVar[tuple[str, ...]]
+    last_norm: ClassVar[str] = "norm"
     a_norm: ClassVar[type[FusedNorm]] = FusedNorm
-    attention: ClassVar[type[FusedAttention]] = FusedAttention
+    mixers: ClassVar[dict[str, type[Mixer]]] = {"self_attn": FusedAttention}
     mlp: ClassVar[type[FusedMLP]] = FusedMLP
+    mlp_name: ClassVar[str] = "mlp"
 
     embedding: Embedding
     rotaries: list[nn.Module]
@@ -97,15 +109,27 @@ class Stack:
             and all(cls._is_a(layer, "DecoderLayer") for layer in body.layers)
             and packing.fits(head)
             and cls.embeds(body.embed_tokens)
-            and cls.a_norm.fits(body.norm)
-            and all(
-                cls.attention.fits(layer.self_attn, packing)
-                and cls.mlp.fits(layer.mlp, packing)
-                and all(cls.a_norm.fits(getattr(layer, name)) for name in cls.norm_names)
-                and not any(part.out_features % BLOCK for part in _products(layer))
-                for layer in body.layers
-            )
+            and cls.a_norm.fits(getattr(body, cls.last_norm))
+            and all(cls._fits_layer(layer, packing) for layer in body.layers)
+            and any(issubclass(cls.mixers[cls._mixer_name(layer)], FusedAttention) for layer in body.layers)
         )
+
+    @classmethod
+    def _fits_layer(cls, layer: Any, packing: Packing) -> bool:
+        """Whether ``layer`` is one of this family, as it came."""
+        name, mlp = cls._mixer_name(layer), getattr(layer, cls.mlp_name)
+        kind, mixer = cls.mixers[name], getattr(layer, name)
+        return (
+            kind.fits(mixer, packing)
+            and cls.mlp.fits(mlp, packing)
+            and all(cls.a_norm.fits(getattr(layer, name)) for name in cls.norm_names)
+            and not any(part.out_features % BLOCK for part in (*kind.products(mixer), *cls.mlp.products(mlp)))
+        )
+
+    @classmethod
+    def _mixer_name(cls, layer: Any) -> str:
+        """Under which of the names of `mixers` ``layer`` has one."""
+        return next(name for name in cls.mixers if hasattr(layer, name))
 
     @classmethod
     def embeds(cls, embedding: nn.Module) -> bool:
@@ -118,10 +142,13 @@ class Stack:
         body: Any = model.model
         rotaries, tables = cls.turns(model)
         layers = [
-            Layer(tuple(getattr(layer, name) for name in cls.norm_names), layer.self_attn, layer.mlp, table)
+            Layer(
+                tuple(getattr(layer, name) for name in cls.norm_names), getattr(layer, cls._mixer_name(layer)),
+                getattr(layer, cls.mlp_name), table,
+            )
             for layer, table in zip(body.layers, tables, strict=True)
-        ]
-        return cls(body.embed_tokens, rotaries, layers, body.norm, model.lm_head)
+        ]  # fmt: skip
+        return cls(body.embed_tokens, rotaries, layers, getattr(body, cls.last_norm), model.lm_head)
 
     @classmethod
     def turns(cls, model: PreTrainedModel) -> tuple[list[nn.Module], list[int]]:
@@ -145,21 +172,37 @@ class Stack:
         """Width of what gates give."""
         return int(self.layers[0].mlp.down_proj.num_inputs)
 
+    @property
+    def attentions(self) -> list[FusedAttention]:
+        """Of the layers that attend, in order: so their KV is stored."""
+        return [layer.mixer for layer in self.layers if isinstance(layer.mixer, FusedAttention)]
+
+    @property
+    def recurrences(self) -> tuple[Recurrence, ...]:
+        """Those of the other layers, in order."""
+        return tuple(layer.mixer.recurrence for layer in self.layers if isinstance(layer.mixer, ShortConvolution))
+
+    @property
+    def places(self) -> list[int]:
+        """For each layer, how many of its kind come before it: where its KV is stored, or its state."""
+        kinds = [layer.mixer.name for layer in self.layers]
+        return [kinds[:at].count(kind) for at, kind in enumerate(kinds)]
+
     def room(self, to: Steps) -> Rows:
         """Room for a layer's intermediate results."""
-        return to.rows_of_a_layer(self.hidden_size, self.inner_size, self.layers[0].attention)
+        return to.rows_of_a_layer(self.hidden_size, self.inner_size, self.attentions[0])
 
-    def into_attention(self, to: Steps, layer: Layer, at: Rows, update: torch.Tensor | None) -> list[Step]:
+    def into_layer(self, to: Steps, layer: Layer, at: Rows, update: torch.Tensor | None) -> list[Step]:
         """Adds what the layer before gave to the rows, and norms them for ``layer``."""
-        return to.norm(layer.norms[0], at.residual, at.normed, layer.attention.qkv, update)
+        return to.norm(layer.norms[0], at.residual, at.normed, layer.mixer.first, update)
 
     def store(self, to: Steps, index: int, layer: Layer, at: Rows) -> list[Step]:
-        """Queries, keys and values, stored as layer ``index``."""
+        """Queries, keys and values, stored as those of attention ``index``; or what another mixer keeps."""
         steps = to.multiply(layer.attention.qkv, at.normed, at.qkv)
         return steps + to.rotary(index, layer.attention, at.qkv, at.queries, layer.table)
 
     def attend(self, to: Steps, index: int, layer: Layer, at: Rows) -> list[Step]:
-        """The layer from its attention on. What it gives is left in ``at.added``, for the next norm to add."""
+        """The layer from there on. What it gives is left in ``at.added``, for the next norm to add."""
         raise NotImplementedError
 
     # -- kept ------------------------------------------------------------------------------------------------------
@@ -177,7 +220,7 @@ class Stack:
             return None
         layers = [
             {
-                "norms": [norm.state() for norm in layer.norms], "attention": layer.attention.state(),
+                "norms": [norm.state() for norm in layer.norms], layer.mixer.name: layer.mixer.state(),
                 "mlp": layer.mlp.state(), "table": layer.table,
             }
             for layer in self.layers
@@ -199,7 +242,7 @@ class Stack:
         layers = [
             Layer(
                 tuple(cls.a_norm.of_state(found) for found in part["norms"]),
-                cls.attention.of_state(part["attention"], kind), cls.mlp.of_state(part["mlp"], kind), part["table"],
+                cls._mixer_of_state(part, kind), cls.mlp.of_state(part["mlp"], kind), part["table"],
             )
             for part in state["layers"]
         ]  # fmt: skip
@@ -208,21 +251,29 @@ class Stack:
         made._check(rotations)
         return made
 
+    @classmethod
+    def _mixer_of_state(cls, part: dict[str, Any], kind: Kind) -> Mixer:
+        """That of a layer that is kept."""
+        found = [mixer for mixer in cls.mixers.values() if mixer.name in part]
+        expect("a layer", len(found) == 1)
+        return found[0].of_state(part[found[0].name], kind)
+
     def _check(self, rotations: list[Rotation]) -> None:
         """Raises `ModelError` unless the sizes of all parts fit one another: addresses are computed from them."""
         hidden, head = self.hidden_size, self.head
         expect("an output layer", not head.gated, head.num_inputs == hidden)
-        expect("layers", len(self.layers) > 0)
+        expect("layers", len(self.attentions) > 0)
         for layer in self.layers:
-            sizes, mlp = layer.attention, layer.mlp
+            mixer, mlp = layer.mixer, layer.mlp
             expect("positions", is_count(layer.table, 0), layer.table < len(rotations))
-            expect("positions", is_tensor(rotations[layer.table].frequencies, torch.float32, sizes.width // 2))
-            wide, rows = sizes.heads * sizes.width, (sizes.heads + 2 * sizes.kv_heads) * sizes.width
+            if isinstance(mixer, FusedAttention):
+                expect("positions", is_tensor(rotations[layer.table].frequencies, torch.float32, mixer.width // 2))
+            else:
+                expect("a convolution", mixer.recurrence.row == hidden)
             inner = mlp.down_proj.num_inputs
             gates = inner if mlp.gated else 2 * inner
-            products = {
-                sizes.qkv: (hidden, rows), sizes.o_proj: (wide, hidden), mlp.gate_up: (hidden, gates),
-                mlp.down_proj: (inner, hidden),
+            products = mixer.sizes_of_products(hidden) | {
+                mlp.gate_up: (hidden, gates), mlp.down_proj: (inner, hidden)
             }  # fmt: skip
             for product, inputs_outputs in products.items():
                 expect("a product", (product.num_inputs, product.num_outputs) == inputs_outputs)
@@ -232,11 +283,9 @@ class Stack:
             expect("norms", all(len(norm.weight) == hidden for norm in layer.norms))
         for rotation in rotations:
             expect("positions", is_number(rotation.scale), bool(rotation.frequencies.isfinite().all()))
-        alike = {
-            (layer.mlp.down_proj.num_inputs, layer.attention.heads, layer.attention.kv_heads, layer.attention.width)
-            for layer in self.layers
-        }
-        expect("layers", len(alike) == 1)  # they share one room for what is between them
+        # they share one room for what is between them
+        expect("layers", len({layer.mlp.down_proj.num_inputs for layer in self.layers}) == 1)
+        expect("layers", len({(one.heads, one.kv_heads, one.width) for one in self.attentions}) == 1)
 
 
 def _state_of(embedding: Embedding) -> dict[str, Any]:
@@ -266,8 +315,3 @@ def _embedding(state: dict[str, Any], hidden_size: int) -> Embedding:
         expect("an embedding", is_tensor(weight, torch.bfloat16, count, hidden_size))
         table = nn.Embedding.from_pretrained(weight)
     return table if scale is None else ScaledEmbedding(table, torch.tensor(scale, dtype=torch.bfloat16))
-
-
-def _products(layer: Any) -> list[nn.Linear]:
-    attention, mlp = layer.self_attn, layer.mlp
-    return [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.up_proj, mlp.down_proj]
