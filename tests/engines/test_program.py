@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 
 from tests.engines.test_engine import assert_bits_of_paths
 from tests.hybrids import HYBRIDS, tiny_hybrid
-from tests.tiny_models import VOCAB, WINDOW, full_logits, request, some_tokens, some_tree, tiny
+from tests.tiny_models import VOCAB, WINDOW, full_logits, parts_of, request, some_tokens, some_tree, tiny
 from tokentree import LLM, SamplingParams
 from tokentree.engines.base import KEPT, Engine
 from tokentree.engines.cpu.families.gemma3 import Gemma3
 from tokentree.engines.cpu.families.names import FAMILIES as STACKS
 from tokentree.engines.cpu.families.names import family_of
+from tokentree.engines.cpu.fused import FusedNorm, GemmaNorm
 from tokentree.engines.cpu.linear import PackedLinear
 from tokentree.engines.cpu.packing import Packing
 from tokentree.engines.cpu.step_loops import ATTEND, BEST, CONVOLVE, MULTIPLY, NORM, NORM_ONCE
@@ -66,6 +67,7 @@ def test_it_says_what_the_modules_say(
     modules = TorchEngine(wide(family), quantization=quantization)
     assert isinstance(program, ProgramEngine)
     assert isinstance(modules, ModulesEngine)
+    assert {type(norm) for norm in parts_of(modules) if "norm" in type(norm).__name__.lower()} <= {FusedNorm, GemmaNorm}
     assert torch.equal(logits_of(program), logits_of(modules))
 
 

@@ -72,10 +72,10 @@ def before_packing(model: nn.Module) -> None:
     found = [module for module in model.modules() if carries_state(module)]
     for module in found:
         leave_weights(module)
-    if found and any(_reads_types(module) for module in model.modules()):
-        for module in model.modules():
-            if type(module).__name__.endswith("RMSNorm"):  # it may be given float32, which a fused one doesn't take
-                module.forward = module.forward
+    norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
+    if found and any(_reads_types(module) for module in model.modules() if module not in norms):
+        for module in norms:  # it may be given float32, which a fused one doesn't take
+            module.forward = module.forward
 
 
 def exchange(model: nn.Module) -> Changed:
