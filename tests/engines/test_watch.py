@@ -729,6 +729,22 @@ def test_a_change_while_a_text_is_decoded(change: Any, attention: str | None, dt
         assert stream.result.token_ids == expected
 
 
+def test_a_text_that_begins_beside_others_sees_a_change_of_one_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So nobody who leaves a stream open keeps a change from being noticed. Such looks have a part of the time."""
+    model = fresh()
+    llm = LLM(model, "ngram")
+    pieces = iter(llm.stream(PROMPT, SamplingParams(max_tokens=NEW)))
+    next(pieces)
+    monkeypatch.setattr("tokentree.engines.guard.PAUSE", 1e9)
+    llm.generate([PROMPT], SamplingParams(max_tokens=1))
+    model.lm_head.weight.data[7, 3] += 300
+    llm.generate([PROMPT], SamplingParams(max_tokens=1))  # too soon behind the last look
+    monkeypatch.setattr("tokentree.engines.guard.time.perf_counter", lambda: 1e12)
+    with pytest.raises(ModelError, match="has changed since it was given"):
+        llm.generate([PROMPT], SamplingParams(max_tokens=1))
+    list(pieces)
+
+
 def noted(calls: list[str], name: str, own: Callable[..., Any]) -> Callable[..., Any]:
     def call(self: Any, **options: Any) -> Any:
         calls.append(name)

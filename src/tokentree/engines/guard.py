@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 from tokentree.engines.model_facts import ends_of
@@ -10,6 +11,8 @@ from tokentree.errors import ModelError
 
 if TYPE_CHECKING:  # it imports transformers' model classes
     from tokentree.engines.watch import Shared, Watch
+
+PAUSE = 20  # times as long as a look at all weights took until the next one, where texts are decoded beside it
 
 
 class Unwatched:
@@ -56,6 +59,7 @@ class Guard(Unwatched):
         self._name, self._watch = name, watch
         self._shared: Shared | None = None
         self._looked = False  # at the model, since the last step
+        self._next = 0.0  # when all weights are looked at again, though others are decoded
 
     @property
     def ends(self) -> list[int]:
@@ -78,9 +82,13 @@ class Guard(Unwatched):
     def before_text(self, busy: bool) -> None:
         if self._looked and busy:  # once for all that join before the next step
             return
-        if told := self._watch.change(briefly=busy):
+        started = time.perf_counter()
+        whole = not busy or started >= self._next
+        if told := self._watch.change(briefly=not whole):
             raise ModelError(f"{self._name} has changed since it was given ({told}): make a new LLM of it")
-        self._looked = True
+        self._looked, now = True, time.perf_counter()
+        if whole:
+            self._next = now + PAUSE * (now - started)
 
     def before_forward(self, upto: Upto) -> None:
         if upto == "logits":

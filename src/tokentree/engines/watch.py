@@ -1,8 +1,8 @@
 """Whether a model is still what an engine was made of: the same modules, hooks, adapters, settings and weights.
 
 torch counts the changes that are made through a tensor. Those that go past it (``.data``, numpy) show in sums over all
-values, which take as long to read as one forward does: they are made where a text, or a batch of texts, begins. In
-between, some values of each tensor are looked at.
+values, which take as long to read as one forward does: they are made where a text, or a batch of texts, begins; beside
+others that are decoded, now and then. In between, some values of each tensor are looked at.
 """
 
 from __future__ import annotations
