@@ -733,10 +733,9 @@ def test_a_text_that_begins_beside_others_sees_a_change_of_one_value(monkeypatch
     """So nobody who leaves a stream open keeps a change from being noticed. Such looks have a part of the time."""
     model = fresh()
     llm = LLM(model, "ngram")
+    monkeypatch.setattr("tokentree.engines.guard.PAUSE", 1e9)
     pieces = iter(llm.stream(PROMPT, SamplingParams(max_tokens=NEW)))
     next(pieces)
-    monkeypatch.setattr("tokentree.engines.guard.PAUSE", 1e9)
-    llm.generate([PROMPT], SamplingParams(max_tokens=1))
     model.lm_head.weight.data[7, 3] += 300
     llm.generate([PROMPT], SamplingParams(max_tokens=1))  # too soon behind the last look
     monkeypatch.setattr("tokentree.engines.guard.time.perf_counter", lambda: 1e12)
