@@ -4,7 +4,6 @@ successors); the tree grows best first over what it says of each place (DDTree, 
 from __future__ import annotations
 
 import logging
-import time
 
 import numpy as np
 import torch
@@ -23,7 +22,6 @@ from tokentree.sequence import Sequence
 from tokentree.shapes.base import Shape
 from tokentree.tree import Ints
 
-NEW = 64  # tokens of a text: where more are new, a prompt is read
 TOP = 10  # tokens that are kept of each place
 logger = logging.getLogger(__name__)
 
@@ -66,17 +64,10 @@ class Block(Drafter):
     def prefill(self, seqs: list[Sequence], upto: int | None = None) -> None:
         self._engine.read([seq for seq in seqs if len(seq.tokens) <= self._engine.context])
 
-    def observe_prompt(self, seqs: list[Sequence], upto: int) -> None:
-        """Nothing yet, as with a `DraftModel`."""
-
     def propose(self, seqs: list[Sequence], shape: Shape, sampled: bool) -> list[Draft]:
         drafts = {seq.id: Draft(seq.tokens[-1]) for seq in seqs}
         ready = [seq for seq in seqs if self._depth(seq, shape) > 0]
         if ready:
-            started = time.perf_counter()
-            self._engine.read(new := [seq for seq in ready if len(seq.tokens) - self._engine.rows(seq) > NEW])
-            for seq in new:
-                seq.metrics.prefill_seconds += (time.perf_counter() - started) / len(new)
             states, logits = self._engine.guess(ready)
             for seq, own, said in zip(ready, states, logits, strict=True):
                 grow = self._drawn if sampled and not seq.params.is_greedy else self._picked

@@ -111,7 +111,7 @@ class DraftModel(Drafter):
     def _has_read(self, seq: Sequence, texts: int) -> bool:
         """Reads what is new of ``seq``, but for a few tokens at its end. Of one text among several it reads a part, so
         that nobody waits for long. Returns whether that was all."""
-        return caught_up(self._engine, seq, None if texts == 1 else self._part)
+        return caught_up(self._engine, seq, None if texts == 1 else self._part, seq)
 
     def _may_grow(self, seq: Sequence, draft: Draft, depth: int, shape: Shape) -> bool:
         """Nodes below what may still be emitted are useless, and so are rows past the draft model's own context."""
@@ -179,15 +179,15 @@ class DraftModel(Drafter):
         return draw(seq, draft, node, count, logits, seq.noise_below(node))
 
 
-def caught_up(engine: DraftEngine, seq: Sequence, most: int | None) -> bool:
-    """Reads up to ``most`` tokens of ``seq``, by default all but the last, if many are new. Returns whether few are
-    left."""
+def caught_up(engine: DraftEngine, seq: Sequence, most: int | None, charged: Sequence) -> bool:
+    """Reads up to ``most`` tokens of ``seq``, or all but the last, if many are new. The seconds are part of what it
+    took to read the prompt of ``charged``. Returns whether few are left."""
     done, end = engine.committed(seq), len(seq.tokens) - 1
     if end - done <= LEFT:
         return True
     started = time.perf_counter()
     engine.prefill(seq, end if most is None else min(end, done + most))
-    seq.metrics.prefill_seconds += time.perf_counter() - started
+    charged.metrics.prefill_seconds += time.perf_counter() - started
     return end - engine.committed(seq) <= LEFT
 
 

@@ -174,11 +174,8 @@ class SharedTokens(DraftModel):
         return super().propose(seqs, shape, sampled)
 
     def _has_read(self, seq: Sequence, texts: int) -> bool:
-        own = self._followed[seq.id]
-        before = own.metrics.prefill_seconds
-        done = caught_up(self._texts.engine, own, None if texts == 1 else self._part)
-        seq.metrics.prefill_seconds += own.metrics.prefill_seconds - before
-        return done
+        most = None if texts == 1 else self._part
+        return caught_up(self._texts.engine, self._followed[seq.id], most, seq)
 
     def _may_grow(self, seq: Sequence, draft: Draft, depth: int, shape: Shape) -> bool:
         own = self._followed.get(seq.id)

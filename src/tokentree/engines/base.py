@@ -453,10 +453,6 @@ class BlockEngine(Protocol):
         """Computes what it keeps of the tokens that the target has read since the last time."""
         ...
 
-    def rows(self, seq: Sequence) -> int:
-        """Of how many tokens it keeps something."""
-        ...
-
     def guess(self, seqs: SequenceOf[Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
         """The states [texts, guesses, hidden size] of a block behind each of ``seqs``, and the logits [texts, guesses,
         tokens that the head knows] of what it guesses, without what the tokens before add; see `BlockHead`."""

@@ -155,10 +155,10 @@ def _widen(tensors: dict[str, torch.Tensor], where: str) -> None:
     """Multiplies weights in 8-bit floating point by the scales of their blocks, as DeepSeek-V3 has them."""
     for name in [name for name in tensors if name.endswith(SCALES)]:
         scales, weight = tensors.pop(name).float(), tensors.get(name.removesuffix(SCALES), torch.empty(0))
-        blocks = [-(-size // block) for size, block in zip(weight.shape, BLOCK, strict=False)]
+        rows, columns = weight.shape if weight.ndim == 2 else (0, 0)
+        blocks = [-(-rows // BLOCK[0]), -(-columns // BLOCK[1])]
         if weight.ndim != 2 or list(scales.shape) != blocks:
             raise ModelError(f"in {where!r} the tensor {name} has no scale for each block of a weight")
-        rows, columns = weight.shape
         wide = scales.repeat_interleave(BLOCK[0], 0)[:rows].repeat_interleave(BLOCK[1], 1)[:, :columns]
         tensors[name.removesuffix(SCALES)] = weight.float() * wide
 
