@@ -8,12 +8,13 @@ import re
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Collection, Generator, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from hypothesis import settings
 
 from tests import forked
@@ -104,6 +105,24 @@ def each_two(first: Iterable[A], second: Iterable[B], third: Iterable[C]) -> lis
     firsts, seconds, thirds = list(first), list(second), list(third)
     assert len(thirds) <= min(len(firsts), len(seconds))
     return [(a, b, thirds[(i + j) % len(thirds)]) for i, a in enumerate(firsts) for j, b in enumerate(seconds)]
+
+
+def by_night(cases: Iterable[A], but: Collection[A]) -> list[A | ParameterSet]:
+    """All of these cases for `make nightly`, but some for `make test`: the others try the same on more of its kind."""
+    cases = list(cases)
+    assert all(case in cases for case in but)
+    values = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [
+        case if case in but else pytest.param(*value, marks=pytest.mark.nightly)
+        for case, value in zip(cases, values, strict=True)
+    ]
+
+
+def all_pairs(first: Iterable[A], second: Iterable[B]) -> list[tuple[A, B] | ParameterSet]:
+    """All combinations for `make nightly`; for `make test` each of the first with one of the second, in turns."""
+    firsts, seconds = list(first), list(second)
+    in_turns = [(one, seconds[i % len(seconds)]) for i, one in enumerate(firsts)]
+    return by_night([(a, b) for a in firsts for b in seconds], but=in_turns)
 
 
 def shown(value: object, width: int = 40) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import decode, make_sequence, random_table
+from tests.conftest import by_night, decode, make_sequence, random_table
 from tests.drafters.test_eagle import some_head
 from tests.drafters.test_medusa import random_heads
 from tests.heads.block_heads import some_block
@@ -110,7 +110,7 @@ MIXED: list[tuple[list[int], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("rows", [1, 3, 16, 1000])
+@pytest.mark.parametrize("rows", by_night([1, 3, 16, 1000], but=[3, 1000]))
 @pytest.mark.parametrize(
     ("kind", "drafter"),
     [(kind, "lookups") for kind in ENGINES] + [("one call", name) for name in DRAFTERS if name != "lookups"]

@@ -38,6 +38,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 PACKAGE = Path(__file__).parent
 VERSIONS_KEPT = 8  # of the code of one source file
 IMPORTS = re.compile(r"^[ \t]*(?:from tokentree(?:\.([\w.]+))? import (\([^)]*\)|.*)|import tokentree\.([\w.]+))", re.M)
+NAME = re.compile(r"(\w+)(?: +as +\w+)?")  # of what is imported from a package
 
 
 @overload
@@ -132,8 +133,8 @@ def fingerprint(roots: tuple[Path, ...]) -> str:
     which settings, and the CPU."""
     about = [np.__version__, numba.__version__, llvmlite.__version__, sys.version, platform.machine(), _cpu()]
     settings = sorted((name, value) for name, value in os.environ.items() if name.startswith("NUMBA_"))
-    texts = sorted((_name(file), _text(file)) for file in imported(roots))
-    return hashlib.sha256(repr((_name(roots[0]), texts, about, settings)).encode()).hexdigest()[:16]
+    sources = sorted((_name(file), _digest(file)) for file in imported(roots))
+    return hashlib.sha256(repr((_name(roots[0]), sources, about, settings)).encode()).hexdigest()[:16]
 
 
 def imported(roots: Iterable[Path]) -> set[Path]:
@@ -152,10 +153,12 @@ def _name(file: Path) -> str:
 
 @functools.cache
 def _imports(file: Path) -> list[Path]:
-    modules = list[str]()
+    """What ``file`` imports: of a package its modules, or itself where a name is no module of it."""
+    found, files = list[str](), _files()
     for package, names, module in IMPORTS.findall(_text(file)):
-        modules += [module or package, *(f"{package}.{name}" for name in re.findall(r"\w+", names))]
-    return [_files()[module] for module in modules if module in _files()]
+        inside = [f"{package}.{name}".lstrip(".") for name in NAME.findall(names)]
+        found += [module] if module else [name if name in files else package for name in inside]
+    return [files[name] for name in found if name in files]
 
 
 @functools.cache
@@ -169,6 +172,11 @@ def _files() -> dict[str, Path]:
 def _text(file: Path) -> str:
     """A source, as it is when it is first asked for, which is when it is imported."""
     return file.read_text(encoding="utf-8")
+
+
+@functools.cache
+def _digest(file: Path) -> str:
+    return hashlib.sha256(_text(file).encode()).hexdigest()
 
 
 @functools.cache

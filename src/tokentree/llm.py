@@ -184,8 +184,9 @@ class LLM:
         place = pick_device(device) if model is None or isinstance(model, str | Path) else model.device
         options = EngineOptions(dtype, place, attention, quantization, compile, prefix_bytes)
         own_tokenizer = tokenizer_in(tokenizer)
-        self.engine, self.max_batch = make_engine(engine, model, options), batch
+        # before the engine: while it is read it takes memory that weights take afterwards
         self.tokenizer = tokenizer_of(model) if own_tokenizer is None and model is not None else own_tokenizer
+        self.engine, self.max_batch = make_engine(engine, model, options), batch
         self._grammars = Grammars(self.tokenizer)
         draft_engines, others = draft_engines_of(drafts, self.engine, self.tokenizer, options)
         made_for = fingerprint_of(self.engine, self.tokenizer, heads)

@@ -178,8 +178,10 @@ class _NoTokenizer(ModelError):
 
 
 def _gguf_tokenizer(name: str | Path, file: Path) -> PreTrainedTokenizerBase:
+    with told(f"can't load the model {str(name)!r}"):
+        header = read_header(file)
     with told(f"can't load the tokenizer of {str(name)!r}"):
-        if not has_tokenizer(read_header(file)):
+        if not has_tokenizer(header):
             raise _NoTokenizer(f"{str(name)!r} has no tokenizer")
         from tokentree.gguf.tokenizer import gguf_tokenizer
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from tests.conftest import by_night
 from tests.drafters.test_eagle import some_head
 from tests.engines.cpu.test_kept import logits_of, rewrite
 from tests.gguf_files import write_gguf
@@ -221,7 +222,7 @@ def test_texts_are_the_same_with_draft_models_too(tmp_path: Path) -> None:
     assert all(isinstance(engine, ReadyEngine) for engine in engines)
 
 
-@pytest.mark.parametrize("headed", [False, True])
+@pytest.mark.parametrize("headed", by_night([False, True], but=[True]))
 def test_nothing_else_is_read_and_no_model_class_imported(headed: bool, tmp_path: Path) -> None:
     model, heads = tiny("llama", torch.bfloat16, vocab_size=300, **WIDE), str(tmp_path / "heads") if headed else None
     folder = saved(tmp_path / "model", model)

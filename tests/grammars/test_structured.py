@@ -22,7 +22,7 @@ from benchmarks.schemas import SCHEMAS, fits
 from llguidance import LLTokenizer, TokenizerWrapper
 from pydantic import BaseModel
 
-from tests.conftest import decode, make_sequence
+from tests.conftest import all_pairs, decode, make_sequence, shown
 from tests.drafters.test_eagle import some_head
 from tests.drafters.test_medusa import random_heads
 from tests.engines.gpu.test_engine import engine_of
@@ -108,8 +108,7 @@ def ids(llm: LLM, prompts: Any, params: SamplingParams) -> list[list[int]]:
 # -- plain's ids -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("drafter", DRAFTERS, ids=str)
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize(("drafter", "number"), all_pairs(DRAFTERS, range(3)), ids=shown)
 def test_every_drafter_gives_plains_ids_and_valid_texts(world: World, drafter: Any, number: int) -> None:
     llm = world.using(drafter, SHAPES[(DRAFTERS.index(drafter) + number) % len(SHAPES)])
     for name in [*SCHEMAS][number::3]:
@@ -253,17 +252,16 @@ def _words(count: int) -> list[str]:
     return [""] if not count else [word + letter for word in _words(count - 1) for letter in "ab"]
 
 
-@pytest.mark.parametrize(
-    ("form", "rule"),
-    [
-        *((form, rule) for form in ("2", "2x1", "3") for rule in (Match, Rejection, Traversal)),
-        ("2x2", Match),
-        ("chain:3", Block),
-    ],
-)
-@pytest.mark.parametrize("regex", ["(a|b){1,3}", "a(ab|b)?", "ab?a?"])
-def test_the_law_of_texts_is_the_targets_under_the_mask(form: str, rule: Any, regex: str) -> None:
-    params: dict[str, Any] = {"max_tokens": 3, "temperature": 0.8}
+DRAWN = [
+    *((form, rule) for form in ("2", "2x1", "3") for rule in (Match, Rejection, Traversal)),
+    ("2x2", Match),
+    ("chain:3", Block),
+]
+
+
+@pytest.mark.parametrize(("way", "regex"), all_pairs(DRAWN, ["(a|b){1,3}", "a(ab|b)?", "ab?a?"]), ids=shown)
+def test_the_law_of_texts_is_the_targets_under_the_mask(way: tuple[str, Any], regex: str) -> None:
+    (form, rule), params = way, dict[str, Any](max_tokens=3, temperature=0.8)
 
     def make() -> Any:
         return decoder_maker(form, rule())()

@@ -65,16 +65,21 @@ MEDUSA = "medusa --heads 2 --batch-size 32 --epochs 6"
 @pytest.mark.parametrize(
     ("kind", "times"),
     [
-        (
+        (EAGLE, [(KILL, "writing texts", 0.05), (INT, "reading", 0.02), (TERM, "training", 0.1), (INT, "step 12/", 0)]),
+        pytest.param(
             EAGLE,
             [
                 (INT, "writing texts", 0.0), (KILL, "writing texts", 0.05), (TERM, "writing texts", 0.1),
                 (INT, "reading", 0.02), (INT, "training", 0.1), (KILL, "step 8/", 0.02), (INT, "step 12/", 0.0),
                 (KILL, "step 16/", 0.0),
             ],
+            marks=pytest.mark.nightly,
         ),
-        (MEDUSA, [(INT, "training", 0.0), (KILL, "step 8/", 0.0), (INT, "step 16/", 0.0)]),
+        pytest.param(
+            MEDUSA, [(INT, "training", 0.0), (KILL, "step 8/", 0.0), (INT, "step 16/", 0.0)], marks=pytest.mark.nightly,
+        ),
     ],
+    ids=["one of each", "eagle", "medusa"],
 )  # fmt: skip
 def test_a_training_that_is_interrupted_again_and_again_ends_with_the_same_heads(
     command: Trainings, tmp_path: Path, kind: str, times: list[tuple[signal.Signals, str, float]]

@@ -56,6 +56,8 @@ class ApiError(Exception):
         self.param = None if param is None else _one_line(param, LONGEST_NAME)
         self.code = code or CODES.get(status)
         self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
+        if status == TOO_SLOW:  # the rest of the body would be taken for another request
+            self.headers["Connection"] = "close"
 
     @property
     def body(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers import DogeConfig, DogeForCausalLM, PreTrainedModel
 
+from tests.conftest import all_pairs, by_night, shown
 from tests.engines.test_engine import assert_bits_of_paths, assert_near, of_transformers, verified
 from tests.tiny_models import (
     CONTEXT,
@@ -52,7 +53,8 @@ NEW = [
     *ALIBI, *INDEXED, *COUNTING, "bert", "dbrx", "gemma3n_text", "gemma4_text", "granitemoehybrid", "llama4_text",
     "longcat_flash", "megatron-bert", "openai-gpt", "xglm",
 ]  # fmt: skip
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+BOTH = [torch.float32, torch.bfloat16]
+DTYPES = pytest.mark.parametrize("dtype", BOTH, ids=["float32", "bfloat16"])
 ROUTERS = ["ernie4_5_moe", "gpt_oss", "mixtral", "phimoe", "qwen2_moe"]
 
 
@@ -66,7 +68,7 @@ def engine_of(name: str, dtype: torch.dtype) -> KVEngine:
     return TorchEngine(model_of(name, dtype))  # a warning would be an error
 
 
-@pytest.mark.parametrize("prefix", [5, 40, 62])
+@pytest.mark.parametrize("prefix", by_night([5, 40, 62], but=[62]))
 @pytest.mark.parametrize("name", NAMES)
 def test_a_tree_has_the_logits_that_transformers_gives_each_path(name: str, prefix: int) -> None:
     engine, tokens = engine_of(name, torch.float32), some_tokens(prefix + 1, seed=prefix)
@@ -76,8 +78,7 @@ def test_a_tree_has_the_logits_that_transformers_gives_each_path(name: str, pref
     assert_near(got, of_transformers(model_of(name, torch.float32), tokens[:-1], tree))
 
 
-@DTYPES
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "dtype"), all_pairs(NAMES, BOTH), ids=shown)
 def test_a_node_has_the_bits_of_decoding_its_path_alone(name: str, dtype: torch.dtype) -> None:
     assert_bits_of_paths(engine_of(name, dtype))
 
@@ -117,8 +118,7 @@ def test_what_reads_in_both_directions_is_refused() -> None:
         TorchEngine(model)
 
 
-@DTYPES
-@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize(("name", "dtype"), all_pairs(NEW, BOTH), ids=shown)
 def test_kv_of_a_text_that_begins_alike_is_reused(name: str, dtype: torch.dtype) -> None:
     model, tokens = model_of(name, dtype), some_tokens(60)
     engine, first = TorchEngine(model, prefix_bytes=1 << 22), request(tokens)

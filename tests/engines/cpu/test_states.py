@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from tests.conftest import decode
+from tests.conftest import by_night, decode
 from tests.engines.test_engine import assert_bits_of_paths, of_transformers
 from tests.hybrids import HYBRIDS, tiny_hybrid
 from tests.tiny_models import VOCAB, request, some_tokens, some_tree, tiny
@@ -43,11 +43,16 @@ from tokentree.shapes import shape
 from tokentree.tree import TokenTree
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-EACH = pytest.mark.parametrize("name", HYBRIDS)
+# of each kind of state one, by itself or beside attention, experts and latents
+KINDS = [
+    "falcon_h1", "jamba", "kimi_linear", "lfm2", "minimax", "qwen3_5_text", "recurrent_gemma", "rwkv", "xlstm",
+    "zamba2",
+]  # fmt: skip
+EACH = pytest.mark.parametrize("name", by_night(HYBRIDS, but=KINDS))
 ONE_CALL = "lfm2 in one call"  # in bfloat16, where transformers' texts may be others
 WITH_IT = ["falcon_h1", "jamba", "lfm2", "mamba", "qwen3_5_text", ONE_CALL]
-SOME = pytest.mark.parametrize("name", WITH_IT)
-EXACT = pytest.mark.parametrize("name", WITH_IT[:-1])
+SOME = pytest.mark.parametrize("name", by_night(WITH_IT, but=["jamba", "qwen3_5_text", ONE_CALL]))
+EXACT = pytest.mark.parametrize("name", by_night(WITH_IT[:-1], but=["jamba", "qwen3_5_text"]))
 
 
 @functools.cache
@@ -65,7 +70,7 @@ def engine_of(name: str, dtype: torch.dtype = torch.float32) -> KVEngine:
 # -- a tree says what its paths say ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prefix", [1, 5, 62])
+@pytest.mark.parametrize("prefix", by_night([1, 5, 62], but=[1, 62]))
 @EACH
 def test_a_tree_has_the_logits_that_transformers_gives_each_path(name: str, prefix: int) -> None:
     engine, tokens = engine_of(name), some_tokens(prefix + 1, seed=prefix)
@@ -83,7 +88,7 @@ def test_a_node_has_the_bits_of_decoding_its_path_alone(name: str, dtype: torch.
     assert_bits_of_paths(engine_of(name, dtype))
 
 
-@pytest.mark.parametrize("name", [*HYBRIDS, ONE_CALL])
+@pytest.mark.parametrize("name", by_night([*HYBRIDS, ONE_CALL], but=[*KINDS, ONE_CALL]))
 def test_a_path_is_kept_and_the_rest_of_a_tree_leaves_no_trace(name: str) -> None:
     engine, tokens = engine_of(name), some_tokens(30)
     seq, text = request(tokens), list(tokens)
@@ -120,7 +125,7 @@ def test_a_prompt_may_be_cut_anywhere(name: str) -> None:
     engine.release([whole])
 
 
-@pytest.mark.parametrize("name", ["jamba", "lfm2", "mamba", "qwen3_5", "zamba2"])
+@pytest.mark.parametrize("name", by_night(["jamba", "lfm2", "mamba", "qwen3_5", "zamba2"], but=["jamba", "lfm2"]))
 def test_weights_that_are_packed_and_dropped_and_kept_give_the_same_bits(name: str, tmp_path: Path) -> None:
     tokens, kept = some_tokens(30), Place(tmp_path / "packed", "this model")
     tree = some_tree(tokens[-1], 20)

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 from triton.errors import TritonError
 
-from tests.conftest import decode
+from tests.conftest import by_night, decode
 from tests.engines.gpu.triton_here import DEVICE, FAMILIES, small
 from tests.engines.test_engine import of_transformers
 from tests.tiny_models import request, some_tokens, some_tree
@@ -89,7 +89,7 @@ def alone(engine: TritonEngine, before: list[int], tree: TokenTree, path: list[i
     return torch.stack(said)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", by_night(FAMILIES, but=["llama", "qwen3", "gemma3"]))
 def test_a_tree_has_transformers_logits_and_the_bits_of_each_path_alone(family: str) -> None:
     options = ONE if family in ALIKE else {}
     model = prepared(family, **options)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import decode
+from tests.conftest import by_night, decode
 from tests.engines.test_engine import assert_near, decoded_alone, of_transformers, verified
 from tests.played import Played
 from tests.tiny_models import request, some_tokens, some_tree, tiny
@@ -55,7 +55,7 @@ def compiled(family: str) -> CompiledEngine:
     return engine
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", by_night(FAMILIES, but=["llama", "gemma2", "gpt2"]))
 def test_a_tree_has_the_logits_that_transformers_gives_each_path(
     family: str, graphs: Graphs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,6 +138,7 @@ def test_a_forward_that_is_one_call_is_left_as_it_is() -> None:
     assert engine.signature == TorchEngine(model).signature
 
 
+@pytest.mark.nightly  # a compiler of C++ runs for half a minute of a core
 @pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning:torch")  # inductor's own
 def test_inductor_compiles_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setenv("TOKENTREE_CACHE", str(tmp_path))
