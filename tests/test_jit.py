@@ -23,14 +23,11 @@ from tokentree import jit
 from tokentree.jit import KeptCode, compiled_folder, imported, njit
 from tokentree.tree import Ints
 
-# calls a kernel of `engines/cpu/fused.py` into which one of `kernels/rowwise.py` is compiled
-NORM = """
+# calls a loop of `growing.py` into which one of `tree.py` is compiled
+TAKE = """
 import numpy as np
-from tokentree.engines.cpu import fused
-rows = np.arange(8, dtype=np.float32).view(np.int32) >> 16
-bits, out = rows.astype(np.int16)[None], np.zeros((1, 8), np.int16)
-fused._norm(bits, np.ones(8, np.float32), np.float32(0), out)
-print(out.tolist(), sum(fused._norm.stats.cache_hits.values()))
+from tokentree.growing import planted, take_marked
+print(take_marked(*planted(7, 2), np.ones(1, np.bool_), 1)[2:], sum(take_marked.stats.cache_hits.values()))
 """
 
 
@@ -60,23 +57,23 @@ def test_a_kernel_that_another_file_s_holds_is_compiled_again_once_its_source_ch
     folder: Path, tmp_path: Path
 ) -> None:  # fmt: skip
     shutil.copytree(SOURCE, tmp_path / "src" / "tokentree", ignore=shutil.ignore_patterns("__pycache__"))
-    rows = tmp_path / "src" / "tokentree" / "kernels" / "rowwise.py"
-    before = rows.read_text()
-    after = before.replace("x[i] *= weight[i]", "x[i] *= weight[i] + np.float32(1)")
+    other = tmp_path / "src" / "tokentree" / "tree.py"
+    before = other.read_text()
+    after = before.replace("is_chain, depths[0] = True, 0", "is_chain, depths[0] = False, 0")
     assert after != before
 
     def says() -> tuple[str, int]:
-        done = running(tmp_path / "src", NORM)
+        done = running(tmp_path / "src", TAKE)
         assert not done.stderr
         numbers, hits = done.stdout.rsplit(maxsplit=1)
         return numbers, int(hits)
 
     first = says()
-    rows.write_text(after)
+    other.write_text(after)
     changed = says()
     assert changed[1] == 0
     assert changed[0] != first[0]
-    rows.write_text(before)
+    other.write_text(before)
     assert says() == (first[0], 1)  # as it was kept at first
 
 
@@ -160,16 +157,14 @@ def test_nobody_else_can_read_or_write_it(folder: Path) -> None:
 
 def test_without_a_place_to_write_it_works_and_says_so_once(tmp_path: Path) -> None:
     home = {"HOME": os.devnull, "XDG_CACHE_HOME": "", "TOKENTREE_CACHE": "", "TOKENTREE_COMPILED": ""}
-    done = running(
-        SOURCE.parent, "from tokentree import LLM, TokenTree\nprint(TokenTree.chain(1, [2, 3]))" + NORM, **home
-    )
+    done = running(SOURCE.parent, "from tokentree import TokenTree\nprint(TokenTree.chain(1, [2, 3]))" + TAKE, **home)
     assert done.returncode == 0, done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert "compiled code isn't kept" in done.stderr
 
 
 def test_two_processes_compile_at_once(folder: Path) -> None:
-    command = [sys.executable, "-c", NORM]
+    command = [sys.executable, "-c", TAKE]
     both = [Forked(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     (first, told), (second, more) = (process.communicate() for process in both)
     assert not told + more

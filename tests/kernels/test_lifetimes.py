@@ -21,7 +21,7 @@ import torch
 from tests.hybrids import HYBRIDS, tiny_hybrid
 from tests.tiny_models import request, some_tokens, some_tree, tiny
 from tokentree.engines.torch import TorchEngine
-ways = ("llama", None), ("llama", "int8"), ("jamba", None), ("qwen3_5_text", None)  # jamba has experts too
+ways = ("llama", None), ("llama", "int8"), ("gemma2", None), ("mixtral", None), ("jamba", None), ("qwen3_5_text", None)
 for family, quantization in ways:
     make = tiny_hybrid if family in HYBRIDS else tiny
     model = make(family, torch.bfloat16, hidden_size=64, intermediate_size=96)
@@ -99,6 +99,7 @@ def test_that_one_which_doesn_t_is_found(body: str) -> None:
         assert not faults(f"@numba.njit\ndef f(y):\n    x = make()\n    {right}\n")
 
 
+@pytest.mark.nightly  # processes in which nothing is fast
 def test_free_memory_that_is_overwritten_changes_no_bit() -> None:
     if sys.platform != "linux":
         pytest.skip("only glibc overwrites what is freed when it is told to")

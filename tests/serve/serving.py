@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from openai import OpenAI
 from tests.tiny_models import kv_engine, tiny, tiny_tokenizer
 from tokentree import LLM
 from tokentree.serve.app import create_app
+from tokentree.serve.run import listen
 from tokentree.serve.service import Service
 from tokentree.serve.settings import Settings
 
@@ -93,7 +93,7 @@ def events_of(answer: httpx.Response) -> Iterator[Any]:
 def serving(llm: LLM | None, **settings: Any) -> Iterator[Served]:
     """A server for ``llm`` in a thread, on a port of its own."""
     app = create_app(Settings(NAME, **settings), llm)
-    sock = socket.create_server(("127.0.0.1", 0))
+    sock = listen("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", ws="none"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()

@@ -269,6 +269,13 @@ def in_time(load: Callable[[], LLM], meanwhile: Callable[[str], None], **setting
     return found
 
 
+def test_what_is_answered_goes_out_at_once() -> None:
+    with listen("127.0.0.1", 0) as sock, socket.create_connection(sock.getsockname()):
+        connection, _ = sock.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_a_server_gives_back_the_model_that_it_served() -> None:
     llm = tiny_llm()
     texts = list[str]()

@@ -95,6 +95,7 @@ def test_a_draft_is_the_same_in_a_batch_and_behind_any_history() -> None:
     assert np.array_equal(alone[0].chosen[:-1], batch[1].chosen[:-1])
 
 
+@pytest.mark.nightly
 def test_a_draft_is_the_same_where_a_program_has_all_chunks_of_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, head = engine_of(**ONE), head_of()
     engines = []
