@@ -1,18 +1,22 @@
 """Does a server stay what it is under load and faults? Its memory over time, its statuses, and whether each text is the
 one that is written alone and plainly.
 
-    python -m benchmarks.soak MODEL --prompts FILE [--heads DIR] [--clients 16] [--seconds 600] [--bodies 200]
-        [--settle 180] [--out FILE]
+    python -m benchmarks.soak MODEL --prompts FILE [--heads DIR] [--clients 16] [--seconds 600] [--rounds 10]
+        [--bodies 200] [--settle 180] [--out FILE]
 
 Each client makes one request after another. Most are drawn from ``--bodies`` different ones: chats and completions of
 8 to 256 tokens, streamed or not, greedy or with a seed, of one or two texts, under a schema, with another speculation.
 One in four is a fault: a stream that is left, a whole answer that isn't waited for, a body that stops in its midst, a
 stream that nobody reads for a while, a request that is wrong. That one must get a status 4xx in OpenAI's form.
 
-Memory (RSS) and what the server says of its own memory are written down every two seconds. The KV of the texts under
-way is what the load asks for, so it is taken off: memory is level if the mean of the rest in the last tenth of the time
-is at most 5% above that of the tenth which begins at ``--settle``. At the end the finished requests are made again, one
-by one, with ``speculation: "off"``, and token ids are compared.
+Memory (RSS) and what the server says of its own memory are written down every two seconds. The load comes in rounds:
+behind each of them all requests end, and the server has nothing to do for a moment. What it has then, without the KV of
+finished texts and what look-ups learnt, which have limits of their own, is what stays. Under load, memory depends on
+which texts are under way: KV is counted with the room that they have ahead, which is no memory before it is written.
+
+Memory is level if what stays grows by at most 5% from the first pause behind ``--settle`` to the last one, along the
+line through all pauses between (Theil and Sen: the median of the slopes of all pairs). Growth under load is told too.
+At the end the finished requests are made again, one by one, with ``speculation: "off"``, and token ids are compared.
 
 Exit status 1 if ids differ, a request failed, a status was 5xx or not the one expected, or memory isn't level.
 """
@@ -21,7 +25,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
+import math
 import random
 import re
 import statistics
@@ -44,6 +50,8 @@ LENGTHS = 8, 16, 32, 64, 128, 256
 FAULTS = 0.25  # share of requests that are one
 SAMPLE = 2.0  # seconds between two looks at memory
 LEVEL = 1.05
+PAUSES = 3  # behind which a trend is told
+COUNTED = "kv", "prefixes", "lookups"  # memory that the server tells itself
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 NAMES = {
     "vllm:num_requests_running": "running", "vllm:num_requests_waiting": "waiting",
@@ -79,6 +87,7 @@ class Found:
     tokens: int = 0
     ids: list[tuple[int, list[list[int]]]] = field(default_factory=list)  # the number of a body, and its texts
     samples: list[dict[str, float]] = field(default_factory=list)
+    pauses: list[dict[str, float]] = field(default_factory=list)  # such samples, of a server with nothing to do
 
 
 def bodies(prompts: list[str], count: int, seed: int) -> list[Asked]:
@@ -196,43 +205,52 @@ async def texts_of(http: httpx.AsyncClient, url: str, asked: Asked) -> list[list
     return texts
 
 
+async def sampled(server: Server, http: httpx.AsyncClient, began: float) -> dict[str, float]:
+    """The server's memory in MiB, and what it tells of it."""
+    answer = await http.get(server.url + "/metrics", timeout=30)
+    figures = re.findall(r"^([a-z_:]+){([^}]*)} (\S+)$", answer.text, re.MULTILINE)
+    sample: dict[str, float] = {"seconds": round(time.perf_counter() - began, 1), "mebibytes": server.mebibytes}
+    sample |= {NAMES[name]: float(value) for name, _, value in figures if name in NAMES}
+    for name, labels, value in figures:
+        if name == "tokentree:memory_bytes":
+            sample[re.findall(r'part="([^"]*)"', labels)[0]] = round(float(value) / 2**20, 1)
+    return sample
+
+
 async def watch(server: Server, http: httpx.AsyncClient, found: Found, began: float) -> None:
     """Looks at the server's memory until it is cancelled."""
     while True:
         try:
-            answer = await http.get(server.url + "/metrics", timeout=30)
+            found.samples.append(await sampled(server, http, began))
         except httpx.HTTPError as error:
             found.failed.append(f"/metrics: {error!r}")
             return
-        figures = re.findall(r"^([a-z_:]+){([^}]*)} (\S+)$", answer.text, re.MULTILINE)
-        sample: dict[str, float] = {"seconds": round(time.perf_counter() - began, 1), "mebibytes": server.mebibytes}
-        sample |= {NAMES[name]: float(value) for name, _, value in figures if name in NAMES}
-        for name, labels, value in figures:
-            if name == "tokentree:memory_bytes":
-                sample[re.findall(r'part="([^"]*)"', labels)[0]] = round(float(value) / 2**20, 1)
-        found.samples.append(sample)
         await asyncio.sleep(SAMPLE)
 
 
-async def load(server: Server, made: list[Asked], clients: int, seconds: float, found: Found) -> None:
-    """Requests of so many clients, for so long; what is under way is finished."""
+async def load(server: Server, made: list[Asked], clients: int, seconds: float, rounds: int, found: Found) -> None:
+    """Requests of so many clients in so many rounds, which take so long together. Behind each, what is under way is
+    finished, and there is a pause."""
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(timeout=600, limits=limits) as http:
-        began = time.perf_counter()
 
-        async def client(number: int) -> None:
+        async def client(number: int, end: float) -> None:
             dice = random.Random(number)
             one = Client(server, http, found, dice)
-            while time.perf_counter() - began < seconds:
+            while time.perf_counter() < end:
                 place = dice.randrange(len(made))
                 if dice.random() < FAULTS:
                     await one.fail(made[place])
                 else:
                     await one.ask(place, made[place])
 
+        began = time.perf_counter()
         watching = asyncio.create_task(watch(server, http, found, began))
-        await asyncio.gather(*map(client, range(clients)))
-        await asyncio.sleep(3 * SAMPLE)  # the last samples are of a server with nothing to do
+        for turn in range(rounds):
+            end = time.perf_counter() + seconds / rounds
+            await asyncio.gather(*(client(turn * clients + number, end) for number in range(clients)))
+            await asyncio.sleep(3 * SAMPLE)
+            found.pauses.append(await sampled(server, http, began))
         watching.cancel()
 
 
@@ -250,22 +268,20 @@ async def compare(server: Server, made: list[Asked], found: Found, tell: Any) ->
     return wrong
 
 
-def growth(samples: list[dict[str, float]], seconds: float, settle: float) -> dict[str, float]:
-    """Mean memory in MiB without the KV of texts under way, in the tenth of the time behind ``settle`` and in the last
-    one, and their ratio; likewise with it."""
-
-    loaded = [one for one in samples if one["running"]]
-
-    def mean(begin: float, without: str) -> float:
-        first, count = int(begin / seconds * len(loaded)), max(1, len(loaded) // 10)
-        values = [one["mebibytes"] - one.get(without, 0) for one in loaded[first : first + count]]
-        return statistics.fmean(values) if values else 0.0
-
-    first, last = mean(settle, "kv"), mean(0.9 * seconds, "kv")
+def growth(samples: list[dict[str, float]], settle: float) -> dict[str, float]:
+    """What of the server's memory is not counted by itself, in MiB, behind ``settle``: in the first and the last of
+    ``samples``, and along the line through all of them its growth in an hour, and its ratio from first to last."""
+    known = [one for one in samples if one["seconds"] >= settle]
+    rest = [one["mebibytes"] - sum(one[part] for part in COUNTED) for one in known]
+    times = [one["seconds"] for one in known]
+    pairs = [pair for pair in itertools.combinations(range(len(known)), 2) if times[pair[0]] < times[pair[1]]]
+    if not pairs:
+        return {}
+    slope = statistics.median((rest[j] - rest[i]) / (times[j] - times[i]) for i, j in pairs)
+    begin = statistics.median(value - slope * (time - times[0]) for value, time in zip(rest, times, strict=True))
     return {
-        "settled": round(first, 1), "last": round(last, 1), "ratio": round(last / first, 4) if first else 0.0,
-        "settled_with_kv": round(mean(settle, ""), 1), "last_with_kv": round(mean(0.9 * seconds, ""), 1),
-        "at_rest": samples[-1]["mebibytes"] if samples else 0.0,
+        "samples": len(known), "first": round(rest[0], 1), "last": round(rest[-1], 1),
+        "an_hour": round(3600 * slope, 1), "ratio": round(1 + slope * (times[-1] - times[0]) / begin, 4),
     }  # fmt: skip
 
 
@@ -276,30 +292,35 @@ def main() -> None:
     parser.add_argument("--heads")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--settle", type=float, default=180)
     parser.add_argument("--bodies", type=int, default=200)
     parser.add_argument("--serve", default="", help="further options of the server, as one text")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    if options.rounds * (1 - options.settle / options.seconds) < PAUSES:
+        parser.error(f"a trend needs {PAUSES} rounds behind --settle: give more --seconds or --rounds")
     prompts = [entry.turns[0] for entry in read_prompts(options.prompts)]
     made, found, port = bodies(prompts, options.bodies, seed=1), Found(), free_port()
     command = [sys.executable, "-W", "ignore", "-m", "tokentree", "serve", "--model", options.model]
     command += ["--port", str(port), "--max-batch", "16", "--max-queue", "1000", *options.serve.split()]
     command += ["--heads", options.heads] if options.heads else []
     with running("soak", command, port, "/ready", "model") as server, Progress(disable=not sys.stderr.isatty()) as bar:
-        asyncio.run(load(server, made, options.clients, options.seconds, found))
+        asyncio.run(load(server, made, options.clients, options.seconds, options.rounds, found))
         line = bar.add_task("alone", total=len(found.ids))
         wrong = asyncio.run(compare(server, made, found, lambda: bar.advance(line)))
-    memory = growth(found.samples, options.seconds, options.settle)
+    memory = growth(found.pauses, options.settle)
+    under_load = growth([one for one in found.samples if one["running"]], options.settle)
     told = {
         "seconds": options.seconds, "clients": options.clients, "counts": dict(found.counts), "tokens": found.tokens,
         "failed": found.failed[:20], "num_failed": len(found.failed), "compared": len(found.ids), "differ": len(wrong),
-        "texts_that_differ": wrong[:5], "memory": memory, "samples": found.samples,
+        "texts_that_differ": wrong[:5], "memory": memory, "memory_under_load": under_load,
+        "pauses": found.pauses, "samples": found.samples,
     }  # fmt: skip
     if options.out:
         options.out.write_text(json.dumps(told, indent=1))
     print(json.dumps(told | {"samples": found.samples[:: max(1, len(found.samples) // 20)]}, indent=1))
-    sys.exit(bool(wrong or found.failed or memory["ratio"] > LEVEL))
+    sys.exit(bool(wrong or found.failed or memory.get("ratio", math.inf) > LEVEL))
 
 
 if __name__ == "__main__":
