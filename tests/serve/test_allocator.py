@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from tests.forked import Forked
-from tokentree.serve.allocator import map_large_blocks
+from tokentree.serve.allocator import keep_memory_level
 
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 # in the place of the server: what is left of large blocks that were freed
@@ -54,12 +56,22 @@ def test_large_blocks_of_a_server_go_back_to_the_system(
     assert left < 20 if threshold is None else left > 100
 
 
-@pytest.mark.parametrize("told", [("MALLOC_MMAP_THRESHOLD_", "1"), ("GLIBC_TUNABLES", "glibc.malloc.mmap_threshold=1")])
-def test_what_a_user_has_set_stays(told: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(*told)
-    assert not map_large_blocks()
+@glibc
+@pytest.mark.parametrize(
+    ("variable", "value", "left"),
+    [
+        ("MALLOC_MMAP_THRESHOLD_", "1", ["arena_max"]),
+        ("MALLOC_ARENA_MAX", "1", ["mmap_threshold"]),
+        ("GLIBC_TUNABLES", "glibc.malloc.mmap_threshold=1", ["arena_max"]),
+        ("GLIBC_TUNABLES", "glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=1", []),
+    ],
+)
+def test_what_a_user_has_set_stays(variable: str, value: str, left: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: Mock(**{"mallopt.return_value": 1}))
+    monkeypatch.setenv(variable, value)
+    assert keep_memory_level() == left
 
 
 def test_another_system_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert not map_large_blocks()
+    assert not keep_memory_level()

@@ -114,7 +114,7 @@ def serve(
     try:
         import uvicorn  # noqa: F401
 
-        from tokentree.serve.allocator import map_large_blocks
+        from tokentree.serve.allocator import keep_memory_level
         from tokentree.serve.run import listen, log_to_stderr
         from tokentree.serve.run import serve as run
     except ModuleNotFoundError as error:
@@ -141,7 +141,7 @@ def serve(
     )  # fmt: skip
     sock = listen(host, port)
     log_to_stderr(log_level)
-    map_large_blocks()
+    keep_memory_level()
     llm = run(settings, lambda: made(model, drafter, threads, **options), sock, drain_timeout)
     if llm is None:  # the thread that loads can't be ended otherwise
         sys.stdout.flush()

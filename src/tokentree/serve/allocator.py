@@ -6,25 +6,31 @@ import ctypes
 import os
 import sys
 
-MMAP_THRESHOLD = -3  # what mallopt(3) is told to set
-LARGE = 4 << 20  # bytes: more than what sampling makes for each token, which would be mapped again and again
+# by the name of a setting of glibc: what mallopt(3) calls it, what it is set to here, and the user's variable
+SETTINGS = {
+    "mmap_threshold": (-3, 1 << 20, "MALLOC_MMAP_THRESHOLD_"),  # bytes from which on a block is mapped by itself
+    "arena_max": (-8, 2, "MALLOC_ARENA_MAX"),  # heaps that threads share
+}
 
 
-def map_large_blocks() -> bool:
-    """From now on ``malloc`` maps each block of at least `LARGE` bytes by itself, and gives it back once it is freed.
+def keep_memory_level() -> list[str]:
+    """From now on ``malloc`` maps each large block by itself, and gives it back once it is freed; and threads share two
+    heaps.
 
     Left alone, glibc maps ever fewer: where a mapped block is freed, smaller ones aren't mapped any more, up to those
-    of 32 MiB (mallopt(3)). They then lie between small ones, and what is freed of them stays with the process. Its
-    memory creeps, though nothing is kept.
+    of 32 MiB (mallopt(3)). They then lie between small ones, in a heap for each thread, and what is freed of them stays
+    with the process. Its memory creeps, though nothing is kept.
 
     Returns:
-        Whether it does: not where the C library is another one, nor where the user has set this
-        (``MALLOC_MMAP_THRESHOLD_``, ``GLIBC_TUNABLES``).
+        What was set: nothing where the C library is another one, nor what the user has set, in a variable of its own
+        or in ``GLIBC_TUNABLES``.
     """
-    tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if "MALLOC_MMAP_THRESHOLD_" in os.environ or "glibc.malloc.mmap_threshold" in tunables:
-        return False
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if not hasattr(library, "gnu_get_libc_version"):
-        return False
-    return bool(library.mallopt(MMAP_THRESHOLD, LARGE))  # type: ignore[union-attr]
+    if library is None or not hasattr(library, "gnu_get_libc_version"):
+        return []
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    return [
+        name
+        for name, (number, value, variable) in SETTINGS.items()
+        if variable not in os.environ and f"glibc.malloc.{name}" not in tunables and library.mallopt(number, value)
+    ]

@@ -40,6 +40,20 @@ def test_what_is_held_is_never_written_to(part: Callable[[Any], Any]) -> None:
     assert reused.take(4, 100).ctypes.data == place
 
 
+def test_memory_grows_by_a_half_and_is_no_smaller_where_the_old_one_is_held() -> None:
+    reused = Reused()
+    reused.take(100, 100)
+    reused.take(101, 100)
+    place = reused.take(140, 100).ctypes.data  # there was room ahead
+    held = reused.take(1, 100)
+    assert held.ctypes.data == place
+    other = reused.take(1, 100)
+    assert other.ctypes.data != place
+    place = other.ctypes.data
+    del held, other
+    assert reused.take(140, 100).ctypes.data == place
+
+
 def test_more_room_is_made() -> None:
     reused = Reused()
     small = reused.take(1, 10)

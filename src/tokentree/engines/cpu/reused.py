@@ -19,19 +19,21 @@ class Reused:
     """
 
     def __init__(self) -> None:
-        self._new(0)
+        self._new(ALIGNED)
         self._alone = self._holders()
 
     def take(self, rows: int, columns: int) -> NDArray[np.int16]:
         """Room for bfloat16[rows, columns]."""
         count = rows * columns
-        if count + ALIGNED > len(self._memory) or self._holders() > self._alone:
-            self._new(count)
+        if (size := count + ALIGNED) > len(self._memory):  # by a half, since what is freed may be too small for others
+            self._new(max(size, 3 * len(self._memory) // 2))
+        elif self._holders() > self._alone:
+            self._new(len(self._memory))
         # while that lives, the whole memory has one more holder
         return self._memory[self._start : self._start + count].reshape(rows, columns)
 
-    def _new(self, count: int) -> None:
-        self._memory = np.empty(count + ALIGNED, np.int16)
+    def _new(self, size: int) -> None:
+        self._memory = np.empty(size, np.int16)
         self._start = -self._memory.ctypes.data % (2 * ALIGNED) // 2
 
     def _holders(self) -> int:
