@@ -83,8 +83,8 @@ def ordered(items: list[pytest.Item]) -> list[pytest.Item]:
         return [item for item in items if item.nodeid.startswith(place)]
 
     compiling, alone = those_of("tests/drafters/"), those_of("tests/engines/gpu/")
-    first, last = "tests/engines/gpu/test_compiled.py", "tests/engines/gpu/test_eagle.py"  # which needs loops too
-    alone.sort(key=lambda item: (not item.nodeid.startswith(first), item.nodeid.startswith(last)))
+    last = "/test_graph.py", "/test_eagle.py"  # these need loops too
+    alone.sort(key=lambda item: ("/test_compiled.py" not in item.nodeid, any(name in item.nodeid for name in last)))
     known = {*compiling, *alone}
     others = [*compiling, *(item for item in items if item not in known)]
     return [*others[: len(items) // 2], *alone, *others[len(items) // 2 :]]
@@ -119,10 +119,10 @@ def by_night(cases: Iterable[A], but: Collection[A]) -> list[A | ParameterSet]:
     ]
 
 
-def all_pairs(first: Iterable[A], second: Iterable[B]) -> list[tuple[A, B] | ParameterSet]:
-    """All combinations for `make nightly`; for `make test` each of the first with one of the second, in turns."""
+def all_pairs(first: Iterable[A], second: Iterable[B], by_day: int = 1) -> list[tuple[A, B] | ParameterSet]:
+    """All combinations for `make nightly`; for `make test` each of the first with so many of the second, in turns."""
     firsts, seconds = list(first), list(second)
-    in_turns = [(one, seconds[i % len(seconds)]) for i, one in enumerate(firsts)]
+    in_turns = [(one, seconds[(i + j) % len(seconds)]) for i, one in enumerate(firsts) for j in range(by_day)]
     return by_night([(a, b) for a in firsts for b in seconds], but=in_turns)
 
 

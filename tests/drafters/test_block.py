@@ -303,8 +303,8 @@ def test_greedy_ids_and_sampled_ids_are_plain_s(form: str, cut: str, model: tupl
         ("traversal", "dspark", "3x2"),
         ("traversal", "dflash", "2x2"),
         ("block", "dspark", "chain:3"),
-        ("rejection", "few", "3x2"),
-        ("traversal", "picked", "3x2"),
+        pytest.param("rejection", "few", "3x2", marks=pytest.mark.nightly),
+        pytest.param("traversal", "picked", "3x2", marks=pytest.mark.nightly),
     ],
 )
 def test_sampling_has_the_target_s_distribution(accept: str, form: str, cut: str) -> None:

@@ -11,6 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 
+from tests.conftest import by_night
 from tests.forked import Forked
 from tokentree.serve.allocator import keep_memory_level
 
@@ -42,7 +43,7 @@ main()
 
 
 @glibc
-@pytest.mark.parametrize("threshold", [None, "33554432"])
+@pytest.mark.parametrize("threshold", by_night([None, "33554432"], but=[None]))
 def test_large_blocks_of_a_server_go_back_to_the_system(
     folder: Path, threshold: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from tests.conftest import all_pairs, shown
 from tests.tiny_models import tiny, tiny_tokenizer
 from tokentree import LLM
 from tokentree.errors import TokenTreeError
@@ -77,8 +78,7 @@ TOLD: dict[str, dict[str, str]] = {  # of a file's damage, what is told; else th
 SETTINGS = dict.fromkeys(("empty", "half", "zeros", "other"), r"settings\.json' is damaged, .* or begin anew")
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("kind", ["medusa", "eagle"])
+@pytest.mark.parametrize(("stage", "kind"), all_pairs(STAGES, ["medusa", "eagle"]), ids=shown)
 def test_each_file_damaged_in_turn(world: World, kind: str, stage: str, tmp_path: Path) -> None:
     before, whole = world.folders[kind, stage], load_file(world.folders[kind, "finished"] / "model.safetensors")
     files = [file.relative_to(before) for file in before.rglob("*") if file.is_file() and "events" not in str(file)]

@@ -31,6 +31,7 @@ KINDS = {
 }
 
 
+@pytest.mark.nightly
 def test_two_processes_train_what_one_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

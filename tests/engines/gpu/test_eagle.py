@@ -113,6 +113,7 @@ def test_a_draft_is_the_same_where_a_program_has_all_chunks_of_a_tile(monkeypatc
     assert np.array_equal(one[0].log_probs, other[0].log_probs)
 
 
+@pytest.mark.nightly
 def test_where_pages_are_short_nothing_is_drafted_and_texts_go_on_up_to_the_context() -> None:
     engine = engine_of(max_position_embeddings=CHUNK + 9, **ONE)  # a text goes on from a page to the next
     drafter = Eagle(head_of(), engine)
