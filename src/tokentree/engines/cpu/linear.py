@@ -288,6 +288,14 @@ def holds(start: Any, blocks: int, gated: bool, outputs: Any) -> bool:
     )
 
 
+def outputs_from(layer: L, first: int) -> L:
+    """The packed ``layer`` of its outputs from ``first`` on, a multiple of `BLOCK`, in the same memory."""
+    own: Any = layer
+    parts = {"weight": own.weight[first // BLOCK :], "start": own.start[first:], "num_outputs": own.num_outputs - first}
+    made: L = type(own).of_state(own.state() | parts)
+    return made
+
+
 def checked_once(layer: Any, look: Callable[[], tuple[int, int]]) -> tuple[int, int]:
     """The addresses of a layer's weight and start, which ``look`` gives and checks, as long as it has the same ones."""
     weight, start = layer.weight, layer.start
