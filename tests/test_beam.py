@@ -184,7 +184,8 @@ def test_heads_draft_for_each_beam_from_its_own_hidden_states(kind: str, family:
     head = some_head(1) if kind == "eagle-1" else some_head(3, 60)
     eagle = Kept(head, engine)
     drafter: Drafter = Medusa(random_heads(48), engine) if kind == "medusa" else eagle
-    blocks = test_block.Kept(some_block(), engine)
+    head_of_blocks = some_block()
+    blocks = test_block.Kept(head_of_blocks, engine)
     if kind == "block":
         drafter = blocks
     if kind == "all":
@@ -199,7 +200,7 @@ def test_heads_draft_for_each_beam_from_its_own_hidden_states(kind: str, family:
     guessed = blocks.__dict__.get("seen", [])
     assert len(guessed) >= 20 or kind != "block"
     for tokens, draft in guessed[::6]:
-        rows = test_block.said_by(blocks._engine.head, model, tokens)[1].log_softmax(-1)
+        rows = test_block.said_by(head_of_blocks, model, tokens)[1].log_softmax(-1)
         for node in range(1, len(draft)):
             anew = float(rows[draft.depths[node] - 1, draft.tokens[node]])
             assert draft.log_probs[node] == pytest.approx(anew, abs=2e-3)

@@ -16,9 +16,10 @@ from tests.heads.block_heads import FORMS, some_block
 from tests.tiny_models import CONTEXT, VOCAB, full_logits, request, some_tokens, tiny
 from tokentree import LLM, SamplingParams
 from tokentree.draft import Draft
-from tokentree.drafters.block import TOP, Block
+from tokentree.drafters.block import Block
 from tokentree.drafters.lookup.ngram import NGram
 from tokentree.drafters.merged import Merged
+from tokentree.engines.base import CANDIDATES
 from tokentree.engines.block import TorchBlocks
 from tokentree.engines.table import TableEngine
 from tokentree.engines.torch import TorchEngine
@@ -146,8 +147,8 @@ def test_a_markov_part_conditions_on_the_token_before(form: str) -> None:
         bests, candidates, shares = [best], list[torch.Tensor](), list[torch.Tensor]()
         for place in range(head.sizes.num_guesses):
             said = (logits[place] + head.markov(torch.tensor([best]), states[place][None])[0]).log_softmax(-1)
-            candidates.append(said.topk(TOP).indices)
-            shares.append(said.topk(TOP).values.logsumexp(0))
+            candidates.append(said.topk(CANDIDATES).indices)
+            shares.append(said.topk(CANDIDATES).values.logsumexp(0))
             bests.append(best := int(known[said.argmax()]))
         for node in range(1, len(draft)):
             place = draft.depths[node] - 1
@@ -215,7 +216,7 @@ def test_a_row_is_kept_for_each_token_before_the_anchor() -> None:
     def noted(seqs: list[Sequence], *args: Any) -> list[Draft]:
         drafts = propose(seqs, *args)
         if len(drafts[0]) > 1:  # else there is no room for a draft
-            rows.append((blocks.rows(seq), len(seq.tokens) - 1))
+            rows.append((blocks.committed(seq), len(seq.tokens) - 1))
         return drafts
 
     drafter.propose = noted  # type: ignore
@@ -237,11 +238,35 @@ def test_what_the_target_takes_back_is_overwritten() -> None:
     engine.prefill(seq)
     assert torch.allclose(blocks.guess([seq])[1], found[0], atol=1e-4)
     engine.rewind(seq, 6)
-    blocks.read([seq])
+    blocks.prefill(seq)
     seq.tokens[6:] = other[6:]
     engine.prefill(seq)
     assert torch.allclose(blocks.guess([seq])[1], found[1], atol=1e-4)
     assert not torch.allclose(found[0], found[1], atol=0.1)
+
+
+def test_prompts_are_read_in_parts_once_drafts_of_their_texts_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokentree.drafters.block.PART", 20)
+    engine = TorchEngine(tiny("llama"))
+    drafter, form = Block(some_block(), engine), shape("2x1")
+    blocks: Any = drafter._engine
+    one, other, twin = [request(some_tokens(61, seed=seed)) for seed in (1, 2, 1)]
+    seqs = [one, other, twin, alone := request(some_tokens(191, seed=3))]
+    for seq in seqs:
+        engine.prefill(seq)
+    drafter.observe_prompt(seqs, 60)
+    assert [blocks.committed(seq) for seq in seqs] == [0] * 4
+    read = list[list[int]]()
+    for _ in range(7):
+        drafts = drafter.propose([one, other, twin], form, False)
+        read.append([blocks.committed(seq) for seq in (one, other, twin)])
+        assert [len(draft) > 1 for draft in drafts] == [rows == 60 for rows in read[-1]]
+    # of all texts together no more than a part in each step; what another text has read is copied
+    assert read == [[20, 0, 0], [40, 0, 0], [60, 0, 0], [60, 20, 0], [60, 40, 0], [60, 60, 0], [60, 60, 60]]
+    assert all(seq.metrics.prefill_seconds > 0 for seq in (one, other, twin))
+    for rows in (80, 160, 190):  # four times as many where nobody else waits
+        assert (len(drafter.propose([alone], form, False)[0]) > 1) == (rows == 190)
+        assert blocks.committed(alone) == rows
 
 
 @pytest.mark.parametrize("attention", ["tree", "sdpa"])
@@ -362,11 +387,12 @@ def test_what_does_not_fit_is_refused() -> None:
         LLM(tiny("llama"), "block")
     with pytest.raises(PairingError, match="no hidden states, on which a block head drafts"):
         Block(some_block(), TableEngine(torch.zeros(4, 4)))
-    wrong = some_block("shared output")
-    assert wrong.token_map is not None
-    wrong.token_map[-1] = VOCAB
-    with pytest.raises(PairingError, match="tokens that the target doesn't have"):
-        Block(wrong, engine)
+    for form in ("shared output", "few tokens"):
+        wrong = some_block(form)
+        assert wrong.token_map is not None
+        wrong.token_map[-1] = VOCAB
+        with pytest.raises(PairingError, match="tokens that the target doesn't have"):
+            Block(wrong, engine)
 
 
 def test_no_draft_reaches_beyond_the_context() -> None:

@@ -98,8 +98,8 @@ class Drafter(ABC):
     def observe_prompt(self, seqs: list[Sequence], upto: int) -> None:
         """Learns that the target has read the first ``upto`` tokens of new sequences. By default it reads them too.
 
-        A drafter that drafts level by level leaves that to `propose`: in a large batch it may never be asked. It adds
-        the seconds to `Metrics.prefill_seconds` of the sequence.
+        A drafter with a model or a head of its own leaves that to `propose`: in a large batch it may never be asked. It
+        adds the seconds to `Metrics.prefill_seconds` of the sequence.
         """
         self.prefill(seqs, upto)
 

@@ -5,24 +5,23 @@ from __future__ import annotations
 
 import logging
 
-import numpy as np
 import torch
 
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter, Parts
+from tokentree.drafters.draft_model import caught_up
 from tokentree.drafters.drawing import draw, whole
-from tokentree.drafters.slots import Slots, compile_growth
+from tokentree.drafters.slots import compile_growth, grown
 from tokentree.engines.base import BlockEngine, BlockEngines, Engine
 from tokentree.errors import PairingError
 from tokentree.growing import DEPTH, TOKEN
-from tokentree.heads.block import BlockHead, Markov
+from tokentree.heads.block import BlockHead
 from tokentree.heads.block_files import read_block
-from tokentree.kernels.topk import top_logprobs
 from tokentree.sequence import Sequence
 from tokentree.shapes.base import Shape
-from tokentree.tree import Ints
 
-TOP = 10  # tokens that are kept of each place
+PART = 512  # tokens of prompts that are read in a step of several texts
+MORE_ALONE = 4  # times as many are read in a step of one
 logger = logging.getLogger(__name__)
 
 
@@ -62,71 +61,51 @@ class Block(Drafter):
         return cls(saved.head, parts.engine)
 
     def prefill(self, seqs: list[Sequence], upto: int | None = None) -> None:
-        self._engine.read([seq for seq in seqs if len(seq.tokens) <= self._engine.context])
+        for seq in seqs:
+            if len(seq.tokens) <= self._engine.context:
+                self._engine.prefill(seq, upto)
+
+    def observe_prompt(self, seqs: list[Sequence], upto: int) -> None:
+        """Nothing yet: `propose` reads the prompts of those for whom it drafts."""
 
     def propose(self, seqs: list[Sequence], shape: Shape, sampled: bool) -> list[Draft]:
         drafts = {seq.id: Draft(seq.tokens[-1]) for seq in seqs}
-        ready = [seq for seq in seqs if self._depth(seq, shape) > 0]
-        if ready:
-            states, logits = self._engine.guess(ready)
-            for seq, own, said in zip(ready, states, logits, strict=True):
-                grow = self._drawn if sampled and not seq.params.is_greedy else self._picked
-                drafts[seq.id] = grow(seq, shape, own, said)
+        ready = self._read([seq for seq in seqs if self._depth(seq, shape) > 0], len(seqs))
+        drawn = [seq for seq in ready if sampled and not seq.params.is_greedy]
+        picked = [seq for seq in ready if not sampled or seq.params.is_greedy]
+        if picked:
+            for seq, slots in zip(picked, self._engine.slots(picked), strict=True):
+                drafts[seq.id] = grown(slots, seq.tokens[-1], shape, self._depth(seq, shape))
+        if drawn:
+            for seq, states, logits in zip(drawn, *self._engine.guess(drawn), strict=True):
+                drafts[seq.id] = self._drawn(seq, shape, states, logits)
         return [drafts[seq.id] for seq in seqs]
 
     def release(self, seqs: list[Sequence]) -> None:
         self._engine.release(seqs)
+
+    def _read(self, seqs: list[Sequence], texts: int) -> list[Sequence]:
+        """Reads what is new of ``seqs``, but for a few tokens at the end of each, few enough in a step for nobody to
+        wait long. Returns those of which that was all."""
+        left, ready = PART if texts > 1 else MORE_ALONE * PART, list[Sequence]()
+        for seq in seqs:
+            done = self._engine.committed(seq)
+            if caught_up(self._engine, seq, left, seq):
+                ready.append(seq)
+            left = max(0, left + done - self._engine.committed(seq))
+        return ready
 
     def _depth(self, seq: Sequence, shape: Shape) -> int:
         """How deep a draft of ``seq`` may be."""
         if len(seq.tokens) < 2:
             return 0
         room = min(seq.room - 1, self._engine.context - len(seq.tokens))
-        return min(shape.max_depth, room, self._engine.head.sizes.num_guesses)
-
-    @torch.inference_mode()
-    def _picked(self, seq: Sequence, shape: Shape, states: torch.Tensor, logits: torch.Tensor) -> Draft:
-        """The most probable paths, of ``states`` [guesses, hidden size] and ``logits`` [guesses, tokens]."""
-        depth, divisor = self._depth(seq, shape), 1.0 if seq.params.is_greedy else seq.params.temperature
-        markov = self._engine.head.markov
-        if markov is None:
-            logprobs, ids = top_logprobs(logits[:depth], min(TOP, logits.shape[1]), divisor)
-            slots = Slots.independent(self._targets(ids), np.exp(logprobs).astype(np.float64))
-        else:
-            slots = self._chained(markov, seq.tokens[-1], states[:depth], logits[:depth].float(), divisor)
-        return slots.grown(seq.tokens[-1], shape, depth)
-
-    def _chained(
-        self, markov: Markov, anchor: int, states: torch.Tensor, logits: torch.Tensor, divisor: float
-    ) -> Slots:
-        """Candidates of each place after each of those of the place before.
-
-        They are the most probable ones after the most probable one before. After another one they are the same tokens:
-        they keep their sum of probabilities, and share it by what the Markov part says of each pair.
-        """
-        k = min(TOP, logits.shape[1])
-        places = len(logits)
-        tokens, probs = np.zeros((places, k, k), np.int64), np.zeros((places, k, k))
-        ranks = np.zeros((places, k, k), np.int64)
-        before = torch.tensor([anchor], device=logits.device)
-        for place, (state, row) in enumerate(zip(states, logits, strict=True)):
-            told = markov.told(before, state.expand(len(before), -1))  # [before, rank]
-            said = (row + markov.second(told[:1])[0].float()) / divisor
-            best = said.topk(k)
-            pairs = best.values + markov.added(told - told[:1], best.indices).float() / divisor
-            sums = torch.logsumexp(best.values, 0) - torch.logsumexp(said, 0)
-            shares = (pairs.log_softmax(-1) + sums).exp()
-            ordered = torch.sort(shares, dim=-1, descending=True, stable=True)
-            count = len(before)
-            ids = self._targets(best.indices.cpu().numpy())
-            ranks[place, :count] = ordered.indices.cpu().numpy()
-            tokens[place, :count], probs[place, :count] = ids[ranks[place, :count]], ordered.values.cpu().numpy()
-            before = torch.from_numpy(ids).to(logits.device)
-        return Slots(tokens, probs, ranks)
+        return min(shape.max_depth, room, self._engine.sizes.num_guesses)
 
     def _drawn(self, seq: Sequence, shape: Shape, states: torch.Tensor, logits: torch.Tensor) -> Draft:
-        """A tree of children drawn from what the head says after each node."""
-        draft, depth, markov = Draft(seq.tokens[-1], {}), self._depth(seq, shape), self._engine.head.markov
+        """A tree of children drawn from what the head says after each node, of ``states`` [guesses, hidden size] and
+        ``logits`` [guesses, tokens]."""
+        draft, depth, markov = Draft(seq.tokens[-1], {}), self._depth(seq, shape), self._engine.markov
         frontier = shape.select(seq, draft, [0])
         while frontier:
             place, level = int(draft.ints[DEPTH, frontier[0]]), list[int]()
@@ -140,7 +119,3 @@ class Block(Drafter):
                 level += draw(seq, draft, node, count, row, seq.noise_below(node))
             frontier = shape.select(seq, draft, level) if level and place + 1 < depth else []
         return draft
-
-    def _targets(self, ids: Ints) -> Ints:
-        """The target's ids of the head's."""
-        return ids if self._token_map is None else self._token_map[ids]

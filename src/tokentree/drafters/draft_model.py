@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter
 from tokentree.drafters.drawing import draw, whole
-from tokentree.engines.base import DraftEngine, TargetOutput
+from tokentree.engines.base import DraftEngine, ReadsTexts, TargetOutput
 from tokentree.errors import RequestError
 from tokentree.growing import DEPTH, PARENT, TOKEN
 from tokentree.kernels.topk import top_logprobs
@@ -179,7 +179,7 @@ class DraftModel(Drafter):
         return draw(seq, draft, node, count, logits, seq.noise_below(node))
 
 
-def caught_up(engine: DraftEngine, seq: Sequence, most: int | None, charged: Sequence) -> bool:
+def caught_up(engine: ReadsTexts, seq: Sequence, most: int | None, charged: Sequence) -> bool:
     """Reads up to ``most`` tokens of ``seq``, or all but the last, if many are new. The seconds are part of what it
     took to read the prompt of ``charged``. Returns whether few are left."""
     done, end = engine.committed(seq), len(seq.tokens) - 1

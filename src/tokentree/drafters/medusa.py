@@ -10,8 +10,8 @@ from torch.nn.functional import silu
 
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter, Parts
-from tokentree.drafters.slots import Slots, compile_growth
-from tokentree.engines.base import Engine, Features, HasHiddenStates
+from tokentree.drafters.slots import compile_growth, grown
+from tokentree.engines.base import Engine, Features, HasHiddenStates, Slots
 from tokentree.errors import PairingError
 from tokentree.heads.medusa import Layer, MedusaHeads
 from tokentree.heads.saved import read_heads
@@ -76,7 +76,7 @@ class Medusa(Drafter):
             for i, seq in enumerate(ready):
                 depth = min(shape.max_depth, seq.room - 1)
                 slots = Slots.independent(tokens[:, i], probs[:, i])
-                drafts[seq.id] = slots.grown(seq.tokens[-1], shape, depth)
+                drafts[seq.id] = grown(slots, seq.tokens[-1], shape, depth)
         return [drafts[seq.id] for seq in seqs]
 
     @torch.inference_mode()

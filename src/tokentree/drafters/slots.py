@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 from tokentree.draft import Draft
 from tokentree.drafters.best_first import best_first
+from tokentree.engines.base import Slots
 from tokentree.jit import njit
 from tokentree.shapes.base import Shape
 from tokentree.tree import Floats, Ints
@@ -15,51 +14,32 @@ from tokentree.tree import Floats, Ints
 LEAST_PROB = 0.0005
 
 
-class Slots(NamedTuple):
-    """Candidates for each place ahead, best first, after each candidate of the place before.
-
-    Args:
-        tokens: int64[places, before, k].
-        probs: float64[places, before, k], given the one before.
-        ranks: int64[places, before, k], which of the ``before`` of the next place each of them is. Where guesses don't
-            depend on the token before, there is one ``before``, and all are 0.
-    """
-
-    tokens: Ints
-    probs: Floats
-    ranks: Ints
-
-    @classmethod
-    def independent(cls, tokens: Ints, probs: Floats) -> Slots:
-        """Of ``tokens`` and ``probs`` [places, k] that hold whatever stands before."""
-        tokens, probs = np.ascontiguousarray(tokens), np.ascontiguousarray(probs)
-        return cls(tokens[:, None], probs[:, None], np.zeros_like(tokens)[:, None])
-
-    def grown(self, root: int, shape: Shape, depth: int) -> Draft:
-        """A draft of at most ``depth`` places: the paths that a static shape names; otherwise the most probable nodes,
-        best first."""
-        if shape.paths:
-            return self._along(root, shape, depth)
-        return Draft.grown(root, *_grow(*self, shape.max_nodes - 1, min(depth, len(self.tokens))))
-
-    def _along(self, root: int, shape: Shape, depth: int) -> Draft:
-        draft = Draft(root)
-        places, _, k = self.tokens.shape
-        where: dict[tuple[int, ...], tuple[int, int]] = {(): (0, 0)}  # nodes, and which candidate each is
-        scores = np.log(np.maximum(self.probs, 1e-30))
-        for path in shape.paths:
-            place, rank = len(path) - 1, path[-1]
-            if place < min(places, depth) and rank < k and path[:-1] in where:
-                parent, before = where[path[:-1]]
-                cell = place, before, rank
-                node = draft.add(parent, int(self.tokens[cell]), float(scores[cell]), rank)
-                where[path] = node, int(self.ranks[cell])
-        return draft
+def grown(slots: Slots, root: int, shape: Shape, depth: int) -> Draft:
+    """A draft of at most ``depth`` places: the paths that a static shape names; otherwise the most probable nodes, best
+    first."""
+    if shape.paths:
+        return _along(slots, root, shape, depth)
+    return Draft.grown(root, *_grow(*slots, shape.max_nodes - 1, min(depth, len(slots.tokens))))
 
 
 def compile_growth() -> None:
     """Before any request waits for it."""
     _grow(*Slots.independent(np.zeros((1, 1), np.int64), np.ones((1, 1))), 1, 1)
+
+
+def _along(slots: Slots, root: int, shape: Shape, depth: int) -> Draft:
+    draft = Draft(root)
+    places, _, k = slots.tokens.shape
+    where: dict[tuple[int, ...], tuple[int, int]] = {(): (0, 0)}  # nodes, and which candidate each is
+    scores = np.log(np.maximum(slots.probs, 1e-30))
+    for path in shape.paths:
+        place, rank = len(path) - 1, path[-1]
+        if place < min(places, depth) and rank < k and path[:-1] in where:
+            parent, before = where[path[:-1]]
+            cell = place, before, rank
+            node = draft.add(parent, int(slots.tokens[cell]), float(scores[cell]), rank)
+            where[path] = node, int(slots.ranks[cell])
+    return draft
 
 
 @njit(cache=True)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NoReturn, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -17,13 +17,13 @@ from tokentree.exclusive import Exclusive
 from tokentree.kernels.topk import top_logits
 from tokentree.sampling import NOT_NUMBERS
 from tokentree.sequence import Accepted, Sequence
-from tokentree.tree import Ints, TokenTree
+from tokentree.tree import Floats, Ints, TokenTree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from tokentree.engines.model_facts import Facts
-    from tokentree.heads.block import BlockHead
+    from tokentree.heads.block import BlockHead, BlockSizes, Markov
     from tokentree.heads.eagle import EagleHead
     from tokentree.heads.mtp import MtpHead
     from tokentree.prompt_kv import PromptKV
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 CPU = torch.device("cpu")
 Logits = torch.Tensor | Callable[[], torch.Tensor]
 KEPT = 8  # of the most probable tokens after each node, which the rules and Token Recycling read
+CANDIDATES = 10  # tokens that a block engine keeps of each place
 
 
 def tensor_of(logits: Logits) -> torch.Tensor:
@@ -244,23 +245,28 @@ class NotCopied:
         )
 
 
-class DraftEngine(Protocol):
-    """The part of the protocol `Engine` that a draft model needs."""
+class ReadsTexts(Protocol):
+    """The part of the protocol `Engine` by which a text is read ahead of its drafts."""
 
-    vocab_size: int
     context: int
 
     def prefill(self, seq: Sequence, upto: int | None = None) -> int: ...
+
+    def committed(self, seq: Sequence) -> int: ...
+
+    def release(self, seqs: SequenceOf[Sequence]) -> None: ...
+
+
+class DraftEngine(ReadsTexts, Protocol):
+    """The part of the protocol `Engine` that a draft model needs."""
+
+    vocab_size: int
 
     def verify(
         self, seqs: SequenceOf[Sequence], trees: SequenceOf[TokenTree], firsts: SequenceOf[int] | None = None
     ) -> TargetOutput: ...
 
     def commit(self, seqs: SequenceOf[Sequence], paths: SequenceOf[list[int]]) -> None: ...
-
-    def committed(self, seq: Sequence) -> int: ...
-
-    def release(self, seqs: SequenceOf[Sequence]) -> None: ...
 
 
 @runtime_checkable
@@ -438,28 +444,58 @@ class LayerEngines(HasHiddenStates, Protocol):
         ...
 
 
-class BlockEngine(Protocol):
+class Slots(NamedTuple):
+    """Tokens that are guessed for places ahead, best first, after each token that is guessed for the place before.
+
+    Args:
+        tokens: int64[places, before, k].
+        probs: float64[places, before, k], given the one before.
+        ranks: int64[places, before, k], which of the ``before`` of the next place each of them is. Where guesses don't
+            depend on the token before, there is one ``before``, and all are 0.
+    """
+
+    tokens: Ints
+    probs: Floats
+    ranks: Ints
+
+    @classmethod
+    def independent(cls, tokens: Ints, probs: Floats) -> Slots:
+        """Of ``tokens`` and ``probs`` [places, k] that hold whatever stands before."""
+        tokens, probs = np.ascontiguousarray(tokens), np.ascontiguousarray(probs)
+        return cls(tokens[:, None], probs[:, None], np.zeros_like(tokens)[:, None])
+
+    @classmethod
+    def empty(cls, places: int, k: int) -> Slots:
+        """With k tokens before each place, and none filled in."""
+        size = places, k, k
+        return cls(np.zeros(size, np.int64), np.zeros(size), np.zeros(size, np.int64))
+
+
+class BlockEngine(ReadsTexts, Protocol):
     """What runs a block head on the hidden states of a target.
 
     Attributes:
-        head: in the target's type.
-        context: the largest number of positions that it can take.
+        sizes: of the head.
+        markov: its Markov part, in the target's type, or None.
     """
 
-    head: BlockHead
-    context: int
-
-    def read(self, seqs: SequenceOf[Sequence]) -> None:
-        """Computes what it keeps of the tokens that the target has read since the last time."""
-        ...
+    sizes: BlockSizes
+    markov: Markov | None
 
     def guess(self, seqs: SequenceOf[Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
         """The states [texts, guesses, hidden size] of a block behind each of ``seqs``, and the logits [texts, guesses,
-        tokens that the head knows] of what it guesses, without what the tokens before add; see `BlockHead`."""
+        tokens that the head knows] of what it guesses, without what the tokens before add; see `BlockHead`. Both may be
+        overwritten by the next call."""
         ...
 
-    def release(self, seqs: SequenceOf[Sequence]) -> None:
-        """Drops what is kept of ``seqs``."""
+    def slots(self, seqs: SequenceOf[Sequence]) -> list[Slots]:
+        """The `CANDIDATES` most probable tokens of each place of such a block, as the target knows them, at each text's
+        temperature.
+
+        Where the head has a Markov part, they are the most probable ones after the most probable one before. After
+        another one they are the same tokens: they keep their sum of probabilities, and share it by what the Markov part
+        says of each pair.
+        """
         ...
 
 

@@ -316,9 +316,9 @@ class KVEngine(NotCopied, ABC):
         return torch.cat([states, kv.states[number, [kv.length + node for node in nodes]]]) if nodes else states
 
     def block_engine(self, head: BlockHead) -> BlockEngine:
-        from tokentree.engines.block import TorchBlocks  # few need what it imports
+        from tokentree.engines.block_call import blocks_of  # few need what it imports
 
-        return TorchBlocks(head, self)
+        return blocks_of(head, self)
 
     def layer_engine(self, head: MtpHead) -> DraftEngine:
         from tokentree.engines.mtp import MtpEngine  # it imports transformers' model classes

@@ -120,7 +120,7 @@ def sum_of_powers(bits, highest, divisor, x):
         for i in range(len(part)):
             part[i] = (part[i] - highest) * factor
         exponentials(part)
-        total += _sum(part)
+        total += sum_of(part)
     return np.float32(np.log(total)) + highest * factor
 
 
@@ -133,7 +133,14 @@ def most_probable(bits, values, ids):
 
 
 @njit
-def _sum(x):
+def largest(x, k):
+    """Which of float32 numbers are the k largest, int64[k], best first."""
+    return _top(x.view(np.int32)[None], k)[0]
+
+
+@njit
+def sum_of(x):
+    """The sum of float32 numbers."""
     lanes = np.zeros(LANES, np.float32)
     whole = len(x) // LANES * LANES
     for start in range(0, whole, LANES):

@@ -11,6 +11,7 @@ from torch import nn
 from tests.conftest import each_two
 from tokentree.engines.cpu.linear import OneDNNLinear, PackedLinear
 from tokentree.engines.cpu.quantized import GROUP, Groups, QuantizedLinear
+from tokentree.kernels.tile import BLOCK
 
 Layer = PackedLinear | QuantizedLinear
 Kind = Callable[[torch.Tensor, torch.Tensor | None], Layer]
@@ -91,6 +92,19 @@ def test_a_row_has_the_same_bits_in_any_company(kind: Kind, inputs: int, threads
     for first, last in [(0, 1), (3, 5), (0, 12), (5, 18), (7, 32), (1, 64)]:
         assert torch.equal(layer(x[first:last]), together[first:last])
     assert torch.equal(layer(x.flip(0)), together.flip(0))
+
+
+@pytest.mark.parametrize("kind", [PackedLinear, QuantizedLinear])
+def test_a_gated_row_has_the_same_bits_in_any_company(kind: type[Layer]) -> None:
+    gates, factors, rows = numbers(64, 96), numbers(64, 96, seed=1), numbers(40, 96, seed=2)
+    blocks = torch.stack([part.view(-1, BLOCK, 96) for part in (gates, factors)], 1).flatten(0, 2)
+    layer = kind(blocks, None, gated=True)
+    together = layer(rows)
+    assert torch.equal(torch.cat([layer(row[None]) for row in rows]), together)
+    for count in (7, 16, 17):  # `GATED_ROWS`, and others
+        assert torch.equal(layer(rows[:count]), together[:count])
+    own, other = kind(gates, None)(rows), kind(factors, None)(rows)
+    assert torch.allclose(together.float(), (nn.functional.silu(own) * other).float(), rtol=0.01, atol=0.01)
 
 
 @pytest.mark.parametrize("kind", KINDS)

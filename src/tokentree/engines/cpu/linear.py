@@ -33,6 +33,7 @@ from tokentree.kernels.threads import (
 from tokentree.kernels.tile import BFLOAT16_WIDE, BLOCK, CHUNKS, TILE_ROWS, tile_bfloat16
 
 STRETCH = 512  # words of a weight that all rows meet before the next ones, so that these stay in the cache
+GATED_ROWS = 16  # that are gated together
 X_WORD = 8 if BFLOAT16_WIDE else 4  # bytes of a row's inputs for a word of the weight
 
 
@@ -287,6 +288,14 @@ def holds(start: Any, blocks: int, gated: bool, outputs: Any) -> bool:
     )
 
 
+def outputs_from(layer: L, first: int) -> L:
+    """The packed ``layer`` of its outputs from ``first`` on, a multiple of `BLOCK`, in the same memory."""
+    own: Any = layer
+    parts = {"weight": own.weight[first // BLOCK :], "start": own.start[first:], "num_outputs": own.num_outputs - first}
+    made: L = type(own).of_state(own.state() | parts)
+    return made
+
+
 def checked_once(layer: Any, look: Callable[[], tuple[int, int]]) -> tuple[int, int]:
     """The addresses of a layer's weight and start, which ``look`` gives and checks, as long as it has the same ones."""
     weight, start = layer.weight, layer.start
@@ -369,14 +378,23 @@ def pass_of(rows):
 @numba.njit
 def store_rows(sums, y, y_stride):
     """Writes ``sums`` float32[1, rows, BLOCK], rounded to bfloat16; or, of float32[2, rows, BLOCK], silu(g) * u, each
-    step rounded."""
-    scratch, rounded = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.int16)
-    for row in range(sums.shape[1]):
-        result = int16_at(y + row * y_stride, BLOCK)
-        if len(sums) == 1:
-            narrow(sums[0, row], result)
-            continue
-        for part in range(2):
-            narrow(sums[part, row], rounded)
-            widen(rounded, sums[part, row])
-        each.swiglu(sums[0, row], sums[1, row], scratch, result)
+    step rounded, of several rows at a time: short loops take longer than their numbers do."""
+    rows = sums.shape[1]
+    if len(sums) == 1:
+        for row in range(rows):
+            narrow(sums[0, row], int16_at(y + row * y_stride, BLOCK))
+        return
+    size = min(rows, GATED_ROWS) * BLOCK
+    scratch, rounded = np.empty(size, np.float32), np.empty(size, np.int16)
+    for first in range(0, rows * BLOCK, size):
+        count, place = min(size, rows * BLOCK - first), sums.ctypes.data + 4 * first
+        g, u, bits = float32_at(place, count), float32_at(place + 4 * rows * BLOCK, count), rounded[:count]
+        narrow(g, bits)
+        widen(bits, g)
+        narrow(u, bits)
+        widen(bits, u)
+        each.swiglu(g, u, scratch[:count], bits)
+        for begin in range(0, count, BLOCK):
+            result = int16_at(y + (first + begin) // BLOCK * y_stride, BLOCK)
+            for i in range(BLOCK):
+                result[i] = bits[begin + i]

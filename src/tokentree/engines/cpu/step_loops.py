@@ -24,7 +24,9 @@ from tokentree.kernels import rowwise as each
 from tokentree.kernels.attention import SEGMENT_BYTES, AttentionCall, attend, segments_at
 from tokentree.kernels.bfloat16 import widen
 from tokentree.kernels.convolution import gated_convolution
+from tokentree.kernels.following import follow
 from tokentree.kernels.records import record, record_at
+from tokentree.kernels.recurrence import SEGMENT_BYTES as STATE_BYTES
 from tokentree.kernels.recurrence import segments_at as states_at
 from tokentree.kernels.threads import (
     WORKER,
@@ -45,9 +47,11 @@ from tokentree.kernels.tile_quantized import WIDE
 from tokentree.kernels.topk import STRETCH, most_probable, sum_of_powers
 
 MULTIPLY, MULTIPLY_INT8, MULTIPLY_INT4, ATTEND = range(4)  # whose work is shared out in other ways than by rows
-NORM, NORM_ONCE, NORM_HEADS, NORM_HEADS_ONCE, PREPARE, GATE, ROTARY, COPY, EMBED, SCALE, BEST, CONVOLVE = range(4, 16)
+NORM, NORM_ONCE, NORM_HEADS, NORM_HEADS_ONCE, PREPARE, GATE, ROTARY, COPY, EMBED, SCALE, BEST, CONVOLVE, FOLLOW = range(
+    4, 17
+)
 AS_IT_IS, WIDER, IN_8_BITS = range(3)  # how a product takes its inputs
-STEP = 20  # numbers of 64 bits that a step has in the table: its kind, its fields, and nothing behind them
+STEP = 32  # numbers of 64 bits that a step has in the table: its kind, its fields, and nothing behind them
 COUNTERS = 8  # integers of a step that threads count in, a whole line of the cache: shares taken, threads at work
 
 
@@ -193,13 +197,39 @@ class BestStep(NamedTuple):
     values: int = 0  # float32[rows, kept]
     tokens: int = 0  # int64[rows, kept]
     sums: int = 0  # float32[rows], for the logarithm of the sum of a row's exponentials, or 0
+    divisors: int = 0  # float32[rows], of these logits in that sum, or 0: all 1
+
+
+class FollowStep(NamedTuple):
+    """Finds the most probable tokens of a place of each text after each of those of the place before, and makes what
+    the product takes that says what the first of them adds to the next place: `following.follow`. Rows are texts."""
+
+    logits: int  # bfloat16[vocab] of the first text
+    logits_stride: int  # bytes from text to text
+    added: int  # bfloat16[vocab], what the first token before adds to these
+    added_stride: int
+    vocab: int
+    kept: int  # tokens that are found
+    befores: int  # tokens before
+    places: int
+    tokens: int  # int64[kept, kept] of this place of the first text, of [texts, places, kept, kept]
+    probs: int  # float64, likewise
+    ranks: int  # int64, likewise
+    before: int  # int64[texts, kept], the tokens before, which those found take the place of
+    map: int  # int64[vocab], the ids that they are known by
+    first: int  # bfloat16[ids, rank]
+    second: int  # bfloat16[vocab, rank]
+    rank: int
+    told: int  # bfloat16[texts, rank], the row of ``first`` of the first token found
+    divisors: int  # float32[texts], of logits
+    form: InputForm
 
 
 _KINDS: dict[int, type[tuple[Any, ...]]] = {
     MULTIPLY: Product, MULTIPLY_INT8: QuantizedProduct, MULTIPLY_INT4: QuantizedProduct, ATTEND: AttendStep,
     NORM: NormStep, NORM_ONCE: NormStep, NORM_HEADS: NormHeadsStep, NORM_HEADS_ONCE: NormHeadsStep,
     PREPARE: PrepareStep, GATE: GateStep, ROTARY: RotaryStep, COPY: CopyStep, EMBED: EmbedStep, SCALE: ScaleStep,
-    BEST: BestStep, CONVOLVE: ConvolveStep,
+    BEST: BestStep, CONVOLVE: ConvolveStep, FOLLOW: FollowStep,
 }  # fmt: skip
 RECORDS = {number: record(kind) for number, kind in _KINDS.items()}  # of each kind of step
 
@@ -208,8 +238,8 @@ forward_at, norm_at, norm_heads_at, prepare_at, gate_at, rotary_at, attend_at = 
     record_at(kind)
     for kind in (ForwardCall, NormStep, NormHeadsStep, PrepareStep, GateStep, RotaryStep, AttendStep)
 )  # fmt: skip
-copy_at, embed_at, scale_at, best_at, convolve_at = (
-    record_at(kind) for kind in (CopyStep, EmbedStep, ScaleStep, BestStep, ConvolveStep)
+copy_at, embed_at, scale_at, best_at, convolve_at, follow_at = (
+    record_at(kind) for kind in (CopyStep, EmbedStep, ScaleStep, BestStep, ConvolveStep, FollowStep)
 )
 
 
@@ -218,52 +248,55 @@ copy_at, embed_at, scale_at, best_at, convolve_at = (
 
 @functools.cache
 def forward_worker() -> Any:
-    """What each thread runs; it is told a `ForwardCall`, `SegmentRows` of each segment, and, where there are recurrent
-    states, `StateRows` of each too, at the first recurrence."""
+    """What each thread runs. It is told how many calls follow, and of each a `ForwardCall`, `SegmentRows` of each
+    segment, and, where there are recurrent states, `StateRows` of each too, at the first recurrence."""
 
     @cfunc(WORKER, cache=True)
     def worker(arguments):
-        call = forward_at(address_of(arguments))
-        rows, threads, yields = call.rows, call.threads, call.rest
-        kv = segments_at(address_of(arguments) + FORWARD_BYTES, call.num_segments)
-        behind = address_of(arguments) + FORWARD_BYTES + SEGMENT_BYTES * call.num_segments
-        states = states_at(behind, call.num_states)
-        for i in range(call.num_steps):
-            kind, step = int64_at(call.steps + 8 * STEP * i, 1)[0], call.steps + 8 * STEP * i + 8
-            counter = call.counters + 8 * COUNTERS * i
-            enter(counter + 8)
-            if kind == MULTIPLY:
-                multiply_bfloat16(bfloat16_product_at(step), rows, threads, counter)
-            elif kind == MULTIPLY_INT8:
-                multiply_int8(quantized_product_at(step), rows, threads, counter)
-            elif kind == MULTIPLY_INT4:
-                multiply_int4(quantized_product_at(step), rows, threads, counter)
-            elif kind == ATTEND:
-                told = attend_at(step)
-                attend(told.call, kv, told.layer, float64_at(told.numbers, 2), threads, counter)
-            else:
-                while True:
-                    row = claim(counter)
-                    if row >= rows:
-                        break
-                    _one_row(kind, step, call, kv, states, row)
-            leave(counter + 8)
-            wait(counter + 8, yields)
+        at: int = address_of(arguments) + 8
+        for _ in range(int64_at(at - 8, 1)[0]):
+            call = forward_at(at)
+            kv_at = at + FORWARD_BYTES
+            states_begin = kv_at + SEGMENT_BYTES * call.num_segments
+            kv, states = segments_at(kv_at, call.num_segments), states_at(states_begin, call.num_states)
+            _run_steps(call, kv, states)
+            at = states_begin + STATE_BYTES * call.num_states
 
     return worker
 
 
 @numba.njit
+def _run_steps(call, kv, states):
+    """One thread's part of a call."""
+    rows, threads, yields = call.rows, call.threads, call.rest
+    for i in range(call.num_steps):
+        kind, step = int64_at(call.steps + 8 * STEP * i, 1)[0], call.steps + 8 * STEP * i + 8
+        counter = call.counters + 8 * COUNTERS * i
+        enter(counter + 8)
+        if kind == MULTIPLY:
+            multiply_bfloat16(bfloat16_product_at(step), rows, threads, counter)
+        elif kind == MULTIPLY_INT8:
+            multiply_int8(quantized_product_at(step), rows, threads, counter)
+        elif kind == MULTIPLY_INT4:
+            multiply_int4(quantized_product_at(step), rows, threads, counter)
+        elif kind == ATTEND:
+            told = attend_at(step)
+            attend(told.call, kv, told.layer, float64_at(told.numbers, 2), threads, counter)
+        else:
+            while True:
+                row = claim(counter)
+                if row >= rows:
+                    break
+                _one_row(kind, step, call, kv, states, row)
+        leave(counter + 8)
+        wait(counter + 8, yields)
+
+
+@numba.njit
 def _one_row(kind, step, call, kv, states, row):
     """A row's part of the step whose fields lie at the address ``step``."""
-    if kind == NORM:
-        _norm(norm_at(step), each.normalize, row)
-    elif kind == NORM_ONCE:
-        _norm(norm_at(step), each.normalize_once, row)
-    elif kind == NORM_HEADS:
-        _norm_heads(norm_heads_at(step), each.normalize, row)
-    elif kind == NORM_HEADS_ONCE:
-        _norm_heads(norm_heads_at(step), each.normalize_once, row)
+    if kind in (NORM, NORM_ONCE, NORM_HEADS, NORM_HEADS_ONCE):
+        _norm_of_kind(kind, step, row)
     elif kind == GATE:
         _gate(gate_at(step), row)
     elif kind == SCALE:
@@ -280,6 +313,8 @@ def _one_row(kind, step, call, kv, states, row):
         _best(best_at(step), row)
     elif kind == CONVOLVE:
         _convolve(convolve_at(step), states, row)
+    elif kind == FOLLOW:
+        _follow(follow_at(step), row)
     elif kind == EMBED:
         _embed(embed_at(step), int64_at(call.ids + 8 * row, 1)[0], row)
     else:
@@ -292,13 +327,20 @@ def _one_row(kind, step, call, kv, states, row):
 def _best(step, row):
     """Finds a row's most probable tokens, and, where there is an address for that, the logarithm of the sum of its
     exponentials."""
-    kept, sums = step.kept, step.sums
+    kept, sums, divisors = step.kept, step.sums, step.divisors
     bits = int16_at(step.logits + 2 * step.stride * row, step.vocab)
     found = float32_at(step.values + 4 * kept * row, kept)
     most_probable(bits, found, int64_at(step.tokens + 8 * kept * row, kept))
     if sums:
         scratch = np.empty(STRETCH, np.float32)
-        float32_at(sums + 4 * row, 1)[0] = sum_of_powers(bits, found[0], np.float32(1), scratch)
+        divisor = float32_at(divisors + 4 * row, 1)[0] if divisors else np.float32(1)
+        float32_at(sums + 4 * row, 1)[0] = sum_of_powers(bits, found[0], divisor, scratch)
+
+
+@numba.njit
+def _follow(step, row):
+    follow(step, row)
+    _prepare(step.told, step.rank, step.form, row)
 
 
 @numba.njit
@@ -312,6 +354,18 @@ def _embed(step, token, row):
     start = table + 4 * (token // BLOCK * pairs * BLOCK + token % BLOCK)
     for pair in range(pairs):
         into[pair] = int32_at(start + 4 * pair * BLOCK, 1)[0]
+
+
+@numba.njit
+def _norm_of_kind(kind, step, row):
+    if kind == NORM:
+        _norm(norm_at(step), each.normalize, row)
+    elif kind == NORM_ONCE:
+        _norm(norm_at(step), each.normalize_once, row)
+    elif kind == NORM_HEADS:
+        _norm_heads(norm_heads_at(step), each.normalize, row)
+    else:
+        _norm_heads(norm_heads_at(step), each.normalize_once, row)
 
 
 @numba.njit

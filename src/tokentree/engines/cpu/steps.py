@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -83,6 +83,20 @@ class Heads(Protocol):
     window: int | None
 
 
+class Stretch(NamedTuple):
+    """Steps ``first`` to ``end``, on rows that are turned so.
+
+    Args:
+        ids: int64[rows], if a step reads the tokens.
+    """
+
+    first: int
+    end: int
+    segments: SequenceOf[Segment]
+    turns: Turns
+    ids: Ints = NO_IDS
+
+
 @dataclass(frozen=True)
 class Rows:
     """Where a layer's intermediate results are, [rows, columns] each; ``gates`` are those that a step gates."""
@@ -123,7 +137,7 @@ class Steps:
         self._numbers: list[np.ndarray] = []
         self._memory: list[torch.Tensor] = []
         self._windows: set[int | None] = set()
-        self._tokens = 0  # that there are, where a step looks them up
+        self._tokens = 0  # that all steps know which look them up
         self._stored: dict[int, tuple[int, int]] = {}  # by layer that a step stores or reads: KV heads, their width
         self._recurrences: list[Recurrence] = []  # in the order of the steps that have them
         self._turned: dict[int, int] = {}  # by table of cosines and sines that a step reads: its width
@@ -167,38 +181,51 @@ class Steps:
     def run(
         self, count: int, segments: SequenceOf[Segment], turns: Turns, ids: Ints = NO_IDS, first: int = 0
     ) -> None:  # fmt: skip
-        """Runs steps ``first`` to ``count`` on rows that are turned so.
+        """Runs one stretch, steps ``first`` to ``count``: see `run_all`."""
+        self.run_all([Stretch(first, count, segments, turns, ids)])
 
-        Args:
-            ids: int64[rows], if a step reads the tokens.
-            first: the first of them.
+    def run_all(self, stretches: SequenceOf[Stretch]) -> None:
+        """Runs ``stretches`` in one call, one after another. No step may be in two of them.
 
         Raises:
-            IndexError: if one of them is none of the embedding's, or a row or a position is none of those that there
-                is room for.
+            IndexError: if a token is none of the embedding's, or a row or a position is none of those that there is
+                room for.
             ModelError: if the KV or the states of a segment, or rotary positions, have other sizes than the steps.
         """
+        told = [len(stretches)]
+        for stretch in stretches:
+            told += self._told(stretch)
+        run(forward_worker(), told)
+        for stretch in stretches:
+            for segment in self._recurring_in(stretch):
+                segment.kv.recurrent.hold(segment.prefix, segment.count if segment.read else 0)
+
+    def _told(self, stretch: Stretch) -> list[int]:
+        """What `forward_worker` is told of it."""
+        first, end, segments, turns, ids = stretch
         rows = len(turns.places)
         self._check(segments, turns, rows)
-        recurring = segments if first < self._recurring else ()
         fits, known, places_at, ids_at = _begin(self._counters, turns.places, turns.positions, ids, self._tokens)
         if rows > self._capacity or not fits:
             raise IndexError(f"there is room for {self._capacity} rows, and positions up to {turns.positions}")
         if not known:
             raise IndexError(f"a token id is outside the embedding of {self._tokens}")
         steps_at, counters_at = self._addresses
+        recurring = self._recurring_in(stretch)
         for segment in recurring:
             self._make_room(segment)
         states = [segment.state_rows(0) for segment in recurring]
         call = ForwardCall(
-            rows=rows, threads=num_threads(), rest=rest(), num_steps=count - first, steps=steps_at + 8 * STEP * first,
-            counters=counters_at, num_segments=len(segments), turns=turns.at, places=places_at, ids=ids_at,
-            num_states=len(states),
+            rows=rows, threads=num_threads(), rest=rest(), num_steps=end - first, steps=steps_at + 8 * STEP * first,
+            counters=counters_at + 8 * COUNTERS * first, num_segments=len(segments), turns=turns.at, places=places_at,
+            ids=ids_at, num_states=len(states),
         )  # fmt: skip
-        told = [*(segment.described(0) for segment in segments), *states]
-        run(forward_worker(), [*call, *(number for one in told for number in one)])
-        for segment in recurring:
-            segment.kv.recurrent.hold(segment.prefix, segment.count if segment.read else 0)
+        parts = [*(segment.described(0) for segment in segments), *states]
+        return [*call, *(number for one in parts for number in one)]
+
+    def _recurring_in(self, stretch: Stretch) -> SequenceOf[Segment]:
+        """The segments whose states its steps move."""
+        return stretch.segments if stretch.first < self._recurring else ()
 
     @staticmethod
     def _make_room(segment: Segment) -> None:
@@ -212,7 +239,7 @@ class Steps:
         states.reserve(segment.prefix, min(states.back, segment.count) if segment.read else len(segment.tree))
 
     def _check(self, segments: SequenceOf[Segment], turns: Turns, rows: int) -> None:
-        """See `run`."""
+        """See `run_all`."""
         if turns.tables is not self._turning:
             for place, width in self._turned.items():
                 if place >= len(turns.tables) or any(part.shape[1] != width for part in turns.tables[place]):
@@ -249,12 +276,13 @@ class Steps:
         if isinstance(embedding, ScaledEmbedding):
             scaled = ScaleStep(result.data_ptr(), result.shape[1], result.stride(0), float(embedding.scale))
             return [*self.embed(embedding.table, result), (SCALE, scaled)]
-        self._tokens, width = int(embedding.num_embeddings), result.shape[1]
+        count, width = int(embedding.num_embeddings), result.shape[1]
+        self._tokens = min(self._tokens or count, count)
         packed = isinstance(embedding, PackedEmbedding)
         if packed:
-            table = self._at(embedding.weight, torch.int32, -(-self._tokens // BLOCK), width // 2, BLOCK)
+            table = self._at(embedding.weight, torch.int32, -(-count // BLOCK), width // 2, BLOCK)
         else:
-            table = self._at(embedding.weight, torch.bfloat16, self._tokens, width)
+            table = self._at(embedding.weight, torch.bfloat16, count, width)
         return [(EMBED, EmbedStep(table, width, int(packed), result.data_ptr(), result.stride(0)))]
 
     def norm(
@@ -323,6 +351,25 @@ class Steps:
             sums: float32[rows], for the logarithms of the sums of a row's exponentials, or None.
         """
         _write_to(self._steps[-2:], self._results, logits, values, tokens, NOTHING if sums is None else sums)
+
+    def most_probable(
+        self, logits: torch.Tensor, vocab: int, values: torch.Tensor, tokens: torch.Tensor, sums: torch.Tensor,
+        divisors: torch.Tensor,
+    ) -> list[Step]:  # fmt: skip
+        """The most probable tokens of each row of ``logits``, which have ``vocab`` columns and what fills up a block.
+
+        Args:
+            values, tokens: float32 and int64[rows, kept], logits and ids, best first.
+            sums: float32[rows, 1], for the logarithms of the sums of a row's exponentials.
+            divisors: float32[rows, 1], of the logits in these sums.
+        """
+        _same(values.shape[1], tokens.shape[1], min(vocab, tokens.shape[1]))
+        _same(vocab, min(vocab, logits.shape[1]))
+        best = BestStep(
+            stride=logits.shape[1], vocab=vocab, kept=tokens.shape[1], logits=logits.data_ptr(),
+            values=values.data_ptr(), tokens=tokens.data_ptr(), sums=sums.data_ptr(), divisors=divisors.data_ptr(),
+        )  # fmt: skip
+        return [(BEST, best)]
 
     def rotary(
         self, index: int, sizes: Heads, qkv: torch.Tensor, queries: torch.Tensor, table: int = 0

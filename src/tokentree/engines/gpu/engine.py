@@ -410,9 +410,9 @@ class TritonEngine(NotCopied):
         return self.pages.states[number, torch.from_numpy(text.slots(rows)).to(self.device)]
 
     def block_engine(self, head: BlockHead) -> BlockEngine:
-        from tokentree.engines.block import TorchBlocks  # few need what it imports
+        from tokentree.engines.block_call import blocks_of  # few need what it imports
 
-        return TorchBlocks(head, self)
+        return blocks_of(head, self)
 
     def layer_engine(self, head: MtpHead) -> DraftEngine:
         from tokentree.engines.mtp import MtpEngine  # it imports transformers' model classes
