@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tokentree.engines.torch import TorchEngine
 from tokentree.errors import OptionError
 from tokentree.heads.block import BlockHead
 from tokentree.heads.block_files import read_block
-from tokentree.train.block import BlockTask, BlockWithLoss
+from tokentree.train.block import BlockTask, BlockWithLoss, paced
 from tokentree.train.features import HiddenTexts
 from tokentree.train.loop import Recipe
 from tokentree.train.run import Trained
@@ -102,6 +103,41 @@ def test_the_loss_is_what_it_says() -> None:
     assert model(texts, 6).item() != pytest.approx(loss / weights, rel=1e-6)  # other anchors
 
 
+@torch.no_grad()
+def test_guesses_count_by_how_far_blocks_come() -> None:
+    """Weights by D-PACE: s = pace + (1 - pace) * probability, and of each guess the sum of products from it on."""
+    head = some_block("dspark")
+    model, texts = with_loss(head, anchors=3, distil=0.0, pace=0.25), pairs(some_texts(head))
+    found = model.guesses(texts, 5)
+    loss, weights = 0.0, 0.0
+    places = found.places.tolist()
+    starts = [at for at, place in enumerate(places) if place == 0]
+    for start, end in zip(starts, [*starts[1:], len(places)], strict=True):
+        said = [float(found.logits[at].log_softmax(-1)[found.labels[at]]) for at in range(start, end)]
+        taken = [math.prod(0.25 + 0.75 * math.exp(x) for x in said[: n + 1]) for n in range(len(said))]
+        for n, x in enumerate(said):
+            loss -= sum(taken[n:]) * x
+            weights += sum(taken[n:])
+    assert model(texts, 5).item() == pytest.approx(loss / weights, rel=1e-4)
+    got = paced(torch.tensor([0.5, 1.0, 0.0]), torch.tensor([0, 1, 0]), 4, 0.0)
+    assert got.tolist() == [1.0, 0.5, 0.0]
+
+
+@torch.no_grad()
+def test_blocks_are_laid_where_the_model_wrote() -> None:
+    head = some_block("shared output")
+    model, (ids, states) = with_loss(head, fade=3.0, distil=1.0), pairs(some_texts(head))[1]
+    answers = torch.zeros(len(ids), dtype=torch.bool)
+    answers[5:8] = True
+    found = model.guesses([(ids, states, answers)], 5)
+    assert int((found.places == 0).sum()) == 3
+    assert [bool(answers[at]) for at in range(len(ids))].count(True) == 3
+    weights = torch.exp(-found.places / 3.0) * found.asked
+    away = (found.logits.softmax(-1) - found.target.softmax(-1)).abs().sum(-1)
+    assert int(found.asked.sum()) == 3 + 2 + 1
+    assert model([(ids, states, answers)], 5).item() == pytest.approx(float((away * weights).sum() / weights.sum()))
+
+
 def test_gradients_reach_all_of_the_head_and_nothing_else() -> None:
     for form in FORMS:
         model = with_loss(some_block(form))
@@ -159,7 +195,7 @@ def test_a_trained_head_proposes_what_the_model_writes(tmp_path: Path) -> None:
     assert f"- tokens a step: {done.figures['tokens a step']:.2f}" in card
     assert 0 < saved.about.recipe["coverage"] <= 1
     with_head = llm(heads=done.folder, drafter="block", shape="2x2x1")
-    prompts = [ids[:150] for ids in done.texts.ids[:4]]
+    prompts = [text.ids[: (text.answers or ())[0][0] + 2] for text in done.texts.texts[:4]]
     params = SamplingParams(max_tokens=60)
     results = with_head.generate(prompts, params)
     assert [r.token_ids for r in results] == [r.token_ids for r in with_head.plain().generate(prompts, params)]
@@ -179,7 +215,8 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
     for options, message in (
         ({"block_size": 0}, "at least 1"),
         ({"markov_rank": -1}, "markov_rank must be at least 0"),
-        ({"distil": 1.5}, "distil a share"),
+        ({"distil": 1.5}, "distil and pace shares"),
+        ({"pace": 1.5}, "distil and pace shares"),
         ({"held_back": 1.0}, "share of the texts"),
     ):
         with pytest.raises(OptionError, match=message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tokentree.heads.eagle_files import read_eagle
 from tokentree.train import talks, written
 from tokentree.train.eagle import DECAY, NOISE, TOKEN_WEIGHT, Batch, EagleTask, EagleWithLoss, Step, batch_of
 from tokentree.train.features import HiddenTexts
+from tokentree.train.kinds import Chat
 from tokentree.train.loop import Recipe
 from tokentree.train.run import Trained, train_medusa
 from tokentree.train.run_eagle import train_eagle
@@ -32,10 +34,16 @@ from tokentree.train.run_eagle import train_eagle
 LENGTHS = (9, 14, 6)
 
 
+def few_requests(number: int, seed: int) -> list[Chat]:
+    """Requests that come again and again: what is held back was trained on."""
+    return [Chat("chat", (("a tree", "one two three", "an owl")[number % 3],))]
+
+
 @pytest.fixture(autouse=True)
 def even_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(talks, "TEMPERATURES", (0.0,))
     monkeypatch.setattr(talks, "SAID", {"temperature": 0.3})
+    monkeypatch.setattr(talks, "plan", few_requests)
 
 
 def some_texts(head: EagleHead) -> HiddenTexts:
@@ -137,6 +145,51 @@ def test_the_loss_of_eagle_1_is_that_of_the_paper() -> None:
 
 
 @torch.no_grad()
+def test_the_loss_and_figures_are_those_of_answers() -> None:
+    """Of a row, the target's word for the next token counts if the model wrote that token."""
+    head = some_head(3, 60)
+    model, texts = with_loss(head), some_texts(head)
+    answers = torch.zeros(len(texts), dtype=torch.bool)
+    answers[3:6] = answers[13:20] = True  # of the first text of 9 tokens, and the second of 14
+    texts = replace(texts, answers=answers, kinds=("maths", "code", "code"))
+    steps = model.steps(whole_batch(texts), 3)
+    losses, right, places = list[float](), [0] * 3, [0] * 3
+    for number, step in enumerate(steps):
+        each = list[float]()
+        for row, (start, end) in enumerate(texts.spans()):
+            for i in range(end - start - 2 - number):
+                if answers[start + i + 2 + number]:
+                    probs, said = step.target[row, i].softmax(-1), step.logits[row, i].log_softmax(-1)
+                    each.append(float(-(probs * said).sum()))
+        losses.append(sum(each) / len(each))
+    for row, (start, end) in enumerate(texts.spans()):
+        for i in range(end - start - 2):
+            if answers[start + i + 2]:
+                places[row] += 1
+                for number, step in enumerate(steps):
+                    at = start + i + 2 + number
+                    assert head.token_map is not None
+                    guess = head.token_map[step.logits[row, i].argmax()]
+                    if at >= end or not answers[at] or guess != texts.ids[at]:
+                        break
+                    right[row] += 1
+    weights = [DECAY**n for n in range(3)]
+    expected = sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights)
+    assert model(whole_batch(texts)).item() == pytest.approx(expected, rel=1e-5)
+    _, figures = EagleTask(texts, texts, depth=3).evaluate(model)
+    assert places[2] == 0
+    assert figures["maths: tokens a step"] == pytest.approx(1 + right[0] / places[0])
+    assert figures["code: tokens a step"] == pytest.approx(1 + right[1] / places[1])
+    assert figures["tokens a step"] == pytest.approx(1 + sum(right) / sum(places))
+
+
+def test_a_text_without_answers_loses_nothing() -> None:
+    model = with_loss(some_head(3, 60))
+    texts = replace(some_texts(model.head), answers=torch.zeros(sum(LENGTHS), dtype=torch.bool))
+    assert model(whole_batch(texts)).item() == 0.0
+
+
+@torch.no_grad()
 def test_texts_beside_others_lose_what_they_lose_alone() -> None:
     head = some_head(3, 60)
     model, texts = with_loss(head), some_texts(head)
@@ -197,7 +250,7 @@ def test_a_trained_head_proposes_what_the_model_writes(tmp_path: Path, version: 
     assert f"- depth 1 top-1: {done.figures['depth 1 top-1']:.1%}" in card
     assert 0 < saved.about.recipe["coverage"] <= 1
     with_head = llm(heads=done.folder, drafter="eagle", shape="2x2x1")
-    prompts = [ids[:150] for ids in done.texts.ids[:4]]
+    prompts = [text.ids[: (text.answers or ())[0][0] + 2] for text in done.texts.texts[:4]]
     params = SamplingParams(max_tokens=60)
     results = with_head.generate(prompts, params)
     assert [r.token_ids for r in results] == [r.token_ids for r in with_head.plain().generate(prompts, params)]

@@ -59,7 +59,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 EAGLE = "eagle --unroll 2 --batch-size 1 --epochs 12"
-MEDUSA = "medusa --heads 2 --batch-size 32 --epochs 6"
+MEDUSA = "medusa --heads 2 --batch-size 8 --epochs 12"
 
 
 @pytest.mark.parametrize(

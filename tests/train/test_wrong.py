@@ -28,7 +28,7 @@ from tokentree.train.loop import CHECKPOINT, Recipe
 from tokentree.train.run import train_medusa
 from tokentree.train.run_eagle import train_eagle
 from tokentree.train.target import engine_of
-from tokentree.train.texts import read_texts
+from tokentree.train.texts import Text, read_texts
 from tokentree.train.written import Kept
 
 TEXT = {"text": "The quick brown fox jumps over the lazy dog."}
@@ -270,7 +270,7 @@ def test_what_cannot_be_written_is_told_and_what_was_there_stays(tmp_path: Path)
     assert kept_state(tmp_path / "text") is None
     kept = Kept(tmp_path / "texts.jsonl", 0, 300)
     with no_room(), pytest.raises(OptionError, match="File too large"):
-        kept.add({0: [1] * 100})
+        kept.add({0: [Text([1] * 100)]})
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounts a small file system")

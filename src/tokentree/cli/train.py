@@ -63,6 +63,7 @@ WorkOption = Annotated[
 ForceOption = Annotated[
     bool, typer.Option("--force", help="Where OUT has heads, or a training with other settings: begin anew.")
 ]
+StartOption = Annotated[Path | None, typer.Option(help="Folder of heads of the same making, to train further.")]
 PrecisionOption = Annotated[Precision, typer.Option(help="Of the products of training.")]
 
 
@@ -88,7 +89,7 @@ def medusa(
             help="Train the model too (Medusa-2): lora or full. It is changed then, and written into OUT/model."
         ),
     ] = None,
-    start: Annotated[Path | None, typer.Option(help="With --way: a folder of heads to start from.")] = None,
+    start: StartOption = None,
     seed: SeedOption = 0,
     precision: PrecisionOption = Precision.float32,
     work: WorkOption = None,
@@ -98,8 +99,6 @@ def medusa(
     threads: ThreadsOption = None,
 ) -> None:
     """Train Medusa heads; the model stays as it is, unless --way is given."""
-    if start is not None and way is None:
-        raise OptionError("--start goes with --way")
     if work is not None and way is not None:
         raise OptionError("--work goes without --way")
     _check(learning_rate, data, out, force, *(("peft",) if way == "lora" else ()))
@@ -117,7 +116,7 @@ def medusa(
             "console": errors, "command": _command(), "force": force,
         }  # fmt: skip
         if llm is not None:
-            done = train_medusa(llm, name_of(model), data, out, recipe, work=work, **options)
+            done = train_medusa(llm, name_of(model), data, out, recipe, work=work, start=start, **options)
         else:
             options |= {"way": way, "start": start, "batch": batch, "dtype": dtype, "device": device}
             done = train_medusa2(model, data, out, recipe, **options)
@@ -138,6 +137,7 @@ def eagle(
         list[str] | None,
         typer.Option(help="EAGLE-3.1: fc_norm or norm_before_fc, and norm_output. May be repeated."),
     ] = None,
+    start: StartOption = None,
     epochs: EpochsOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts in a step.")] = 4,
     learning_rate: RateOption = 1e-3,
@@ -168,7 +168,7 @@ def eagle(
         )  # fmt: skip
         done = train_eagle(
             llm, name_of(model), data, out, recipe, version=version, known_tokens=known_tokens, unroll=unroll,
-            norms=norm or (), tokens=tokens, work=work, console=errors, command=_command(), force=force,
+            norms=norm or (), start=start, tokens=tokens, work=work, console=errors, command=_command(), force=force,
         )  # fmt: skip
     _tell(done, model, str(out))
 
@@ -187,6 +187,11 @@ def block(
     distil: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the loss that is the distance to what the model says.")
     ] = 0.9,
+    pace: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Guesses count by how far blocks come (D-PACE); probabilities raised by this."),
+    ] = None,
+    start: StartOption = None,
     tokens: TokensOption = TOKENS,
     known_tokens: KnownOption = 16384,
     epochs: EpochsOption = None,
@@ -217,7 +222,8 @@ def block(
         )  # fmt: skip
         done = train_block(
             llm, name_of(model), data, out, recipe, num_layers=layers, block_size=block_size, markov_rank=markov_rank,
-            anchors=anchors, distil=distil, known_tokens=known_tokens, tokens=tokens, work=work, console=errors,
+            anchors=anchors, distil=distil, pace=pace, start=start,
+            known_tokens=known_tokens, tokens=tokens, work=work, console=errors,
             command=_command(), force=force,
         )  # fmt: skip
     _tell(done, model, str(out))

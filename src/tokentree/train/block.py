@@ -11,9 +11,13 @@ from torch.nn.functional import cross_entropy
 
 from tokentree.heads.block import BlockHead
 from tokentree.train.features import HiddenTexts
+from tokentree.train.looks import LOOK, KindLook, joined, looked_at
 from tokentree.train.loop import Figures
 
 MASKED = -1e9
+# ids int64[n] of a text; the target's hidden states float32[n, width]: those that the head reads, then the last one;
+# and bool[n], which tokens the model wrote, if it is not all of them
+TextStates = tuple[torch.Tensor, torch.Tensor] | tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +30,7 @@ class Guesses:
         before, labels: int64[n], the text's tokens before each place and there, in the target's ids.
         target: [n, tokens], the target's own logits there.
         places: int64[n], how many guesses come before each one in its block.
+        asked: bool[n], whether a guess is learnt.
     """
 
     logits: torch.Tensor
@@ -34,6 +39,7 @@ class Guesses:
     labels: torch.Tensor
     target: torch.Tensor
     places: torch.Tensor
+    asked: torch.Tensor
 
 
 class BlockWithLoss(nn.Module):
@@ -46,16 +52,18 @@ class BlockWithLoss(nn.Module):
             knows.
         anchors: the most blocks that are laid into a text.
         fade: places behind the anchor after which a guess counts for 1/e.
+        pace: if it is given, guesses count by how often a block comes so far instead (D-PACE, arXiv:2605.18810), where
+            the head's probability of each token is raised by this share of what it lacks.
         distil: the share of the loss that is the distance from the target's distribution; the rest is the cross entropy
             of the text.
     """
 
     def __init__(
         self, head: BlockHead, embedding: torch.Tensor, output: tuple[torch.Tensor, torch.Tensor | None],
-        anchors: int = 64, fade: float = 4.0, distil: float = 0.9,
+        anchors: int = 64, fade: float = 4.0, distil: float = 0.9, pace: float | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.head, self.anchors, self.fade, self.distil = head, anchors, fade, distil
+        self.head, self.anchors, self.fade, self.distil, self.pace = head, anchors, fade, distil, pace
         self.embedding: torch.Tensor
         self.weight: torch.Tensor
         self.bias: torch.Tensor | None
@@ -69,35 +77,42 @@ class BlockWithLoss(nn.Module):
             known[head.token_map] = torch.arange(len(head.token_map))
         self.register_buffer("known", known, persistent=False)
 
-    def forward(self, texts: Sequence[tuple[torch.Tensor, torch.Tensor]], seed: int) -> torch.Tensor:
+    def forward(self, texts: Sequence[TextStates], seed: int) -> torch.Tensor:
         """The loss over ``texts``, see `guesses`, a scalar; ``seed`` chooses the anchors."""
         found = self.guesses(texts, seed)
         labels = found.labels if self.known is None else self.known[found.labels]
+        logits = found.logits.float()
+        entropy = cross_entropy(logits, labels, reduction="none")
         weights = torch.exp(-found.places / self.fade)
-        entropy = cross_entropy(found.logits, labels, reduction="none")
-        away = (found.logits.softmax(-1) - found.target.softmax(-1)).abs().sum(-1)
+        if self.pace is not None:
+            probs = torch.where(labels >= 0, torch.exp(-entropy.detach()), 0.0)
+            weights = paced(probs, found.places, self.head.sizes.num_guesses, self.pace)
+        weights = weights * found.asked
+        away = (logits.softmax(-1) - found.target.float().softmax(-1)).abs().sum(-1)
         loss = ((1 - self.distil) * entropy + self.distil * away) * weights
         if self.head.confidence is not None:
             sure = self.head.confidences(found.states, found.before)
             right = (1 - away / 2).detach()
             loss = loss + weights * nn.functional.binary_cross_entropy_with_logits(sure, right, reduction="none")
-        return loss.sum() / weights.sum()
+        return loss.sum() / weights.sum().clamp(min=1e-9)
 
-    def guesses(self, texts: Sequence[tuple[torch.Tensor, torch.Tensor]], seed: int) -> Guesses:
+    def guesses(self, texts: Sequence[TextStates], seed: int) -> Guesses:
         """What the head guesses behind anchors at random places of each text.
 
         Args:
-            texts: ids int64[n] and the target's hidden states float32[n, width]: those that the head reads, then the
-                last one. Each has at least 3 tokens.
+            texts: each has at least 3 tokens.
         """
         generator = torch.Generator().manual_seed(seed)
-        return _joined([self._of(ids, states, generator) for ids, states in texts])
+        return _joined([self._of(text, generator) for text in texts])
 
-    def _of(self, ids: torch.Tensor, states: torch.Tensor, generator: torch.Generator) -> Guesses:
-        head, sizes = self.head, self.head.sizes
+    def _of(self, text: TextStates, generator: torch.Generator) -> Guesses:
+        head, sizes, (ids, states, *answers) = self.head, self.head.sizes, text
         width = sizes.target_hidden_size or sizes.hidden_size
         read, last = states[:, : len(sizes.taps) * width], states[:, -width:]
-        anchors = 1 + torch.randperm(len(ids) - 2, generator=generator)[: self.anchors].to(ids.device)
+        anchors = 1 + torch.randperm(len(ids) - 2, generator=generator)
+        if answers:  # those behind which there is anything to learn
+            anchors = anchors[answers[0].cpu()[anchors + 1]] if bool(answers[0][2:].any()) else anchors
+        anchors = anchors[: self.anchors].to(ids.device)
         places = torch.arange(len(ids), device=ids.device)
         kept = head.keys_values(head.context(read), places)
         positions = anchors[:, None] + torch.arange(sizes.block_size, device=ids.device)
@@ -112,7 +127,8 @@ class BlockWithLoss(nn.Module):
             logits = logits + head.markov(ids[guessed - 1], rows)
         with torch.no_grad():
             target = self._output(last[guessed - 1])
-        return Guesses(logits, rows, ids[guessed - 1], ids[guessed], target, there % sizes.num_guesses)
+        asked = answers[0][guessed] if answers else torch.ones_like(guessed, dtype=torch.bool)
+        return Guesses(logits, rows, ids[guessed - 1], ids[guessed], target, there % sizes.num_guesses, asked)
 
     def _output(self, hidden: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(hidden, self.weight, self.bias)
@@ -159,12 +175,12 @@ class BlockTask:
 
     Args:
         texts: to train on; held_back: to look at.
-        look: texts held back that each look reads.
+        look: texts held back that each look reads, of each kind as many.
     """
 
-    def __init__(self, texts: HiddenTexts, held_back: HiddenTexts, look: int = 24) -> None:
+    def __init__(self, texts: HiddenTexts, held_back: HiddenTexts, look: int = LOOK) -> None:
         self._texts, self._held_back = texts, held_back
-        self._spans, self._held_spans = _long(texts), _long(held_back)[:look]
+        self._spans, self._looked = _long(texts), looked_at(held_back, _long(held_back), look)
         self.size = len(self._spans)
 
     def loss(self, model: nn.Module, places: torch.Tensor) -> torch.Tensor:
@@ -175,42 +191,64 @@ class BlockTask:
     @torch.inference_mode()
     def evaluate(self, model: nn.Module) -> tuple[float, Figures]:
         """The loss; at each depth, how often the head's first choice is the text's token if those before it were; and
-        the mean number of tokens of a step that takes first choices alone, the target's own included."""
+        the mean number of tokens of a step that takes first choices alone, the target's own included. The loss and
+        these are told of each kind too."""
         assert isinstance(model, BlockWithLoss)
         guesses = model.head.sizes.num_guesses
-        loss, right, asked, blocks = 0.0, torch.zeros(guesses), torch.zeros(guesses), 0
-        for number, span in enumerate(self._held_spans):
-            texts = [_text(self._held_back, span, _device(model))]
-            loss += float(model(texts, number))
-            found = model.guesses(texts, number)
-            said = found.logits.argmax(-1)
-            hits = (said if model.head.token_map is None else model.head.token_map[said]) == found.labels
-            going = True
-            for place, hit in zip(found.places.tolist(), hits.tolist(), strict=True):
-                going = going or place == 0
-                blocks += place == 0
-                if going:
-                    asked[place] += 1
-                    right[place] += hit
-                    going = hit
+        right, asked, kinds, number = torch.zeros(guesses), torch.zeros(guesses), list[KindLook](), 0
+        for kind, spans in self._looked.items():
+            look = KindLook(kind)
+            for span in spans:
+                texts = [_text(self._held_back, span, _device(model))]
+                found = model.guesses(texts, number)
+                said = found.logits.argmax(-1)
+                hits = (said if model.head.token_map is None else model.head.token_map[said]) == found.labels
+                going, runs, blocks = True, 0, 0
+                for place, hit, there in zip(
+                    found.places.tolist(), hits.tolist(), found.asked.tolist(), strict=True
+                ):  # fmt: skip
+                    going = (going or place == 0) and there
+                    blocks += place == 0 and there
+                    if going:
+                        asked[place] += 1
+                        right[place] += hit
+                        runs += hit
+                        going = hit
+                if blocks:
+                    look.note(float(model(texts, number)), 1, runs, blocks)
+                number += 1
+            kinds.append(look)
         rates = (right / asked.clamp(min=1)).tolist()
-        figures = {f"depth {depth} top-1": rate for depth, rate in enumerate(rates, start=1)}
-        return loss / max(1, len(self._held_spans)), figures | {
-            "tokens a step": 1 + float(right.sum()) / max(1, blocks)
-        }
+        loss, figures = joined(kinds)
+        return loss, {f"depth {depth} top-1": rate for depth, rate in enumerate(rates, start=1)} | figures
 
 
 def _long(texts: HiddenTexts) -> list[tuple[int, int]]:
     return [(start, end) for start, end in texts.spans() if end - start > 2]
 
 
-def _text(texts: HiddenTexts, span: tuple[int, int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    start, end = span
-    return texts.ids[start:end].to(device), texts.hidden[start:end].float().to(device)
+def _text(texts: HiddenTexts, span: tuple[int, int], device: torch.device) -> TextStates:
+    part = slice(*span)
+    found = texts.ids[part].to(device), texts.hidden[part].float().to(device)
+    return found if texts.answers is None else (*found, texts.answers[part].to(device))
+
+
+def paced(probs: torch.Tensor, places: torch.Tensor, guesses: int, raised: float) -> torch.Tensor:
+    """float[n], what guesses count for: how many of their block are taken from each one on, by what the head says.
+
+    Args:
+        probs: float[n], of the text's tokens.
+        places: int64[n], how many guesses come before each one in its block of at most ``guesses``.
+        raised: see `BlockWithLoss`.
+    """
+    block = (places == 0).cumsum(0) - 1
+    taken = probs.new_zeros(int(block[-1]) + 1, guesses)
+    taken[block, places] = raised + (1 - raised) * probs
+    return taken.cumprod(1).flip(1).cumsum(1).flip(1)[block, places]
 
 
 def _joined(parts: list[Guesses]) -> Guesses:
-    names = ("logits", "states", "before", "labels", "target", "places")
+    names = ("logits", "states", "before", "labels", "target", "places", "asked")
     return Guesses(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
 

@@ -16,6 +16,7 @@ from torch.nn.functional import smooth_l1_loss
 
 from tokentree.heads.eagle import EagleHead
 from tokentree.train.features import HiddenTexts
+from tokentree.train.looks import LOOK, KindLook, joined, looked_at
 from tokentree.train.loop import Figures
 
 DECAY = 0.8  # of the weight of each further step of the training-time test
@@ -32,11 +33,13 @@ class Batch:
         ids: int64[texts, length].
         states: float32[texts, length, width], the target's hidden states: those that the head reads, then the last one.
         lengths: int64[texts], in the CPU's memory.
+        asked: bool[texts, length], there too, whether a head learns what the target says behind a token.
     """
 
     ids: torch.Tensor
     states: torch.Tensor
     lengths: torch.Tensor
+    asked: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,12 +50,14 @@ class Step:
         given: [texts, rows, hidden size], what it knows of the next positions.
         logits: [texts, rows, tokens that it is trained on].
         target: [texts, rows, tokens], the target's own logits there.
-        asked: int64[n], where the target has said anything, of all rows behind one another.
+        tokens: int64[texts, rows], what the text has there, in the target's ids; -1 behind its end.
+        asked: int64[n], where it is learnt, of all rows behind one another.
     """
 
     given: torch.Tensor
     logits: torch.Tensor
     target: torch.Tensor
+    tokens: torch.Tensor
     asked: torch.Tensor
 
 
@@ -86,7 +91,8 @@ class EagleWithLoss(nn.Module):
         if self.head.sizes.version == 1:
             (step,) = self.steps(batch, 1, seed)
             ahead = batch.states[:, 1 : 1 + step.given.shape[1]]
-            state_loss = smooth_l1_loss(_asked(step.given, step), _asked(ahead, step))
+            state_loss = smooth_l1_loss(_asked(step.given, step), _asked(ahead, step), reduction="sum")
+            state_loss = state_loss / max(1, len(step.asked) * ahead.shape[-1])
             return state_loss + TOKEN_WEIGHT * _divergence(step)
         losses = [_divergence(step) * DECAY**number for number, step in enumerate(self.steps(batch, self.unroll))]
         return torch.stack(losses).sum() / sum(DECAY**number for number in range(self.unroll))
@@ -109,8 +115,10 @@ class EagleWithLoss(nn.Module):
             embedded = self.embedding[ids] if self.head.embed_tokens is None else self.head.embed_tokens(ids)
             known = self.head(embedded, known, attended)
             logits = self.head.logits(known, self._output)
-            asked = (torch.arange(rows) + 1 + number < batch.lengths[:, None]).flatten().nonzero()[:, 0]
-            found.append(Step(known, logits, _shifted(said, 1 + number, rows), asked.to(ids.device)))
+            asked = _shifted(batch.asked, 1 + number, rows).flatten().nonzero()[:, 0]
+            there = (torch.arange(rows) + 2 + number < batch.lengths[:, None]).to(ids.device)
+            tokens = torch.where(there, _shifted(batch.ids, 2 + number, rows), -1)
+            found.append(Step(known, logits, _shifted(said, 1 + number, rows), tokens, asked.to(ids.device)))
         return found
 
     def _output(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -152,12 +160,12 @@ class EagleTask:
     Args:
         texts: to train on; held_back: to look at.
         depth: how deep figures are told, in tokens ahead of the first.
-        look: texts held back that each look reads.
+        look: texts held back that each look reads, of each kind as many.
     """
 
-    def __init__(self, texts: HiddenTexts, held_back: HiddenTexts, depth: int = 5, look: int = 24) -> None:
-        self._texts, self._held_back, self._depth, self._look = texts, held_back, depth, look
-        self._spans, self._held_spans = texts.spans(), held_back.spans()
+    def __init__(self, texts: HiddenTexts, held_back: HiddenTexts, depth: int = 5, look: int = LOOK) -> None:
+        self._texts, self._held_back, self._depth = texts, held_back, depth
+        self._spans, self._looked = texts.spans(), looked_at(held_back, held_back.spans(), look)
         self.size = len(self._spans)
 
     def loss(self, model: nn.Module, places: torch.Tensor) -> torch.Tensor:
@@ -167,37 +175,62 @@ class EagleTask:
 
     @torch.inference_mode()
     def evaluate(self, model: nn.Module) -> tuple[float, Figures]:
-        """The loss, and at each depth how often the head's first choice is the target's, going on from itself."""
+        """The loss; at each depth how often the head's first choice is the target's, of the tokens that the head knows,
+        going on from itself; and how many tokens a step takes of a text that takes first choices alone. The loss and
+        these are told of each kind too."""
         assert isinstance(model, EagleWithLoss)
-        loss, right, asked = 0.0, torch.zeros(self._depth), torch.zeros(self._depth)
-        spans = self._held_spans[: self._look]
-        for begin in range(0, len(spans), 4):
-            batch = batch_of(self._held_back, spans[begin : begin + 4], _device(model))
-            loss += float(model(batch)) * len(batch.ids)
-            for number, step in enumerate(model.steps(batch, self._depth)):
-                hits = step.logits.argmax(-1) == step.target.argmax(-1)
-                right[number] += int(_asked(hits, step).sum())
-                asked[number] += len(step.asked)
+        right, asked, kinds = torch.zeros(self._depth), torch.zeros(self._depth), list[KindLook]()
+        for kind, spans in self._looked.items():
+            look = KindLook(kind)
+            for begin in range(0, len(spans), 4):
+                batch = batch_of(self._held_back, spans[begin : begin + 4], _device(model))
+                steps = model.steps(batch, self._depth)
+                if not len(steps[0].asked):
+                    continue
+                look.note(float(model(batch)), len(batch.ids), *_runs(steps, model.head.token_map))
+                for number, step in enumerate(steps):
+                    hits = step.logits.argmax(-1) == step.target.argmax(-1)
+                    right[number] += int(_asked(hits, step).sum())
+                    asked[number] += len(step.asked)
+            kinds.append(look)
         rates = (right / asked.clamp(min=1)).tolist()
-        return loss / len(spans), {f"depth {depth} top-1": rate for depth, rate in enumerate(rates, start=1)}
+        loss, figures = joined(kinds)
+        return loss, {f"depth {depth} top-1": rate for depth, rate in enumerate(rates, start=1)} | figures
 
 
 def batch_of(texts: HiddenTexts, spans: Sequence[tuple[int, int]], device: torch.device) -> Batch:
     """The texts with these first and last tokens."""
     lengths = torch.tensor([end - start for start, end in spans])
     longest = int(lengths.max())
-    ids = torch.zeros(len(spans), longest, dtype=torch.int64)
+    ids, asked = torch.zeros(len(spans), longest, dtype=torch.int64), torch.zeros(len(spans), longest, dtype=torch.bool)
     states = torch.zeros(len(spans), longest, texts.hidden.shape[1], device=texts.hidden.device)
     for row, (start, end) in enumerate(spans):
         ids[row, : end - start] = texts.ids[start:end]
         states[row, : end - start] = texts.hidden[start:end]
-    return Batch(ids.to(device), states.to(device), lengths)
+        if texts.answers is None:
+            asked[row, : end - start] = True
+        else:
+            asked[row, : end - start - 1] = texts.answers[start + 1 : end]
+    return Batch(ids.to(device), states.to(device), lengths, asked)
+
+
+def _runs(steps: Sequence[Step], token_map: torch.Tensor | None) -> tuple[int, int]:
+    """How many first choices are the text's tokens where all before them were, and behind how many places."""
+    going, total = torch.ones(1, dtype=torch.bool), 0
+    for step in steps:
+        said = step.logits.argmax(-1)
+        hits = (said if token_map is None else token_map.to(said.device)[said]) == step.tokens
+        there = torch.zeros(hits.numel(), dtype=torch.bool, device=hits.device).index_fill(0, step.asked, True)
+        going = going.to(hits.device) & hits.flatten() & there
+        total += int(going.sum())
+    return total, len(steps[0].asked)
 
 
 def _divergence(step: Step) -> torch.Tensor:
     """The cross entropy of what the head says against what the target does, over the tokens that the head knows."""
-    probs = _asked(step.target, step).softmax(-1)
-    return -(probs * _asked(step.logits, step).log_softmax(-1)).sum(-1).mean()
+    probs = _asked(step.target, step).float().softmax(-1)
+    losses = -(probs * _asked(step.logits, step).float().log_softmax(-1)).sum(-1)
+    return losses.sum() / max(1, len(losses))
 
 
 def _asked(x: torch.Tensor, step: Step) -> torch.Tensor:

@@ -20,6 +20,7 @@ from tokentree.errors import OptionError, PromptError
 from tokentree.heads.fingerprint import Fingerprint
 from tokentree.llm import LLM
 from tokentree.train.keeping import keep_text, kept_json, whole, writing
+from tokentree.train.looks import told
 from tokentree.train.loop import CHECKPOINT, Figures, Recipe, Watch
 from tokentree.train.progress import Phases
 from tokentree.train.target import engine_of
@@ -244,8 +245,10 @@ def watch_with(phases: Phases, work: Path) -> Watch:
     def watch(step: int, steps: int, loss: float, figures: Figures) -> None:
         events(step, {"loss": loss} | figures)
         if figures:
-            told = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
-            phases.say(f"step {step}/{steps}: loss {loss:.3f}; {told}")
+            general, *kinds = told(figures)
+            phases.say(f"step {step}/{steps}: loss {loss:.3f}; {general}")
+            for line in kinds:
+                phases.say(line)
 
     return watch
 
@@ -262,7 +265,7 @@ def _events(folder: Path) -> Callable[[int, Figures], None]:
     def write(step: int, figures: Figures) -> None:
         with writing(folder / "events"):
             for name, value in figures.items():
-                writer.add_scalar(name.replace(" ", "/"), value, step)
+                writer.add_scalar(name.replace(": ", "/").replace(" ", "/"), value, step)
 
     return write
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -96,6 +96,7 @@ Watch = Callable[[int, int, float, Figures], None]  # step, steps in all, loss, 
 def train(
     model: nn.Module, groups: list[dict[str, Any]], task: Task, recipe: Recipe, folder: Path, watch: Watch,
     about: dict[str, Any] | None = None, stop_after: int | None = None, phases: Phases | None = None,
+    trained: bool = False,
 ) -> Figures:  # fmt: skip
     """Trains ``model`` in place, to its best state on what was held back; returns the figures of that state.
 
@@ -106,6 +107,8 @@ def train(
         groups: of parameters, as optimizers take them; ``scale`` in one multiplies the learning rate.
         about: what else tells this run from others; a checkpoint of another one is refused.
         stop_after: end at this step as a run that is killed would, for tests.
+        trained: whether ``model`` has been trained before: it is looked at before the first step too, and stays what it
+            is if it doesn't get better.
 
     Raises:
         OptionError: if the checkpoint was made by another run, is damaged or can't be written, or there is nothing to
@@ -124,7 +127,8 @@ def train(
     warmup, every = min(recipe.warmup_steps, steps // 10), min(recipe.evaluate_every, max(1, steps // 5))
     state = _State(folder / CHECKPOINT, {"recipe": recipe.model_dump(), "steps": steps} | (about or {}))
     state.load(bare, optimizer)
-    lead, told = accelerator.is_main_process, list[tuple[int, torch.Tensor, Figures]]()
+    told = _first_look(bare, task, rounded, state) if trained and state.best is None else []
+    lead = accelerator.is_main_process
 
     def save() -> None:
         if lead:
@@ -177,6 +181,16 @@ def _kept(save: Callable[[], None]) -> Iterator[None]:
     except KeyboardInterrupt:
         save()
         raise
+
+
+def _first_look(
+    model: nn.Module, task: Task, rounded: Callable[[], AbstractContextManager[Any]], state: _State
+) -> list[tuple[int, torch.Tensor, Figures]]:  # fmt: skip
+    """A look before the first step; returns what is told of it."""
+    with rounded():
+        loss, figures = task.evaluate(model)
+    state.look(loss, figures, model)
+    return [(0, torch.tensor(loss), figures)]
 
 
 def _batches(size: int, recipe: Recipe, first: int) -> Iterator[tuple[int, torch.Tensor]]:

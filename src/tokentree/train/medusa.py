@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from tokentree.heads.medusa import MedusaHeads
 from tokentree.train.features import HiddenTexts
+from tokentree.train.looks import KindLook, joined
 from tokentree.train.loop import Figures
 
 RANKS = 10  # of the candidates whose accuracy is told
@@ -85,29 +86,38 @@ class MedusaTask:
         return loss
 
     def evaluate(self, model: nn.Module) -> tuple[float, Figures]:
-        loss, rates = self._look(model)
+        loss, rates, kinds = self._look(model)
         figures = Figures()
         for head, by_rank in enumerate(rates, start=1):
             figures |= {f"head {head} top-1": by_rank[0], f"head {head} top-5": sum(by_rank[:5])}
-        return loss, figures
+        return loss, figures | joined(kinds)[1]
 
     def accuracies(self, model: nn.Module) -> list[list[float]]:
         """Per head and rank, how often that candidate is the token that comes, of what is held back."""
         return self._look(model)[1]
 
     @torch.inference_mode()
-    def _look(self, model: nn.Module) -> tuple[float, list[list[float]]]:
-        """The loss over what is held back, and the accuracies."""
+    def _look(self, model: nn.Module) -> tuple[float, list[list[float]], list[KindLook]]:
+        """The loss over what is held back, the accuracies, and what is told of each kind."""
         assert isinstance(model, HeadsWithLoss)
         loss, right, asked = 0.0, torch.zeros(self._num_heads, RANKS), torch.zeros(self._num_heads)
-        for places in self._looked_at().split(512):
-            hidden, labels = self._batch(self._held_back, places, model)
-            loss += float(model(hidden, labels)) * len(places)
-            right += hits_by_rank(model.logits(hidden), labels)
-            # known to the heads or not
-            asked += (self._held_back.labels(places, self._num_heads) >= 0).sum(1)
+        kinds, looks = self._kinds(), list[KindLook]()
+        for kind in sorted({*kinds}):
+            look = KindLook(kind)
+            chosen = torch.tensor([one == kind for one in kinds])
+            for places in self._looked_at()[chosen].split(512):
+                hidden, labels = self._batch(self._held_back, places, model)
+                value, logits = float(model(hidden, labels)), model.logits(hidden)
+                loss += value * len(places)
+                right += hits_by_rank(logits, labels)
+                # known to the heads or not
+                there = self._held_back.labels(places, self._num_heads) >= 0
+                asked += there.sum(1)
+                runs = (logits.argmax(-1) == labels).cumprod(0).sum()
+                look.note(value, len(places), int(runs), int(there[0].sum()))
+            looks.append(look)
         rates: list[list[float]] = (right / asked.clamp(min=1)[:, None]).tolist()
-        return loss / len(self._looked_at()), rates
+        return loss / len(self._looked_at()), rates, looks
 
     @torch.inference_mode()
     def temperatures(self, model: HeadsWithLoss) -> list[float]:
@@ -123,8 +133,16 @@ class MedusaTask:
         return found
 
     def _looked_at(self) -> torch.Tensor:
-        """Places spread evenly over what is held back."""
-        return torch.arange(0, len(self._held_back), max(1, len(self._held_back) // LOOK))
+        """Places spread evenly over what the heads learn of what is held back."""
+        every = torch.arange(len(self._held_back))
+        if self._held_back.answers is not None:
+            every = every[self._held_back.labels(every, 1)[0] >= 0]
+        return every[:: max(1, len(every) // LOOK)]
+
+    def _kinds(self) -> list[str]:
+        """The kind of the text of each of these places."""
+        kinds = dict(zip((end for _, end in self._held_back.spans()), self._held_back.kinds_of(), strict=True))
+        return [kinds[end] for end in self._held_back.ends[self._looked_at()].tolist()]
 
     def _batch(self, texts: HiddenTexts, places: torch.Tensor, model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         device = next(model.parameters()).device

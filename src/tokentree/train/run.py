@@ -19,7 +19,7 @@ from tokentree.heads.saved import About, read_heads, write_heads
 from tokentree.llm import LLM
 from tokentree.loading import load_model, pick_device
 from tokentree.shapes.optimal import find_choices
-from tokentree.train.features import keep_features
+from tokentree.train.features import read_parts
 from tokentree.train.job import (
     check,
     check_folder,
@@ -32,9 +32,11 @@ from tokentree.train.job import (
     watch_with,
 )
 from tokentree.train.keeping import whole, writing
+from tokentree.train.looks import table
 from tokentree.train.loop import CHECKPOINT, Figures, Recipe, train
 from tokentree.train.medusa import HeadsWithLoss, MedusaTask, frequent_tokens
 from tokentree.train.progress import Phases
+from tokentree.train.start import check_equal, go_on_from, said_of
 from tokentree.train.target import attention_for, engine_of
 from tokentree.train.texts import Texts
 
@@ -58,9 +60,9 @@ class Trained:
 
 def train_medusa(
     llm: LLM, base_model: str, data: str | Path, folder: str | Path, recipe: Recipe | None = None, *,
-    num_heads: int = 3, num_layers: int = 1, known_tokens: int = 16384, tokens: int = 1_000_000,
-    held_back: float = 0.05, work: str | Path | None = None, console: Console | None = None, command: str = "",
-    force: bool = False, stop_after: int | None = None,
+    num_heads: int = 3, num_layers: int = 1, known_tokens: int = 16384, start: str | Path | None = None,
+    tokens: int = 1_000_000, held_back: float = 0.05, work: str | Path | None = None,
+    console: Console | None = None, command: str = "", force: bool = False, stop_after: int | None = None,
 ) -> Trained:  # fmt: skip
     """Trains Medusa heads on ``llm``, which stays as it is (Medusa-1), and writes them into ``folder``.
 
@@ -72,6 +74,7 @@ def train_medusa(
         data: a file of texts, see `read_texts`; or ``self``: the model writes its own, see `write_texts`.
         known_tokens: how many of the model's tokens the heads know, the most frequent ones of the texts. Fewer are
             faster to train and to draft with; heads never propose the others.
+        start: a folder with heads of the same making, which are trained further; which tokens they know stays.
         tokens: how many the model writes with ``data="self"``.
         held_back: the share of tokens that accuracies are measured on.
         work: a folder for the texts and the model's hidden states, which trainings of several heads can share; by
@@ -91,19 +94,41 @@ def train_medusa(
     heads = MedusaHeads(num_heads, num_layers, size)
     settings = {"method": "medusa", "num_heads": num_heads, "num_layers": num_layers, "known_tokens": known_tokens}
     settings |= {"data": str(data), "tokens": tokens if str(data) == "self" else None, "held_back": held_back}
+    settings |= said_of(start)
+    begun = None if start is None else _begun(llm, start, heads, min(known_tokens, llm.engine.vocab_size))
     with phases_on(console) as phases:
         with claimed(llm, data, folder, settings, recipe, work, tokens, 1, force, phases) as (own, shared, texts):
             heads.token_map = frequent_tokens(texts.ids, known_tokens, llm.engine.vocab_size)
+            if begun is not None:
+                heads.token_map = begun.token_map
+            started = go_on_from(begun, heads)
             model, task = _prepared(llm, heads, texts, shared / "hidden", held_back, phases)
         groups = [{"params": list(heads.parameters())}]
-        watch, about = watch_with(phases, own), _identity(heads, texts)
+        watch, about = watch_with(phases, own), _identity(heads, texts) | started
         told = recipe.model_dump() | {"data": str(data), "texts": len(texts.ids), "tokens": texts.tokens}
+        told |= said_of(start)
         with training_in(own, phases):
-            figures = train(model, groups, task, recipe, own, watch, about, stop_after, phases)
+            figures = train(model, groups, task, recipe, own, watch, about, stop_after, phases, begun is not None)
             with leading() as lead:
                 if lead:
                     _write(llm, model, task, folder, base_model, told, command, phases)
     return Trained(folder, figures, texts)
+
+
+def _begun(llm: LLM, start: str | Path, heads: MedusaHeads, known: int) -> MedusaHeads:
+    """The heads in the folder ``start``, made as ``heads``, which know so many tokens."""
+    begun = read_heads(start, Fingerprint.of(llm.config, llm.tokenizer)).heads.float()
+    count = llm.engine.vocab_size if begun.token_map is None else len(begun.token_map)
+    check_equal(start, _sizes(begun) | {"known tokens": count}, _sizes(heads) | {"known tokens": known})
+    return begun
+
+
+def _sizes(heads: MedusaHeads) -> dict[str, Any]:
+    own = None if heads.projection is None else list(heads.projection.shape)
+    return {
+        "num_heads": heads.num_heads, "num_layers": heads.num_layers, "hidden_size": heads.hidden_size,
+        "biases": heads.bias is not None, "projections of their own": own,
+    }  # fmt: skip
 
 
 def _check_heads(num_heads: int, num_layers: int, size: int, context: int) -> None:
@@ -171,7 +196,7 @@ def train_medusa2(
                 with phases.phase("loading the changed model"):
                     changed = LLM(folder / "model", dtype=dtype, device=device, attention=attention_for(device))
                 heads.token_map = frequent_tokens(texts.ids, known_tokens, changed.engine.vocab_size)
-                some = Texts(texts.ids[-max(2, len(texts.ids) // 20) :])
+                some = Texts(texts.texts[-max(2, len(texts.ids) // 20) :])
                 # of this model, which training again changes: they are not kept
                 with TemporaryDirectory(dir=work) as room:
                     seen = _prepared(changed, heads, some, Path(room), 0.9, phases)
@@ -191,11 +216,10 @@ def _prepared(
 ) -> tuple[HeadsWithLoss, MedusaTask]:
     """Heads with the output layer that they share, and their task, for which ``llm`` reads ``texts``."""
     features, vocab_size = engine_of(llm).capture(), llm.engine.vocab_size
-    hidden = keep_features(engine_of(llm), texts.ids, folder, [features.num_layers], phases)
+    part, rest = read_parts(engine_of(llm), texts, folder, [features.num_layers], held_back, phases)
     known = torch.arange(vocab_size) if heads.token_map is None else heads.token_map
     weight, bias = features.output_weights(known.to(features.device))
     model = HeadsWithLoss(heads, weight.float(), None if bias is None else bias.float())
-    part, rest = hidden.split(held_back)
     return model, MedusaTask(part, rest, heads.num_heads, vocab_size, heads.token_map)
 
 
@@ -206,6 +230,7 @@ def _write(
     """Measures the heads on what was held back, and writes them with a model card."""
     with phases.phase("measuring the heads"):
         accuracies, temperatures = task.accuracies(model), task.temperatures(model)
+        _, figures = task.evaluate(model)
         choices = find_choices(accuracies, CHOICES)
     about = About(
         fingerprint=Fingerprint.of(llm.config, llm.tokenizer),
@@ -218,12 +243,12 @@ def _write(
 
     def write(room: Path) -> None:
         write_heads(room, heads, base_model, llm.engine.vocab_size, about)
-        (room / "README.md").write_text(_card(base_model, about, command), encoding="utf-8")
+        (room / "README.md").write_text(_card(base_model, about, figures, command), encoding="utf-8")
 
     publish(folder, write)
 
 
-def _card(base_model: str, about: About, command: str) -> str:
+def _card(base_model: str, about: About, figures: Figures, command: str) -> str:
     recipe, fingerprint = about.recipe, about.fingerprint
     assert fingerprint is not None
     rows = [
@@ -237,7 +262,7 @@ def _card(base_model: str, about: About, command: str) -> str:
         f"Made for a configuration with hash {fingerprint.config} and a tokenizer with hash {fingerprint.tokenizer}; "
         "others are refused.",
         "## Accuracy on texts that were held back",
-        "\n".join(["| head | top-1 | top-5 |", "|---|---|---|", *rows]),
+        "\n".join(["| head | top-1 | top-5 |", "|---|---|---|", *rows]) + table(figures),
         "## Recipe",
         "\n".join(f"- {name}: {value}" for name, value in recipe.items()),
     ]

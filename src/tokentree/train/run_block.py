@@ -13,16 +13,18 @@ from torch import nn
 from tokentree.engines.base import Features
 from tokentree.errors import OptionError
 from tokentree.heads.block import BlockHead, BlockSizes
-from tokentree.heads.block_files import default_places, write_block
+from tokentree.heads.block_files import default_places, read_block, write_block
 from tokentree.heads.fingerprint import Fingerprint
 from tokentree.heads.saved import About
 from tokentree.llm import LLM
 from tokentree.train.block import BlockTask, BlockWithLoss
-from tokentree.train.features import keep_features
+from tokentree.train.features import read_parts
 from tokentree.train.job import check, claimed, leading, phases_on, publish, training_in, watch_with
+from tokentree.train.looks import listed
 from tokentree.train.loop import Figures, Recipe, train
 from tokentree.train.medusa import frequent_tokens
 from tokentree.train.run import Trained
+from tokentree.train.start import check_equal, go_on_from, said_of
 from tokentree.train.target import begin, engine_of, layer_sizes, plain_rope
 from tokentree.train.texts import coverage
 
@@ -30,7 +32,8 @@ from tokentree.train.texts import coverage
 def train_block(
     llm: LLM, base_model: str, data: str | Path, folder: str | Path, recipe: Recipe | None = None, *,
     num_layers: int = 2, block_size: int = 7, markov_rank: int = 64, anchors: int = 64, distil: float = 0.9,
-    taps: Sequence[int] | None = None, known_tokens: int = 16384, tokens: int = 1_000_000, held_back: float = 0.05,
+    pace: float | None = None, start: str | Path | None = None, taps: Sequence[int] | None = None,
+    known_tokens: int = 16384, tokens: int = 1_000_000, held_back: float = 0.05,
     work: str | Path | None = None, console: Console | None = None, command: str = "", force: bool = False,
     stop_after: int | None = None,
 ) -> Trained:  # fmt: skip
@@ -45,7 +48,8 @@ def train_block(
         data: a file of texts, see `read_texts`; or ``self``: the model writes its own, see `write_texts`.
         recipe: a step takes ``batch_size`` texts.
         num_layers, block_size, markov_rank: of the head, see `BlockSizes`.
-        anchors, distil: see `BlockWithLoss`.
+        anchors, distil, pace: see `BlockWithLoss`.
+        start: a folder with a head of the same making, which is trained further; which tokens it knows stays.
         taps: the hidden states that it reads; by default three, as z-lab's heads choose them.
         known_tokens: how many of the model's tokens it knows: the most frequent ones of the texts.
         tokens, held_back, work, console, command, force: as for `train_medusa`.
@@ -57,8 +61,8 @@ def train_block(
     recipe, folder = recipe or Recipe(learning_rate=6e-4), Path(folder)
     sizes = {"num_layers": num_layers, "block_size": block_size, "anchors": anchors}
     check(llm, held_back, known_tokens=known_tokens, tokens=tokens, **sizes)
-    if markov_rank < 0 or not 0 <= distil <= 1:
-        raise OptionError("markov_rank must be at least 0, and distil a share")
+    if markov_rank < 0 or not 0 <= distil <= 1 or not 0 <= (pace or 0) <= 1:
+        raise OptionError("markov_rank must be at least 0, and distil and pace shares")
     last = engine_of(llm).capture([]).num_layers
     read = tuple(taps or _taps(last))
     places = (*read, last)
@@ -66,23 +70,32 @@ def train_block(
     settings = {"method": "block", "known_tokens": known_tokens, "markov_rank": markov_rank, "taps": read, **sizes}
     settings |= {"data": str(data), "tokens": tokens if str(data) == "self" else None, "held_back": held_back}
     settings["distil"] = distil
+    settings |= {"pace": pace} if pace is not None else {}
+    settings |= said_of(start)
+    count = None if known_tokens >= llm.engine.vocab_size else known_tokens
+    form = _sizes(llm, features, read, count, num_layers, block_size, markov_rank)
+    begun = None if start is None else _begun(llm, start, form, last)
     with phases_on(console) as phases:
         count = len(set(places))
         with claimed(llm, data, folder, settings, recipe, work, tokens, count, force, phases) as (own, shared, texts):
-            hidden = keep_features(engine_of(llm), texts.ids, shared / "hidden", places, phases)
+            first, rest = read_parts(engine_of(llm), texts, shared / "hidden", places, held_back, phases)
         known = frequent_tokens(texts.ids, known_tokens, llm.engine.vocab_size)
-        head = _fresh(llm, features, read, known, num_layers, block_size, markov_rank, recipe.seed)
-        model = _with_loss(head, features, anchors, distil)
-        first, rest = hidden.split(held_back)
+        if begun is not None:
+            known = begun.token_map
+        head = _fresh(llm, features, form, known, recipe.seed)
+        model = _with_loss(head, features, anchors, distil, pace)
         about = {"head": head.sizes.model_dump_json(), "anchors": anchors, "distil": distil, "texts": texts.digest}
+        about |= ({"pace": pace} if pace is not None else {}) | go_on_from(begun, head)
         groups = [{"params": list(head.parameters())}]
         watch, task = watch_with(phases, own), BlockTask(first, rest)
         with training_in(own, phases):
-            figures = train(model, groups, task, recipe, own, watch, about, stop_after, phases)
+            figures = train(model, groups, task, recipe, own, watch, about, stop_after, phases, begun is not None)
             told = recipe.model_dump() | {
                 "anchors": anchors, "distil": distil, "data": str(data), "texts": len(texts.ids),
                 "tokens": texts.tokens, "coverage": round(coverage(texts, known), 4),
             }  # fmt: skip
+            told |= {"pace": pace} if pace is not None else {}
+            told |= said_of(start)
             with leading() as lead:
                 if lead:
                     _write(llm, head.cpu(), folder, base_model, told, figures, command)
@@ -94,18 +107,32 @@ def _taps(last: int) -> tuple[int, ...]:
     return default_places(last, 3) if last > 5 else tuple(sorted({0, last // 2, last - 1}))
 
 
-def _fresh(
-    llm: LLM, features: Features, read: tuple[int, ...], known: torch.Tensor | None, num_layers: int, block_size: int,
-    markov_rank: int, seed: int,
-) -> BlockHead:  # fmt: skip
-    """An untrained head of the target's sizes. The mask begins as the mean of all tokens, and the Markov part says
-    nothing at first."""
+def _sizes(
+    llm: LLM, features: Features, read: tuple[int, ...], known: int | None, num_layers: int, block_size: int,
+    markov_rank: int,
+) -> BlockSizes:  # fmt: skip
+    """Those of a head whose layers are as large as the target's, and which knows so many tokens."""
     config: Any = llm.config.get_text_config()
-    head = BlockHead(BlockSizes(
+    return BlockSizes(
         **layer_sizes(config, features.hidden_size), num_layers=num_layers, vocab_size=llm.engine.vocab_size, taps=read,
         block_size=block_size, anchor_first=True, markov_rank=markov_rank, rope=plain_rope(config),
-        context=llm.engine.context, draft_vocab_size=None if known is None else len(known),
-    ))  # fmt: skip
+        context=llm.engine.context, draft_vocab_size=known,
+    )  # fmt: skip
+
+
+def _begun(llm: LLM, start: str | Path, sizes: BlockSizes, last: int) -> BlockHead:
+    """The head in the folder ``start``, which has these sizes."""
+    head = read_block(start, last, Fingerprint.of(llm.config, llm.tokenizer)).head
+    check_equal(start, head.sizes.model_dump(), sizes.model_dump())
+    return head
+
+
+def _fresh(
+    llm: LLM, features: Features, sizes: BlockSizes, known: torch.Tensor | None, seed: int
+) -> BlockHead:  # fmt: skip
+    """An untrained head. The mask begins as the mean of all tokens, and the Markov part says
+    nothing at first."""
+    head = BlockHead(sizes)
     begin(head, seed)
     head.token_map = known
     ids = torch.arange(llm.engine.vocab_size, device=features.device)
@@ -114,18 +141,20 @@ def _fresh(
         head.mask_embedding.copy_(features.embedding(ids).float().mean(0))
         if head.markov is not None:
             generator = torch.Generator().manual_seed(seed)
-            nn.init.normal_(head.markov.first.weight, std=markov_rank**-0.5, generator=generator)
+            nn.init.normal_(head.markov.first.weight, std=sizes.markov_rank**-0.5, generator=generator)
             nn.init.zeros_(head.markov.second.weight)
     return head.to(features.device)
 
 
-def _with_loss(head: BlockHead, features: Features, anchors: int, distil: float) -> BlockWithLoss:
+def _with_loss(
+    head: BlockHead, features: Features, anchors: int, distil: float, pace: float | None
+) -> BlockWithLoss:  # fmt: skip
     ids = torch.arange(head.sizes.vocab_size, device=features.device)
     with torch.inference_mode():
         embedding = features.embedding(ids).float()
         weight, bias = features.output_weights(ids if head.token_map is None else head.token_map)
     output = weight.float().clone(), None if bias is None else bias.float().clone()
-    return BlockWithLoss(head, embedding.clone(), output, anchors, distil=distil)
+    return BlockWithLoss(head, embedding.clone(), output, anchors, distil=distil, pace=pace)
 
 
 def _write(
@@ -156,9 +185,7 @@ def _card(base_model: str, about: About, figures: Figures, head: BlockHead, comm
         f"{about.fingerprint.tokenizer}; others are refused.",
         "## On texts that were held back: how often its first choice is the text's token where those before it were, "
         "and tokens of a step with first choices alone",
-        "\n".join(
-            f"- {name}: {value:.1%}" if "top-1" in name else f"- {name}: {value:.2f}" for name, value in figures.items()
-        ),
+        listed(figures),
         "## Recipe",
         "\n".join(f"- {name}: {value}" for name, value in about.recipe.items()),
     ]

@@ -12,12 +12,12 @@ from rich.console import Console
 from tokentree.engines.base import Features
 from tokentree.errors import OptionError
 from tokentree.heads.eagle import EagleHead, EagleSizes
-from tokentree.heads.eagle_files import default_taps, write_eagle
+from tokentree.heads.eagle_files import default_taps, read_eagle, write_eagle
 from tokentree.heads.fingerprint import Fingerprint
 from tokentree.heads.saved import About
 from tokentree.llm import LLM
 from tokentree.train.eagle import EagleTask, EagleWithLoss
-from tokentree.train.features import keep_features
+from tokentree.train.features import read_parts
 from tokentree.train.job import (
     check,
     claimed,
@@ -27,9 +27,11 @@ from tokentree.train.job import (
     training_in,
     watch_with,
 )
+from tokentree.train.looks import listed
 from tokentree.train.loop import Figures, Recipe, train
 from tokentree.train.medusa import frequent_tokens
 from tokentree.train.run import Trained
+from tokentree.train.start import check_equal, go_on_from, said_of
 from tokentree.train.target import begin, engine_of, layer_sizes, plain_rope
 from tokentree.train.texts import Texts, coverage
 
@@ -39,7 +41,7 @@ NORMS = ("fc_norm", "norm_before_fc", "norm_output")
 def train_eagle(
     llm: LLM, base_model: str, data: str | Path, folder: str | Path, recipe: Recipe | None = None, *,
     version: int = 3, known_tokens: int = 4096, unroll: int = 5, taps: Sequence[int] | None = None,
-    norms: Sequence[str] = (),
+    norms: Sequence[str] = (), start: str | Path | None = None,
     tokens: int = 1_000_000, held_back: float = 0.05, work: str | Path | None = None, console: Console | None = None,
     command: str = "", force: bool = False, stop_after: int | None = None,
 ) -> Trained:  # fmt: skip
@@ -58,6 +60,7 @@ def train_eagle(
         unroll: steps of EAGLE-3's training-time test.
         taps: the hidden states that EAGLE-3 reads; by default a low, a middle and a high one.
         norms: those of EAGLE-3.1 that the head has: of `NORMS`.
+        start: a folder with a head of the same making, which is trained further; which tokens it knows stays.
         tokens, held_back, work, console, command, force: as for `train_medusa`.
 
     Raises:
@@ -82,25 +85,30 @@ def train_eagle(
     features = engine_of(llm).capture(places)
     settings = {"method": f"EAGLE-{version}", "known_tokens": known_tokens, "unroll": unroll, "taps": read}
     settings |= {"norms": sorted(norms)} if norms else {}
+    settings |= said_of(start)
+    count = None if known_tokens >= llm.engine.vocab_size else known_tokens
+    sizes = _sizes(llm, features, version, read, count, norms)
+    begun = None if start is None else _begun(llm, start, sizes, last)
     settings |= {"data": str(data), "tokens": tokens if str(data) == "self" else None, "held_back": held_back}
     with phases_on(console) as phases:
         count = len(set(places))
         with claimed(llm, data, folder, settings, recipe, work, tokens, count, force, phases) as (own, shared, texts):
-            hidden = keep_features(engine_of(llm), texts.ids, shared / "hidden", places, phases)
+            first, rest = read_parts(engine_of(llm), texts, shared / "hidden", places, held_back, phases)
         known = frequent_tokens(texts.ids, known_tokens, llm.engine.vocab_size)
-        model = _fresh(llm, features, version, read, known, unroll, recipe.seed, norms)
-        first, rest = hidden.split(held_back)
+        if begun is not None and version == 3:
+            known = begun.token_map
+        model = _fresh(llm, features, sizes, known, unroll, recipe.seed)
         task, head = EagleTask(first, rest), model.head
-        about = _identity(head, texts, unroll)
+        about = _identity(head, texts, unroll) | go_on_from(begun, head)
         groups = [{"params": [weight for weight in head.parameters() if weight.requires_grad]}]
         watch = watch_with(phases, own)
         with training_in(own, phases):
-            figures = train(model, groups, task, recipe, own, watch, about, stop_after, phases)
+            figures = train(model, groups, task, recipe, own, watch, about, stop_after, phases, begun is not None)
             told = recipe.model_dump() | {
                 "version": version, "unroll": unroll if version == 3 else 1, "data": str(data), "texts": len(texts.ids),
                 "tokens": texts.tokens, "coverage": round(coverage(texts, known), 4),
             }  # fmt: skip
-            told |= {"norms": ", ".join(sorted(norms))} if norms else {}
+            told |= ({"norms": ", ".join(sorted(norms))} if norms else {}) | said_of(start)
             with leading() as lead:
                 if lead:
                     _write(llm, head.cpu(), folder, base_model, told, figures, command)
@@ -114,18 +122,29 @@ def _taps(last: int) -> tuple[int, ...]:
     return taps if min(taps) >= 0 else (0, last // 2, last)
 
 
-def _fresh(
-    llm: LLM, features: Features, version: int, read: tuple[int, ...], known: torch.Tensor | None, unroll: int,
-    seed: int, norms: Sequence[str],
-) -> EagleWithLoss:  # fmt: skip
-    """An untrained head of the target's sizes. An EAGLE-3 head's output layer begins as the target's."""
+def _sizes(
+    llm: LLM, features: Features, version: int, read: tuple[int, ...], known: int | None, norms: Sequence[str]
+) -> EagleSizes:  # fmt: skip
+    """Those of a head whose layer is as large as the target's, and which knows so many tokens."""
     config: Any = llm.config.get_text_config()
-    sizes = EagleSizes(
+    return EagleSizes(
         version=version, **layer_sizes(config, features.hidden_size), vocab_size=llm.engine.vocab_size, taps=read,
-        fc_bias=version == 1, context=llm.engine.context,
-        draft_vocab_size=None if known is None or version == 1 else len(known), rope=plain_rope(config),
-        **dict.fromkeys(norms, True),
+        fc_bias=version == 1, context=llm.engine.context, draft_vocab_size=None if version == 1 else known,
+        rope=plain_rope(config), **dict.fromkeys(norms, True),
     )  # fmt: skip
+
+
+def _begun(llm: LLM, start: str | Path, sizes: EagleSizes, last: int) -> EagleHead:
+    """The head in the folder ``start``, which has these sizes."""
+    head = read_eagle(start, last, Fingerprint.of(llm.config, llm.tokenizer)).head
+    check_equal(start, head.sizes.model_dump(), sizes.model_dump())
+    return head
+
+
+def _fresh(
+    llm: LLM, features: Features, sizes: EagleSizes, known: torch.Tensor | None, unroll: int, seed: int
+) -> EagleWithLoss:  # fmt: skip
+    """An untrained head. An EAGLE-3 head's output layer begins as the target's."""
     head = EagleHead(sizes)
     begin(head, seed)
     ids = torch.arange(llm.engine.vocab_size, device=features.device)
@@ -171,8 +190,9 @@ def _card(base_model: str, about: About, figures: Figures, head: EagleHead, comm
         "text is the one that the model writes alone.",
         f"Made for a configuration with hash {fingerprint.config} and a tokenizer with hash {fingerprint.tokenizer}; "
         "others are refused.",
-        "## How often its first choice is the target's, on texts that were held back, going on from itself",
-        "\n".join(f"- {name}: {value:.1%}" for name, value in figures.items()),
+        "## On texts that were held back: how often its first choice is the target's, going on from itself, and tokens "
+        "of a step with first choices alone",
+        listed(figures),
         "## Recipe",
         "\n".join(f"- {name}: {value}" for name, value in recipe.items()),
     ]

@@ -2,46 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from random import Random
 
 from transformers import PreTrainedTokenizerBase
 
+from tokentree.errors import PromptError
+from tokentree.llm import LLM
 from tokentree.sampling import SamplingParams
-from tokentree.train.texts import chat_ids
+from tokentree.train.kinds import TEXT, Chat, plan
+from tokentree.train.texts import Text, chat_ids
 
-PROMPT_TOKENS, ANSWER_TOKENS = 64, 256  # of a turn of the user and of the model, at most
+PROMPT_TOKENS, ANSWER_TOKENS = 64, 256  # of a turn of the user that the model makes up, and of an answer, at most
+TEXT_TOKENS = 1024  # of a whole text, at most
+LEAST_ROOM = 16  # tokens that an answer must have room for
 TURN = 1_000_000_007  # between the seeds of one turn and the next
-TEMPERATURES = (0.0, 0.3, 0.5, 0.8)  # of the answers that a model writes
+TEMPERATURES = (0.0, 0.0, 0.0, 0.3, 0.7, 1.0)  # of the answers that a model writes
 SAID = {"temperature": 1.0, "top_k": 50}  # how it writes what a user says
-TASKS = (
-    "Summarize this text in a few sentences.",
-    "Rewrite this text so that a child understands it.",
-    "What are the main points of this text? Answer with a list.",
-    "Correct the spelling and the grammar of this text.",
-    "Answer three questions that a reader of this text might ask.",
-    "Continue this text.",
-    "Translate this text into French.",
-    "Which names, numbers and places are in this text? Answer as JSON.",
-    "Is there anything wrong in this text? Explain step by step.",
-    "Turn this text into a short email.",
-)  # that a user sets about a text
 MARK = "tokentree-turn"  # stands for what a user says, while the template around it is looked at
+BARE = "text"  # the kind of what a model without a chat template writes
+CHAT = "chat"  # of a chat in which the model says what the user does, for want of room for anything else
 
 
-def said_params(number: int, seed: int, max_tokens: int, turn: int = 0) -> SamplingParams:
-    """How the model writes what the user says in a turn of the text with this number."""
-    return SamplingParams(seed=_seed(number, seed, turn), max_tokens=max_tokens, **SAID)
+@dataclass(frozen=True)
+class Ask:
+    """What is to be written next.
 
+    Args:
+        prompt: token ids that it goes on from.
+        params: how it is drawn, and how much of it, at most.
+        answer: whether it is an answer of the model, or what a user says.
+    """
 
-def answer_params(number: int, seed: int, max_tokens: int, turn: int = 0) -> SamplingParams:
-    """How the model answers there."""
-    temperature = TEMPERATURES[number // 2 % len(TEMPERATURES)]
-    return SamplingParams(temperature=temperature, seed=_seed(number, seed, turn) + 1, max_tokens=max_tokens)
-
-
-def _seed(number: int, seed: int, turn: int) -> int:
-    return seed + 2 * number + TURN * turn
+    prompt: list[int]
+    params: SamplingParams
+    answer: bool
 
 
 def open_turn(
@@ -57,58 +53,117 @@ def open_turn(
     return before
 
 
-@dataclass
 class Talk:
-    """A text while it is being written.
+    """The texts with one number, while they are written: chats, of which the later ones may be about what the model
+    wrote in the first. They follow from the seed, the number, and what is `take`n.
 
     Args:
-        number: among all texts.
-        ids: as far as it is written.
-        turns: of the user and the model, that it has.
-        messages: the same, as the chat template takes them.
-        prompt: what comes next goes on from it; empty if nothing does.
+        bos_ids: what a text begins with, where there is no chat template.
+        context: tokens of a text, at most.
+
+    Attributes:
+        ask: what is to be written next; None once all is.
+        parts: what was written so far, one `ask` after another.
+        texts: that are finished.
     """
 
-    number: int
-    ids: list[int] = field(default_factory=list)
-    turns: int = 0
-    messages: list[dict[str, str]] = field(default_factory=list)
-    prompt: list[int] = field(default_factory=list)
+    def __init__(
+        self, number: int, seed: int, tokenizer: PreTrainedTokenizerBase, bos_ids: list[int], context: int
+    ) -> None:  # fmt: skip
+        self.number, self.parts, self.texts = number, list[list[int]](), list[Text]()
+        self._seed, self._tokenizer, self._bos_ids = seed, tokenizer, bos_ids
+        self._room = min(context, TEXT_TOKENS)
+        self._temperature = Random(f"{seed} {number} how").choice(TEMPERATURES)
+        self._answer, self._text = "", Text([], "")  # the last answer; the chat that goes on
+        self._asks = self._all(plan(number, seed)) if tokenizer.chat_template else self._alone()
+        self.ask = next(self._asks, None)
 
-    def open(self, tokenizer: PreTrainedTokenizerBase, bos_ids: list[int], room: int) -> bool:
-        """Opens the user's turn; False, and nothing comes next, where its prompt would have more than ``room``
-        tokens."""
-        without = self.ids or bos_ids
-        self._go_on(open_turn(tokenizer, without, self.messages) if tokenizer.chat_template else without, room)
-        return bool(self.prompt)
+    @property
+    def tokens(self) -> int:
+        """How many there are in what is written, up to the last answer."""
+        return sum(len(text.ids) for text in (*self.texts, self._text))
 
-    def hear(self, tokenizer: PreTrainedTokenizerBase, said: list[int], room: int) -> None:
-        """What the user said, in the turn that was opened."""
-        if not tokenizer.chat_template:
-            self.prompt = [*self.prompt, *said]
-            return
-        self.say(tokenizer, str(tokenizer.decode(said, skip_special_tokens=True)).strip(), room)
+    def take(self, ids: list[int]) -> None:
+        """What was asked for."""
+        self.parts.append(ids)
+        self.ask = next(self._asks, None)
 
-    def say(self, tokenizer: PreTrainedTokenizerBase, text: str, room: int) -> None:
-        """What the user says; nothing comes next if that is nothing, or too much."""
-        self.messages.append({"role": "user", "content": text})
-        self._go_on(chat_ids(tokenizer, self.messages) if text else [], room)
+    def _params(self, tokens: int, answer: bool) -> SamplingParams:
+        seed = self._seed + 2 * self.number + TURN * len(self.parts) + answer
+        if answer:
+            return SamplingParams(temperature=self._temperature, seed=seed, max_tokens=tokens)
+        return SamplingParams(seed=seed, max_tokens=tokens, **SAID)
 
-    def _go_on(self, prompt: list[int], room: int) -> None:
-        self.prompt = prompt if len(prompt) <= room else []
+    def _alone(self) -> Iterator[Ask]:
+        yield Ask(self._bos_ids, self._params(PROMPT_TOKENS, False), False)
+        begun = [*self._bos_ids, *self.parts[0]]
+        if len(begun) < self._room:
+            yield Ask(begun, self._params(min(ANSWER_TOKENS, self._room - len(begun)), True), True)
+            begun += self.parts[1]
+        self.texts.append(Text(begun, BARE))
 
-    def answer(self, tokenizer: PreTrainedTokenizerBase, answer: list[int]) -> None:
-        text = str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
-        self.messages.append({"role": "assistant", "content": text})
-        self.ids, self.turns = [*self.prompt, *answer], self.turns + 1
+    def _all(self, chats: Sequence[Chat]) -> Iterator[Ask]:
+        about = ""
+        for number, chat in enumerate(chats):
+            turns = [None if turn is None else turn.replace(TEXT, about) for turn in chat.turns]
+            yield from self._begun(chat, str(turns[0])) if chat.bare else self._chat(chat, turns)
+            about = about if number else self._answer
+
+    def _begun(self, chat: Chat, text: str) -> Iterator[Ask]:
+        """A text that the model goes on with."""
+        prompt = [int(token) for token in self._tokenizer(text).input_ids]
+        if len(prompt) + LEAST_ROOM <= self._room:
+            yield Ask(prompt, self._params(min(chat.tokens or ANSWER_TOKENS, self._room - len(prompt)), True), True)
+            self.texts.append(_longer(Text([], chat.kind, ()), prompt, self.parts[-1]))
+
+    def _chat(self, chat: Chat, turns: Sequence[str | None]) -> Iterator[Ask]:
+        """A chat; it ends before a turn that is empty or has no room. Where there is none for the first, the model says
+        what the user does."""
+        messages, self._text = list[dict[str, str]](), Text([], chat.kind, ())
+        for turn in turns:
+            said = turn
+            if said is not None and self._asked(messages, said) is None and not messages:
+                said, self._text = None, Text([], CHAT, ())
+            if said is None:
+                opened = open_turn(self._tokenizer, self._bos_ids, messages)
+                room = min(PROMPT_TOKENS, self._room - LEAST_ROOM - len(opened))
+                if room < 1:
+                    break
+                yield Ask(opened, self._params(room, False), False)
+                said = self._decoded()
+            prompt = self._asked(messages, said)
+            if prompt is None:
+                break
+            yield Ask(prompt, self._params(min(chat.tokens or ANSWER_TOKENS, self._room - len(prompt)), True), True)
+            self._answer = self._decoded()
+            messages += [{"role": "user", "content": said}, {"role": "assistant", "content": self._answer}]
+            self._text = _longer(self._text, prompt, self.parts[-1])
+        if self._text.ids:
+            self.texts.append(self._text)
+        self._text = Text([], "")
+
+    def _asked(self, messages: Sequence[dict[str, str]], said: str) -> list[int] | None:
+        """The prompt in which a user says something after ``messages``; None if that is nothing, or too much."""
+        if not said:
+            return None
+        try:
+            prompt = chat_ids(self._tokenizer, [*messages, {"role": "user", "content": said}])
+        except PromptError:  # a template that takes no such turn
+            return None
+        return prompt if len(prompt) + LEAST_ROOM <= self._room else None
+
+    def _decoded(self) -> str:
+        return str(self._tokenizer.decode(self.parts[-1], skip_special_tokens=True)).strip()
 
 
-def tasks_for(talks: Sequence[Talk]) -> dict[int, str]:
-    """What the user says in every other one of ``talks``, by their numbers: a task about the last answer in the next
-    one."""
-    others = [*talks[1:], *talks[:1]]
-    return {
-        talk.number: f"{TASKS[talk.number // 2 % len(TASKS)]}\n\n{other.messages[-1]['content']}"
-        for talk, other in zip(talks, others, strict=True)
-        if talk.number % 2
-    }
+def new_talk(llm: LLM, number: int, seed: int) -> Talk:
+    """The texts with this number, of which nothing is written."""
+    assert llm.tokenizer is not None
+    bos_ids = sorted(llm.eos_ids)[:1] or [0]
+    return Talk(number, seed, llm.tokenizer, bos_ids, llm.engine.context)
+
+
+def _longer(text: Text, prompt: list[int], answer: list[int]) -> Text:
+    """The text with another turn. Answers that the template took over as they were still count as the model's."""
+    before = [(start, end) for start, end in text.answers or () if prompt[:end] == text.ids[:end]]
+    return Text([*prompt, *answer], text.kind, (*before, (len(prompt), len(prompt) + len(answer))))

@@ -18,24 +18,65 @@ from tokentree.prompts import read_text
 
 LEAST = 8  # tokens of a text that is worth reading
 FEWEST = 2  # texts: one to train on, and one to look at
+OTHER = "other"  # the kind of what no kind is told of
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text.
+
+    Args:
+        ids: of its tokens.
+        kind: by which it is told from others in figures.
+        answers: the first of its tokens that the model wrote, and the one behind the last, for each answer; None: all
+            of it is learnt from.
+        group: texts of one group are about one another; None: it is about no other.
+    """
+
+    ids: list[int]
+    kind: str = OTHER
+    answers: tuple[tuple[int, int], ...] | None = None
+    group: int | None = None
 
 
 @dataclass
 class Texts:
-    """Token ids of texts, and what was wrong with the lines that were left out."""
+    """Texts, and what was wrong with the lines that were left out."""
 
-    ids: list[list[int]] = field(default_factory=list)
+    texts: list[Text] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
 
     @property
+    def ids(self) -> list[list[int]]:
+        return [text.ids for text in self.texts]
+
+    @property
     def tokens(self) -> int:
-        return sum(map(len, self.ids))
+        return sum(len(text.ids) for text in self.texts)
+
+    def held_back(self, share: float) -> list[int]:
+        """Numbers of texts that are not trained on: of each kind about this share, spread over it, and of several at
+        least one; and with each text those of its group, which is of the kind of its last one. They stay what they are
+        where more texts follow."""
+        groups = dict[object, list[int]]()
+        for number, text in enumerate(self.texts):
+            groups.setdefault(("alone", number) if text.group is None else text.group, []).append(number)
+        by_kind = dict[str, list[list[int]]]()
+        for numbers in groups.values():
+            by_kind.setdefault(self.texts[numbers[-1]].kind, []).append(numbers)
+        found = list[int]()
+        for some in by_kind.values():
+            chosen = [at for at in range(len(some)) if int((at + 1) * share) > int(at * share)]
+            for at in chosen or [len(some) - 1] * (len(some) > 1):
+                found += some[at]
+        return sorted(found) or [len(self.texts) - 1]
 
     @property
     def digest(self) -> str:
         """What tells these texts from others."""
-        return hashlib.sha256(json.dumps(self.ids).encode()).hexdigest()
+        said = [[text.kind, text.ids, text.answers, text.group] for text in self.texts]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
 def read_texts(
@@ -43,7 +84,7 @@ def read_texts(
 ) -> Texts:
     """The texts of a JSON-lines file: objects with ``text``, with ``prompt`` and ``completion``, with ``messages``
     (``role``, ``content``) or with ``conversations`` (``from``, ``value``). The latter two go through the chat
-    template.
+    template. ``kind`` tells texts of several kinds apart.
 
     Args:
         max_tokens: what a text has beyond these is left out.
@@ -55,7 +96,8 @@ def read_texts(
     found = Texts()
     for number, line in _lines(path):
         try:
-            ids = _ids(_entry(line), tokenizer)[:max_tokens]
+            entry = _entry(line)
+            ids = _ids(entry, tokenizer)[:max_tokens]
             if len(ids) < LEAST:
                 raise PromptError(f"has fewer than {LEAST} tokens")
             if vocab_size is not None and max(ids) >= vocab_size:
@@ -63,10 +105,10 @@ def read_texts(
         except PromptError as error:
             found.bad.append(f"line {number} {error}")
         else:
-            found.ids.append(ids)
-    if not found.ids:
+            found.texts.append(Text(ids, _kind(entry)))
+    if not found.texts:
         raise _no_text(path, found.bad)
-    if len(found.ids) < FEWEST:
+    if len(found.texts) < FEWEST:
         raise PromptError(f"the training data {str(path)!r} has one text: some are trained on, and others looked at")
     return found
 
@@ -120,6 +162,11 @@ def parts_of(entry: Any) -> str | list[dict[str, str]]:
     if not isinstance(turns, list) or not turns:
         raise PromptError('has neither "text", "prompt" and "completion", "messages" nor "conversations"')
     return [_message(turn) for turn in turns]
+
+
+def _kind(entry: dict[str, Any]) -> str:
+    kind = entry.get("kind")
+    return kind if isinstance(kind, str) and kind.strip() else OTHER
 
 
 def _ids(entry: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
