@@ -21,7 +21,7 @@ test: .venv/ready
 test-fast: .venv/ready
 	$(PYTEST) -m 'not slow and not real and not gpu and not nightly'
 
-# What takes too long for each change: all sizes of what `make test` tries the heaviest of.
+# What takes too long for each change: more cases of what `make test` tries some of.
 nightly: .venv/ready
 	$(PYTEST) -m nightly
 
