@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from typer.testing import CliRunner
 
-from tests.conftest import each_two, make_sequence
+from tests.conftest import all_pairs, each_two, make_sequence
 from tests.drafters import test_block
 from tests.drafters.test_eagle import Kept, said_by, some_head
 from tests.drafters.test_medusa import random_heads
@@ -176,8 +176,9 @@ def test_what_does_not_go_with_beams_is_refused() -> None:
 
 
 @pytest.mark.parametrize("form", ["3x2x1", "cost"])
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-@pytest.mark.parametrize("kind", ["medusa", "eagle-1", "eagle-3", "block", "all"])
+@pytest.mark.parametrize(
+    ("kind", "family"), all_pairs(["medusa", "eagle-1", "eagle-3", "block", "all"], ["llama", "gemma3"])
+)
 def test_heads_draft_for_each_beam_from_its_own_hidden_states(kind: str, family: str, form: str) -> None:
     """The texts are transformers'; and what an EAGLE head proposes is what computing it anew gives."""
     model, engine = model_of(family), TorchEngine(model_of(family))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import decode
+from tests.conftest import by_night, decode
 from tests.drafters.test_eagle import some_head
 from tests.heads.mtp_layers import FAMILIES, FILE, WithLayer, save_with_layer
 from tests.tiny_models import request, save_model, some_tokens, tiny
@@ -53,9 +53,12 @@ class Kept(Mtp):
 # -- what it drafts ----------------------------------------------------------------------------------------------------
 
 
+KINDS = [*((family, None) for family in FAMILIES), ("deepseek_v3", "sdpa"), ("deepseek_v3", "mask")]
+
+
 @pytest.mark.parametrize(
     ("family", "attention"),
-    [*((family, None) for family in FAMILIES), ("deepseek_v3", "sdpa"), ("deepseek_v3", "mask")],
+    by_night(KINDS, but=KINDS[::2]),
 )
 def test_each_node_has_the_probability_that_computing_it_anew_gives(
     saved: dict[str, WithLayer], family: str, attention: str | None, monkeypatch: pytest.MonkeyPatch

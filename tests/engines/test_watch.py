@@ -22,6 +22,7 @@ from transformers import AttentionInterface, GenerationConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama import modeling_llama
 
+from tests.conftest import by_night
 from tests.tiny_models import full_logits, kv_engine, parts_of, request, some_tokens, tiny
 from tokentree import LLM, SamplingParams
 from tokentree.engines.cpu.linear import PackedLinear
@@ -226,7 +227,7 @@ IN_THE_WAY: dict[str, Callable[[Any], None]] = {
 
 
 @pytest.mark.filterwarnings("ignore:.*linear layers of another kind")
-@pytest.mark.parametrize("kind", IN_THE_WAY)
+@pytest.mark.parametrize("kind", by_night(IN_THE_WAY, but=[*IN_THE_WAY][::3]))
 def test_what_was_put_into_a_model_is_run(kind: str) -> None:
     """Before the first call, and after it."""
     model, made = fresh(), drafting()
@@ -242,7 +243,7 @@ def test_what_was_put_into_a_model_is_run(kind: str) -> None:
     assert own_text(model) == expected  # the model is left as it was
 
 
-@pytest.mark.parametrize("kind", IN_THE_WAY)
+@pytest.mark.parametrize("kind", by_night(IN_THE_WAY, but=[*IN_THE_WAY][1::3]))
 def test_an_engine_refuses_a_model_that_has_changed(kind: str) -> None:
     model = fresh()
     llm = LLM(model, "none")
@@ -263,7 +264,7 @@ def said(engine: KVEngine, tokens: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.filterwarnings("ignore:.*linear layers of another kind")
-@pytest.mark.parametrize("kind", IN_THE_WAY)
+@pytest.mark.parametrize("kind", by_night(IN_THE_WAY, but=[*IN_THE_WAY][2::3]))
 def test_in_bfloat16_it_is_run_too(kind: str) -> None:
     """Where a forward is one compiled call as long as nothing is in the way."""
     model, tokens = fresh(dtype=torch.bfloat16), some_tokens(17)
@@ -646,7 +647,7 @@ CHANGES: list[Callable[[Any], None]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", by_night(CHANGES, but=CHANGES[::2]))
 def test_a_generator_follows_a_model_that_changes(change: Callable[[Any], None]) -> None:
     model, made = fresh(), drafting()
     before = text(model, made)

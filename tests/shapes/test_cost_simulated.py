@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.conftest import decode, make_sequence, random_table
+from tests.conftest import all_pairs, decode, make_sequence, random_table
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter
 from tokentree.drafters.draft_model import DraftModel
@@ -129,8 +129,7 @@ def _speeds(clock: Clock, machine: str, kind: str, level: float = 0.0, batch: in
     return first, second
 
 
-@pytest.mark.parametrize("machine", MACHINES)
-@pytest.mark.parametrize("kind", ["right", "wrong", "turncoat", "ngram"])
+@pytest.mark.parametrize(("machine", "kind"), all_pairs(MACHINES, ["right", "wrong", "turncoat", "ngram"], by_day=2))
 def test_no_lookup_makes_it_slower_than_plain(clock: Clock, machine: str, kind: str) -> None:
     first, second = _speeds(clock, machine, kind)
     assert first >= 0.95

@@ -257,6 +257,7 @@ def test_a_trained_head_proposes_what_the_model_writes(tmp_path: Path, version: 
     assert sum(r.metrics.accepted_tokens for r in results) > 10
 
 
+@pytest.mark.nightly  # as for block heads
 def test_an_interrupted_run_goes_on_to_the_same_head(tmp_path: Path) -> None:
     whole = trained(tmp_path / "whole", 3)
     trained(tmp_path / "parts", 3, stop_after=12)
@@ -288,6 +289,7 @@ def test_heads_share_what_the_model_wrote_and_said(tmp_path: Path, monkeypatch: 
     assert (tmp_path / "first" / "work" / "checkpoint.pt").is_file()
 
 
+@pytest.mark.nightly
 def test_products_may_be_rounded(tmp_path: Path) -> None:
     exact, rounded = trained(tmp_path / "exact", 3), trained(tmp_path / "rounded", 3, precision="bfloat16")
     one, other = (load_file(done.folder / "model.safetensors") for done in (exact, rounded))

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from tests.conftest import by_night
 from tests.tiny_models import save_model, tiny, tiny_tokenizer
 from tests.train.test_eagle import llm
 from tokentree import LLM
@@ -57,7 +58,7 @@ def train(kind: str, out: Path, data: Path, changes: dict[str, Any] | None = Non
     return function(llm(), "tiny", data, out, recipe(kind, **changes or {}), **settings)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", by_night(KINDS, but=[*KINDS][::2]))
 def test_a_training_goes_on_from_heads_and_keeps_them_where_it_makes_them_worse(
     kind: str, data: Path, tmp_path: Path
 ) -> None:  # fmt: skip

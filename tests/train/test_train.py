@@ -16,6 +16,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
+from tests.conftest import by_night
 from tests.tiny_models import request, save_model, some_tokens, tiny, tiny_tokenizer
 from tokentree import LLM, SamplingParams, train_medusa_heads
 from tokentree.cli.main import app
@@ -156,7 +157,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Texts]:
     return file, write(llm(), file, 800)
 
 
-@pytest.mark.parametrize("at", [3, 40, 100, 200])
+@pytest.mark.parametrize("at", by_night([3, 40, 100, 200], but=[40, 200]))
 def test_texts_that_an_interruption_cut_are_gone_on_with(
     at: int, whole: tuple[Path, Texts], tmp_path: Path
 ) -> None:  # fmt: skip
@@ -174,6 +175,7 @@ def test_texts_that_an_interruption_cut_are_gone_on_with(
     assert calls[-1] <= again[0] <= calls[-1] + 50  # of what was written, nothing is written again
 
 
+@pytest.mark.nightly
 def test_what_is_torn_or_spoilt_is_written_again(whole: tuple[Path, Texts], tmp_path: Path) -> None:
     file, content, ids = tmp_path / "texts.jsonl", whole[0].read_text(), whole[1].ids
     header, *lines = content.splitlines(keepends=True)
@@ -499,6 +501,7 @@ def test_training_again_trains_no_further_and_gives_the_same(tmp_path: Path) -> 
     assert torch.equal(read_heads(again.folder).heads.weight, before.heads.weight)
 
 
+@pytest.mark.nightly
 def test_the_work_of_another_run_is_not_gone_on_with(tmp_path: Path) -> None:
     first = trained(tmp_path)
     options: dict[str, Any] = {"num_heads": 2, "tokens": 2050}
@@ -547,7 +550,7 @@ def test_the_command_trains_and_generate_uses_the_heads(tmp_path: Path) -> None:
     assert json.loads(result.stdout)["identical"]
 
 
-@pytest.mark.parametrize("way", ["lora", "full"])
+@pytest.mark.parametrize("way", by_night(["lora", "full"], but=["lora"]))
 def test_a_model_and_its_heads_are_trained_together(way: str, tmp_path: Path) -> None:
     base = save_model(tmp_path / "base", tiny("llama", vocab_size=300), tiny_tokenizer())
     data, out = tmp_path / "data.jsonl", tmp_path / "out"

@@ -17,6 +17,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from tests.conftest import by_night
 from tests.tiny_models import save_model, some_tokens, tiny, tiny_tokenizer
 from tokentree import LLM
 from tokentree.cli.main import app
@@ -188,7 +189,10 @@ def test_a_file_is_no_folder_for_heads(base: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out").read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", ["config.json", "README.md", "model.safetensors", "medusa_lm_head.pt"])
+FILES = ["config.json", "README.md", "model.safetensors", "medusa_lm_head.pt"]
+
+
+@pytest.mark.parametrize("name", by_night(FILES, but=FILES[:1]))
 def test_what_a_folder_holds_is_not_replaced(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("mine")
     with pytest.raises(OptionError, match=f"holds {name} already"):
