@@ -86,6 +86,9 @@ def test_all_that_a_file_imports_counts() -> None:
     kernels = {f"kernels.{name}" for name in ("rowwise", "bfloat16", "threads", "attention")}
     assert steps >= {*kernels, "engines.cpu.step_loops", "jit"}
     assert "cli.main" not in steps
+    rates = {names[path] for path in imported([MODULES["shapes.rates"]])}  # modules of packages, and not the packages
+    assert {"draft", "growing"} < rates
+    assert not {"", "llm"} & rates
 
 
 def test_all_compiled_code_is_kept_here() -> None:

@@ -231,10 +231,9 @@ def test_a_body_that_doesn_t_come_is_not_waited_for(head: str) -> None:
     with serving(tiny_llm(), stall_timeout=0.5) as served:
         with _begun(served, head, b'5\r\n{"pro\r\n' if "chunked" in head else b'{"pro') as slow:
             assert served.post("/v1/completions", {"prompt": "a", "max_tokens": 2}).status_code == 200
-            started = time.monotonic()
             said = b"".join(iter(lambda: slow.recv(4096), b""))
-            assert time.monotonic() - started < 4  # the connection isn't kept
         assert said.startswith(b"HTTP/1.1 408 ")
+        assert b"\r\nconnection: close\r\n" in said  # else it is kept for some seconds
         error = json.loads(said.partition(b"\r\n\r\n")[2])["error"]
         assert error["code"] == "body_timeout"
         body = {"prompt": "a", "max_tokens": 60, "ignore_eos": True}

@@ -138,7 +138,7 @@ def test_a_forward_that_is_one_call_is_left_as_it_is() -> None:
     assert engine.signature == TorchEngine(model).signature
 
 
-@pytest.mark.nightly  # a compiler of C++ runs for half a minute of a core
+@pytest.mark.nightly  # a compiler of C++ runs for long
 @pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning:torch")  # inductor's own
 def test_inductor_compiles_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setenv("TOKENTREE_CACHE", str(tmp_path))

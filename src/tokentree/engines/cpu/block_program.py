@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from tokentree.engines.base import CANDIDATES, Features, Slots
 from tokentree.engines.cpu.fused import FusedNorm, HeadNorms
@@ -18,22 +17,13 @@ from tokentree.engines.cpu.linear import PackedLinear, outputs_from
 from tokentree.engines.cpu.packing import Packing
 from tokentree.engines.cpu.quantized import QuantizedLinear
 from tokentree.engines.cpu.step_loops import FOLLOW, FollowStep
-from tokentree.engines.cpu.steps import Behind, Step, Steps, Stretch
+from tokentree.engines.cpu.steps import Behind, OwnHeads, Step, Steps, Stretch
 from tokentree.engines.cpu.turns import RotaryTables, Turns
 from tokentree.engines.kv import SequenceKV
 from tokentree.engines.segment import Segment, end_of, inputs_of
 from tokentree.heads.block import BlockHead, BlockLayer, BlockSizes, Markov
 from tokentree.kernels.tile import BLOCK
 from tokentree.tree import Ints, TokenTree
-
-
-@dataclass
-class _Heads:
-    heads: int
-    kv_heads: int
-    width: int
-    scale: float
-    window: int | None
 
 
 @dataclass(frozen=True)
@@ -93,8 +83,8 @@ class BlockProgram(Steps):
     ) -> None:  # fmt: skip
         self._sizes = sizes = head.sizes
         scale = sizes.head_dim**-0.5
-        self._heads = _Heads(sizes.num_heads, sizes.num_kv_heads, sizes.head_dim, scale, sizes.window)
-        self._kv_heads = _Heads(0, sizes.num_kv_heads, sizes.head_dim, scale, sizes.window)
+        self._heads = OwnHeads(sizes.num_heads, sizes.num_kv_heads, sizes.head_dim, scale, sizes.window)
+        self._kv_heads = OwnHeads(0, sizes.num_kv_heads, sizes.head_dim, scale, sizes.window)
         packing: Any = Packing(QuantizedLinear)
         layers: list[Any] = list(head.layers)
         self._layers = [self._packed(layer, packing) for layer in layers]
@@ -128,14 +118,11 @@ class BlockProgram(Steps):
 
     @staticmethod
     def _packed(layer: BlockLayer, packing: Any) -> _Layer:
-        wide, size, half = layer.q_proj.out_features, layer.q_proj.in_features, layer.gate_up.out_features // 2
-        halves = [nn.Linear(size, half, bias=False, device="meta") for _ in range(2)]
-        for part, weight in zip(halves, layer.gate_up.weight.split(half), strict=True):
-            part.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        wide = layer.q_proj.out_features
         qkv, query, key = packing.pack(layer.q_proj, layer.kv_proj), FusedNorm(layer.q_norm), FusedNorm(layer.k_norm)
         heads, kv_heads = wide // layer.head_dim, layer.kv_proj.out_features // (2 * layer.head_dim)
         behind = Behind(
-            packing.pack(layer.o_proj), FusedNorm(layer.post_attention_layernorm), packing.pack(*halves, gated=True),
+            packing.pack(layer.o_proj), FusedNorm(layer.post_attention_layernorm), packing.pack_halves(layer.gate_up),
             packing.pack(layer.down_proj),
         )  # fmt: skip
         return _Layer(

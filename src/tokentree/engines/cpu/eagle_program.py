@@ -4,34 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from tokentree.engines.base import KEPT
 from tokentree.engines.cpu.fused import FusedNorm
 from tokentree.engines.cpu.packing import Packing
 from tokentree.engines.cpu.quantized import QuantizedLinear
 from tokentree.engines.cpu.reused import Reused, tensor_in
-from tokentree.engines.cpu.steps import Behind, Step, Steps
+from tokentree.engines.cpu.steps import Behind, OwnHeads, Step, Steps
 from tokentree.engines.cpu.turns import RotaryTables
 from tokentree.engines.segment import Segment, end_of
 from tokentree.heads.eagle import EagleHead
 from tokentree.kernels.tile import BLOCK
 from tokentree.tree import Ints
-
-
-@dataclass
-class _Heads:
-    heads: int
-    kv_heads: int
-    width: int
-    scale: float
-    window: int | None = None
 
 
 class EagleProgram(Steps):
@@ -49,14 +38,11 @@ class EagleProgram(Steps):
     def __init__(self, head: EagleHead, embedding: Callable[[torch.Tensor], torch.Tensor]) -> None:
         sizes = head.sizes
         self._version, self._rotary, self._width = sizes.version, RotaryTables([head.rotary]), sizes.hidden_size
-        self._heads = _Heads(sizes.num_heads, sizes.num_kv_heads, sizes.head_dim, sizes.head_dim**-0.5)
+        self._heads = OwnHeads(sizes.num_heads, sizes.num_kv_heads, sizes.head_dim, sizes.head_dim**-0.5)
         self._inner_size = sizes.intermediate_size
-        packing, half = Packing(QuantizedLinear), sizes.intermediate_size
-        halves = [nn.Linear(sizes.hidden_size, half, bias=False, device="meta") for _ in range(2)]
-        for layer, weight in zip(halves, head.gate_up.weight.split(half), strict=True):
-            layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        packing = Packing(QuantizedLinear)
         self._qkv, norm = packing.pack(head.qkv), FusedNorm(head.post_attention_layernorm)
-        gate_up, down_proj = packing.pack(*halves, gated=True), packing.pack(head.down_proj)
+        gate_up, down_proj = packing.pack_halves(head.gate_up), packing.pack(head.down_proj)
         self._behind = Behind(packing.pack(head.o_proj), norm, gate_up, down_proj)
         self._fc, self._embedding, self._taps = packing.pack(head.fc), embedding, len(sizes.taps)
         self._tap_norms = [FusedNorm(norm) for norm in head.fc_norm]

@@ -35,6 +35,10 @@ class Packing:
         """One layer for all of them, their outputs behind one another; or ``gated``, of two: see `PackedLinear`."""
         return self._kind(joined([layer.weight for layer in layers], gated), joined_biases(layers, gated), gated)
 
+    def pack_halves(self, layer: nn.Linear) -> PackedLinear | QuantizedLinear:
+        """A layer without biases, of which the first half of the outputs gates the second: see `PackedLinear`."""
+        return self._kind(joined([*layer.weight.detach().chunk(2)], True), None, True)
+
     def recall(self, name: str, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """What ``make`` gives, or gave when weights that are kept were packed."""
         return make()

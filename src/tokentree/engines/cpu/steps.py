@@ -76,11 +76,27 @@ NOTHING, NO_IDS = np.empty(0, np.float32), np.empty(0, np.int64)
 class Heads(Protocol):
     """The sizes of an attention; `window` counts positions."""
 
+    @property
+    def heads(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def scale(self) -> float: ...
+    @property
+    def window(self) -> int | None: ...
+
+
+@dataclass(frozen=True)
+class OwnHeads:
+    """`Heads` of a model whose modules don't have them."""
+
     heads: int
     kv_heads: int
     width: int
     scale: float
-    window: int | None
+    window: int | None = None
 
 
 class Stretch(NamedTuple):
