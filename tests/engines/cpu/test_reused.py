@@ -43,8 +43,8 @@ def test_what_is_held_is_never_written_to(part: Callable[[Any], Any]) -> None:
 def test_memory_grows_by_a_half_and_is_no_smaller_where_the_old_one_is_held() -> None:
     reused = Reused()
     reused.take(100, 100)
-    reused.take(101, 100)
-    place = reused.take(140, 100).ctypes.data  # there was room ahead
+    place = reused.take(101, 100).ctypes.data
+    assert reused.take(149, 100).ctypes.data == place  # there was room ahead
     held = reused.take(1, 100)
     assert held.ctypes.data == place
     other = reused.take(1, 100)
