@@ -36,7 +36,9 @@ print(json.dumps([first, most / 1024]), file=sys.__stdout__)
 
 
 def run(source: Path, cache: Path, model: str, heads: str) -> tuple[float, float]:
+    # sources are compiled once, as they are for users, whatever this shell says
     environment = os.environ | {"PYTHONPATH": str(source.resolve()), "TOKENTREE_CACHE": str(cache)}
+    environment |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(cache / "bytecode")}
     command = [sys.executable, "-W", "ignore", "-c", WORKER, model, heads]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     seconds, mebibytes = json.loads(done.stdout.splitlines()[-1])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from tokentree.uncollected import uncollected
+
 if TYPE_CHECKING:
     from tokentree.aio import AsyncLLM, AsyncStream
     from tokentree.decoder import Decoder
@@ -116,7 +118,8 @@ def __getattr__(name: str) -> Any:
     for module, names in _HOMES.items():
         if name in names:
             try:
-                home = import_module(f"tokentree.{module}")
+                with uncollected:
+                    home = import_module(f"tokentree.{module}")
             except AttributeError as error:  # else Python would say that there is no such name here
                 raise ImportError(f"can't import tokentree.{module}: {error}") from error
             return getattr(home, name)

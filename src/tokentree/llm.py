@@ -58,6 +58,7 @@ from tokentree.shapes import Cost, CostCurve, Shape
 from tokentree.sharing import Events, Shared
 from tokentree.stream import Stream
 from tokentree.text import Detokenizer
+from tokentree.uncollected import uncollected
 from tokentree.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -281,6 +282,7 @@ class LLM:
             twin._make_decoder()
         return twin
 
+    @uncollected
     def _make_decoder(self) -> None:
         """The loop, as it was asked for, and who shares its steps."""
         way, parts = self._way, self._parts

@@ -15,6 +15,7 @@ from tokentree.errors import ModelError, OptionError
 from tokentree.gguf.header import has_tokenizer, read_header
 from tokentree.misread import told
 from tokentree.names import Found, find
+from tokentree.uncollected import uncollected
 
 if TYPE_CHECKING:  # its model classes take seconds to import, and aren't needed where a model was packed before
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -157,6 +158,7 @@ def find_tokenizer(name: str | Path) -> PreTrainedTokenizerBase | None:
         return None
 
 
+@uncollected
 def load_tokenizer(name: str | Path, local_only: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer that comes with the model ``name``; with ``local_only``, if it is on this machine already.
 

@@ -21,6 +21,7 @@ from tokentree.engines.program import ProgramEngine
 from tokentree.engines.self_check import OWN
 from tokentree.errors import ModelError
 from tokentree.exclusive import neutral
+from tokentree.uncollected import uncollected
 
 READY = "ready"  # the name by which that is kept
 
@@ -62,6 +63,7 @@ def _facts(found: Any) -> Facts:
     return facts
 
 
+@uncollected
 def ready_engine(place: Place, quantization: str | None, prefix_bytes: int) -> ReadyEngine | None:
     """The engine that is kept there, if one is that can be trusted."""
     found = kept(place, torch.bfloat16)
