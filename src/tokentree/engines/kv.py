@@ -14,6 +14,7 @@ from tokentree.engines.cpu.mapped import cloned, zeros
 from tokentree.engines.recurrent import Recurrence, RecurrentStates
 from tokentree.errors import ModelError
 from tokentree.jit import njit
+from tokentree.kernels.copying import copy_into
 from tokentree.kernels.tile import BLOCK
 from tokentree.tree import Ints
 
@@ -347,8 +348,7 @@ def _move(keys: Floats32, values: Floats32, rows: Ints, start: int) -> bool:
     for layer in range(layers):
         for head in range(heads):
             for i, row in enumerate(rows):
-                keys[layer, head, (start + i) // BLOCK, :, (start + i) % BLOCK] = (
-                    keys[layer, head, row // BLOCK, :, row % BLOCK]
-                )  # fmt: skip
-                values[layer, head, start + i] = values[layer, head, row]
+                to, place = keys[layer, head, (start + i) // BLOCK], (start + i) % BLOCK
+                copy_into(to[:, place], keys[layer, head, row // BLOCK][:, row % BLOCK])
+                copy_into(values[layer, head, start + i], values[layer, head, row])
     return True

@@ -18,6 +18,7 @@ import numpy as np
 
 from tokentree.jit import cfunc
 from tokentree.kernels.bfloat16 import exponentials, narrow
+from tokentree.kernels.copying import copy_into
 from tokentree.kernels.records import record, record_at, records_at
 from tokentree.kernels.threads import WORKER, address_of, claim, float32_at, float64_at, int16_at, int64_at, keep
 from tokentree.kernels.tile import BLOCK, LANES, TILE_ROWS, tile_float32
@@ -143,7 +144,7 @@ def _attend(call, numbers, segment, layer, head, together, first, count):
 
     for i in range(rows):
         place = query + (head + i % together) * query_head + (start + first + i // together) * query_row
-        queries[i] = float32_at(place, width)
+        copy_into(queries[i], float32_at(place, width))
     for block in range(begin // BLOCK, used // BLOCK):
         tile_float32(
             rows, width, keys + block * width * BLOCK * 4, BLOCK * 4, at_queries, 4 * width, at_sums, 0,
@@ -197,7 +198,7 @@ def _store(x, address, rounds):
     if rounds:
         narrow(x, int16_at(address, len(x)))
     else:
-        float32_at(address, len(x))[:] = x
+        copy_into(float32_at(address, len(x)), x)
 
 
 @functools.cache

@@ -12,6 +12,7 @@ import numpy as np
 
 from tokentree.jit import cfunc
 from tokentree.kernels.bfloat16 import narrow, widen
+from tokentree.kernels.copying import copy_into
 from tokentree.kernels.records import record, record_at, records_at
 from tokentree.kernels.recurrence import StateRows
 from tokentree.kernels.threads import WORKER, address_of, claim, float32_at, int16_at, int64_at, keep
@@ -71,7 +72,7 @@ def convolution_worker() -> Any:
                     for c in range(width):
                         sums[c] += weight[c] * x[c]
                 out = call.results + 4 * ((segment.start + i) * channels + begin)
-                float32_at(out, width)[:] = sums[:width]
+                copy_into(float32_at(out, width), sums[:width])
         keep(sums)
 
     return worker
@@ -95,11 +96,11 @@ def gated_convolution(gates, segment, node, weight, bias, taps, column, result):
     for begin in range(0, channels, SHARE):
         width = min(SHARE, channels - begin)
         sums, x, y, bits = scratch[0, :width], scratch[1, :width], scratch[2, :width], rounded[:width]
-        sums[:] = float32_at(bias + 4 * begin, width)
+        copy_into(sums, float32_at(bias + 4 * begin, width))
         for tap in range(taps):
             at = node if tap == taps - 1 else windows[node - first, back - taps + 1 + tap]
             if at < first:
-                x[:] = float32_at(stored + at * segment.stride + 4 * begin, width)
+                copy_into(x, float32_at(stored + at * segment.stride + 4 * begin, width))
             else:
                 place = gates + 2 * (3 * channels * (row + at) + begin)
                 widen(int16_at(place, width), x)
@@ -110,7 +111,7 @@ def gated_convolution(gates, segment, node, weight, bias, taps, column, result):
             for c in range(width):
                 sums[c] += factors[c] * x[c]
         if node >= skipped:  # ``x`` is its own now
-            float32_at(stored + (node - skipped) * segment.stride + 4 * begin, width)[:] = x
+            copy_into(float32_at(stored + (node - skipped) * segment.stride + 4 * begin, width), x)
         narrow(sums, bits)
         widen(bits, x)
         widen(int16_at(gates + 2 * (channels * (3 * (row + node) + 1) + begin), width), y)

@@ -9,6 +9,7 @@ import numba
 import numpy as np
 
 from tokentree.kernels.bfloat16 import exponentials, narrow, widen
+from tokentree.kernels.copying import copy_into
 from tokentree.kernels.threads import float32_at, float64_at, int16_at, int64_at
 from tokentree.kernels.topk import largest, sum_of
 
@@ -50,10 +51,10 @@ def follow(step, text):
             shares[j] = values[j] + sum_of(told[1] * weights[j]) * factor
         shares -= shares.max()
         exponentials(shares)
-        order = np.argsort(-shares, kind="mergesort")  # of equal ones the first stays ahead
+        order = largest(shares, kept)
         scale = mass / sum_of(shares)
         for j in range(kept):
             tokens[b, j], probs[b, j], ranks[b, j] = mapped[best[order[j]]], shares[order[j]] * scale, order[j]
     for j in range(kept):
         before[j] = mapped[best[j]]
-    int16_at(step.told + 2 * rank * text, rank)[:] = int16_at(step.first + 2 * rank * before[0], rank)
+    copy_into(int16_at(step.told + 2 * rank * text, rank), int16_at(step.first + 2 * rank * before[0], rank))

@@ -20,6 +20,7 @@ import numpy as np
 
 from tokentree.jit import cfunc
 from tokentree.kernels.bfloat16 import exponentials
+from tokentree.kernels.copying import copy_into
 from tokentree.kernels.records import record, record_at, records_at
 from tokentree.kernels.threads import WORKER, address_of, claim, float32_at, int64_at, keep
 from tokentree.kernels.tile import BLOCK, LANES, tile_float32
@@ -206,7 +207,7 @@ def selective_step(call, row, query, head, strip, source, target, result, scratc
             new[i, j] = old[i, j] * factors[j] + number * value[j]
             sums[j] += weight * new[i, j]
     if query:
-        float32_at(result, width)[:] = sums[:width]
+        copy_into(float32_at(result, width), sums[:width])
 
 
 @numba.njit
@@ -223,7 +224,7 @@ def gated_step(call, row, query, head, strip, source, target, result, scratch):
     for j in range(width):
         new[j] = old[j] * decay[j] + value[j]
     if query:
-        float32_at(result, width)[:] = new[:width]
+        copy_into(float32_at(result, width), new[:width])
 
 
 @numba.njit

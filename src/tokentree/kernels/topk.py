@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from tokentree.jit import cfunc, njit
 from tokentree.kernels.bfloat16 import exponentials, widen
+from tokentree.kernels.copying import copy_into
 from tokentree.kernels.threads import WORKER, address_of, claim, float32_at, int16_at, int64_at, run
 from tokentree.tree import Ints
 
@@ -128,7 +129,7 @@ def sum_of_powers(bits, highest, divisor, x):
 def most_probable(bits, values, ids):
     """Finds, of a row of bfloat16, as many of the most probable as there is room for: their values, float32, and which
     they are, best first."""
-    ids[:] = _top(bits[None], len(ids))[0]
+    copy_into(ids, _top(bits[None], len(ids))[0])
     widen(bits[ids], values)
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from tokentree.growing import PARENT, TOKEN, child, links, take_marked
 from tokentree.jit import njit
+from tokentree.kernels.copying import copy_into
 from tokentree.shapes import rates
 from tokentree.shapes.curve import refine
 from tokentree.tree import Floats, Ints
@@ -97,7 +98,7 @@ def beside(ints: Ints, joint: Floats, their_ints: Ints, their_joint: Floats) -> 
     latest, before = links(their_ints, count, count)
     below, where = np.zeros(count), np.zeros(len(joint), np.int64)
     covered, together, size = np.zeros(len(joint)), np.empty(count + len(joint)), count
-    together[:count] = their_joint
+    copy_into(together, their_joint)
     for other in range(1, count):
         below[their_ints[PARENT, other]] += their_joint[other]
     for node in range(len(joint)):
@@ -116,9 +117,9 @@ def beside(ints: Ints, joint: Floats, their_ints: Ints, their_joint: Floats) -> 
 @njit(cache=True)
 def best_size(joint: Floats, times: Floats, spent: float) -> tuple[int, float]:
     """Rows, and tokens expected, of the best tree from these candidates, the root among them."""
-    ordered, total, most, rows, tokens = np.sort(-joint), 0.0, -1.0, 0, 0.0
+    order, total, most, rows, tokens = np.argsort(-joint, kind="mergesort"), 0.0, -1.0, 0, 0.0
     for count in range(1, len(joint) + 1):
-        total -= ordered[count - 1]
+        total += joint[order[count - 1]]
         pace = total / (times[count] + spent)
         if pace > most:
             most, rows, tokens = pace, count, total
@@ -146,8 +147,8 @@ def expanded(
         spent: seconds of the levels before.
     """
     least, waits = price(times, rows, tokens, spent), np.ones(len(level), np.bool_)
-    picked, count, gains, gained = np.empty(min(top_k, len(level)), np.int64), 0, 0, 0.0
-    for _ in range(len(picked)):
+    picked, gains, gained = np.zeros(len(level), np.bool_), 0, 0.0
+    for _ in range(min(top_k, len(level))):
         best = -1
         for i in range(len(level)):
             if waits[i] and (best < 0 or joint[level[i]] > joint[level[best]]):
@@ -159,11 +160,9 @@ def expanded(
                 gained += gain
                 worth += 1
         gains += worth
-        if worth:
-            picked[count] = level[best]
-            count += 1
+        picked[best] = worth > 0
     before, after = times[rows] + spent, times[rows + gains] + spent + level_seconds
-    return count > 0 and (tokens + gained) / after > tokens / before, np.sort(picked[:count])
+    return gains > 0 and (tokens + gained) / after > tokens / before, level[picked]
 
 
 @njit(cache=True)

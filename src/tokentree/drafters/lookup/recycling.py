@@ -17,6 +17,7 @@ from tokentree.engines.base import TargetOutput
 from tokentree.errors import OptionError
 from tokentree.growing import PARENT, TOKEN, join_grown
 from tokentree.jit import njit
+from tokentree.kernels.copying import copy_into
 from tokentree.sequence import Accepted, Sequence
 from tokentree.tree import Floats, Ints
 
@@ -146,7 +147,8 @@ def _remember(
         slot = pair * HASH % PAIRS
         pairs[slot] = pair
         for row in (token, vocab_size + slot):
-            successors[row], chances[row] = ids[first + node], probs
+            copy_into(successors[row], ids[first + node])
+            copy_into(chances[row], probs)
 
 
 @njit(cache=True)

@@ -17,6 +17,7 @@ from tokentree.engines.cpu.checked import expect, is_count, is_tensor
 from tokentree.jit import cfunc
 from tokentree.kernels import rowwise as each
 from tokentree.kernels.bfloat16 import narrow, widen
+from tokentree.kernels.copying import copy_into
 from tokentree.kernels.records import record, record_at
 from tokentree.kernels.threads import (
     WORKER,
@@ -353,7 +354,8 @@ def multiply_bfloat16(product, rows, threads, counter):
         for block in range(first, min(first + share, blocks)):
             for part in range(1 + gated):
                 source = (1 + gated) * block + part
-                sums[part] = float32_at(start + 4 * BLOCK * source, BLOCK)
+                for row in range(rows):
+                    copy_into(sums[part, row], float32_at(start + 4 * BLOCK * source, BLOCK))
                 for begin in range(0, steps, STRETCH):
                     matrix, count = weights + (source * steps + begin) * 4 * BLOCK, min(STRETCH, steps - begin)
                     done = 0

@@ -27,6 +27,7 @@ from tokentree.engines.cpu.linear import (
 )
 from tokentree.jit import cfunc, njit
 from tokentree.kernels import rowwise as each
+from tokentree.kernels.copying import copy_into
 from tokentree.kernels.records import record, record_at
 from tokentree.kernels.threads import WORKER, address, address_of, claim, float32_at, int64_at, keep, num_threads, run
 from tokentree.kernels.tile import BLOCK, CHUNKS
@@ -256,7 +257,8 @@ def _multiply(tile):
             for block in range(first, min(first + share, blocks)):
                 for part in range(1 + gated):
                     source = (1 + gated) * block + part
-                    sums[part] = float32_at(start + 4 * BLOCK * source, BLOCK)
+                    for row in range(rows):
+                        copy_into(sums[part, row], float32_at(start + 4 * BLOCK * source, BLOCK))
                     for begin in range(0, groups, STRETCH):
                         matrix, count = weights + (source * groups + begin) * strip, min(STRETCH, groups - begin)
                         done = 0

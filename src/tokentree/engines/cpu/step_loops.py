@@ -24,6 +24,7 @@ from tokentree.kernels import rowwise as each
 from tokentree.kernels.attention import SEGMENT_BYTES, AttentionCall, attend, segments_at
 from tokentree.kernels.bfloat16 import widen
 from tokentree.kernels.convolution import gated_convolution
+from tokentree.kernels.copying import copy_into
 from tokentree.kernels.following import follow
 from tokentree.kernels.records import record, record_at
 from tokentree.kernels.recurrence import SEGMENT_BYTES as STATE_BYTES
@@ -265,7 +266,7 @@ def forward_worker() -> Any:
     return worker
 
 
-@numba.njit
+@numba.njit(inline="always")
 def _run_steps(call, kv, states):
     """One thread's part of a call."""
     rows, threads, yields = call.rows, call.threads, call.rest
@@ -292,7 +293,7 @@ def _run_steps(call, kv, states):
         wait(counter + 8, yields)
 
 
-@numba.njit
+@numba.njit(inline="always")
 def _one_row(kind, step, call, kv, states, row):
     """A row's part of the step whose fields lie at the address ``step``."""
     if kind in (NORM, NORM_ONCE, NORM_HEADS, NORM_HEADS_ONCE):
@@ -308,7 +309,7 @@ def _one_row(kind, step, call, kv, states, row):
     elif kind == COPY:
         told = copy_at(step)
         x, result, width = told.x, told.result, told.width
-        int16_at(result + 2 * width * row, width)[:] = int16_at(x + 2 * width * row, width)
+        copy_into(int16_at(result + 2 * width * row, width), int16_at(x + 2 * width * row, width))
     elif kind == BEST:
         _best(best_at(step), row)
     elif kind == CONVOLVE:
@@ -348,7 +349,7 @@ def _embed(step, token, row):
     """Looks up a row: of a table, or of blocks of pairs as `linear.PackedLinear` has them."""
     table, width, result, stride = step.table, step.width, step.result, step.stride
     if not step.packed:
-        int16_at(result + 2 * stride * row, width)[:] = int16_at(table + 2 * width * token, width)
+        copy_into(int16_at(result + 2 * stride * row, width), int16_at(table + 2 * width * token, width))
         return
     pairs, into = width // 2, int32_at(result + 2 * stride * row, width // 2)
     start = table + 4 * (token // BLOCK * pairs * BLOCK + token % BLOCK)
