@@ -1,15 +1,17 @@
 """How a server does under load: tokens a second, the wait for a first token, the gaps between tokens, and whether each
 text is the one that is written alone.
 
-    python benchmarks/serving.py MODEL --prompts FILE [--heads DIR] [--clients 1,4,8,16] [--seconds 60]
-        [--servers default,plain,transformers] [--transformers FOLDER] [--rounds 2] [--out FILE]
+    python benchmarks/serving.py MODEL --prompts FILE [--heads DIR] [--clients 1,4,8,16] [--requests 48]
+        [--servers default,plain,transformers] [--transformers FOLDER] [--rounds 3] [--out FILE]
 
 Servers are started once, each in a process of its own, and get their load in turns, round by round, so that none has
 a quieter machine than another. ``default`` is ``tokentree serve``; ``plain`` is the same with ``--drafter none``;
-``transformers`` is ``transformers serve`` on a FOLDER with the same model. Each client makes one request after
-another: chats with the prompts of FILE, greedy or with a seed, of 16 to 128 tokens, streamed; to our own servers one
-in ten is left in its midst, and one in ten writes under a schema. At the end the texts of ``default`` are asked for
-again, one by one, from the server without speculation. Exit status 1 if one differs, or a request failed.
+``transformers`` is ``transformers serve`` on a FOLDER with the same model. In a round each server gets the same
+requests, and each client takes the next one when it is through with one: chats with the prompts of FILE, greedy or
+with a seed, of 16 to 128 tokens, streamed; to our own servers one in ten is left in its midst, and one in ten writes
+under a schema. ``relative`` has each server's tokens a second over those of ``plain``, of all rounds and of each. At
+the end the texts of ``default`` are asked for again, one by one, from the server without speculation. Exit status 1
+if one differs, or a request failed.
 """
 
 from __future__ import annotations
@@ -69,6 +71,7 @@ class Load:
 
     seconds: float = 0.0
     tokens: int = 0
+    rates: list[float] = field(default_factory=list)  # tokens a second, of each round
     requests: int = 0
     left: int = 0
     failed: list[str] = field(default_factory=list)
@@ -113,10 +116,10 @@ def running(name: str, command: list[str], port: int, health: str, model: str) -
             process.kill()
 
 
-def bodies(prompts: list[str], seed: int, ours: bool) -> Iterator[dict[str, Any]]:
-    """Requests without end."""
+def bodies(prompts: list[str], seed: int, ours: bool, count: int) -> Iterator[tuple[dict[str, Any], bool]]:
+    """So many requests, and whether each is left in its midst."""
     dice = random.Random(seed)
-    while True:
+    for _ in range(count):
         body: dict[str, Any] = {
             "model": "model", "messages": [{"role": "user", "content": dice.choice(prompts)}],
             "max_tokens": dice.choice(LENGTHS), "temperature": 0.0, "stream": True,
@@ -127,7 +130,7 @@ def bodies(prompts: list[str], seed: int, ours: bool) -> Iterator[dict[str, Any]
             body["stream_options"] = {"include_usage": True}
             if dice.random() < 0.1:
                 body |= {"structured_outputs": {"json": SCHEMA}, "max_tokens": 96}
-        yield body
+        yield body, ours and dice.random() < 0.1
 
 
 async def ask(http: httpx.AsyncClient, server: Server, body: dict[str, Any], leave: bool, load: Load) -> None:
@@ -161,21 +164,32 @@ async def ask(http: httpx.AsyncClient, server: Server, body: dict[str, Any], lea
     load.texts.append((body, text))
 
 
-async def loaded(server: Server, clients: int, seconds: float, prompts: list[str], seed: int, load: Load) -> None:
-    """Requests of so many clients, for about so long: what is under way is finished."""
-    limits = httpx.Limits(max_connections=2 * clients)
+async def loaded(server: Server, clients: int, requests: int, prompts: list[str], seed: int, load: Load) -> None:
+    """So many requests of so many clients."""
+    limits, waiting, before = (
+        httpx.Limits(max_connections=2 * clients),
+        bodies(prompts, seed, server.is_ours, requests),
+        load.tokens,
+    )
     async with httpx.AsyncClient(timeout=600, limits=limits) as http:
+
+        async def client() -> None:
+            for body, leave in waiting:
+                await ask(http, server, body, leave, load)
+
         began = time.perf_counter()
+        await asyncio.gather(*(client() for _ in range(clients)))
+        seconds = time.perf_counter() - began
+    load.seconds += seconds
+    load.rates.append((load.tokens - before) / seconds)
 
-        async def client(number: int) -> None:
-            dice = random.Random(1000 * seed + number)
-            for body in bodies(prompts, 1000 * seed + number, server.is_ours):
-                if time.perf_counter() - began > seconds:
-                    return
-                await ask(http, server, body, server.is_ours and dice.random() < 0.1, load)
 
-        await asyncio.gather(*map(client, range(clients)))
-        load.seconds += time.perf_counter() - began
+def relative(of: Load, to: Load) -> dict[str, Any]:
+    """Tokens a second of one server over another's: of all rounds, and of each."""
+    return {
+        "all": round(of.tokens / of.seconds / (to.tokens / to.seconds), 3),
+        "rounds": [round(one / other, 3) for one, other in zip(of.rates, to.rates, strict=True)],
+    }
 
 
 async def alone(server: Server, texts: list[tuple[dict[str, Any], str]], tell: Any) -> list[dict[str, Any]]:
@@ -213,8 +227,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--heads")
     parser.add_argument("--clients", default="1,4,8,16")
-    parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--requests", type=int, default=48, help="in a round, of all clients together")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--servers", default="default,plain")
     parser.add_argument("--transformers", help="a folder with the same model, for transformers serve")
     parser.add_argument("--out", type=Path)
@@ -243,11 +257,10 @@ def main() -> None:
             for number in range(options.rounds):
                 for count in counts:
                     for server in servers if number % 2 == 0 else reversed(servers):
-                        part = options.seconds / options.rounds
-                        load = loads[server.name, count]
-                        asyncio.run(loaded(server, count, part, prompts, number, load))
+                        asyncio.run(loaded(server, count, options.requests, prompts, number, loads[server.name, count]))
                         bar.advance(line)
             by_name = {server.name: server for server in servers}
+            to = "plain" if "plain" in by_name else servers[0].name
             found: dict[str, Any] = {
                 "servers": {
                     name: {
@@ -255,7 +268,11 @@ def main() -> None:
                         "clients": {count: loads[name, count].figures() for count in counts},
                     }
                     for name in by_name
-                }
+                },
+                "relative": {
+                    name: {count: relative(loads[name, count], loads[to, count]) for count in counts}
+                    for name in by_name
+                },
             }
             told(found, options.out)  # the comparison takes minutes, and is left out where it is cut off
             texts = [one for (name, _), load in loads.items() if name == "default" for one in load.texts]
