@@ -112,11 +112,8 @@ def context_length(config: PreTrainedConfig) -> int:
     """The most positions that the model can take.
 
     LongRoPE turns all rows of a forward otherwise as soon as one of them lies beyond the length it was first trained
-    for, so that a tree that reaches there would disagree with plain decoding: the context ends there. It also ends
-    where an index begins to choose among positions: up to there it chooses all of them.
+    for, so that a tree that reaches there would disagree with plain decoding: the context ends there.
     """
-    if size := index_size(config):
-        return min(size, int(config.max_position_embeddings))
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
         return int(rope.get("original_max_position_embeddings") or config.original_max_position_embeddings)

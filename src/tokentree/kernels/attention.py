@@ -19,7 +19,7 @@ import numpy as np
 from tokentree.jit import cfunc
 from tokentree.kernels.bfloat16 import exponentials, narrow
 from tokentree.kernels.records import record, record_at, records_at
-from tokentree.kernels.threads import WORKER, address_of, claim, float32_at, float64_at, int16_at, int64_at, keep
+from tokentree.kernels.threads import WORKER, address_of, claim, float32_at, float64_at, int16_at, int32_at, int64_at, keep
 from tokentree.kernels.tile import BLOCK, LANES, TILE_ROWS, tile_float32
 
 HIDDEN = np.float32(-math.inf)
@@ -41,6 +41,8 @@ class AttentionCall(NamedTuple):
     chunk: int  # positions of a chunk, of which a row sees its own alone, or 0: all
     biases: int  # address of float32[heads, positions], by the position of a key, or 0: none
     biases_head: int  # stride from head to head
+    chosen: int  # address of int32[rows, most], positions that a row sees, ascending, or 0: all
+    most: int
     heads: int
     segments: int
     rounded: int  # 1 if results are bfloat16, 0 if they are float32
@@ -161,6 +163,8 @@ def _attend(call, numbers, segment, layer, head, together, first, count):
             factor = np.float32(1)
         own[end - begin :] = HIDDEN
         own[: _first_seen(end, window, chunk) - begin] = HIDDEN
+        if call.chosen:
+            _hide_others(own[: end - begin], int32_at(call.chosen + 4 * call.most * (start + first + i // together), call.most), begin)
         sink = np.float32(numbers[2 + head + i % together]) if len(numbers) > 2 else HIDDEN
         totals[i] = _soften(own, factor, softcap, sink)
 
@@ -190,6 +194,20 @@ def _bias(scores, scale, biases, begin):
     """Scales scores of positions from ``begin`` on, and adds what the position of each has more than the last one."""
     for i in range(len(biases) - begin):
         scores[i] = scores[i] * scale + (biases[begin + i] - biases[-1])
+
+
+@numba.njit
+def _hide_others(scores, chosen, begin):
+    """Hides the scores, of positions from ``begin`` on, of all that aren't among ``chosen``, ascending; those of none if
+    that begins with less than 0."""
+    if chosen[0] < 0:
+        return
+    place = 0
+    for i in range(len(scores)):
+        while place < len(chosen) and chosen[place] < begin + i:
+            place += 1
+        if place == len(chosen) or chosen[place] > begin + i:
+            scores[i] = HIDDEN
 
 
 @numba.njit
