@@ -68,6 +68,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size_per_layer_input",), 8),
     **dict.fromkeys(("out_hidden_size", "text_hidden_size", "adapter_in_dim"), 64),  # what comes to the language model
     "vocab_size_per_layer_input": VOCAB,
+    "index_topk": 16,  # less than texts here have
 }
 # what families need, and have none of by themselves
 WANTED: dict[str, Any] = {

@@ -19,7 +19,17 @@ import numpy as np
 from tokentree.jit import cfunc
 from tokentree.kernels.bfloat16 import exponentials, narrow
 from tokentree.kernels.records import record, record_at, records_at
-from tokentree.kernels.threads import WORKER, address_of, claim, float32_at, float64_at, int16_at, int32_at, int64_at, keep
+from tokentree.kernels.threads import (
+    WORKER,
+    address_of,
+    claim,
+    float32_at,
+    float64_at,
+    int16_at,
+    int32_at,
+    int64_at,
+    keep,
+)
 from tokentree.kernels.tile import BLOCK, LANES, TILE_ROWS, tile_float32
 
 HIDDEN = np.float32(-math.inf)
@@ -164,7 +174,11 @@ def _attend(call, numbers, segment, layer, head, together, first, count):
         own[end - begin :] = HIDDEN
         own[: _first_seen(end, window, chunk) - begin] = HIDDEN
         if call.chosen:
-            _hide_others(own[: end - begin], int32_at(call.chosen + 4 * call.most * (start + first + i // together), call.most), begin)
+            _hide_others(
+                own[: end - begin],
+                int32_at(call.chosen + 4 * call.most * (start + first + i // together), call.most),
+                begin,
+            )
         sink = np.float32(numbers[2 + head + i % together]) if len(numbers) > 2 else HIDDEN
         totals[i] = _soften(own, factor, softcap, sink)
 
@@ -198,8 +212,8 @@ def _bias(scores, scale, biases, begin):
 
 @numba.njit
 def _hide_others(scores, chosen, begin):
-    """Hides the scores, of positions from ``begin`` on, of all that aren't among ``chosen``, ascending; those of none if
-    that begins with less than 0."""
+    """Hides the scores, of positions from ``begin`` on, of all but ``chosen``, ascending; none if that begins with less
+    than 0."""
     if chosen[0] < 0:
         return
     place = 0

@@ -41,8 +41,8 @@ CALL_BYTES, call_at = record(IndexCall).itemsize, record_at(IndexCall)
 
 @functools.cache
 def score_worker() -> Any:
-    """What each thread runs, compiled when first asked for. It is told, in integers, an `IndexCall` and `SegmentRows` of
-    each segment, whose keys have one head."""
+    """What each thread runs, compiled when first asked for. It is told, in integers, an `IndexCall` and `SegmentRows`
+    of each segment, whose keys have one head."""
 
     @cfunc(WORKER, cache=True)
     def worker(arguments):

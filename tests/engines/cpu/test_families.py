@@ -19,6 +19,7 @@ from tests.conftest import all_pairs, by_night, shown
 from tests.engines.test_engine import assert_bits_of_paths, assert_near, of_transformers, verified
 from tests.tiny_models import (
     CONTEXT,
+    INDEXED,
     OTHERS,
     full_logits,
     randomised,
@@ -47,7 +48,6 @@ from tokentree.tree import TokenTree
 
 NAMES = [*OTHERS, "vision"]
 ALIBI = ["bloom", "falcon", "mpt"]
-INDEXED = ["deepseek_v32", "glm_moe_dsa"]
 COUNTING = ["bart", "mvp", "roberta", "roformer", "whisper"]  # positions by themselves
 NEW = [
     *ALIBI, *INDEXED, *COUNTING, "bert", "dbrx", "gemma3n_text", "gemma4_text", "granitemoehybrid", "llama4_text",
@@ -192,16 +192,6 @@ def test_biases_stay_the_same_as_there_come_to_be_more(name: str) -> None:
     many = made.upto(5000)
     assert many.shape[1] >= 5000
     assert torch.equal(many[:, :1000], few[:, :1000])
-
-
-@pytest.mark.parametrize("name", INDEXED)
-def test_a_context_ends_where_an_index_would_choose(name: str) -> None:
-    engine = engine_of(name, torch.float32)
-    assert engine.context == 150
-    tokens = some_tokens(146)
-    tree = some_tree(tokens[-1], 9, depth=4)
-    got = verified(engine, request(tokens), tree)
-    assert_near(got, of_transformers(model_of(name, torch.float32), tokens[:-1], tree))
 
 
 def storage(heads: int = 2, width: int = 8, value_width: int = 8, rows: int = 32) -> ForwardKV:

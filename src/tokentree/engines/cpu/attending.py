@@ -208,9 +208,10 @@ INDEXERS = (
 
 OTHERS: dict[str, Callable[[Any], None]] = {
     "Attention": projected.gpt, "BigBirdSelfAttention": projected.bert, "BloomAttention": alibi.bloom,
-    "FalconAttention": _called, **dict.fromkeys(INDEXERS, by_index), "GitSelfAttention": projected.bert, "MegatronBertSelfAttention": projected.bert,
+    "FalconAttention": _called, "GitSelfAttention": projected.bert, "MegatronBertSelfAttention": projected.bert,
     "MptAttention": alibi.mpt, "MvpAttention": projected.bart, "RemBertSelfAttention": projected.bert,
     "RoFormerSelfAttention": projected.bert, "TrOCRAttention": projected.bart, "XGLMAttention": projected.bart,
+    **dict.fromkeys(INDEXERS, by_index),
 }  # fmt: skip
 
 

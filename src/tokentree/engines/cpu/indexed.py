@@ -30,9 +30,9 @@ def by_index(module: Any) -> None:
 
 
 class _Chosen(TorchFunctionMode):
-    """In here the two products of an indexer's forward aren't computed: of queries and keys, and of the weights of heads
-    and what that gives. In place of the highest scores it gets what ``forward`` chooses. A factor that all scores have
-    is above 0, and chooses nothing.
+    """In here an indexer's two products aren't computed: that of queries and keys, and that of the weights of heads and
+    what the first one gives. In place of the highest scores it gets what ``forward`` chooses. A factor that all scores
+    share is above 0, and changes no choice.
 
     Args:
         forward: what chooses.
