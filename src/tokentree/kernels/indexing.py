@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numba
 import numpy as np
+from numpy.typing import NDArray
 
 from tokentree.jit import cfunc, njit
 from tokentree.kernels.attention import SEGMENT_BYTES, segments_at
@@ -46,7 +47,7 @@ def score_worker() -> Any:
 
     @cfunc(WORKER, cache=True)
     def worker(arguments):
-        start = address_of(arguments)
+        start: int = address_of(arguments)
         call = call_at(start)
         table = segments_at(start + CALL_BYTES, call.segments)
         score(call, table, start + CALL_BYTES + SEGMENT_BYTES * call.segments)
@@ -95,7 +96,7 @@ def _score(call, segment, first, end):
 
 
 @njit(cache=True)
-def along_paths(scores, paths, prefix):
+def along_paths(scores: NDArray[np.float32], paths: NDArray[np.int64], prefix: int) -> None:
     """Puts scores float32[rows, columns], which are in the order of storage, where they are on the path of each row;
     ``paths`` is `Segment.paths` of a tree that is no chain."""
     for i in range(len(paths)):
