@@ -20,6 +20,7 @@ from tokentree.engines.cpu.attention import (
     TREE,
     Attending,
     Biases,
+    ByDistance,
     Rule,
     Sees,
     attending,
@@ -97,7 +98,7 @@ class _Given:
         self.heads.append(len(query))
         self._rows.append((key, value))
         self.reads.append(next(call for call, rows in enumerate(self._rows) if all(map(_same, rows, (key, value)))))
-        self.beyond.append(int(rule.chunk is not None or rule.biases is not None))
+        self.beyond.append(int(any(each is not None for each in (rule.chunk, rule.biases, rule.relative))))
         if not rule.masked:
             self.untold.add(rule.window)
         return torch.zeros(query.shape[1], len(query), value.shape[2], dtype=torch.float32, device=query.device)
@@ -200,6 +201,11 @@ def _called(module: Any) -> None:
     module.config, module.forward = SimpleNamespace(_attn_implementation="sdpa", alibi=module.config.alibi), forward
 
 
+def _by_distance(module: Any) -> None:
+    """Inkling's rows have biases for the keys before them."""
+    module.rel_logits_proj = ByDistance(module.rel_logits_proj)
+
+
 # Those that choose by products of one kind.
 INDEXERS = (
     "AXK2Indexer", "DeepseekV32Indexer", "Dots3NoteTextIndexer", "GlmMoeDsaIndexer", "HYV4Indexer",
@@ -208,7 +214,8 @@ INDEXERS = (
 
 OTHERS: dict[str, Callable[[Any], None]] = {
     "Attention": projected.gpt, "BigBirdSelfAttention": projected.bert, "BloomAttention": alibi.bloom,
-    "FalconAttention": _called, "GitSelfAttention": projected.bert, "MegatronBertSelfAttention": projected.bert,
+    "FalconAttention": _called, "GitSelfAttention": projected.bert, "InklingAttention": _by_distance,
+    "MegatronBertSelfAttention": projected.bert,
     "MptAttention": alibi.mpt, "MvpAttention": projected.bart, "RemBertSelfAttention": projected.bert,
     "RoFormerSelfAttention": projected.bert, "TrOCRAttention": projected.bart, "XGLMAttention": projected.bart,
     **dict.fromkeys(INDEXERS, by_index),

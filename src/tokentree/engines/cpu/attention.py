@@ -161,6 +161,10 @@ class ForwardKV(Cache):
         _, positions = inputs_of(self.segments, self.padding)
         return torch.from_numpy(positions - np.arange(len(positions))).to(self.segments[0].kv.layout.device)
 
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        """As `get_seq_length` of a layer: rows' places are added to it."""
+        return self.get_seq_length(layer_idx)
+
     def update_indexer(self, keys: torch.Tensor, layer_idx: int) -> torch.Tensor:
         """`choose` stores them."""
         return keys
@@ -231,6 +235,8 @@ class Rule:
         chunk: a row sees the positions of its own chunk of so many, or None: all.
         biases: what is added to scaled scores, or None.
         chosen: int32[rows, positions], see `Choosing.choose`, or None: all.
+        relative: float32[rows, heads, positions], what a row adds to scaled scores by how far a key lies before it, as
+            far as that goes, or None.
     """
 
     scale: float
@@ -241,6 +247,28 @@ class Rule:
     chunk: int | None = None
     biases: Biases | None = None
     chosen: torch.Tensor | None = None
+    relative: torch.Tensor | None = None
+
+
+class ByDistance(torch.nn.Module):
+    """Biases that rows have for keys before them, left as they are by distance: attention adds them.
+
+    Args:
+        own: transformers' module, which spreads them over keys.
+    """
+
+    def __init__(self, own: Any) -> None:
+        super().__init__()
+        self.own = own
+
+    def forward(self, states: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """[1, heads, rows, positions] of ``states`` [1, rows, heads, width]; elsewhere than in an engine's forward what
+        the own module gives."""
+        if running() is None:
+            spread: torch.Tensor = self.own(states, queries, keys)
+            return spread
+        biases: torch.Tensor = states @ self.own.proj
+        return biases.transpose(1, 2)
 
 
 class Attending(Protocol):
@@ -341,6 +369,10 @@ def tree_attention(
     if "indices" in unknown and forward.chose(kwargs["indices"]):
         unknown.remove("indices")
         chosen = kwargs["indices"][0] if isinstance(forward, Choosing) else None
+    relative: torch.Tensor | None = None
+    if "position_bias" in unknown and isinstance(getattr(module, "rel_logits_proj", None), ByDistance):
+        unknown.remove("position_bias")
+        relative = kwargs["position_bias"][0].transpose(0, 1).float().contiguous()
     if unknown:
         raise ModelError(f"{type(module).__name__} gives its attention {', '.join(unknown)}, which is unknown here")
     window, chunk = sliding_window, None
@@ -350,7 +382,7 @@ def tree_attention(
     sinks = None if s_aux is None else s_aux.detach().float().flatten()
     if chosen is not None and (window or chunk):
         raise ModelError(f"an index of {type(module).__name__} chooses within a window, which is unknown here")
-    rule = Rule(scale, window, softcap, sinks, attention_mask is not None, chunk, chosen=chosen)
+    rule = Rule(scale, window, softcap, sinks, attention_mask is not None, chunk, chosen=chosen, relative=relative)
     out = forward.attend(query[0], key[0], value[0], rule)
     return out[None].to(value.dtype), None
 
@@ -435,14 +467,16 @@ def attend_rows(
     if biases is not None and len(biases) != heads:
         raise ModelError(f"attention got biases of {len(biases)} heads for {heads} heads of queries")
     most = 0 if rule.chosen is None else rule.chosen.shape[1]
+    extent = 0 if rule.relative is None else rule.relative.shape[2]
     call = AttentionCall(
         queries=query.data_ptr(), queries_head=4 * query.stride(0), queries_row=4 * query.stride(1),
         results=out.data_ptr(), results_head=4 * out.stride(1), results_row=4 * out.stride(0),
         width=width, value_width=value_width, group=heads // kv_heads, window=rule.window or 0,
         chunk=rule.chunk or 0, biases=0 if biases is None else biases.data_ptr(),
         biases_head=0 if biases is None else 4 * biases.stride(0),
-        chosen=0 if rule.chosen is None else address(rule.chosen, torch.int32, rows, most), most=most, heads=heads,
-        segments=len(forward_kv.segments), rounded=0,
+        chosen=0 if rule.chosen is None else address(rule.chosen, torch.int32, rows, most), most=most,
+        relative=0 if rule.relative is None else address(rule.relative, torch.float32, rows, heads, extent),
+        extent=extent, heads=heads, segments=len(forward_kv.segments), rounded=0,
     )  # fmt: skip
     run(attend_worker(), [num_threads(), *call, *table, numbers.ctypes.data, len(numbers)])
     return out
