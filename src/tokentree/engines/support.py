@@ -48,6 +48,8 @@ def unsupported(model: PreTrainedModel) -> str | None:
     recurrent = is_recurrent(model)
     states, indexed = kinds & STATES, {INDEXED} if index_size(config) else set()
     unknown = kinds - SEEN - STATES - {"mlp", "moe"} - indexed
+    if INDEXED in unknown:
+        return f"{name} has layers of the kind {INDEXED} without index_topk: no index is known here but of positions"
     if unknown and (recurrent or not states):
         what = ", ".join(sorted(unknown))
         return f"{name} has layers of the kind {what}, which this library has neither masks nor KV for"
