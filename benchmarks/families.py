@@ -68,6 +68,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size_per_layer_input",), 8),
     **dict.fromkeys(("out_hidden_size", "text_hidden_size", "adapter_in_dim"), 64),  # what comes to the language model
     "vocab_size_per_layer_input": VOCAB,
+    "index_topk": 16,  # less than texts here have
 }
 # what families need, and have none of by themselves
 WANTED: dict[str, Any] = {
@@ -536,7 +537,8 @@ def page(found: list[Found], version: str) -> str:
             "## Exact", "",
             "Trees give each node the bits of decoding its path alone. In float32, logits are those of",
             "transformers' own forward over the whole text, and greedy ids those that it tells. They are those",
-            "of `generate` too, where that takes text alone and doesn't differ from it.", "",
+            "of `generate` too, where that takes text alone and doesn't differ from it. Layers are of the kinds",
+            "that a family has by default: MiniMax M3 with sparse ones (`minimax_m3_sparse`) is refused.", "",
             *_table(head, rows["exact"]), "",
             "## Up to ties", "", *_table([*head, "why"], rows["ties"]), "",
             *(["## Wrong", "", *_table([*head, "what"], rows["wrong"]), ""] if rows["wrong"] else []),

@@ -51,6 +51,12 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         **_MAMBA2, **_MIXED, "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 48,
     },
     "falcon_mamba": {"state_size": 8, "time_step_rank": 6},
+    "inkling_text": {
+        "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding", "hybrid"], "head_dim": 16, "swa_head_dim": 16,
+        "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "sliding_window_size": 7, "d_rel": 16,
+        "rel_extent": 11, "log_scaling_n_floor": 9, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48, "n_shared_experts": 1, "dense_mlp_idx": 1,
+    },
     "jamba": {
         "attn_layer_period": 4, "attn_layer_offset": 1, "num_experts": 4, "expert_layer_period": 2,
         "expert_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 6,

@@ -153,12 +153,17 @@ _ROUTED: dict[str, Any] = {
     "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_group": 1, "topk_group": 1,
     "first_k_dense_replace": 1, "n_shared_experts": 1,
 }  # fmt: skip
-_INDEXED: dict[str, Any] = {"index_topk": 150, "index_head_dim": 16, "index_n_heads": 2}
+_INDEXED: dict[str, Any] = {"index_topk": 8, "index_head_dim": 16, "index_n_heads": 8}  # few heads make equal scores
+_WINDOWED: dict[str, Any] = {
+    "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 32, "swa_kv_lora_rank": 32,
+    "swa_head_dim": 24, "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 24, "sliding_window": WINDOW,
+}  # fmt: skip
 _ENCODER: dict[str, Any] = {"is_decoder": True, "tie_word_embeddings": False}  # which is a decoder then
-_MLPS = ["dense", "sparse"]
+_SHARED: dict[str, Any] = {"indexer_types": ["full", "shared"], "mlp_layer_types": ["dense", "sparse"]}
 _PAIR = ["sliding_attention", "full_attention"]
 # Families by the names of their configurations, and what their tiny ones have beside `_GROUPED`.
 OTHERS: dict[str, dict[str, Any]] = {
+    "axk2": {**_LATENT, **_ROUTED, **_INDEXED},
     "bart": {
         "d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 96, "encoder_layers": 2,
         "forced_eos_token_id": None,
@@ -175,6 +180,9 @@ OTHERS: dict[str, dict[str, Any]] = {
     "deepseek_v3": {**_LATENT, **_ROUTED},
     "deepseek_v32": {**_LATENT, **_ROUTED, **_INDEXED},
     "diffllama": {},
+    "dots3_note_text": {
+        **_LATENT, **_ROUTED, **_INDEXED, **_WINDOWED, "layer_types": ["sliding_attention", "indexed_attention"],
+    },
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64, "moe_layer_start_index": 1},
     "falcon": {"new_decoder_architecture": False, "multi_query": True, "alibi": True},
     "gemma3n_text": {
@@ -189,7 +197,7 @@ OTHERS: dict[str, dict[str, Any]] = {
         "use_double_wide_mlp": True, "tie_word_embeddings": False,
     },
     "glm4_moe_lite": {**_LATENT, **_ROUTED},
-    "glm_moe_dsa": {**_LATENT, **_ROUTED, **_INDEXED, "indexer_types": ["full", "shared"], "mlp_layer_types": _MLPS},
+    "glm_moe_dsa": {**_LATENT, **_ROUTED, **_INDEXED, **_SHARED},
     "gpt_neo": {
         "num_layers": 2, "num_heads": 4, "intermediate_size": 96, "window_size": WINDOW,
         "attention_types": [[["global", "local"], 1]],
@@ -201,6 +209,7 @@ OTHERS: dict[str, dict[str, Any]] = {
         "position_embedding_type": "rope",
     },
     "gptj": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT, "n_inner": 96, "rotary_dim": 8},
+    "hy_v4": {**_LATENT, **_ROUTED, **_INDEXED, **_SHARED},
     "llama4_text": {
         "num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 16, "intermediate_size_mlp": 96,
         "layer_types": ["chunked_attention", "full_attention"], "no_rope_layers": [1, 0],
@@ -231,6 +240,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "xglm": {"d_model": 64, "num_layers": 2, "attention_heads": 4, "ffn_dim": 96, "tie_word_embeddings": False},
     "youtu": {**_LATENT},
 }  # fmt: skip
+INDEXED = [name for name, options in OTHERS.items() if "index_topk" in options]
 
 
 def tiny_other(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any) -> PreTrainedModel:

@@ -86,7 +86,7 @@ def save_with_layer(folder: Path, family: str, dtype: torch.dtype = torch.float3
     """Writes a tiny model of ``family``, and a layer that is another tiny model's, by the names of its format."""
     make = tiny_hybrid if family.startswith("qwen") else tiny_other
     target, other = make(family, dtype, **options), make(family, torch.float32, seed=7, **options)
-    names, number = QWEN if family.startswith("qwen") else DEEPSEEK, FAMILIES[family]
+    names, number = QWEN if family.startswith("qwen") else DEEPSEEK, FAMILIES.get(family, 1)
     for model, place in ((target, folder), (other, folder / "other")):
         model.save_pretrained(place)
     generator = torch.Generator().manual_seed(5)

@@ -88,6 +88,10 @@ class _Attending:
     def knows(self, window: int | None, chunk: int | None, sees: Sees) -> bool:
         return window is None and chunk is None
 
+    def chose(self, indices: torch.Tensor) -> bool:
+        """Whatever an index chooses, all is seen: what is drafted need not be what the layer says."""
+        return True
+
 
 @torch.inference_mode()
 def _kv_shape(head: MtpHead, features: Features) -> tuple[int, int, int]:

@@ -196,7 +196,8 @@ def sizes_of_kv(found: object) -> bool:
     """Whether ``found`` may be the sizes of the KV of each layer, int64[layers, 3]."""
     if not isinstance(found, torch.Tensor) or not is_tensor(found, torch.int64, None, 3):
         return False
-    return not len(found) or 0 < int(found.min()) <= int(found.max()) < 1 << 20
+    least = torch.tensor([1, 1, 0])  # an index has no values
+    return bool((found >= least).all()) and (not len(found) or int(found.max()) < 1 << 20)
 
 
 def _chosen_before(name: object, found: object) -> bool:

@@ -48,13 +48,15 @@ def unsupported(model: PreTrainedModel) -> str | None:
     recurrent = is_recurrent(model)
     states, indexed = kinds & STATES, {INDEXED} if index_size(config) else set()
     unknown = kinds - SEEN - STATES - {"mlp", "moe"} - indexed
+    if INDEXED in unknown:
+        return f"{name} has layers of the kind {INDEXED} without index_topk: no index is known here but of positions"
     if unknown and (recurrent or not states):
         what = ", ".join(sorted(unknown))
         return f"{name} has layers of the kind {what}, which this library has neither masks nor KV for"
     if not recurrent and (states or (getattr(type(model), "_is_stateful", False) and kinds != FULL)):
         what = ", ".join(sorted(states)) or "a recurrent state"
         return f"{name} has {what}: a state that can't be rolled back to an accepted path of a tree"
-    taken = set(inspect.signature(type(model).forward).parameters)
+    taken = taken_by(model)
     missing = {"position_ids", "attention_mask", "past_key_values"} - taken
     if takes_positions(model) or any(counting(model)):
         missing -= {"position_ids"}
@@ -112,11 +114,8 @@ def context_length(config: PreTrainedConfig) -> int:
     """The most positions that the model can take.
 
     LongRoPE turns all rows of a forward otherwise as soon as one of them lies beyond the length it was first trained
-    for, so that a tree that reaches there would disagree with plain decoding: the context ends there. It also ends
-    where an index begins to choose among positions: up to there it chooses all of them.
+    for, so that a tree that reaches there would disagree with plain decoding: the context ends there.
     """
-    if size := index_size(config):
-        return min(size, int(config.max_position_embeddings))
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
         return int(rope.get("original_max_position_embeddings") or config.original_max_position_embeddings)
@@ -176,12 +175,20 @@ def ours_alone(model: PreTrainedModel) -> str:
 
 
 def takes_positions(model: Any) -> bool:
-    """Whether the forward of ``model`` takes position_ids, or hands what it doesn't know on to a language model."""
-    taken = inspect.signature(type(model).forward).parameters
-    inner: Any = getattr(getattr(model, "model", None), "language_model", None)
-    if "position_ids" in taken or inner is None or all(one.kind is not one.VAR_KEYWORD for one in taken.values()):
-        return "position_ids" in taken
-    return "position_ids" in inspect.signature(type(inner).forward).parameters
+    """Whether the forward of ``model`` takes position_ids."""
+    return "position_ids" in taken_by(model)
+
+
+def taken_by(model: Any) -> set[str]:
+    """The names of what the forward of ``model`` takes: by itself, or because it hands on what it doesn't know."""
+    inner = getattr(model, "model", None)
+    known = set[str]()
+    for part in (model, inner, getattr(inner, "language_model", None)):
+        taken = {} if part is None else inspect.signature(type(part).forward).parameters
+        known |= set(taken)
+        if all(one.kind is not one.VAR_KEYWORD for one in taken.values()):
+            break
+    return known
 
 
 def counting(model: nn.Module) -> Iterator[nn.Module]:

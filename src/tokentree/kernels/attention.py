@@ -20,7 +20,17 @@ from tokentree.jit import cfunc
 from tokentree.kernels.bfloat16 import exponentials, narrow
 from tokentree.kernels.copying import copy_into
 from tokentree.kernels.records import record, record_at, records_at
-from tokentree.kernels.threads import WORKER, address_of, claim, float32_at, float64_at, int16_at, int64_at, keep
+from tokentree.kernels.threads import (
+    WORKER,
+    address_of,
+    claim,
+    float32_at,
+    float64_at,
+    int16_at,
+    int32_at,
+    int64_at,
+    keep,
+)
 from tokentree.kernels.tile import BLOCK, LANES, TILE_ROWS, tile_float32
 
 HIDDEN = np.float32(-math.inf)
@@ -42,6 +52,10 @@ class AttentionCall(NamedTuple):
     chunk: int  # positions of a chunk, of which a row sees its own alone, or 0: all
     biases: int  # address of float32[heads, positions], by the position of a key, or 0: none
     biases_head: int  # stride from head to head
+    chosen: int  # address of int32[rows, most], positions that a row sees, ascending, or 0: all
+    most: int
+    relative: int  # address of float32[rows, heads, extent], biases by how far a key lies before a row, or 0: none
+    extent: int  # positions that have such biases
     heads: int
     segments: int
     rounded: int  # 1 if results are bfloat16, 0 if they are float32
@@ -156,13 +170,13 @@ def _attend(call, numbers, segment, layer, head, together, first, count):
         if not chain:
             for t in range(max(0, begin - prefix), seen[0]):  # an ancestor never lies before its place on the path
                 own[prefix + t - begin] = own[seen[1 + t] - begin]
-        factor = scale
-        if call.biases:
-            _bias(own, scale, float32_at(call.biases + (head + i % together) * call.biases_head, end), begin)
-            factor = np.float32(1)
+        head_of, row_of = head + i % together, start + first + i // together
+        factor = _biased(call, own[: end - begin], scale, head_of, row_of, begin)
         own[end - begin :] = HIDDEN
         own[: _first_seen(end, window, chunk) - begin] = HIDDEN
-        sink = np.float32(numbers[2 + head + i % together]) if len(numbers) > 2 else HIDDEN
+        if call.chosen:
+            _hide_others(own[: end - begin], int32_at(call.chosen + 4 * call.most * row_of, call.most), begin)
+        sink = np.float32(numbers[2 + head_of]) if len(numbers) > 2 else HIDDEN
         totals[i] = _soften(own, factor, softcap, sink)
 
     for column in range(0, columns, BLOCK):
@@ -187,10 +201,37 @@ def _attend(call, numbers, segment, layer, head, together, first, count):
 
 
 @numba.njit
-def _bias(scores, scale, biases, begin):
-    """Scales scores of positions from ``begin`` on, and adds what the position of each has more than the last one."""
-    for i in range(len(biases) - begin):
-        scores[i] = scores[i] * scale + (biases[begin + i] - biases[-1])
+def _biased(call, scores, scale, head, row, begin):
+    """Scales scores, those of positions from ``begin`` to the row's own, and adds their biases, if there are any.
+    Returns what they are still to be scaled by."""
+    if not call.biases and not call.relative:
+        return scale
+    end = begin + len(scores)
+    for i in range(len(scores)):
+        scores[i] *= scale
+    if call.biases:  # what the position of each key has more than the last one
+        biases = float32_at(call.biases + head * call.biases_head, end)
+        for i in range(len(scores)):
+            scores[i] += biases[begin + i] - biases[-1]
+    if call.relative:  # by how far each key lies before the last one
+        near = float32_at(call.relative + 4 * call.extent * (row * call.heads + head), call.extent)
+        for distance in range(min(len(scores), call.extent)):
+            scores[-1 - distance] += near[distance]
+    return np.float32(1)
+
+
+@numba.njit
+def _hide_others(scores, chosen, begin):
+    """Hides the scores, of positions from ``begin`` on, of all but ``chosen``, ascending; none if that begins with less
+    than 0."""
+    if chosen[0] < 0:
+        return
+    place = 0
+    for i in range(len(scores)):
+        while place < len(chosen) and chosen[place] < begin + i:
+            place += 1
+        if place == len(chosen) or chosen[place] > begin + i:
+            scores[i] = HIDDEN
 
 
 @numba.njit

@@ -13,12 +13,13 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import linear
-from transformers import DogeConfig, DogeForCausalLM, PreTrainedModel
+from transformers import DogeConfig, DogeForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from tests.conftest import all_pairs, by_night, shown
 from tests.engines.test_engine import assert_bits_of_paths, assert_near, of_transformers, verified
 from tests.tiny_models import (
     CONTEXT,
+    INDEXED,
     OTHERS,
     full_logits,
     randomised,
@@ -47,7 +48,6 @@ from tokentree.tree import TokenTree
 
 NAMES = [*OTHERS, "vision"]
 ALIBI = ["bloom", "falcon", "mpt"]
-INDEXED = ["deepseek_v32", "glm_moe_dsa"]
 COUNTING = ["bart", "mvp", "roberta", "roformer", "whisper"]  # positions by themselves
 NEW = [
     *ALIBI, *INDEXED, *COUNTING, "bert", "dbrx", "gemma3n_text", "gemma4_text", "granitemoehybrid", "llama4_text",
@@ -102,6 +102,29 @@ def test_positions_begin_where_a_models_forward_begins_them() -> None:
     assert llm.engine.context == CONTEXT  # of one table entry more
     ids = llm.generate([prompt], SamplingParams(max_tokens=24, ignore_eos=True))[0].token_ids
     assert full_logits(model, [*prompt, *ids[:-1]]).argmax(-1)[39:].tolist() == ids
+
+
+class HandsOn(LlamaForCausalLM):
+    """Takes what it doesn't name, as Evolla does."""
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, **kwargs: Any) -> Any:
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+
+class TakesNoMore(LlamaForCausalLM):
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, use_cache: Any = None) -> Any:
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+
+
+def test_what_a_model_hands_on_it_takes() -> None:
+    tokens = some_tokens(41)
+    tree, model = some_tree(tokens[-1], 14), tiny("llama")
+    expected = of_transformers(model, tokens[:-1], tree)
+    model.__class__ = HandsOn
+    assert_near(verified(TorchEngine(model, "tree"), request(tokens), tree), expected)
+    model.__class__ = TakesNoMore
+    with pytest.raises(ModelError, match="TakesNoMore takes no past_key_values, position_ids"):
+        TorchEngine(model)
 
 
 @pytest.mark.parametrize("name", COUNTING)
@@ -192,16 +215,6 @@ def test_biases_stay_the_same_as_there_come_to_be_more(name: str) -> None:
     many = made.upto(5000)
     assert many.shape[1] >= 5000
     assert torch.equal(many[:, :1000], few[:, :1000])
-
-
-@pytest.mark.parametrize("name", INDEXED)
-def test_a_context_ends_where_an_index_would_choose(name: str) -> None:
-    engine = engine_of(name, torch.float32)
-    assert engine.context == 150
-    tokens = some_tokens(146)
-    tree = some_tree(tokens[-1], 9, depth=4)
-    got = verified(engine, request(tokens), tree)
-    assert_near(got, of_transformers(model_of(name, torch.float32), tokens[:-1], tree))
 
 
 def storage(heads: int = 2, width: int = 8, value_width: int = 8, rows: int = 32) -> ForwardKV:

@@ -16,8 +16,21 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from tokentree.engines.cpu import alibi, projected
-from tokentree.engines.cpu.attention import TREE, Attending, Biases, Rule, Sees, attending, one, running
+from tokentree.engines.cpu.attention import (
+    TREE,
+    Attending,
+    Biases,
+    ByDistance,
+    Rule,
+    Sees,
+    attending,
+    one,
+    running,
+    same_place,
+)
+from tokentree.engines.cpu.choosing import all_of
 from tokentree.engines.cpu.counted import tell_positions
+from tokentree.engines.cpu.indexed import by_index
 from tokentree.engines.cpu.prepare import set_attention
 from tokentree.engines.cpu.states.exchange import before_packing, exchanged
 from tokentree.engines.recurrent import Recurrence
@@ -34,6 +47,7 @@ if TYPE_CHECKING:
 def attended(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """What attention is given in a forward of ``model`` (a `private_copy`), which uses `tree_attention` from now on:
     ``shapes`` int64[calls, 3] each time, KV heads, key width, value width; ``heads`` int64[calls], of queries;
+    an index is given queries and keys too, and no values;
     ``reads`` int64[calls], which time the same keys and values came first; and ``beyond`` int64[calls], 1 where a row
     sees its chunk, or scores have biases. If it has any, ``recurrences`` int64[recurrences, 3], what a `Recurrence`
     says of each.
@@ -52,7 +66,7 @@ def attended(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     except (RuntimeError, TypeError, ValueError) as error:  # it takes masks for what they are elsewhere
         raise ModelError(f"{type(model).__name__} can't do without its own masks: {error}") from None
     config = model.config.get_text_config()
-    if len(given.shapes) < config.num_hidden_layers and not given.recurrences:
+    if sum(width > 0 for _, _, width in given.shapes) < config.num_hidden_layers and not given.recurrences:
         raise ModelError(f"{type(model).__name__} attends by itself in some of its layers")
     if given.untold and given.untold != set(layer_windows(config).values()):
         raise ModelError(f"{type(model).__name__} does not tell its attention of its sliding window")
@@ -77,16 +91,29 @@ class _Given:
         self.reads, self.beyond = list[int](), list[int]()
         self._rows = list[tuple[torch.Tensor, torch.Tensor]]()  # kept, so that no others come to lie there
         self.untold = set[int | None]()
+        self._chosen: torch.Tensor | None = None
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: Rule) -> torch.Tensor:
         self.shapes.append((len(key), key.shape[2], value.shape[2]))
         self.heads.append(len(query))
         self._rows.append((key, value))
         self.reads.append(next(call for call, rows in enumerate(self._rows) if all(map(_same, rows, (key, value)))))
-        self.beyond.append(int(rule.chunk is not None or rule.biases is not None))
+        self.beyond.append(int(any(each is not None for each in (rule.chunk, rule.biases, rule.relative))))
         if not rule.masked:
             self.untold.add(rule.window)
         return torch.zeros(query.shape[1], len(query), value.shape[2], dtype=torch.float32, device=query.device)
+
+    def choose(self, queries: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor, most: int) -> torch.Tensor:
+        self.reads.append(len(self.shapes))
+        self.shapes.append((1, keys.shape[1], 0))
+        self.heads.append(queries.shape[1])
+        self._rows.append((keys, keys))
+        self.beyond.append(1)
+        self._chosen = all_of(len(queries))
+        return self._chosen
+
+    def chose(self, indices: torch.Tensor) -> bool:
+        return same_place(self._chosen, indices)
 
     def recur(self, sizes: Recurrence, rows: torch.Tensor, loop: Callable[[list[StateRows]], None]) -> None:
         self.recurrences.append((sizes.row, sizes.back, sizes.state))
@@ -174,11 +201,24 @@ def _called(module: Any) -> None:
     module.config, module.forward = SimpleNamespace(_attn_implementation="sdpa", alibi=module.config.alibi), forward
 
 
+def _by_distance(module: Any) -> None:
+    """Inkling's rows have biases for the keys before them."""
+    module.rel_logits_proj = ByDistance(module.rel_logits_proj)
+
+
+# Those that choose by products of one kind.
+INDEXERS = (
+    "AXK2Indexer", "DeepseekV32Indexer", "Dots3NoteTextIndexer", "GlmMoeDsaIndexer", "HYV4Indexer",
+    "MistralLarge4TextIndexer",
+)  # fmt: skip
+
 OTHERS: dict[str, Callable[[Any], None]] = {
     "Attention": projected.gpt, "BigBirdSelfAttention": projected.bert, "BloomAttention": alibi.bloom,
-    "FalconAttention": _called, "GitSelfAttention": projected.bert, "MegatronBertSelfAttention": projected.bert,
+    "FalconAttention": _called, "GitSelfAttention": projected.bert, "InklingAttention": _by_distance,
+    "MegatronBertSelfAttention": projected.bert,
     "MptAttention": alibi.mpt, "MvpAttention": projected.bart, "RemBertSelfAttention": projected.bert,
     "RoFormerSelfAttention": projected.bert, "TrOCRAttention": projected.bart, "XGLMAttention": projected.bart,
+    **dict.fromkeys(INDEXERS, by_index),
 }  # fmt: skip
 
 

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 
+from tokentree.engines.cpu.choosing import choose_rows
 from tokentree.engines.recurrent import Recurrence
 from tokentree.engines.segment import Segment, end_of, inputs_of
-from tokentree.engines.support import index_size
 from tokentree.errors import ModelError
 from tokentree.kernels.attention import AttentionCall, attend_worker
 from tokentree.kernels.recurrence import StateRows
-from tokentree.kernels.threads import num_threads, run
+from tokentree.kernels.threads import address, num_threads, run
 
 if TYPE_CHECKING:
     from tokentree.engines.model_facts import Facts
@@ -54,7 +54,8 @@ class ForwardKV(Cache):
         super().__init__(layers=[])
         self.segments, self.padding = segments, padding
         self._attends_itself = attends_itself
-        self._calls = self._recurred = 0  # attention and recurrences so far: they come in one order
+        self._calls = self._recurred = 0  # attention, indexes and recurrences so far: they come in one order
+        self._chosen: torch.Tensor | None = None
         for segment in segments:
             segment.kv.recurrent.check(segment.prefix)
 
@@ -86,6 +87,21 @@ class ForwardKV(Cache):
     def knows(self, window: int | None, chunk: int | None, sees: Sees) -> bool:
         """See `Attending`. `attending.attended` has looked."""
         return True
+
+    def chose(self, indices: torch.Tensor) -> bool:
+        """See `Attending`."""
+        return same_place(self._chosen, indices)
+
+    def choose(self, queries: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor, most: int) -> torch.Tensor:
+        """See `Choosing`."""
+        layer, _ = self.segments[0].kv.layout.read_by(self._calls)
+        self._calls += 1
+        for segment in self.segments:
+            _check(segment, layer, (1, keys.shape[1], 0), len(queries))
+        self.write(layer, keys[None], keys.new_empty(1, len(keys), 0))
+        queries, weights = (given.float().contiguous() for given in (queries, weights))
+        self._chosen = choose_rows(self.segments, layer, queries, weights, most)
+        return self._chosen
 
     def recur(self, sizes: Recurrence, rows: torch.Tensor, loop: Callable[[list[StateRows]], None]) -> None:
         """See `Recurring`."""
@@ -145,8 +161,12 @@ class ForwardKV(Cache):
         _, positions = inputs_of(self.segments, self.padding)
         return torch.from_numpy(positions - np.arange(len(positions))).to(self.segments[0].kv.layout.device)
 
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        """As `get_seq_length` of a layer: rows' places are added to it."""
+        return self.get_seq_length(layer_idx)
+
     def update_indexer(self, keys: torch.Tensor, layer_idx: int) -> torch.Tensor:
-        """What an index chooses is known: see `support.context_length`."""
+        """`choose` stores them."""
         return keys
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
@@ -214,6 +234,9 @@ class Rule:
         masked: whether a mask tells the window, as where a model attends by itself.
         chunk: a row sees the positions of its own chunk of so many, or None: all.
         biases: what is added to scaled scores, or None.
+        chosen: int32[rows, positions], see `Choosing.choose`, or None: all.
+        relative: float32[rows, heads, positions], what a row adds to scaled scores by how far a key lies before it, as
+            far as that goes, or None.
     """
 
     scale: float
@@ -223,6 +246,29 @@ class Rule:
     masked: bool = True
     chunk: int | None = None
     biases: Biases | None = None
+    chosen: torch.Tensor | None = None
+    relative: torch.Tensor | None = None
+
+
+class ByDistance(torch.nn.Module):
+    """Biases that rows have for keys before them, left as they are by distance: attention adds them.
+
+    Args:
+        own: transformers' module, which spreads them over keys.
+    """
+
+    def __init__(self, own: Any) -> None:
+        super().__init__()
+        self.own = own
+
+    def forward(self, states: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """[1, heads, rows, positions] of ``states`` [1, rows, heads, width]; elsewhere than in an engine's forward what
+        the own module gives."""
+        if running() is None:
+            spread: torch.Tensor = self.own(states, queries, keys)
+            return spread
+        biases: torch.Tensor = states @ self.own.proj
+        return biases.transpose(1, 2)
 
 
 class Attending(Protocol):
@@ -237,6 +283,10 @@ class Attending(Protocol):
         """Whether a mask by which ``sees`` tells who sees whom is that of a tree with this window, or such chunks."""
         ...
 
+    def chose(self, indices: torch.Tensor) -> bool:
+        """Whether it knows the positions that a module has its attention see alone."""
+        ...
+
 
 @runtime_checkable
 class Recurring(Attending, Protocol):
@@ -249,6 +299,22 @@ class Recurring(Attending, Protocol):
             sizes: what it keeps of a text.
             rows: float32[rows, numbers], what its rows are. The first ``sizes.row`` numbers are kept.
             loop: computes it, with what it is told of each sequence.
+        """
+        ...
+
+
+@runtime_checkable
+class Choosing(Attending, Protocol):
+    """What can choose for an index too."""
+
+    def choose(self, queries: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor, most: int) -> torch.Tensor:
+        """int32[rows, positions]: see `choosing.choose_rows`.
+
+        Args:
+            queries: [rows, heads, width].
+            keys: [rows, width], of the same new rows.
+            weights: [rows, heads].
+            most: positions that a row sees.
         """
         ...
 
@@ -299,9 +365,14 @@ def tree_attention(
     if forward is None:
         raise ModelError(f"{type(module).__name__} is asked to attend outside of an engine's forward")
     unknown = sorted(name for name, given in kwargs.items() if name not in KNOWN and torch.is_tensor(given))
-    config: Any = getattr(module, "config", None)
-    if unknown == ["indices"] and config and index_size(config):  # of all positions that there are in a context
-        unknown = []
+    chosen: torch.Tensor | None = None
+    if "indices" in unknown and forward.chose(kwargs["indices"]):
+        unknown.remove("indices")
+        chosen = kwargs["indices"][0] if isinstance(forward, Choosing) else None
+    relative: torch.Tensor | None = None
+    if "position_bias" in unknown and isinstance(getattr(module, "rel_logits_proj", None), ByDistance):
+        unknown.remove("position_bias")
+        relative = kwargs["position_bias"][0].transpose(0, 1).float().contiguous()
     if unknown:
         raise ModelError(f"{type(module).__name__} gives its attention {', '.join(unknown)}, which is unknown here")
     window, chunk = sliding_window, None
@@ -309,7 +380,9 @@ def tree_attention(
         window, chunk = window_and_chunk(module, attention_mask)
     scale = query.shape[3] ** -0.5 if scaling is None else float(scaling)
     sinks = None if s_aux is None else s_aux.detach().float().flatten()
-    rule = Rule(scale, window, softcap, sinks, attention_mask is not None, chunk)
+    if chosen is not None and (window or chunk):
+        raise ModelError(f"an index of {type(module).__name__} chooses within a window, which is unknown here")
+    rule = Rule(scale, window, softcap, sinks, attention_mask is not None, chunk, chosen=chosen, relative=relative)
     out = forward.attend(query[0], key[0], value[0], rule)
     return out[None].to(value.dtype), None
 
@@ -354,6 +427,11 @@ def _in_chunks(size: int, sees: Sees) -> bool:
         return False
 
 
+def same_place(one: torch.Tensor | None, other: torch.Tensor) -> bool:
+    """Whether two tensors lie at the same place in memory."""
+    return one is not None and one.data_ptr() == other.data_ptr()
+
+
 AttentionInterface.register(TREE, tree_attention)
 AttentionMaskInterface.register(TREE, tree_mask)
 
@@ -388,13 +466,17 @@ def attend_rows(
     biases = None if rule.biases is None else rule.biases.upto(end_of(forward_kv.segments))
     if biases is not None and len(biases) != heads:
         raise ModelError(f"attention got biases of {len(biases)} heads for {heads} heads of queries")
+    most = 0 if rule.chosen is None else rule.chosen.shape[1]
+    extent = 0 if rule.relative is None else rule.relative.shape[2]
     call = AttentionCall(
         queries=query.data_ptr(), queries_head=4 * query.stride(0), queries_row=4 * query.stride(1),
         results=out.data_ptr(), results_head=4 * out.stride(1), results_row=4 * out.stride(0),
         width=width, value_width=value_width, group=heads // kv_heads, window=rule.window or 0,
         chunk=rule.chunk or 0, biases=0 if biases is None else biases.data_ptr(),
-        biases_head=0 if biases is None else 4 * biases.stride(0), heads=heads, segments=len(forward_kv.segments),
-        rounded=0,
+        biases_head=0 if biases is None else 4 * biases.stride(0),
+        chosen=0 if rule.chosen is None else address(rule.chosen, torch.int32, rows, most), most=most,
+        relative=0 if rule.relative is None else address(rule.relative, torch.float32, rows, heads, extent),
+        extent=extent, heads=heads, segments=len(forward_kv.segments), rounded=0,
     )  # fmt: skip
     run(attend_worker(), [num_threads(), *call, *table, numbers.ctypes.data, len(numbers)])
     return out

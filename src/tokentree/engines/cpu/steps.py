@@ -410,7 +410,7 @@ class Steps:
             queries=queries.data_ptr(), queries_head=4 * width, queries_row=4 * heads * width,
             results=result.data_ptr(), results_head=2 * width, results_row=2 * heads * width,
             width=width, value_width=width, group=heads // sizes.kv_heads, window=sizes.window or 0, chunk=0,
-            biases=0, biases_head=0, heads=heads, segments=0, rounded=1,
+            biases=0, biases_head=0, chosen=0, most=0, relative=0, extent=0, heads=heads, segments=0, rounded=1,
         )  # fmt: skip
         self._numbers.append(np.array([sizes.scale, 0.0]))
         return [(ATTEND, AttendStep(index, self._numbers[-1].ctypes.data, call))]

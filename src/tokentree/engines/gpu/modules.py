@@ -209,6 +209,10 @@ class PagedKV(Cache):
         """`attending.attended` has looked."""
         return True
 
+    def chose(self, indices: torch.Tensor) -> bool:
+        """See `Attending`. No index is known on GPUs."""
+        return False
+
 
 @triton.jit
 def to_pages_kernel(
