@@ -58,7 +58,7 @@ KINDS = [*((family, None) for family in FAMILIES), ("deepseek_v3", "sdpa"), ("de
 
 @pytest.mark.parametrize(
     ("family", "attention"),
-    by_night(KINDS, but=KINDS[::2]),
+    by_night(KINDS, but=KINDS[::4]),
 )
 def test_each_node_has_the_probability_that_computing_it_anew_gives(
     saved: dict[str, WithLayer], family: str, attention: str | None, monkeypatch: pytest.MonkeyPatch

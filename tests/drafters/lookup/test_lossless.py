@@ -72,7 +72,7 @@ def plain_of_table(setting: int, seed: int = 0) -> list[list[int]]:
     return [decode(TableEngine(TABLE), [seq])[0] for seq in table_requests(SETTINGS[setting], seed)]
 
 
-@pytest.mark.parametrize(("kind", "form"), all_pairs(KINDS, FORMS, by_day=2), ids=shown)
+@pytest.mark.parametrize(("kind", "form"), all_pairs(KINDS, FORMS), ids=shown)
 def test_a_table_s_text_is_plain_s_alone_and_in_a_batch(kind: str, form: str) -> None:
     accepted = 0
     for setting, max_batch in ((0, 1), (1, 3), (2, 8)):
@@ -83,7 +83,7 @@ def test_a_table_s_text_is_plain_s_alone_and_in_a_batch(kind: str, form: str) ->
     assert accepted > 10  # or nothing was tried
 
 
-@pytest.mark.parametrize(("kind", "form"), all_pairs(KINDS, FORMS, by_day=2), ids=shown)
+@pytest.mark.parametrize(("kind", "form"), all_pairs(KINDS, FORMS), ids=shown)
 def test_what_a_drafter_remembers_of_other_requests_changes_no_text(kind: str, form: str) -> None:
     drafter = make_drafter(kind, WIDE, TableEngine(SMALLER))
     gained = dict[str, int]()
@@ -131,7 +131,7 @@ def plain_of_tiny(engines: tuple[KVEngine, KVEngine]) -> Callable[[float], list[
     return cache(lambda temperature: [decode(engines[0], [seq])[0] for seq in tiny_requests(temperature)])
 
 
-@pytest.mark.parametrize(("kind", "form"), all_pairs(KINDS, FORMS, by_day=2), ids=shown)
+@pytest.mark.parametrize(("kind", "form"), all_pairs(KINDS, FORMS), ids=shown)
 def test_a_model_s_text_is_plain_s_in_ragged_batches_and_from_memory(
     kind: str, form: str, engines: tuple[KVEngine, KVEngine], plain_of_tiny: Callable[[float], list[list[int]]]
 ) -> None:
