@@ -17,6 +17,7 @@ from tests.tiny_models import save_model, tiny, tiny_tokenizer
 from tests.train.test_eagle import llm
 from tokentree import LLM
 from tokentree.cli.main import app
+from tokentree.engines.base import HasHiddenStates
 from tokentree.errors import OptionError, PairingError
 from tokentree.train.loop import CHECKPOINT, Recipe
 from tokentree.train.run import Trained, train_medusa
@@ -87,6 +88,26 @@ def test_an_interrupted_one_goes_on_to_the_same_head(data: Path, tmp_path: Path)
         train("eagle", tmp_path / "parts", data, start=again.folder)
 
 
+def test_an_eagle_head_may_learn_other_tokens(data: Path, tmp_path: Path) -> None:
+    start = train("eagle", tmp_path / "start", data, {"epochs": 1}, known_tokens=60).folder
+    no_step = {"learning_rate": 1e-30, "warmup_steps": 0, "epochs": 1}
+    more = train("eagle", tmp_path / "more", data, no_step, start=start, known_tokens=90).folder
+    weights = [load_file(folder / "model.safetensors") for folder in (start, more)]
+    known = [(one["d2t"] + torch.arange(len(one["d2t"]))).tolist() for one in weights]
+    assert [len(tokens) for tokens in known] == [60, 90]
+    assert {*known[0]} < {*known[1]}
+    engine = llm().engine
+    assert isinstance(engine, HasHiddenStates)
+    output = engine.capture([]).output_weights(torch.tensor(known[1]))[0]
+    for row, token in enumerate(known[1]):
+        trained = weights[0]["lm_head.weight"][known[0].index(token)] if token in known[0] else output[row]
+        assert torch.equal(weights[1]["lm_head.weight"][row], trained.to(weights[1]["lm_head.weight"].dtype))
+    one, other = (
+        {name: w for name, w in found.items() if name not in {"lm_head.weight", "d2t", "t2d"}} for found in weights
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_heads_that_are_made_otherwise_are_no_start(kind: str, data: Path, tmp_path: Path) -> None:
     start = train(kind, tmp_path / "start", data, {"epochs": 1}).folder
@@ -94,7 +115,7 @@ def test_heads_that_are_made_otherwise_are_no_start(kind: str, data: Path, tmp_p
     with pytest.raises(OptionError, match=f"can't start from the heads in .*: they have .*{message}") as error:
         train(kind, tmp_path / "out", data, start=start, **changes)
     assert "\n" not in str(error.value)
-    if kind != "eagle 1":
+    if not kind.startswith("eagle"):
         with pytest.raises(OptionError, match="200, and this training 100"):
             train(kind, tmp_path / "out", data, start=start, known_tokens=100)
     other = tiny("llama", vocab_size=300, num_hidden_layers=3)

@@ -31,7 +31,7 @@ from tokentree.train.looks import listed
 from tokentree.train.loop import Figures, Recipe, train
 from tokentree.train.medusa import frequent_tokens
 from tokentree.train.run import Trained
-from tokentree.train.start import check_equal, go_on_from, said_of
+from tokentree.train.start import check_equal, go_on_from, rows_of, said_of
 from tokentree.train.target import begin, engine_of, layer_sizes, plain_rope
 from tokentree.train.texts import Texts, coverage
 
@@ -60,7 +60,8 @@ def train_eagle(
         unroll: steps of EAGLE-3's training-time test.
         taps: the hidden states that EAGLE-3 reads; by default a low, a middle and a high one.
         norms: those of EAGLE-3.1 that the head has: of `NORMS`.
-        start: a folder with a head of the same making, which is trained further; which tokens it knows stays.
+        start: a folder with a head of the same making, which is trained further. It may know other tokens: of those
+            that it didn't, the output layer begins as the target's.
         tokens, held_back, work, console, command, force: as for `train_medusa`.
 
     Raises:
@@ -95,11 +96,9 @@ def train_eagle(
         with claimed(llm, data, folder, settings, recipe, work, tokens, count, force, phases) as (own, shared, texts):
             first, rest = read_parts(engine_of(llm), texts, shared / "hidden", places, held_back, phases)
         known = frequent_tokens(texts.ids, known_tokens, llm.engine.vocab_size)
-        if begun is not None and version == 3:
-            known = begun.token_map
         model = _fresh(llm, features, sizes, known, unroll, recipe.seed)
         task, head = EagleTask(first, rest), model.head
-        about = _identity(head, texts, unroll) | go_on_from(begun, head)
+        about = _identity(head, texts, unroll) | _go_on(begun, head)
         groups = [{"params": [weight for weight in head.parameters() if weight.requires_grad]}]
         watch = watch_with(phases, own)
         with training_in(own, phases):
@@ -137,8 +136,19 @@ def _sizes(
 def _begun(llm: LLM, start: str | Path, sizes: EagleSizes, last: int) -> EagleHead:
     """The head in the folder ``start``, which has these sizes."""
     head = read_eagle(start, last, Fingerprint.of(llm.config, llm.tokenizer)).head
-    check_equal(start, head.sizes.model_dump(), sizes.model_dump())
+    tokens = {"draft_vocab_size"}
+    check_equal(start, head.sizes.model_dump(exclude=tokens), sizes.model_dump(exclude=tokens))
     return head
+
+
+def _go_on(begun: EagleHead | None, head: EagleHead) -> dict[str, Any]:
+    """`go_on_from`, of heads that may know other tokens."""
+    if begun is None or begun.lm_head is None or head.lm_head is None:
+        return go_on_from(begun, head)
+    every = torch.arange(head.sizes.vocab_size)
+    theirs, ours = (every if one.token_map is None else one.token_map.cpu() for one in (begun, head))
+    weight = rows_of(begun.lm_head.weight.detach(), theirs, head.lm_head.weight.detach().cpu(), ours)
+    return go_on_from(begun, head, {"lm_head.weight": weight} | ({} if head.token_map is None else {"token_map": ours}))
 
 
 def _fresh(

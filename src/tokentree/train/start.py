@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from tokentree.errors import OptionError
@@ -27,12 +28,23 @@ def said_of(start: str | Path | None) -> dict[str, Any]:
     return {} if start is None else {"start": str(start)}
 
 
-def go_on_from(begun: nn.Module | None, heads: nn.Module) -> dict[str, Any]:
-    """Gives ``heads`` the weights of ``begun``, if there is any; returns what a checkpoint belongs to for that."""
+def go_on_from(
+    begun: nn.Module | None, heads: nn.Module, own: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, Any]:
+    """Gives ``heads`` the weights of ``begun``, if there is any, but for those that are their ``own``; returns what a
+    checkpoint belongs to for that."""
     if begun is None:
         return {}
-    heads.load_state_dict(begun.state_dict())
+    heads.load_state_dict({**begun.state_dict(), **(own or {})})
     return {"start": _digest(begun)}
+
+
+def rows_of(begun: torch.Tensor, theirs: torch.Tensor, fresh: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
+    """Rows of an output layer for the tokens ``ours``, ascending: those of ``begun`` for tokens that are among
+    ``theirs`` too, and ``fresh`` ones for all others."""
+    made = fresh.clone()
+    made[torch.isin(ours, theirs)] = begun[torch.isin(theirs, ours)].to(made)
+    return made
 
 
 def _digest(heads: nn.Module) -> str:
