@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,14 +13,16 @@ from pydantic import BaseModel, Field
 from rich.table import Table
 
 from tokentree.busy import waited
-from tokentree.costs import cost_curve
+from tokentree.costs import cost_curve, prompt_costs
 from tokentree.llm import LLM
+from tokentree.metrics import Metrics
 from tokentree.sampling import SamplingParams
 from tokentree.shapes import Cost, optimal_paths
 
 BATCHES = (1, 2, 4, 8)
 SIZES = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
 DEPTH = 12
+TOGETHER = 4  # texts that tell what each further one adds to a step
 BUSY_WAITING, BUSY_SPREAD = 0.1, 1.3  # above these, other programs took part in what was measured
 PROMPTS = (
     "Write a Python function that returns the n-th Fibonacci number, with a docstring.",
@@ -66,6 +69,12 @@ class Calibration(BaseModel):
     mean_accepted_length: float
     one_row: list[float] = Field([], description="seconds of plain steps: the 10th, 50th and 90th of 100")
     waiting: float | None = Field(None, description="share of the time that a thread waited for a CPU, where known")
+    steps: int = Field(0, description="in which `rates` were counted")
+    prompt_rows: list[int] = Field([], description="tokens of a prompt that a forward reads, and nothing else")
+    prompt_seconds: list[float] = Field([], description="of such forwards")
+    drafting_per_sequence: float = Field(0.0, description="what each further text adds to `drafting_seconds`")
+    step_seconds: float = Field(0.0, description="of a step with one text, beside what the loop itself does")
+    step_per_sequence: float = Field(0.0, description="what each further text adds to `step_seconds`")
 
     @property
     def spread(self) -> float:
@@ -88,13 +97,16 @@ def calibrate(
     """
     began, before = time.perf_counter(), waited()
     curve = cost_curve(llm.engine, again=True)
+    prompt_rows, prompt_seconds = prompt_costs(llm.engine)
     step()
     form = Cost(curve=curve)
     tree, plain, params = llm.using(llm.decoder.drafter, form), llm.plain(), SamplingParams(max_tokens=max_tokens)
     spent = dict.fromkeys(("tree", "plain"), 0.0)
-    drafting, forwards, tokens, singles = 0.0, 0, 0, list[float]()
+    drafting, forwards, tokens, singles, outside = 0.0, 0, 0, list[float](), list[float]()
     for ids in prompts:
-        slow, fast = plain.generate([ids], params)[0].metrics, tree.generate([ids], params)[0].metrics
+        plainly, fast = _ran(plain, [ids], params), _ran(tree, [ids], params).longest
+        slow = plainly.longest
+        outside.append(plainly.outside)
         spent["plain"] += slow.decode_seconds
         spent["tree"] += fast.decode_seconds
         singles += [seconds for _, _, seconds in slow.steps]
@@ -110,6 +122,8 @@ def calibrate(
         Rate(drafters="+".join(who), depth=depth, rank=rank, hits=hits, trials=trials)
         for who, depth, rank, hits, trials in form.rates.table(tree.decoder.drafter.names)
     ]
+    slowly, fastly = (_ran(way, [*prompts[:1]] * TOGETHER, params) for way in (plain, tree))
+    beside = float(np.median(outside)) if outside else 0.0
     plain_seconds = [curve.seconds(batch, batch) for batch in BATCHES]
     trees = {size: optimal_paths(by_rank, size, DEPTH) for size in SIZES}
     picks = []
@@ -129,8 +143,41 @@ def calibrate(
         drafting_seconds=drafting, rates=rates, by_rank=by_rank, picks=picks,
         measured_speed_up=spent["plain"] / spent["tree"] if spent["tree"] else 1.0,
         mean_accepted_length=tokens / max(1, forwards),
-        one_row=np.quantile(singles, (0.1, 0.5, 0.9)).tolist() if singles else [], waiting=waiting,
+        one_row=np.quantile(singles, (0.1, 0.5, 0.9)).tolist() if singles else [], waiting=waiting, steps=forwards,
+        prompt_rows=prompt_rows, prompt_seconds=prompt_seconds,
+        drafting_per_sequence=max(0.0, (fastly.drafting - drafting) / (TOGETHER - 1)), step_seconds=beside,
+        step_per_sequence=max(0.0, (slowly.outside - beside) / (TOGETHER - 1)),
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Ran:
+    """Texts that were written together, and how long all of it took."""
+
+    metrics: list[Metrics]
+    seconds: float
+
+    @property
+    def longest(self) -> Metrics:
+        """Of the one with the most steps, which took part in all of them."""
+        return max(self.metrics, key=lambda one: one.target_forwards, default=Metrics())
+
+    @property
+    def drafting(self) -> float:
+        """Seconds of a step in which drafts were made and accepted."""
+        return (self.longest.draft_seconds + self.longest.accept_seconds) / max(1, self.longest.target_forwards)
+
+    @property
+    def outside(self) -> float:
+        """Seconds of a step in which neither the loop nor the reading of a prompt went on."""
+        inside = self.longest.decode_seconds + sum(one.prefill_seconds for one in self.metrics)
+        return max(0.0, self.seconds - inside) / max(1, self.longest.target_forwards)
+
+
+def _ran(llm: LLM, prompts: SequenceOf[list[int]], params: SamplingParams) -> _Ran:
+    started = time.perf_counter()
+    found = [one.metrics for one in llm.generate(prompts, params)]
+    return _Ran(found, time.perf_counter() - started)
 
 
 def certainty(found: Calibration) -> str:
