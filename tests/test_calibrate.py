@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from tests.tiny_models import some_tokens, tiny, tiny_pair
 from tokentree import busy
-from tokentree.calibrate import BATCHES, SIZES, Calibration, Pick, Rate, calibrate, certainty, tables
+from tokentree.calibrate import BATCHES, SIZES, Calibration, Pick, Rate, _Ran, calibrate, certainty, tables
+from tokentree.costs import PROMPTS as PROMPT_ROWS
+from tokentree.costs import prompt_costs
+from tokentree.engines.base import TargetOutput
+from tokentree.engines.table import TableEngine
 from tokentree.llm import LLM
+from tokentree.metrics import Metrics
+from tokentree.planning.recorded import Recorded
 from tokentree.plots.cost import plot_calibration
 from tokentree.shapes import CostCurve, Static, shape
 
@@ -118,3 +126,43 @@ def test_without_the_system_s_word_steps_tell_that_a_machine_is_busy(monkeypatch
         assert one.busy is is_busy
         assert certainty(one).startswith("the machine is busy: 8 of 10 plain steps took 13.0 to 30.0 ms") is is_busy
     assert Calibration.model_validate_json(found.model_dump_json()) == found
+
+
+def test_what_plans_need_is_measured_too(monkeypatch: pytest.MonkeyPatch, llm: LLM) -> None:
+    found = _calibrated(monkeypatch, llm, CostCurve([1, 64], [0.01, 0.1]))
+    context = llm.engine.context
+    assert found.prompt_rows == [count for count in PROMPT_ROWS if count < context]
+    assert len(found.prompt_seconds) == len(found.prompt_rows) > 0
+    assert min(found.prompt_seconds) > 0
+    assert found.steps > 0
+    assert found.step_seconds > 0
+    assert min(found.step_per_sequence, found.drafting_per_sequence) >= 0
+    recorded = Recorded.read(found.model_dump_json(), "it")
+    assert recorded.acceptance() is not None
+    assert recorded.timing().forward(64, 1) == 0.1
+
+
+def test_the_time_outside_of_the_loop_is_what_is_left() -> None:
+    long = Metrics(target_forwards=10, decode_seconds=2.0, draft_seconds=0.4, accept_seconds=0.1, prefill_seconds=0.5)
+    ran = _Ran([Metrics(target_forwards=4, decode_seconds=0.8, prefill_seconds=0.25), long], 3.75)
+    assert ran.longest is long
+    assert ran.outside == pytest.approx(0.1)
+    assert ran.drafting == pytest.approx(0.05)
+    assert _Ran([], 0.0).outside == 0.0
+
+
+def test_prompts_are_new_ones_each_time_and_none_is_left() -> None:
+    engine, read = TableEngine(torch.zeros(8, 8), context=200), []
+    reads = engine.verify
+
+    def verify(*given: Any, **reading: Any) -> TargetOutput:
+        read.append(reading["reading"][0][0].tokens)
+        return reads(*given, **reading)
+
+    engine.verify = verify  # type: ignore[method-assign]
+    rows, seconds = prompt_costs(engine)
+    assert rows == [64, 128]
+    assert all(0 < taken < 10 for taken in seconds)
+    assert sorted(map(len, read)) == [65] * 3 + [129] * 3
+    assert len({tuple(ids[:64]) for ids in read}) == 6
+    assert engine._committed == {}

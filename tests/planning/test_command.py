@@ -38,14 +38,20 @@ def test_loads_have_a_row_each_with_both_methods(run: Command, curve: Path) -> N
     code, out, err = run("plan", "--curve", str(curve), *SMALL, "--requests", "1,120/min", "--replicas", "1,2")
     assert (code, err) == (0, "")
     rows = [line for line in out.splitlines() if line.startswith("│")]
-    assert [(row.split()[1], row.split()[3]) for row in rows] == [
-        ("1/s", "1"),
-        ("1/s", "2"),
-        ("2/s", "1"),
-        ("2/s", "2"),
-    ]
+    shown = [(row.split()[1], row.split()[3]) for row in rows]
+    assert shown == [("1/s", "1"), ("1/s", "2"), ("120/min", "1"), ("120/min", "2")]
     assert "speculation: first token" in out
     assert "Simulated" in out
+
+
+def test_without_a_load_the_table_ends_where_more_replicas_help_nobody(run: Command, curve: Path) -> None:  # noqa: F811
+    found = [(one["load"], one["replicas"]) for one in _found(run)["loads"] if one["method"] == "plain"]
+    assert dict(found).keys() == {"1e3/day", "1e4/day", "1e5/day", "1e6/day"}
+    assert found[:2] == [("1e3/day", 1), ("1e3/day", 2)]
+    most = dict(found)["1e6/day"]
+    assert 4 <= most < 64
+    given = _found(run, "--requests", "1e3/day", "--replicas", "1,2,3")["loads"]
+    assert [one["replicas"] for one in given if one["method"] == "plain"] == [1, 2, 3]
 
 
 def test_speculation_gives_a_lone_client_more_tokens(run: Command, curve: Path) -> None:  # noqa: F811
@@ -117,7 +123,7 @@ def test_other_times_beside_forwards_may_be_given(run: Command, curve: Path) -> 
 
 WRONG = [
     ("--requests none", "or a trace, not 'none'"),
-    ("--requests 0", "more than 0 requests a second"),
+    ("--requests 0", "more than 0 and at most"),
     ("--requests 1/fortnight", "or a trace"),
     ("--requests 1 --clients 1", "give one of them"),
     ("--requests curve.json", "line 1 of 'curve.json' is no request"),

@@ -40,7 +40,7 @@ RequestsOption = Annotated[
     typer.Option(
         help="Requests a second, such as 2.5, or in another unit, such as 20/min or 1e6/day; several with commas "
         "between them. Or a trace: a file of JSON lines with seconds, prompt_tokens, output_tokens and, for prompts "
-        f"that come again, prompt. Default: {LOADS} on {REPLICAS} replicas.",
+        f"that come again, prompt. Default: {LOADS} on {REPLICAS} replicas, up to where more help nobody.",
         rich_help_panel=LOAD,
     ),
 ]
@@ -180,7 +180,7 @@ def plan(
     console, errors = consoles()
     with _progress(errors) as phase:
         found = _Found(
-            [] if targets else [_side_by_side(made, load, count, phase) for load in loads.items() for count in several],
+            [] if targets else [row for one in loads.items() for row in _rows(made, one, several, phase, not asked)],
             [_needed(made, load, way, targets, phase) for load in loads.items() for way in made.methods if targets],
             list(made.by_texts(max_batch, phase("texts at a time"))) if break_even else [],
         )
@@ -221,9 +221,13 @@ class _Found:
         }
 
 
-def _side_by_side(plan: Plan, load: _Load, replicas: int, phase: _Phase) -> list[Figures]:
+def _rows(plan: Plan, load: _Load, replicas: list[int], phase: _Phase, enough: bool) -> Iterator[list[Figures]]:
     name, run = load
-    return [run(replicas, method, phase(f"{name}, {replicas} replicas, {method}")) for method in plan.methods]
+
+    def one(count: int, method: str) -> Figures:
+        return run(count, method, phase(f"{name}, {count} replicas, {method}"))
+
+    return plan.table(one, replicas, enough)
 
 
 def _needed(
@@ -260,7 +264,7 @@ def _acceptance(path: Path) -> Acceptance:
 
 def _loads(plan: Plan, requests: str | None, clients: str | None) -> dict[str, Callable[..., Figures]]:
     """What simulates each load, by its name."""
-    from tokentree.planning.load import rate_name, rate_of, read_trace
+    from tokentree.planning.load import rate_of, read_trace
 
     if clients is not None:
         counts = _numbers(clients, "--clients")
@@ -268,7 +272,8 @@ def _loads(plan: Plan, requests: str | None, clients: str | None) -> dict[str, C
     rates = [rate_of(part) for part in (requests or LOADS).split(",")]
     known = [rate for rate in rates if rate is not None]
     if len(known) == len(rates):
-        return {rate_name(rate): partial(plan.rate, rate) for rate in known}
+        names = [part if "/" in part else f"{part}/s" for part in (requests or LOADS).replace(" ", "").split(",")]
+        return {name: partial(plan.rate, rate, name=name) for name, rate in zip(names, known, strict=True)}
     path = Path(requests or "")
     if not path.is_file():
         raise OptionError(f"--requests takes requests a second, such as 2.5 or 1e6/day, or a trace, not {requests!r}")

@@ -19,6 +19,7 @@ from tokentree.prompts import read_text
 
 UNITS = {"s": 1, "second": 1, "min": 60, "minute": 60, "h": 3600, "hour": 3600, "day": 86400}
 MOST_LENGTH, MOST_LENGTHS, MOST_CLIENTS = CONTEXT // 2 - 1, 100_000, 100_000
+MOST_RATE = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -160,15 +161,16 @@ class Random:
         rate: requests a second.
         lengths: what they are drawn from.
         generator: draws.
+        name: how it is called.
 
     Raises:
         OptionError: if the rate is none.
     """
 
-    def __init__(self, rate: float, lengths: Lengths, generator: np.random.Generator) -> None:
-        if not 0 < rate < math.inf:
-            raise OptionError("a load has more than 0 requests a second")
-        self.rate, self.name = rate, rate_name(rate)
+    def __init__(self, rate: float, lengths: Lengths, generator: np.random.Generator, name: str | None = None) -> None:
+        if not 0 < rate <= MOST_RATE:
+            raise OptionError(f"a load has more than 0 and at most {MOST_RATE:,} requests a second")
+        self.rate, self.name = rate, rate_name(rate) if name is None else name
         self._lengths, self._generator, self._made = lengths, generator, _Numbered()
 
     def first(self) -> list[Asked]:

@@ -17,6 +17,7 @@ from tokentree.planning.simulation import MOST_REPLICAS, Simulation, Window
 METHODS = ("plain", "speculation")
 MEASURED = 400  # requests of a load
 WARM = 0.2  # of these, that come before and are not measured
+BETTER = 0.99  # of the time that requests took with fewer replicas: more help as long as they take less
 EACH = 4  # requests of each client that are measured, at least
 PAYS = 1.02  # times plain's tokens a second, from which on speculation pays
 
@@ -48,13 +49,16 @@ class Plan:
 
     # -- one load --------------------------------------------------------------------------------------------------
 
-    def rate(self, rate: float, replicas: int, method: str, tell: Callable[[float], None] = lambda _: None) -> Figures:
+    def rate(
+        self, rate: float, replicas: int, method: str, tell: Callable[[float], None] = lambda _: None,
+        name: str | None = None,
+    ) -> Figures:  # fmt: skip
         """Of requests that come at random, ``rate`` of them a second.
 
         A request that is alone takes some time, and so it takes some time until as many are under way as there will be.
         What comes before is not measured.
         """
-        load = Random(rate, self.lengths, self._generator(0))
+        load = Random(rate, self.lengths, self._generator(0), name)
         warm = max(math.ceil(WARM * self.measured), math.ceil(2 * rate * self._alone()))
         return self._run(load, replicas, method, Window(warm, self.measured), tell)
 
@@ -92,6 +96,26 @@ class Plan:
         return reading + output * (timing.forward(1, 1) + timing.step.seconds(1))
 
     # -- several of them -------------------------------------------------------------------------------------------
+
+    def table(
+        self, run: Callable[[int, str], Figures], counts: SequenceOf[int], enough: bool = False
+    ) -> Iterator[list[Figures]]:
+        """All methods side by side, for each number of replicas.
+
+        Args:
+            run: simulates a load, told the number of replicas and a method.
+            counts: the numbers, ascending.
+            enough: whether to stop behind the first number that helps nobody.
+        """
+        before = [math.inf] * len(self.methods)
+        for count in counts:
+            found = [run(count, method) for method in self.methods]
+            yield found
+            means = [math.inf if one.request_mean is None else one.request_mean for one in found]
+            helped = any(now == math.inf or now < BETTER * then for now, then in zip(means, before, strict=True))
+            if enough and not helped:
+                return
+            before = means
 
     def needed(
         self, run: Callable[[int, str], Figures], method: str, targets: SequenceOf[Target]

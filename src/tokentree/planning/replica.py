@@ -10,6 +10,7 @@ import numpy as np
 
 from tokentree.acceptance import acceptance
 from tokentree.decoder import Decoder
+from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter
 from tokentree.drafters.none import NoDrafter
 from tokentree.errors import OptionError
@@ -21,7 +22,7 @@ from tokentree.planning.timing import Timing
 from tokentree.sampling import Noise, SamplingParams
 from tokentree.scheduler import PREFILL_ROWS, Event, Scheduler
 from tokentree.sequence import Sequence
-from tokentree.shapes import Cost, shape
+from tokentree.shapes import Cost, Shape, shape
 
 AHEAD = 4  # requests that a replica which has a prompt's KV may have more than the one that has the fewest
 
@@ -62,13 +63,31 @@ class Setup:
         """The loop of a replica, which reads the time of ``clock``."""
         engine = TimedEngine(self.timing, clock, self.kept_tokens)
         drafter: Drafter = NoDrafter()
-        form = shape("chain:1")
+        form: Shape = Plain()
         if self.acceptance is not None:
             drafter = Drawn(self.acceptance, self.timing.drafting, clock, generator)
             form = shape(self.shape)
             if isinstance(form, Cost):
                 form.use_curve(self.timing.curve)
         return Decoder(engine, drafter, form, acceptance("match"), clock=clock)
+
+
+class Plain(Shape):
+    """No trees at all."""
+
+    max_depth, max_nodes = 1, 2
+
+    def counts(self, seq: Sequence, draft: Draft, frontier: SequenceOf[int]) -> list[int]:
+        return [0] * len(frontier)
+
+    def select(self, seq: Sequence, draft: Draft, level: SequenceOf[int]) -> list[int]:
+        return []
+
+    def rests(self, seqs: list[Sequence], reading: int = 0) -> bool:
+        return True
+
+    def prune(self, seq: Sequence, draft: Draft) -> Draft:
+        return draft
 
 
 class Replica:

@@ -15,7 +15,7 @@ from tokentree.planning.replica import ROUTERS, Replica, Router, Setup
 from tokentree.scheduler import Event
 
 DELIVERY, ARRIVAL, STEP = range(3)  # of what happens at the same time, in this order
-GROWTH = 0.2  # of the measured requests: if so many more are under way at their end, there are too many of them
+GROWTH = 0.1  # of the measured requests: if so many more are under way at their end, there are too many of them
 MOST_REPLICAS = 512  # a cost shape remembers a quarter of a megabyte
 
 
