@@ -137,6 +137,15 @@ def test_what_plans_need_is_measured_too(monkeypatch: pytest.MonkeyPatch, llm: L
     assert found.steps > 0
     assert found.step_seconds > 0
     assert min(found.step_per_sequence, found.drafting_per_sequence) >= 0
+    assert found.cells
+    for one in found.rates:  # cells are rates, by claims
+        alike = [
+            cell
+            for cell in found.cells
+            if (cell.drafters, cell.depth, cell.rank) == (one.drafters, one.depth, one.rank)
+        ]
+        assert sum(cell.trials for cell in alike) == pytest.approx(one.trials)
+        assert sum(cell.hits for cell in alike) == pytest.approx(one.hits)
     recorded = Recorded.read(found.model_dump_json(), "it")
     assert recorded.acceptance() is not None
     assert recorded.timing().forward(64, 1) == 0.1

@@ -43,6 +43,12 @@ class Rate(BaseModel):
     trials: float
 
 
+class Cell(Rate):
+    """The same of candidates that claimed about the same of themselves."""
+
+    claim: int = Field(description="the number of the bucket of probabilities that has what they claimed")
+
+
 class Pick(BaseModel):
     """The best fixed tree for one batch size."""
 
@@ -69,7 +75,8 @@ class Calibration(BaseModel):
     mean_accepted_length: float
     one_row: list[float] = Field([], description="seconds of plain steps: the 10th, 50th and 90th of 100")
     waiting: float | None = Field(None, description="share of the time that a thread waited for a CPU, where known")
-    steps: int = Field(0, description="in which `rates` were counted")
+    steps: int = Field(0, description="in which `rates` and `cells` were counted")
+    cells: list[Cell] = Field([], description="`rates`, by what candidates claimed too")
     prompt_rows: list[int] = Field([], description="tokens of a prompt that a forward reads, and nothing else")
     prompt_seconds: list[float] = Field([], description="of such forwards")
     drafting_per_sequence: float = Field(0.0, description="what each further text adds to `drafting_seconds`")
@@ -122,6 +129,10 @@ def calibrate(
         Rate(drafters="+".join(who), depth=depth, rank=rank, hits=hits, trials=trials)
         for who, depth, rank, hits, trials in form.rates.table(tree.decoder.drafter.names)
     ]
+    cells = [
+        Cell(drafters="+".join(who), claim=claim, depth=depth, rank=rank, hits=hits, trials=trials)
+        for who, claim, depth, rank, hits, trials in form.rates.cells(tree.decoder.drafter.names)
+    ]
     slowly, fastly = (_ran(way, [*prompts[:1]] * TOGETHER, params) for way in (plain, tree))
     beside = float(np.median(outside)) if outside else 0.0
     plain_seconds = [curve.seconds(batch, batch) for batch in BATCHES]
@@ -143,8 +154,8 @@ def calibrate(
         drafting_seconds=drafting, rates=rates, by_rank=by_rank, picks=picks,
         measured_speed_up=spent["plain"] / spent["tree"] if spent["tree"] else 1.0,
         mean_accepted_length=tokens / max(1, forwards),
-        one_row=np.quantile(singles, (0.1, 0.5, 0.9)).tolist() if singles else [], waiting=waiting, steps=forwards,
-        prompt_rows=prompt_rows, prompt_seconds=prompt_seconds,
+        one_row=np.quantile(singles, (0.1, 0.5, 0.9)).tolist() if singles else [], waiting=waiting,
+        steps=forwards, cells=cells, prompt_rows=prompt_rows, prompt_seconds=prompt_seconds,
         drafting_per_sequence=max(0.0, (fastly.drafting - drafting) / (TOGETHER - 1)), step_seconds=beside,
         step_per_sequence=max(0.0, (slowly.outside - beside) / (TOGETHER - 1)),
     )  # fmt: skip

@@ -14,7 +14,7 @@ from tokentree.planning.engine import RIGHT
 from tokentree.planning.recorded import Counted, Recorded
 from tokentree.planning.timing import Beside
 from tokentree.shapes import Dynamic
-from tokentree.shapes.rates import DEPTH_NAMES, DEPTHS, RANK_NAMES, RANKS, tried
+from tokentree.shapes.rates import CONFIDENCE, DEPTH_NAMES, DEPTHS, RANK_NAMES, RANKS, tried
 
 # drafters, depth, rank, hits, trials; of 1000 steps
 COUNTED = [
@@ -58,6 +58,26 @@ def test_candidates_come_and_are_right_as_often_as_they_were() -> None:
         there, right = counted[DEPTH_NAMES.index(depth), RANK_NAMES.index(rank), kinds.index(who)]
         assert there / steps == pytest.approx(trials / 1000, rel=0.1, abs=0.02)
         assert right / there == pytest.approx(hits / trials, rel=0.12, abs=0.02)
+
+
+def test_candidates_claim_what_those_like_them_claimed() -> None:
+    """So the cost shape tells them apart as it did where they were recorded."""
+    cells = [
+        {"drafters": "a", "claim": claim, "depth": "1", "rank": "0", "hits": hits, "trials": 100}
+        for claim, hits in ((1, 10), (11, 90))
+    ]
+    acceptance = _recorded(cells=cells, steps=200).acceptance()
+    assert acceptance is not None
+    drafter = Drawn(acceptance, Beside(), Clock(), np.random.default_rng(0))
+    found = dict[int, list[bool]]()
+    for _ in range(2000):
+        (draft,) = drafter.propose([make_sequence([9], max_tokens=40)], Dynamic(nodes=2, depth=1), False)
+        bucket = int((draft.log_probs[1] > CONFIDENCE).sum())
+        found.setdefault(bucket, []).append(draft.tokens[1] == RIGHT)
+    assert found.keys() == {1, 11}
+    assert np.mean(found[1]) == pytest.approx(0.1, abs=0.03)
+    assert np.mean(found[11]) == pytest.approx(0.9, abs=0.03)
+    assert len(found[1]) == pytest.approx(1000, abs=70)
 
 
 def test_without_steps_there_was_a_candidate_in_each() -> None:

@@ -20,7 +20,7 @@ from tokentree.shapes.base import Shape
 from tokentree.shapes.rates import DEPTHS
 from tokentree.tree import Floats, Ints
 
-LEAST_CLAIM, MOST_CLAIM = 0.01, 0.99  # what a candidate may say of itself
+LEAST_CLAIM, MOST_CLAIM = 0.01, 0.99  # what a candidate may claim of itself
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +35,7 @@ class Acceptance:
         shares: float64[depths, ranks, kinds], how many of these are of a kind, or of one before it.
         right: float64[depths, ranks, kinds], how many of these are right.
         missed: float64[depths, ranks], how often no candidate of a rank before it is.
+        claims: float64[depths, ranks, kinds], the log-probabilities that they claim.
     """
 
     names: tuple[str, ...]
@@ -43,20 +44,29 @@ class Acceptance:
     shares: Floats
     right: Floats
     missed: Floats
+    claims: Floats
 
     @classmethod
-    def of(cls, names: list[str], sources: Ints, offered: Floats, shares: Floats, right: Floats) -> Acceptance:
-        """With `missed` worked out. Candidates of one node exclude each other, so their rates add up."""
+    def of(
+        cls, names: list[str], sources: Ints, offered: Floats, shares: Floats, right: Floats, claimed: Floats
+    ) -> Acceptance:  # fmt: skip
+        """With `missed` worked out. Candidates of one node exclude each other, so their rates add up.
+
+        Args:
+            claimed: float64[kinds], the probability that candidates of each kind claim. NaN where that isn't known:
+                they claim the share of them that are right.
+        """
+        claims = np.where(np.isnan(claimed), right, claimed).clip(LEAST_CLAIM, MOST_CLAIM)
         of_kinds = np.diff(shares, axis=2, prepend=0.0)
         rates = (of_kinds * right).sum(2)
         missed = np.maximum(1.0 - np.cumsum(rates, axis=1) + rates, LEAST_CLAIM)
-        return cls(tuple(names), sources, offered, shares, right, missed)
+        return cls(tuple(names), sources, offered, shares, right, missed, np.log(claims))
 
 
 class Drawn(Drafter):
     """Proposes candidates that are drawn. A step that asks for some takes the time that drafting takes.
 
-    A candidate claims the share of those like it that were right. Nodes grow best first, as the drafters' own do.
+    Nodes grow best first, by what they claim, as the drafters' own do.
 
     Args:
         acceptance: what is drawn from.
@@ -84,7 +94,7 @@ class Drawn(Drafter):
         if deepest < 1 or not len(known.sources):
             return Draft(root)
         chances = self._generator.random(6 * most + 8)  # grow says what for
-        arrays = known.sources, known.offered, known.shares, known.right, known.missed
+        arrays = known.sources, known.offered, known.shares, known.right, known.missed, known.claims
         grown = grow(root, most, deepest, chances, *arrays)
         return Draft(root, grown=grown)
 
@@ -92,7 +102,7 @@ class Drawn(Drafter):
 @njit(cache=True)
 def grow(
     root: int, most: int, deepest: int, chances: Floats, sources: Ints, offered: Floats, shares: Floats, right: Floats,
-    missed: Floats,
+    missed: Floats, claims: Floats,
 ) -> tuple[Ints, Floats, int]:  # fmt: skip
     """The arrays of a draft of at most ``most`` nodes, and its size.
 
@@ -125,8 +135,8 @@ def grow(
                 hit = goes_on and chances[used + 1] * missed[depth, place] < rate
                 used += 2
                 goes_on = goes_on and not hit
-                claim = np.log(min(MOST_CLAIM, max(LEAST_CLAIM, rate)))
-                put(ints, floats, size, node, RIGHT if hit else RIGHT + 1 + rank, claim, rank, sources[kind])
+                token, claim = RIGHT if hit else RIGHT + 1 + rank, claims[depth, place, kind]
+                put(ints, floats, size, node, token, claim, rank, sources[kind])
                 is_right[size], depths[size] = hit, depths[node] + 1
                 size += 1
                 rank += 1

@@ -12,18 +12,21 @@ from tokentree.errors import OptionError
 from tokentree.planning.drawn import Acceptance
 from tokentree.planning.timing import Beside, Timing
 from tokentree.shapes.curve import CostCurve
-from tokentree.shapes.rates import DEPTH_NAMES, RANK_NAMES, RANKS
+from tokentree.shapes.rates import CLAIMS, CONFIDENCE, DEPTH_NAMES, RANK_NAMES, RANKS
 from tokentree.theory import check_rates
 
 Seconds = Annotated[float, Field(ge=0, le=1e5, allow_inf_nan=False)]
 Times = Annotated[float, Field(ge=0, le=1e15, allow_inf_nan=False)]
 MOST_DRAFTERS = 32
+EDGES = np.array([0.0, *np.exp(CONFIDENCE), 1.0])
+CLAIMED = (EDGES[1:] + EDGES[:-1]) / 2  # what candidates of each bucket claim, about
 
 
 class Counted(BaseModel):
     """Candidates of one kind, whose parent was right: how many there were, and how many of them were right."""
 
     drafters: str
+    claim: Annotated[int, Field(ge=0, lt=CLAIMS)] | None = None
     depth: Literal["1", "2", "3-4", "5-"]
     rank: Literal["0", "1", "2", "3-"]
     hits: Times
@@ -49,9 +52,10 @@ class Recorded(BaseModel):
         drafting_seconds, drafting_per_sequence: what drafts take in a step with one text, and what each further one
             adds.
         step_seconds, step_per_sequence: all else that a step takes beside its forward, likewise.
-        steps: in which ``rates`` were counted.
-        rates: how often candidates were right, by drafters, depth and rank.
-        by_rank: the same by rank alone, for whom has no ``rates``.
+        steps: in which these were counted.
+        cells: how often candidates were right, by drafters, depth, rank and what they claimed of themselves.
+        rates: the same whatever they claimed, for whom has no ``cells``.
+        by_rank: the same by rank alone, for whom has neither.
         mean_accepted_length: tokens for each forward, where they were counted.
     """
 
@@ -66,6 +70,7 @@ class Recorded(BaseModel):
     step_seconds: Seconds = 0.0
     step_per_sequence: Seconds = 0.0
     steps: Times | None = None
+    cells: list[Counted] = []
     rates: list[Counted] = []
     by_rank: list[float] = []
     mean_accepted_length: float | None = None
@@ -114,8 +119,9 @@ class Recorded(BaseModel):
         Raises:
             OptionError: if rates are none.
         """
-        if any(rate.trials for rate in self.rates):
-            return _of_counts(self.rates, self.steps)
+        for counted in (self.cells, self.rates):
+            if any(one.trials for one in counted):
+                return _of_counts(counted, self.steps)
         if any(self.by_rank):
             check_rates(self.by_rank)
             return _of_ranks(self.by_rank)
@@ -128,17 +134,18 @@ def _of_ranks(by_rank: list[float]) -> Acceptance:
     rates = [*by_rank, *[0.0] * ranks][:ranks]
     right = np.tile(np.array(rates)[None, :, None], (depths, 1, 1))
     offered = np.tile(np.array(rates) > 0, (depths, 1)).astype(np.float64)
-    return Acceptance.of(["recorded"], np.ones(1, np.int64), offered, np.ones_like(right), right)
+    ones = np.ones_like(right)
+    return Acceptance.of(["recorded"], np.ones(1, np.int64), offered, ones, right, np.full(1, math.nan))
 
 
 def _of_counts(counted: list[Counted], steps: float | None) -> Acceptance:
     names = list(dict.fromkeys(name for one in counted for name in one.drafters.split("+")))
     if len(names) > MOST_DRAFTERS:
         raise OptionError(f"acceptance is of at most {MOST_DRAFTERS} drafters")
-    kinds = list(dict.fromkeys(one.drafters for one in counted))
+    kinds = list(dict.fromkeys((one.drafters, one.claim) for one in counted))
     hits, trials = np.zeros((2, len(DEPTH_NAMES), RANKS, len(kinds)))
     for one in counted:
-        place = DEPTH_NAMES.index(one.depth), RANK_NAMES.index(one.rank), kinds.index(one.drafters)
+        place = DEPTH_NAMES.index(one.depth), RANK_NAMES.index(one.rank), kinds.index((one.drafters, one.claim))
         hits[place] += one.hits
         trials[place] += one.trials
     tried = trials.sum(2)
@@ -148,8 +155,9 @@ def _of_counts(counted: list[Counted], steps: float | None) -> Acceptance:
     offered[:, :-1] = np.minimum(offered[:, :-1], 1.0)
     shares = np.divide(trials.cumsum(2), tried[..., None], out=np.ones_like(trials), where=tried[..., None] > 0)
     right = np.divide(hits, trials, out=np.zeros_like(hits), where=trials > 0)
-    sources = [sum(1 << names.index(name) for name in kind.split("+")) for kind in kinds]
-    return Acceptance.of(names, np.array(sources, np.int64), offered, shares, right)
+    sources = [sum(1 << names.index(name) for name in drafters.split("+")) for drafters, _ in kinds]
+    claims = np.array([math.nan if claim is None else CLAIMED[claim] for _, claim in kinds])
+    return Acceptance.of(names, np.array(sources, np.int64), offered, shares, right, claims)
 
 
 def _parents(hits: np.ndarray, steps: float) -> np.ndarray:
