@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,15 +11,17 @@ import torch
 
 from tests.tiny_models import some_tokens, tiny, tiny_pair
 from tokentree import busy
-from tokentree.calibrate import BATCHES, SIZES, Calibration, Pick, Rate, _Ran, calibrate, certainty, tables
+from tokentree.calibrate import BATCHES, SIZES, Calibration, Pick, Rate, _outside, calibrate, certainty, tables
 from tokentree.costs import PROMPTS as PROMPT_ROWS
 from tokentree.costs import prompt_costs
 from tokentree.engines.base import TargetOutput
 from tokentree.engines.table import TableEngine
 from tokentree.llm import LLM
-from tokentree.metrics import Metrics
+from tokentree.planning.clock import Clock
 from tokentree.planning.recorded import Recorded
 from tokentree.plots.cost import plot_calibration
+from tokentree.sampling import SamplingParams
+from tokentree.scheduler import Event, Scheduler
 from tokentree.shapes import CostCurve, Static, shape
 
 PROMPTS = [some_tokens(9, seed) for seed in range(3)]
@@ -151,13 +154,24 @@ def test_what_plans_need_is_measured_too(monkeypatch: pytest.MonkeyPatch, llm: L
     assert recorded.timing().forward(64, 1) == 0.1
 
 
-def test_the_time_outside_of_the_loop_is_what_is_left() -> None:
-    long = Metrics(target_forwards=10, decode_seconds=2.0, draft_seconds=0.4, accept_seconds=0.1, prefill_seconds=0.5)
-    ran = _Ran([Metrics(target_forwards=4, decode_seconds=0.8, prefill_seconds=0.25), long], 3.75)
-    assert ran.longest is long
-    assert ran.outside == pytest.approx(0.1)
-    assert ran.drafting == pytest.approx(0.05)
-    assert _Ran([], 0.0).outside == 0.0
+def test_the_time_outside_of_the_loop_is_that_of_steps_that_decode_all(
+    monkeypatch: pytest.MonkeyPatch, llm: LLM
+) -> None:
+    plain, clock = llm.plain(), Clock()
+    monkeypatch.setattr("tokentree.calibrate.time", SimpleNamespace(perf_counter=clock))
+    step = Scheduler.step
+
+    def slower(self: Scheduler) -> list[Event]:
+        events = step(self)
+        inside = max((seq.metrics.steps[-1][2] for seq in self._active if seq.metrics.steps), default=0.0)
+        clock.advance(inside + 0.25 * sum(bool(event.tokens) for event in events))
+        return events
+
+    monkeypatch.setattr(Scheduler, "step", slower)
+    params = SamplingParams(max_tokens=9, ignore_eos=True)
+    assert _outside(plain, PROMPTS[:1], params) == pytest.approx(0.25)
+    assert _outside(plain, PROMPTS[:1] * 3, params) == pytest.approx(0.75)
+    assert _outside(plain, [], params) == 0
 
 
 def test_prompts_are_new_ones_each_time_and_none_is_left() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,7 +14,6 @@ from rich.table import Table
 from tokentree.busy import waited
 from tokentree.costs import cost_curve, prompt_costs
 from tokentree.llm import LLM
-from tokentree.metrics import Metrics
 from tokentree.sampling import SamplingParams
 from tokentree.shapes import Cost, optimal_paths
 
@@ -109,11 +107,9 @@ def calibrate(
     form = Cost(curve=curve)
     tree, plain, params = llm.using(llm.decoder.drafter, form), llm.plain(), SamplingParams(max_tokens=max_tokens)
     spent = dict.fromkeys(("tree", "plain"), 0.0)
-    drafting, forwards, tokens, singles, outside = 0.0, 0, 0, list[float](), list[float]()
+    drafting, forwards, tokens, singles = 0.0, 0, 0, list[float]()
     for ids in prompts:
-        plainly, fast = _ran(plain, [ids], params), _ran(tree, [ids], params).longest
-        slow = plainly.longest
-        outside.append(plainly.outside)
+        slow, fast = plain.generate([ids], params)[0].metrics, tree.generate([ids], params)[0].metrics
         spent["plain"] += slow.decode_seconds
         spent["tree"] += fast.decode_seconds
         singles += [seconds for _, _, seconds in slow.steps]
@@ -133,13 +129,14 @@ def calibrate(
         Cell(drafters="+".join(who), claim=claim, depth=depth, rank=rank, hits=hits, trials=trials)
         for who, claim, depth, rank, hits, trials in form.rates.cells(tree.decoder.drafter.names)
     ]
-    slowly, fastly = (_ran(way, [*prompts[:1]] * TOGETHER, params) for way in (plain, tree))
-    beside = float(np.median(outside)) if outside else 0.0
+    alone, together = prompts[:1], [*prompts[:1]] * TOGETHER
+    beside, further = (_outside(plain, some, params) for some in (alone, together))
+    drafts = _drafting(tree, together, params) if together else 0.0
     plain_seconds = [curve.seconds(batch, batch) for batch in BATCHES]
     trees = {size: optimal_paths(by_rank, size, DEPTH) for size in SIZES}
     picks = []
-    for batch, alone in zip(BATCHES, plain_seconds, strict=True):
-        gains = [trees[size][0] * alone / (curve.seconds(size * batch, batch) + drafting) for size in SIZES]
+    for batch, slow_step in zip(BATCHES, plain_seconds, strict=True):
+        gains = [trees[size][0] * slow_step / (curve.seconds(size * batch, batch) + drafting) for size in SIZES]
         best = max(range(len(SIZES)), key=lambda i: gains[i])
         expected, paths = trees[SIZES[best]]
         if gains[best] <= 1:
@@ -156,39 +153,32 @@ def calibrate(
         mean_accepted_length=tokens / max(1, forwards),
         one_row=np.quantile(singles, (0.1, 0.5, 0.9)).tolist() if singles else [], waiting=waiting,
         steps=forwards, cells=cells, prompt_rows=prompt_rows, prompt_seconds=prompt_seconds,
-        drafting_per_sequence=max(0.0, (fastly.drafting - drafting) / (TOGETHER - 1)), step_seconds=beside,
-        step_per_sequence=max(0.0, (slowly.outside - beside) / (TOGETHER - 1)),
+        drafting_per_sequence=max(0.0, (drafts - drafting) / (TOGETHER - 1)), step_seconds=beside,
+        step_per_sequence=max(0.0, (further - beside) / (TOGETHER - 1)),
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Ran:
-    """Texts that were written together, and how long all of it took."""
-
-    metrics: list[Metrics]
-    seconds: float
-
-    @property
-    def longest(self) -> Metrics:
-        """Of the one with the most steps, which took part in all of them."""
-        return max(self.metrics, key=lambda one: one.target_forwards, default=Metrics())
-
-    @property
-    def drafting(self) -> float:
-        """Seconds of a step in which drafts were made and accepted."""
-        return (self.longest.draft_seconds + self.longest.accept_seconds) / max(1, self.longest.target_forwards)
-
-    @property
-    def outside(self) -> float:
-        """Seconds of a step in which neither the loop nor the reading of a prompt went on."""
-        inside = self.longest.decode_seconds + sum(one.prefill_seconds for one in self.metrics)
-        return max(0.0, self.seconds - inside) / max(1, self.longest.target_forwards)
+def _outside(llm: LLM, prompts: SequenceOf[list[int]], params: SamplingParams) -> float:
+    """Seconds that a step takes which decodes all of ``prompts``, beside those of the loop: choosing the requests, and
+    handing out their tokens. The median of all such steps; 0 if there is none."""
+    scheduler, found = llm.scheduler(), list[float]()
+    seqs = [llm.sequence(ids, params) for ids in prompts]
+    pieces = {scheduler.add(seq): llm.pieces(seq) for seq in seqs}
+    while not scheduler.idle:
+        started = time.perf_counter()
+        events = scheduler.step()
+        for event in events:
+            pieces[event.request_id].of(event)
+        took = time.perf_counter() - started
+        if sum(bool(event.tokens) for event in events) == len(seqs) > 0:
+            found.append(took - seqs[0].metrics.steps[-1][2])
+    return float(np.median(found)) if found else 0.0
 
 
-def _ran(llm: LLM, prompts: SequenceOf[list[int]], params: SamplingParams) -> _Ran:
-    started = time.perf_counter()
-    found = [one.metrics for one in llm.generate(prompts, params)]
-    return _Ran(found, time.perf_counter() - started)
+def _drafting(llm: LLM, prompts: SequenceOf[list[int]], params: SamplingParams) -> float:
+    """Seconds of a step that decodes all of ``prompts`` in which drafts are made and accepted."""
+    longest = max((one.metrics for one in llm.generate(prompts, params)), key=lambda one: one.target_forwards)
+    return (longest.draft_seconds + longest.accept_seconds) / max(1, longest.target_forwards)
 
 
 def certainty(found: Calibration) -> str:
