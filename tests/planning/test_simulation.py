@@ -10,9 +10,9 @@ import pytest
 
 from tokentree.errors import OptionError
 from tokentree.planning.figures import Figures
-from tokentree.planning.load import Clients, Lengths, Line, Load, Random, Trace
+from tokentree.planning.load import Asked, Clients, Lengths, Line, Load, Random, Trace
 from tokentree.planning.recorded import Recorded
-from tokentree.planning.replica import ROUTERS, Setup
+from tokentree.planning.replica import AHEAD, ROUTERS, Replica, Setup, by_prefix
 from tokentree.planning.simulation import Outcome, Simulation, Window
 from tokentree.planning.timing import Beside, Timing
 from tokentree.shapes import CostCurve
@@ -168,10 +168,26 @@ def test_a_prompt_that_comes_again_is_read_once() -> None:
 
 
 def test_a_prompt_goes_to_the_replica_that_has_its_kv() -> None:
-    lines = [Line(seconds=place, prompt_tokens=101, output_tokens=1, prompt="ab"[place % 3 % 2]) for place in range(12)]
-    found = {name: _run(Setup(Timing(LINEAR)), Trace(lines), 12, 2, routing=name) for name in ("prefix", "in-turns")}
+    """Two prompts come together, now the one first, now the other."""
+    lines = [
+        Line(seconds=pair + 0.01 * place, prompt_tokens=101, output_tokens=1, prompt="ab"[(pair + place) % 2])
+        for pair in range(6)
+        for place in range(2)
+    ]
+    found = {name: _run(Setup(Timing(LINEAR)), Trace(lines), 12, 2, routing=name) for name in ROUTERS}
     read = {name: sum(first > 0.05 for first in one.first) for name, one in found.items()}
-    assert read == {"prefix": 2, "in-turns": 4}
+    assert read == {"prefix": 2, "least-busy": 4, "in-turns": 4}
+
+
+def test_a_replica_with_a_prompt_s_kv_is_left_where_it_has_far_more_to_do() -> None:
+    knowing, other = (Replica(PLAIN, np.random.default_rng(0)) for _ in range(2))
+    asked = Asked(0.0, 40, 4, prompt=7, number=0)
+    knowing.add(asked)
+    while not knowing.idle:
+        knowing.step()
+    for count in range(AHEAD + 2):
+        knowing.asked = dict.fromkeys(range(count), asked)
+        assert by_prefix(asked, [other, knowing]) is (knowing if count <= AHEAD else other)
 
 
 def test_memory_for_one_text_serves_one_after_another() -> None:
