@@ -151,6 +151,7 @@ class Plan:
         self, most: int, tell: Callable[[float], None] = lambda _: None
     ) -> Iterator[tuple[Figures, Figures]]:  # fmt: skip
         """Plain decoding and speculation on one replica, with 1, 2, 4, … clients at a time, up to ``most``."""
+        Clients(most, self.lengths, self._generator(0))  # refused before the others have run
         counts = [1 << power for power in range(most.bit_length()) if 1 << power < most]
         for count in [*counts, most]:
             plain, tree = (self.clients(count, 1, method, tell) for method in METHODS)

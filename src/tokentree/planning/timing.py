@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
+from tokentree.errors import OptionError
 from tokentree.shapes.curve import CostCurve
 
 
@@ -43,7 +45,13 @@ class Timing:
         return self.curve.seconds(rows, texts) if rows else 0.0
 
     def beside(self, step_ms: float | None, text_ms: float | None) -> Timing:
-        """The same with other milliseconds of `step`, for a first and for each further text; None keeps what it has."""
+        """The same with other milliseconds of `step`, for a first and for each further text; None keeps what it has.
+
+        Raises:
+            OptionError: if one is no time.
+        """
+        if not all(0 <= given < math.inf for given in (step_ms, text_ms) if given is not None):
+            raise OptionError("a step takes at least 0 milliseconds, and so does each text of it")
         step = self.step
         first = step.first if step_ms is None else step_ms / 1e3
         return replace(self, step=Beside(first, step.further if text_ms is None else text_ms / 1e3))
