@@ -144,7 +144,7 @@ WRONG = [
     ("--curve none", "can't read the cost curve 'none'"),
     ("--curve empty", "isn't what 'calibrate --json' prints"),
     ("--step-ms -1", "'--step-ms'"),
-    ("--clients 1 --text-ms nan", "at least 0 milliseconds"),
+    ("--clients 1 --text-ms inf", "at least 0 milliseconds"),
     ("--clients 1 --turnaround nan", "at least 0 seconds"),
     ("--break-even --max-batch 100001", "1 to 100,000 clients"),
 ]

@@ -51,7 +51,7 @@ class Timing:
             OptionError: if one is no time.
         """
         if not all(0 <= given < math.inf for given in (step_ms, text_ms) if given is not None):
-            raise OptionError("a step takes at least 0 milliseconds, and so does each text of it")
+            raise OptionError("a step takes at least 0 milliseconds, and less than infinitely many")
         step = self.step
         first = step.first if step_ms is None else step_ms / 1e3
         return replace(self, step=Beside(first, step.further if text_ms is None else text_ms / 1e3))
