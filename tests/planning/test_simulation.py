@@ -55,6 +55,26 @@ def test_a_client_without_speculation_waits_for_its_forwards_alone() -> None:
     assert _rounded(found.whole) == [read + 3 * step + 4 * 0.5] * 2
 
 
+def test_clients_that_share_a_round_wait_for_its_last_request() -> None:
+    lengths = Lengths([Line(prompt_tokens=1, output_tokens=count) for count in (1, 5)])
+    load = Clients(2, lengths, np.random.default_rng(0), in_round=3)
+    found = _run(PLAIN, load, 6, warm=3)
+    assert found.end - found.begin == sum(_round_of(load_outputs) for load_outputs in _outputs(lengths))
+
+
+def _outputs(lengths: Lengths) -> list[list[int]]:
+    """Of the second and the third round."""
+    generator = np.random.default_rng(0)
+    drawn = [lengths.lines[int(generator.integers(2))].output_tokens for _ in range(9)]
+    return [drawn[3:6], drawn[6:]]
+
+
+def _round_of(outputs: list[int]) -> float:
+    """Seconds until all have ended: two begin, and the first to end goes on with the third."""
+    first, second, third = outputs
+    return float(max(first, second, min(first, second) + third))
+
+
 def test_texts_share_forwards_and_each_further_one_adds_its_time() -> None:
     timing = Timing(CostCurve([1, 64], [1.0, 1.0], per_sequence=0.25), step=Beside(0.5, 0.125))
     found = _run(Setup(timing), _clients(3, 1, 4), 3)
@@ -205,6 +225,7 @@ def test_memory_for_one_text_serves_one_after_another() -> None:
         (lambda: Setup(Timing(FLAT), shape="chian:2"), "is not a shape"),
         (lambda: Random(0.0, Lengths.of([1], [1]), np.random.default_rng(0)), "more than 0"),
         (lambda: _clients(0, 1, 1), "clients"),
+        (lambda: Clients(3, Lengths.of([1], [1]), np.random.default_rng(0), in_round=2), "a request for each of 3"),
         (lambda: _run(PLAIN, _clients(1, 1, 1), 1, replicas=0), "replicas"),
         (lambda: Lengths.of([0], [1]), "1 to"),
         (lambda: Lengths.of([], [1]), "1 to"),

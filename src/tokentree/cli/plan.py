@@ -70,6 +70,15 @@ SameOption = Annotated[
 TurnaroundOption = Annotated[
     float, typer.Option(help="Seconds from an answer to its client's next request.", rich_help_panel=LOAD)
 ]
+RoundOption = Annotated[
+    int | None,
+    typer.Option(
+        "--round",
+        min=1,
+        rich_help_panel=LOAD,
+        help="Clients share so many requests, and begin anew once all of them have ended, as load tests do.",
+    ),
+]
 ReplicasOption = Annotated[
     str | None,
     typer.Option(help="Servers; several numbers with commas. Default with a load: 1.", rich_help_panel=SERVER),
@@ -134,6 +143,7 @@ def plan(
     output_tokens: OutputOption = "128",
     same_prompts: SameOption = False,
     turnaround: TurnaroundOption = 0.0,
+    in_round: RoundOption = None,
     replicas: ReplicasOption = None,
     routing: RoutingOption = "least-busy",
     shape: ShapeOption = "cost",
@@ -167,7 +177,7 @@ def plan(
     )  # fmt: skip
     counts = _numbers(prompt_tokens, "--prompt-tokens"), _numbers(output_tokens, "--output-tokens")
     lengths = Lengths.of(*counts, same_prompts) if sample is None else Lengths(read_trace(sample))
-    made = Plan(setup, lengths, ROUTERS[routing], measured, seed, turnaround)
+    made = Plan(setup, lengths, ROUTERS[routing], measured, seed, turnaround, in_round)
     targets, asked = [Target.of(text) for text in target or ()], requests is not None or clients is not None
     if requests is not None and clients is not None:
         raise OptionError("--requests come whatever becomes of others, and --clients wait for these: give one of them")

@@ -57,8 +57,8 @@ class Load(Protocol):
         """The request that comes next, once ``asked`` has come."""
         ...
 
-    def after_end(self, asked: Asked, seconds: float) -> Asked | None:
-        """The request that comes next, since ``asked`` ended at that time."""
+    def after_end(self, asked: Asked, seconds: float) -> list[Asked]:
+        """The requests that come next, since ``asked`` ended at that time."""
         ...
 
 
@@ -179,8 +179,8 @@ class Random:
     def after_arrival(self, asked: Asked) -> Asked | None:
         return self._next(asked.seconds)
 
-    def after_end(self, asked: Asked, seconds: float) -> Asked | None:
-        return None
+    def after_end(self, asked: Asked, seconds: float) -> list[Asked]:
+        return []
 
     def _next(self, seconds: float) -> Asked:
         line = self._lengths.lines[int(self._generator.integers(len(self._lengths.lines)))]
@@ -190,35 +190,51 @@ class Random:
 class Clients:
     """So many clients, each of which asks again as soon as it has its answer.
 
+    With rounds, they share the requests of a round. Who finds none left waits until the last one has ended. Then all
+    begin with the next round.
+
     Args:
         clients: how many.
         lengths: what their requests are drawn from.
         generator: draws.
         turnaround: seconds between the last token of an answer and the next request.
+        in_round: requests of a round. None: there are no rounds.
 
     Raises:
         OptionError: if there are none.
     """
 
     def __init__(
-        self, clients: int, lengths: Lengths, generator: np.random.Generator, turnaround: float = 0.0
+        self, clients: int, lengths: Lengths, generator: np.random.Generator, turnaround: float = 0.0,
+        in_round: int | None = None,
     ) -> None:  # fmt: skip
         if not 1 <= clients <= MOST_CLIENTS or not 0 <= turnaround < math.inf:
             raise OptionError(f"there are 1 to {MOST_CLIENTS:,} clients, who wait for at least 0 seconds")
         self.clients, self.name = clients, f"{clients} client{'s' * (clients > 1)}"
         self._lengths, self._generator, self._made = lengths, generator, _Numbered()
-        self._turnaround = turnaround
+        if in_round is not None and in_round < clients:
+            raise OptionError(f"a round has a request for each of {clients} clients, and {in_round} are fewer")
+        self._turnaround, self._in_round, self._asked, self._ended = turnaround, in_round, 0, 0
 
     def first(self) -> list[Asked]:
-        return [self._next(0.0) for _ in range(self.clients)]
+        return self._together(0.0)
 
     def after_arrival(self, asked: Asked) -> Asked | None:
         return None
 
-    def after_end(self, asked: Asked, seconds: float) -> Asked | None:
-        return self._next(seconds + self._turnaround)
+    def after_end(self, asked: Asked, seconds: float) -> list[Asked]:
+        self._ended += 1
+        if self._asked != self._in_round:
+            return [self._next(seconds + self._turnaround)]
+        return self._together(seconds + self._turnaround) if self._ended == self._in_round else []
+
+    def _together(self, seconds: float) -> list[Asked]:
+        """A request of each client, with which a round begins."""
+        self._asked = self._ended = 0
+        return [self._next(seconds) for _ in range(self.clients)]
 
     def _next(self, seconds: float) -> Asked:
+        self._asked += 1
         line = self._lengths.lines[int(self._generator.integers(len(self._lengths.lines)))]
         return self._made.make(line, seconds)
 
@@ -243,8 +259,8 @@ class Trace:
     def after_arrival(self, asked: Asked) -> Asked | None:
         return None
 
-    def after_end(self, asked: Asked, seconds: float) -> Asked | None:
-        return None
+    def after_end(self, asked: Asked, seconds: float) -> list[Asked]:
+        return []
 
 
 # -- how they are written ----------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ class Plan:
         measured: requests of each load.
         seed: of all draws. Each simulation has the same requests.
         turnaround: of clients, in seconds.
+        in_round: requests that clients share before they begin anew. None: each asks on and on.
     """
 
     setup: Setup
@@ -41,6 +42,7 @@ class Plan:
     measured: int = MEASURED
     seed: int = 0
     turnaround: float = 0.0
+    in_round: int | None = None
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -66,9 +68,12 @@ class Plan:
         self, clients: int, replicas: int, method: str, tell: Callable[[float], None] = lambda _: None
     ) -> Figures:
         """Of so many clients, each of which asks again once it has its answer. The first request of each is not
-        measured."""
-        load = Clients(clients, self.lengths, self._generator(0), self.turnaround)
-        return self._run(load, replicas, method, Window(clients, max(self.measured, EACH * clients)), tell)
+        measured, or the first round."""
+        load = Clients(clients, self.lengths, self._generator(0), self.turnaround, self.in_round)
+        warm, measured = clients, max(self.measured, EACH * clients)
+        if self.in_round is not None:  # whole rounds
+            warm, measured = self.in_round, self.in_round * math.ceil(measured / self.in_round)
+        return self._run(load, replicas, method, Window(warm, measured), tell)
 
     def trace(
         self, name: str, lines: SequenceOf[Line], replicas: int, method: str,

@@ -160,7 +160,7 @@ class Simulation:
             if event.finish_reason is not None:
                 del replica.asked[event.request_id]
                 self._under_way -= 1
-                if (following := self._load.after_end(asked, now)) is not None:
+                for following in self._load.after_end(asked, now):
                     self._put(following.seconds, ARRIVAL, following)
         replica.is_busy = not replica.idle
         if replica.is_busy:
