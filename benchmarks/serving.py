@@ -2,7 +2,7 @@
 text is the one that is written alone.
 
     python benchmarks/serving.py MODEL --prompts FILE [--heads DIR] [--clients 1,4,8,16] [--requests 48]
-        [--servers default,plain,transformers] [--transformers FOLDER] [--rounds 3] [--out FILE]
+        [--servers default,plain,transformers] [--transformers FOLDER] [--rounds 3] [--out FILE] [--sample FILE]
 
 Servers are started once, each in a process of its own, and get their load in turns, round by round, so that none has
 a quieter machine than another. ``default`` is ``tokentree serve``; ``plain`` is the same with ``--drafter none``;
@@ -11,7 +11,8 @@ requests, and each client takes the next one when it is through with one: chats 
 with a seed, of 16 to 128 tokens, streamed; to our own servers one in ten is left in its midst, and one in ten writes
 under a schema. ``relative`` has each server's tokens a second over those of ``plain``, of all rounds and of each. At
 the end the texts of ``default`` are asked for again, one by one, from the server without speculation. Exit status 1
-if one differs, or a request failed.
+if one differs, or a request failed. With ``--sample`` the lengths of what our servers were asked and answered are
+kept, as a trace for ``tokentree plan``.
 """
 
 from __future__ import annotations
@@ -78,6 +79,9 @@ class Load:
     first: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
     texts: list[tuple[dict[str, Any], str]] = field(default_factory=list)
+    lengths: list[tuple[str, int, int]] = field(
+        default_factory=list
+    )  # prompt, its tokens if known, those of the answer
 
     def figures(self) -> dict[str, Any]:
         def at(values: list[float], share: float) -> float | None:
@@ -136,6 +140,7 @@ def bodies(prompts: list[str], seed: int, ours: bool, count: int) -> Iterator[tu
 async def ask(http: httpx.AsyncClient, server: Server, body: dict[str, Any], leave: bool, load: Load) -> None:
     body = body | {"model": server.model}
     began, previous, text, tokens, pieces = time.perf_counter(), 0.0, "", 0, 0
+    prompt, prompt_tokens = body["messages"][0]["content"], 0
     async with http.stream("POST", server.url + "/v1/chat/completions", json=body) as answer:
         if answer.status_code != 200:
             load.failed.append(f"{answer.status_code}: {(await answer.aread())[:200]!r}")
@@ -149,7 +154,7 @@ async def ask(http: httpx.AsyncClient, server: Server, body: dict[str, Any], lea
                 load.failed.append(str(event["error"])[:200])
                 return
             if event.get("usage"):
-                tokens = event["usage"]["completion_tokens"]
+                tokens, prompt_tokens = event["usage"]["completion_tokens"], event["usage"]["prompt_tokens"]
             delta = event["choices"][0]["delta"].get("content") if event.get("choices") else None
             if delta:
                 now = time.perf_counter()
@@ -158,8 +163,10 @@ async def ask(http: httpx.AsyncClient, server: Server, body: dict[str, Any], lea
                 if leave and pieces == 4:
                     load.left += 1
                     load.tokens += pieces
+                    load.lengths.append((prompt, 0, pieces))
                     return
     load.tokens += tokens or pieces
+    load.lengths.append((prompt, prompt_tokens, tokens or pieces))
     load.requests += 1
     load.texts.append((body, text))
 
@@ -221,6 +228,17 @@ def told(found: dict[str, Any], out: Path | None) -> None:
         out.write_text(json.dumps(found, indent=1))
 
 
+def keep_sample(lengths: list[tuple[str, int, int]], out: Path) -> None:
+    """Writes a line for each request whose prompt one was answered to the end with."""
+    known, names = {prompt: tokens for prompt, tokens, _ in lengths if tokens}, dict[str, str]()
+    lines = [
+        {"prompt": names.setdefault(prompt, str(len(names))), "prompt_tokens": known[prompt], "output_tokens": answer}
+        for prompt, _, answer in lengths
+        if prompt in known and answer
+    ]
+    out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -232,6 +250,7 @@ def main() -> None:
     parser.add_argument("--servers", default="default,plain")
     parser.add_argument("--transformers", help="a folder with the same model, for transformers serve")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--sample", type=Path)
     options = parser.parse_args()
     prompts = [entry.turns[0] for entry in read_prompts(options.prompts)]
     names, counts = options.servers.split(","), [int(count) for count in options.clients.split(",")]
@@ -274,6 +293,9 @@ def main() -> None:
                     for name in by_name
                 },
             }
+            if options.sample:
+                ours_alone = [load for (name, _), load in loads.items() if by_name[name].is_ours]
+                keep_sample([one for load in ours_alone for one in load.lengths], options.sample)
             told(found, options.out)  # the comparison takes minutes, and is left out where it is cut off
             texts = [one for (name, _), load in loads.items() if name == "default" for one in load.texts]
             line = bar.add_task("alone", total=len(texts))

@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Collection, Generator, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -156,9 +157,10 @@ def decode(
     form: str | Shape = "2x2",
     accept: str = "match",
     max_batch: int = 8,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[list[int]]:
     """Runs the loop to its end; returns the new ids of each sequence. Without a drafter it is plain decoding."""
-    decoder = Decoder(engine, drafter or NoDrafter(), shape(form), acceptance(accept))
+    decoder = Decoder(engine, drafter or NoDrafter(), shape(form), acceptance(accept), clock=clock)
     for _ in decoder.run(seqs, max_batch):
         pass
     return [seq.output_ids for seq in seqs]

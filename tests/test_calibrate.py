@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from tests.tiny_models import some_tokens, tiny, tiny_pair
 from tokentree import busy
-from tokentree.calibrate import BATCHES, SIZES, Calibration, Pick, Rate, calibrate, certainty, tables
+from tokentree.calibrate import BATCHES, SIZES, Calibration, Pick, Rate, _outside, calibrate, certainty, tables
+from tokentree.costs import PROMPTS as PROMPT_ROWS
+from tokentree.costs import prompt_costs
+from tokentree.engines.base import TargetOutput
+from tokentree.engines.table import TableEngine
 from tokentree.llm import LLM
+from tokentree.planning.clock import Clock
+from tokentree.planning.recorded import Recorded
 from tokentree.plots.cost import plot_calibration
+from tokentree.sampling import SamplingParams
+from tokentree.scheduler import Event, Scheduler
 from tokentree.shapes import CostCurve, Static, shape
 
 PROMPTS = [some_tokens(9, seed) for seed in range(3)]
@@ -118,3 +129,63 @@ def test_without_the_system_s_word_steps_tell_that_a_machine_is_busy(monkeypatch
         assert one.busy is is_busy
         assert certainty(one).startswith("the machine is busy: 8 of 10 plain steps took 13.0 to 30.0 ms") is is_busy
     assert Calibration.model_validate_json(found.model_dump_json()) == found
+
+
+def test_what_plans_need_is_measured_too(monkeypatch: pytest.MonkeyPatch, llm: LLM) -> None:
+    found = _calibrated(monkeypatch, llm, CostCurve([1, 64], [0.01, 0.1]))
+    context = llm.engine.context
+    assert found.prompt_rows == [count for count in PROMPT_ROWS if count < context]
+    assert len(found.prompt_seconds) == len(found.prompt_rows) > 0
+    assert min(found.prompt_seconds) > 0
+    assert found.steps > 0
+    assert found.step_seconds > 0
+    assert min(found.step_per_sequence, found.drafting_per_sequence) >= 0
+    assert found.cells
+    for one in found.rates:  # cells are rates, by claims
+        alike = [
+            cell
+            for cell in found.cells
+            if (cell.drafters, cell.depth, cell.rank) == (one.drafters, one.depth, one.rank)
+        ]
+        assert sum(cell.trials for cell in alike) == pytest.approx(one.trials)
+        assert sum(cell.hits for cell in alike) == pytest.approx(one.hits)
+    recorded = Recorded.read(found.model_dump_json(), "it")
+    assert recorded.acceptance() is not None
+    assert recorded.timing().forward(64, 1) == 0.1
+
+
+def test_the_time_outside_of_the_loop_is_that_of_steps_that_decode_all(
+    monkeypatch: pytest.MonkeyPatch, llm: LLM
+) -> None:
+    plain, clock = llm.plain(), Clock()
+    monkeypatch.setattr("tokentree.calibrate.time", SimpleNamespace(perf_counter=clock))
+    step = Scheduler.step
+
+    def slower(self: Scheduler) -> list[Event]:
+        events = step(self)
+        inside = max((seq.metrics.steps[-1][2] for seq in self._active if seq.metrics.steps), default=0.0)
+        clock.advance(inside + 0.25 * sum(bool(event.tokens) for event in events))
+        return events
+
+    monkeypatch.setattr(Scheduler, "step", slower)
+    params = SamplingParams(max_tokens=9, ignore_eos=True)
+    assert _outside(plain, PROMPTS[:1], params) == pytest.approx(0.25)
+    assert _outside(plain, PROMPTS[:1] * 3, params) == pytest.approx(0.75)
+    assert _outside(plain, [], params) == 0
+
+
+def test_prompts_are_new_ones_each_time_and_none_is_left() -> None:
+    engine, read = TableEngine(torch.zeros(8, 8), context=200), []
+    reads = engine.verify
+
+    def verify(*given: Any, **reading: Any) -> TargetOutput:
+        read.append(reading["reading"][0][0].tokens)
+        return reads(*given, **reading)
+
+    engine.verify = verify  # type: ignore[method-assign]
+    rows, seconds = prompt_costs(engine)
+    assert rows == [64, 128]
+    assert all(0 < taken < 10 for taken in seconds)
+    assert sorted(map(len, read)) == [65] * 3 + [129] * 3
+    assert len({tuple(ids[:64]) for ids in read}) == 6
+    assert engine._committed == {}

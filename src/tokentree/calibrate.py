@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 from rich.table import Table
 
 from tokentree.busy import waited
-from tokentree.costs import cost_curve
+from tokentree.costs import cost_curve, prompt_costs
 from tokentree.llm import LLM
 from tokentree.sampling import SamplingParams
 from tokentree.shapes import Cost, optimal_paths
@@ -20,6 +20,7 @@ from tokentree.shapes import Cost, optimal_paths
 BATCHES = (1, 2, 4, 8)
 SIZES = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
 DEPTH = 12
+TOGETHER = 4  # texts that tell what each further one adds to a step
 BUSY_WAITING, BUSY_SPREAD = 0.1, 1.3  # above these, other programs took part in what was measured
 PROMPTS = (
     "Write a Python function that returns the n-th Fibonacci number, with a docstring.",
@@ -38,6 +39,12 @@ class Rate(BaseModel):
     rank: str
     hits: float
     trials: float
+
+
+class Cell(Rate):
+    """The same of candidates that claimed about the same of themselves."""
+
+    claim: int = Field(description="the number of the bucket of probabilities that has what they claimed")
 
 
 class Pick(BaseModel):
@@ -66,6 +73,13 @@ class Calibration(BaseModel):
     mean_accepted_length: float
     one_row: list[float] = Field([], description="seconds of plain steps: the 10th, 50th and 90th of 100")
     waiting: float | None = Field(None, description="share of the time that a thread waited for a CPU, where known")
+    steps: int = Field(0, description="in which `rates` and `cells` were counted")
+    cells: list[Cell] = Field([], description="`rates`, by what candidates claimed too")
+    prompt_rows: list[int] = Field([], description="tokens of a prompt that a forward reads, and nothing else")
+    prompt_seconds: list[float] = Field([], description="of such forwards")
+    drafting_per_sequence: float = Field(0.0, description="what each further text adds to `drafting_seconds`")
+    step_seconds: float = Field(0.0, description="of a step with one text, beside what the loop itself does")
+    step_per_sequence: float = Field(0.0, description="what each further text adds to `step_seconds`")
 
     @property
     def spread(self) -> float:
@@ -88,6 +102,7 @@ def calibrate(
     """
     began, before = time.perf_counter(), waited()
     curve = cost_curve(llm.engine, again=True)
+    prompt_rows, prompt_seconds = prompt_costs(llm.engine)
     step()
     form = Cost(curve=curve)
     tree, plain, params = llm.using(llm.decoder.drafter, form), llm.plain(), SamplingParams(max_tokens=max_tokens)
@@ -110,11 +125,18 @@ def calibrate(
         Rate(drafters="+".join(who), depth=depth, rank=rank, hits=hits, trials=trials)
         for who, depth, rank, hits, trials in form.rates.table(tree.decoder.drafter.names)
     ]
+    cells = [
+        Cell(drafters="+".join(who), claim=claim, depth=depth, rank=rank, hits=hits, trials=trials)
+        for who, claim, depth, rank, hits, trials in form.rates.cells(tree.decoder.drafter.names)
+    ]
+    alone, together = prompts[:1], [*prompts[:1]] * TOGETHER
+    beside, further = (_outside(plain, some, params) for some in (alone, together))
+    drafts = _drafting(tree, together, params) if together else 0.0
     plain_seconds = [curve.seconds(batch, batch) for batch in BATCHES]
     trees = {size: optimal_paths(by_rank, size, DEPTH) for size in SIZES}
     picks = []
-    for batch, alone in zip(BATCHES, plain_seconds, strict=True):
-        gains = [trees[size][0] * alone / (curve.seconds(size * batch, batch) + drafting) for size in SIZES]
+    for batch, slow_step in zip(BATCHES, plain_seconds, strict=True):
+        gains = [trees[size][0] * slow_step / (curve.seconds(size * batch, batch) + drafting) for size in SIZES]
         best = max(range(len(SIZES)), key=lambda i: gains[i])
         expected, paths = trees[SIZES[best]]
         if gains[best] <= 1:
@@ -130,7 +152,33 @@ def calibrate(
         measured_speed_up=spent["plain"] / spent["tree"] if spent["tree"] else 1.0,
         mean_accepted_length=tokens / max(1, forwards),
         one_row=np.quantile(singles, (0.1, 0.5, 0.9)).tolist() if singles else [], waiting=waiting,
+        steps=forwards, cells=cells, prompt_rows=prompt_rows, prompt_seconds=prompt_seconds,
+        drafting_per_sequence=max(0.0, (drafts - drafting) / (TOGETHER - 1)), step_seconds=beside,
+        step_per_sequence=max(0.0, (further - beside) / (TOGETHER - 1)),
     )  # fmt: skip
+
+
+def _outside(llm: LLM, prompts: SequenceOf[list[int]], params: SamplingParams) -> float:
+    """Seconds that a step takes which decodes all of ``prompts``, beside those of the loop: choosing the requests, and
+    handing out their tokens. The median of all such steps; 0 if there is none."""
+    scheduler, found = llm.scheduler(), list[float]()
+    seqs = [llm.sequence(ids, params) for ids in prompts]
+    pieces = {scheduler.add(seq): llm.pieces(seq) for seq in seqs}
+    while not scheduler.idle:
+        started = time.perf_counter()
+        events = scheduler.step()
+        for event in events:
+            pieces[event.request_id].of(event)
+        took = time.perf_counter() - started
+        if sum(bool(event.tokens) for event in events) == len(seqs) > 0:
+            found.append(took - seqs[0].metrics.steps[-1][2])
+    return float(np.median(found)) if found else 0.0
+
+
+def _drafting(llm: LLM, prompts: SequenceOf[list[int]], params: SamplingParams) -> float:
+    """Seconds of a step that decodes all of ``prompts`` in which drafts are made and accepted."""
+    longest = max((one.metrics for one in llm.generate(prompts, params)), key=lambda one: one.target_forwards)
+    return (longest.draft_seconds + longest.accept_seconds) / max(1, longest.target_forwards)
 
 
 def certainty(found: Calibration) -> str:

@@ -22,6 +22,7 @@ from tokentree.tree import TokenTree
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20, 24, 32, 48, 64)
 PREFIX = 256  # tokens before the tree
 ROUNDS = 3
+PROMPTS = (64, 128, 256, 512, 1024)  # tokens of a prompt that a forward reads
 MOST_ROWS, MOST_SECONDS = 1 << 16, 1e5  # that make sense in a file
 logger = logging.getLogger(__name__)
 
@@ -100,6 +101,27 @@ def measure(engine: Engine) -> CostCurve:
             engine.release(seqs)
     curve = CostCurve(rows, [alone[nodes] for nodes in rows])
     return CostCurve(rows, curve.points, max(0.0, (together - curve.seconds(16)) / 3))
+
+
+def prompt_costs(engine: Engine) -> tuple[list[int], list[float]]:
+    """Times forwards that read so many tokens of a new prompt, and nothing else; the fastest of some rounds. Without
+    those for which the engine has no room."""
+    counts = [count for count in PROMPTS if count < engine.context]
+    generator = np.random.default_rng()  # other prompts each time: the engine may have KV of earlier ones
+    fastest = dict.fromkeys(counts, math.inf)
+    with engine.lock:
+        for _ in range(ROUNDS):
+            for count in counts:
+                ids = generator.integers(0, engine.vocab_size, count + 1).tolist()
+                seq = Sequence(ids, SamplingParams(max_tokens=1), seeded_noise(0, 0), count + 2)
+                try:
+                    left = count - engine.begin(seq)
+                    started = time.perf_counter()
+                    engine.verify([], [], reading=[(seq, left)])
+                    fastest[count] = min(fastest[count], time.perf_counter() - started)
+                finally:
+                    engine.release([seq])
+    return counts, [fastest[count] for count in counts]
 
 
 def _read(file: Path) -> CostFile:

@@ -35,6 +35,8 @@ class Decoder:
         accept: the acceptance rule. It chooses the new tokens.
         watch: called after every step with each sequence, its draft and what was accepted of it. It runs inside of the
             step. So it must not decode with this engine, nor wait for a thread that does.
+        clock: tells the time in seconds, of requests and of the scheduler too; by default ``time.perf_counter``. The
+            engine and the drafter have clocks of their own.
 
     Raises:
         PairingError: if the rule needs drawn children and the drafter can't draw any, or chains and the shape branches.
@@ -42,8 +44,9 @@ class Decoder:
     """
 
     def __init__(
-        self, engine: Engine, drafter: Drafter, shape: Shape, accept: Acceptance, watch: Watcher | None = None
-    ) -> None:
+        self, engine: Engine, drafter: Drafter, shape: Shape, accept: Acceptance, watch: Watcher | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:  # fmt: skip
         for given, kind in ((drafter, Drafter), (shape, Shape)):
             if not isinstance(given, kind):
                 raise OptionError(f"{given!r} is not a {kind.__name__}: names are for LLM")
@@ -61,6 +64,7 @@ class Decoder:
             )
         compile_loops()
         self.engine, self.drafter, self.shape, self.accept, self.watch = engine, drafter, shape, accept, watch
+        self.clock = clock
 
     @property
     def lock(self) -> Exclusive:
@@ -97,7 +101,7 @@ class Decoder:
         Raises:
             ModelError: if the engine can't use the KV that its prompt came with.
         """
-        started = time.perf_counter()
+        started = self.clock()
         if seq.prompt_kv is None:
             seq.metrics.reused_tokens = self.engine.begin(seq)
         elif isinstance(self.engine, TakesPrompts):
@@ -105,7 +109,7 @@ class Decoder:
         else:
             raise ModelError(f"{self.engine.info.name} can't go on here behind a prompt that the model read by itself")
         self.drafter.observe_prompt([seq], self.engine.committed(seq))
-        seq.metrics.prefill_seconds += time.perf_counter() - started
+        seq.metrics.prefill_seconds += self.clock() - started
         seq.metrics.lossy = self.accept.lossy
 
     def unread(self, seq: Sequence) -> int:
@@ -129,30 +133,30 @@ class Decoder:
             reading: pairs of a sequence that has begun and a number of tokens. So many of its next tokens go through
                 the same forward.
         """
-        clock, unread = [time.perf_counter()], sum(count for _, count in reading)
+        times, unread = [self.clock()], sum(count for _, count in reading)
         before = sum(seq.metrics.prefill_seconds for seq in seqs)
         drafts = [draft.cut(seq.room - 1) for seq, draft in zip(seqs, self._draft(seqs, unread), strict=True)]
-        clock[0] += sum(seq.metrics.prefill_seconds for seq in seqs) - before  # when a drafter read a prompt
-        clock.append(time.perf_counter())
+        times[0] += sum(seq.metrics.prefill_seconds for seq in seqs) - before  # when a drafter read a prompt
+        times.append(self.clock())
         out = self.engine.verify(seqs, [draft.tree for draft in drafts], reading=reading)
-        clock.append(time.perf_counter())
+        times.append(self.clock())
         accepted = [self._accept(i, seq, draft, out) for i, (seq, draft) in enumerate(zip(seqs, drafts, strict=True))]
         self.engine.commit(seqs, [step.path for step in accepted])
-        clock.append(time.perf_counter())
+        times.append(self.clock())
         going = [i for i, step in enumerate(accepted) if step.error is None]
         part = [seqs[i] for i in going], [drafts[i] for i in going], [accepted[i] for i in going]
         if going:
             self.drafter.observe(*part[:2], out.of(going), part[2])
-            self.shape.observe(*part, clock[1] - clock[0], 0.0 if reading else out.seconds)
-        clock.append(time.perf_counter())
+            self.shape.observe(*part, times[1] - times[0], 0.0 if reading else out.seconds)
+        times.append(self.clock())
         for i, (seq, draft, step) in enumerate(zip(seqs, drafts, accepted, strict=True)):
-            self._record(i, seq, draft, step, out, clock)
+            self._record(i, seq, draft, step, out, times)
         rows = sum(map(len, drafts)) + unread
         for seq, count in reading:
-            started = time.perf_counter()
+            started = self.clock()
             self.drafter.observe_prompt([seq], self.engine.committed(seq))
-            share = (clock[2] - clock[1]) * count / rows
-            seq.metrics.prefill_seconds += share + time.perf_counter() - started
+            share = (times[2] - times[1]) * count / rows
+            seq.metrics.prefill_seconds += share + self.clock() - started
 
     @exclusive
     def release(self, seqs: list[Sequence]) -> None:
@@ -183,15 +187,15 @@ class Decoder:
         return seq.truncate(step)
 
     def _record(
-        self, i: int, seq: Sequence, draft: Draft, step: Accepted, out: TargetOutput, clock: list[float]
+        self, i: int, seq: Sequence, draft: Draft, step: Accepted, out: TargetOutput, times: list[float]
     ) -> None:
         metrics = seq.metrics
         metrics.count_step(draft.depth, len(draft) - 1, max(0, len(step.path) - 1), step.refused)
-        metrics.draft_seconds += clock[1] - clock[0] + clock[4] - clock[3]
-        metrics.verify_seconds += clock[2] - clock[1]
-        metrics.accept_seconds += clock[3] - clock[2]
-        metrics.decode_seconds += clock[4] - clock[0]
-        metrics.steps.append((len(draft), len(step.tokens), clock[4] - clock[0]))
+        metrics.draft_seconds += times[1] - times[0] + times[4] - times[3]
+        metrics.verify_seconds += times[2] - times[1]
+        metrics.accept_seconds += times[3] - times[2]
+        metrics.decode_seconds += times[4] - times[0]
+        metrics.steps.append((len(draft), len(step.tokens), times[4] - times[0]))
         if len(step.path) > 1:
             metrics.count_sources(draft.sources, step.path[1:], self.names)
         if seq.params.logprobs is not None:

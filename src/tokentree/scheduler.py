@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 import warnings
 from collections import deque
 from collections.abc import Collection
@@ -134,7 +133,7 @@ class Scheduler:
             held: ids of requests that take no part in it, and are the first to lose their KV.
         """
         self._sweep()
-        now = time.monotonic()
+        now = self._decoder.clock()
         for seq in [*self._active, *self._waiting]:
             if now > seq.deadline:
                 seq.finish_reason = "timeout"
@@ -182,7 +181,7 @@ class Scheduler:
             self._active.append(seq)
             if seq.id not in self._begun:
                 self._begun.add(seq.id)
-                seq.metrics.queue_seconds = time.monotonic() - seq.made
+                seq.metrics.queue_seconds = self._decoder.clock() - seq.made
             try:
                 self._decoder.begin(seq)
             except BaseException as error:  # noqa: BLE001  as in a step

@@ -73,6 +73,7 @@ class Sequence:
         guide: what ``params.structured_outputs`` allows; without such an option there is none.
         prompt_kv: the KV of a prompt that the model read by itself.
         watch: called after each of its steps with itself, the draft, and what was accepted of it, see `Decoder`.
+        made: when the request was made, on the clock of the `Decoder` that decodes it.
 
     Raises:
         PromptError: if the prompt is empty or leaves no room in the context.
@@ -83,8 +84,7 @@ class Sequence:
         takes_best: whether each token is simply the one with the largest raw logit.
         finish_reason: why it ended, None as long as it goes on.
         error: with the finish reason "error", what ended it.
-        made: when the request was made, on `time.monotonic`'s clock.
-        deadline: when ``params.timeout`` is over, on the same clock.
+        deadline: when ``params.timeout`` is over, on the same clock as `made`.
     """
 
     prompt_ids: list[int]
@@ -104,6 +104,7 @@ class Sequence:
     error: TokenTreeError | None = None
     watch: Callable[[Sequence, Draft, Accepted], None] | None = None
     prompt_kv: PromptKV | None = None
+    made: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
@@ -122,7 +123,6 @@ class Sequence:
         self.tokens = list(self.prompt_ids)
         self.metrics.prompt_tokens = len(self.prompt_ids)
         timeout = self.params.timeout
-        self.made = time.monotonic()
         self.deadline = math.inf if timeout is None else self.made + timeout
 
     @property

@@ -70,6 +70,7 @@ def test_commands_stand_in_a_user_s_order_with_whole_sentences(
         "train",
         "theory",
         "simulate",
+        "plan",
     )
     places = [told.index(f"\n  {name} ") for name in order]
     assert places == sorted(places)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +18,7 @@ from tokentree.drafters.lookup.ngram import NGram
 from tokentree.drafters.merged import Merged
 from tokentree.engines.base import TargetOutput
 from tokentree.engines.table import TableEngine
+from tokentree.planning.clock import Clock
 from tokentree.sequence import Sequence
 from tokentree.shapes import Cost, CostCurve, Shape
 from tokentree.tree import TokenTree
@@ -34,21 +34,10 @@ MACHINES = {  # seconds of a forward, relative to one row
 }
 
 
-@dataclass
-class Clock:
-    """What everybody takes for the time."""
-
-    now: float = 0.0
-
-    def perf_counter(self) -> float:
-        return self.now
-
-
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    for module in ("tokentree.decoder", "tokentree.drafters.draft_model"):
-        monkeypatch.setattr(f"{module}.time", SimpleNamespace(perf_counter=clock.perf_counter))
+    monkeypatch.setattr("tokentree.drafters.draft_model.time", SimpleNamespace(perf_counter=clock))
     return clock
 
 
@@ -65,7 +54,7 @@ class Timed(TableEngine):
     ) -> TargetOutput:  # fmt: skip
         out = super().verify(seqs, trees, firsts, reading)
         seconds = self._curve.seconds(len(out.all_logits), len(seqs))
-        self._clock.now += seconds
+        self._clock.advance(seconds)
         return TargetOutput(out.all_logits, out.starts, out.firsts, seconds)
 
 
@@ -116,7 +105,7 @@ def _speed(clock: Clock, machine: str, drafter: Drafter, form: Cost, batch: int 
         ]
 
     started = clock.now
-    texts = decode(Timed(TABLE, curve, clock), requests(), drafter, form, accept)
+    texts = decode(Timed(TABLE, curve, clock), requests(), drafter, form, accept, clock=clock)
     if accept == "match":
         assert texts == decode(TableEngine(TABLE), requests())
     return TOKENS // batch * curve.seconds(batch, batch) / (clock.now - started)

@@ -9,7 +9,9 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-ORDER = ("generate", "chat", "serve", "check", "bench", "report", "plot", "calibrate", "train", "theory", "simulate")
+ORDER = (
+    "generate", "chat", "serve", "check", "bench", "report", "plot", "calibrate", "train", "theory", "simulate", "plan",
+)  # fmt: skip
 
 
 class Group(TyperGroup):

@@ -37,6 +37,7 @@ from tokentree.cli.options import (
     load,
     params_of,
 )
+from tokentree.cli.plan import plan
 from tokentree.cli.plot import plot
 from tokentree.cli.report import report
 from tokentree.cli.serve import serve
@@ -68,7 +69,7 @@ app = typer.Typer(
 
 app.add_typer(train, name="train", cls=Group)
 app.add_typer(plot, name="plot", cls=Group)
-for command in (generate, chat, serve, report, theory, simulate):
+for command in (generate, chat, serve, report, theory, simulate, plan):
     app.command(cls=Command)(command)
 
 

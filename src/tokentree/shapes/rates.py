@@ -101,6 +101,22 @@ class Rates:
                         found.append((who, depth, rank, float(hits[row, d, r]), float(trials[row, d, r])))
         return sorted(found, key=lambda entry: -entry[4])
 
+    def cells(self, names: SequenceOf[str]) -> list[tuple[list[str], int, str, str, float, float]]:
+        """(drafters, claim, depth, rank, hits, trials) of everything that was tried. A claim is the number of a bucket,
+        of `CLAIMS`."""
+        rows = self._rows[self._rows != FREE].tolist()
+        who = [[name for bit, name in enumerate(names) if bits >> bit & 1] for bits in rows]
+        hits, trials = (
+            part.reshape(ROWS, CLAIMS, len(DEPTH_NAMES), RANKS)
+            for part in (self._particular.hits, self._particular.trials)
+        )
+        return [
+            (who[row], claim, DEPTH_NAMES[depth], RANK_NAMES[rank], float(hits[place]), float(trials[place]))
+            for place in zip(*(part.tolist() for part in np.nonzero(trials)), strict=True)
+            for row, claim, depth, rank in [place]
+            if row < len(who) and who[row]
+        ]
+
     def by_rank(self) -> list[float]:
         """Acceptance by rank, over all drafters and depths; the last entry is for each rank from there on."""
         shape = (-1, RANKS)

@@ -1,0 +1,57 @@
+"""What the parts of a step take, as they were measured."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from tokentree.errors import OptionError
+from tokentree.shapes.curve import CostCurve
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Seconds of something that a step does beside its forward.
+
+    Args:
+        first: with one text.
+        further: that each further text adds.
+    """
+
+    first: float = 0.0
+    further: float = 0.0
+
+    def seconds(self, texts: int) -> float:
+        """With so many texts; none take none."""
+        return self.first + self.further * (texts - 1) if texts else 0.0
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What a step takes: a forward, drafts where there are any, and everything else.
+
+    Args:
+        curve: T(rows, texts) of a forward. Rows of trees and tokens of prompts are both rows.
+        drafting: making drafts, and accepting what is right of them.
+        step: the scheduler, the loop, and what hands out tokens.
+    """
+
+    curve: CostCurve
+    drafting: Beside = Beside()
+    step: Beside = Beside()
+
+    def forward(self, rows: int, texts: int) -> float:
+        """Seconds of a forward over ``rows`` rows of so many texts. No rows are no forward."""
+        return self.curve.seconds(rows, texts) if rows else 0.0
+
+    def beside(self, step_ms: float | None, text_ms: float | None) -> Timing:
+        """The same with other milliseconds of `step`, for a first and for each further text; None keeps what it has.
+
+        Raises:
+            OptionError: if one is no time.
+        """
+        if not all(0 <= given < math.inf for given in (step_ms, text_ms) if given is not None):
+            raise OptionError("a step takes at least 0 milliseconds, and less than infinitely many")
+        step = self.step
+        first = step.first if step_ms is None else step_ms / 1e3
+        return replace(self, step=Beside(first, step.further if text_ms is None else text_ms / 1e3))
