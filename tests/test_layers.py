@@ -37,6 +37,7 @@ LAYERS = {
             "prompt_kv",
             "gguf.header",
             "misread",
+            "uncollected",
         ),
         1,
     ),
