@@ -27,7 +27,9 @@ def compared(load: dict[str, Any], plan: dict[str, Any]) -> list[dict[str, Any]]
     for server, method in SERVERS.items():
         for clients, measured in load["servers"].get(server, {}).get("clients", {}).items():
             one = foretold.get((str(clients), method))
-            for name in FIGURES if one is not None else ():
+            if one is None:
+                continue
+            for name in FIGURES:
                 if measured.get(name) and one[name] is not None:
                     off = one[name] / measured[name] - 1
                     found.append({"server": server, "clients": int(clients), "figure": name, "off": round(off, 4)}
