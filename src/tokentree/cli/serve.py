@@ -123,7 +123,7 @@ def serve(
     from tokentree.serve.settings import Settings
 
     _check_words(log_level, generation_config, tool_parser)
-    keys = _keys(api_key, api_key_file)
+    keys = keys_of(api_key, api_key_file)
     if memory is not None:
         check_folder(memory)
     options: dict[str, Any] = {
@@ -160,7 +160,7 @@ def _check_words(log_level: str, generation_config: str, tool_parser: str) -> No
         raise OptionError(f"--tool-parser {tool_parser!r} is not one of {', '.join(PARSERS)}")
 
 
-def _keys(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
+def keys_of(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
     """The keys of both options.
 
     Raises:
