@@ -18,7 +18,12 @@ def app(arguments: dict[str, Any]) -> Application:
         OptionError: if one of them is wrong, or Ray isn't there.
         ModelError, PairingError: as `LLM`, as far as that is known before anything is loaded.
     """
-    from tokentree.scale.application import application
+    from tokentree.errors import OptionError
     from tokentree.scale.arguments import arguments_of
 
-    return application(arguments_of(arguments))
+    checked = arguments_of(arguments)
+    try:
+        from tokentree.scale.application import application
+    except ModuleNotFoundError as error:
+        raise OptionError(f"replicas need {error.name}: pip install 'tokentree[scale]'") from None
+    return application(checked)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 BLOCK = 256  # characters: a long message has a mark after each so many
-IDS = 64  # the same of a prompt in token ids
+IDS = 32  # the same of a prompt in token ids
 MARKS = 1024  # of a request; what lies behind them doesn't say where it goes
 KNOWN = 1 << 16  # marks that are remembered
 PLACES = 4  # replicas that are remembered of a mark, the latest ones

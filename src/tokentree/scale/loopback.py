@@ -12,9 +12,9 @@ HERE = "127.0.0.1"
 
 
 def listen_here() -> None:
-    """Where Ray listens to this machine alone, Serve does so too. By itself it opens a port of each deployment's process
-    on all addresses, for calls that aren't made here; whoever has Ray's secret could run code through it. Called before
-    the process is ready, since then the port is opened."""
+    """Where Ray listens to this machine alone, Serve does so too. By itself it opens a port of each replica on all
+    addresses, for calls that aren't made here; whoever has Ray's secret could run code through it. To be called before
+    the replica is ready, since the port is opened then."""
     if ray.util.get_node_ip_address() == HERE:
         replica.add_port_to_grpc_server = partial(_add, replica.add_port_to_grpc_server)
 

@@ -37,13 +37,15 @@ class Answer:
 
     def __init__(self, send: Send, ends: str) -> None:
         self._send, self._ends = send, ends
+        self._last = f"data: {ends}\n\n".encode() if ends else b""
         self.given = False
-        self._begun = False  # the status has gone out, of a stream of events
+        self._begun = self._ended = False  # whether the status of a stream has gone out, and the word at its end
         self._kept = list[Message]()
 
     async def take(self, message: Message) -> None:
         """Takes the next message of a replica."""
         if self.given:
+            self._ended = message.get("body") == self._last
             await self._send(message)
         elif message["type"] == "http.response.start":
             self._kept = [message]
@@ -75,6 +77,9 @@ class Answer:
         """
         if not self._begun:
             raise error
+        if self._ended:  # all has been told
+            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+            return
         await self._end(json.dumps(self._event(error), separators=(",", ":")).encode())
 
     def _event(self, error: ApiError) -> dict[str, Any]:
@@ -85,10 +90,8 @@ class Answer:
     async def _end(self, data: bytes) -> None:
         self.given = True
         name = b"" if self._ends else b"event: error\n"
-        last = f"data: {self._ends}\n\n".encode() if self._ends else b""
-        await self._send(
-            {"type": "http.response.body", "body": name + b"data: " + data + b"\n\n" + last, "more_body": False}
-        )
+        event = name + b"data: " + data + b"\n\n" + self._last
+        await self._send({"type": "http.response.body", "body": event, "more_body": False})
 
     async def _begin(self) -> None:
         if not self._begun:
