@@ -84,7 +84,10 @@ def test_what_is_remembered_has_limits() -> None:
     assert known.known(marks_of(body(prompt="d"))) == {"d": 1}
     for number in range(2 * PLACES):
         known.learn(marks_of(body(prompt="d")), str(number))
-    assert list(known.known(marks_of(body(prompt="d")))) == [str(number) for number in range(2 * PLACES)][: -PLACES - 1 : -1]
+    assert (
+        list(known.known(marks_of(body(prompt="d"))))
+        == [str(number) for number in range(2 * PLACES)][: -PLACES - 1 : -1]
+    )
 
 
 MARK = marks_of(body(prompt="a"))

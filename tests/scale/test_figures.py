@@ -28,7 +28,9 @@ def test_each_figure_has_its_replica_and_nothing_is_lost() -> None:
     texts = {"one": figures(3), "two": figures(4)}
     found = samples(merged(texts))
     name = "vllm:generation_tokens_total"
-    assert found[name] == {(("model_name", "model"), ("replica", one)): value for one, value in (("one", 3), ("two", 4))}
+    assert found[name] == {
+        (("model_name", "model"), ("replica", one)): value for one, value in (("one", 3), ("two", 4))
+    }
     alone = samples(texts["one"].encode())
     assert {name: len(values) for name, values in found.items()} == {
         name: 2 * len(values) for name, values in alone.items()

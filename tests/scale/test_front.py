@@ -65,7 +65,9 @@ class Replicas:
             self.ended += 1
 
     async def ask_all(self, name: str) -> list[Any]:
-        return [("one", self.app.state.service.metrics.scrape().decode())] if name == "figures" else [{"replica": "one"}]
+        return (
+            [("one", self.app.state.service.metrics.scrape().decode())] if name == "figures" else [{"replica": "one"}]
+        )
 
 
 @contextmanager
@@ -156,7 +158,10 @@ def test_keys_are_looked_at_before_any_replica(replicas: Replicas, http: httpx.C
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_a_request_that_has_no_answer_yet_is_tried_again(replicas: Replicas, http: httpx.Client, count: int) -> None:
-    expected, before = text_of(http.post("/v1/completions", json=BODY)), counted(http, "tokentree:requests_tried_again_t")
+    expected, before = (
+        text_of(http.post("/v1/completions", json=BODY)),
+        counted(http, "tokentree:requests_tried_again_t"),
+    )
     replicas.plans, replicas.asked = [count], []
     assert text_of(http.post("/v1/completions", json=BODY)) == expected
     assert len(replicas.asked) == 2

@@ -112,7 +112,8 @@ def serve(
     target_requests: Annotated[
         float | None,
         typer.Option(
-            min=0, help="Requests that each should have then, waiting ones too; default: max-batch.",
+            min=0,
+            help="Requests that each should have then, waiting ones too; default: max-batch.",
             rich_help_panel=SCALE,
         ),
     ] = None,
@@ -132,7 +133,8 @@ def serve(
     stuck_timeout: Annotated[
         float,
         typer.Option(
-            min=1, help="Seconds without a step after which a replica with requests is replaced.",
+            min=1,
+            help="Seconds without a step after which a replica with requests is replaced.",
             rich_help_panel=SCALE,
         ),
     ] = 120.0,
@@ -164,7 +166,7 @@ def serve(
     from tokentree.serve.defaults import defaults_of
     from tokentree.serve.settings import Settings
 
-    _check_words(log_level, generation_config, tool_parser)
+    _check_words(log_level, generation_config, tool_parser, routing)
     if replicas is not None:
         _serve_replicas(
             host, port, model=model, served_model_name=served_model_name, generation_config=generation_config,
@@ -230,13 +232,15 @@ def _text(path: Path | None) -> str | None:
     return None if path is None else str(path.absolute())
 
 
-def _check_words(log_level: str, generation_config: str, tool_parser: str) -> None:
+def _check_words(log_level: str, generation_config: str, tool_parser: str, routing: str) -> None:
     if log_level not in LEVELS:
         raise OptionError(f"--log-level {log_level!r} is not one of {', '.join(LEVELS)}")
     if generation_config not in ("auto", "none"):
         raise OptionError(f"--generation-config {generation_config!r} is neither auto nor none")
     if tool_parser not in PARSERS:
         raise OptionError(f"--tool-parser {tool_parser!r} is not one of {', '.join(PARSERS)}")
+    if routing not in ROUTINGS:
+        raise OptionError(f"--routing {routing!r} is neither {ROUTINGS[0]} nor {ROUTINGS[1]}")
 
 
 def keys_of(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
