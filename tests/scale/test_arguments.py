@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import re
 import subprocess
 import sys
@@ -79,16 +78,17 @@ def test_the_command_tells_mistakes_before_ray_starts(
     assert err.count("\n") == 1
 
 
-def test_without_ray_the_extra_is_named(folder: Path, tmp_path: Path) -> None:  # noqa: F811
-    code = "import sys; sys.modules['ray'] = None\nfrom tokentree.__main__ import start\nstart()"
-    words = ["serve", "-m", str(folder), "--replicas", "2"]
-    told = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, *words], capture_output=True, text=True, check=False
-    )
-    assert told.returncode == 2
-    assert told.stderr == "tokentree: replicas need ray: pip install 'tokentree[scale]'\n"
-    code = f"import sys; sys.modules['ray'] = None\nimport tokentree.scale\ntokentree.scale.app({{'model': {str(folder)!r}}})"
-    told = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False, env=os.environ
-    )
-    assert "OptionError: replicas need ray" in told.stderr.splitlines()[-1]
+WITHOUT = "import sys; sys.modules['ray'] = None\n"
+
+
+def told(code: str, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "ignore", "-c", WITHOUT + code, *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_without_ray_the_extra_is_named(folder: Path) -> None:  # noqa: F811
+    command = told("from tokentree.__main__ import start\nstart()", "serve", "-m", str(folder), "--replicas", "2")
+    assert command.returncode == 2
+    assert command.stderr == "tokentree: replicas need ray: pip install 'tokentree[scale]'\n"
+    application = told(f"import tokentree.scale\ntokentree.scale.app({{'model': {str(folder)!r}}})")
+    assert "OptionError: replicas need ray" in application.stderr.splitlines()[-1]

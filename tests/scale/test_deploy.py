@@ -125,3 +125,10 @@ def test_the_manual_names_every_argument() -> None:
 def test_the_application_takes_one_dictionary() -> None:
     """As Serve calls it."""
     assert list(inspect.signature(tokentree.scale.app).parameters) == ["arguments"]
+
+
+def test_make_scale_installs_what_is_pinned() -> None:
+    lines = [line for line in (ROOT / "tests/scale/packages.txt").read_text().splitlines() if line[0] != "#"]
+    installed = dict(line.split("==") for line in lines)
+    assert installed.items() <= PINS.items()
+    assert "ray" in installed

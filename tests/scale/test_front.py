@@ -123,8 +123,11 @@ def said(answer: httpx.Response) -> list[Any]:
 
 def written(events: list[Any]) -> str:
     """The text of a stream, in which steps may have more or fewer tokens each time."""
-    parts = [event.get("delta") or "".join(one.get("text") or one["delta"].get("content", "") for one in event["choices"])
-             for event in events if event and ("delta" in event or "choices" in event)]  # fmt: skip
+    parts = list[str]()
+    for event in events:
+        choices = event.get("choices", []) if event else []
+        parts += [one.get("text") or one["delta"].get("content", "") for one in choices]
+        parts += [event["delta"]] if event and "delta" in event else []
     return "".join(parts)
 
 
@@ -282,7 +285,7 @@ def test_figures_and_facts_are_of_all_replicas(replicas: Replicas, http: httpx.C
     ("event", "does"),
     [
         (b": ping\n\n", False),
-        (b'data: {"choices":[{"delta":{"role":"assistant","content":"","refusal":null},"finish_reason":null}]}\n\n', False),
+        (b'data: {"choices":[{"delta":{"role":"assistant","content":""},"finish_reason":null}]}\n\n', False),
         (b'data: {"choices":[{"delta":{"content":"a"},"finish_reason":null}]}\n\n', True),
         (b'data: {"choices":[{"delta":{},"finish_reason":"length"}]}\n\n', True),
         (b'data: {"choices":[{"text":"","finish_reason":null}]}\n\n', True),

@@ -32,7 +32,7 @@ class Memories:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._work, name="memories", daemon=True)
         if self._folder is not None:
-            self.read()
+            self._try(self.read)
             self._thread.start()
 
     def read(self) -> None:
@@ -52,10 +52,13 @@ class Memories:
         self._read[own] = _stamp(own)
 
     def exchange(self) -> None:
-        """Both. What can't be read or written is logged, and tried again the next time."""
+        """Both. What can't be read or written is logged, and tried again once it has changed."""
+        self._try(self.read)
+        self._try(self.write)
+
+    def _try(self, call: Callable[[], None]) -> None:
         try:
-            self.read()
-            self.write()
+            call()
         except OptionError as error:
             LOG.warning("memories aren't exchanged: %s", error)
 
