@@ -66,7 +66,7 @@ wheel: .venv/ready
 	rm -rf dist .venv/wheel
 	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 	$(PYTHON) -m venv .venv/wheel
-	.venv/wheel/bin/pip install --quiet --disable-pip-version-check -c constraints.txt "$$(ls dist/*.whl)[gguf,gpu,train,plot,serve,chat]"
+	.venv/wheel/bin/pip install --quiet --disable-pip-version-check -c constraints.txt "$$(ls dist/*.whl)[gguf,gpu,train,plot,serve,scale,chat]"
 	cd .venv/wheel && bin/python -W ignore ../../tools/check_wheel.py
 
 format: .venv/ready

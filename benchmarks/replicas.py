@@ -34,7 +34,8 @@ from benchmarks.serving import alone, bodies, free_port, running
 
 from tokentree.prompts import read_prompts
 from tokentree.scale.arguments import Arguments, arguments_of
-from tokentree.scale.local import HERE, deploy, ray_here, serving
+from tokentree.scale.local import deploy, ray_here, serving
+from tokentree.scale.loopback import HERE
 
 PATIENCE = 600  # seconds for an answer
 

@@ -25,7 +25,8 @@ from tests.serve.serving import error_of, events_of, until
 from tests.tiny_models import save_model, tiny, tiny_tokenizer
 from tokentree import LLM, SamplingParams
 from tokentree.scale.arguments import Arguments, arguments_of
-from tokentree.scale.local import HERE, deploy, ray_here, serving
+from tokentree.scale.local import deploy, ray_here, serving
+from tokentree.scale.loopback import HERE
 from tokentree.serve.run import listen
 
 ROOT = Path(__file__).parent.parent.parent
@@ -58,7 +59,8 @@ class Running:
 
 
 def descendants() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
+    found: list[psutil.Process] = psutil.Process().children(recursive=True)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +143,7 @@ def test_figures_of_all_replicas_are_in_one_scrape(running: Running) -> None:
     assert [*found["tokentree:replicas"].values()] == [2]
 
 
-def under_load(running: Running, meanwhile: Callable[[], None]) -> tuple[list[httpx.Response], list[list[Any]]]:
+def under_load(running: Running, meanwhile: Callable[[], object]) -> tuple[list[httpx.Response], list[list[Any]]]:
     """What clients were told while something happened: whole answers and streams."""
     over, wholes, streams = threading.Event(), list[httpx.Response](), list[list[Any]]()
 
@@ -202,7 +204,7 @@ def test_a_replica_that_is_killed_loses_no_request(running: Running) -> None:
 def test_replicas_that_are_drained_and_replaced_lose_nothing(running: Running) -> None:
     before = {one["pid"] for one in running.replicas}
     arguments = running.arguments.model_copy(update={"replicas": 1})  # one takes the place of two, to be done sooner
-    wholes, streams = under_load(running, lambda: bool(deploy(arguments)) and None)
+    wholes, streams = under_load(running, lambda: deploy(arguments))
     assert lost(running, wholes, streams) == 0
     until(lambda: len(running.replicas) == 1)
     assert not before & {one["pid"] for one in running.replicas}

@@ -24,11 +24,11 @@ from tokentree.cli.options import (
     ThreadsOption,
     check_folder,
     check_loading,
+    keys_of,
     made,
     name_of,
 )
 from tokentree.errors import OptionError
-from tokentree.prompts import read_text
 
 LIMITS, ACCESS, SCALE = "Limits", "Access", "Replicas"  # headings of the help
 ROUTINGS = ("beginning", "balanced")
@@ -241,21 +241,3 @@ def _check_words(log_level: str, generation_config: str, tool_parser: str, routi
         raise OptionError(f"--tool-parser {tool_parser!r} is not one of {', '.join(PARSERS)}")
     if routing not in ROUTINGS:
         raise OptionError(f"--routing {routing!r} is neither {ROUTINGS[0]} nor {ROUTINGS[1]}")
-
-
-def keys_of(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
-    """The keys of both options.
-
-    Raises:
-        OptionError: if one is empty, or a file has none.
-    """
-    keys = list(given or ())
-    if any(not key.strip() for key in keys):
-        raise OptionError("--api-key is empty: give a key, or leave it out")
-    if file is not None:
-        lines = [line.strip() for line in read_text(file, "the file of keys").splitlines()]
-        found = [line for line in lines if line and not line.startswith("#")]
-        if not found:
-            raise OptionError(f"there is no key in {str(file)!r}")
-        keys += found
-    return tuple(keys)

@@ -78,8 +78,7 @@ class Arguments(BaseModel):
             OptionError: if there are no keys in the file that should have some.
             ModelError: if ``model`` is nothing that a model can be in.
         """
-        from tokentree.cli.options import name_of
-        from tokentree.cli.serve import keys_of
+        from tokentree.cli.options import keys_of, name_of
         from tokentree.serve.defaults import defaults_of
 
         return Settings(
