@@ -13,6 +13,7 @@ from tokentree.scale.gate import Gate
 from tokentree.scale.replica import Replica
 
 AHEAD = 2  # times as many requests as are decoded together go to a replica: so it always has the next ones at hand
+TRIES = 20  # to make a replica: on a cluster what it needs may come later
 HEALTH_PERIOD, HEALTH_TIMEOUT = 2.0, 30.0  # seconds
 LOGGING = {"log_level": "WARNING", "enable_access_log": False}  # of Serve; requests are logged by nobody
 DRAIN_LOOP = 0.5  # seconds between two looks at whether all requests of a replica have ended
@@ -22,9 +23,15 @@ ROUTERS = {
 }
 
 
-def application(arguments: Arguments) -> Application:
-    """The application of these arguments, whose names of deployments are ``Front`` and ``Replica``."""
-    replica = serve.deployment(Replica, name="Replica").options(**replica_options(arguments))
+def application(arguments: Arguments, tries: int = TRIES) -> Application:
+    """The application of these arguments, whose names of deployments are ``Front`` and ``Replica``.
+
+    Args:
+        tries: how often Serve tries to make a replica, before it gives up.
+    """
+    replica = serve.deployment(Replica, name="Replica").options(
+        **replica_options(arguments), max_constructor_retry_count=tries
+    )
     front = serve.deployment(Gate, name="Front").options(
         num_replicas=arguments.fronts, max_ongoing_requests=1 << 20,
         ray_actor_options={"num_cpus": 0}, logging_config=LOGGING, graceful_shutdown_timeout_s=arguments.drain_timeout,

@@ -88,9 +88,10 @@ def deploy(arguments: Arguments) -> DeploymentHandle:
         ModelError: if no replica can be made.
     """
     try:
-        return ray_serve.run(application(arguments), name=NAME, route_prefix="/")
-    except RuntimeError as error:
-        raise ModelError(_reason(str(error))) from None
+        return ray_serve.run(application(arguments, tries=1), name=NAME, route_prefix="/")
+    except RuntimeError:
+        known = ray_serve.status().applications[NAME].deployments
+        raise ModelError(_reason("".join(one.message for one in known.values()))) from None
 
 
 def drain(seconds: float) -> None:

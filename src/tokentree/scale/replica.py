@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 import os
@@ -32,6 +33,8 @@ class Replica:
         ModelError, OptionError, PairingError: as `LLM`.
     """
 
+    _is_made = False  # Serve ends those too that couldn't be made
+
     def __init__(self, arguments: Arguments) -> None:
         listen_here()
         log_to_stderr(arguments.log_level)
@@ -45,6 +48,7 @@ class Replica:
         self._service: Service = self._app.state.service
         self._memories = Memories(llm, arguments.memory, _rank, arguments.memory_seconds)
         gc.freeze()
+        self._is_made = True
 
     async def answer(self, marks: Marks, scope: dict[str, Any], body: bytes) -> AsyncGenerator[Message]:
         """The messages of an answer.
@@ -79,9 +83,10 @@ class Replica:
 
     async def __del__(self) -> None:
         """Called by Serve once all requests have ended, or their time is up."""
-        logging.getLogger("tokentree.serve").info("the replica %s ends", self._name)
-        self._memories.close()
-        await self._service.close()
+        if self._is_made:
+            logging.getLogger("tokentree.serve").info("the replica %s ends", self._name)
+            await asyncio.to_thread(self._memories.close)
+            await self._service.close()
 
 
 def _rank() -> int:
