@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import time
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.serve.serving import slowed, tiny_llm, until
+from tests.serve.serving import tiny_llm, until
 from tests.tiny_models import some_tokens
 from tokentree import AsyncLLM, OptionError, SamplingParams, StepError
 from tokentree.drafters.lookup.recycling import Recycling
@@ -140,25 +141,46 @@ def test_a_damaged_memory_is_told_and_passed_over(tmp_path: Path, caplog: pytest
 
 
 def test_an_engine_that_makes_no_step_is_noticed() -> None:
-    llm = tiny_llm()
+    llm, goes_on = tiny_llm(), threading.Event()
     written(llm, 1)
-    slowed(llm, 0.5)
+    step, monkey = llm.decoder.step, llm.decoder
 
-    async def stuck() -> None:
+    def stuck(*args: Any) -> None:
+        goes_on.wait(60)
+        step(*args)
+
+    monkey.step = stuck  # type: ignore[method-assign]
+
+    async def asks() -> None:
         async with AsyncLLM(llm) as asked:
-            asked.check(0.2)  # nothing is asked for
-            seq = llm.sequence([5, 6], SamplingParams(max_tokens=3, ignore_eos=True))
-            events = asked.events([seq])
+            asked.check(0)  # nothing is asked for
+            events = asked.events([llm.sequence([5, 6], SamplingParams(max_tokens=3, ignore_eos=True))])
             waiting = asyncio.ensure_future(anext(events))
-            await asyncio.sleep(0.3)
-            asked.check(5)
-            with pytest.raises(StepError, match="no step was made for 0 seconds"):
-                asked.check(0.2)
+            await asyncio.sleep(0.2)
+            asked.check(60)
+            with pytest.raises(StepError, match="no step was made for 0 seconds, and there are requests"):
+                asked.check(0.1)
+            goes_on.set()
             await waiting
-            asked.check(0.4)  # it has made one
             await events.aclose()
             until(lambda: asked.scheduler.idle)
-            time.sleep(0.3)
-            asked.check(0.2)
+            asked.check(0)
 
-    asyncio.run(stuck())
+    asyncio.run(asks())
+
+
+def test_a_step_and_the_first_request_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("tokentree.scheduler.time", SimpleNamespace(monotonic=lambda: now[0]))
+    llm = tiny_llm()
+    scheduler = llm.scheduler()
+    now[0] += 10
+    assert scheduler.still == 0
+    seqs = [llm.sequence([5, 6 + number], SamplingParams(max_tokens=3)) for number in range(2)]
+    scheduler.add(seqs[0])
+    assert scheduler.still == 0
+    now[0] += 3
+    scheduler.add(seqs[1])
+    assert scheduler.still == 3  # a further request doesn't hide it
+    scheduler.step()
+    assert scheduler.still == 0
