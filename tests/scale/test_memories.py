@@ -143,13 +143,14 @@ def test_a_damaged_memory_is_told_and_passed_over(tmp_path: Path, caplog: pytest
 def test_an_engine_that_makes_no_step_is_noticed() -> None:
     llm, goes_on = tiny_llm(), threading.Event()
     written(llm, 1)
-    step, monkey = llm.decoder.step, llm.decoder
+    monkey: Any = llm.decoder
+    step = monkey.step
 
     def stuck(*args: Any) -> None:
         goes_on.wait(60)
         step(*args)
 
-    monkey.step = stuck  # type: ignore[method-assign]
+    monkey.step = stuck
 
     async def asks() -> None:
         async with AsyncLLM(llm) as asked:
