@@ -63,7 +63,9 @@ def create_front(settings: Settings, replicas: Replicas, name: str) -> FastAPI:
     @app.head("/ready")
     @app.get("/ready")
     async def ready() -> Response:
-        hand.check_ready()
+        hand.check_open()
+        if not replicas.ready:
+            raise ApiError(NOT_READY, "the model is still being loaded", code="loading", retry_after=LOADING)
         return Response()
 
     @app.get("/metrics")
@@ -78,7 +80,7 @@ def create_front(settings: Settings, replicas: Replicas, name: str) -> FastAPI:
 
     tell_errors(app)
     app.mount("/", hand)
-    app.add_middleware(Protection, settings=settings, check_ready=hand.check_ready)
+    app.add_middleware(Protection, settings=settings, check_ready=hand.check_open)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["GET", "POST"],
@@ -95,10 +97,8 @@ class Hand:
         self._open, self._idle, self._drains = 0, asyncio.Event(), False
         self._idle.set()
 
-    def check_ready(self) -> None:
-        """Raises `ApiError` while the model is being loaded, and at the end."""
-        if not self._replicas.ready:
-            raise ApiError(NOT_READY, "the model is still being loaded", code="loading", retry_after=LOADING)
+    def check_open(self) -> None:
+        """Raises `ApiError` at the end. Before the first replica is there, requests wait for it."""
         if self._drains:
             raise ApiError(NOT_READY, "the server is shutting down", code="shutting_down", retry_after=LOADING)
 
