@@ -8,7 +8,7 @@ SMOLLM := $(MODELS)/smollm2-135m.gguf
 # Sources are compiled once for all processes, tests' own among them, also where Python is told to keep nothing.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-fast nightly coverage fuzz peers browser lint bench docs wheel format clean
+.PHONY: demo test test-fast nightly coverage fuzz peers scale browser lint bench docs wheel format clean
 
 demo: .venv/ready $(SMOLLM)
 	$(BIN)/tokentree generate --model $(SMOLLM) --heads heads/smollm2-135m/eagle --chat --compare --stats --max-tokens 160 \
@@ -40,6 +40,10 @@ peers: .venv/peers/ready .venv/llm/ready
 	PYTHONPATH=.venv/peers $(BIN)/pytest -W ignore tests/heads/peer_speculators.py
 	PYTHONPATH=$(CURDIR)/.venv/llm $(BIN)/pytest -W ignore tests/chatting/peer_llm.py
 
+# Replicas on Ray, on this machine: one is killed, one drained.
+scale: .venv/scale/ready
+	PYTHONPATH=$(CURDIR):$(CURDIR)/.venv/scale $(BIN)/pytest -W ignore tests/scale/ray_replicas.py
+
 # The server's page in Debian's Chromium, or in the browser that CHROMIUM names.
 browser: .venv/browser/ready
 	PYTHONPATH=.venv/browser $(BIN)/pytest -W ignore tests/serve/browser_page.py
@@ -62,7 +66,7 @@ wheel: .venv/ready
 	rm -rf dist .venv/wheel
 	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 	$(PYTHON) -m venv .venv/wheel
-	.venv/wheel/bin/pip install --quiet --disable-pip-version-check -c constraints.txt "$$(ls dist/*.whl)[gguf,gpu,train,plot,serve,chat]"
+	.venv/wheel/bin/pip install --quiet --disable-pip-version-check -c constraints.txt "$$(ls dist/*.whl)[gguf,gpu,train,plot,serve,scale,chat]"
 	cd .venv/wheel && bin/python -W ignore ../../tools/check_wheel.py
 
 format: .venv/ready
@@ -76,6 +80,10 @@ format: .venv/ready
 
 .venv/peers/ready: tests/heads/peers.txt .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/peers --upgrade -r tests/heads/peers.txt
+	touch $@
+
+.venv/scale/ready: tests/scale/packages.txt .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/scale --upgrade -r tests/scale/packages.txt
 	touch $@
 
 .venv/browser/ready: tests/browser.txt .venv/ready

@@ -168,6 +168,17 @@ class AsyncLLM:
         """Whose steps its thread makes. Others may read what it counts."""
         return self._scheduler
 
+    def check(self, seconds: float) -> None:
+        """Looks whether requests get on.
+
+        Raises:
+            StepError: if the thread that makes steps has ended by an error, or there are requests and it has made no
+                step for so long.
+        """
+        self._check_thread()
+        if self._scheduler.still > seconds:
+            raise StepError(f"no step was made for {self._scheduler.still:.0f} seconds, and there are requests")
+
     def _check_thread(self) -> None:
         """Raises `StepError` if the thread that makes steps has ended by an error."""
         if self._broken is not None:

@@ -312,6 +312,20 @@ class LLM:
             said = getattr(error, "strerror", None) or str(error)
             raise OptionError(f"can't write to the folder {str(folder)!r}: {said}") from None
 
+    def merge_memory(self, folder: str | Path) -> None:
+        """Adds what another `LLM` of the same model wrote by `save_memory`, as far as it isn't known here. Requests may
+        be under way: they wait for a part of it at most.
+
+        Raises:
+            OptionError: if a file is damaged, or belongs to a model with another vocabulary.
+        """
+        path = folder_in(folder, "folder")
+        if path is None:
+            raise OptionError("folder=None is not a folder: name one")
+        for part in self.decoder.drafter.merging(path):
+            with self.engine.lock:
+                part()
+
     def _priced(self, form: Shape) -> Shape:
         """A `Cost` shape is given what a forward costs here, measured when one needs it for the first time."""
         if isinstance(form, Cost) and not form.measured:

@@ -73,6 +73,7 @@ class Scheduler:
         self._waiting, self._active = list[Sequence](), list[Sequence]()  # the oldest first
         self._suspects = list[int]()  # requests that were in a step that failed, and have been in no other since
         self._begun = set[int]()  # requests that were admitted once
+        self._moved = self._decoder.clock()  # when a step began or ended last, or a request came where there was none
         self.kv_used = 0
 
     @property
@@ -96,6 +97,11 @@ class Scheduler:
         return max(0, len(self._told) - len(self._active))
 
     @property
+    def still(self) -> float:
+        """The seconds without a step, while there are requests."""
+        return 0.0 if self.idle else self._decoder.clock() - self._moved
+
+    @property
     def kv_bytes(self) -> int | None:
         """The memory for the KV of its requests in bytes. None: no limit."""
         return self._kv_bytes
@@ -112,6 +118,8 @@ class Scheduler:
         if request.id in self._told:
             raise OptionError("one and the same sequence can't be decoded twice at a time")
         if not request.finished:
+            if self.idle:
+                self._moved = self._decoder.clock()
             self._told[request.id] = len(request.output_ids)
             self._arrived.append(request)
         return request.id
@@ -133,7 +141,7 @@ class Scheduler:
             held: ids of requests that take no part in it, and are the first to lose their KV.
         """
         self._sweep()
-        now = self._decoder.clock()
+        now = self._moved = self._decoder.clock()
         for seq in [*self._active, *self._waiting]:
             if now > seq.deadline:
                 seq.finish_reason = "timeout"
@@ -244,7 +252,7 @@ class Scheduler:
 
     def _events(self) -> list[Event]:
         """What there is to tell; who has finished is dropped."""
-        events, over = list[Event](), list[Sequence]()
+        events, over, self._moved = list[Event](), list[Sequence](), self._decoder.clock()
         for seq in [*self._active, *self._waiting]:
             new = seq.tokens[len(seq.prompt_ids) + self._told[seq.id] :]
             if new or seq.finished:

@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.serve.serving import NAME, Served, serving, slowed, tiny_llm, until
 from tests.tiny_models import kv_engine, some_tokens
+from tokentree.scale.figures import NAMES
 
 BODY: dict[str, Any] = {"temperature": 0, "max_tokens": 60, "ignore_eos": True}
 BODY |= {"logit_bias": {str(token): 100 for token in (81, 270, 259)}, "speculation": {"shape": "2x2x1"}}
@@ -108,7 +109,7 @@ def test_every_query_of_the_dashboard_names_figures_that_there_are(served: Serve
     board = json.loads((files("tokentree.serve") / "dashboard.json").read_text(encoding="utf-8"))
     queries = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
     assert len(queries) > 12
-    there = scrape(served)
+    there = {**scrape(served), **dict.fromkeys(NAMES)}  # those of replicas too
     named = set[str]()
     for query in queries:
         names = re.findall(r"\b(?:vllm|tokentree):\w+", query)
@@ -117,6 +118,8 @@ def test_every_query_of_the_dashboard_names_figures_that_there_are(served: Serve
         named.update(names)
     counted = {name for name in there if not name.endswith(("_created", "_bucket", "_count", "_sum"))}
     assert sorted(counted - named) == []  # and it shows all that there is
+    own = [query for query in queries if not any(name in query for name in NAMES)]
+    assert all(query.count("{") - query.count("{{") == query.count('replica=~"$replica"') for query in own)
     assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
 
 

@@ -13,7 +13,7 @@ from tokentree.cli.terminal import consoles, working
 from tokentree.drafters.names import BLOCK_HEADS, DRAFT_MODELS, DRAFTERS, EAGLE_HEADS, LOOKUPS, MEDUSA_HEADS
 from tokentree.engines.names import ENGINES
 from tokentree.errors import OptionError, PromptError
-from tokentree.prompts import checked_text, text_of
+from tokentree.prompts import checked_text, read_text, text_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -146,6 +146,24 @@ def check_folder(folder: Path) -> None:
             one.rmdir()
     except OSError as error:
         raise OptionError(f"can't write to the folder {str(folder)!r}: {error.strerror}") from None
+
+
+def keys_of(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
+    """The keys of both options.
+
+    Raises:
+        OptionError: if one is empty, or a file has none.
+    """
+    keys = list(given or ())
+    if any(not key.strip() for key in keys):
+        raise OptionError("--api-key is empty: give a key, or leave it out")
+    if file is not None:
+        lines = [line.strip() for line in read_text(file, "the file of keys").splitlines()]
+        found = [line for line in lines if line and not line.startswith("#")]
+        if not found:
+            raise OptionError(f"there is no key in {str(file)!r}")
+        keys += found
+    return tuple(keys)
 
 
 def prompt_text(prompt: str) -> str:

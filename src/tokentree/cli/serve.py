@@ -24,13 +24,14 @@ from tokentree.cli.options import (
     ThreadsOption,
     check_folder,
     check_loading,
+    keys_of,
     made,
     name_of,
 )
 from tokentree.errors import OptionError
-from tokentree.prompts import read_text
 
-LIMITS, ACCESS = "Limits", "Access"  # headings of the help
+LIMITS, ACCESS, SCALE = "Limits", "Access", "Replicas"  # headings of the help
+ROUTINGS = ("beginning", "balanced")
 PARSERS = ("auto", "hermes", "llama3")
 LEVELS = ("debug", "info", "warning", "error")
 
@@ -98,6 +99,49 @@ def serve(
         int,
         typer.Option(min=0, help="Megabytes for what look-ups learn, for each way to draft.", rich_help_panel=LIMITS),
     ] = 512,
+    replicas: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Serve by so many processes, on Ray Serve; default: by this one.", rich_help_panel=SCALE
+        ),
+    ] = None,
+    max_replicas: Annotated[
+        int | None,
+        typer.Option(min=1, help="Start more where many requests wait, up to so many.", rich_help_panel=SCALE),
+    ] = None,
+    target_requests: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Requests that each should have then, waiting ones too; default: max-batch.",
+            rich_help_panel=SCALE,
+        ),
+    ] = None,
+    replica_cpus: Annotated[
+        float, typer.Option(min=0, help="CPUs of a replica; also its threads.", rich_help_panel=SCALE)
+    ] = 1.0,
+    replica_gpus: Annotated[
+        float, typer.Option(min=0, help="GPUs of a replica; 0.5: half of one.", rich_help_panel=SCALE)
+    ] = 0.0,
+    routing: Annotated[
+        str,
+        typer.Option(
+            help=f"{ROUTINGS[0]}: a request goes where its beginning was read; {ROUTINGS[1]}: by load alone.",
+            rich_help_panel=SCALE,
+        ),
+    ] = ROUTINGS[0],
+    stuck_timeout: Annotated[
+        float,
+        typer.Option(
+            min=1,
+            help="Seconds without a step after which a replica with requests is replaced.",
+            rich_help_panel=SCALE,
+        ),
+    ] = 120.0,
+    memory_seconds: Annotated[
+        float,
+        typer.Option(min=1, help="Seconds between two exchanges of what lookups learnt.", rich_help_panel=SCALE),
+    ] = 60.0,
     draft_model: DraftOption = None,
     heads: HeadsOption = None,
     drafter: DrafterOption = None,
@@ -122,8 +166,23 @@ def serve(
     from tokentree.serve.defaults import defaults_of
     from tokentree.serve.settings import Settings
 
-    _check_words(log_level, generation_config, tool_parser)
-    keys = _keys(api_key, api_key_file)
+    _check_words(log_level, generation_config, tool_parser, routing)
+    if replicas is not None:
+        _serve_replicas(
+            host, port, model=model, served_model_name=served_model_name, generation_config=generation_config,
+            tool_parser=tool_parser, log_level=log_level, log_prompts=log_prompts, drain_timeout=drain_timeout,
+            api_key=keys_of(api_key, api_key_file), cors_origin=cors_origin or (), max_batch=max_batch,
+            max_queue=max_queue, request_timeout=request_timeout, max_tokens_limit=max_tokens_limit, kv_mb=kv_mb,
+            prefix_mb=prefix_mb, lookup_mb=lookup_mb, replicas=replicas, max_replicas=max_replicas,
+            target_requests=target_requests, cpus=replica_cpus, gpus=replica_gpus, routing=routing,
+            stuck_timeout=stuck_timeout, memory_seconds=memory_seconds, draft_model=draft_model or (),
+            heads=_text(heads), drafter=drafter, shape=shape, memory=_text(memory), dtype=dtype,
+            quantization=quantization, compile=compile, device=device, engine=engine, threads=threads,
+        )  # fmt: skip
+        return
+    if max_replicas is not None or target_requests is not None:
+        raise OptionError("--max-replicas and --target-requests are for replicas: give --replicas too")
+    keys = keys_of(api_key, api_key_file)
     if memory is not None:
         check_folder(memory)
     options: dict[str, Any] = {
@@ -151,28 +210,34 @@ def serve(
         llm.save_memory(memory)
 
 
-def _check_words(log_level: str, generation_config: str, tool_parser: str) -> None:
+def _serve_replicas(host: str, port: int, **given: Any) -> None:
+    """Serves by replicas on this machine.
+
+    Raises:
+        OptionError, ModelError, PairingError: if an argument is wrong, or no replica can be made.
+    """
+    from tokentree.scale.arguments import arguments_of
+    from tokentree.serve.run import log_to_stderr
+
+    arguments = arguments_of(given)
+    try:
+        from tokentree.scale.local import serve as run
+    except ModuleNotFoundError as error:
+        raise OptionError(f"replicas need {error.name}: pip install 'tokentree[scale]'") from None
+    log_to_stderr(arguments.log_level)
+    run(arguments, host, port)
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path.absolute())
+
+
+def _check_words(log_level: str, generation_config: str, tool_parser: str, routing: str) -> None:
     if log_level not in LEVELS:
         raise OptionError(f"--log-level {log_level!r} is not one of {', '.join(LEVELS)}")
     if generation_config not in ("auto", "none"):
         raise OptionError(f"--generation-config {generation_config!r} is neither auto nor none")
     if tool_parser not in PARSERS:
         raise OptionError(f"--tool-parser {tool_parser!r} is not one of {', '.join(PARSERS)}")
-
-
-def _keys(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
-    """The keys of both options.
-
-    Raises:
-        OptionError: if one is empty, or a file has none.
-    """
-    keys = list(given or ())
-    if any(not key.strip() for key in keys):
-        raise OptionError("--api-key is empty: give a key, or leave it out")
-    if file is not None:
-        lines = [line.strip() for line in read_text(file, "the file of keys").splitlines()]
-        found = [line for line in lines if line and not line.startswith("#")]
-        if not found:
-            raise OptionError(f"there is no key in {str(file)!r}")
-        keys += found
-    return tuple(keys)
+    if routing not in ROUTINGS:
+        raise OptionError(f"--routing {routing!r} is neither {ROUTINGS[0]} nor {ROUTINGS[1]}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -111,6 +111,15 @@ class Drafter(ABC):
 
     def save(self, folder: Path) -> None:
         """Writes what it learnt from all sequences into the existing ``folder``."""
+
+    def merging(self, folder: Path) -> Iterator[Callable[[], None]]:
+        """The parts of adding what another drafter of this kind `save`d, as far as it isn't known here. Files are read
+        between the parts, beside steps; each part is called between two steps.
+
+        Raises:
+            OptionError: as `load`.
+        """
+        return iter(())
 
     def load(self, folder: Path) -> None:
         """Reads what `save` wrote. Does nothing if `save` wrote nothing.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 
@@ -79,6 +80,10 @@ class Merged(Drafter):
     def save(self, folder: Path) -> None:
         for drafter in self._drafters:
             drafter.save(folder)
+
+    def merging(self, folder: Path) -> Iterator[Callable[[], None]]:
+        for drafter in self._drafters:
+            yield from drafter.merging(folder)
 
     def load(self, folder: Path) -> None:
         for drafter in self._drafters:

@@ -43,7 +43,7 @@ def create_app(settings: Settings, llm: LLM | None = None) -> FastAPI:
         return HTMLResponse(docs_page(app.openapi()))
 
     tell_errors(app)
-    app.add_middleware(Protection, service=service)
+    app.add_middleware(Protection, settings=settings, check_ready=lambda: service.backends)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["GET", "POST"],

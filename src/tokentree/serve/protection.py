@@ -4,34 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokentree.serve.errors import PACKED, TOO_LARGE, TOO_SLOW, UNKNOWN_KEY, ApiError, of_http
 from tokentree.serve.page import is_page
-from tokentree.serve.service import Service
+from tokentree.serve.settings import Settings
 
 OPEN = ("/health", "/ready")  # to everybody, always
 
 
 class Protection:
     """Refuses requests without a key, those that come before the model is loaded, and bodies that are compressed or too
-    large. What it refuses is not read further."""
+    large. What it refuses is not read further.
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
-        self._app, self._service = app, service
+    Args:
+        check_ready: raises `ApiError` while the model is being loaded.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings, check_ready: Callable[[], object]) -> None:
+        self._app, self._settings, self._check_ready = app, settings, check_ready
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers, settings = dict[bytes, bytes](scope["headers"]), self._service.settings
+        headers, settings = dict[bytes, bytes](scope["headers"]), self._settings
         try:
             if scope["path"] not in OPEN and not is_page(scope["path"]):
                 check_key(headers.get(b"authorization", b""), settings.keys)
-                assert self._service.backends  # raises while it is being loaded
+                self._check_ready()
             if headers.get(b"content-encoding", b"identity").lower() != b"identity":
                 raise ApiError(PACKED, "the body is compressed: send it as it is")
             length = headers.get(b"content-length", b"")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,30 @@ class Recycling(Lookup):
         arrays: dict[str, Array] = {"successors": self._successors, "probs": self._probs, "pairs": self._pairs}
         write_arrays(folder / "recycling.safetensors", arrays)
 
+    def merging(self, folder: Path) -> Iterator[Callable[[], None]]:
+        """Rows of tokens and pairs that are empty here."""
+        found = self._read(folder)
+        if found is None:
+            return
+        successors, probs, pairs = found
+
+        def fill() -> None:
+            filled = np.concatenate([successors[: self._vocab_size, 0], pairs]) >= 0
+            empty = np.concatenate([self._successors[: self._vocab_size, 0], self._pairs]) < 0
+            rows = np.flatnonzero(filled & empty)
+            self._successors[rows], self._probs[rows] = successors[rows], probs[rows]
+            slots = rows[rows >= self._vocab_size] - self._vocab_size
+            self._pairs[slots] = pairs[slots]
+
+        yield fill
+
     def load(self, folder: Path) -> None:
+        found = self._read(folder)
+        if found is not None:
+            self._successors[:], self._probs[:], self._pairs[:] = found
+
+    def _read(self, folder: Path) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]] | None:
+        """What `save` wrote, checked; None if it wrote nothing."""
         dtypes: dict[str, np.dtype[np.generic]] = {
             "successors": np.dtype(np.int32),
             "probs": np.dtype(np.float32),
@@ -87,7 +111,7 @@ class Recycling(Lookup):
         }
         arrays = read_arrays(folder / "recycling.safetensors", dtypes)
         if arrays is None:
-            return
+            return None
         shapes = [self._successors.shape, self._probs.shape, self._pairs.shape]
         if [arrays[name].shape for name in dtypes] != shapes:
             raise OptionError(
@@ -101,7 +125,7 @@ class Recycling(Lookup):
                 f"{str(folder / 'recycling.safetensors')!r} doesn't hold successors out of {self._vocab_size} tokens "
                 f"and their probabilities: it is damaged, or was not written by this drafter"
             )
-        self._successors[:], self._probs[:], self._pairs[:] = successors, probs, pairs
+        return successors, probs, pairs
 
     def _makes_sense(self, successors: NDArray[Any], probs: NDArray[Any], pairs: NDArray[Any]) -> bool:
         """Whether these are what compiled loops may read: tokens index arrays there."""

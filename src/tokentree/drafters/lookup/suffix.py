@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from array import array
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter, Parts
@@ -19,7 +24,10 @@ from tokentree.sequence import Sequence
 END = -1
 REMATCHED = 64  # tokens that are matched again when the store was rebuilt
 LEAST_PROB = 0.01
+PART = 4096  # tokens that are merged between two steps, about
 TOKEN_NBYTES = 280  # of a token in the store, at most: two states and three edges, in arrays that double
+
+Int32s = NDArray[np.int32]
 
 
 class Suffix(Lookup):
@@ -43,6 +51,7 @@ class Suffix(Lookup):
         self._vocab_size, self._max_store = vocab_size, max_store
         self._store = _Store()
         self._requests: dict[int, _Request] = {}
+        self._seen: dict[Path, frozenset[bytes]] = {}  # of each folder that was merged: digests of its texts then
         warm_up()
 
     @classmethod
@@ -71,19 +80,37 @@ class Suffix(Lookup):
         write_arrays(folder / "suffix.safetensors", {"tokens": np.array(self._store.tokens, np.int32)})
 
     def load(self, folder: Path) -> None:
+        self._learn(self._read(folder))
+
+    def merging(self, folder: Path) -> Iterator[Callable[[], None]]:
+        """Texts that aren't in the store, but for those of the last time: what is full has forgotten them."""
+        texts, seen = self._read(folder), self._seen.get(folder, frozenset())
+        own = {_digest(text) for text in _texts(np.array(self._store.tokens[:], np.int32))}
+        self._seen[folder] = frozenset(map(_digest, texts))
+        new = [text for text in texts if _digest(text) not in own and _digest(text) not in seen]
+        sizes = np.cumsum([len(text) for text in new])
+        for part in range(sizes[-1] // PART + 1 if new else 0):
+            first, last = np.searchsorted(sizes, [part * PART, (part + 1) * PART])
+            yield partial(self._learn, new[first:last])
+
+    def _learn(self, texts: SequenceOf[Int32s]) -> None:
+        for text in texts:
+            self._store = self._store.with_text(text.tolist(), self._max_store)
+
+    def _read(self, folder: Path) -> list[Int32s]:
+        """The texts that `save` wrote, checked; none if it wrote nothing."""
         arrays = read_arrays(folder / "suffix.safetensors", {"tokens": np.dtype(np.int32)})
-        if arrays is not None:
-            tokens, file = arrays["tokens"], str(folder / "suffix.safetensors")
-            if tokens.ndim != 1 or (tokens.size and tokens.min() < END):
-                raise OptionError(f"{file!r} holds no texts: it is damaged, or was not written by this drafter")
-            if self._vocab_size is not None and tokens.size and tokens.max() >= self._vocab_size:
-                raise OptionError(
-                    f"{file!r} was written with another model: it holds token {tokens.max()}, and this one's "
-                    f"vocabulary has {self._vocab_size}"
-                )
-            texts = np.split(tokens, np.flatnonzero(tokens == END) + 1)
-            for text in texts:
-                self._store = self._store.with_text(text[text != END].tolist(), self._max_store)
+        if arrays is None:
+            return []
+        tokens, file = np.asarray(arrays["tokens"], np.int32), str(folder / "suffix.safetensors")
+        if tokens.ndim != 1 or (tokens.size and tokens.min() < END):
+            raise OptionError(f"{file!r} holds no texts: it is damaged, or was not written by this drafter")
+        if self._vocab_size is not None and tokens.size and tokens.max() >= self._vocab_size:
+            raise OptionError(
+                f"{file!r} was written with another model: it holds token {tokens.max()}, and this one's "
+                f"vocabulary has {self._vocab_size}"
+            )
+        return _texts(tokens)
 
     def _request(self, seq: Sequence) -> _Request:
         """What is known of ``seq``."""
@@ -91,6 +118,16 @@ class Suffix(Lookup):
         if request is None:
             request = self._requests[seq.id] = _Request(seq)
         return request
+
+
+def _texts(tokens: Int32s) -> list[Int32s]:
+    """The texts of a store, without what closes them."""
+    parts = np.split(tokens, np.flatnonzero(tokens == END) + 1)
+    return [part[part != END] for part in parts if (part != END).any()]
+
+
+def _digest(text: Int32s) -> bytes:
+    return hashlib.blake2b(text.tobytes(), digest_size=8).digest()
 
 
 class _Request:
