@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -172,8 +171,8 @@ def test_an_engine_that_makes_no_step_is_noticed() -> None:
 
 def test_a_step_and_the_first_request_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("tokentree.scheduler.time", SimpleNamespace(monotonic=lambda: now[0]))
     llm = tiny_llm()
+    monkeypatch.setattr(llm.decoder, "clock", lambda: now[0])
     scheduler = llm.scheduler()
     now[0] += 10
     assert scheduler.still == 0
