@@ -117,7 +117,7 @@ def running(name: str, command: list[str], port: int, health: str, model: str) -
 
 
 def bodies(prompts: list[str], seed: int, ours: bool, count: int) -> Iterator[tuple[dict[str, Any], bool]]:
-    """So many requests, and whether each is left in its midst."""
+    """So many requests, and whether each is left in its midst. ``ours`` changes nothing else about them."""
     dice = random.Random(seed)
     for _ in range(count):
         body: dict[str, Any] = {
@@ -126,11 +126,12 @@ def bodies(prompts: list[str], seed: int, ours: bool, count: int) -> Iterator[tu
         }  # fmt: skip
         if dice.random() < 0.4:
             body |= {"temperature": 0.8, "top_p": 0.95, "seed": dice.randrange(8)}
+        structured, left = dice.random() < 0.1, dice.random() < 0.1
         if ours:
             body["stream_options"] = {"include_usage": True}
-            if dice.random() < 0.1:
+            if structured:
                 body |= {"structured_outputs": {"json": SCHEMA}, "max_tokens": 96}
-        yield body, ours and dice.random() < 0.1
+        yield body, ours and left
 
 
 async def ask(http: httpx.AsyncClient, server: Server, body: dict[str, Any], leave: bool, load: Load) -> None:
@@ -166,11 +167,8 @@ async def ask(http: httpx.AsyncClient, server: Server, body: dict[str, Any], lea
 
 async def loaded(server: Server, clients: int, requests: int, prompts: list[str], seed: int, load: Load) -> None:
     """So many requests of so many clients."""
-    limits, waiting, before = (
-        httpx.Limits(max_connections=2 * clients),
-        bodies(prompts, seed, server.is_ours, requests),
-        load.tokens,
-    )
+    limits, before = httpx.Limits(max_connections=2 * clients), load.tokens
+    waiting = bodies(prompts, seed, server.is_ours, requests)
     async with httpx.AsyncClient(timeout=600, limits=limits) as http:
 
         async def client() -> None:
@@ -185,10 +183,14 @@ async def loaded(server: Server, clients: int, requests: int, prompts: list[str]
 
 
 def relative(of: Load, to: Load) -> dict[str, Any]:
-    """Tokens a second of one server over another's: of all rounds, and of each."""
+    """Tokens a second of one server over another's: of all rounds, and of each. None where the other one failed."""
+
+    def over(one: float, other: float) -> float | None:
+        return round(one / other, 3) if other else None
+
     return {
-        "all": round(of.tokens / of.seconds / (to.tokens / to.seconds), 3),
-        "rounds": [round(one / other, 3) for one, other in zip(of.rates, to.rates, strict=True)],
+        "all": over(of.tokens / of.seconds, to.tokens / to.seconds),
+        "rounds": [over(one, other) for one, other in zip(of.rates, to.rates, strict=True)],
     }
 
 
@@ -256,8 +258,9 @@ def main() -> None:
             line = bar.add_task("load", total=len(loads) * options.rounds)
             for number in range(options.rounds):
                 for count in counts:
+                    seed = 1000 * number + count  # drafters remember what they have seen
                     for server in servers if number % 2 == 0 else reversed(servers):
-                        asyncio.run(loaded(server, count, options.requests, prompts, number, loads[server.name, count]))
+                        asyncio.run(loaded(server, count, options.requests, prompts, seed, loads[server.name, count]))
                         bar.advance(line)
             by_name = {server.name: server for server in servers}
             to = "plain" if "plain" in by_name else servers[0].name
