@@ -7,8 +7,8 @@ text is the one that is written alone.
 Servers are started once, each in a process of its own, and get their load in turns, round by round, so that none has
 a quieter machine than another. ``default`` is ``tokentree serve``; ``plain`` is the same with ``--drafter none``;
 ``transformers`` is ``transformers serve`` on a FOLDER with the same model. In a round each server gets the same
-requests, others for each number of clients, and each client takes the next one when it is through with one: chats with the prompts of FILE, greedy or
-with a seed, of 16 to 128 tokens, streamed; to our own servers one in ten is left in its midst, and one in ten writes
+requests, others for each number of clients, and each client takes the next one when it is through with one: chats with
+the prompts of FILE, greedy or with a seed, of 16 to 128 tokens, streamed; to our own servers one in ten is left in its midst, and one in ten writes
 under a schema. ``relative`` has each server's tokens a second over those of ``plain``, of all rounds and of each. At
 the end the texts of ``default`` are asked for again, one by one, from the server without speculation. Exit status 1
 if one differs, or a request failed. With ``--sample`` the lengths of what our servers were asked and answered are
@@ -121,7 +121,7 @@ def running(name: str, command: list[str], port: int, health: str, model: str) -
 
 
 def bodies(prompts: list[str], seed: int, ours: bool, count: int) -> Iterator[tuple[dict[str, Any], bool]]:
-    """So many requests, and whether each is left in its midst."""
+    """So many requests, and whether each is left in its midst. ``ours`` changes nothing else about them."""
     dice = random.Random(seed)
     for _ in range(count):
         body: dict[str, Any] = {
@@ -130,11 +130,12 @@ def bodies(prompts: list[str], seed: int, ours: bool, count: int) -> Iterator[tu
         }  # fmt: skip
         if dice.random() < 0.4:
             body |= {"temperature": 0.8, "top_p": 0.95, "seed": dice.randrange(8)}
+        structured, left = dice.random() < 0.1, dice.random() < 0.1
         if ours:
             body["stream_options"] = {"include_usage": True}
-            if dice.random() < 0.1:
+            if structured:
                 body |= {"structured_outputs": {"json": SCHEMA}, "max_tokens": 96}
-        yield body, ours and dice.random() < 0.1
+        yield body, ours and left
 
 
 async def ask(http: httpx.AsyncClient, server: Server, body: dict[str, Any], leave: bool, load: Load) -> None:
@@ -173,11 +174,8 @@ async def ask(http: httpx.AsyncClient, server: Server, body: dict[str, Any], lea
 
 async def loaded(server: Server, clients: int, requests: int, prompts: list[str], seed: int, load: Load) -> None:
     """So many requests of so many clients."""
-    limits, waiting, before = (
-        httpx.Limits(max_connections=2 * clients),
-        bodies(prompts, seed, server.is_ours, requests),
-        load.tokens,
-    )
+    limits, before = httpx.Limits(max_connections=2 * clients), load.tokens
+    waiting = bodies(prompts, seed, server.is_ours, requests)
     async with httpx.AsyncClient(timeout=600, limits=limits) as http:
 
         async def client() -> None:
@@ -192,10 +190,14 @@ async def loaded(server: Server, clients: int, requests: int, prompts: list[str]
 
 
 def relative(of: Load, to: Load) -> dict[str, Any]:
-    """Tokens a second of one server over another's: of all rounds, and of each."""
+    """Tokens a second of one server over another's: of all rounds, and of each. None where the other one failed."""
+
+    def over(one: float, other: float) -> float | None:
+        return round(one / other, 3) if other else None
+
     return {
-        "all": round(of.tokens / of.seconds / (to.tokens / to.seconds), 3),
-        "rounds": [round(one / other, 3) for one, other in zip(of.rates, to.rates, strict=True)],
+        "all": over(of.tokens / of.seconds, to.tokens / to.seconds),
+        "rounds": [over(one, other) for one, other in zip(of.rates, to.rates, strict=True)],
     }
 
 
@@ -275,8 +277,9 @@ def main() -> None:
             line = bar.add_task("load", total=len(loads) * options.rounds)
             for number in range(options.rounds):
                 for count in counts:
+                    seed = 1000 * number + count  # drafters remember what they have seen
                     for server in servers if number % 2 == 0 else reversed(servers):
-                        asyncio.run(loaded(server, count, options.requests, prompts, 1000 * number + count, loads[server.name, count]))
+                        asyncio.run(loaded(server, count, options.requests, prompts, seed, loads[server.name, count]))
                         bar.advance(line)
             by_name = {server.name: server for server in servers}
             to = "plain" if "plain" in by_name else servers[0].name

@@ -202,7 +202,8 @@ def test_the_best_size_has_the_most_tokens_per_second(joint: list[float], seed: 
 def test_a_level_is_expanded_where_it_pays(draft: Draft, seed: int, top_k: int) -> None:
     rng = np.random.default_rng(seed)
     joint, covered, ahead = rng.random(len(draft)), rng.random(len(draft)) / 2, rng.random(top_k)
-    level, rows, tokens = rng.permutation(len(draft))[:6], int(rng.integers(1, 9)), float(rng.random()) + 1
+    level = np.sort(rng.permutation(len(draft))[:6])
+    rows, tokens = int(rng.integers(1, 9)), float(rng.random()) + 1
     times, spent, level_seconds = np.cumsum(rng.random(40) / 5 + 0.01), float(rng.random()), float(rng.random()) / 5
     row = (times[rows + 4] - times[rows]) / 4
     best = sorted(level.tolist(), key=lambda node: -joint[node])[:top_k]

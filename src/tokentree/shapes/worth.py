@@ -137,10 +137,11 @@ def expanded(
     joint: Floats, covered: Floats, level: Ints, ahead: Floats, top_k: int, rows: int, tokens: float, times: Floats,
     spent: float, level_seconds: float,
 ) -> tuple[bool, Ints]:  # fmt: skip
-    """Whether another level is worth its time, and which nodes of ``level`` are expanded then.
+    """Whether another level is worth its time, and which nodes of ``level`` are expanded then, in its order.
 
     Args:
         joint, covered: as `beside` has them.
+        level: nodes, ascending.
         ahead: how often the children of a node that is right are, by rank.
         top_k: most nodes.
         rows, tokens: of the best tree without that level.

@@ -60,7 +60,7 @@ def engine_of(name: str, dtype: torch.dtype = torch.float32) -> KVEngine:
 
 def chosen(prefix: int, tree: TokenTree, most: int, seed: int = 0) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """What is chosen for the nodes of a tree, and the scores on the path of each by the formula."""
-    heads, width, rows = 5, 12, prefix + len(tree)
+    heads, width, rows = 29, 12, prefix + len(tree)  # more than go into two tiles
     source = torch.Generator().manual_seed(seed)
     queries, keys, weights = (
         torch.randn(rows, *sizes, generator=source) for sizes in ((heads, width), (width,), (heads,))

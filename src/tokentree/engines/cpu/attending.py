@@ -46,11 +46,10 @@ if TYPE_CHECKING:
 @torch.inference_mode()
 def attended(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """What attention is given in a forward of ``model`` (a `private_copy`), which uses `tree_attention` from now on:
-    ``shapes`` int64[calls, 3] each time, KV heads, key width, value width; ``heads`` int64[calls], of queries;
-    an index is given queries and keys too, and no values;
-    ``reads`` int64[calls], which time the same keys and values came first; and ``beyond`` int64[calls], 1 where a row
-    sees its chunk, or scores have biases. If it has any, ``recurrences`` int64[recurrences, 3], what a `Recurrence`
-    says of each.
+    ``shapes`` int64[calls, 3] each time, KV heads, key width, value width (0 for an index, which has keys alone);
+    ``heads`` int64[calls], of queries; ``reads`` int64[calls], which time the same keys and values came first; and
+    ``beyond`` int64[calls], 1 for an index, and where a row sees its chunk or scores have biases. If it has any,
+    ``recurrences`` int64[recurrences, 3], what a `Recurrence` says of each.
 
     Raises:
         ModelError: if not all of it comes to `tree_attention`, or a row is to see something else than the rows before

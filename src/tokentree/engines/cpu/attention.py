@@ -161,10 +161,6 @@ class ForwardKV(Cache):
         _, positions = inputs_of(self.segments, self.padding)
         return torch.from_numpy(positions - np.arange(len(positions))).to(self.segments[0].kv.layout.device)
 
-    def get_query_offset(self, layer_idx: int = 0) -> Any:
-        """As `get_seq_length` of a layer: rows' places are added to it."""
-        return self.get_seq_length(layer_idx)
-
     def update_indexer(self, keys: torch.Tensor, layer_idx: int) -> torch.Tensor:
         """`choose` stores them."""
         return keys
