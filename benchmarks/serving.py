@@ -6,13 +6,16 @@ text is the one that is written alone.
 
 Servers are started once, each in a process of its own, and get their load in turns, round by round, so that none has
 a quieter machine than another. ``default`` is ``tokentree serve``; ``plain`` is the same with ``--drafter none``;
-``transformers`` is ``transformers serve`` on a FOLDER with the same model. In a round each server gets the same
-requests, others for each number of clients, and each client takes the next one when it is through with one: chats with
-the prompts of FILE, greedy or with a seed, of 16 to 128 tokens, streamed; to our own servers one in ten is left in its midst, and one in ten writes
-under a schema. ``relative`` has each server's tokens a second over those of ``plain``, of all rounds and of each. At
-the end the texts of ``default`` are asked for again, one by one, from the server without speculation. Exit status 1
-if one differs, or a request failed. With ``--sample`` the lengths of what our servers were asked and answered are
-kept, as a trace for ``tokentree plan``.
+``transformers`` is ``transformers serve`` on a FOLDER with the same model.
+
+In a round each server gets the same requests, others for each number of clients, and each client takes the next one
+when it is through with one: chats with the prompts of FILE, greedy or with a seed, of 16 to 128 tokens, streamed; to
+our own servers one in ten is left in its midst, and one in ten writes under a schema.
+
+``relative`` has each server's tokens a second over those of ``plain``, of all rounds and of each. At the end the texts
+of ``default`` are asked for again, one by one, from the server without speculation. Exit status 1 if one differs, or a
+request failed. With ``--sample`` the lengths of what our servers were asked and answered are kept, as a trace for
+``tokentree plan``.
 """
 
 from __future__ import annotations
