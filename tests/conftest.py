@@ -77,18 +77,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None, N
 def ordered(items: list[pytest.Item]) -> list[pytest.Item]:
     """The drafters' tests first, which compile most of the loops that others need too. Two processes begin with the
     first test and the one in the middle. That one runs Triton's compiler and its interpreter, and finds loops compiled
-    when it is through.
+    when it is through. Those of its tests that need loops themselves come last of all.
     """
 
-    def those_of(place: str) -> list[pytest.Item]:
-        return [item for item in items if item.nodeid.startswith(place)]
+    def those_of(*places: str) -> list[pytest.Item]:
+        return [item for item in items if item.nodeid.startswith(places)]
 
-    compiling, alone = those_of("tests/drafters/"), those_of("tests/engines/gpu/")
-    last = "/test_graph.py", "/test_eagle.py"  # these need loops too
-    alone.sort(key=lambda item: ("/test_compiled.py" not in item.nodeid, any(name in item.nodeid for name in last)))
-    known = {*compiling, *alone}
+    gpu = "tests/engines/gpu/"
+    compiling, late = those_of("tests/drafters/"), those_of(f"{gpu}test_graph.py", f"{gpu}test_eagle.py")
+    alone = [item for item in those_of(gpu) if item not in {*late}]
+    alone.sort(key=lambda item: "/test_compiled.py" not in item.nodeid)
+    known = {*compiling, *alone, *late}
     others = [*compiling, *(item for item in items if item not in known)]
-    return [*others[: len(items) // 2], *alone, *others[len(items) // 2 :]]
+    return [*others[: len(items) // 2], *alone, *others[len(items) // 2 :], *late]
 
 
 def pytest_unconfigure() -> None:

@@ -329,8 +329,8 @@ def test_greedy_ids_and_sampled_ids_are_plain_s(form: str, cut: str, model: tupl
     [
         ("rejection", "dspark", "3x2"),
         ("traversal", "dspark", "3x2"),
-        ("traversal", "dflash", "2x2"),
         ("block", "dspark", "chain:3"),
+        pytest.param("traversal", "dflash", "2x2", marks=pytest.mark.nightly),
         pytest.param("rejection", "few", "3x2", marks=pytest.mark.nightly),
         pytest.param("traversal", "picked", "3x2", marks=pytest.mark.nightly),
     ],

@@ -227,7 +227,7 @@ IN_THE_WAY: dict[str, Callable[[Any], None]] = {
 
 
 @pytest.mark.filterwarnings("ignore:.*linear layers of another kind")
-@pytest.mark.parametrize("kind", by_night(IN_THE_WAY, but=[*IN_THE_WAY][::3]))
+@pytest.mark.parametrize("kind", by_night(IN_THE_WAY, but=[*IN_THE_WAY][::4]))
 def test_what_was_put_into_a_model_is_run(kind: str) -> None:
     """Before the first call, and after it."""
     model, made = fresh(), drafting()
