@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from benchmarks.fuzz_files import KINDS, failures
 
-FILES = 4  # of each kind; `python -m benchmarks.fuzz_files` reads a thousand, of these kinds too:
+FILES = 6  # of each kind; `python -m benchmarks.fuzz_files` reads a thousand, of these kinds too:
 ALIKE = {  # what reads them also reads another kind
     "EAGLE-3, speculators'", "block, z-lab's layout", "block, speculators'", "packed GGUF", "packed Gemma 3",
     "packed Qwen3", "GGUF, Gemma 3", "GGUF, Qwen3",

@@ -23,11 +23,12 @@ from transformers import (
 
 from tests.conftest import make_sequence
 from tests.strategies import numbers
-from tokentree.errors import OptionError
+from tokentree.errors import OptionError, RequestError
 from tokentree.kernels.topk import greedy
 from tokentree.sampling import SamplingParams, SeededNoise, process_logits, seeded_noise, to_probs
 
 VOCAB = 40
+WIDE = 6000  # more than are looked at for top_p, unless that takes them all
 PROMPT, OUTPUT = [3, 5, 3], [7, 5, 9, 5]
 
 
@@ -271,3 +272,26 @@ def test_noise_depends_on_seed_sample_position_and_purpose_alone() -> None:
     for position, purpose in [(9, 1), (0, 0), (9, 1), (1, 0)]:  # in any order, as often as wanted
         noise = stream(position, purpose)
         assert tuple(noise.choose(torch.ones(1 << 20)) for _ in range(3)) == first[1, 1, position, purpose]
+
+
+@pytest.mark.parametrize("top_p", [0.01, 0.3, 0.9, 0.95, 0.9999])
+@pytest.mark.parametrize("form", ["flat", "peaked", "ties", "one", "steps", "banned"])
+def test_a_nucleus_has_the_bits_that_sorting_all_tokens_gives(form: str, top_p: float) -> None:
+    generator = torch.Generator().manual_seed(7)
+    logits = {
+        "flat": torch.randn(WIDE, generator=generator) / 100,
+        "peaked": 4 * torch.randn(WIDE, generator=generator),
+        "ties": torch.randint(0, 6, (WIDE,), generator=generator).float(),
+        "one": 50 * torch.nn.functional.one_hot(torch.tensor(5), WIDE).float(),
+        "steps": -torch.arange(WIDE).div(100, rounding_mode="floor").float(),
+        "banned": torch.randn(WIDE, generator=generator).index_fill(0, torch.arange(5900), -math.inf),
+    }[form]
+    probs = logits.double().softmax(-1)
+    ordered, order = probs.sort(descending=True, stable=True)
+    probs[order[ordered.cumsum(-1) - ordered >= top_p]] = 0.0
+    assert torch.equal(to_probs(logits, SamplingParams(temperature=1.0, top_p=top_p)), probs / probs.sum())
+
+
+def test_a_nucleus_of_what_is_no_number_is_refused() -> None:
+    with pytest.raises(RequestError):
+        to_probs(torch.full((WIDE,), math.nan), SamplingParams(temperature=1.0, top_p=0.9))

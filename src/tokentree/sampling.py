@@ -26,6 +26,7 @@ LARGEST_BIAS = 1e30  # so that float32 holds what comes of them
 MOST_LOGIT = torch.finfo(torch.float32).max
 HOTTEST = 1e38  # temperature that float32 holds: by infinity, what is banned would be divided into NaN
 END = 2**63  # of whole numbers
+NUCLEI, ROUNDED = (512, 4096), 1e-9  # tokens among which those of top_p are looked for; more than sums are off
 MOST = 65_536  # samples of one prompt
 MOST_BEAMS = 1024
 MOST_RANKED = 1 << 26  # numbers that a step of beam search ranks: for each beam, the whole vocabulary
@@ -347,15 +348,34 @@ def to_probs(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
         logits = logits.masked_fill(logits < logits.topk(params.top_k).values[-1], -math.inf)
     probs = logits.double().softmax(-1)
     if params.top_p < 1:
-        ordered, order = probs.sort(descending=True, stable=True)
-        before = ordered.cumsum(-1) - ordered
-        probs = probs.index_fill(0, order[before >= params.top_p], 0.0)
+        probs = _nucleus(probs, params.top_p)
     if params.min_p > 0:
         probs = probs.masked_fill(probs < params.min_p * probs.max(), 0.0)
     total = probs.sum()
     if not float(total) > 0:
         raise RequestError(NOT_NUMBERS)
     return probs / total
+
+
+def _nucleus(probs: torch.Tensor, top_p: float) -> torch.Tensor:
+    """``probs`` float64[vocab] without the tokens that come, most probable first and of equal ones the lowest, when
+    those before have ``top_p`` together.
+
+    Mostly the others lie among a few of the most probable ones. Then only those are sorted, which changes no bit: sums
+    begin with the same numbers.
+    """
+    for count in NUCLEI:
+        if probs.numel() <= count:
+            break
+        among = (probs >= probs.topk(count).values[-1]).nonzero()[:, 0]  # of equal ones all; none if there is a NaN
+        ordered, order = probs[among].sort(descending=True, stable=True)
+        before = ordered.cumsum(-1) - ordered
+        if before.numel() and float(before[-1]) > top_p + ROUNDED:
+            kept = among[order[before < top_p]]
+            return torch.zeros_like(probs).index_copy_(0, kept, probs[kept])
+    ordered, order = probs.sort(descending=True, stable=True)
+    before = ordered.cumsum(-1) - ordered
+    return probs.index_fill(0, order[before >= top_p], 0.0)
 
 
 class Noise(Protocol):

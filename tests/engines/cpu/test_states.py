@@ -71,7 +71,7 @@ def engine_of(name: str, dtype: torch.dtype = torch.float32) -> KVEngine:
 
 
 @pytest.mark.parametrize("prefix", by_night([1, 5, 62], but=[62]))
-@EACH
+@pytest.mark.parametrize("name", by_night(HYBRIDS, but=KINDS[::2]))
 def test_a_tree_has_the_logits_that_transformers_gives_each_path(name: str, prefix: int) -> None:
     engine, tokens = engine_of(name), some_tokens(prefix + 1, seed=prefix)
     tree, seq = some_tree(tokens[-1], 14, seed=prefix), request(tokens)
