@@ -89,7 +89,7 @@ async def load(
 
     async def client(number: int) -> None:
         dice = random.Random(1000 * seed + number)
-        for body in bodies(prompts, 1000 * seed + number, ours=False):
+        for body, _ in bodies(prompts, 1000 * seed + number, ours=False, count=sys.maxsize):
             if time.perf_counter() > end:
                 return
             await ask(http, body | {"stream": dice.random() < 0.5}, told)
