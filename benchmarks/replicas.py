@@ -195,19 +195,8 @@ def main() -> None:
                     chats(url, options.clients, options.chats, options.turns, prompts, options.seed)
                 )
     port = free_port()
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "tokentree",
-        "serve",
-        "--model",
-        options.model,
-        "--drafter",
-        "none",
-    ]
-    command += ["--served-model-name", "model", "--port", str(port)]
+    command = [sys.executable, "-W", "ignore", "-m", "tokentree", "serve", "--model", options.model]
+    command += ["--drafter", "none", "--served-model-name", "model", "--port", str(port)]
     with running("plain", command, port, "/ready", "model") as plain:
         wrong = differing(plain, told)
     found = {

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from typing import Any
 
 import pytest
 
+import tokentree
+from tests.tiny_models import tiny, tiny_tokenizer
+from tokentree.registry import make_drafter
 from tokentree.uncollected import Uncollected
 
 
@@ -66,4 +71,23 @@ def test_the_last_of_several_threads_turns_it_on() -> None:
     assert not gc.isenabled()
     leave.set()
     thread.join()
+    assert gc.isenabled()
+
+
+@pytest.mark.usefixtures("collecting")
+def test_it_rests_while_names_are_imported_and_a_decoder_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    on = list[bool]()
+
+    def seen(function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **options: Any) -> Any:
+            on.append(gc.isenabled())
+            return function(*args, **options)
+
+        return wrapped
+
+    monkeypatch.setattr("tokentree.import_module", seen(import_module))
+    monkeypatch.setattr("tokentree.llm.make_drafter", seen(make_drafter))
+    made: Any = tokentree.__getattr__("LLM")
+    made(tiny("llama"), tokenizer=tiny_tokenizer())
+    assert on == [False, False]
     assert gc.isenabled()

@@ -1,7 +1,7 @@
 """Where Python's garbage collector has nothing to find.
 
 Imports, tokenizers and compiled code make a million objects that stay. While there are more and more of them, the
-collector looks at all of them again and again, which takes a quarter of a start.
+collector looks at all of them again and again. A drafter and the shape are made in here too, with what they load.
 """
 
 from __future__ import annotations

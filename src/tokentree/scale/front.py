@@ -8,7 +8,6 @@ from contextlib import aclosing
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
-from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import Message, Receive, Scope, Send
@@ -17,8 +16,8 @@ from tokentree.scale.beginnings import Marks, marks_of
 from tokentree.scale.calls import plain
 from tokentree.scale.figures import FrontFigures, merged
 from tokentree.scale.retry import Answer, ReplicaLost, lost
-from tokentree.serve.errors import GONE, NOT_READY, TOO_LATE, ApiError, tell_errors
-from tokentree.serve.protection import Protection
+from tokentree.serve.errors import GONE, NOT_READY, TOO_LATE, ApiError
+from tokentree.serve.protection import protect
 from tokentree.serve.service import LOADING
 from tokentree.serve.settings import Settings
 from tokentree.serve.streaming import unless_gone
@@ -78,14 +77,8 @@ def create_front(settings: Settings, replicas: Replicas, name: str) -> FastAPI:
     async def facts() -> Response:
         return JSONResponse({"object": "list", "data": await replicas.ask_all("facts")})
 
-    tell_errors(app)
     app.mount("/", hand)
-    app.add_middleware(Protection, settings=settings, check_ready=hand.check_open)
-    if settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
-        )  # fmt: skip
+    protect(app, settings, hand.check_open)
     return app
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 from importlib.metadata import version
 
 from fastapi import FastAPI
-from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse
 
 from tokentree.llm import LLM
 from tokentree.serve import chat, completions, facts, page, ways
-from tokentree.serve.errors import tell_errors
 from tokentree.serve.pages import docs_page
-from tokentree.serve.protection import Protection
+from tokentree.serve.protection import protect
 from tokentree.serve.responses import route
 from tokentree.serve.service import Service
 from tokentree.serve.settings import Settings
@@ -42,11 +40,5 @@ def create_app(settings: Settings, llm: LLM | None = None) -> FastAPI:
     async def docs() -> HTMLResponse:
         return HTMLResponse(docs_page(app.openapi()))
 
-    tell_errors(app)
-    app.add_middleware(Protection, settings=settings, check_ready=lambda: service.backends)
-    if settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
-        )  # fmt: skip
+    protect(app, settings, lambda: service.backends)
     return app

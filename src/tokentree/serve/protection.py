@@ -6,14 +6,32 @@ import asyncio
 import hmac
 from collections.abc import Callable, Sequence
 
+from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tokentree.serve.errors import PACKED, TOO_LARGE, TOO_SLOW, UNKNOWN_KEY, ApiError, of_http
+from tokentree.serve.errors import PACKED, TOO_LARGE, TOO_SLOW, UNKNOWN_KEY, ApiError, of_http, tell_errors
 from tokentree.serve.page import is_page
 from tokentree.serve.settings import Settings
 
 OPEN = ("/health", "/ready")  # to everybody, always
+
+
+def protect(app: FastAPI, settings: Settings, check_ready: Callable[[], object]) -> None:
+    """Puts a `Protection` before ``app``, which tells of errors as OpenAI's servers do, and answers pages of other
+    places only where the settings allow them.
+
+    Args:
+        check_ready: see `Protection`.
+    """
+    tell_errors(app)
+    app.add_middleware(Protection, settings=settings, check_ready=check_ready)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+        )  # fmt: skip
 
 
 class Protection:
