@@ -6,7 +6,6 @@ import asyncio
 import functools
 import json
 import re
-import subprocess
 import sys
 import threading
 import time
@@ -22,6 +21,7 @@ from benchmarks.schemas import SCHEMAS, fits
 from llguidance import LLTokenizer, TokenizerWrapper
 from pydantic import BaseModel
 
+from tests import forked
 from tests.conftest import all_pairs, decode, make_sequence, shown
 from tests.drafters.test_eagle import some_head
 from tests.drafters.test_medusa import random_heads
@@ -542,7 +542,7 @@ def test_without_llguidance_the_extra_is_named() -> None:
         "except OptionError as error: assert 'tokentree[grammar]' in str(error)\n"
         "else: raise SystemExit(1)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert forked.run([sys.executable, "-c", code]).returncode == 0
 
 
 # -- what happens beside ---------------------------------------------------------------------------------------------

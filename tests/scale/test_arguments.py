@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests import forked
 from tests.cli.test_cli import Command, folder, run  # noqa: F401  fixtures
 from tokentree import OptionError
 from tokentree.cli.serve import ROUTINGS, serve
@@ -82,8 +83,7 @@ WITHOUT = "import sys; sys.modules['ray'] = None\n"
 
 
 def told(code: str, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore", "-c", WITHOUT + code, *words]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return forked.run([sys.executable, "-W", "ignore", "-c", WITHOUT + code, *words])
 
 
 def test_without_ray_the_extra_is_named(folder: Path) -> None:  # noqa: F811

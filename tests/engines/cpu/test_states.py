@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from tests.conftest import by_night, decode
+from tests.conftest import by_night, decode, shown
 from tests.engines.test_engine import assert_bits_of_paths, of_transformers
 from tests.hybrids import HYBRIDS, tiny_hybrid
 from tests.tiny_models import VOCAB, request, some_tokens, some_tree, tiny
@@ -42,13 +43,12 @@ from tokentree.scheduler import Scheduler
 from tokentree.shapes import shape
 from tokentree.tree import TokenTree
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+BOTH = [torch.float32, torch.bfloat16]
 # of each kind of state one, by itself or beside attention, experts and latents
 KINDS = [
     "falcon_h1", "jamba", "kimi_linear", "lfm2", "minimax", "qwen3_5_text", "recurrent_gemma", "rwkv", "xlstm",
     "zamba2",
 ]  # fmt: skip
-EACH = pytest.mark.parametrize("name", by_night(HYBRIDS, but=KINDS))
 ONE_CALL = "lfm2 in one call"  # in bfloat16, where transformers' texts may be others
 WITH_IT = ["falcon_h1", "jamba", "lfm2", "mamba", "qwen3_5_text", ONE_CALL]
 SOME = pytest.mark.parametrize("name", by_night(WITH_IT, but=["jamba", "qwen3_5_text", ONE_CALL]))
@@ -82,8 +82,9 @@ def test_a_tree_has_the_logits_that_transformers_gives_each_path(name: str, pref
     engine.release([seq])
 
 
-@DTYPES
-@EACH
+@pytest.mark.parametrize(
+    ("name", "dtype"), by_night(itertools.product(HYBRIDS, BOTH), but=[*zip(KINDS, itertools.cycle(BOTH))]), ids=shown
+)
 def test_a_node_has_the_bits_of_decoding_its_path_alone(name: str, dtype: torch.dtype) -> None:
     assert_bits_of_paths(engine_of(name, dtype))
 
@@ -144,7 +145,7 @@ def test_weights_that_are_packed_and_dropped_and_kept_give_the_same_bits(name: s
 # -- texts -----------------------------------------------------------------------------------------------------------
 
 
-@EACH
+@pytest.mark.parametrize("name", by_night(HYBRIDS, but=KINDS))
 def test_texts_are_those_of_transformers_and_of_plain_decoding(name: str) -> None:
     model, prompts = model_of(name), [some_tokens(9, seed=1), some_tokens(25, seed=2)]
     params = SamplingParams(max_tokens=16, ignore_eos=True)
