@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import inspect
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests import forked
 from tests.cli.test_cli import Command, folder, run  # noqa: F401  fixtures
 from tokentree import OptionError
 from tokentree.cli.serve import ROUTINGS, serve
+from tokentree.scale import app
 from tokentree.scale.arguments import Arguments, arguments_of
 
 SCALE = {"cpus": "replica_cpus", "gpus": "replica_gpus"}  # other names on the command line
@@ -79,16 +78,11 @@ def test_the_command_tells_mistakes_before_ray_starts(
     assert err.count("\n") == 1
 
 
-WITHOUT = "import sys; sys.modules['ray'] = None\n"
-
-
-def told(code: str, *words: str) -> subprocess.CompletedProcess[str]:
-    return forked.run([sys.executable, "-W", "ignore", "-c", WITHOUT + code, *words])
-
-
-def test_without_ray_the_extra_is_named(folder: Path) -> None:  # noqa: F811
-    command = told("from tokentree.__main__ import start\nstart()", "serve", "-m", str(folder), "--replicas", "2")
-    assert command.returncode == 2
-    assert command.stderr == "tokentree: replicas need ray: pip install 'tokentree[scale]'\n"
-    application = told(f"import tokentree.scale\ntokentree.scale.app({{'model': {str(folder)!r}}})")
-    assert "OptionError: replicas need ray" in application.stderr.splitlines()[-1]
+def test_without_ray_the_extra_is_named(run: Command, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setitem(sys.modules, "ray", None)
+    for name in [name for name in sys.modules if name.startswith("tokentree.scale.")]:
+        monkeypatch.delitem(sys.modules, name)
+    told = "tokentree: replicas need ray: pip install 'tokentree[scale]'\n"
+    assert run("serve", "-m", folder, "--replicas", "2") == (2, "", told)
+    with pytest.raises(OptionError, match="replicas need ray"):
+        app({"model": str(folder)})
