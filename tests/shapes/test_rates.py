@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from tests.strategies import drafts, numbers
 from tokentree.draft import Draft
-from tokentree.shapes.rates import Ahead, Cells, Rates, learn_nodes
+from tokentree.growing import SOURCES
+from tokentree.shapes.rates import Ahead, Cells, Rates, learn_nodes, tried
 
 probs = st.floats(0.01, 0.99)
 
@@ -195,3 +196,17 @@ def test_ranks_that_are_not_told_apart_are_left_out() -> None:
         ahead.learn(np.array([1, 1]), np.array([0, 3]), np.array([True, True]))
     assert ahead.at(1)[0] > 0.9
     assert ahead.at(2)[0] == 0.5
+
+
+@given(drafts(), st.lists(st.integers(0, 5), min_size=1, max_size=4), st.integers(1, 3))
+def test_of_a_draft_it_learns_what_those_who_paid_had_proposed(draft: Draft, accepted: list[int], who: int) -> None:
+    draft.ints[SOURCES, : len(draft)] = 1 + np.arange(len(draft)) % 2
+    at_once, one_by_one = Ahead([0.5, 0.2]), Ahead([0.5, 0.2])
+    at_once.learn_proposed(draft, np.array(accepted), who)
+    nodes, hits = tried(draft, np.array(accepted))
+    for node, hit in zip(nodes.tolist(), hits.tolist(), strict=True):
+        if draft.sources[node] & who:
+            depth, rank = draft.depths[node], draft.ranks[node]
+            one_by_one.learn(np.array([depth]), np.array([rank]), np.array([hit]))
+    for depth in range(16):
+        assert at_once.at(depth) == pytest.approx(one_by_one.at(depth))

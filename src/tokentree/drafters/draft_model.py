@@ -229,10 +229,10 @@ class _Rows:
 
     def path(self, tokens: list[int]) -> list[int]:
         """The rows to keep when the text goes on with ``tokens``: all up to the root, then as far as was expanded."""
-        tree, row = self.tree(), len(self.unseen) - 1
-        path = list(range(len(self.unseen)))
+        places = {place: row for row, place in enumerate(zip(self.parents, self.tokens, strict=True))}
+        path, row = list(range(len(self.unseen))), len(self.unseen) - 1
         for token in tokens[:-1]:  # the last one is the next root: its row belongs to the next tree
-            child = tree.child(row, token)
+            child = places.get((row, token))
             if child is None:
                 break
             path.append(child)

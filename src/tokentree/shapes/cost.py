@@ -11,7 +11,7 @@ import numpy as np
 
 from tokentree.draft import Draft
 from tokentree.errors import OptionError
-from tokentree.growing import DEPTH, PARENT, RANK, SOURCES
+from tokentree.growing import DEPTH, PARENT, RANK
 from tokentree.sequence import Accepted, Sequence
 from tokentree.shapes import worth
 from tokentree.shapes.base import Shape
@@ -258,9 +258,7 @@ class Cost(Shape):
     def _learn_ahead(self, draft: Draft, accepted: Ints) -> None:
         """From candidates whose level cost a forward."""
         if draft.paid:
-            nodes, hits = tried(draft, accepted)
-            paid = (draft.ints[SOURCES, nodes] & draft.paid) > 0
-            self._picked.learn(draft.ints[DEPTH, nodes[paid]], draft.ints[RANK, nodes[paid]], hits[paid])
+            self._picked.learn_proposed(draft, accepted, draft.paid)
 
     # -- what it believes ------------------------------------------------------------------------------------------
 
@@ -310,6 +308,7 @@ def _compile() -> None:
     rates.estimate(draft, request)
     rates.learn(draft, np.array([1]), request)
     tried(draft, np.array([1]))
+    Ahead([0.5]).learn_proposed(draft, np.array([1]), 1)
     curve = CostCurve.guess()
     worth.learn(*curve.told(1, 1, 0.0), draft.ints, draft.floats, 2, np.array([1]), *rates.told(request))
     one, times, level = np.ones(1), np.ones(6), np.zeros(1, np.int64)

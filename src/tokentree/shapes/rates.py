@@ -152,6 +152,11 @@ class Ahead:
         cells = np.minimum(depths, self.DEPTHS - 1) * len(self._prior) + ranks
         self._cells.learn(cells[known], hits[known])
 
+    def learn_proposed(self, draft: Draft, accepted: Ints, drafters: int) -> None:
+        """Learns what became of the nodes that `tried` finds and one of ``drafters``, a set of bits, proposed."""
+        table, memory = self._cells.table, self._cells.memory
+        _learn_proposed(draft.ints, len(draft), accepted, drafters, self.DEPTHS, len(self._prior), table, memory)
+
 
 def tried(draft: Draft, accepted: Ints) -> Tried:
     """The nodes of ``draft`` whose parent was right, as the tokens tell that were accepted, and whether they were."""
@@ -170,6 +175,22 @@ def _learn(table: Floats, memory: float, cells: Ints, hits: NDArray[np.bool_]) -
         if table[1, cell] > memory:
             table[0, cell] *= memory / table[1, cell]
             table[1, cell] = memory
+
+
+@njit(cache=True)
+def _learn_proposed(
+    ints: Ints, size: int, accepted: Ints, drafters: int, depths: int, ranks: int, table: Floats, memory: float
+) -> None:
+    """As `Ahead.learn_proposed`."""
+    nodes, hits = _tried(ints, size, accepted)
+    cells, right, count = np.empty(len(nodes), np.int64), np.empty(len(nodes), np.bool_), 0
+    for i in range(len(nodes)):
+        node = nodes[i]
+        if ints[SOURCES, node] & drafters and ints[RANK, node] < ranks:
+            cells[count] = min(ints[DEPTH, node], depths - 1) * ranks + ints[RANK, node]
+            right[count] = hits[i]
+            count += 1
+    _learn(table, memory, cells[:count], right[:count])
 
 
 @njit(cache=True)
