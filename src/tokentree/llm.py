@@ -97,7 +97,7 @@ class LLM:
             (see `drafters.other_tokenizer`). A loaded model whose tokenizer isn't known is taken to have the target's.
         engine: an engine (`tokentree.engines.base.Engine`), or the name of one, which is made of ``model`` and the
             options below. Installed packages may add names. The default is ``torch``: see `TorchEngine`.
-        heads: a folder with Medusa, EAGLE or block heads for this model.
+        heads: a folder with Medusa, EAGLE or block heads, or a Gemma 4 assistant, for this model.
         shape: how trees grow, see `tokentree.shapes.shape`. ``choices`` is the static tree that is stored beside heads.
         accept: ``match``, ``rejection``, ``block`` or ``traversal`` (all lossless), ``best_path`` or ``typical`` (both
             lossy).

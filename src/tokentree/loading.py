@@ -11,8 +11,10 @@ from tokentree.converted import converted, packed_place
 from tokentree.engines.base import EngineOptions, TransformersEngine
 from tokentree.engines.from_cache import ready_engine
 from tokentree.engines.plan import may_be_kept
+from tokentree.engines.support import FOR_ANOTHER
 from tokentree.errors import ModelError, OptionError
 from tokentree.gguf.header import has_tokenizer, read_header
+from tokentree.heads.assistant import ASSISTANTS
 from tokentree.misread import told
 from tokentree.names import Found, find
 from tokentree.uncollected import uncollected
@@ -123,6 +125,8 @@ def _load_model(name: str | Path, found: Found, dtype: torch.dtype | str) -> Pre
         config = AutoConfig.from_pretrained(
             found.where, local_files_only=found.local_only, trust_remote_code=False
         )  # fmt: skip
+        if config.model_type in ASSISTANTS:
+            raise ModelError(f"{str(name)!r} {FOR_ANOTHER}")
         if (few := getattr(config, "quantization_config", None)) is not None:
             method = few["quant_method"] if isinstance(few, dict) else few.quant_method
             if method not in AUTO_QUANTIZER_MAPPING:  # transformers would take its numbers as weights

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tokentree.cli.terminal import consoles, working
-from tokentree.drafters.names import BLOCK_HEADS, DRAFT_MODELS, DRAFTERS, EAGLE_HEADS, LOOKUPS, MEDUSA_HEADS
+from tokentree.drafters.names import ASSISTANTS, BLOCK_HEADS, DRAFT_MODELS, DRAFTERS, EAGLE_HEADS, LOOKUPS, MEDUSA_HEADS
 from tokentree.engines.names import ENGINES
 from tokentree.errors import OptionError, PromptError
 from tokentree.prompts import checked_text, read_text, text_of
@@ -45,7 +45,11 @@ DraftOption = Annotated[
     ),
 ]
 HeadsOption = Annotated[
-    Path | None, typer.Option(help="Folder with Medusa, EAGLE or block heads for this model.", rich_help_panel=DRAFTING)
+    Path | None,
+    typer.Option(
+        help="Folder with Medusa, EAGLE or block heads, or a Gemma 4 assistant, for this model.",
+        rich_help_panel=DRAFTING,
+    ),
 ]
 DrafterOption = Annotated[
     str | None,
@@ -275,7 +279,8 @@ def check_loading(
     check_names(drafters(drafter))
     for one in (named.partition(":")[0] for named in (drafter or "").split("+")):
         needs = DRAFTERS[one].drafts_from if one in DRAFTERS else ""
-        given = {DRAFT_MODELS: draft_model, **dict.fromkeys((EAGLE_HEADS, BLOCK_HEADS, MEDUSA_HEADS), heads)}
+        read = EAGLE_HEADS, BLOCK_HEADS, MEDUSA_HEADS, ASSISTANTS
+        given = {DRAFT_MODELS: draft_model, **dict.fromkeys(read, heads)}
         if needs in given and not given[needs]:
             option = "--draft-model" if needs == DRAFT_MODELS else "--heads"
             raise OptionError(f"the drafter {one!r} needs {needs}: name them by {option}")

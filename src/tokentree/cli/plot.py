@@ -61,6 +61,7 @@ RunArgument = Annotated[Path, typer.Argument(help="The folder of a run of 'bench
 TOLD = {
     "draft_model": "a draft model grows the tree (SpecInfer), level by level, with a forward for each",
     "medusa": "Medusa heads on the target's last hidden state guess all levels at once",
+    "assistant": "an assistant on the target's keys and values grows the tree, level by level, from its own states",
     "eagle": "an EAGLE head on the target's hidden states grows the tree, level by level, from its own states",
     "ngram": "what followed the same tokens before",
     "suffix": "what followed the longest match before, with how often",
@@ -149,8 +150,8 @@ def methods(
     from tokentree.plots.trees import Panel, common_step, draw_methods
 
     drafts, folders = draft_model or [], heads or []
-    given = {"draft_model"} if drafts else set[str]()
-    given |= {"medusa", "eagle", "block"} if folders else set()  # each draft model and folder is drawn by itself
+    given = {"draft_model"} if drafts else set[str]()  # each draft model and folder is drawn by itself
+    given |= {"medusa", "eagle", "block", "assistant"} if folders else set()
     lookups = [name for name in drafter or () if name not in given]
     if len(drafts) + len(folders) + len(lookups) < 2:
         raise OptionError(

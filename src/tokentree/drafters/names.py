@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from tokentree.plugins import Registry
 
-NOTHING, DRAFT_MODELS, EAGLE_HEADS, BLOCK_HEADS, MEDUSA_HEADS, OWN_LAYERS, TEXT, OTHERS = (
-    "nothing", "draft models", "EAGLE heads", "block heads", "Medusa heads", "the target's own layers", "the text",
-    "other drafters",
+NOTHING, DRAFT_MODELS, EAGLE_HEADS, BLOCK_HEADS, MEDUSA_HEADS, ASSISTANTS, OWN_LAYERS, TEXT, OTHERS = (
+    "nothing", "draft models", "EAGLE heads", "block heads", "Medusa heads", "Gemma 4 assistants",
+    "the target's own layers", "the text", "other drafters",
 )  # fmt: skip
 
 
@@ -32,6 +32,7 @@ DRAFTERS = {
     "eagle": Entry("tokentree.drafters.eagle:Eagle", EAGLE_HEADS),
     "block": Entry("tokentree.drafters.block:Block", BLOCK_HEADS),
     "medusa": Entry("tokentree.drafters.medusa:Medusa", MEDUSA_HEADS),
+    "assistant": Entry("tokentree.drafters.assistant:Assistant", ASSISTANTS),
     "mtp": Entry("tokentree.drafters.mtp:Mtp", OWN_LAYERS),
     "recycling": Entry("tokentree.drafters.lookup.recycling:Recycling", TEXT),
     "suffix": Entry("tokentree.drafters.lookup.suffix:Suffix", TEXT),

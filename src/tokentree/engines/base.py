@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from tokentree.engines.model_facts import Facts
+    from tokentree.heads.assistant import AssistantHead
     from tokentree.heads.block import BlockHead, BlockSizes, Markov
     from tokentree.heads.eagle import EagleHead
     from tokentree.heads.mtp import MtpHead
@@ -440,6 +441,19 @@ class LayerEngines(HasHiddenStates, Protocol):
 
         Raises:
             PairingError: if the head doesn't fit the target.
+        """
+        ...
+
+
+@runtime_checkable
+class AssistantEngines(HasHiddenStates, Protocol):
+    """An engine on whose keys and values a Gemma 4 assistant can draft."""
+
+    def assistant_engine(self, head: AssistantHead) -> DraftEngine:
+        """A draft engine that runs ``head`` on the keys, values and hidden states of this engine.
+
+        Raises:
+            PairingError: if the assistant doesn't fit the target.
         """
         ...
 

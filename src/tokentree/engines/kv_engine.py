@@ -43,6 +43,7 @@ from tokentree.tree import Ints, TokenTree
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from tokentree.heads.assistant import AssistantHead
     from tokentree.heads.block import BlockHead
     from tokentree.heads.eagle import EagleHead
     from tokentree.heads.mtp import MtpHead
@@ -309,11 +310,21 @@ class KVEngine(NotCopied, ABC):
         )  # fmt: skip
 
     def hidden(self, seq: Sequence, place: int | None = None) -> torch.Tensor:
-        number = self._places.index(self.facts.num_layers if place is None else place)
+        kv, above = self.rows_of(seq)
+        states = kv.states[self._places.index(self.facts.num_layers if place is None else place)]
+        committed = states[: kv.length]
+        return torch.cat([committed, states[above]]) if above else committed
+
+    @property
+    def layout(self) -> KVLayout:
+        """Of its KV."""
+        return self._storages.layout
+
+    def rows_of(self, seq: Sequence) -> tuple[SequenceKV, list[int]]:
+        """Where the KV of ``seq`` lies: its committed rows, and of a branch, what rows stand behind these."""
         of, nodes = self._branches.get(seq.id, (seq, []))
         kv = self._kv_of(of)
-        states = kv.states[number, : kv.length]
-        return torch.cat([states, kv.states[number, [kv.length + node for node in nodes]]]) if nodes else states
+        return kv, [kv.length + node for node in nodes]
 
     def block_engine(self, head: BlockHead) -> BlockEngine:
         from tokentree.engines.block_call import blocks_of  # few need what it imports
@@ -324,6 +335,11 @@ class KVEngine(NotCopied, ABC):
         from tokentree.engines.mtp import MtpEngine  # it imports transformers' model classes
 
         return MtpEngine(head, self)
+
+    def assistant_engine(self, head: AssistantHead) -> DraftEngine:
+        from tokentree.engines.assistant import AssistantEngine  # it imports transformers' model classes
+
+        return AssistantEngine(head, self)
 
     def head_engine(self, head: EagleHead) -> DraftEngine:
         from tokentree.engines.eagle import EagleEngine  # few need what it imports

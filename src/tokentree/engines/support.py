@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from tokentree.errors import ModelError, OptionError
+from tokentree.heads.assistant import ASSISTANTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -21,6 +22,7 @@ INDEXED = "indexed_attention"  # the kind of layers whose rows see what an index
 CHUNKED = "chunked_attention"  # the kind of layers whose rows see the positions of their own chunk
 SEEN = {"full_attention", "sliding_attention", CHUNKED}  # layers that keep keys and values alone
 FULL = {"full_attention"}
+FOR_ANOTHER = "drafts from another model's keys and values: give its folder as heads= (--heads)"
 STATES = {"linear_attention", "conv", "hybrid", "hybrid_sliding", "mamba", "recurrent", "attention_and_mamba"}
 # what modules call whose recurrences `engines/cpu/states` computes, and their classes where they call no function
 CLASSES = {
@@ -36,6 +38,8 @@ RECURRENCES = {
 def unsupported(model: PreTrainedModel) -> str | None:
     """Why ``model`` can't verify a tree; None if it may."""
     config, name = model.config, type(model).__name__
+    if config.model_type in ASSISTANTS:
+        return f"{name} {FOR_ANOTHER}"
     if getattr(config, "is_encoder_decoder", False):
         return f"{name} is not a decoder-only language model: an encoder's tokens see those behind them too"
     if output_layer(model) is None:

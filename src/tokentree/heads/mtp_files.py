@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,7 +61,7 @@ class Layout:
 def find_mtp(folder: Path | None) -> Layout | None:
     """Where the model in ``folder`` has a layer for multi-token prediction; None if it has none of a known layout."""
     try:
-        return None if folder is None else _layout(_files(folder))
+        return None if folder is None else _layout(tensor_files(folder))
     except ModelError:
         return None
 
@@ -73,7 +73,7 @@ def read_mtp(folder: Path, dtype: torch.dtype) -> MtpHead:
     Raises:
         ModelError: if there is none, or a tensor is unknown, missing or of another size; it is named.
     """
-    files, where = _files(folder), str(folder)
+    files, where = tensor_files(folder), str(folder)
     layout = _layout(files)
     if layout is None:
         raise ModelError(f"the model in {where!r} has no layer for multi-token prediction in a known layout")
@@ -84,9 +84,9 @@ def read_mtp(folder: Path, dtype: torch.dtype) -> MtpHead:
     config = _one_layer(folder, any(EXPERTS.match(name.removeprefix(layout.layer)) for name in tensors))
     size = config.hidden_size
     embedding_gain, hidden_gain = (
-        _taken(tensors, name, [size], where) for name in (layout.embedding_norm, layout.hidden_norm)
+        taken(tensors, name, [size], where) for name in (layout.embedding_norm, layout.hidden_norm)
     )
-    weight = _taken(tensors, layout.projection, [size, 2 * size], where)
+    weight = taken(tensors, layout.projection, [size, 2 * size], where)
     check_part(tensors.get(layout.norm), [size], f"tensor {layout.norm}", where)
     model = _model(config, tensors, layout, dtype, where)
     projection = nn.Linear(2 * size, size, bias=False, device="meta")
@@ -116,7 +116,7 @@ def _layout(names: Iterable[str]) -> Layout | None:
     return Layout(layer, layer, names[0], names[1], names[2], names[3], left)
 
 
-def _files(folder: Path) -> dict[str, Path]:
+def tensor_files(folder: Path) -> dict[str, Path]:
     """The names of all tensors in ``folder``, and the files that they are in.
 
     Raises:
@@ -137,15 +137,26 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 def _read(layout: Layout, files: dict[str, Path]) -> dict[str, torch.Tensor]:
-    """The tensors of ``layout`` by their names, from those files alone that have some."""
-    wanted = {
-        name: file for name, file in files.items() if name.startswith(layout.whole) and not layout.left.match(name)
-    }
+    """The tensors of ``layout`` by their names."""
+    return read_from(
+        {name: file for name, file in files.items() if name.startswith(layout.whole) and not layout.left.match(name)}
+    )
+
+
+def read_from(files: dict[str, Path]) -> dict[str, torch.Tensor]:
+    """Tensors by their names, from those files alone that have some.
+
+    Args:
+        files: what `tensor_files` found of them.
+
+    Raises:
+        ModelError: if one can't be read.
+    """
     found = dict[str, torch.Tensor]()
-    for file in sorted(set(wanted.values())):
+    for file in sorted(set(files.values())):
         try:
             with safe_open(file, framework="pt") as opened:
-                found |= {name: opened.get_tensor(name) for name, place in wanted.items() if place == file}
+                found |= {name: opened.get_tensor(name) for name, place in files.items() if place == file}
         except (OSError, SafetensorError) as error:
             raise ModelError(f"can't read {str(file)!r}: {error}") from None
     return found
@@ -163,7 +174,7 @@ def _widen(tensors: dict[str, torch.Tensor], where: str) -> None:
         tensors[name.removesuffix(SCALES)] = weight.float() * wide
 
 
-def _taken(tensors: dict[str, torch.Tensor], name: str, shape: list[int], where: str) -> torch.Tensor:
+def taken(tensors: dict[str, torch.Tensor], name: str, shape: list[int], where: str) -> torch.Tensor:
     """Takes a tensor out; raises `ModelError` unless it is there, and of this size."""
     check_part(tensors.get(name), shape, f"tensor {name}", where)
     return tensors.pop(name)
@@ -200,8 +211,6 @@ def _model(
     """
     from transformers import AutoModelForCausalLM
 
-    from tokentree.misread import told
-
     kind: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
     if kind is None:
         raise ModelError(f"{where!r} is of the family {config.model_type}, which has no model of text alone")
@@ -214,18 +223,37 @@ def _model(
         raise ModelError(f"{where!r} has a tensor that a layer for multi-token prediction doesn't have: {foreign[0]}")
     nothing = torch.zeros(1, config.hidden_size, dtype=dtype)  # transformers would draw what it lacks
     state |= {f"{base}.embed_tokens.weight": nothing, "lm_head.weight": nothing.clone()}
-    with told(f"can't read the layer for multi-token prediction in {where!r}"):
-        model, notes = kind.from_pretrained(
-            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-        )
 
     def told_name(name: str) -> str:
         return names.get(name, name.replace(f"{base}.layers.0.", layout.layer))
 
+    model = model_of(kind, config, state, dtype, told_name, where, "layer for multi-token prediction")
+    return getattr(model, base)
+
+
+def model_of(
+    kind: Any, config: PreTrainedConfig, state: dict[str, torch.Tensor], dtype: torch.dtype,
+    told_name: Callable[[str], str], where: str, what: str,
+) -> Any:  # fmt: skip
+    """A model of ``kind``, made of ``config``, with just the tensors ``state``, read as transformers reads them.
+
+    Args:
+        told_name: what a tensor is called in the folder ``where``.
+        what: is read, in words.
+
+    Raises:
+        ModelError: if a tensor is unknown, missing or of another size; it is named.
+    """
+    from tokentree.misread import told
+
+    with told(f"can't read the {what} in {where!r}"):
+        model, notes = kind.from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     for name, found, wanted in sorted(notes["mismatched_keys"]):
         raise ModelError(f"in {where!r} the tensor {told_name(name)} is {list(found)}, not {list(wanted)}")
     if missing := sorted(map(told_name, notes["missing_keys"])):
         raise ModelError(f"{where!r} lacks the tensor {missing[0]}")
     if unknown := sorted(map(told_name, notes["unexpected_keys"])):
-        raise ModelError(f"{where!r} has a tensor that a layer for multi-token prediction doesn't have: {unknown[0]}")
-    return getattr(model, base)
+        raise ModelError(f"{where!r} has a tensor that a {what} doesn't have: {unknown[0]}")
+    return model

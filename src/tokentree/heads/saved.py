@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tokentree.errors import ModelError, OptionError, PairingError
+from tokentree.heads.assistant import ASSISTANTS
 from tokentree.heads.checkpoints import read_config, read_medusa, write_medusa
 from tokentree.heads.fingerprint import Fingerprint
 from tokentree.heads.medusa import MedusaHeads
@@ -74,8 +75,8 @@ def check_made_for(about: About, config: Mapping[str, Any], folder: str | Path, 
 
 
 def kind_of(folder: str | Path) -> str:
-    """Which heads what ``config.json`` in ``folder`` says is of: "medusa", "eagle" or "block"; the name of the drafter
-    that they are for.
+    """Which heads what ``config.json`` in ``folder`` says is of: "medusa", "eagle", "block" or "assistant"; the name of
+    the drafter that they are for.
 
     Raises:
         ModelError: if it can't be read.
@@ -83,6 +84,8 @@ def kind_of(folder: str | Path) -> str:
     config = read_config(folder)
     if not config or "medusa_num_heads" in config or config.get("model_type") == "medusa":
         return "medusa"
+    if config.get("model_type") in ASSISTANTS:
+        return "assistant"
     kinds = " ".join(map(str, [*(config.get("architectures") or ()), config.get("speculators_model_type")])).lower()
     blocks = "dflash_config" in config or "block_size" in config or "dflash" in kinds or "dspark" in kinds
     return "block" if blocks else "eagle"

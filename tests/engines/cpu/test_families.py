@@ -239,7 +239,7 @@ def test_attention_reads_nothing_but_what_is_stored(
 ) -> None:
     query = torch.zeros(96, rows, width)
     with pytest.raises(ModelError, match=r"stored|room"):
-        attend_rows(forward, layer, query, heads, value_width, Rule(1.0))
+        attend_rows(forward.segments, layer, query, heads, value_width, Rule(1.0))
 
 
 def test_a_product_adds_the_bias_that_it_is_given_wherever_that_lies() -> None:
@@ -260,7 +260,7 @@ def test_attention_reads_no_rows_behind_the_storage() -> None:
     forward = storage()
     forward.segments[0].kv.length = forward.segments[0].kv.capacity - 2
     with pytest.raises(IndexError, match="room for 32"):
-        attend_rows(forward, 0, torch.zeros(2, 3, 8), 2, 8, Rule(1.0))
+        attend_rows(forward.segments, 0, torch.zeros(2, 3, 8), 2, 8, Rule(1.0))
 
 
 @pytest.mark.parametrize(

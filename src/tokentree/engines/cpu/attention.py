@@ -82,7 +82,7 @@ class ForwardKV(Cache):
         self._calls += 1
         if stores:
             self.write(layer, key, value)
-        return attend_rows(self, layer, query.float(), len(key), value.shape[2], rule)
+        return attend_rows(self.segments, layer, query.float(), len(key), value.shape[2], rule)
 
     def knows(self, window: int | None, chunk: int | None, sees: Sees) -> bool:
         """See `Attending`. `attending.attended` has looked."""
@@ -436,7 +436,7 @@ AttentionMaskInterface.register(TREE, tree_mask)
 
 
 def attend_rows(
-    forward_kv: ForwardKV, layer: int, query: torch.Tensor, kv_heads: int, value_width: int, rule: Rule
+    segments: SequenceOf[Segment], layer: int, query: torch.Tensor, kv_heads: int, value_width: int, rule: Rule
 ) -> torch.Tensor:  # fmt: skip
     """float32[rows, heads, value width]: attention of all rows of a forward over what `layer` has stored for them.
 
@@ -453,13 +453,13 @@ def attend_rows(
     if query.dtype is not torch.float32 or heads % kv_heads or (rule.sinks is not None and len(rule.sinks) != heads):
         raise ModelError(f"attention got {query.dtype} queries of {heads} heads for {kv_heads} heads of keys")
     table = list[int]()
-    for segment in forward_kv.segments:
+    for segment in segments:
         _check(segment, layer, (kv_heads, width, value_width), rows)
         segment.windows.add(rule.window)
         table += segment.described(layer)
     out = torch.zeros(rows, heads, value_width, dtype=torch.float32)  # rows that only fill up get zeros
     numbers = np.array([rule.scale, rule.softcap or 0.0, *([] if rule.sinks is None else rule.sinks.tolist())])
-    biases = None if rule.biases is None else rule.biases.upto(end_of(forward_kv.segments))
+    biases = None if rule.biases is None else rule.biases.upto(end_of(segments))
     if biases is not None and len(biases) != heads:
         raise ModelError(f"attention got biases of {len(biases)} heads for {heads} heads of queries")
     most = 0 if rule.chosen is None else rule.chosen.shape[1]
@@ -472,7 +472,7 @@ def attend_rows(
         biases_head=0 if biases is None else 4 * biases.stride(0),
         chosen=0 if rule.chosen is None else address(rule.chosen, torch.int32, rows, most), most=most,
         relative=0 if rule.relative is None else address(rule.relative, torch.float32, rows, heads, extent),
-        extent=extent, heads=heads, segments=len(forward_kv.segments), rounded=0,
+        extent=extent, heads=heads, segments=len(segments), rounded=0,
     )  # fmt: skip
     run(attend_worker(), [num_threads(), *call, *table, numbers.ctypes.data, len(numbers)])
     return out
