@@ -89,7 +89,8 @@ def tiny_assistant(
     """An assistant of targets of the width ``target_size``, with random weights."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "layer_types": KINDS[:1] * 3 + KINDS[1:]}
     text = CONFIG_MAPPING[f"{family}_text"](**{**SIZES, **(NONE if family == "gemma4" else {}), **sizes, **options})
-    config = CONFIG_MAPPING[f"{family}_assistant"](
+    kind: Any = CONFIG_MAPPING[f"{family}_assistant"]
+    config = kind(
         text_config=text, backbone_hidden_size=target_size, use_ordered_embeddings=ordered, num_centroids=12,
         centroid_intermediate_top_k=3,
     )  # fmt: skip
