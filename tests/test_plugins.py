@@ -48,7 +48,7 @@ def test_ours_keep_their_names(site: Path) -> None:
         ("other = missing_module:Drafter", "", "'other' of strange can't be imported: No module named"),
         ("other = strange:Missing", "", "'other' of strange can't be imported: .*has no attribute 'Missing'"),
         ("other = strange:value", "value = 3", "'other' is no class of drafters: 3"),
-        ("another = strange:value", "value = 3", "unknown drafter 'other': choose one of another, assistant, block, .*"),
+        ("another = strange:value", "value = 3", "unknown drafter 'other': choose one of another, assistant, .*"),
     ],
 )
 def test_one_that_can_t_be_used_is_told_in_a_sentence(site: Path, points: str, source: str, told: str) -> None:
