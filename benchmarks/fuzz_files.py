@@ -319,7 +319,7 @@ KINDS: dict[str, Callable[[Path], Files]] = {
     "EAGLE-1": _eagle(1),
     "EAGLE-3": _eagle(3),
     "EAGLE-3, speculators'": _eagle(3, "speculators"),
-    "block, z-lab's layout": _block("dflash", "zlab"),
+    "block, z-lab's layout": _block("dflash2", "zlab"),
     "block, DeepSpec's": _block("gated", "deepspec"),
     "block, speculators'": _block("few tokens", "speculators"),
     "packed weights": _packed(None),

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +15,22 @@ import torch
 from transformers import PreTrainedModel
 
 from tests.conftest import by_night, decode, each_two, make_sequence, shown
-from tests.heads.block_heads import FORMS, some_block
+from tests.heads.block_heads import FORMS, said_after, some_block
 from tests.tiny_models import CONTEXT, VOCAB, full_logits, request, some_tokens, tiny
 from tokentree import LLM, SamplingParams
 from tokentree.draft import Draft
 from tokentree.drafters.block import Block
 from tokentree.drafters.lookup.ngram import NGram
 from tokentree.drafters.merged import Merged
-from tokentree.engines.base import CANDIDATES
+from tokentree.drafters.slots import grown
+from tokentree.engines.base import CANDIDATES, Slots
 from tokentree.engines.block import TorchBlocks
 from tokentree.engines.table import TableEngine
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import PairingError
 from tokentree.heads.block import BlockHead
 from tokentree.heads.block_files import write_block
+from tokentree.heads.convolution import Bare
 from tokentree.heads.saved import About
 from tokentree.sampling import to_probs
 from tokentree.sequence import Sequence
@@ -37,17 +42,19 @@ WIDE = {"hidden_size": 64, "intermediate_size": 96}
 
 @torch.inference_mode()
 def said_by(head: BlockHead, model: PreTrainedModel, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """States [guesses, hidden size] and logits [guesses, known tokens] behind ``tokens``, by the papers' formulas: all
-    is computed anew, one query at a time, of the states that the model itself gives for all tokens but the last."""
+    """States [guesses, hidden size] and logits [guesses, known tokens] behind ``tokens``, of each place by itself, by
+    the papers' formulas: all is computed anew, one query at a time, of the states that the model itself gives for all
+    tokens but the last."""
     sizes, start = head.sizes, len(tokens) - 1
     states = model(input_ids=torch.tensor([tokens[:-1]]), output_hidden_states=True).hidden_states
     context = head.hidden_norm(head.fc(torch.cat([states[tap][0] for tap in sizes.taps], -1)))
     embed: Any = model.get_input_embeddings() if head.embed_tokens is None else head.embed_tokens
-    rows = [embed(torch.tensor(tokens[-1]))]
-    mask: Any = head.mask_embedding if sizes.mask_token is None else embed(torch.tensor(sizes.mask_token))
+    rows = [embed(torch.tensor(tokens[-1])) * sizes.embedding_scale]
+    mask: Any = head.mask_embedding
+    mask = mask if sizes.mask_token is None else embed(torch.tensor(sizes.mask_token)) * sizes.embedding_scale
     x = torch.stack([*rows, *[mask] * (sizes.block_size - 1)])
     for layer in head._layers:
-        normed = layer.input_layernorm(x)
+        normed, behind = mixed_by(layer.around_attention, layer.input_layernorm(x))
         queries = layer.q_norm(layer.q_proj(normed).unflatten(-1, (sizes.num_heads, -1)))
         keys, values = (torch.cat(parts) for parts in zip(*map(layer.keys_values, (context, normed)), strict=True))
         turns = head.rotary(x, torch.arange(start + sizes.block_size)[None])
@@ -59,9 +66,9 @@ def said_by(head: BlockHead, model: PreTrainedModel, tokens: list[int]) -> tuple
             return result
 
         for row in range(sizes.block_size):
-            last = start + (row + 1 if sizes.causal else sizes.block_size)
-            first = 0 if sizes.window is None else max(0, start + row + 1 - sizes.window)
-            seen = range(first, last)
+            reach = sizes.window or CONTEXT
+            last = start + (row + 1 if sizes.causal else min(sizes.block_size, row + reach))
+            seen = range(max(0, start + row + 1 - reach), last)
             heads = []
             for number in range(sizes.num_heads):
                 group = number * sizes.num_kv_heads // sizes.num_heads
@@ -69,13 +76,35 @@ def said_by(head: BlockHead, model: PreTrainedModel, tokens: list[int]) -> tuple
                 scores = torch.stack([query @ turned(keys[at, group], at) for at in seen]) * sizes.head_dim**-0.5
                 heads.append(scores.softmax(0) @ values[list(seen), group])
             out.append(torch.cat(heads))
-        x = x + layer.o_proj(torch.stack(out))
-        gate, up = layer.gate_up(layer.post_attention_layernorm(x)).chunk(2, -1)
-        x = x + layer.down_proj(torch.nn.functional.silu(gate) * up)
+        x = x + behind(layer.o_proj(torch.stack(out)))
+        normed, behind = mixed_by(layer.around_mlp, layer.post_attention_layernorm(x))
+        gate, up = layer.gate_up(normed).chunk(2, -1)
+        x = x + behind(layer.down_proj(torch.nn.functional.silu(gate) * up))
     x = head.norm(x)[0 if sizes.anchor_first else 1 :]
     output: Any = model.get_output_embeddings() if head.lm_head is None else head.lm_head
-    logits = output(x)
+    logits = output(x) * sizes.logit_scale
+    logits = logits if sizes.softcap is None else (logits / sizes.softcap).tanh() * sizes.softcap
     return x, logits if head.token_map is None or head.lm_head is not None else logits[:, head.token_map]
+
+
+def mixed_by(around: Any, x: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    """What goes into a sublayer of rows ``x`` [rows, size], and what is made of what comes out: by DFlash 2's formula,
+    one tap of a row at a time."""
+    if isinstance(around, Bare):
+        return x, lambda out: out
+    _, taps, size = around.base.shape
+    told = around.told(x).view(len(x), 2, taps, -1)
+    group = size // told.shape[-1]
+
+    def mixed(side: int, rows: torch.Tensor) -> torch.Tensor:
+        made = torch.zeros_like(rows)
+        for t, tap in product(range(len(rows)), range(taps)):
+            if t >= tap:
+                weights = around.base[side, tap] + told[t, side, tap].repeat_interleave(group)
+                made[t] += weights * rows[t - tap]
+        return made
+
+    return mixed(0, x), lambda out: mixed(1, out)
 
 
 class Kept(Block):
@@ -118,7 +147,7 @@ def test_each_node_has_the_probability_that_computing_it_anew_gives(
     form: str, family: str, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tokentree.engines.block.ROWS", 4)
-    model, head, grown = tiny(family), some_block(form), 0
+    model, head, seen = tiny(family), some_block(form), 0
     for tokens, draft in decoded(head, model, lengths):
         if len(tokens) == 1:
             assert len(draft) == 1  # the target has read nothing
@@ -129,39 +158,55 @@ def test_each_node_has_the_probability_that_computing_it_anew_gives(
             row, number = expected[draft.depths[node] - 1], known.index(draft.tokens[node])
             assert draft.log_probs[node] == pytest.approx(float(row[number]), abs=2e-3)
             assert abs(int((row > row[number]).sum()) - draft.ranks[node]) <= 1  # equal but for rounding
-            grown += 1
-    assert grown > 10
+            seen += 1
+    assert seen > 10
 
 
 @pytest.mark.parametrize("form", sorted({*FORMS} - {*PLAIN}))
-def test_a_markov_part_conditions_on_the_token_before(form: str) -> None:
-    model, head, grown = tiny("llama"), some_block(form), 0
-    assert head.markov is not None
+def test_a_markov_part_conditions_on_what_comes_before(form: str) -> None:
+    model, head, seen = tiny("llama"), some_block(form), 0
     known = torch.arange(VOCAB) if head.token_map is None else head.token_map
+    most = head.sizes.candidates or CANDIDATES
     for tokens, draft in decoded(head, model, (11, 5)):
         if len(tokens) == 1:
             assert len(draft) == 1
             continue
-        states, logits = said_by(head, model, tokens)
-        best = tokens[-1]  # the most probable token of each place, after that of the place before
-        bests, candidates, shares = [best], list[torch.Tensor](), list[torch.Tensor]()
-        for place in range(head.sizes.num_guesses):
-            said = (logits[place] + head.markov(torch.tensor([best]), states[place][None])[0]).log_softmax(-1)
-            candidates.append(said.topk(CANDIDATES).indices)
-            shares.append(said.topk(CANDIDATES).values.logsumexp(0))
-            bests.append(best := int(known[said.argmax()]))
+        said = partial(said_after, head, *said_by(head, model, tokens))
+        paths = [[tokens[-1]]]  # after which guesses are made: the most probable one first
+        candidates, shares = list[list[int]](), list[float]()
+        probable = [1.0]
+        for _ in range(head.sizes.num_guesses):
+            row = said(paths[0]).log_softmax(-1)
+            best = row.topk(most)
+            candidates.append(known[best.indices].tolist())
+            shares.append(float(best.values.logsumexp(0)))
+            onward = dict[tuple[int, ...], float]()
+            for path, prob in zip(paths, probable, strict=True):
+                among = (said(path)[best.indices].log_softmax(-1) + shares[-1]).exp()
+                onward |= {(*path, t): prob * float(p) for t, p in zip(candidates[-1], among, strict=True)}
+            ways = sorted(onward, key=lambda path: -onward[path]) if head.sizes.markov == "rnn" else [*onward]
+            paths, probable = [list(way) for way in ways[:most]], [onward[way] for way in ways[:most]]
         for node in range(1, len(draft)):
-            place = draft.depths[node] - 1
-            before = torch.tensor([draft.tokens[draft.parents[node]]])
-            said = logits[place] + head.markov(before, states[place][None])[0]
-            among = said[candidates[place]].log_softmax(-1) + shares[place]
-            at = known[candidates[place]].tolist().index(draft.tokens[node])
+            place, path = draft.depths[node] - 1, [tokens[-1], *draft.path_tokens(draft.parents[node])]
+            at = candidates[place].index(draft.tokens[node])
+            row = said(path)
+            numbers = torch.searchsorted(known, torch.tensor(candidates[place]))
+            among = row[numbers].log_softmax(-1) + shares[place]
             assert draft.log_probs[node] == pytest.approx(float(among[at]), abs=3e-3)
-            if int(before) == bests[place]:  # where that is what the head itself says
-                number = int(candidates[place][at])
-                assert draft.log_probs[node] == pytest.approx(float(said.log_softmax(-1)[number]), abs=3e-3)
-            grown += 1
-    assert grown > 10
+            if head.sizes.markov == "selector":  # all that it takes from, after any token
+                assert float(row.log_softmax(-1)[numbers[at]]) == pytest.approx(float(among[at]), abs=3e-3)
+            seen += 1
+    assert seen > 10
+
+
+@pytest.mark.parametrize("cut", ["dynamic:nodes=20", "paths:[[0],[1],[0,0],[1,0],[1,1]]"])
+def test_nothing_follows_a_path_that_is_not_gone_on_with(cut: str) -> None:
+    tokens, probs, ranks = np.full((2, 2, 2), 7), np.full((2, 2, 2), 0.5), np.zeros((2, 2, 2), np.int64)
+    tokens[0], tokens[1, 1], ranks[0] = [5, 6], 9, [0, -1]
+    draft = grown(Slots(tokens, probs, ranks), 1, shape(cut), 2)
+    paths = [draft.path_tokens(node) for node in range(1, len(draft))]
+    assert paths[:3] == [[5], [6], [5, 7]]
+    assert all(path[0] == 5 for path in paths[2:])
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -175,10 +220,7 @@ def test_children_are_drawn_from_what_the_head_says_after_their_parent(form: str
     assert draft.sampled is not None
     assert len(draft.sampled) == 10  # of all nodes that have children
     for node, probs in draft.sampled.items():
-        place = draft.depths[node]
-        said = logits[place]
-        if head.markov is not None:
-            said = said + head.markov(torch.tensor([draft.tokens[node]]), states[place][None])[0].detach()
+        said = said_after(head, states, logits, [seq.tokens[-1], *draft.path_tokens(node)])
         if head.token_map is not None:
             said = torch.full((VOCAB,), -torch.inf).index_copy(0, head.token_map, said)
         assert torch.allclose(probs, to_probs(said, seq.params), atol=1e-3)
@@ -327,10 +369,15 @@ def test_greedy_ids_and_sampled_ids_are_plain_s(form: str, cut: str, model: tupl
 @pytest.mark.parametrize(
     ("accept", "form", "cut"),
     [
-        ("rejection", "dspark", "3x2"),
+        ("rejection", "dflash2", "3x2"),
         ("traversal", "dspark", "3x2"),
+        ("traversal", "rnn", "3x2"),
         ("block", "dspark", "chain:3"),
         pytest.param("traversal", "dflash", "2x2", marks=pytest.mark.nightly),
+        pytest.param("rejection", "dspark", "3x2", marks=pytest.mark.nightly),
+        pytest.param("traversal", "dflash2", "3x2", marks=pytest.mark.nightly),
+        pytest.param("block", "dflash2", "chain:3", marks=pytest.mark.nightly),
+        pytest.param("rejection", "rnn", "3x2", marks=pytest.mark.nightly),
         pytest.param("rejection", "few", "3x2", marks=pytest.mark.nightly),
         pytest.param("traversal", "picked", "3x2", marks=pytest.mark.nightly),
     ],
@@ -340,8 +387,8 @@ def test_sampling_has_the_target_s_distribution(accept: str, form: str, cut: str
     vocab, samples, taken = 6, 1000, 0
     model, prompt = tiny("llama", vocab_size=vocab), [token % vocab for token in some_tokens(6)]
     engine = TorchEngine(model)
-    sizes = {"draft_vocab_size": 4} if form == "few" else {}
-    head = some_block("dflash" if form == "dflash" else "dspark", 1, vocab_size=vocab, **sizes)
+    sizes = {"few": {"draft_vocab_size": 4}, "dflash2": {"candidates": 3}}.get(form, {})
+    head = some_block(form if form in FORMS else "dspark", 1, vocab_size=vocab, **sizes)
     drafter, counts = Block(head, engine), dict[tuple[int, ...], int]()
     joined = Merged([drafter, NGram()]) if form == "picked" else drafter
     for start in range(0, samples, 100):
@@ -407,9 +454,10 @@ def test_no_draft_reaches_beyond_the_context() -> None:
         assert decode(engine, seqs, drafter, "2x1x1x1") == plain
 
 
-@pytest.mark.parametrize("form", ["dflash", "dspark"])
+@pytest.mark.parametrize("form", ["dflash", "dspark", "dflash2"])
 def test_a_folder_is_a_drafter(form: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_block(some_block(form), tmp_path, "tiny", "deepspec", About(taps=[0, 1]))
+    layout = "zlab" if form == "dflash2" else "deepspec"
+    write_block(some_block(form), tmp_path, "tiny", layout, About(taps=[0, 1]))
     model = tiny("llama")
     with caplog.at_level("INFO", "tokentree"):
         params = SamplingParams(max_tokens=30)

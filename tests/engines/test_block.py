@@ -18,7 +18,7 @@ from tokentree.engines.torch import TorchEngine
 from tokentree.sequence import Sequence
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96}
-SERVED = [form for form in FORMS if form != "gated"]
+SERVED = [form for form in FORMS if form not in ("gated", "rnn", "dflash2")]
 
 
 def engine_of(dtype: torch.dtype = torch.bfloat16) -> KVEngine:
@@ -134,8 +134,11 @@ def test_more_rows_than_there_was_room_for() -> None:
 @pytest.mark.parametrize(
     ("form", "sizes", "dtype", "one_call"),
     [
-        *((form, WIDE, torch.bfloat16, form != "gated") for form in FORMS),
+        *((form, WIDE, torch.bfloat16, form in SERVED) for form in FORMS),
         ("dflash", WIDE | {"window": 9}, torch.bfloat16, False),  # to both sides
+        ("dflash2", WIDE | {"window": None}, torch.bfloat16, False),
+        ("dflash", WIDE | {"conv_taps": 2}, torch.bfloat16, False),
+        ("dflash", WIDE | {"softcap": 30.0}, torch.bfloat16, False),
         ("dflash", WIDE | {"intermediate_size": 100}, torch.bfloat16, False),
         ("dflash", WIDE, torch.float32, False),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ def fits(form: str, layout: str) -> bool:
     """Whether a layout can say what heads of that form are."""
     told = FORMS[form]
     if layout == "zlab":
-        return not (told.get("anchor_first") or told.get("markov_rank"))
+        return form == "dflash2" or not (told.get("anchor_first") or told.get("markov_rank"))
+    if form == "dflash2":
+        return False
     return layout == "deepspec" or ("mask_token" in told and (not told.get("causal") or "window" in told))
 
 
@@ -37,7 +40,7 @@ def test_a_round_trip(form: str, layout: str, options: dict[str, Any], tmp_path:
     known = head.sizes.draft_vocab_size or VOCAB
     outer: dict[str, Any] = OUTER | {"output": torch.ones(known, 48)} if layout == "speculators" else {}
     if not fits(form, layout):
-        with pytest.raises(OptionError, match="layout has no"):
+        with pytest.raises(OptionError, match=r"layout (has|'.*' has) no"):
             write_block(head, tmp_path, "tiny", layout)
         return
     write_block(head, tmp_path, "tiny", layout, dtype=torch.float32, **outer)
@@ -62,6 +65,26 @@ def test_names_and_conventions_are_those_of_the_projects(tmp_path: Path) -> None
     assert tensors["markov_head.markov_w1.weight"].shape == tensors["markov_head.markov_w2.weight"].shape == (VOCAB, 6)
     assert tensors["markov_head.gate_proj.weight"].shape == (6, 54)
     assert tensors["confidence_head.proj.weight"].shape == (1, 54)
+    write_block(some_block("rnn"), tmp_path / "rnn", "tiny", "deepspec")
+    tensors = load_file(tmp_path / "rnn/model.safetensors")
+    assert tensors["markov_head.joint_proj.weight"].shape == (18, 60)
+    assert tensors["markov_head.joint_proj.bias"].shape == (18,)
+    assert json.loads((tmp_path / "rnn/config.json").read_text())["markov_head_type"] == "rnn"
+    write_block(some_block("dflash2"), tmp_path / "dflash2", "tiny", "zlab")
+    tensors = load_file(tmp_path / "dflash2/model.safetensors")
+    assert len(tensors) == 3 + 2 * (11 + 4) + 3
+    for name in ("attention_conv", "mlp_conv"):
+        assert tensors[f"layers.1.{name}.base_kernel"].shape == (2, 2, 48)
+        assert tensors[f"layers.1.{name}.kernel_projection.weight"].shape == (2 * 2 * 3, 48)
+    assert tensors["candidate_selector.hidden_projection.weight"].shape == (6, 48)
+    assert tensors["candidate_selector.predecessor_codebook"].shape == (VOCAB, 6)
+    assert tensors["candidate_selector.successor_codebook"].shape == (VOCAB, 6)
+    config = json.loads((tmp_path / "dflash2/config.json").read_text())
+    assert config["architectures"] == ["DFlash2DraftModel"]
+    assert config["dflash_config"].items() >= {
+        "conv_kernel_size": 2, "conv_group_size": 16, "selector_rank": 6, "selector_top_k": 5,
+        "output_multiplier": 0.75, "final_logit_softcapping": 9.0, "input_embedding_scale": 1.5,
+    }.items()  # fmt: skip
     write_block(some_block("few tokens"), tmp_path / "speculators", "tiny", "speculators")
     tensors = load_file(tmp_path / "speculators/model.safetensors")
     assert tensors["d2t"].dtype is torch.int64
@@ -171,7 +194,9 @@ def test_other_names_of_tensors_are_known(tmp_path: Path) -> None:
         (config_of(mask_token_id=VOCAB, target_layer_ids=[0, 1]), "makes no sense"),
         ({"layer_types": ["sliding_attention", "full_attention"]}, "layers of several kinds"),
         ({"layer_types": ["sliding_attention"] * 2, "sliding_window": None}, "sliding layers, and no sliding_window"),
-        ({"markov_head_type": "rnn"}, "a Markov head of the kind 'rnn'"),
+        ({"markov_head_type": "fir"}, "a Markov head of the kind 'fir'"),
+        ({"markov_rank": 6}, "lacks the tensor markov_head.markov_w1.weight"),
+        ({"architectures": ["DFlash2DraftModel"]}, "lacks selector_top_k"),
         ({"num_attention_heads": "many"}, "makes no sense"),
         ({"target_hidden_size": 10**12}, "hidden states"),
     ],
@@ -188,7 +213,8 @@ def test_configurations_that_make_no_sense_are_refused(fields: Any, message: str
     [
         ({"fc__weight": None}, "no block head"),
         ({"layers__1__self_attn__k_norm__weight": None}, "lacks the tensor layers.1.self_attn.k_norm.weight"),
-        ({"candidate_selector__successor_codebook": torch.zeros(1)}, "doesn't have: candidate_selector"),
+        ({"candidate_selector__successor_codebook": torch.zeros(1)}, "lacks selector_top_k"),
+        ({"prefix_gru__weight_ih_l0": torch.zeros(1)}, "doesn't have: prefix_gru.weight_ih_l0"),
         ({"norm__weight": torch.zeros(3)}, r"norm.weight is \[3\], not \[48\]"),
         ({"norm__weight": torch.full((48,), torch.nan)}, "no finite number"),
     ],
@@ -198,6 +224,52 @@ def test_wrong_tensors_are_named(tensors: dict[str, Any], message: str, tmp_path
     change_tensors(tmp_path, **tensors)
     with pytest.raises(ModelError, match=message):
         read_block(tmp_path, 10)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "fields", "message"),
+    [
+        ({"candidate_selector__predecessor_codebook": None}, {}, "lacks the tensor candidate_selector.predecessor"),
+        ({"candidate_selector__successor_codebook": torch.zeros(9, 6)}, {}, r"codebook is \[9, 6\], not \[120, 6\]"),
+        ({"layers__1__mlp_conv__base_kernel": None}, {}, "lacks the tensor layers.1.mlp_conv.base_kernel"),
+        ({"layers__0__attention_conv__base_kernel": torch.zeros(48)}, {}, "makes no sense|not"),
+        ({"layers__0__mlp_conv__kernel_projection__weight": torch.zeros(6, 48)}, {}, r"is \[6, 48\], not \[12, 48\]"),
+        ({"markov_head__markov_w1__weight": torch.zeros(VOCAB, 6)}, {}, "doesn't have: markov_head.markov_w1"),
+        ({}, {"conv_group_size": 24}, r"kernel_projection.weight is \[12, 48\], not \[8, 48\]"),
+        ({}, {"conv_group_size": 7}, "multiple of conv_group"),
+        ({}, {"selector_top_k": 0}, "makes no sense: candidates"),
+        ({}, {"selector_top_k": VOCAB + 1}, "can't take from 121 tokens"),
+        ({}, {"final_logit_softcapping": -1.0}, "makes no sense: softcap"),
+        ({}, {"output_multiplier": "much"}, "makes no sense: logit_scale"),
+    ],
+)
+def test_wrong_heads_of_dflash_2_are_refused(
+    tensors: Any, fields: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    write_block(some_block("dflash2"), tmp_path, "tiny", "zlab")
+    change_tensors(tmp_path, **tensors)
+    own = json.loads((tmp_path / "config.json").read_text())["dflash_config"]
+    change(tmp_path, dflash_config=own | fields)
+    with pytest.raises(ModelError, match=message):
+        read_block(tmp_path, LAYERS)
+
+
+def test_what_a_configuration_of_dflash_2_may_leave_out(tmp_path: Path) -> None:
+    write_block(head := some_block("dflash2"), tmp_path, "tiny", "zlab")
+    own = json.loads((tmp_path / "config.json").read_text())["dflash_config"]
+    for name in ("conv_kernel_size", "conv_group_size", "selector_rank", "output_multiplier"):
+        del own[name]
+    change(tmp_path, dflash_config=own | {"final_logit_softcapping": None}, input_embedding_scale=None)
+    scales = {"logit_scale": 1.0, "softcap": None}
+    assert read_block(tmp_path, LAYERS).head.sizes == head.sizes.model_copy(update=scales)
+
+
+@pytest.mark.parametrize(("form", "said"), [("rnn", "gated"), ("gated", "vanilla"), ("dspark", "rnn")])
+def test_a_markov_head_is_of_the_kind_that_it_is_said_to_be(form: str, said: str, tmp_path: Path) -> None:
+    write_block(some_block(form), tmp_path, "tiny", "deepspec")
+    change(tmp_path, markov_head_type=said)
+    with pytest.raises(ModelError, match=f"is said to be '{said}'"):
+        read_block(tmp_path, LAYERS)
 
 
 def test_wrong_folders_are_told(tmp_path: Path) -> None:
@@ -214,8 +286,18 @@ def test_wrong_folders_are_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "sizes",
-    [{"num_heads": 3}, {"block_size": 1}, {"mask_token": VOCAB}, {"gated": True}, {"confident_by_token": True}],
+    [
+        {"num_heads": 3},
+        {"block_size": 1},
+        {"mask_token": VOCAB},
+        {"markov": "gated"},
+        {"confident_by_token": True},
+        {"markov": "selector", "markov_rank": 2},
+        {"candidates": 4},
+        {"markov": "selector", "markov_rank": 2, "candidates": VOCAB + 1},
+        {"conv_taps": 2, "conv_group": 7},
+    ],
 )
 def test_sizes_that_make_no_sense_are_refused(sizes: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"multiple of num_kv_heads|two rows|none of 120|Markov head"):
+    with pytest.raises(ValueError, match=r"multiple of|two rows|none of 120|Markov head|selector"):
         some_block(**sizes)

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from tests.conftest import by_night
 from tests.drafters.test_block import said_by
-from tests.heads.block_heads import FORMS, some_block
+from tests.heads.block_heads import FORMS, said_after, some_block
 from tests.tiny_models import save_model, some_tokens, tiny, tiny_tokenizer
 from tests.train.test_eagle import even_texts, llm  # noqa: F401  a fixture
 from tokentree import SamplingParams
@@ -22,11 +23,14 @@ from tokentree.engines.torch import TorchEngine
 from tokentree.errors import OptionError
 from tokentree.heads.block import BlockHead
 from tokentree.heads.block_files import read_block
+from tokentree.heads.convolution import Convolution
+from tokentree.heads.markov import Selector
 from tokentree.train.block import BlockTask, BlockWithLoss, paced
 from tokentree.train.features import HiddenTexts
 from tokentree.train.loop import Recipe
 from tokentree.train.run import Trained
-from tokentree.train.run_block import train_block
+from tokentree.train.run_block import KINDS, _fresh, _sizes, train_block
+from tokentree.train.target import engine_of
 
 LENGTHS = (9, 14, 6)
 
@@ -70,9 +74,11 @@ def test_it_says_in_training_what_it_says_when_it_drafts(form: str) -> None:
             rows, logits = said_by(head, model, tokens[: anchor + 1])
             for place in range(min(head.sizes.num_guesses, len(tokens) - 1 - anchor)):
                 before = tokens[anchor + place]
-                expected = logits[place]
-                if head.markov is not None:
-                    expected = expected + head.markov(torch.tensor([before]), rows[place][None])[0]
+                expected = said_after(head, rows, logits, tokens[anchor : anchor + place + 1])
+                if isinstance(head.markov, Selector):
+                    after = head.markov.after(found.logits, found.told)[at]
+                    assert torch.allclose(after, expected, rtol=1e-4, atol=2e-3)
+                    expected = logits[place]
                 assert torch.allclose(found.logits[at], expected, rtol=1e-4, atol=2e-3)
                 said = model(input_ids=ids[None]).logits[0, anchor + place]
                 wanted = said if head.token_map is None else said[head.token_map]
@@ -121,6 +127,30 @@ def test_guesses_count_by_how_far_blocks_come() -> None:
     assert model(texts, 5).item() == pytest.approx(loss / weights, rel=1e-4)
     got = paced(torch.tensor([0.5, 1.0, 0.0]), torch.tensor([0, 1, 0]), 4, 0.0)
     assert got.tolist() == [1.0, 0.5, 0.0]
+
+
+@torch.no_grad()
+def test_a_selector_loses_the_text_s_tokens_among_those_that_it_takes_from() -> None:
+    head = some_block("dflash2", candidates=60, draft_vocab_size=100)
+    model, texts = with_loss(head, anchors=3, fade=3.0, distil=1.0), pairs(some_texts(head))
+    found = model.guesses(texts, 5)
+    assert head.token_map is not None
+    known, loss, inside, places = head.token_map.tolist(), 0.0, 0, found.places.tolist()
+    for at, (row, label) in enumerate(zip(found.logits, found.labels.tolist(), strict=True)):
+        anchor = at - places[at]
+        path = found.before[anchor : at + 1].tolist()
+        said = said_after(head, found.states[anchor:], found.logits[anchor:], path)
+        if label in known and known.index(label) in row.topk(60).indices.tolist():
+            loss -= math.exp(-places[at] / 3.0) * float(said.log_softmax(-1)[known.index(label)])
+            inside += 1
+        elif label in known:  # what the row loses by itself
+            loss -= math.exp(-places[at] / 3.0) * float(row.log_softmax(-1)[known.index(label)])
+        assert int(model.first(found)[at]) == known[int(said.argmax())]
+    assert 0 < inside < len(places)
+    count = torch.exp(-found.places / 3.0)
+    away = (found.logits.softmax(-1) - found.target.softmax(-1)).abs().sum(-1)
+    rest = float((away * count).sum() / count.sum())
+    assert model(texts, 5).item() == pytest.approx(rest + loss / float(count.sum()), rel=1e-5)
 
 
 @torch.no_grad()
@@ -183,11 +213,13 @@ def trained(folder: Path, epochs: int = 24, stop_after: int | None = None, **cha
     return train_block(llm(), "tiny", "self", folder, recipe, tokens=2050, stop_after=stop_after, **options)
 
 
-def test_a_trained_head_proposes_what_the_model_writes(tmp_path: Path) -> None:
-    done = trained(tmp_path)
+@pytest.mark.parametrize("kind", by_night(KINDS, but=["dspark"]))
+def test_a_trained_head_proposes_what_the_model_writes(kind: str, tmp_path: Path) -> None:
+    done = trained(tmp_path, kind=kind)
     saved = read_block(done.folder, 2)
     sizes = saved.head.sizes
     assert (sizes.taps, sizes.num_guesses, sizes.markov_rank, sizes.mask_token) == ((0, 1), 4, 8, None)
+    assert (sizes.markov, sizes.conv_taps) == (KINDS[kind].get("markov", "vanilla"), 2 * (kind == "dflash2"))
     assert (sizes.draft_vocab_size, sizes.own_output, sizes.own_embedding) == (200, False, False)
     assert done.figures["depth 1 top-1"] > 0.1  # of 200 tokens
     card = (done.folder / "README.md").read_text()
@@ -200,6 +232,24 @@ def test_a_trained_head_proposes_what_the_model_writes(tmp_path: Path) -> None:
     results = with_head.generate(prompts, params)
     assert [r.token_ids for r in results] == [r.token_ids for r in with_head.plain().generate(prompts, params)]
     assert sum(r.metrics.accepted_tokens for r in results) > 10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_fresh_head_says_what_its_rows_say(kind: str) -> None:
+    model = llm()
+    features = engine_of(model).capture([0, 1])
+    sizes = _sizes(model, features, (0, 1), 200, 1, 4, 8, kind)
+    head = _fresh(model, features, sizes, torch.arange(0, 300, 3)[:200], 0)
+    assert (sizes.num_guesses, sizes.markov_rank) == (4, 8)
+    states, logits = torch.randn(2, 5, 48), torch.randn(2, 5, 200)
+    assert head.markov is not None
+    said = head.markov.after(logits, head.markov.told_along(torch.randint(300, (2, 5)), states))
+    assert torch.equal(said.argmax(-1), logits.argmax(-1))
+    assert torch.equal(said.masked_fill(said.isinf(), 0), logits.masked_fill(said.isinf(), 0))
+    for layer in head._layers:
+        assert torch.equal(layer.around_attention(states, torch.tanh), torch.tanh(states))
+        assert isinstance(layer.around_mlp, Convolution) is (kind == "dflash2")
 
 
 def test_an_interrupted_run_goes_on_to_the_same_head(tmp_path: Path) -> None:
@@ -215,6 +265,8 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
     for options, message in (
         ({"block_size": 0}, "at least 1"),
         ({"markov_rank": -1}, "markov_rank must be at least 0"),
+        ({"kind": "domino"}, "unknown kind 'domino': choose one of dspark, "),
+        ({"kind": "dflash2", "markov_rank": 0}, "at least 1 for a head of the kind 'dflash2'"),
         ({"distil": 1.5}, "distil and pace shares"),
         ({"pace": 1.5}, "distil and pace shares"),
         ({"held_back": 1.0}, "share of the texts"),
@@ -223,16 +275,20 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
             trained(tmp_path, **options)
 
 
-def test_the_command_trains_and_generate_uses_the_head(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "rank"), by_night([("dspark", "0"), ("dflash2", "8")], but=[("dflash2", "8")]))
+def test_the_command_trains_and_generate_uses_the_head(kind: str, rank: str, tmp_path: Path) -> None:
     base = save_model(tmp_path / "base", tiny("llama", vocab_size=300, num_hidden_layers=6), tiny_tokenizer())
     data, out = tmp_path / "data.jsonl", tmp_path / "head"
     data.write_text("".join(json.dumps({"text": f"count {i} and {i} again, word by word"}) + "\n" for i in range(40)))
     args = ["train", "block", "--model", str(base), "--data", str(data), "--out", str(out), "--epochs", "2"]
-    args += ["--layers", "1", "--known-tokens", "250", "--markov-rank", "0", "--evaluate-every", "10"]
+    args += ["--layers", "1", "--known-tokens", "250", "--evaluate-every", "10", "--kind", kind]
+    args += ["--markov-rank", rank]
     done = CliRunner().invoke(app, args)
     assert done.exit_code == 0, done.output
     assert f"--heads {out}" in done.output
-    assert read_block(out, 6).head.sizes.taps == (2, 3, 4)
+    sizes = read_block(out, 6).head.sizes
+    assert (sizes.taps, sizes.num_guesses, sizes.markov_rank) == ((2, 3, 4), 7, int(rank))
+    assert (sizes.candidates, sizes.conv_taps) == ((16, 2) if kind == "dflash2" else (None, 0))
     said = CliRunner().invoke(
         app, ["generate", "-m", str(base), "--heads", str(out), "--drafter", "block", "--max-tokens", "5", "word"]
     )

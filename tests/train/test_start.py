@@ -28,8 +28,8 @@ KINDS: dict[str, tuple[Callable[..., Trained], dict[str, Any], dict[str, Any], s
     "eagle": (train_eagle, {"unroll": 2, "taps": [0, 1, 2]}, {"taps": [0, 1, 1]}, r"taps \(0, 1, 2\).*\(0, 1, 1\)"),
     "eagle 1": (train_eagle, {"version": 1}, {"version": 3, "taps": [0, 1, 2]}, "version 1, and this training 3"),
     "block": (
-        train_block, {"block_size": 4, "markov_rank": 4, "num_layers": 1, "pace": 0.5}, {"block_size": 5},
-        "block_size 4, and this training 5",
+        train_block, {"kind": "dflash2", "block_size": 4, "markov_rank": 4, "num_layers": 1, "pace": 0.5},
+        {"block_size": 5}, "block_size 5, and this training 6",  # with the anchor
     ),
     "medusa": (train_medusa, {"num_heads": 2}, {"num_heads": 3}, "num_heads 2, and this training 3"),
 }  # fmt: skip

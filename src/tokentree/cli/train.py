@@ -33,6 +33,13 @@ class Precision(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class BlockKind(StrEnum):
+    dspark = "dspark"
+    gated = "dspark-gated"
+    recurrent = "dspark-rnn"
+    dflash2 = "dflash2"
+
+
 train = typer.Typer(help="Train heads for a model.", no_args_is_help=True, rich_markup_mode=None)
 
 
@@ -178,6 +185,7 @@ def block(
     model: ModelOption,
     data: DataOption,
     out: OutOption,
+    kind: Annotated[BlockKind, typer.Option(help="What makes a token depend on those before it.")] = BlockKind.dspark,
     layers: Annotated[int, typer.Option(min=1, help="Layers of the head.")] = 2,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens that it guesses in one pass.")] = 7,
     markov_rank: Annotated[
@@ -221,8 +229,8 @@ def block(
             evaluate_every=evaluate_every, patience=patience, precision=precision.value,
         )  # fmt: skip
         done = train_block(
-            llm, name_of(model), data, out, recipe, num_layers=layers, block_size=block_size, markov_rank=markov_rank,
-            anchors=anchors, distil=distil, pace=pace, start=start,
+            llm, name_of(model), data, out, recipe, kind=kind.value, num_layers=layers, block_size=block_size,
+            markov_rank=markov_rank, anchors=anchors, distil=distil, pace=pace, start=start,
             known_tokens=known_tokens, tokens=tokens, work=work, console=errors,
             command=_command(), force=force,
         )  # fmt: skip

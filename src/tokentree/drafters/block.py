@@ -17,6 +17,7 @@ from tokentree.errors import PairingError
 from tokentree.growing import DEPTH, TOKEN
 from tokentree.heads.block import BlockHead
 from tokentree.heads.block_files import read_block
+from tokentree.heads.markov import Markov
 from tokentree.sequence import Sequence
 from tokentree.shapes.base import Shape
 
@@ -106,16 +107,28 @@ class Block(Drafter):
         """A tree of children drawn from what the head says after each node, of ``states`` [guesses, hidden size] and
         ``logits`` [guesses, tokens]."""
         draft, depth, markov = Draft(seq.tokens[-1], {}), self._depth(seq, shape), self._engine.markov
+        memory = {0: logits.new_zeros(1, 0) if markov is None else markov.at_anchor(1)}  # of the path to each node
         frontier = shape.select(seq, draft, [0])
         while frontier:
             place, level = int(draft.ints[DEPTH, frontier[0]]), list[int]()
             counts = shape.counts(seq, draft, frontier)
             for node, count in zip(frontier, counts, strict=True):
-                row = logits[place].float()
-                if markov is not None:
-                    before = torch.tensor([int(draft.ints[TOKEN, node])], device=row.device)
-                    row = row + markov(before, states[place][None])[0].float()
-                row = whole(row[None], self._vocab_size, self._token_map)[0]
-                level += draw(seq, draft, node, count, row, seq.noise_below(node))
+                token, guess = int(draft.ints[TOKEN, node]), slice(place, place + 1)
+                said, path = _after(markov, token, states[guess], logits[guess].float(), memory[node])
+                row = whole(said, self._vocab_size, self._token_map)[0]
+                children = draw(seq, draft, node, count, row, seq.noise_below(node))
+                memory |= dict.fromkeys(children, path)
+                level += children
             frontier = shape.select(seq, draft, level) if level and place + 1 < depth else []
         return draft
+
+
+def _after(
+    markov: Markov | None, token: int, states: torch.Tensor, logits: torch.Tensor, memory: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a head says after ``token``, float32[1, tokens that it knows], and what is remembered of the path; see
+    `Markov`."""
+    if markov is None:
+        return logits, memory
+    told, memory = markov.told(torch.tensor([token], device=logits.device), states, memory)
+    return markov.after(logits, told).float(), memory

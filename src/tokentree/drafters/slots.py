@@ -34,7 +34,7 @@ def _along(slots: Slots, root: int, shape: Shape, depth: int) -> Draft:
     scores = np.log(np.maximum(slots.probs, 1e-30))
     for path in shape.paths:
         place, rank = len(path) - 1, path[-1]
-        if place < min(places, depth) and rank < k and path[:-1] in where:
+        if place < min(places, depth) and rank < k and where.get(path[:-1], (0, -1))[1] >= 0:
             parent, before = where[path[:-1]]
             cell = place, before, rank
             node = draft.add(parent, int(slots.tokens[cell]), float(scores[cell]), rank)
@@ -55,6 +55,8 @@ def _follow(
     source: tuple[Ints, Floats, Ints], first: int, second: int, depth: int, tokens: Ints, probs: Floats, firsts: Ints,
     seconds: Ints,
 ) -> int:  # fmt: skip
+    if first < 0:
+        return 0
     tokens[:], probs[:] = source[0][depth, first], source[1][depth, first]
     firsts[:], seconds[:] = source[2][depth, first], 0
     return len(tokens)

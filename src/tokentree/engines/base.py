@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
     from tokentree.engines.model_facts import Facts
     from tokentree.heads.assistant import AssistantHead
-    from tokentree.heads.block import BlockHead, BlockSizes, Markov
+    from tokentree.heads.block import BlockHead, BlockSizes
     from tokentree.heads.eagle import EagleHead
+    from tokentree.heads.markov import Markov
     from tokentree.heads.mtp import MtpHead
     from tokentree.prompt_kv import PromptKV
 
@@ -464,8 +465,8 @@ class Slots(NamedTuple):
     Args:
         tokens: int64[places, before, k].
         probs: float64[places, before, k], given the one before.
-        ranks: int64[places, before, k], which of the ``before`` of the next place each of them is. Where guesses don't
-            depend on the token before, there is one ``before``, and all are 0.
+        ranks: int64[places, before, k], which of the ``before`` of the next place each of them is; -1: none, so what
+            follows isn't known. Where guesses don't depend on the token before, there is one ``before``, and all are 0.
     """
 
     tokens: Ints
@@ -508,7 +509,8 @@ class BlockEngine(ReadsTexts, Protocol):
 
         Where the head has a Markov part, they are the most probable ones after the most probable one before. After
         another one they are the same tokens: they keep their sum of probabilities, and share it by what the Markov part
-        says of each pair.
+        says of each pair. Where it is a selector, they are all that it takes from, so that sum is 1. Where it is
+        recurrent, what stands before is a whole path: one of the `CANDIDATES` most probable ones.
         """
         ...
 

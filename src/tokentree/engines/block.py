@@ -15,7 +15,8 @@ from tokentree.engines.base import CANDIDATES, Features, HasHiddenStates, Slots
 from tokentree.engines.kv import KVLayout, SequenceKV, Storages
 from tokentree.engines.radix import shared_length
 from tokentree.errors import PairingError
-from tokentree.heads.block import BlockHead, Markov
+from tokentree.heads.block import BlockHead
+from tokentree.heads.markov import Markov
 from tokentree.kernels.topk import top_logprobs
 from tokentree.sequence import Sequence
 
@@ -182,29 +183,54 @@ class TorchBlocks(Blocks):
         return found
 
     def _chained(self, markov: Markov, seq: Sequence, states: torch.Tensor, logits: torch.Tensor) -> Slots:
-        """Those of each place after each of those of the place before."""
-        places, k, divisor = len(logits), min(CANDIDATES, logits.shape[1]), divisor_of(seq)
-        found = Slots.empty(places, k)
-        before = torch.tensor(seq.tokens[-1:], device=logits.device)
+        """Those of each place after each of those of the place before, or after each of some paths to it."""
+        places, k, divisor = len(logits), self.sizes.candidates or min(CANDIDATES, logits.shape[1]), divisor_of(seq)
+        found, onward = Slots.empty(places, k), by_path if markov.remembered else by_token
+        before, memory = torch.tensor(seq.tokens[-1:], device=logits.device), markov.at_anchor(1)
+        reached = logits.new_ones(1)  # [before], how probable each is
         for place, (state, row) in enumerate(zip(states, logits, strict=True)):
-            told = markov.told(before, state.expand(len(before), -1))  # [before, rank]
-            said = (row + markov.second(told[:1])[0].float()) / divisor
+            told, memory = markov.told(before, state.expand(len(before), -1), memory)  # [before, rank or remembered]
+            said = markov.after(row, told[0]).float() / divisor
             best = said.topk(k)
-            pairs = best.values + markov.added(told - told[:1], best.indices).float() / divisor
+            pairs = best.values + markov.added(told - told[:1], best.indices.expand(len(before), -1)).float() / divisor
             sums = torch.logsumexp(best.values, 0) - torch.logsumexp(said, 0)
             shares = (pairs.log_softmax(-1) + sums).exp()
+            parents, children, rank_of = onward(reached[:, None] * shares)
             ordered = torch.sort(shares, dim=-1, descending=True, stable=True)
-            ids, ranks = self._map[best.indices.cpu().numpy()], ordered.indices.cpu().numpy()
-            count = len(before)
-            found.tokens[place, :count], found.ranks[place, :count] = ids[ranks], ranks
+            ids, order, count = self._map[best.indices.cpu().numpy()], ordered.indices, len(before)
+            found.tokens[place, :count] = ids[order.cpu().numpy()]
+            found.ranks[place, :count] = rank_of.gather(1, order).cpu().numpy()
             found.probs[place, :count] = ordered.values.cpu().numpy()
-            before = torch.from_numpy(ids).to(logits.device)
+            before = torch.from_numpy(ids).to(logits.device)[children]
+            memory, reached = memory[parents], reached[parents] * shares[parents, children]
         return found
 
     def _mask(self, before: int) -> torch.Tensor | None:
         """Which of the rows ``before`` the block, and in it, each of its rows sees; None: all."""
         keys = torch.arange(before + self.sizes.block_size, device=self._features.device)
         return self.head.sees(keys[before:], keys)
+
+
+def by_token(joint: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Which guesses the next place is guessed after, if these depend on the last token alone: on each one once.
+
+    Args:
+        joint: [before, k], how probable the guesses of a place are, with what stands before them.
+
+    Returns:
+        int64[n], after which ``before`` each of them comes, and int64[n], which of the k it is; and int64[before, k],
+        which of them each guess is, or -1.
+    """
+    numbers = torch.arange(joint.shape[1], device=joint.device)
+    return torch.zeros_like(numbers), numbers, numbers.expand_as(joint)
+
+
+def by_path(joint: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Likewise, if they depend on the whole path: the k most probable."""
+    best = joint.flatten().topk(joint.shape[1]).indices
+    ranks = best.new_full((joint.numel(),), -1)
+    ranks[best] = torch.arange(len(best), device=joint.device)
+    return best // joint.shape[1], best % joint.shape[1], ranks.view_as(joint)
 
 
 def divisor_of(seq: Sequence) -> float:

@@ -1,17 +1,19 @@
 """Block heads: a few layers on the target's hidden states that guess a whole block of tokens in one pass (DFlash,
-arXiv:2602.06036; DSpark, arXiv:2607.05147; JetSpec, arXiv:2606.18394)."""
+arXiv:2602.06036, and its successor DFlash 2; DSpark, arXiv:2607.05147; JetSpec, arXiv:2606.18394)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 from torch.nn.functional import silu
 
+from tokentree.heads.convolution import Bare, Convolution
 from tokentree.heads.eagle import RMSNorm
+from tokentree.heads.markov import PARTS, Markov
 from tokentree.heads.medusa import Layer
 from tokentree.rotary import rotary_of
 
@@ -34,7 +36,10 @@ class BlockSizes(BaseModel):
         window: how far a row sees, in positions; None: all.
         mask_token: the token that stands where one is to be guessed; None: an embedding of its own does.
         markov_rank: numbers by which a token tells of its successor; 0: guesses depend on their place alone.
-        gated: whether the row's state weighs these.
+        markov: what is made of these, see `tokentree.heads.markov`; ``selector`` is DFlash 2's.
+        candidates: the most probable tokens of a place that a selector takes from.
+        conv_taps: rows of a block that convolutions around attention and MLPs take of (DFlash 2); 0: there are none.
+        conv_group: channels that these treat alike.
         confidence: whether it tells how sure it is.
         confident_by_token: whether that depends on the token before too.
         rope: parameters of its rotary positions, as transformers' configurations have them in ``rope_parameters``.
@@ -43,6 +48,9 @@ class BlockSizes(BaseModel):
         attention_bias: whether products of attention have a bias.
         own_embedding: whether it has an embedding of its own, not the target's.
         own_output: whether it has an output layer of its own, not the target's.
+        embedding_scale: by which embeddings of tokens are multiplied.
+        logit_scale: by which logits are multiplied.
+        softcap: the size that logits don't reach, as Gemma 2's; None: any.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -63,7 +71,10 @@ class BlockSizes(BaseModel):
     window: int | None = Field(None, ge=1)
     mask_token: int | None = Field(None, ge=0)
     markov_rank: int = Field(0, ge=0)
-    gated: bool = False
+    markov: Literal["vanilla", "gated", "rnn", "selector"] = "vanilla"
+    candidates: int | None = Field(None, ge=1, le=256)
+    conv_taps: int = Field(0, ge=0, le=64)
+    conv_group: int = Field(16, ge=1)
     confidence: bool = False
     confident_by_token: bool = False
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
@@ -72,6 +83,9 @@ class BlockSizes(BaseModel):
     attention_bias: bool = False
     own_embedding: bool = False
     own_output: bool = False
+    embedding_scale: float = Field(1.0, gt=0, allow_inf_nan=False)
+    logit_scale: float = Field(1.0, gt=0, allow_inf_nan=False)
+    softcap: float | None = Field(None, gt=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _fits(self) -> BlockSizes:
@@ -81,8 +95,14 @@ class BlockSizes(BaseModel):
             raise ValueError("a block whose anchor guesses nothing has at least two rows")
         if self.mask_token is not None and self.mask_token >= self.vocab_size:
             raise ValueError(f"the mask token {self.mask_token} is none of {self.vocab_size}")
-        if self.markov_rank < 1 and (self.gated or self.confident_by_token):
-            raise ValueError("a gate, or a confidence by the token before, needs a Markov head")
+        if self.markov_rank < 1 and (self.markov != "vanilla" or self.confident_by_token):
+            raise ValueError("a gate, a recurrence, a selector or a confidence by the token before needs a Markov head")
+        if (self.candidates is None) is (self.markov == "selector"):
+            raise ValueError("a selector takes from some candidates, and nothing else does")
+        if (self.candidates or 0) > (self.draft_vocab_size or self.vocab_size):
+            raise ValueError(f"a selector can't take from {self.candidates} tokens: the head knows fewer")
+        if self.conv_taps and self.hidden_size % self.conv_group:
+            raise ValueError("hidden_size must be a multiple of conv_group")
         return self
 
     @property
@@ -116,7 +136,7 @@ class BlockHead(nn.Module):
         self.lm_head = nn.Linear(size, known, bias=False) if sizes.own_output else None
         self.embed_tokens = nn.Embedding(sizes.vocab_size, size) if sizes.own_embedding else None
         self.mask_embedding = nn.Parameter(torch.zeros(size)) if sizes.mask_token is None else None
-        self.markov = Markov(sizes) if sizes.markov_rank else None
+        self.markov: Markov | None = PARTS[sizes.markov](sizes) if sizes.markov_rank else None
         width = size + sizes.markov_rank * sizes.confident_by_token
         self.confidence = nn.Linear(width, 1) if sizes.confidence else None
         self.rotary = rotary_of(sizes.rope, sizes.head_dim, sizes.context)
@@ -143,16 +163,15 @@ class BlockHead(nn.Module):
         Args:
             embedding: the target's, for heads without one of their own.
         """
-        embed = embedding if self.embed_tokens is None else self.embed_tokens
+        own, scale = embedding if self.embed_tokens is None else self.embed_tokens, self.sizes.embedding_scale
         anchors = anchors[..., None]
         if self.mask_embedding is None:
             assert self.sizes.mask_token is not None
             masks = torch.full_like(anchors, self.sizes.mask_token).expand(
                 *anchors.shape[:-1], self.sizes.block_size - 1
             )
-            embedded: torch.Tensor = embed(torch.cat([anchors, masks], -1))
-            return embedded
-        first = embed(anchors)
+            return own(torch.cat([anchors, masks], -1)) * scale
+        first = own(anchors) * scale
         rest = self.mask_embedding.to(first.dtype).expand(*anchors.shape[:-1], self.sizes.block_size - 1, -1)
         return torch.cat([first, rest], -2)
 
@@ -180,7 +199,9 @@ class BlockHead(nn.Module):
                 there is one.
         """
         found: torch.Tensor = (output_layer if self.lm_head is None else self.lm_head)(states)
-        return found
+        scale, cap = self.sizes.logit_scale, self.sizes.softcap
+        found = found if scale == 1 else found * scale
+        return found if cap is None else torch.tanh(found / cap) * cap
 
     def sees(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | None:
         """bool[..., rows, keys]: whether rows of a block at positions ``queries`` int64[..., rows] see what is at
@@ -214,7 +235,8 @@ class BlockHead(nn.Module):
 
 
 class BlockLayer(nn.Module):
-    """One decoder layer, with norms of queries and keys, as Qwen3's."""
+    """One decoder layer, with norms of queries and keys, as Qwen3's; and, as in DFlash 2, convolutions around attention
+    and MLP, if there are any."""
 
     def __init__(self, sizes: BlockSizes) -> None:
         super().__init__()
@@ -228,6 +250,8 @@ class BlockLayer(nn.Module):
         self.down_proj = nn.Linear(sizes.intermediate_size, size, bias=False)
         self.input_layernorm = RMSNorm(size, sizes.eps)
         self.post_attention_layernorm = RMSNorm(size, sizes.eps)
+        taps, group = sizes.conv_taps, sizes.conv_group
+        self.around_attention, self.around_mlp = (Convolution(size, taps, group) if taps else Bare() for _ in range(2))
 
     def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys, not yet turned, and values [..., rows, KV heads, head_dim] of ``x`` [..., rows, hidden size]."""
@@ -236,48 +260,18 @@ class BlockLayer(nn.Module):
 
     def forward(self, x: torch.Tensor, turn: Layer, attend: Callable[..., torch.Tensor]) -> torch.Tensor:
         """[..., rows, hidden size], of ``x`` of that size; see `BlockHead.forward`."""
-        normed = self.input_layernorm(x)
-        queries = self.q_norm(self.q_proj(normed).unflatten(-1, (-1, self.head_dim)))
-        keys, values = self.keys_values(normed)
-        x = x + self.o_proj(attend(turn(queries), turn(keys), values))
-        gate, up = self.gate_up(self.post_attention_layernorm(x)).chunk(2, -1)
-        made: torch.Tensor = x + self.down_proj(silu(gate) * up)
+
+        def attention(x: torch.Tensor) -> torch.Tensor:
+            queries = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))
+            keys, values = self.keys_values(x)
+            attended: torch.Tensor = self.o_proj(attend(turn(queries), turn(keys), values))
+            return attended
+
+        x = x + self.around_attention(self.input_layernorm(x), attention)
+        made: torch.Tensor = x + self.around_mlp(self.post_attention_layernorm(x), self._mlp)
         return made
 
-
-class Markov(nn.Module):
-    """What a token adds to the logits of its successor (DSpark, arXiv:2607.05147): a table of low rank.
-
-    Attributes:
-        first: embeddings [vocab of the target, rank] of the token before.
-        second: a linear layer from these numbers to [tokens that the head knows].
-        gate: a linear layer from the row's state and these numbers to weights of them, or None.
-    """
-
-    def __init__(self, sizes: BlockSizes) -> None:
-        super().__init__()
-        rank = sizes.markov_rank
-        self.first = nn.Embedding(sizes.vocab_size, rank)
-        self.second = nn.Linear(rank, sizes.draft_vocab_size or sizes.vocab_size, bias=False)
-        self.gate = nn.Linear(sizes.hidden_size + rank, rank) if sizes.gated else None
-
-    def told(self, before: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        """[..., rank], by what `second` makes its addition.
-
-        Args:
-            before: int64[...], the token before, in the target's ids.
-            states: [..., hidden size], of the row that guesses the successor.
-        """
-        told: torch.Tensor = self.first(before)
-        if self.gate is None:
-            return told
-        return torch.sigmoid(self.gate(torch.cat([states.to(told.dtype), told], -1))) * told
-
-    def forward(self, before: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        """[..., tokens that the head knows], what is added to their logits; see `told`."""
-        added: torch.Tensor = self.second(self.told(before, states))
-        return added
-
-    def added(self, told: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        """[..., n], what is added to the logits of the head's tokens ``numbers`` int64[n], by what `told` gave."""
-        return told @ self.second.weight[numbers].T
+    def _mlp(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up(x).chunk(2, -1)
+        made: torch.Tensor = self.down_proj(silu(gate) * up)
+        return made

@@ -1,4 +1,4 @@
-"""Block heads in files: z-lab's layout (DFlash, JetSpec), DeepSpec's (DSpark) and speculators' (both).
+"""Block heads in files: z-lab's layout (DFlash, DFlash 2, JetSpec), DeepSpec's (DSpark) and speculators' (both).
 
 Names and fields are those that the projects' own loaders read. Sizes are inferred from the weights where they can be. A
 tensor that is unknown or missing is an error. Two conventions differ between the layouts, and a wrong one makes a head
@@ -16,10 +16,12 @@ from typing import Any
 import torch
 
 from tokentree.errors import ModelError, OptionError
-from tokentree.heads.block import BlockHead, BlockSizes
+from tokentree.heads.block import BlockHead, BlockLayer, BlockSizes
 from tokentree.heads.checkpoints import read_config, read_tensors, write_tensors
+from tokentree.heads.convolution import Convolution
 from tokentree.heads.eagle_files import MEANINGLESS, filled, layer_of, meaningless, opened
 from tokentree.heads.fingerprint import Fingerprint
+from tokentree.heads.markov import GatedMarkov, Markov, RecurrentMarkov, Selector
 from tokentree.heads.saved import About, check_made_for, read_about
 
 LAYOUTS = ("zlab", "deepspec", "speculators")
@@ -31,6 +33,13 @@ OTHER_NAMES = {
     "encoder.fc.": "fc.",
     "encoder.output_norm_enc.": "hidden_norm.",
     "logit_head.": "",
+}
+KINDS = {"gated": "markov_head.gate_proj.weight", "rnn": "markov_head.joint_proj.weight"}  # tensors of Markov heads
+CONVOLUTION = ("base_kernel", "kernel_projection.weight")  # tensors of a convolution
+SCALES = {  # fields of DFlash 2's configurations
+    "embedding_scale": "input_embedding_scale",
+    "logit_scale": "output_multiplier",
+    "softcap": "final_logit_softcapping",
 }
 SETTLED = ("verifier_lm_head.", "verifier_norm.")  # the target's own, which some files repeat
 
@@ -93,8 +102,13 @@ def write_block(
     sizes = head.sizes
     if layout not in LAYOUTS:
         raise OptionError(f"unknown layout {layout!r}: choose one of {', '.join(LAYOUTS)}")
-    if layout == "zlab" and (sizes.anchor_first or sizes.markov_rank or sizes.confidence):
+    selects, convolves = sizes.markov == "selector", sizes.conv_taps > 0
+    if layout == "zlab" and (sizes.anchor_first or (sizes.markov_rank and not selects) or sizes.confidence):
         raise OptionError("z-lab's layout has no guess of the anchor's row, no Markov head and no confidence head")
+    if (layout == "zlab" and selects is not convolves) or (layout != "zlab" and (selects or convolves)):
+        raise OptionError(f"the layout {layout!r} has no head like this: z-lab's has a selector with convolutions")
+    if not selects and (sizes.embedding_scale, sizes.logit_scale, sizes.softcap) != (1, 1, None):
+        raise OptionError(f"the layout {layout!r} has no scales of a head without a selector")
     if layout == "speculators" and sizes.mask_token is None:
         raise OptionError("speculators' layout has no embedding of the mask: name a token for it")
     if layout == "speculators" and sizes.causal and sizes.window is None:
@@ -150,13 +164,6 @@ class _Read:
         inner = layer_of(self._config.get("transformer_layer_config") or self._config)
         hidden, width = tensors["fc.weight"].shape
         target = int(one("target_hidden_size") or hidden)
-        kind = one("markov_head_type")
-        gated = "markov_head.gate_proj.weight" in tensors
-        if kind not in (None, "vanilla", "gated") or "markov_head.joint_proj.weight" in tensors:
-            raise ModelError(
-                f"the block head in {self._where!r} has a Markov head of the kind {kind!r}, which isn't read"
-            )
-        first = tensors.get("markov_head.markov_w1.weight")
         confidence = tensors.get("confidence_head.proj.weight")
         taps, told_taps = self._taps(width // target if width % target == 0 else 0)
         if width != len(taps) * target:
@@ -177,7 +184,7 @@ class _Read:
             vocab_size=vocab or inner.vocab_size, draft_vocab_size=known, taps=taps,
             target_hidden_size=None if target == hidden else target, block_size=int(size), anchor_first=anchor_first,
             causal=causal, window=window, mask_token=None if "mask_embedding" in tensors else int(mask),
-            markov_rank=0 if first is None else first.shape[1], gated=gated, confidence=confidence is not None,
+            **self._markov(), **self._convolutions(hidden), confidence=confidence is not None,
             confident_by_token=confidence is not None and confidence.shape[1] > hidden,
             rope=dict(inner.rope_parameters), context=inner.max_position_embeddings, eps=inner.rms_norm_eps,
             attention_bias="layers.0.self_attn.q_proj.bias" in tensors, own_embedding="embed_tokens.weight" in tensors,
@@ -196,6 +203,41 @@ class _Read:
             told = " and ".join(f"{name} {value}" for name, value in found)
             raise ModelError(f"the configuration beside {self._where!r} contradicts itself: {told}")
         return found[0][1] if found else None
+
+    def _markov(self) -> dict[str, Any]:
+        """What a token says of its successor."""
+        one, tensors = self._one, self._tensors
+        said, kind = one("markov_head_type"), next((k for k, name in KINDS.items() if name in tensors), "vanilla")
+        if said not in (None, "vanilla", *KINDS):
+            raise ModelError(
+                f"the block head in {self._where!r} has a Markov head of the kind {said!r}, which isn't read"
+            )
+        first = tensors.get("markov_head.markov_w1.weight")
+        if first is not None and said not in (None, kind):
+            raise ModelError(f"the Markov head in {self._where!r} is said to be {said!r}, and its tensors are {kind!r}")
+        if not self._second():
+            return {"markov_rank": int(one("markov_rank") or 0) if first is None else first.shape[1], "markov": kind}
+        count, codes = one("selector_top_k"), tensors.get("candidate_selector.predecessor_codebook")
+        if count is None:
+            raise ModelError(f"the configuration beside {self._where!r} lacks selector_top_k")
+        scales = {field: one(name) for field, name in SCALES.items()}
+        return {
+            "markov_rank": int(one("selector_rank") or 0) if codes is None else codes.shape[1], "markov": "selector",
+            "candidates": int(count), **{field: scale for field, scale in scales.items() if scale is not None},
+        }  # fmt: skip
+
+    def _convolutions(self, hidden: int) -> dict[str, int]:
+        """What convolutions are made of, which DFlash 2's heads have."""
+        if not self._second():
+            return {}
+        base, told = (self._tensors.get(f"layers.0.attention_conv.{name}") for name in CONVOLUTION)
+        taps = int(self._one("conv_kernel_size") or 0) if base is None else base.shape[1]
+        group = self._one("conv_group_size") or (2 * taps * hidden // len(told) if told is not None else 16)
+        return {"conv_taps": taps, "conv_group": int(group)}
+
+    def _second(self) -> bool:
+        """Whether it is a head of DFlash 2's kind."""
+        return "dflash2" in self._kind or any("candidate_selector." in n or "_conv." in n for n in self._tensors)
 
     def _taps(self, count: int) -> tuple[tuple[int, ...], str]:
         """The hidden states that are read, as transformers numbers them, and how that was found out."""
@@ -258,22 +300,9 @@ class _Read:
 
 def _places(head: BlockHead) -> dict[str, torch.Tensor]:
     """Where each tensor of the layouts lies in ``head``, as views; but for the maps between vocabularies."""
-    sizes, found = head.sizes, {"fc.weight": head.fc.weight, "hidden_norm.weight": head.hidden_norm.weight}
-    kinds = ("weight", "bias") if sizes.attention_bias else ("weight",)
+    found = {"fc.weight": head.fc.weight, "hidden_norm.weight": head.hidden_norm.weight}
     for number, layer in enumerate(head._layers):
-        own, attention = f"layers.{number}.", f"layers.{number}.self_attn."
-        for kind in kinds:
-            found[f"{attention}q_proj.{kind}"] = getattr(layer.q_proj, kind)
-            for name, part in zip("kv", getattr(layer.kv_proj, kind).chunk(2), strict=True):
-                found[f"{attention}{name}_proj.{kind}"] = part
-            found[f"{attention}o_proj.{kind}"] = getattr(layer.o_proj, kind)
-        for name in ("q_norm", "k_norm"):
-            found[f"{attention}{name}.weight"] = getattr(layer, name).weight
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            found[f"{own}{name}.weight"] = getattr(layer, name).weight
-        for name, part in zip(("gate", "up"), layer.gate_up.weight.chunk(2), strict=True):
-            found[f"{own}mlp.{name}_proj.weight"] = part
-        found[f"{own}mlp.down_proj.weight"] = layer.down_proj.weight
+        found |= {f"layers.{number}.{name}": part for name, part in _places_of_layer(layer).items()}
     found["norm.weight"] = head.norm.weight
     for name, part in (("embed_tokens", head.embed_tokens), ("lm_head", head.lm_head)):
         if part is not None:
@@ -281,15 +310,46 @@ def _places(head: BlockHead) -> dict[str, torch.Tensor]:
     if head.mask_embedding is not None:
         found["mask_embedding"] = head.mask_embedding
     if head.markov is not None:
-        found["markov_head.markov_w1.weight"] = head.markov.first.weight
-        found["markov_head.markov_w2.weight"] = head.markov.second.weight
-        if head.markov.gate is not None:
-            found["markov_head.gate_proj.weight"] = head.markov.gate.weight
-            found["markov_head.gate_proj.bias"] = head.markov.gate.bias
+        found |= _places_of_markov(head.markov)
     if head.confidence is not None:
         found["confidence_head.proj.weight"] = head.confidence.weight
         found["confidence_head.proj.bias"] = head.confidence.bias
     return found
+
+
+def _places_of_layer(layer: BlockLayer) -> dict[str, torch.Tensor]:
+    """Likewise, in a layer."""
+    found = dict[str, torch.Tensor]()
+    for kind in ("weight", "bias") if layer.q_proj.bias is not None else ("weight",):
+        found[f"self_attn.q_proj.{kind}"] = getattr(layer.q_proj, kind)
+        for name, part in zip("kv", getattr(layer.kv_proj, kind).chunk(2), strict=True):
+            found[f"self_attn.{name}_proj.{kind}"] = part
+        found[f"self_attn.o_proj.{kind}"] = getattr(layer.o_proj, kind)
+    found |= {f"self_attn.{name}.weight": getattr(layer, name).weight for name in ("q_norm", "k_norm")}
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        found[f"{name}.weight"] = getattr(layer, name).weight
+    for name, part in zip(("gate", "up"), layer.gate_up.weight.chunk(2), strict=True):
+        found[f"mlp.{name}_proj.weight"] = part
+    found["mlp.down_proj.weight"] = layer.down_proj.weight
+    for name, around in (("attention_conv", layer.around_attention), ("mlp_conv", layer.around_mlp)):
+        if isinstance(around, Convolution):
+            parts = zip(CONVOLUTION, (around.base, around.told.weight), strict=True)
+            found |= {f"{name}.{kind}": part for kind, part in parts}
+    return found
+
+
+def _places_of_markov(markov: Markov) -> dict[str, torch.Tensor]:
+    """Likewise, of what a token says of its successor."""
+    if isinstance(markov, Selector):
+        parts = markov.first.weight, markov.second.weight, markov.weighing.weight
+        names = "predecessor_codebook", "successor_codebook", "hidden_projection.weight"
+        return {f"candidate_selector.{name}": part for name, part in zip(names, parts, strict=True)}
+    found = {"markov_w1.weight": markov.first.weight, "markov_w2.weight": markov.second.weight}
+    if isinstance(markov, GatedMarkov):
+        found |= {"gate_proj.weight": markov.gate.weight, "gate_proj.bias": markov.gate.bias}
+    if isinstance(markov, RecurrentMarkov):
+        found |= {"joint_proj.weight": markov.joint.weight, "joint_proj.bias": markov.joint.bias}
+    return {f"markov_head.{name}": part for name, part in found.items()}
 
 
 def _config(
@@ -309,7 +369,7 @@ def _config(
     known = sizes.draft_vocab_size or sizes.vocab_size
     target = sizes.target_hidden_size or sizes.hidden_size
     markov = {
-        "markov_rank": sizes.markov_rank, "markov_head_type": "gated" if sizes.gated else "vanilla",
+        "markov_rank": sizes.markov_rank, "markov_head_type": sizes.markov,
         "enable_confidence_head": sizes.confidence, "confidence_head_with_markov": sizes.confident_by_token,
     }  # fmt: skip
     shared = {"base_model_name_or_path": base_model, "target_hidden_size": target, "draft_vocab_size": known}
@@ -318,7 +378,13 @@ def _config(
             "block_size": sizes.block_size, "mask_token_id": sizes.mask_token, "target_layer_ids": outputs,
             "causal": sizes.causal, "sample_from_anchor": False,
         }  # fmt: skip
-        more = {"architectures": ["DFlashDraftModel"], "block_size": sizes.block_size, "is_causal": sizes.causal}
+        kind = "DFlashDraftModel" if sizes.markov != "selector" else "DFlash2DraftModel"
+        if sizes.markov == "selector":
+            own |= {
+                "conv_kernel_size": sizes.conv_taps, "conv_group_size": sizes.conv_group,
+                "selector_rank": sizes.markov_rank, "selector_top_k": sizes.candidates,
+            } | {name: getattr(sizes, field) for field, name in SCALES.items()}  # fmt: skip
+        more = {"architectures": [kind], "block_size": sizes.block_size, "is_causal": sizes.causal}
         return layer | shared | more | {"num_target_layers": num_layers, "dflash_config": own}
     if layout == "deepspec":
         return layer | shared | markov | {

@@ -1,4 +1,5 @@
-"""Training a block head on a target that stays as it is (DFlash, arXiv:2602.06036; DSpark, arXiv:2607.05147)."""
+"""Training a block head on a target that stays as it is (DFlash, arXiv:2602.06036, and DFlash 2; DSpark,
+arXiv:2607.05147)."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from tokentree.heads.block import BlockHead
+from tokentree.heads.markov import Selector
 from tokentree.train.features import HiddenTexts
 from tokentree.train.looks import LOOK, KindLook, joined, looked_at
 from tokentree.train.loop import Figures
@@ -25,12 +27,13 @@ class Guesses:
     """What a head guesses behind some anchors, of all places that the text has, behind one another.
 
     Args:
-        logits: [n, tokens that it knows].
+        logits: [n, tokens that it knows], after the token before; of a head with a selector, without it.
         states: [n, hidden size], of the rows.
         before, labels: int64[n], the text's tokens before each place and there, in the target's ids.
         target: [n, tokens], the target's own logits there.
         places: int64[n], how many guesses come before each one in its block.
         asked: bool[n], whether a guess is learnt.
+        told: [n, rank], what `Markov.told` gives; [n, 0] of a head without such a part.
     """
 
     logits: torch.Tensor
@@ -40,10 +43,11 @@ class Guesses:
     target: torch.Tensor
     places: torch.Tensor
     asked: torch.Tensor
+    told: torch.Tensor
 
 
 class BlockWithLoss(nn.Module):
-    """A head and what it loses.
+    """A head and what it loses. What a selector loses is added: the cross entropy of the text among its candidates.
 
     Args:
         head: its parameters are trained.
@@ -94,7 +98,14 @@ class BlockWithLoss(nn.Module):
             sure = self.head.confidences(found.states, found.before)
             right = (1 - away / 2).detach()
             loss = loss + weights * nn.functional.binary_cross_entropy_with_logits(sure, right, reduction="none")
-        return loss.sum() / weights.sum().clamp(min=1e-9)
+        lost, selector = _mean(loss, weights), self._selector
+        return lost if selector is None else lost + _lost_by(selector, found, labels, entropy, weights)
+
+    def first(self, found: Guesses) -> torch.Tensor:
+        """int64[n], the tokens that the head finds most probable after the text, in the target's ids."""
+        selector = self._selector
+        numbers = (found.logits if selector is None else selector.after(found.logits, found.told)).argmax(-1)
+        return numbers if self.head.token_map is None else self.head.token_map[numbers]
 
     def guesses(self, texts: Sequence[TextStates], seed: int) -> Guesses:
         """What the head guesses behind anchors at random places of each text.
@@ -121,14 +132,20 @@ class BlockWithLoss(nn.Module):
         number = torch.arange(sizes.num_guesses, device=ids.device)
         guessed = anchors[:, None] + 1 + number  # [blocks, guesses], which token each one is
         there = (guessed < len(ids)).flatten().nonzero()[:, 0]
-        guessed, rows = guessed.flatten()[there], rows.flatten(0, 1)[there]
+        before = ids[(guessed - 1).clamp(max=len(ids) - 1)]
+        told = rows[..., :0] if head.markov is None else head.markov.told_along(before, rows)
+        guessed, rows, told = guessed.flatten()[there], *(part.flatten(0, 1)[there] for part in (rows, told))
         logits = head.logits(rows, self._output)
-        if head.markov is not None:
-            logits = logits + head.markov(ids[guessed - 1], rows)
+        if head.markov is not None and self._selector is None:
+            logits = head.markov.after(logits, told)
         with torch.no_grad():
             target = self._output(last[guessed - 1])
         asked = answers[0][guessed] if answers else torch.ones_like(guessed, dtype=torch.bool)
-        return Guesses(logits, rows, ids[guessed - 1], ids[guessed], target, there % sizes.num_guesses, asked)
+        return Guesses(logits, rows, ids[guessed - 1], ids[guessed], target, there % sizes.num_guesses, asked, told)
+
+    @property
+    def _selector(self) -> Selector | None:
+        return self.head.markov if isinstance(self.head.markov, Selector) else None
 
     def _output(self, hidden: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(hidden, self.weight, self.bias)
@@ -201,8 +218,7 @@ class BlockTask:
             for span in spans:
                 texts = [_text(self._held_back, span, _device(model))]
                 found = model.guesses(texts, number)
-                said = found.logits.argmax(-1)
-                hits = (said if model.head.token_map is None else model.head.token_map[said]) == found.labels
+                hits = model.first(found) == found.labels
                 going, runs, blocks = True, 0, 0
                 for place, hit, there in zip(
                     found.places.tolist(), hits.tolist(), found.asked.tolist(), strict=True
@@ -248,8 +264,30 @@ def paced(probs: torch.Tensor, places: torch.Tensor, guesses: int, raised: float
 
 
 def _joined(parts: list[Guesses]) -> Guesses:
-    names = ("logits", "states", "before", "labels", "target", "places", "asked")
+    names = ("logits", "states", "before", "labels", "target", "places", "asked", "told")
     return Guesses(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
+
+def _lost_by(
+    selector: Selector, found: Guesses, labels: torch.Tensor, entropy: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:  # fmt: skip
+    """The cross entropy of the text among the tokens that a selector takes from. Where the text's token is none of
+    them, the selector can't learn: that counts as much as the row by itself loses, so that no head seems better for it.
+
+    Args:
+        labels: int64[n], the text's tokens, by the head's own numbers.
+        entropy: float[n], the cross entropy that the rows lose by themselves.
+        weights: float[n].
+    """
+    numbers, scores = selector.among(found.logits, found.told)
+    right = numbers == labels[:, None]
+    among = -(scores.float().log_softmax(-1) * right).sum(-1)
+    return _mean(torch.where(right.any(-1), among, entropy.detach()) * weights, weights)
+
+
+def _mean(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Of what is weighed already."""
+    return values.sum() / weights.sum().clamp(min=1e-9)
 
 
 def _device(model: nn.Module) -> torch.device:

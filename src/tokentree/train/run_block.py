@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tokentree.engines.base import Features
 from tokentree.errors import OptionError
 from tokentree.heads.block import BlockHead, BlockSizes
 from tokentree.heads.block_files import default_places, read_block, write_block
+from tokentree.heads.convolution import Convolution
 from tokentree.heads.fingerprint import Fingerprint
 from tokentree.heads.saved import About
 from tokentree.llm import LLM
@@ -28,26 +30,38 @@ from tokentree.train.start import check_equal, go_on_from, said_of
 from tokentree.train.target import begin, engine_of, layer_sizes, plain_rope
 from tokentree.train.texts import coverage
 
+# how the rows of a head of each kind guess, and what its tokens say of their successors
+KINDS: dict[str, dict[str, Any]] = {
+    "dspark": {"anchor_first": True},
+    "dspark-gated": {"anchor_first": True, "markov": "gated"},
+    "dspark-rnn": {"anchor_first": True, "markov": "rnn"},
+    "dflash2": {"markov": "selector", "conv_taps": 2},
+}
+CANDIDATES, GROUP = 16, 16  # DFlash 2's own: tokens that a selector takes from, channels that convolutions treat alike
+
 
 def train_block(
     llm: LLM, base_model: str, data: str | Path, folder: str | Path, recipe: Recipe | None = None, *,
-    num_layers: int = 2, block_size: int = 7, markov_rank: int = 64, anchors: int = 64, distil: float = 0.9,
-    pace: float | None = None, start: str | Path | None = None, taps: Sequence[int] | None = None,
-    known_tokens: int = 16384, tokens: int = 1_000_000, held_back: float = 0.05,
+    kind: str = "dspark", num_layers: int = 2, block_size: int = 7, markov_rank: int = 64, anchors: int = 64,
+    distil: float = 0.9, pace: float | None = None, start: str | Path | None = None,
+    taps: Sequence[int] | None = None, known_tokens: int = 16384, tokens: int = 1_000_000, held_back: float = 0.05,
     work: str | Path | None = None, console: Console | None = None, command: str = "", force: bool = False,
     stop_after: int | None = None,
 ) -> Trained:  # fmt: skip
-    """Trains a block head on ``llm``, which stays as it is, and writes it into ``folder``, in DeepSpec's layout.
+    """Trains a block head on ``llm``, which stays as it is, and writes it into ``folder``, in DeepSpec's layout; one of
+    DFlash 2's kind in z-lab's.
 
     Its layers have the target's own sizes. It takes the target's embedding and output layer, and has an embedding of
-    its own for the mask. The anchor's row guesses the next token. What is finished is kept: after an interruption, the
-    same call goes on from there.
+    its own for the mask. The anchor's row guesses the next token, but in DFlash 2. What is finished is kept: after an
+    interruption, the same call goes on from there.
 
     Args:
         base_model: the name that the head will say it belongs to.
         data: a file of texts, see `read_texts`; or ``self``: the model writes its own, see `write_texts`.
         recipe: a step takes ``batch_size`` texts.
-        num_layers, block_size, markov_rank: of the head, see `BlockSizes`.
+        kind: one of `KINDS`.
+        num_layers, markov_rank: of the head, see `BlockSizes`.
+        block_size: how many tokens it guesses in one pass.
         anchors, distil, pace: see `BlockWithLoss`.
         start: a folder with a head of the same making, which is trained further; which tokens it knows stays.
         taps: the hidden states that it reads; by default three, as z-lab's heads choose them.
@@ -61,6 +75,10 @@ def train_block(
     recipe, folder = recipe or Recipe(learning_rate=6e-4), Path(folder)
     sizes = {"num_layers": num_layers, "block_size": block_size, "anchors": anchors}
     check(llm, held_back, known_tokens=known_tokens, tokens=tokens, **sizes)
+    if kind not in KINDS:
+        raise OptionError(f"unknown kind {kind!r}: choose one of {', '.join(KINDS)}")
+    if markov_rank == 0 and kind != "dspark":
+        raise OptionError(f"markov_rank must be at least 1 for a head of the kind {kind!r}")
     if markov_rank < 0 or not 0 <= distil <= 1 or not 0 <= (pace or 0) <= 1:
         raise OptionError("markov_rank must be at least 0, and distil and pace shares")
     last = engine_of(llm).capture([]).num_layers
@@ -70,10 +88,11 @@ def train_block(
     settings = {"method": "block", "known_tokens": known_tokens, "markov_rank": markov_rank, "taps": read, **sizes}
     settings |= {"data": str(data), "tokens": tokens if str(data) == "self" else None, "held_back": held_back}
     settings["distil"] = distil
+    settings |= {"kind": kind} if kind != "dspark" else {}
     settings |= {"pace": pace} if pace is not None else {}
     settings |= said_of(start)
     count = None if known_tokens >= llm.engine.vocab_size else known_tokens
-    form = _sizes(llm, features, read, count, num_layers, block_size, markov_rank)
+    form = _sizes(llm, features, read, count, num_layers, block_size, markov_rank, kind)
     begun = None if start is None else _begun(llm, start, form, last)
     with phases_on(console) as phases:
         count = len(set(places))
@@ -94,6 +113,7 @@ def train_block(
                 "anchors": anchors, "distil": distil, "data": str(data), "texts": len(texts.ids),
                 "tokens": texts.tokens, "coverage": round(coverage(texts, known), 4),
             }  # fmt: skip
+            told |= {"kind": kind} if kind != "dspark" else {}
             told |= {"pace": pace} if pace is not None else {}
             told |= said_of(start)
             with leading() as lead:
@@ -109,13 +129,16 @@ def _taps(last: int) -> tuple[int, ...]:
 
 def _sizes(
     llm: LLM, features: Features, read: tuple[int, ...], known: int | None, num_layers: int, block_size: int,
-    markov_rank: int,
+    markov_rank: int, kind: str,
 ) -> BlockSizes:  # fmt: skip
-    """Those of a head whose layers are as large as the target's, and which knows so many tokens."""
+    """Those of a head of a `KINDS`, whose layers are as large as the target's, and which knows so many tokens."""
     config: Any = llm.config.get_text_config()
+    vocab, own = llm.engine.vocab_size, dict(KINDS[kind])
+    if own.get("markov") == "selector":
+        own |= {"candidates": min(CANDIDATES, known or vocab), "conv_group": math.gcd(GROUP, features.hidden_size)}
     return BlockSizes(
-        **layer_sizes(config, features.hidden_size), num_layers=num_layers, vocab_size=llm.engine.vocab_size, taps=read,
-        block_size=block_size, anchor_first=True, markov_rank=markov_rank, rope=plain_rope(config),
+        **layer_sizes(config, features.hidden_size), **own, num_layers=num_layers, vocab_size=vocab, taps=read,
+        block_size=block_size + (not own.get("anchor_first")), markov_rank=markov_rank, rope=plain_rope(config),
         context=llm.engine.context, draft_vocab_size=known,
     )  # fmt: skip
 
@@ -130,8 +153,8 @@ def _begun(llm: LLM, start: str | Path, sizes: BlockSizes, last: int) -> BlockHe
 def _fresh(
     llm: LLM, features: Features, sizes: BlockSizes, known: torch.Tensor | None, seed: int
 ) -> BlockHead:  # fmt: skip
-    """An untrained head. The mask begins as the mean of all tokens, and the Markov part says
-    nothing at first."""
+    """An untrained head. The mask begins as the mean of all tokens. The Markov part says nothing at first, and
+    convolutions change nothing."""
     head = BlockHead(sizes)
     begin(head, seed)
     head.token_map = known
@@ -143,6 +166,9 @@ def _fresh(
             generator = torch.Generator().manual_seed(seed)
             nn.init.normal_(head.markov.first.weight, std=sizes.markov_rank**-0.5, generator=generator)
             nn.init.zeros_(head.markov.second.weight)
+        for part in head.modules():
+            if isinstance(part, Convolution):
+                nn.init.zeros_(part.told.weight)
     return head.to(features.device)
 
 
@@ -167,7 +193,8 @@ def _write(
 
     def write(room: Path) -> None:
         layers = engine_of(llm).capture([]).num_layers
-        write_block(head, room, base_model, about=about, num_layers=layers)
+        layout = "zlab" if head.sizes.markov == "selector" else "deepspec"
+        write_block(head, room, base_model, layout, about=about, num_layers=layers)
         (room / "README.md").write_text(_card(base_model, about, figures, head, command), encoding="utf-8")
 
     publish(folder, write)

@@ -21,7 +21,8 @@ from tokentree.engines.cpu.steps import Behind, OwnHeads, Step, Steps, Stretch
 from tokentree.engines.cpu.turns import RotaryTables, Turns
 from tokentree.engines.kv import SequenceKV
 from tokentree.engines.segment import Segment, end_of, inputs_of
-from tokentree.heads.block import BlockHead, BlockLayer, BlockSizes, Markov
+from tokentree.heads.block import BlockHead, BlockLayer, BlockSizes
+from tokentree.heads.markov import Markov
 from tokentree.kernels.tile import BLOCK
 from tokentree.tree import Ints, TokenTree
 
@@ -102,7 +103,8 @@ class BlockProgram(Steps):
     @staticmethod
     def fits(sizes: BlockSizes, features: Features) -> bool:
         """Whether it can run heads of these sizes beside that target: one in bfloat16 on a CPU, whose output layer is
-        packed. Not those that see a window to both sides, or whose Markov part has a gate."""
+        packed. Not those that see a window to both sides, those whose Markov part isn't the plain one, or that have
+        convolutions or scales, as DFlash 2's."""
         wide, narrow = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
         columns = [sizes.hidden_size, sizes.intermediate_size, wide, 2 * narrow]
         packed = isinstance(features.output_layer, PackedLinear | QuantizedLinear)
@@ -113,7 +115,9 @@ class BlockProgram(Steps):
             and (packed or sizes.own_output or sizes.draft_vocab_size is not None)
             and not any(count % BLOCK for count in columns)
             and (sizes.causal or sizes.window is None)
-            and not sizes.gated
+            and sizes.markov == "vanilla"
+            and not sizes.conv_taps
+            and (sizes.embedding_scale, sizes.logit_scale, sizes.softcap) == (1, 1, None)
         )
 
     @staticmethod
