@@ -26,6 +26,7 @@ from tokentree.drafters.base import Drafter
 from tokentree.drafters.draft_model import DraftModel
 from tokentree.drafters.lookup.ngram import NGram
 from tokentree.drafters.merged import Merged
+from tokentree.drafters.pard import Pard
 from tokentree.engines.base import TargetOutput
 from tokentree.engines.table import TableEngine
 from tokentree.errors import PairingError
@@ -235,6 +236,13 @@ def test_rejection_writes_the_target_s_distribution(form: str, params: dict[str,
     assert distance(law, target_law(**params)) < 1e-9
 
 
+def test_so_it_does_where_tokens_are_guessed_at_once() -> None:
+    form = "dynamic:nodes=4,depth=2,top_k=2"
+    params: dict[str, Any] = {"temperature": 1.0, "max_tokens": 3, "frequency_penalty": 0.4}
+    law = text_law(decoder_maker(form, Rejection(), lambda: Pard(TableEngine(SMALLER), VOCAB, 3)), **params)
+    assert distance(law, target_law(**params)) < 1e-9
+
+
 def _without(table: torch.Tensor, *tokens: int) -> torch.Tensor:
     return table.index_fill(-1, torch.tensor(tokens), -math.inf)
 
@@ -290,8 +298,8 @@ def _merged() -> Drafter:
 @pytest.mark.parametrize("form", ["2x2", "chain:3", "dynamic:nodes=6,depth=3,top_k=2"])
 @pytest.mark.parametrize(
     "drafter",
-    [lambda: DraftModel(TableEngine(S3), 3), lambda: NGram(2), _merged],
-    ids=["model", "ngram", "merged"],
+    [lambda: DraftModel(TableEngine(S3), 3), lambda: Pard(TableEngine(S3), 3, 2), lambda: NGram(2), _merged],
+    ids=["model", "pard", "ngram", "merged"],
 )
 def test_match_writes_the_target_s_distribution(form: str, drafter: Callable[[], Drafter]) -> None:
     params: dict[str, Any] = {"max_tokens": 4, "temperature": 1.0, "presence_penalty": 0.3}
@@ -501,8 +509,10 @@ def _wide_drafter(kind: str, seed: int, context: int = 1 << 20) -> Drafter:
         return RandomTrees(seed)
     if kind == "ngram":
         return NGram()
-    noisy = WIDE + random_table(50, 2, seed)
-    model = DraftModel(TableEngine(noisy, context), 50)
+    noisy = TableEngine(WIDE + random_table(50, 2, seed), context)
+    if kind == "pard":
+        return Pard(noisy, 50, 49)
+    model = DraftModel(noisy, 50)
     return model if kind == "model" else Merged([model, NGram(), RandomTrees(seed)])
 
 
@@ -537,7 +547,7 @@ def test_match_gives_plain_s_ids_under_any_tree_and_batch(kind: str, seed: int) 
         assert sum(seq.metrics.accepted_tokens for seq in seqs) > 0
 
 
-@pytest.mark.parametrize("kind", ["random", "ngram", "model", "merged"])
+@pytest.mark.parametrize("kind", ["random", "ngram", "model", "pard", "merged"])
 def test_no_draft_reaches_beyond_the_context_of_either_model(kind: str) -> None:
     # a `TableEngine` raises where a node lies beyond its context
     def requests() -> list[Sequence]:

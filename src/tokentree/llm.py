@@ -189,10 +189,11 @@ class LLM:
         self.tokenizer = tokenizer_of(model) if own_tokenizer is None and model is not None else own_tokenizer
         self.engine, self.max_batch = make_engine(engine, model, options), batch
         self._grammars = Grammars(self.tokenizer)
-        draft_engines, others = draft_engines_of(drafts, self.engine, self.tokenizer, options)
+        given = draft_engines_of(drafts, self.engine, self.tokenizer, options)
         made_for = fingerprint_of(self.engine, self.tokenizer, heads)
         self._parts = Parts(
-            self.engine, draft_engines, heads, made_for, lookup_bytes, vocabularies=others, folder=folder_of(model)
+            self.engine, given.engines, heads, made_for, lookup_bytes, vocabularies=given.vocabularies,
+            masks=given.masks, folder=folder_of(model),
         )  # fmt: skip
         self._curve: CostCurve | None = None
         self._way = _Way(drafter, shape, accept, watch)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from tokentree.drafters.pard import mask_token
 from tokentree.engines.base import Engine, EngineOptions, TransformersEngine
 from tokentree.engines.model_facts import Facts
-from tokentree.errors import ModelError
+from tokentree.errors import ModelError, PairingError
 from tokentree.heads.fingerprint import Fingerprint
 from tokentree.loading import find_tokenizer, load_engine, load_tokenizer
 from tokentree.names import find
@@ -44,27 +45,49 @@ def folder_of(model: Model | None) -> Path | None:
     return folder if found.file is None and folder.is_dir() else None
 
 
+class DraftEngines(NamedTuple):
+    """The engines of draft models.
+
+    Args:
+        engines: each behind what its model is called in figures.
+        vocabularies: by these names, those of draft models whose tokenizer isn't the target's.
+        masks: by these names, the mask tokens of draft models that guess several tokens at once.
+    """
+
+    engines: tuple[tuple[str, TransformersEngine], ...]
+    vocabularies: dict[str, Vocabularies]
+    masks: dict[str, int]
+
+
 def draft_engines_of(
     drafts: SequenceOf[Model], target: Engine, tokenizer: PreTrainedTokenizerBase | None, options: EngineOptions
-) -> tuple[tuple[tuple[str, TransformersEngine], ...], dict[str, Vocabularies]]:  # fmt: skip
-    """The engine of each draft model, and what it is called in figures; by these names, the vocabularies of those whose
-    tokenizer isn't ``tokenizer``. A model of which no tokenizer is known is taken to have the target's.
+) -> DraftEngines:
+    """The engines of ``drafts``, for a target with ``tokenizer``. A draft model whose own isn't known is taken to have the
+    target's.
 
     Raises:
-        PairingError: if the tokens of another tokenizer can't be told as text.
-        ModelError: if one can't be loaded.
+        PairingError: if the tokens of another tokenizer can't be told as text, or are to be guessed several at once.
+        ModelError: if a model can't be loaded, or what it says of its mask token makes no sense.
     """
     engines, vocabularies = list[tuple[str, TransformersEngine]](), dict[str, Vocabularies]()
+    masks = dict[str, int]()
     for draft in drafts:
         name = str(draft) if isinstance(draft, str | Path) else draft.config._name_or_path
         own = None if tokenizer is None else tokenizer_of(draft)
         short = short_name(name, [known for known, _ in engines])
         engine = load_engine(draft, options)
+        if (mask := mask_token(engine.facts.drafting, short, engine.vocab_size)) is not None:
+            masks[short] = mask
         if tokenizer is not None and own is not None and difference(tokenizer, own) is not None:
+            if mask is not None:
+                raise PairingError(
+                    f"the draft model {short!r} guesses several tokens at once (PARD) and has another tokenizer: use "
+                    "one with the target's"
+                )
             spelled = Spelling(tokenizer, target.vocab_size), Spelling(own, engine.vocab_size)
             vocabularies[short] = Vocabularies(*spelled)
         engines.append((short, engine))
-    return tuple(engines), vocabularies
+    return DraftEngines(tuple(engines), vocabularies, masks)
 
 
 def short_name(name: str, taken: SequenceOf[str]) -> str:

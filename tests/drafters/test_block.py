@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from itertools import product
@@ -14,9 +13,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from tests.conftest import by_night, decode, each_two, make_sequence, shown
+from tests.conftest import by_night, decode, each_two, shown
+from tests.drafters.sampled import assert_has_the_target_s_distribution
 from tests.heads.block_heads import FORMS, said_after, some_block
-from tests.tiny_models import CONTEXT, VOCAB, full_logits, request, some_tokens, tiny
+from tests.tiny_models import CONTEXT, VOCAB, request, some_tokens, tiny
 from tokentree import LLM, SamplingParams
 from tokentree.draft import Draft
 from tokentree.drafters.block import Block
@@ -383,40 +383,13 @@ def test_greedy_ids_and_sampled_ids_are_plain_s(form: str, cut: str, model: tupl
     ],
 )
 def test_sampling_has_the_target_s_distribution(accept: str, form: str, cut: str) -> None:
-    """Chi-square of the first two tokens together, as for EAGLE; ``picked``: beside a look-up, without draws."""
-    vocab, samples, taken = 6, 1000, 0
-    model, prompt = tiny("llama", vocab_size=vocab), [token % vocab for token in some_tokens(6)]
+    """``picked``: beside a look-up, without draws."""
+    model = tiny("llama", vocab_size=6)
     engine = TorchEngine(model)
     sizes = {"few": {"draft_vocab_size": 4}, "dflash2": {"candidates": 3}}.get(form, {})
-    head = some_block(form if form in FORMS else "dspark", 1, vocab_size=vocab, **sizes)
-    drafter, counts = Block(head, engine), dict[tuple[int, ...], int]()
+    drafter = Block(some_block(form if form in FORMS else "dspark", 1, vocab_size=6, **sizes), engine)
     joined = Merged([drafter, NGram()]) if form == "picked" else drafter
-    for start in range(0, samples, 100):
-        seqs = [
-            make_sequence(prompt, sample=sample, seed=1, temperature=1.0, top_k=4, max_tokens=2, context=CONTEXT)
-            for sample in range(start, start + 100)
-        ]
-        for ids in decode(engine, seqs, joined, cut, accept, max_batch=100):
-            counts[tuple(ids)] = counts.get(tuple(ids), 0) + 1
-        taken += sum(seq.metrics.accepted_tokens for seq in seqs)
-    assert samples / 10 < taken < samples
-    expected = dict[tuple[int, ...], float]()
-    first = full_logits(model, prompt)[-1].topk(4)
-    for token, prob in zip(first.indices.tolist(), first.values.softmax(-1).tolist(), strict=True):
-        second = full_logits(model, [*prompt, token])[-1].topk(4)
-        for other, part in zip(second.indices.tolist(), second.values.softmax(-1).tolist(), strict=True):
-            expected[token, other] = samples * prob * part
-    assert set(counts) <= set(expected)
-    keys = [key for key, count in expected.items() if count >= 5]
-    cells = [(counts.get(key, 0), expected[key]) for key in keys]
-    rest = samples - sum(mean for _, mean in cells)
-    if rest >= 1:
-        cells.append((samples - sum(count for count, _ in cells), rest))
-    freedom = len(cells) - 1
-    assert freedom > 8
-    chi_square = sum((count - mean) ** 2 / mean for count, mean in cells)
-    # its 99.99% point, by Wilson and Hilferty
-    assert chi_square < freedom * (1 - 2 / (9 * freedom) + 3.72 * math.sqrt(2 / (9 * freedom))) ** 3
+    assert_has_the_target_s_distribution(model, engine, joined, cut, accept)
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from tests.conftest import decode, each_two, make_sequence, shown
+from tests.conftest import decode, each_two, shown
+from tests.drafters.sampled import assert_has_the_target_s_distribution
 from tests.played import Played
-from tests.tiny_models import CONTEXT, VOCAB, full_logits, request, some_tokens, tiny
+from tests.tiny_models import CONTEXT, VOCAB, request, some_tokens, tiny
 from tokentree import LLM, SamplingParams
 from tokentree.draft import Draft
 from tokentree.drafters.eagle import Eagle
@@ -318,39 +318,10 @@ def test_greedy_ids_and_sampled_ids_are_plain_s(
 # under match a seed gives plain's ids, see above
 @pytest.mark.parametrize(("accept", "known"), [("rejection", None), ("rejection", 4), ("traversal", 4), ("match", 4)])
 def test_sampling_has_the_target_s_distribution(accept: str, known: int | None) -> None:
-    """Chi-square of the first two tokens together, merged into the most probable ones and a rest. With so few tokens
-    those of head and target are often the same ones, with other probabilities, so that a wrong rule shows."""
-    vocab, samples, taken = 6, 1000, 0
-    model, prompt = tiny("llama", vocab_size=vocab), [token % vocab for token in some_tokens(6)]
+    model = tiny("llama", vocab_size=6)
     engine = TorchEngine(model)
-    drafter, counts = Eagle(some_head(3, known, seed=1, vocab_size=vocab), engine), dict[tuple[int, ...], int]()
-    for start in range(0, samples, 100):
-        seqs = [
-            make_sequence(prompt, sample=sample, seed=1, temperature=1.0, top_k=4, max_tokens=2, context=CONTEXT)
-            for sample in range(start, start + 100)
-        ]
-        for ids in decode(engine, seqs, drafter, "3x2", accept, max_batch=100):
-            counts[tuple(ids)] = counts.get(tuple(ids), 0) + 1
-        taken += sum(seq.metrics.accepted_tokens for seq in seqs)
-    assert samples / 5 < taken < samples
-    expected = dict[tuple[int, ...], float]()
-    first = full_logits(model, prompt)[-1].topk(4)
-    for token, prob in zip(first.indices.tolist(), first.values.softmax(-1).tolist(), strict=True):
-        second = full_logits(model, [*prompt, token])[-1].topk(4)
-        for other, part in zip(second.indices.tolist(), second.values.softmax(-1).tolist(), strict=True):
-            expected[token, other] = samples * prob * part
-    assert set(counts) <= set(expected)
-    keys = [key for key, count in expected.items() if count >= 5]
-    seen = [counts.get(key, 0) for key in keys]
-    wanted = [expected[key] for key in keys]
-    if len(keys) < len(expected):
-        seen.append(samples - sum(seen))
-        wanted.append(samples - sum(wanted))
-    freedom = len(keys) - 1
-    assert freedom > 8
-    chi_square = sum((a - b) ** 2 / b for a, b in zip(seen, wanted, strict=True))
-    # its 99.99% point, by Wilson and Hilferty
-    assert chi_square < freedom * (1 - 2 / (9 * freedom) + 3.72 * math.sqrt(2 / (9 * freedom))) ** 3
+    drafter = Eagle(some_head(3, known, seed=1, vocab_size=6), engine)
+    assert_has_the_target_s_distribution(model, engine, drafter, "3x2", accept, least_taken=0.2)
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

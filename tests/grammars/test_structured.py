@@ -36,6 +36,7 @@ from tokentree.drafters.base import Drafter
 from tokentree.drafters.block import Block as BlockDrafter
 from tokentree.drafters.eagle import Eagle
 from tokentree.drafters.medusa import Medusa
+from tokentree.drafters.pard import Pard
 from tokentree.engines.table import TableEngine
 from tokentree.grammars import compiler
 from tokentree.grammars.compiler import Grammars, _compiled
@@ -51,7 +52,7 @@ PROMPTS = ["The quick brown", "one two three four", "A tree"]
 REGEX = "(one|two|three) (Baum|東京){1,3}[.!]"
 DRAFTERS = [
     "ngram", "suffix", "recycling", "draft_model", "merged", ["draft_model", "ngram"], "medusa", "eagle1", "eagle3",
-    "block", "dspark",
+    "block", "dspark", "pard",
 ]  # fmt: skip
 SHAPES = ["cost", "2x2x1", "chain:4", "dynamic:nodes=9", "adaptive:mass=0.9,width=3", "paths:[[0],[1],[0,0]]"]
 WAYS: list[dict[str, Any]] = [
@@ -82,6 +83,9 @@ class World:
         """As `LLM.using`, with random heads too."""
         if drafter == "medusa":
             return self.llm.using(Medusa(random_heads(48), self.llm.engine), shape)
+        if drafter == "pard":
+            [(name, engine)] = self.llm._parts.draft_engines
+            return self.llm.using(Pard(engine, self.size, self.size - 1, name=name), shape)
         if drafter in ("block", "dspark"):
             head = some_block("dflash" if drafter == "block" else drafter, vocab_size=self.size)
             return self.llm.using(BlockDrafter(head, self.llm.engine), shape)

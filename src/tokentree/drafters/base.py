@@ -28,6 +28,7 @@ class Parts:
         lookup_bytes: memory for what a drafter's look-ups learn from all sequences. None: as the drafter likes.
         draws_children: whether the acceptance rule asks for drawn children.
         vocabularies: those of each draft model whose tokenizer isn't the target's, and of the target, by its name.
+        masks: the mask token of each draft model that guesses several tokens at once, by its name.
     """
 
     engine: Engine
@@ -37,6 +38,7 @@ class Parts:
     lookup_bytes: int | None = None
     draws_children: bool = False
     vocabularies: Mapping[str, Vocabularies] = field(default_factory=dict)
+    masks: Mapping[str, int] = field(default_factory=dict)
     folder: Path | None = None
 
 

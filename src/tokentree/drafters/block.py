@@ -10,11 +10,11 @@ import torch
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter, Parts
 from tokentree.drafters.draft_model import caught_up
-from tokentree.drafters.drawing import draw, whole
+from tokentree.drafters.drawing import drawn, whole
 from tokentree.drafters.slots import compile_growth, grown
 from tokentree.engines.base import BlockEngine, BlockEngines, Engine
 from tokentree.errors import PairingError
-from tokentree.growing import DEPTH, TOKEN
+from tokentree.growing import DEPTH, PARENT, TOKEN
 from tokentree.heads.block import BlockHead
 from tokentree.heads.block_files import read_block
 from tokentree.heads.markov import Markov
@@ -106,21 +106,16 @@ class Block(Drafter):
     def _drawn(self, seq: Sequence, shape: Shape, states: torch.Tensor, logits: torch.Tensor) -> Draft:
         """A tree of children drawn from what the head says after each node, of ``states`` [guesses, hidden size] and
         ``logits`` [guesses, tokens]."""
-        draft, depth, markov = Draft(seq.tokens[-1], {}), self._depth(seq, shape), self._engine.markov
-        memory = {0: logits.new_zeros(1, 0) if markov is None else markov.at_anchor(1)}  # of the path to each node
-        frontier = shape.select(seq, draft, [0])
-        while frontier:
-            place, level = int(draft.ints[DEPTH, frontier[0]]), list[int]()
-            counts = shape.counts(seq, draft, frontier)
-            for node, count in zip(frontier, counts, strict=True):
-                token, guess = int(draft.ints[TOKEN, node]), slice(place, place + 1)
-                said, path = _after(markov, token, states[guess], logits[guess].float(), memory[node])
-                row = whole(said, self._vocab_size, self._token_map)[0]
-                children = draw(seq, draft, node, count, row, seq.noise_below(node))
-                memory |= dict.fromkeys(children, path)
-                level += children
-            frontier = shape.select(seq, draft, level) if level and place + 1 < depth else []
-        return draft
+        markov = self._engine.markov
+        memory = {-1: logits.new_zeros(1, 0) if markov is None else markov.at_anchor(1)}  # of the path to each node
+
+        def said(draft: Draft, node: int) -> torch.Tensor:
+            place, token, parent = (int(draft.ints[row, node]) for row in (DEPTH, TOKEN, PARENT))
+            guess = slice(place, place + 1)
+            row, memory[node] = _after(markov, token, states[guess], logits[guess].float(), memory[parent])
+            return whole(row, self._vocab_size, self._token_map)[0]
+
+        return drawn(seq, shape, self._depth(seq, shape), said)
 
 
 def _after(

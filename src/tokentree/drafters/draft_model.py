@@ -45,7 +45,7 @@ class DraftModel(Drafter):
         self.name, self._token_map = name, token_map
         self._engine = engine
         self._vocab_size = vocab_size
-        self._rows: dict[int, _Rows] = {}
+        self._rows: dict[int, Rows] = {}
         self._level_seconds = 0.0
         self._unknown: set[int] = set()  # sequences with a token that the draft model doesn't have
 
@@ -62,7 +62,7 @@ class DraftModel(Drafter):
             for seq in seqs
         ]
         frontiers = [self._begin(seq, draft, shape, len(seqs)) for seq, draft in zip(seqs, drafts, strict=True)]
-        rows = [_Rows(seq.tokens[self._engine.committed(seq) :]) for seq in seqs]
+        rows = [Rows(seq.tokens[self._engine.committed(seq) :]) for seq in seqs]
         done = [0] * len(seqs)
         while any(frontiers):
             for draft, row, frontier in zip(drafts, rows, frontiers, strict=True):
@@ -76,7 +76,7 @@ class DraftModel(Drafter):
                 drafts[i].levels += 1
                 nodes = [rows[i].of_node[node] for node in frontiers[i]]
                 level = self._add_children(seqs[i], drafts[i], frontiers[i], out, place, nodes, shape)
-                if level and self._may_grow(seqs[i], drafts[i], int(drafts[i].ints[DEPTH, level[0]]), shape):
+                if level and self._may_grow(seqs[i], int(drafts[i].ints[DEPTH, level[0]]), shape):
                     frontiers[i] = shape.select(seqs[i], drafts[i], level)
                 else:
                     frontiers[i] = []
@@ -100,20 +100,24 @@ class DraftModel(Drafter):
 
     def _begin(self, seq: Sequence, draft: Draft, shape: Shape, texts: int) -> list[int]:
         """The first frontier: the root, if a draft of ``seq`` is wanted and its text has been read."""
-        unseen = seq.tokens[self._engine.committed(seq) :]
-        if max(unseen, default=0) >= self._engine.vocab_size:
-            self._unknown.add(seq.id)
-        if not unseen or not self._may_grow(seq, draft, 0, shape):
+        if not self._may_begin(seq, shape):
             return []
         frontier = shape.select(seq, draft, [0])
         return frontier if frontier and self._has_read(seq, texts) else []
+
+    def _may_begin(self, seq: Sequence, shape: Shape) -> bool:
+        """Whether there may be a draft of ``seq``: its last token, which the draft model must have, has no row yet."""
+        unseen = seq.tokens[self._engine.committed(seq) :]
+        if max(unseen, default=0) >= self._engine.vocab_size:
+            self._unknown.add(seq.id)
+        return bool(unseen) and self._may_grow(seq, 0, shape)
 
     def _has_read(self, seq: Sequence, texts: int) -> bool:
         """Reads what is new of ``seq``, but for a few tokens at its end. Of one text among several it reads a part, so
         that nobody waits for long. Returns whether that was all."""
         return caught_up(self._engine, seq, None if texts == 1 else self._part, seq)
 
-    def _may_grow(self, seq: Sequence, draft: Draft, depth: int, shape: Shape) -> bool:
+    def _may_grow(self, seq: Sequence, depth: int, shape: Shape) -> bool:
         """Nodes below what may still be emitted are useless, and so are rows past the draft model's own context."""
         fits = len(seq.tokens) + depth <= self._engine.context and seq.id not in self._unknown
         return fits and depth < min(shape.max_depth, seq.room - 1)
@@ -201,8 +205,8 @@ def _ruled(seq: Sequence, draft: Draft, node: int, logits: torch.Tensor) -> torc
 
 
 @dataclass
-class _Rows:
-    """The rows of the draft model's own tree: first what it had not seen, ending in the root, then expanded nodes.
+class Rows:
+    """The rows of a draft model's own tree: first what it had not seen, ending in the root, then expanded nodes.
 
     Args:
         unseen: tokens without KV, the last of them the root.

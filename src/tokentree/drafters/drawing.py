@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch.nn.functional import pad
 
 from tokentree.draft import Draft
 from tokentree.errors import RequestError
+from tokentree.growing import DEPTH
 from tokentree.sampling import Noise, to_probs
 from tokentree.sequence import Sequence
+from tokentree.shapes.base import Shape
 from tokentree.tree import Ints
 
 
@@ -49,3 +52,20 @@ def draw(
         level.append(draft.add(node, token, float(probs[token].log()), rank))
         left[token] = 0
     return level
+
+
+def drawn(seq: Sequence, shape: Shape, depth: int, said: Callable[[Draft, int], torch.Tensor]) -> Draft:
+    """A draft of at most ``depth`` levels, whose children are drawn.
+
+    Args:
+        said: ``said(draft, node)`` is [vocab], what the drafter says after that node.
+    """
+    draft = Draft(seq.tokens[-1], {})
+    frontier = shape.select(seq, draft, [0])
+    while frontier:
+        level = list[int]()
+        for node, count in zip(frontier, shape.counts(seq, draft, frontier), strict=True):
+            level += draw(seq, draft, node, count, said(draft, node), seq.noise_below(node))
+        deeper = level and int(draft.ints[DEPTH, level[0]]) < depth
+        frontier = shape.select(seq, draft, level) if deeper else []
+    return draft

@@ -40,7 +40,7 @@ class Eagle(DraftModel):
         engine = self._growing
         if sampled or engine is None:
             return super().propose(seqs, shape, sampled)
-        growing = [seq for seq in seqs if self._may_grow(seq, Draft(seq.tokens[-1]), 0, shape)]
+        growing = [seq for seq in seqs if self._may_grow(seq, 0, shape)]
         room = max((min(seq.room - 1, engine.context - len(seq.tokens)) for seq in growing), default=0)
         started = time.perf_counter()
         grown = engine.grow(growing, min(shape.max_depth, room)) if room > 0 else None

@@ -19,8 +19,9 @@ from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter, Parts
 from tokentree.drafters.draft_model import DraftModel, caught_up
 from tokentree.drafters.merged import Merged
+from tokentree.drafters.pard import SLOTS, Pard
 from tokentree.engines.base import Engine, Rewinds, TargetOutput
-from tokentree.errors import PairingError
+from tokentree.errors import OptionError, PairingError
 from tokentree.growing import LOG_SCORE, PARENT, TOKEN
 from tokentree.sampling import SamplingParams
 from tokentree.sequence import Accepted, Sequence
@@ -44,12 +45,13 @@ class DraftModels(Merged):
     """All draft models, merged into one tree."""
 
     @classmethod
-    def make(cls, parts: Parts, vocabulary: Way = Way.AUTO) -> Drafter:
+    def make(cls, parts: Parts, vocabulary: Way = Way.AUTO, slots: int = SLOTS) -> Drafter:
         """The drafter of the draft models that there are.
 
         Args:
             vocabulary: how those draft whose tokenizer isn't the target's. By default by the tokens that both have if
                 these are nearly all, or if children must be drawn; otherwise by text.
+            slots: how many tokens those guess at once that can.
         """
         if not parts.draft_engines:
             raise PairingError("drafter='draft_model' needs draft_model=..., a smaller model")
@@ -58,12 +60,20 @@ class DraftModels(Merged):
                 f"vocabulary={vocabulary.value} is for a draft model with another tokenizer, and none of those here is "
                 "known to have one: name it, or load it from where its tokenizer is"
             )
-        drafters = [_drafter(name, engine, parts, vocabulary) for name, engine in parts.draft_engines]
+        if slots < 1:
+            raise OptionError(f"slots={slots} is no number of tokens to guess: it is at least 1")
+        if slots != SLOTS and not parts.masks:
+            raise PairingError(
+                f"slots={slots} is for a draft model that guesses several tokens at once (PARD): none does"
+            )
+        drafters = [_drafter(name, engine, parts, vocabulary, slots) for name, engine in parts.draft_engines]
         return drafters[0] if len(drafters) == 1 else cls(drafters)
 
 
-def _drafter(name: str, engine: Engine, parts: Parts, way: Way) -> Drafter:
+def _drafter(name: str, engine: Engine, parts: Parts, way: Way, slots: int) -> Drafter:
     vocab_size, vocabularies = parts.engine.vocab_size, parts.vocabularies.get(name)
+    if name in parts.masks:
+        return Pard(engine, vocab_size, parts.masks[name], slots, name)
     if vocabularies is None:
         return DraftModel(engine, vocab_size, name)
     if not isinstance(engine, Rewinds):
@@ -177,10 +187,10 @@ class SharedTokens(DraftModel):
         most = None if texts == 1 else self._part
         return caught_up(self._texts.engine, self._followed[seq.id], most, seq)
 
-    def _may_grow(self, seq: Sequence, draft: Draft, depth: int, shape: Shape) -> bool:
+    def _may_grow(self, seq: Sequence, depth: int, shape: Shape) -> bool:
         own = self._followed.get(seq.id)
         fits = own is not None and len(own.tokens) + depth <= self._texts.engine.context
-        return fits and super()._may_grow(seq, draft, depth, shape)
+        return fits and super()._may_grow(seq, depth, shape)
 
 
 class SharedVocabulary:

@@ -16,6 +16,7 @@ from tokentree.heads.fingerprint import hash_of_sizes
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+DRAFTING = "spd_type", "pard_token"  # fields that say how a draft model guesses several tokens at once
 CLASS = "tokentree_class"  # in settings, the name of a configuration's class
 
 
@@ -29,6 +30,7 @@ class Facts:
         hidden_size, num_layers, vocab_size: by its configuration.
         windows: the kinds of its layers, each with its sliding window, None where everything is seen.
         chunks: those of them that attend in chunks, each with the positions of one.
+        drafting: what of `DRAFTING` its configuration has.
         ends: the tokens at which transformers' ``generate`` ended its texts when these facts were written down.
         sizes: what `hash_of_sizes` makes of its configuration.
     """
@@ -42,6 +44,7 @@ class Facts:
     ends: list[int]
     sizes: str
     chunks: dict[str, int] = field(default_factory=dict)
+    drafting: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Facts:
@@ -50,6 +53,7 @@ class Facts:
             type(model).__name__, context_length(config) - first_position(model), int(config.hidden_size),
             int(config.num_hidden_layers), int(config.vocab_size), layer_windows(config), ends_of(model),
             hash_of_sizes(config), layer_chunks(config),
+            {name: said for name in DRAFTING if (said := getattr(config, name, None)) is not None},
         )  # fmt: skip
 
     @property

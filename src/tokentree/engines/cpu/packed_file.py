@@ -25,7 +25,7 @@ from tokentree.kernels.tile import BFLOAT16_WIDE, LANES
 from tokentree.kernels.tile_quantized import WIDE
 
 logger = logging.getLogger(__name__)
-VERSION = 9  # of the layouts of packed layers, and of the facts beside them
+VERSION = 10  # of the layouts of packed layers, and of the facts beside them
 
 
 @dataclass(frozen=True)
