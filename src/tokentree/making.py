@@ -62,8 +62,7 @@ class DraftEngines(NamedTuple):
 def draft_engines_of(
     drafts: SequenceOf[Model], target: Engine, tokenizer: PreTrainedTokenizerBase | None, options: EngineOptions
 ) -> DraftEngines:
-    """The engines of ``drafts``, for a target with ``tokenizer``. A draft model whose own isn't known is taken to have the
-    target's.
+    """The engines of ``drafts``, for a target with ``tokenizer``. A model whose own isn't known is taken to have that.
 
     Raises:
         PairingError: if the tokens of another tokenizer can't be told as text, or are to be guessed several at once.

@@ -27,6 +27,7 @@ from tokentree.engines.torch import TorchEngine
 from tokentree.errors import PairingError
 from tokentree.heads.eagle import EagleHead, EagleSizes
 from tokentree.heads.eagle_files import write_eagle
+from tokentree.heads.peagle import PEagleHead, PEagleSizes
 from tokentree.heads.saved import About
 from tokentree.kernels.topk import top_logprobs
 from tokentree.sequence import Accepted, Sequence
@@ -44,17 +45,17 @@ WIDE = {"hidden_size": 64, "intermediate_size": 96}
 
 
 def some_head(version: int, known: int | None = None, hidden_size: int = 48, seed: int = 0, **sizes: Any) -> EagleHead:
-    """A head with random weights, for the tiny models; with ``known`` 0, one without an output layer."""
+    """A head with random weights, for the tiny models; with ``known`` 0, one without an output layer; with a
+    ``mask_token``, a P-EAGLE head."""
     if known == 0:
         known, sizes = None, {"own_output": False} | sizes
     taps = (2,) if version == 1 else (0, 1, 2)
-    made = EagleHead(
-        EagleSizes(**{
-            "version": version, "hidden_size": hidden_size, "intermediate_size": 80, "num_heads": 4, "num_kv_heads": 2,
-            "head_dim": 16, "vocab_size": VOCAB, "draft_vocab_size": known, "taps": taps, "fc_bias": version == 1,
-            "context": CONTEXT,
-        } | sizes)
-    )  # fmt: skip
+    given = {
+        "version": version, "hidden_size": hidden_size, "intermediate_size": 80, "num_heads": 4, "num_kv_heads": 2,
+        "head_dim": 16, "vocab_size": VOCAB, "draft_vocab_size": known, "taps": taps, "fc_bias": version == 1,
+        "context": CONTEXT,
+    } | sizes  # fmt: skip
+    made = PEagleHead(PEagleSizes(**given)) if "mask_token" in given else EagleHead(EagleSizes(**given))
     generator = torch.Generator().manual_seed(seed)
     for weight in made.parameters():
         if weight.ndim == 2:

@@ -240,5 +240,5 @@ def test_configurations_that_make_no_sense_are_refused(said: dict[str, Any], mes
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     target = saved(tmp_path / "target", tiny("llama", vocab_size=300), {})
     draft = saved(tmp_path / "draft", tiny("llama", vocab_size=300), PARD, texts=["other texts"])
-    with pytest.raises(PairingError, match="'draft' guesses several tokens at once .* and has another tokenizer"):
+    with pytest.raises(PairingError, match=r"'draft' guesses several tokens at once .* and has another tokenizer"):
         LLM(target, draft_model=draft)

@@ -7,12 +7,15 @@ import time
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter, Parts
 from tokentree.drafters.draft_model import DraftModel
+from tokentree.drafters.pard import Pard
 from tokentree.engines.base import DraftLevels, Engine, GrowsDrafts, HeadEngines
 from tokentree.errors import PairingError
 from tokentree.heads.eagle import EagleHead
 from tokentree.heads.eagle_files import read_eagle
+from tokentree.heads.peagle import PEagleHead
 from tokentree.sequence import Sequence
 from tokentree.shapes.base import Shape
+from tokentree.tree import Ints
 
 
 class Eagle(DraftModel):
@@ -29,11 +32,8 @@ class Eagle(DraftModel):
     _part = 1024
 
     def __init__(self, head: EagleHead, target: Engine) -> None:
-        known = None if head.token_map is None else head.token_map.cpu().numpy()
-        if known is not None and int(known.max()) >= target.vocab_size:
-            raise PairingError("this EAGLE head knows tokens that the target doesn't have")
         engine = _with_states(target).head_engine(head)
-        super().__init__(engine, target.vocab_size, "eagle", known)
+        super().__init__(engine, target.vocab_size, "eagle", _known(head, target))
         self._growing = engine if isinstance(engine, GrowsDrafts) else None  # to ask takes 30 microseconds
 
     def propose(self, seqs: list[Sequence], shape: Shape, sampled: bool) -> list[Draft]:
@@ -71,7 +71,30 @@ class Eagle(DraftModel):
         if parts.heads is None:
             raise PairingError("drafter='eagle' needs heads=..., a folder with an EAGLE head for this model")
         num_layers = _with_states(parts.engine).capture([]).num_layers
-        return cls(read_eagle(parts.heads, num_layers, parts.fingerprint).head, parts.engine)
+        head = read_eagle(parts.heads, num_layers, parts.fingerprint).head
+        return peagle(head, parts.engine) if isinstance(head, PEagleHead) else cls(head, parts.engine)
+
+
+def peagle(head: PEagleHead, target: Engine) -> Drafter:
+    """The drafter of a P-EAGLE ``head``: to a drafter that is a PARD model whose engine is another one.
+
+    Raises:
+        PairingError: if the head doesn't fit the target.
+    """
+    engine, sizes = _with_states(target).head_engine(head), head.sizes
+    return Pard(engine, target.vocab_size, sizes.mask_token, sizes.slots, "eagle", _known(head, target))
+
+
+def _known(head: EagleHead, target: Engine) -> Ints | None:
+    """The target's ids for the tokens that ``head`` knows, if these are others.
+
+    Raises:
+        PairingError: if the target doesn't have them.
+    """
+    known: Ints | None = None if head.token_map is None else head.token_map.cpu().numpy()
+    if known is not None and int(known.max()) >= target.vocab_size:
+        raise PairingError("this EAGLE head knows tokens that the target doesn't have")
+    return known
 
 
 def _with_states(engine: Engine) -> HeadEngines:

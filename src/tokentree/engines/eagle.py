@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence as SequenceOf
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from tokentree.errors import PairingError
 from tokentree.heads.eagle import EagleHead
 from tokentree.tree import Ints
 
+Head = TypeVar("Head", bound=EagleHead)
+
 
 class EagleEngine(HeadEngine):
     """Drafts with an EAGLE head.
@@ -35,27 +38,14 @@ class EagleEngine(HeadEngine):
     """
 
     def __init__(self, head: EagleHead, target: HasHiddenStates) -> None:
-        sizes, features = head.sizes, target.capture(head.sizes.taps)
-        if (sizes.target_hidden_size or sizes.hidden_size) != features.hidden_size:
-            raise PairingError(
-                f"this EAGLE head reads hidden states of {sizes.target_hidden_size or sizes.hidden_size} numbers, and "
-                f"the target has {features.hidden_size}: it was made for another model"
-            )
-        if sizes.vocab_size != target.vocab_size:
-            raise PairingError(
-                f"this EAGLE head is for a target with {sizes.vocab_size} tokens, and this one has {target.vocab_size}"
-            )
-        if not sizes.own_output and sizes.hidden_size != features.hidden_size:
-            raise PairingError("this EAGLE head has no output layer, and the target's takes another width")
-        if head.embed_tokens is None and sizes.hidden_size != features.hidden_size:
-            raise PairingError("this EAGLE head has no embedding, and the target's has another width")
+        sizes, features = head.sizes, features_for(head, target)
         blocked = features.device.type == "cpu" and not features.recorded
         layout = KVLayout(
             ((sizes.num_kv_heads, sizes.head_dim, sizes.head_dim),), features.dtype, features.device, blocked=blocked,
             fixed=features.recorded,
         )  # fmt: skip
         super().__init__(target, features, sizes.taps, sizes.hidden_size, sizes.context, layout)
-        self._head = _fast(head, features)
+        self._head = fast(head, features)
         own = self._head.embed_tokens
         self._embedding = features.embedding if own is None else own
         whole = converted(head, features)
@@ -129,22 +119,52 @@ class EagleEngine(HeadEngine):
         value: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
         """[rows, heads x width], of queries, keys and values [rows, heads, width]."""
-        query, key = self._head.rotate(query, positions), self._head.rotate(key, positions)
-        scale = query.shape[2] ** -0.5
-        query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        return self._attend(segments, query, key, value, scale).flatten(1)
+        parts = turned(self._head, positions, query, key, value)
+        return self._attend(segments, *parts, query.shape[2] ** -0.5).flatten(1)
 
 
-def _fast(head: EagleHead, features: Features) -> EagleHead:
+def features_for(head: EagleHead, target: HasHiddenStates) -> Features:
+    """What ``head`` reads of ``target``.
+
+    Raises:
+        PairingError: if it doesn't fit.
+    """
+    sizes, features = head.sizes, target.capture(head.sizes.taps)
+    if (sizes.target_hidden_size or sizes.hidden_size) != features.hidden_size:
+        raise PairingError(
+            f"this EAGLE head reads hidden states of {sizes.target_hidden_size or sizes.hidden_size} numbers, and "
+            f"the target has {features.hidden_size}: it was made for another model"
+        )
+    if sizes.vocab_size != target.vocab_size:
+        raise PairingError(
+            f"this EAGLE head is for a target with {sizes.vocab_size} tokens, and this one has {target.vocab_size}"
+        )
+    if not sizes.own_output and sizes.hidden_size != features.hidden_size:
+        raise PairingError("this EAGLE head has no output layer, and the target's takes another width")
+    if head.embed_tokens is None and sizes.hidden_size != features.hidden_size:
+        raise PairingError("this EAGLE head has no embedding, and the target's has another width")
+    return features
+
+
+def turned(
+    head: EagleHead, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values [heads, rows, width], of such [rows, heads, width] that aren't turned yet."""
+    query, key = head.rotate(query, positions), head.rotate(key, positions)
+    return query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
+
+
+def fast(head: Head, features: Features) -> Head:
     """A copy of ``head`` on the linear layers that the target's engine runs fastest, in its type."""
-    fast = converted(head, features)
-    for name, layer in list(fast.named_children()):
-        if isinstance(layer, nn.Linear):
-            setattr(fast, name, features.linear(layer.weight.detach(), layer.bias))
-    return fast
+    made = converted(head, features)
+    for module in list(made.modules()):
+        for name, layer in list(module.named_children()):
+            if isinstance(layer, nn.Linear):
+                setattr(module, name, features.linear(layer.weight.detach(), layer.bias))
+    return made
 
 
-def converted(head: EagleHead, features: Features) -> EagleHead:
+def converted(head: Head, features: Features) -> Head:
     """A copy of ``head`` in the target's type, where the target is."""
     made = copy.deepcopy(head).to(features.device, features.dtype).requires_grad_(False).eval()
     made.rotary = copy.deepcopy(head.rotary).to(features.device)  # its frequencies need float32

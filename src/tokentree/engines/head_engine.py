@@ -81,6 +81,11 @@ class HeadEngine(ABC):
     def _store(self, known: Known, segment: Segment) -> None:
         """Writes the KV of rows of which nothing else is wanted."""
 
+    def _above(self, given: torch.Tensor, parents: list[int]) -> torch.Tensor:
+        """[nodes, hidden size], what is known of the positions before drafted nodes: what the head has ``given`` at
+        their ``parents``."""
+        return given[parents]
+
     def _best(self) -> tuple[tuple[NDArray[np.float32], Ints] | None, NDArray[np.float32] | None]:
         """What the last forward found of `TargetOutput.best_known` and `TargetOutput.log_sums`."""
         return None, None
@@ -131,7 +136,7 @@ class HeadEngine(ABC):
             if first < state.chain:
                 known.append(self._read(seq, state.kv.length + first, state.kv.length + state.chain))
             if drafted := tree.parents[max(first, state.chain) :].tolist():
-                known.append(state.known[drafted])
+                known.append(self._above(state.known, drafted))
             starts.append(rows)
             rows += len(tree) - first
         given, logits = self._forward(self._joined(known), segments)
@@ -166,15 +171,18 @@ class HeadEngine(ABC):
         return torch.cat([x if isinstance(x, torch.Tensor) else self._fused(x) for x in parts])
 
     def _attend(
-        self, segments: SequenceOf[Segment], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+        self, segments: SequenceOf[Segment], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+        layer: int = 0,
     ) -> torch.Tensor:  # fmt: skip
         """[rows, heads, value width], of queries [heads, rows, width], keys and values [KV heads, rows, width] of all
-        rows, which are stored."""
-        from tokentree.engines.cpu.attention import ForwardKV, Rule, dense_mask  # it imports transformers' classes
+        rows in a ``layer``, which are stored."""
+        from tokentree.engines.cpu.attention import ForwardKV, Rule, attend_rows, dense_mask  # it imports transformers'
 
         if self._storages.layout.blocked:
-            return ForwardKV(segments, False).attend(query, key, value, Rule(scale)).to(key.dtype)
-        keys, values = ForwardKV(segments, True).update(key[None], value[None], 0)
+            stored = ForwardKV(segments, False)
+            stored.write(layer, key, value)
+            return attend_rows(stored, layer, query.float(), len(key), value.shape[2], Rule(scale)).to(key.dtype)
+        keys, values = ForwardKV(segments, True).update(key[None], value[None], layer)
         mask = dense_mask(segments, query.shape[1], None, query.dtype, query.device)
         return attend(query, keys[0], values[0], mask, scale)
 

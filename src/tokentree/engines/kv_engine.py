@@ -342,9 +342,9 @@ class KVEngine(NotCopied, ABC):
         return AssistantEngine(head, self)
 
     def head_engine(self, head: EagleHead) -> DraftEngine:
-        from tokentree.engines.eagle import EagleEngine  # few need what it imports
+        from tokentree.engines.peagle import eagle_engine  # few need what it imports
 
-        return EagleEngine(head, self)
+        return eagle_engine(head, self)
 
     @exclusive
     def hidden_states(self, ids: SequenceOf[int], places: SequenceOf[int] | None = None) -> torch.Tensor:

@@ -81,6 +81,11 @@ class EagleSizes(BaseModel):
         return self
 
     @property
+    def counts(self) -> tuple[int, int, int]:
+        """How many heads of queries, keys and values a layer has."""
+        return self.num_heads, self.num_kv_heads, self.num_kv_heads
+
+    @property
     def more_norms(self) -> bool:
         """Whether it has norms that EAGLE-3 doesn't have: those of EAGLE-3.1."""
         return self.fc_norm or self.norm_before_fc or self.norm_output
@@ -155,18 +160,18 @@ class EagleHead(nn.Module):
             attend: given queries, keys and values [..., heads, head_dim] before they are turned, what the rows attend
                 to, [..., heads x head_dim].
         """
+        given = self.run(embedded, known, attend)
+        return self.norm(given) if self.sizes.norm_output else given
+
+    def run(self, embedded: torch.Tensor, known: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """As `forward`, without a norm behind."""
         if self.sizes.version == 3:
             normed = self.hidden_norm(known)
             x = torch.cat([self.input_layernorm(embedded), normed], -1)
             residual = normed if self.sizes.norm_before_residual else known
         else:
             x = residual = self.fc(torch.cat([embedded, known], -1))
-        heads = self.qkv(x).unflatten(-1, (-1, self.sizes.head_dim))
-        parts = heads.split([self.sizes.num_heads, self.sizes.num_kv_heads, self.sizes.num_kv_heads], -2)
-        residual = residual + self.o_proj(attend(*parts))
-        gate, up = self.gate_up(self.post_attention_layernorm(residual)).chunk(2, -1)
-        given: torch.Tensor = residual + self.down_proj(silu(gate) * up)
-        return self.norm(given) if self.sizes.norm_output else given
+        return through(self, x, residual, attend)
 
     def logits(self, known: torch.Tensor, output_layer: Layer) -> torch.Tensor:
         """[..., tokens that the head knows], of what `forward` gave; ``output_layer`` is the target's, for EAGLE-1, and
@@ -184,6 +189,15 @@ class EagleHead(nn.Module):
         half = x.shape[-1] // 2
         turned: torch.Tensor = x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
         return turned
+
+
+def through(layer: Any, x: torch.Tensor, residual: torch.Tensor, attend: Attend) -> torch.Tensor:
+    """``residual`` [..., hidden size] with what a ``layer``'s attention to ``x`` adds, and its MLP."""
+    heads = layer.qkv(x).unflatten(-1, (-1, layer.sizes.head_dim))
+    residual = residual + layer.o_proj(attend(*heads.split(layer.sizes.counts, -2)))
+    gate, up = layer.gate_up(layer.post_attention_layernorm(residual)).chunk(2, -1)
+    given: torch.Tensor = residual + layer.down_proj(silu(gate) * up)
+    return given
 
 
 class RMSNorm(nn.Module):

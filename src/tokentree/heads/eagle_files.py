@@ -18,6 +18,8 @@ from tokentree.errors import ModelError, OptionError
 from tokentree.heads.checkpoints import check_part, read_config, read_tensors, write_tensors
 from tokentree.heads.eagle import EagleHead, EagleSizes
 from tokentree.heads.fingerprint import Fingerprint
+from tokentree.heads.peagle import PEagleHead, PEagleSizes
+from tokentree.heads.peagle_files import MASK, masks_of, with_masks
 from tokentree.heads.saved import About, check_made_for, read_about
 
 if TYPE_CHECKING:
@@ -70,6 +72,9 @@ def read_eagle(folder: str | Path, num_layers: int, target: Fingerprint | None =
     check_made_for(about, config, folder, target)
     tensors = _renamed(read_tensors(Path(where)), where)
     sizes, told = _sizes(config, tensors, num_layers, where)
+    if isinstance(sizes, PEagleSizes):
+        masked: EagleHead = filled(lambda: PEagleHead(sizes), _places, tensors, where, "a P-EAGLE head")
+        return SavedEagle(masked, about, told)
     head = filled(lambda: EagleHead(sizes), _places, tensors, where, f"an EAGLE-{sizes.version} head")
     return SavedEagle(head, about, told)
 
@@ -123,7 +128,8 @@ def write_eagle(
     head: EagleHead, folder: str | Path, base_model: str, layout: str = "safeailab", about: About | None = None,
     embedding: torch.Tensor | None = None, dtype: torch.dtype = torch.bfloat16, architecture: str = "LlamaForCausalLM",
 ) -> None:  # fmt: skip
-    """Writes ``head`` and a configuration into ``folder``, in one of `LAYOUTS`; EAGLE-1 has SafeAILab's alone.
+    """Writes ``head`` and a configuration into ``folder``, in one of `LAYOUTS`; EAGLE-1 has SafeAILab's alone, P-EAGLE
+    speculators'.
 
     Args:
         base_model: the name of the target.
@@ -139,6 +145,8 @@ def write_eagle(
         raise OptionError(f"unknown layout {layout!r}: choose one of {', '.join(LAYOUTS)}")
     if layout == "speculators" and sizes.version == 1:
         raise OptionError("speculators' layout is for EAGLE-3: use layout='safeailab'")
+    if layout != "speculators" and isinstance(sizes, PEagleSizes):
+        raise OptionError("P-EAGLE heads are written in speculators' layout: use layout='speculators'")
     tensors = {name: tensor.detach().to(dtype) for name, tensor in _places(head).items()}
     if head.embed_tokens is None and embedding is not None:
         tensors["embed_tokens.weight"] = embedding.detach().to(dtype)
@@ -149,6 +157,8 @@ def write_eagle(
     if layout == "speculators":
         tensors = {name.replace(LAYER[3], LAYER[1]): tensor for name, tensor in tensors.items()}
     config = _config(sizes, base_model, layout, architecture)
+    if isinstance(sizes, PEagleSizes):
+        config = with_masks(config, sizes)
     if about is not None:
         config["tokentree"] = about.model_dump(mode="json")
     write_tensors(Path(folder), "model.safetensors", tensors, config)
@@ -240,7 +250,8 @@ def _sizes(
             raise ModelError(f"in {where!r} the hidden states {list(taps)} aren't all there in {num_layers} layers")
         own_tokens = version == 3 and own_output and "d2t" in tensors
         known = int(tensors["lm_head.weight"].shape[0]) if own_tokens else None
-        return EagleSizes(
+        masks = masks_of(config, tensors, where) if version == 3 else {}
+        return (PEagleSizes if masks else EagleSizes)(
             version=version, hidden_size=hidden,
             intermediate_size=tensors[f"{LAYER[version]}mlp.gate_proj.weight"].shape[0],
             num_heads=inner.num_attention_heads, num_kv_heads=kv // inner.head_dim, head_dim=inner.head_dim,
@@ -249,7 +260,7 @@ def _sizes(
             context=inner.max_position_embeddings, eps=inner.rms_norm_eps, fc_bias="fc.bias" in tensors,
             qkv_bias=f"{LAYER[version]}self_attn.q_proj.bias" in tensors,
             own_embedding="embed_tokens.weight" in tensors, own_output=own_output,
-            **(_norms(config, tensors) if version == 3 else {}),
+            **(_norms(config, tensors) if version == 3 else {}), **masks,
         ), told  # fmt: skip
     except MEANINGLESS as error:
         raise meaningless(where, error) from None
@@ -280,18 +291,14 @@ def meaningless(where: str, error: Exception) -> ModelError:
 def _places(head: EagleHead) -> dict[str, torch.Tensor]:
     """Where each tensor of SafeAILab's layout lies in ``head``, as views; but for the maps between vocabularies."""
     sizes, prefix = head.sizes, LAYER[head.sizes.version]
-    rows = [count * sizes.head_dim for count in (sizes.num_heads, sizes.num_kv_heads, sizes.num_kv_heads)]
-    found = {"fc.weight": head.fc.weight}
+    found = {"fc.weight": head.fc.weight} | _layer_places(head, prefix)
     if sizes.fc_bias:
         found["fc.bias"] = head.fc.bias
-    for kind in ("weight", "bias") if sizes.qkv_bias else ("weight",):
-        for name, part in zip("qkv", getattr(head.qkv, kind).split(rows), strict=True):
-            found[f"{prefix}self_attn.{name}_proj.{kind}"] = part
-    found[f"{prefix}self_attn.o_proj.weight"] = head.o_proj.weight
-    for name, part in zip(("gate", "up"), head.gate_up.weight.chunk(2), strict=True):
-        found[f"{prefix}mlp.{name}_proj.weight"] = part
-    found[f"{prefix}mlp.down_proj.weight"] = head.down_proj.weight
-    found[f"{prefix}post_attention_layernorm.weight"] = head.post_attention_layernorm.weight
+    if isinstance(head, PEagleHead):
+        found[MASK] = head.mask_hidden
+        for number, layer in enumerate(head.layers, 1):
+            found |= _layer_places(layer, f"layers.{number}.")
+            found[f"layers.{number}.input_layernorm.weight"] = layer.get_parameter("input_layernorm.weight")
     if sizes.version == 3:
         found[f"{prefix}input_layernorm.weight"] = head.input_layernorm.weight
         found[f"{prefix}hidden_norm.weight"] = head.hidden_norm.weight
@@ -303,6 +310,20 @@ def _places(head: EagleHead) -> dict[str, torch.Tensor]:
             found["lm_head.weight"] = head.lm_head.weight
     if head.embed_tokens is not None:
         found["embed_tokens.weight"] = head.embed_tokens.weight
+    return found
+
+
+def _layer_places(layer: Any, prefix: str) -> dict[str, torch.Tensor]:
+    """Those of one layer's products, and of the norm between."""
+    rows, found = [count * layer.sizes.head_dim for count in layer.sizes.counts], dict[str, torch.Tensor]()
+    for kind in ("weight", "bias") if layer.sizes.qkv_bias else ("weight",):
+        for name, part in zip("qkv", getattr(layer.qkv, kind).split(rows), strict=True):
+            found[f"{prefix}self_attn.{name}_proj.{kind}"] = part
+    found[f"{prefix}self_attn.o_proj.weight"] = layer.o_proj.weight
+    for name, part in zip(("gate", "up"), layer.gate_up.weight.chunk(2), strict=True):
+        found[f"{prefix}mlp.{name}_proj.weight"] = part
+    found[f"{prefix}mlp.down_proj.weight"] = layer.down_proj.weight
+    found[f"{prefix}post_attention_layernorm.weight"] = layer.post_attention_layernorm.weight
     return found
 
 

@@ -14,6 +14,7 @@ from tokentree.errors import OptionError
 from tokentree.heads.eagle import EagleHead, EagleSizes
 from tokentree.heads.eagle_files import default_taps, read_eagle, write_eagle
 from tokentree.heads.fingerprint import Fingerprint
+from tokentree.heads.peagle import PEagleHead
 from tokentree.heads.saved import About
 from tokentree.llm import LLM
 from tokentree.train.eagle import EagleTask, EagleWithLoss
@@ -136,6 +137,8 @@ def _sizes(
 def _begun(llm: LLM, start: str | Path, sizes: EagleSizes, last: int) -> EagleHead:
     """The head in the folder ``start``, which has these sizes."""
     head = read_eagle(start, last, Fingerprint.of(llm.config, llm.tokenizer)).head
+    if isinstance(head, PEagleHead):
+        raise OptionError(f"training can't start from the head in {str(start)!r}: P-EAGLE heads aren't trained here")
     tokens = {"draft_vocab_size"}
     check_equal(start, head.sizes.model_dump(exclude=tokens), sizes.model_dump(exclude=tokens))
     return head

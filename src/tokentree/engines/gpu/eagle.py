@@ -156,6 +156,7 @@ class TritonEagle(EagleEngine):
         known = sizes.draft_vocab_size or sizes.vocab_size
         return (
             sizes.version == 3
+            and type(head) is EagleHead
             and not sizes.more_norms
             and known >= WIDTH
             and sizes_fit(

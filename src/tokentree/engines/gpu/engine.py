@@ -420,10 +420,10 @@ class TritonEngine(NotCopied):
         return MtpEngine(head, self)
 
     def head_engine(self, head: EagleHead) -> DraftEngine:
-        from tokentree.engines.eagle import EagleEngine  # few need what these import
-        from tokentree.engines.gpu.eagle import TritonEagle
+        from tokentree.engines.gpu.eagle import TritonEagle  # few need what these import
+        from tokentree.engines.peagle import eagle_engine
 
-        return TritonEagle(head, self) if TritonEagle.fits(head, self) else EagleEngine(head, self)
+        return TritonEagle(head, self) if TritonEagle.fits(head, self) else eagle_engine(head, self)
 
     @property
     def places(self) -> list[int]:
