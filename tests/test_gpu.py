@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from tests.conftest import decode
 from tests.drafters.test_eagle import some_head
 from tests.drafters.test_medusa import random_heads
+from tests.drafters.test_peagle import some_peagle
 from tests.engines.test_engine import of_transformers, verified
 from tests.tiny_models import FAMILIES, request, save_model, some_tokens, some_tree, tiny, tiny_pair, tiny_tokenizer
 from tests.train.test_writing import PROMPTS, greedily
@@ -22,12 +23,13 @@ from tokentree import LLM, SamplingParams
 from tokentree.cli.main import app
 from tokentree.drafters.base import Drafter
 from tokentree.drafters.draft_model import DraftModel
-from tokentree.drafters.eagle import Eagle
+from tokentree.drafters.eagle import Eagle, peagle
 from tokentree.drafters.lookup.ngram import NGram
 from tokentree.drafters.lookup.recycling import Recycling
 from tokentree.drafters.lookup.suffix import Suffix
 from tokentree.drafters.medusa import Medusa
 from tokentree.drafters.merged import Merged
+from tokentree.drafters.pard import Pard
 from tokentree.engines.gpu.recorded import CompiledEngine, RecordedEngine
 from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.torch import TorchEngine
@@ -96,6 +98,8 @@ def drafters() -> dict[str, Callable[[KVEngine], Drafter]]:
         "medusa": lambda e: Medusa(random_heads(48), e),
         "eagle-1": lambda e: Eagle(some_head(1), e),
         "eagle-3": lambda e: Eagle(some_head(3, 60), e),
+        "p-eagle": lambda e: peagle(some_peagle(), e),
+        "pard": lambda e: Pard(small(e), e.vocab_size, 7),
         "all": lambda e: Merged(
             [Eagle(some_head(3, 60), e), Recycling(e.vocab_size), DraftModel(small(e), e.vocab_size)]
         ),

@@ -224,7 +224,7 @@ def test_a_round_trip(form: str, tmp_path: Path) -> None:
         ({}, {"mask_hidden": None}, "lacks the tensor mask_hidden"),
         ({}, {"mask_hidden": torch.zeros(1, 1, 48)}, r"mask_hidden is \[1, 1, 48\], not \[1, 1, 144\]"),
         ({}, {"layers__1__mlp__up_proj__weight": None}, r"lacks the tensor layers.1.mlp.up_proj.weight"),
-        ({}, {"layers__1__self_attn__q_norm__weight": torch.zeros(16)}, "P-EAGLE head doesn't have: layers.1.self_attn"),
+        ({}, {"layers__1__self_attn__q_norm__weight": torch.zeros(16)}, "head doesn't have: layers.1.self_attn"),
         ({}, {"layers__1__input_layernorm__weight": torch.zeros(3)}, r"input_layernorm.weight is \[3\], not \[48\]"),
         ({"num_hidden_layers": None}, {"layers__7__mlp__up_proj__weight": torch.zeros(3)}, "lacks the tensor layers.2"),
     ],
