@@ -95,6 +95,7 @@ class LLM:
             layers for multi-token prediction (``mtp``), if its folder has any.
         draft_model: one draft model or several. Several are merged into one tree. Its tokenizer may be another one
             (see `drafters.other_tokenizer`). A loaded model whose tokenizer isn't known is taken to have the target's.
+            One whose configuration says so guesses several tokens at once (see `drafters.pard`).
         engine: an engine (`tokentree.engines.base.Engine`), or the name of one, which is made of ``model`` and the
             options below. Installed packages may add names. The default is ``torch``: see `TorchEngine`.
         heads: a folder with Medusa, EAGLE or block heads, or a Gemma 4 assistant, for this model.
