@@ -176,12 +176,11 @@ class HeadEngine(ABC):
     ) -> torch.Tensor:  # fmt: skip
         """[rows, heads, value width], of queries [heads, rows, width], keys and values [KV heads, rows, width] of all
         rows in a ``layer``, which are stored."""
-        from tokentree.engines.cpu.attention import ForwardKV, Rule, attend_rows, dense_mask  # it imports transformers'
+        from tokentree.engines.cpu.attention import ForwardKV, Rule, attend_rows, dense_mask  # it imports transformers
 
         if self._storages.layout.blocked:
-            stored = ForwardKV(segments, False)
-            stored.write(layer, key, value)
-            return attend_rows(stored, layer, query.float(), len(key), value.shape[2], Rule(scale)).to(key.dtype)
+            ForwardKV(segments, False).write(layer, key, value)
+            return attend_rows(segments, layer, query.float(), len(key), value.shape[2], Rule(scale)).to(key.dtype)
         keys, values = ForwardKV(segments, True).update(key[None], value[None], layer)
         mask = dense_mask(segments, query.shape[1], None, query.dtype, query.device)
         return attend(query, keys[0], values[0], mask, scale)
