@@ -3,6 +3,7 @@ text is the one that is written alone.
 
     python benchmarks/serving.py MODEL --prompts FILE [--heads DIR] [--clients 1,4,8,16] [--requests 48]
         [--servers default,plain,transformers] [--transformers FOLDER] [--rounds 3] [--out FILE] [--sample FILE]
+    python benchmarks/serving.py MODEL --prompts FILE --requests 400 --write FILE
 
 Servers are started once, each in a process of its own, and get their load in turns, round by round, so that none has
 a quieter machine than another. ``default`` is ``tokentree serve``; ``plain`` is the same with ``--drafter none``;
@@ -16,6 +17,9 @@ our own servers one in ten is left in its midst, and one in ten writes under a s
 of ``default`` are asked for again, one by one, from the server without speculation. Exit status 1 if one differs, or a
 request failed. With ``--sample`` the lengths of what our servers were asked and answered are kept, as a trace for
 ``tokentree plan``.
+
+With ``--write`` no server is started: other requests of the same kinds are written, one a line, for ``tokentree
+calibrate --serving``.
 """
 
 from __future__ import annotations
@@ -48,6 +52,7 @@ SCHEMA = {
     "type": "object", "properties": {"name": {"type": "string", "maxLength": 20}, "age": {"type": "integer"}},
     "required": ["name", "age"], "additionalProperties": False,
 }  # fmt: skip
+WRITTEN = 999_999  # a seed that no round has
 READY = 300  # seconds that a server may take to load
 
 
@@ -244,7 +249,7 @@ def keep_sample(lengths: list[tuple[str, int, int]], out: Path) -> None:
     out.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def main() -> None:
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--prompts", type=Path, required=True)
@@ -256,8 +261,17 @@ def main() -> None:
     parser.add_argument("--transformers", help="a folder with the same model, for transformers serve")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--sample", type=Path)
-    options = parser.parse_args()
+    parser.add_argument("--write", type=Path)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parsed()
     prompts = [entry.turns[0] for entry in read_prompts(options.prompts)]
+    if options.write:
+        asked = (json.dumps(body) for body, _ in bodies(prompts, WRITTEN, True, options.requests))
+        options.write.write_text("".join(f"{line}\n" for line in asked))
+        return
     names, counts = options.servers.split(","), [int(count) for count in options.clients.split(",")]
     ours = [sys.executable, "-W", "ignore", "-m", "tokentree", "serve", "--model", options.model, "--max-batch", "16"]
     ours += ["--served-model-name", "model"]

@@ -14,8 +14,9 @@ from rich.table import Table
 from tokentree.busy import waited
 from tokentree.costs import cost_curve, prompt_costs
 from tokentree.llm import LLM
+from tokentree.planning.counting import Counting
 from tokentree.sampling import SamplingParams
-from tokentree.shapes import Cost, optimal_paths
+from tokentree.shapes import optimal_paths
 
 BATCHES = (1, 2, 4, 8)
 SIZES = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
@@ -58,6 +59,41 @@ class Pick(BaseModel):
     by_size: list[float] = Field(description="expected speed-up of the best tree of each of `SIZES`")
 
 
+class Loaded(BaseModel):
+    """What so many clients got of a server."""
+
+    clients: int
+    method: str = Field(description="plain or speculation")
+    tokens_a_second: float
+    texts: float = Field(description="that a step decoded, on average")
+    tokens_a_forward: float = Field(description="that each of these got in a step")
+    requests: int = Field(description="that were answered to their ends")
+    explained: float = Field(description="share of the time of steps that the times of `Serving` come to")
+
+
+class Serving(BaseModel):
+    """What parts of a step take in a server under load, with clients on the same machine. Fields that a `Calibration`
+    has too mean the same here."""
+
+    rows: list[int]
+    seconds: list[float]
+    per_sequence: float
+    prompt_rows: list[int]
+    prompt_seconds: list[float]
+    drafting_seconds: float = Field(0.0, description="of making drafts, in a step with one text that makes some")
+    drafting_per_sequence: float = 0.0
+    step_seconds: float = Field(0.0, description="of all else beside the forward, with speculation and one text")
+    step_per_sequence: float = 0.0
+    step_per_token: float = Field(0.0, description="what each token beyond one of a text adds")
+    plain_step_seconds: float = Field(0.0, description="the same without speculation")
+    plain_step_per_sequence: float = 0.0
+    turnaround: float = Field(0.0, description="seconds from the end of a text to its lone client's next request")
+    turnaround_per_client: float = Field(0.0, description="what each further client adds")
+    steps: int = Field(0, description="that made drafts of a text, in which `cells` were counted")
+    cells: list[Cell] = []
+    loads: list[Loaded] = Field([], description="what clients got meanwhile")
+
+
 class Calibration(BaseModel):
     """Everything that `calibrate` found."""
 
@@ -73,13 +109,14 @@ class Calibration(BaseModel):
     mean_accepted_length: float
     one_row: list[float] = Field([], description="seconds of plain steps: the 10th, 50th and 90th of 100")
     waiting: float | None = Field(None, description="share of the time that a thread waited for a CPU, where known")
-    steps: int = Field(0, description="in which `rates` and `cells` were counted")
+    steps: int = Field(0, description="that made drafts of a text, in which `rates` and `cells` were counted")
     cells: list[Cell] = Field([], description="`rates`, by what candidates claimed too")
     prompt_rows: list[int] = Field([], description="tokens of a prompt that a forward reads, and nothing else")
     prompt_seconds: list[float] = Field([], description="of such forwards")
     drafting_per_sequence: float = Field(0.0, description="what each further text adds to `drafting_seconds`")
     step_seconds: float = Field(0.0, description="of a step with one text, beside what the loop itself does")
     step_per_sequence: float = Field(0.0, description="what each further text adds to `step_seconds`")
+    serving: Serving | None = Field(None, description="what a server adds, if it was measured")
 
     @property
     def spread(self) -> float:
@@ -104,7 +141,7 @@ def calibrate(
     curve = cost_curve(llm.engine, again=True)
     prompt_rows, prompt_seconds = prompt_costs(llm.engine)
     step()
-    form = Cost(curve=curve)
+    form = Counting(curve)
     tree, plain, params = llm.using(llm.decoder.drafter, form), llm.plain(), SamplingParams(max_tokens=max_tokens)
     spent = dict.fromkeys(("tree", "plain"), 0.0)
     drafting, forwards, tokens, singles = 0.0, 0, 0, list[float]()
@@ -120,14 +157,15 @@ def calibrate(
     drafting /= max(1, forwards)
     after, took = waited(), time.perf_counter() - began
     waiting = None if before is None or after is None else (after - before) / took / torch.get_num_threads()
-    by_rank = form.rates.by_rank()
+    tally, names = form.tally(), tree.decoder.drafter.names
+    by_rank = tally.by_rank()
     rates = [
         Rate(drafters="+".join(who), depth=depth, rank=rank, hits=hits, trials=trials)
-        for who, depth, rank, hits, trials in form.rates.table(tree.decoder.drafter.names)
+        for who, depth, rank, hits, trials in tally.table(names)
     ]
     cells = [
         Cell(drafters="+".join(who), claim=claim, depth=depth, rank=rank, hits=hits, trials=trials)
-        for who, claim, depth, rank, hits, trials in form.rates.cells(tree.decoder.drafter.names)
+        for who, claim, depth, rank, hits, trials in tally.cells(names)
     ]
     alone, together = prompts[:1], [*prompts[:1]] * TOGETHER
     beside, further = (_outside(plain, some, params) for some in (alone, together))
@@ -152,7 +190,7 @@ def calibrate(
         measured_speed_up=spent["plain"] / spent["tree"] if spent["tree"] else 1.0,
         mean_accepted_length=tokens / max(1, forwards),
         one_row=np.quantile(singles, (0.1, 0.5, 0.9)).tolist() if singles else [], waiting=waiting,
-        steps=forwards, cells=cells, prompt_rows=prompt_rows, prompt_seconds=prompt_seconds,
+        steps=tally.drafts, cells=cells, prompt_rows=prompt_rows, prompt_seconds=prompt_seconds,
         drafting_per_sequence=max(0.0, (drafts - drafting) / (TOGETHER - 1)), step_seconds=beside,
         step_per_sequence=max(0.0, (further - beside) / (TOGETHER - 1)),
     )  # fmt: skip
@@ -221,4 +259,21 @@ def tables(found: Calibration) -> list[Table]:
         picks.add_column(name, justify="left" if name == "shape" else "right", overflow="fold")
     for pick in found.picks:
         picks.add_row(str(pick.batch), str(pick.nodes), f"{pick.tokens:.2f}", f"{pick.speed_up:.2f}x", pick.shape)
-    return [curve, rates, picks]
+    return [curve, rates, picks, *([_served(found.serving)] if found.serving is not None else [])]
+
+
+def _served(found: Serving) -> Table:
+    table = Table(title="what clients of a server got")
+    for name in ("clients", "method", "tokens/s", "texts at a time", "tokens a forward", "answers", "explained"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for one in found.loads:
+        table.add_row(
+            str(one.clients), one.method, f"{one.tokens_a_second:.4g}", f"{one.texts:.1f}",
+            f"{one.tokens_a_forward:.2f}", str(one.requests), f"{one.explained:.0%}",
+        )  # fmt: skip
+    table.caption = (
+        f"beside forwards a step takes {1e3 * found.plain_step_seconds:.2g} ms, and each further text adds "
+        f"{1e3 * found.plain_step_per_sequence:.2g} ms; with drafts {1e3 * found.step_seconds:.2g} and "
+        f"{1e3 * found.step_per_sequence:.2g} ms"
+    )
+    return table

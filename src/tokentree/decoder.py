@@ -157,6 +157,11 @@ class Decoder:
             self.drafter.observe_prompt([seq], self.engine.committed(seq))
             share = (times[2] - times[1]) * count / rows
             seq.metrics.prefill_seconds += share + self.clock() - started
+        self._stepped(seqs, [seq for seq, _ in reading], rows, times)
+
+    def _stepped(self, seqs: list[Sequence], reading: list[Sequence], rows: int, times: list[float]) -> None:
+        """For who measures: a step of ``rows`` rows has been made. ``times``: when drafting, the forward, accepting and
+        learning began, and when the last one ended."""
 
     @exclusive
     def release(self, seqs: list[Sequence]) -> None:

@@ -41,6 +41,14 @@ from tokentree.cli.plan import plan
 from tokentree.cli.plot import plot
 from tokentree.cli.report import report
 from tokentree.cli.serve import serve
+from tokentree.cli.serving import (
+    PREFIX_MB,
+    ServingBatchOption,
+    ServingOption,
+    ServingSecondsOption,
+    requests_of,
+    with_serving,
+)
 from tokentree.cli.terminal import (
     close_streams,
     consoles,
@@ -263,6 +271,9 @@ def calibrate(
     prompts: Annotated[Path | None, typer.Option(help="JSON lines with 'prompt' or 'turns'; default: a few.")] = None,
     max_tokens: MaxTokensOption = 64,
     plot: Annotated[Path | None, typer.Option(help="Draw it into this file (.png, .svg or .pdf).")] = None,
+    serving: ServingOption = None,
+    serving_seconds: ServingSecondsOption = 15.0,
+    max_batch: ServingBatchOption = 8,
     as_json: JsonOption = False,
     dtype: DtypeOption = None,
     quantization: QuantizationOption = None,
@@ -275,6 +286,7 @@ def calibrate(
     from tokentree.prompts import read_prompts
 
     entries = read_prompts(prompts) if prompts is not None else None
+    bodies = requests_of(serving) if serving is not None else []
     if plot is not None:
         from tokentree.plots.drawing import check_plot
 
@@ -282,7 +294,7 @@ def calibrate(
     console, errors = consoles()
     llm = load(
         errors, model, drafter, threads, draft_model=draft_model, heads=heads, dtype=dtype, quantization=quantization,
-        compile=compile, device=device, engine=engine,
+        compile=compile, device=device, engine=engine, prefix_mb=PREFIX_MB if bodies else 0,
     )  # fmt: skip
 
     from rich.progress import Progress
@@ -294,6 +306,8 @@ def calibrate(
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as bar:
         task = bar.add_task("calibrating", total=len(texts) + 1)
         found = calibrate(llm, texts, max_tokens, lambda: bar.advance(task))
+        if bodies:
+            found = with_serving(found, llm, model, bodies, max_batch, serving_seconds, bar)
     if as_json:
         write_json(found.model_dump())
     else:

@@ -68,7 +68,11 @@ SameOption = Annotated[
     ),
 ]
 TurnaroundOption = Annotated[
-    float, typer.Option(help="Seconds from an answer to its client's next request.", rich_help_panel=LOAD)
+    float | None,
+    typer.Option(
+        help="Seconds from an answer to its client's next request; default: as measured with --serving, or none.",
+        rich_help_panel=LOAD,
+    ),
 ]
 RoundOption = Annotated[
     int | None,
@@ -142,7 +146,7 @@ def plan(
     prompt_tokens: PromptOption = "128",
     output_tokens: OutputOption = "128",
     same_prompts: SameOption = False,
-    turnaround: TurnaroundOption = 0.0,
+    turnaround: TurnaroundOption = None,
     in_round: RoundOption = None,
     replicas: ReplicasOption = None,
     routing: RoutingOption = "least-busy",
@@ -166,10 +170,12 @@ def plan(
     from tokentree.planning.load import Lengths, read_trace
     from tokentree.planning.plans import Plan
     from tokentree.planning.replica import ROUTERS, Setup
+    from tokentree.planning.timing import Beside
 
     if routing not in ROUTERS:
         raise OptionError(f"--routing is one of {', '.join(ROUTERS)}, not {routing!r}")
-    known = _recorded(curve, "the cost curve")
+    recorded = _recorded(curve, "the cost curve")
+    known = recorded.served
     right = known.acceptance() if acceptance is None else _acceptance(acceptance)
     setup = Setup(
         known.timing().beside(step_ms, text_ms), right, shape, max_batch, prefill_rows, kv_tokens,
@@ -177,7 +183,8 @@ def plan(
     )  # fmt: skip
     counts = _numbers(prompt_tokens, "--prompt-tokens"), _numbers(output_tokens, "--output-tokens")
     lengths = Lengths.of(*counts, same_prompts) if sample is None else Lengths(read_trace(sample))
-    made = Plan(setup, lengths, ROUTERS[routing], measured, seed, turnaround, in_round)
+    turn = Beside(known.turnaround, known.turnaround_per_client) if turnaround is None else Beside(turnaround)
+    made = Plan(setup, lengths, ROUTERS[routing], measured, seed, turn, in_round)
     targets, asked = [Target.of(text) for text in target or ()], requests is not None or clients is not None
     if requests is not None and clients is not None:
         raise OptionError("--requests come whatever becomes of others, and --clients wait for these: give one of them")
@@ -199,7 +206,7 @@ def plan(
     else:
         for table in found.tables():
             show(console, table)
-        write(_told(known, setup.acceptance is not None))
+        write(_told(recorded, setup.acceptance is not None))
 
 
 @dataclass(frozen=True)
@@ -250,9 +257,13 @@ def _needed(
 def _told(known: Recorded, speculates: bool) -> str:
     """What a reader of the tables should know of what they rest on."""
     said = ["Simulated, with times that were measured one by one. Contexts are taken to be short."]
+    if known.serving is not None:
+        said = ["Simulated, with times that were measured in a server under load."]
     if not known.prompt_rows:
         said.append("No time of prompts was recorded: the curve goes on in a straight line.")
-    if not known.step_seconds:
+    if known.serving is None:
+        said.append("What HTTP adds isn't in it: 'calibrate --serving' measures that.")
+    if not known.served.step_seconds:
         said.append("Nothing was recorded of what steps take beside forwards and drafts.")
     if not speculates:
         said.append("Nothing was recorded of acceptance: decoding is plain.")
@@ -266,7 +277,7 @@ def _recorded(path: Path, what: str) -> Recorded:
 
 
 def _acceptance(path: Path) -> Acceptance:
-    found = _recorded(path, "the acceptance").acceptance()
+    found = _recorded(path, "the acceptance").served.acceptance()
     if found is None:
         raise OptionError(f"the acceptance {str(path)!r} has no rates and no by_rank")
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,12 +13,14 @@ from tokentree.planning.figures import Figures, Target
 from tokentree.planning.load import Clients, Lengths, Line, Load, Random, Trace
 from tokentree.planning.replica import ROUTERS, Router, Setup
 from tokentree.planning.simulation import MOST_REPLICAS, Simulation, Window
+from tokentree.planning.timing import Beside
 
 METHODS = ("plain", "speculation")
 MEASURED = 400  # requests of a load
 WARM = 0.2  # of these, that come before and are not measured
 BETTER = 0.99  # of the time that requests took with fewer replicas: more help as long as they take less
 EACH = 4  # requests of each client that are measured, at least
+AT_ONCE = Beside()  # a turnaround of no time
 PAYS = 1.02  # times plain's tokens a second, from which on speculation pays
 
 
@@ -32,7 +34,7 @@ class Plan:
         router: chooses the replica of each request.
         measured: requests of each load.
         seed: of all draws. Each simulation has the same requests.
-        turnaround: of clients, in seconds.
+        turnaround: of clients, in seconds, by how many there are.
         in_round: requests that clients share before they begin anew. None: each asks on and on.
     """
 
@@ -41,7 +43,7 @@ class Plan:
     router: Router = ROUTERS["least-busy"]
     measured: int = MEASURED
     seed: int = 0
-    turnaround: float = 0.0
+    turnaround: Beside = AT_ONCE
     in_round: int | None = None
 
     @property
@@ -69,7 +71,7 @@ class Plan:
     ) -> Figures:
         """Of so many clients, each of which asks again once it has its answer. The first request of each is not
         measured, or the first round."""
-        load = Clients(clients, self.lengths, self._generator(0), self.turnaround, self.in_round)
+        load = Clients(clients, self.lengths, self._generator(0), self.turnaround.seconds(clients), self.in_round)
         warm, measured = clients, max(self.measured, EACH * clients)
         if self.in_round is not None:  # whole rounds
             warm, measured = self.in_round, self.in_round * math.ceil(measured / self.in_round)
@@ -85,7 +87,7 @@ class Plan:
     def _run(
         self, load: Load, replicas: int, method: str, window: Window, tell: Callable[[float], None]
     ) -> Figures:  # fmt: skip
-        setup = self.setup if method == METHODS[1] else replace(self.setup, acceptance=None)
+        setup = self.setup if method == METHODS[1] else self.setup.plain()
         simulation = Simulation(setup, replicas, load, window, self._generator(1), self.router, tell)
         return Figures.of(simulation.run(), load.name, replicas, method)
 

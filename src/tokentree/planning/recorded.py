@@ -52,11 +52,16 @@ class Recorded(BaseModel):
         drafting_seconds, drafting_per_sequence: what drafts take in a step with one text, and what each further one
             adds.
         step_seconds, step_per_sequence: all else that a step takes beside its forward, likewise.
+        step_per_token: what each token beyond one of a text adds to it.
+        plain_step_seconds, plain_step_per_sequence: the same in plain decoding. None: it takes as long.
+        turnaround, turnaround_per_client: seconds from the end of a text to its client's next request, with one client,
+            and what each further one adds.
         steps: in which these were counted.
         cells: how often candidates were right, by drafters, depth, rank and what they claimed of themselves.
         rates: the same whatever they claimed, for whom has no ``cells``.
         by_rank: the same by rank alone, for whom has neither.
         mean_accepted_length: tokens for each forward, where they were counted.
+        serving: the same of a server under load.
     """
 
     engine: str = ""
@@ -69,11 +74,17 @@ class Recorded(BaseModel):
     drafting_per_sequence: Seconds = 0.0
     step_seconds: Seconds = 0.0
     step_per_sequence: Seconds = 0.0
+    step_per_token: Seconds = 0.0
+    plain_step_seconds: Seconds | None = None
+    plain_step_per_sequence: Seconds = 0.0
+    turnaround: Seconds = 0.0
+    turnaround_per_client: Seconds = 0.0
     steps: Times | None = None
     cells: list[Counted] = []
     rates: list[Counted] = []
     by_rank: list[float] = []
     mean_accepted_length: float | None = None
+    serving: Recorded | None = None
 
     @classmethod
     def read(cls, text: str, called: str) -> Recorded:
@@ -89,9 +100,15 @@ class Recorded(BaseModel):
             where = ".".join(map(str, first["loc"]))
             said = f"{where}: {first['msg']}" if where else "it is no JSON object"
             raise OptionError(f"{called} isn't what 'calibrate --json' prints: {said}") from None
-        found.timing()
-        found.acceptance()
+        for one in filter(None, (found, found.serving)):
+            one.timing()
+            one.acceptance()
         return found
+
+    @property
+    def served(self) -> Recorded:
+        """That of a server, where it was measured."""
+        return self if self.serving is None else self.serving.model_copy(update={"engine": self.engine})
 
     def timing(self) -> Timing:
         """What steps take. Beyond the rows of T(n), forwards cost what it took to read prompts of so many tokens.
@@ -110,7 +127,8 @@ class Recorded(BaseModel):
             curve = CostCurve([*self.rows, *rows], [*self.seconds, *seconds], self.per_sequence)
         return Timing(
             curve, Beside(self.drafting_seconds, self.drafting_per_sequence),
-            Beside(self.step_seconds, self.step_per_sequence),
+            Beside(self.step_seconds, self.step_per_sequence, self.step_per_token),
+            None if self.plain_step_seconds is None else Beside(self.plain_step_seconds, self.plain_step_per_sequence),
         )  # fmt: skip
 
     def acceptance(self) -> Acceptance | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -58,6 +58,10 @@ class Setup:
             if value is not None and value < (name != "kept_tokens"):
                 raise OptionError(f"{name}={value} is too small")
         shape(self.shape)
+
+    def plain(self) -> Setup:
+        """The same that decodes plainly."""
+        return replace(self, acceptance=None, timing=self.timing.plainly())
 
     def decoder(self, clock: Clock, generator: np.random.Generator) -> Decoder:
         """The loop of a replica, which reads the time of ``clock``."""
@@ -133,7 +137,8 @@ class Replica:
         texts = sum(bool(event.tokens) for event in events)
         self.forwards += bool(texts)
         self.texts += texts
-        self.clock.advance(self._step.first if not texts else self._step.seconds(texts))
+        tokens = sum(len(event.tokens) for event in events)
+        self.clock.advance(self._step.seconds(texts, tokens) if texts else self._step.first)
         return events
 
 

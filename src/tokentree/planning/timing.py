@@ -16,14 +16,17 @@ class Beside:
     Args:
         first: with one text.
         further: that each further text adds.
+        token: that each token beyond one of a text adds.
     """
 
     first: float = 0.0
     further: float = 0.0
+    token: float = 0.0
 
-    def seconds(self, texts: int) -> float:
-        """With so many texts; none take none."""
-        return self.first + self.further * (texts - 1) if texts else 0.0
+    def seconds(self, texts: int, tokens: int | None = None) -> float:
+        """With so many texts, which got so many tokens, by default one each; none take none."""
+        more = 0 if tokens is None else tokens - texts
+        return self.first + self.further * (texts - 1) + self.token * more if texts else 0.0
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,17 @@ class Timing:
         curve: T(rows, texts) of a forward. Rows of trees and tokens of prompts are both rows.
         drafting: making drafts, and accepting what is right of them.
         step: the scheduler, the loop, and what hands out tokens.
+        plain: the same in plain decoding. None: as `step`.
     """
 
     curve: CostCurve
     drafting: Beside = Beside()
     step: Beside = Beside()
+    plain: Beside | None = None
+
+    def plainly(self) -> Timing:
+        """Of plain decoding."""
+        return replace(self, step=self.plain or self.step)
 
     def forward(self, rows: int, texts: int) -> float:
         """Seconds of a forward over ``rows`` rows of so many texts. No rows are no forward."""
@@ -52,6 +61,9 @@ class Timing:
         """
         if not all(0 <= given < math.inf for given in (step_ms, text_ms) if given is not None):
             raise OptionError("a step takes at least 0 milliseconds, and less than infinitely many")
-        step = self.step
-        first = step.first if step_ms is None else step_ms / 1e3
-        return replace(self, step=Beside(first, step.further if text_ms is None else text_ms / 1e3))
+
+        def other(one: Beside) -> Beside:
+            first = one.first if step_ms is None else step_ms / 1e3
+            return replace(one, first=first, further=one.further if text_ms is None else text_ms / 1e3)
+
+        return replace(self, step=other(self.step), plain=self.plain and other(self.plain))

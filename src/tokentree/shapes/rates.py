@@ -129,6 +129,26 @@ class Rates:
         learn(draft.ints, draft.floats, len(draft), accepted, *self.told(request))
 
 
+class Tally(Rates):
+    """The same counts, of which none fades; they are of no use for estimates.
+
+    Attributes:
+        drafts: how many they are of.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._particular = Cells(NARROW, PARTICULAR[0], math.inf)
+        self.drafts = 0
+
+    def count(self, draft: Draft, accepted: Ints) -> None:
+        """Counts the nodes of ``draft`` that `tried` finds."""
+        nodes, hits = tried(draft, accepted)
+        _, narrow = _cells(draft.ints, draft.floats, len(draft), self._rows)
+        self._particular.learn(narrow[nodes], hits)
+        self.drafts += 1
+
+
 class Ahead:
     """P(the child of a rank is accepted | its parent is), by depth: what children are worth that aren't there yet.
 
