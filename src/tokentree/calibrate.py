@@ -89,6 +89,8 @@ class Serving(BaseModel):
     plain_step_per_sequence: float = 0.0
     turnaround: float = Field(0.0, description="seconds from the end of a text to its lone client's next request")
     turnaround_per_client: float = Field(0.0, description="what each further client adds")
+    kept_tokens: int | None = Field(None, description="whose KV there is memory for, of texts that ended")
+    shared_tokens: int = Field(0, description="that all prompts began with: their KV was there for each of them")
     steps: int = Field(0, description="that made drafts of a text, in which `cells` were counted")
     cells: list[Cell] = []
     loads: list[Loaded] = Field([], description="what clients got meanwhile")

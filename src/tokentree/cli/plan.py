@@ -113,7 +113,8 @@ KeptOption = Annotated[
     int | None,
     typer.Option(
         min=0,
-        help="Memory for KV of texts that ended, which prompts that come again reuse; default: enough.",
+        help="Memory for KV of texts that ended, in tokens, which prompts that come again reuse; default: that of the "
+        "server that was measured, or enough.",
         rich_help_panel=SERVER,
     ),
 ]

@@ -71,5 +71,5 @@ def with_serving(
     keep_memory_level()
     settings = Settings("model", max_batch=max_batch, defaults=defaults_of(model))
     task = bar.add_task("serving", total=2 * (1 + len(clients_of(max_batch))))
-    measured = serving(llm, found, bodies, settings, seconds, lambda: bar.advance(task))
+    measured = serving(llm, found, bodies, settings, seconds, PREFIX_MB << 20, lambda: bar.advance(task))
     return found.model_copy(update={"serving": measured})

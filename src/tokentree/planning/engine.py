@@ -30,11 +30,15 @@ class TimedEngine:
         timing: what a forward takes.
         clock: is set forward.
         kept_tokens: tokens whose KV is kept for other texts. None: all.
+        shared_tokens: that all prompts begin with, and whose KV is always there.
     """
 
-    def __init__(self, timing: Timing, clock: Clock, kept_tokens: int | None = None) -> None:
+    def __init__(
+        self, timing: Timing, clock: Clock, kept_tokens: int | None = None, shared_tokens: int = 0
+    ) -> None:  # fmt: skip
         self.vocab_size, self.context, self.lock = 2, CONTEXT, Exclusive()
         self._timing, self._clock, self._kept_tokens = timing, clock, kept_tokens
+        self._shared_tokens = shared_tokens
         self._committed: dict[int, int] = {}
         self._kept: dict[int, int] = {}  # of each prompt: tokens whose KV is kept; what was used last comes last
         self._total = 0  # of these tokens
@@ -49,11 +53,11 @@ class TimedEngine:
 
     def begin(self, seq: Sequence) -> int:
         prompt = seq.prompt_ids[0]
-        reused = min(self._kept.get(prompt, 0), len(seq.tokens) - 1)
+        if prompt in self._kept:
+            self._kept[prompt] = self._kept.pop(prompt)
+        reused = min(max(self._kept.get(prompt, 0), self._shared_tokens), len(seq.tokens) - 1)
         if reused < LEAST:
             reused = 0
-        else:
-            self._kept[prompt] = self._kept.pop(prompt)
         self._committed[seq.id] = reused
         return reused
 

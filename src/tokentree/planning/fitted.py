@@ -15,10 +15,12 @@ from tokentree.planning.counting import Counting
 from tokentree.planning.recorded import Recorded
 from tokentree.planning.served import Load, Part, Step, served
 from tokentree.planning.timing import Timing
+from tokentree.sampling import SamplingParams
 from tokentree.serve.settings import Settings
 from tokentree.shapes.curve import CostCurve
 from tokentree.tree import Floats
 
+MANY = 1024  # rows, whose KV takes about so many times as much as that of one
 WARM = 0.2  # of the time of each load: so long all clients ask before anything is measured
 Row = tuple[list[float], float]  # what a part of a step depends on, and the seconds that it took
 
@@ -29,7 +31,7 @@ def clients_of(max_batch: int) -> list[int]:
 
 
 def serving(
-    llm: LLM, known: Calibration, bodies: SequenceOf[str], settings: Settings, seconds: float,
+    llm: LLM, known: Calibration, bodies: SequenceOf[str], settings: Settings, seconds: float, kept_bytes: int,
     tell: Callable[[], None] = lambda: None,
 ) -> Serving:  # fmt: skip
     """What a server does with this model, plainly and with drafts, while clients ask it for chats.
@@ -39,6 +41,7 @@ def serving(
         bodies: the chats, in JSON.
         settings: of the server.
         seconds: for which each number of clients asks.
+        kept_bytes: memory for the KV of finished texts, which ``llm`` was loaded with.
         tell: called behind each of them, and once before the first one of each method.
 
     Raises:
@@ -57,7 +60,9 @@ def serving(
         Cell(drafters="+".join(who), claim=claim, depth=depth, rank=rank, hits=hits, trials=trials)
         for who, claim, depth, rank, hits, trials in tally.cells(names)
     ]
-    return fit(known, plain, tree).model_copy(update={"steps": tally.drafts, "cells": cells})
+    of_token = llm.engine.nbytes(llm.sequence([0], SamplingParams(max_tokens=1)), MANY) / MANY
+    kept = None if not of_token else int(kept_bytes / of_token)
+    return fit(known, plain, tree).model_copy(update={"steps": tally.drafts, "cells": cells, "kept_tokens": kept})
 
 
 def fit(known: Calibration, plain: list[Part], tree: list[Part]) -> Serving:
@@ -84,6 +89,9 @@ def fit(known: Calibration, plain: list[Part], tree: list[Part]) -> Serving:
         per_sequence=factor * known.per_sequence + further,
         prompt_rows=known.prompt_rows, prompt_seconds=[factor * one + each for one in known.prompt_seconds],
     )  # fmt: skip
+    found.shared_tokens = min(
+        (count for part in (*plain, *tree) for one in part.steps for count in one.reused), default=0
+    )
     if any(drafts):
         found.drafting_seconds, found.drafting_per_sequence = fitted(drafts)
     besides = [[[_beside(*pair) for pair in going_on(part)] for part in parts] for parts in (plain, tree)]

@@ -17,7 +17,7 @@ from tokentree.theory import check_rates
 
 Seconds = Annotated[float, Field(ge=0, le=1e5, allow_inf_nan=False)]
 Times = Annotated[float, Field(ge=0, le=1e15, allow_inf_nan=False)]
-MOST_DRAFTERS = 32
+MOST_DRAFTERS, MOST_TOKENS = 32, 10**15
 EDGES = np.array([0.0, *np.exp(CONFIDENCE), 1.0])
 CLAIMED = (EDGES[1:] + EDGES[:-1]) / 2  # what candidates of each bucket claim, about
 
@@ -56,7 +56,9 @@ class Recorded(BaseModel):
         plain_step_seconds, plain_step_per_sequence: the same in plain decoding. None: it takes as long.
         turnaround, turnaround_per_client: seconds from the end of a text to its client's next request, with one client,
             and what each further one adds.
-        steps: in which these were counted.
+        kept_tokens: tokens of ended texts whose KV there is memory for. None: without end.
+        shared_tokens: tokens that all prompts begin with.
+        steps: that made drafts of a text, in which these were counted.
         cells: how often candidates were right, by drafters, depth, rank and what they claimed of themselves.
         rates: the same whatever they claimed, for whom has no ``cells``.
         by_rank: the same by rank alone, for whom has neither.
@@ -79,6 +81,8 @@ class Recorded(BaseModel):
     plain_step_per_sequence: Seconds = 0.0
     turnaround: Seconds = 0.0
     turnaround_per_client: Seconds = 0.0
+    kept_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS)] | None = None
+    shared_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS)] = 0
     steps: Times | None = None
     cells: list[Counted] = []
     rates: list[Counted] = []

@@ -39,6 +39,7 @@ class Setup:
         prefill_rows: tokens of prompts in a step that decodes texts too.
         kv_tokens: memory for KV, in tokens. None: without end.
         kept_tokens: the same, for KV of ended texts.
+        shared_tokens: that all prompts begin with.
 
     Raises:
         OptionError: if a number is too small.
@@ -51,6 +52,7 @@ class Setup:
     prefill_rows: int = PREFILL_ROWS
     kv_tokens: int | None = None
     kept_tokens: int | None = None
+    shared_tokens: int = 0
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "prefill_rows", "kv_tokens", "kept_tokens"):
@@ -65,7 +67,7 @@ class Setup:
 
     def decoder(self, clock: Clock, generator: np.random.Generator) -> Decoder:
         """The loop of a replica, which reads the time of ``clock``."""
-        engine = TimedEngine(self.timing, clock, self.kept_tokens)
+        engine = TimedEngine(self.timing, clock, self.kept_tokens, self.shared_tokens)
         drafter: Drafter = NoDrafter()
         form: Shape = Plain()
         if self.acceptance is not None:

@@ -28,7 +28,7 @@ from tokentree.serve.protocol import ChatRequest
 from tokentree.serve.run import listen
 from tokentree.serve.settings import Settings
 
-MOST_QUEUE = 64  # clients that may wait, as `tokentree serve` has it
+IDLE = 0.05  # seconds after which it is looked again whether requests are left
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Step:
         rows: of the forward.
         forward: what that took.
         drafting: what making drafts took. None: none were asked for.
+        reused: tokens whose KV was there already, of each prompt that was read.
     """
 
     began: float
@@ -55,6 +56,7 @@ class Step:
     rows: int
     forward: float
     drafting: float | None
+    reused: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ class Clocked(Decoder):
             times[0], self.clock(), {seq.id: seq.made for seq in seqs}, {seq.id: seq.made for seq in reading},
             frozenset(seq.id for seq in seqs if seq.finished), sum(seq.metrics.steps[-1][1] for seq in seqs), rows,
             times[2] - times[1], times[1] - times[0] if drafts else None,
+            [seq.metrics.reused_tokens for seq in reading],
         )  # fmt: skip
         self.steps.append(step)
 
@@ -160,6 +163,8 @@ async def _served(
             part = Part(load.clients)
             clocked.steps = part.steps
             await _asked(f"http://127.0.0.1:{sock.getsockname()[1]}", load)
+            while not app.state.service.backends.own.asked.scheduler.idle:  # those that were left in their midst
+                await asyncio.sleep(IDLE)
             found.append(part)
             tell()
     finally:
