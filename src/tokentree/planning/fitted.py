@@ -18,7 +18,6 @@ from tokentree.planning.timing import Timing
 from tokentree.sampling import SamplingParams
 from tokentree.serve.settings import Settings
 from tokentree.shapes.curve import CostCurve
-from tokentree.tree import Floats
 
 MANY = 1024  # rows, whose KV takes about so many times as much as that of one
 WARM = 0.2  # of the time of each load: so long all clients ask before anything is measured
@@ -100,7 +99,7 @@ def fit(known: Calibration, plain: list[Part], tree: list[Part]) -> Serving:
     found.step_seconds, found.step_per_sequence, found.step_per_token = fitted(besides[1])
     timing = Recorded.model_validate(found.model_dump()).timing()
     turns = [
-        ([1.0, part.clients - 1.0], max(0.0, turn - one.step.seconds(_texts(part))))
+        ([1.0, part.clients - 1.0], max(0.0, turn - one.step.seconds(*_sizes(part))))
         for one, parts in ((timing.plainly(), plain), (timing, tree))
         for part in parts
         if (turn := turnaround(part)) is not None
@@ -135,23 +134,25 @@ def going_on(part: Part) -> list[tuple[Step, Step]]:
     ]
 
 
-def _texts(part: Part) -> int:
-    """That a step decodes, on average, rounded."""
-    counts = [len(step.decoded) for step in part.steps if step.decoded]
-    return round(sum(counts) / len(counts)) if counts else 1
+def _sizes(part: Part) -> tuple[float, float]:
+    """Texts that a step decodes, and tokens that it gives, on average."""
+    sizes = [(len(step.decoded), step.tokens) for step in part.steps if step.decoded]
+    texts, tokens = np.mean(sizes, axis=0).tolist() if sizes else (0.0, 0.0)
+    return texts, tokens
 
 
 def turnaround(part: Part) -> float | None:
     """Seconds from the step that ended a text to its client's next request, on average: a client either waits for an
-    answer, or is turning. None where no text ended."""
+    answer, or is turning. None where no client asked twice."""
+    if not part.steps:
+        return None
     begin, end = part.steps[0].began, part.steps[-1].ended
-    came, left, over = dict[int, float](), dict[int, float](), 0
+    came, left = dict[int, float](), dict[int, float]()
     for step in part.steps:
         for one, when in {**step.decoded, **step.read}.items():
             came[one], left[one] = max(when, begin), step.ended
-        over += len(step.over)
-    waited = sum(left[one] - came[one] for one in came)
-    return max(0.0, part.clients * (end - begin) - waited) / over if over else None
+    turns, waited = len(came) - part.clients, sum(left[one] - came[one] for one in came)
+    return max(0.0, part.clients * (end - begin) - waited) / turns if turns > 0 else None
 
 
 def _loaded(method: str, part: Part, timing: Timing) -> Loaded:
@@ -171,8 +172,8 @@ def _loaded(method: str, part: Part, timing: Timing) -> Loaded:
     )  # fmt: skip
 
 
-def fitted(parts: SequenceOf[SequenceOf[Row]]) -> Floats:
-    """float64[n]: what each unit of what the rows depend on takes, at least 0: by least squares of the errors in
+def fitted(parts: SequenceOf[SequenceOf[Row]]) -> list[float]:
+    """What each unit of what the rows depend on takes, at least 0: by least squares of the errors in
     relation to a part's mean, each part counting as much as another.
 
     Raises:
@@ -195,4 +196,4 @@ def fitted(parts: SequenceOf[SequenceOf[Row]]) -> Floats:
             found[kept] = best
             break
         kept.pop(int(best.argmin()))
-    return found
+    return found.tolist()

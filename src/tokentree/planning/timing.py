@@ -23,7 +23,7 @@ class Beside:
     further: float = 0.0
     token: float = 0.0
 
-    def seconds(self, texts: int, tokens: int | None = None) -> float:
+    def seconds(self, texts: float, tokens: float | None = None) -> float:
         """With so many texts, which got so many tokens, by default one each; none take none."""
         more = 0 if tokens is None else tokens - texts
         return self.first + self.further * (texts - 1) + self.token * more if texts else 0.0
