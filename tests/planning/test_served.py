@@ -225,10 +225,10 @@ def test_plans_take_what_was_measured_of_a_server(
     step, turn = 1.5 * 0.010 + 0.002 + 0.004, found["serving"]["turnaround"]
     assert turn == pytest.approx(0.020)
     plain = next(one for one in json.loads(out)["loads"] if one["method"] == "plain")
-    assert plain["tokens_a_second"] == pytest.approx(10 / (10 * step + turn), rel=1e-3)
+    assert plain["tokens_a_second"] == pytest.approx(200 / (200 * step + 19 * turn))
     code, out, _ = run("plan", "--curve", "curve.json", *asked, "--turnaround", "1", "--step-ms", "0", "--json")
     plain = next(one for one in json.loads(out)["loads"] if one["method"] == "plain")
-    assert plain["tokens_a_second"] == pytest.approx(10 / (10 * (step - 0.004) + 1), rel=1e-3)
+    assert plain["tokens_a_second"] == pytest.approx(200 / (200 * (step - 0.004) + 19))
     assert "measured in a server under load" in run("plan", "--curve", "curve.json", *asked)[1]
 
 

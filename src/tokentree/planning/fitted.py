@@ -196,4 +196,4 @@ def fitted(parts: SequenceOf[SequenceOf[Row]]) -> list[float]:
             found[kept] = best
             break
         kept.pop(int(best.argmin()))
-    return found.tolist()
+    return [float(one) for one in found]
