@@ -87,6 +87,8 @@ def test_what_would_take_less_than_nothing_takes_nothing() -> None:
     assert fitted(parts)[0] == pytest.approx((1 / 1 + 1 / 3) / (1 / 1 + 1 / 9))
     with pytest.raises(OptionError, match="too few steps"):
         fitted([[], []])
+    with pytest.raises(OptionError, match="too few steps"):
+        fit(ALONE, [Part(1)], [_part(1, 1, True, Beside())])
 
 
 def test_a_step_behind_which_no_text_goes_on_says_nothing_of_the_next_one() -> None:
@@ -114,7 +116,7 @@ def test_a_server_s_steps_are_clocked_while_clients_ask_it() -> None:
     llm, told = tiny_llm(max_batch=2), list[None]()
     form = Counting(CostCurve([1, 64], [0.01, 0.0101]))
     tree, bodies = llm.using(shape=form), [json.dumps(BODY | {"max_tokens": 4 + n}) for n in range(6)]
-    (part,) = served(tree, Settings("model", max_batch=2), [Load(2, bodies, 0.6)], lambda: told.append(None))
+    part = served(tree, Settings("model", max_batch=2), Load(2, bodies, 0.6), lambda: told.append(None))
     assert (part.clients, len(told)) == (2, 1)
     steps, over = part.steps, frozenset[int]()
     for step, following in pairwise(steps):
@@ -135,7 +137,7 @@ def test_a_server_s_steps_are_clocked_while_clients_ask_it() -> None:
     assert form.tally().drafts > 0
     refused = json.dumps(BODY | {"max_tokens": 10**6})
     with pytest.raises(OptionError, match="the server didn't answer a request: max_tokens"):
-        served(llm.plain(), Settings("model", max_tokens=9), [Load(1, [refused], 5.0)], lambda: None)
+        served(llm.plain(), Settings("model", max_tokens=9), Load(1, [refused], 5.0))
 
 
 def test_requests_are_chats_whose_model_is_left_out(tmp_path: Path) -> None:
@@ -209,7 +211,15 @@ def test_plans_take_what_was_measured_of_a_server(
     run: Command, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(fitting, "served", _as_served)
+    loads = list[Load]()
+
+    def as_served(llm: Any, settings: Settings, load: Load, tell: Any) -> Part:
+        loads.append(load)
+        assert settings.max_batch == 4
+        drafts = isinstance(llm.decoder.shape, Counting)
+        return _part(load.clients, 1 + drafts, drafts, Beside(0.004, 0.002))
+
+    monkeypatch.setattr(fitting, "served", as_served)
     monkeypatch.setattr("tokentree.calibrate.cost_curve", lambda *_, **__: CostCurve(ALONE.rows, ALONE.seconds, 0.001))
     (tmp_path / "requests.jsonl").write_text(json.dumps(BODY))
     words = "calibrate", "-m", folder, "--drafter", "suffix", "--max-tokens", 4, "--serving", "requests.jsonl"
@@ -218,6 +228,8 @@ def test_plans_take_what_was_measured_of_a_server(
     found = json.loads(out)
     assert found["serving"]["plain_step_seconds"] == pytest.approx(0.004)
     assert found["serving"]["kept_tokens"] > 0
+    asked_for = [(load.clients, load.seconds) for load in loads]
+    assert asked_for == [(4, 3.0)] * 2 + [(count, 15.0) for count in (1, 1, 2, 2, 4, 4)]
     (tmp_path / "curve.json").write_text(out)
     asked = "--clients", "1", "--prompt-tokens", "1", "--output-tokens", "10", "--measured", "20"
     code, out, err = run("plan", "--curve", "curve.json", *asked, "--json")
@@ -230,13 +242,6 @@ def test_plans_take_what_was_measured_of_a_server(
     plain = next(one for one in json.loads(out)["loads"] if one["method"] == "plain")
     assert plain["tokens_a_second"] == pytest.approx(200 / (200 * (step - 0.004) + 19))
     assert "measured in a server under load" in run("plan", "--curve", "curve.json", *asked)[1]
-
-
-def _as_served(llm: Any, settings: Settings, loads: list[Load], tell: Any) -> list[Part]:
-    assert [(load.clients, load.seconds) for load in loads] == [(4, 3.0), (1, 15.0), (2, 15.0), (4, 15.0)]
-    assert settings.max_batch == 4
-    drafts = isinstance(llm.decoder.shape, Counting)
-    return [_part(load.clients, 1 + drafts, drafts, Beside(0.004, 0.002)) for load in loads]
 
 
 def test_without_a_server_s_packages_it_says_what_to_install(

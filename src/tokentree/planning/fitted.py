@@ -19,6 +19,7 @@ from tokentree.sampling import SamplingParams
 from tokentree.serve.settings import Settings
 from tokentree.shapes.curve import CostCurve
 
+TOO_FEW = "the server made too few steps to tell what they take: measure for longer (--serving-seconds)"
 MANY = 1024  # rows, whose KV takes about so many times as much as that of one
 WARM = 0.2  # of the time of each load: so long all clients ask before anything is measured
 Row = tuple[list[float], float]  # what a part of a step depends on, and the seconds that it took
@@ -53,7 +54,8 @@ def serving(
         loads.append(Load(count, [*bodies[first:], *bodies[:first]], seconds))
     form = Counting(CostCurve(known.rows, known.seconds, known.per_sequence))
     ways = [llm.plain(), llm.using(shape=form)]
-    plain, tree = (served(one, settings, loads, tell)[1:] for one in ways)
+    parts = [[served(one, settings, load, tell) for one in ways] for load in loads]  # in turns, as machines change
+    plain, tree = ([pair[way] for pair in parts[1:]] for way in range(len(ways)))
     tally, names = form.tally(), ways[1].decoder.drafter.names
     cells = [
         Cell(drafters="+".join(who), claim=claim, depth=depth, rank=rank, hits=hits, trials=trials)
@@ -75,6 +77,8 @@ def fit(known: Calibration, plain: list[Part], tree: list[Part]) -> Serving:
     Raises:
         OptionError: if there are too few steps.
     """
+    if not all(part.steps for part in (*plain, *tree)):
+        raise OptionError(TOO_FEW)
     alone = Recorded.model_validate(known.model_dump(exclude={"serving"})).timing().curve
 
     def forward(step: Step) -> Row:
@@ -181,7 +185,7 @@ def fitted(parts: SequenceOf[SequenceOf[Row]]) -> list[float]:
     """
     given = [part for part in parts if part]
     if not given:
-        raise OptionError("the server made too few steps to tell what they take: measure for longer")
+        raise OptionError(TOO_FEW)
     weights = list[float]()
     for part in given:
         mean = sum(seconds for _, seconds in part) / len(part)

@@ -28,8 +28,6 @@ from tokentree.serve.protocol import ChatRequest
 from tokentree.serve.run import listen
 from tokentree.serve.settings import Settings
 
-IDLE = 0.05  # seconds after which it is looked again whether requests are left
-
 
 @dataclass(frozen=True)
 class Step:
@@ -89,7 +87,7 @@ class Clocked(Decoder):
         of: the loop that it is otherwise.
 
     Attributes:
-        steps: those since somebody put an empty list here.
+        steps: all that it made.
     """
 
     def __init__(self, of: Decoder) -> None:
@@ -137,42 +135,33 @@ def read_requests(path: str | Path) -> list[str]:
     return found
 
 
-def served(llm: LLM, settings: Settings, loads: SequenceOf[Load], tell: Callable[[], None]) -> list[Part]:
-    """What a server with this model does under each load, one after another. ``llm`` gets a loop that is clocked.
+def served(llm: LLM, settings: Settings, load: Load, tell: Callable[[], None] = lambda: None) -> Part:
+    """What a server with this model does under a load. ``llm`` gets a loop that is clocked.
 
     Args:
-        tell: called behind each load.
+        tell: called behind it.
 
     Raises:
         OptionError: if the server refuses one of the requests.
     """
     llm.decoder = Clocked(llm.decoder)
-    return asyncio.run(_served(llm, llm.decoder, settings, loads, tell))
+    asyncio.run(_serve(llm, settings, load))
+    tell()
+    return Part(load.clients, llm.decoder.steps)
 
 
-async def _served(
-    llm: LLM, clocked: Clocked, settings: Settings, loads: SequenceOf[Load], tell: Callable[[], None]
-) -> list[Part]:
+async def _serve(llm: LLM, settings: Settings, load: Load) -> None:
     sock, app = listen("127.0.0.1", 0), create_app(settings, llm)
     server = _Server(uvicorn.Config(app, log_config=None, lifespan="off", ws="none", server_header=False))
     serving = asyncio.create_task(server.serve([sock]))
     gc.freeze()  # as `tokentree serve` does
-    found = list[Part]()
     try:
-        for load in loads:
-            part = Part(load.clients)
-            clocked.steps = part.steps
-            await _asked(f"http://127.0.0.1:{sock.getsockname()[1]}", load)
-            while not app.state.service.backends.own.asked.scheduler.idle:  # those that were left in their midst
-                await asyncio.sleep(IDLE)
-            found.append(part)
-            tell()
+        await _asked(f"http://127.0.0.1:{sock.getsockname()[1]}", load)
     finally:
         gc.unfreeze()
         await app.state.service.close()
         server.should_exit = True
         await serving
-    return found
 
 
 async def _asked(url: str, load: Load) -> None:
