@@ -239,6 +239,17 @@ def test_plans_take_what_was_measured_of_a_server(
     plain = next(one for one in json.loads(out)["loads"] if one["method"] == "plain")
     assert plain["tokens_a_second"] == pytest.approx(200 / (200 * (step - 0.004) + 19))
     assert "measured in a server under load" in run("plan", "--curve", "curve.json", *asked)[1]
+    # the second of two equal prompts is read again, or nothing of it, or what all prompts share
+    same = "--clients", "1", "--prompt-tokens", "101", "--same-prompts", "--output-tokens", "1", "--measured", "20"
+    firsts = list[float]()
+    for memory in ({"kept_tokens": 0}, {"kept_tokens": 1000}, {"kept_tokens": 0, "shared_tokens": 50}):
+        found["serving"] |= {"shared_tokens": 0} | memory
+        (tmp_path / "curve.json").write_text(json.dumps(found))
+        out = run("plan", "--curve", "curve.json", *same, "--json")[1]
+        firsts.append(next(one["first_token_p50"] for one in json.loads(out)["loads"] if one["method"] == "plain"))
+    again, kept, shared = firsts
+    assert kept < shared < again
+    assert run("plan", "--curve", "curve.json", *same, "--kept-tokens", "1000", "--json")[1] != out
 
 
 def test_without_a_server_s_packages_it_says_what_to_install(

@@ -180,7 +180,7 @@ def plan(
     right = known.acceptance() if acceptance is None else _acceptance(acceptance)
     setup = Setup(
         known.timing().beside(step_ms, text_ms), right, shape, max_batch, prefill_rows, kv_tokens,
-        kept_tokens,
+        known.kept_tokens if kept_tokens is None else kept_tokens, known.shared_tokens,
     )  # fmt: skip
     counts = _numbers(prompt_tokens, "--prompt-tokens"), _numbers(output_tokens, "--output-tokens")
     lengths = Lengths.of(*counts, same_prompts) if sample is None else Lengths(read_trace(sample))
