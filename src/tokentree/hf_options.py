@@ -8,6 +8,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
+from tokentree.engines.support import KEPT
 from tokentree.errors import ModelError, OptionError
 
 # All that a generation config may ask for: what is honoured, what changes nothing here, and what can't be honoured.
@@ -53,7 +54,7 @@ OF_SAMPLING = {"penalty_alpha"}  # with do_sample, transformers doesn't look at 
 
 # What `generate` hands over besides, and why it is not needed.
 PREPARED = {
-    "attention_mask", "position_ids", "past_key_values", "cache_params", "use_cache", "logits_to_keep",
+    *KEPT, "attention_mask", "position_ids", "use_cache", "logits_to_keep",
     "output_attentions", "output_hidden_states",  # the configuration has them too
 }  # fmt: skip
 KINDS_OF_TOKENS = {"mm_token_type_ids", "token_type_ids"}  # which of them are pictures
@@ -93,7 +94,7 @@ def beside_tokens(model: PreTrainedModel, model_kwargs: dict[str, Any]) -> list[
     Raises:
         OptionError: if it is anything else.
     """
-    for name in ("past_key_values", "cache_params"):
+    for name in KEPT:
         if getattr(model_kwargs.get(name), "_is_user_defined", False):
             raise OptionError(f"tokentree can't honour {name}: it keeps KV in storage of its own")
     sees, found = "image" in model.input_modalities, list[str]()

@@ -9,6 +9,7 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DummyLayer
 
+from tokentree.engines.support import cache_names
 from tokentree.errors import OptionError
 from tokentree.hf_options import KINDS_OF_TOKENS
 from tokentree.prompt_kv import PromptKV
@@ -36,17 +37,17 @@ def read_by_the_model(
         raise OptionError("a prompt that ends within a picture has no token from which a tree can grow")
     own: Any = model
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    before = {name: _without_last(name, value) for name, value in model_kwargs.items()}
-    before["past_key_values"] = cache
+    kept = dict.fromkeys(cache_names(model), cache)
+    before = {name: _without_last(name, value) for name, value in model_kwargs.items()} | kept
     inputs = own.prepare_inputs_for_generation(input_ids[:, :-1], is_first_iteration=True, **before)
     own(**inputs, return_dict=True)
-    kept = [_layers(cache, row, padding, length) for row, padding in enumerate(paddings)]
-    behind = {**model_kwargs, "past_key_values": cache}
+    layers_of = [_layers(cache, row, padding, length) for row, padding in enumerate(paddings)]
+    behind = model_kwargs | kept
     inputs = own.prepare_inputs_for_generation(input_ids, next_sequence_length=1, is_first_iteration=False, **behind)
     logits = own(**inputs, return_dict=True).logits[:, -1]
     return [
         PromptKV(length - padding - 1, layers, _shift(model_kwargs.get("position_ids"), row, length - padding), said)
-        for row, (padding, layers, said) in enumerate(zip(paddings, kept, logits, strict=True))
+        for row, (padding, layers, said) in enumerate(zip(paddings, layers_of, logits, strict=True))
     ]
 
 

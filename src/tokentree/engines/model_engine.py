@@ -18,7 +18,7 @@ from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.plan import EnginePlan
 from tokentree.engines.prepared import Prepared
 from tokentree.engines.segment import Segment, Upto, inputs_of
-from tokentree.engines.support import decoder_layers, output_layer, taken_by, takes_positions
+from tokentree.engines.support import cache_names, decoder_layers, output_layer, takes_positions
 from tokentree.errors import ModelError
 
 
@@ -42,7 +42,7 @@ class ModelEngine(KVEngine):
         self._keeps_logits = option is not None
         self._picks_logits = option is not None and "Tensor" in str(option.annotation)  # rows by their numbers
         self._takes_positions = takes_positions(self._model)
-        self._takes_cache = "past_key_values" in taken_by(self._model)  # others have their states here, or keep nothing
+        self._cache_names = cache_names(self._model) if layout.shapes else ()  # states alone are kept elsewhere
         # On a CPU a product of fewer than four rows takes other code paths, whose bits differ, and is no faster.
         self._min_rows = 4 if self.device.type == "cpu" else 1
         self._noted: dict[int, torch.Tensor] = {}  # hidden states of the last forward by place, [rows, hidden size]
@@ -87,7 +87,7 @@ class ModelEngine(KVEngine):
         return self._model(
             input_ids=torch.from_numpy(ids)[None].to(self.device),
             attention_mask=mask,
-            **({"past_key_values": cache} if self._takes_cache else {}),
+            **dict.fromkeys(self._cache_names, cache),
             use_cache=not self._storages.layout.recurrences,  # some would look for states in it, or in themselves
             return_dict=True,
             **options,

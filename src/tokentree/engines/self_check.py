@@ -8,7 +8,6 @@ wherever scores are as good as equal, and only there.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from transformers.cache_utils import DummyLayer, DynamicCache
 from tokentree.engines.cpu.checked import is_tensor
 from tokentree.engines.kv import SequenceKV
 from tokentree.engines.segment import Segment
-from tokentree.engines.support import ALONE
+from tokentree.engines.support import ALONE, KEPT, cache_names
 from tokentree.errors import ModelError
 from tokentree.tree import Ints, TokenTree
 
@@ -58,16 +57,17 @@ def own_forward(
     routes = Routes(known, np.arange(len(tokens)))
     with routes:
         out = _read(model, tokens)
-    cache = out.past_key_values if "past_key_values" in out else out.get("cache_params")
+    said = dict(out)  # by the names that they have in this version of transformers
+    cache = next((said[name] for name in KEPT if name in said), None)
     cache = getattr(cache, "self_attention_cache", cache)  # beside that of an encoder that isn't there
     if cache is None and not recurrent and getattr(model.config.get_text_config(), "is_decoder", None) is False:
         raise ModelError(
             f"{type(model).__name__} is an encoder here, whose tokens see those behind them too: load it with "
             "is_decoder=True"
         )
-    if cache is None and not recurrent and "past_key_values" in inspect.signature(type(model).forward).parameters:
+    if cache is None and not recurrent and (names := cache_names(model)):
         cache = DynamicCache(config=model.config.get_text_config())  # some give none out
-        _read(model, tokens, past_key_values=cache)
+        _read(model, tokens, **dict.fromkeys(names, cache))
     layers = list(getattr(cache, "layers", []))
     while layers and isinstance(layers[-1], DummyLayer):  # it reads another one's
         layers.pop()

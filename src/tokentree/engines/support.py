@@ -18,6 +18,9 @@ QUANTIZATIONS = ("int8", "gguf")
 NO_LIMIT = 1 << 24  # positions, of a model that knows none
 ALIBI = {"bloom", "mpt"}
 ALONE = {"openai-gpt"}  # families that keep no keys and values by themselves
+CACHES = ("cache", "past_key_values")  # what forwards call their cache: transformers since 5.24, and before
+KEPT = (*CACHES, "cache_params")  # what outputs, and calls of `generate`, have it or states as
+LENGTHS = {"cache_length", "past_key_values_length"}  # what modules that count positions call its rows
 INDEXED = "indexed_attention"  # the kind of layers whose rows see what an index chooses
 CHUNKED = "chunked_attention"  # the kind of layers whose rows see the positions of their own chunk
 SEEN = {"full_attention", "sliding_attention", CHUNKED}  # layers that keep keys and values alone
@@ -61,12 +64,12 @@ def unsupported(model: PreTrainedModel) -> str | None:
         what = ", ".join(sorted(states)) or "a recurrent state"
         return f"{name} has {what}: a state that can't be rolled back to an accepted path of a tree"
     taken = taken_by(model)
-    missing = {"position_ids", "attention_mask", "past_key_values"} - taken
+    missing = {"position_ids", "attention_mask"} - taken.keys()
+    if not cache_names(model) and config.model_type not in ALONE:
+        missing.add("cache")
     if takes_positions(model) or any(counting(model)):
         missing -= {"position_ids"}
-    if config.model_type in ALONE:
-        missing -= {"past_key_values"}
-    others = has_alibi(config) or (recurrent and {"cache_params", "state"} & taken)  # these need no other positions
+    others = has_alibi(config) or (recurrent and not takes_positions(model))  # these need no other positions
     if missing and not others:
         return f"{name} takes no {', '.join(sorted(missing))}, without which a tree can't be verified"
     return None
@@ -183,13 +186,20 @@ def takes_positions(model: Any) -> bool:
     return "position_ids" in taken_by(model)
 
 
-def taken_by(model: Any) -> set[str]:
-    """The names of what the forward of ``model`` takes: by itself, or because it hands on what it doesn't know."""
+def cache_names(model: Any) -> tuple[str, ...]:
+    """The one name by which the forward of ``model`` takes a cache, or none. A user's class may have another one than
+    the model in it: what it takes by itself comes first."""
+    return tuple(name for name in taken_by(model) if name in CACHES)[:1]
+
+
+def taken_by(model: Any) -> dict[str, None]:
+    """The names of what the forward of ``model`` takes, in order: by itself, or because it hands on what it doesn't
+    know."""
     inner = getattr(model, "model", None)
-    known = set[str]()
+    known = dict[str, None]()
     for part in (model, inner, getattr(inner, "language_model", None)):
         taken = {} if part is None else inspect.signature(type(part).forward).parameters
-        known |= set(taken)
+        known |= dict.fromkeys(taken)
         if all(one.kind is not one.VAR_KEYWORD for one in taken.values()):
             break
     return known
@@ -200,8 +210,8 @@ def counting(model: nn.Module) -> Iterator[nn.Module]:
     than 0."""
     told = takes_positions(model)
     for module in model.modules():
-        taken = inspect.signature(type(module).forward).parameters
-        if {"past_key_values_length", "position_ids"} <= set(taken) and (not told or first_of(module)):
+        taken = inspect.signature(type(module).forward).parameters.keys()
+        if "position_ids" in taken and LENGTHS & taken and (not told or first_of(module)):
             yield module
 
 

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, Cache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tokentree.engines.gpu.recording import Recording
-from tokentree.engines.support import layer_chunks, layer_windows
+from tokentree.engines.support import cache_names, layer_chunks, layer_windows
 
 COLUMNS = 128  # KV rows that a step reads are a multiple of it
 PREFILL_TOKENS = 1 << 16  # read in one forward
@@ -43,6 +43,7 @@ class Writer:
         config = model.config.get_text_config()
         self._windows, self._chunks = layer_windows(config), layer_chunks(config)
         keeps = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+        self._cache_names = cache_names(model)
         self._last_only: dict[str, Any] = {"logits_to_keep": 1} if keeps else {}
         self._ids = torch.zeros(rows, 1, dtype=torch.int64, device=self._device)
         self._kv = RowsKV(rows, self.capacity, self._device)
@@ -130,9 +131,8 @@ class Writer:
 
     def _forward(self, ids: torch.Tensor, **options: Any) -> torch.Tensor:
         """Logits [rows, vocab] after the last token of each row."""
-        out = self._model(
-            input_ids=ids, past_key_values=self._kv, use_cache=True, return_dict=True, **self._last_only, **options
-        )
+        options |= dict.fromkeys(self._cache_names, self._kv) | self._last_only
+        out = self._model(input_ids=ids, use_cache=True, return_dict=True, **options)
         logits: torch.Tensor = out.logits[:, -1]
         return logits
 

@@ -124,7 +124,7 @@ def test_what_a_model_hands_on_it_takes() -> None:
     model.__class__ = HandsOn
     assert_near(verified(TorchEngine(model, "tree"), request(tokens), tree), expected)
     model.__class__ = TakesNoMore
-    with pytest.raises(ModelError, match="TakesNoMore takes no past_key_values, position_ids"):
+    with pytest.raises(ModelError, match="TakesNoMore takes no cache, position_ids"):
         TorchEngine(model)
 
 

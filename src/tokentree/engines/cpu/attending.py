@@ -147,7 +147,7 @@ def adapt(model: nn.Module) -> None:
     tell_positions(model)
     for module in model.modules():
         name, known = type(module).__name__, type(module).__module__.startswith("transformers.")
-        if name in SCORES and known:
+        if name in SCORES and known and hasattr(module, "_attn"):
             _scored(module, SCORES[name](module))
         elif name == "FalconAttention" or (name in OTHERS and known):
             OTHERS[name](module)
@@ -163,7 +163,7 @@ def _scaled(name: str) -> Callable[[Any], Rule]:
     return lambda module: Rule(1 / float(getattr(module, name)))
 
 
-# Those that have a method `_attn` of queries, keys, values and a mask.
+# Those that have a method `_attn` of queries, keys, values and a mask: CodeGen and GPT-J up to transformers 5.23.
 SCORES: dict[str, Callable[[Any], Rule]] = {
     "CodeGenAttention": _scaled("scale_attn"),
     "GPTJAttention": _scaled("scale_attn"),

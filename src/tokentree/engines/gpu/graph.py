@@ -30,6 +30,7 @@ from tokentree.engines.gpu.recording import ROWS, Recordings, padded
 from tokentree.engines.kv import KVLayout, SequenceKV
 from tokentree.engines.model_facts import Facts
 from tokentree.engines.segment import Segment
+from tokentree.engines.support import cache_names
 from tokentree.errors import ModelError
 from tokentree.tree import TokenTree
 
@@ -62,6 +63,7 @@ class Graph:
         self, model: PreTrainedModel, facts: Facts, noted: dict[int, torch.Tensor], compile: bool
     ) -> None:  # fmt: skip
         self._model, self._facts, self._noted, self._compiles = model, facts, noted, compile
+        self._cache_names = cache_names(model)
         self._on_cpu, self._head_input = model.device.type == "cpu", torch.empty(0)
         self._run: Callable[..., Said] = self._forward
         self._hook: RemovableHandle | None = None
@@ -154,7 +156,7 @@ class Graph:
             input_ids=ids,
             position_ids=positions,
             attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
-            past_key_values=FixedKV(layers, places, positions[0]),
+            **dict.fromkeys(self._cache_names, FixedKV(layers, places, positions[0])),
             use_cache=True,
             return_dict=True,
         )

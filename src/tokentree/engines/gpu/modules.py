@@ -25,7 +25,7 @@ from tokentree.engines.gpu.pages import Pages
 from tokentree.engines.gpu.steady import EXPERTS, Steady
 from tokentree.engines.gpu.weights import HEAD_SIZES
 from tokentree.engines.prepared import Prepared
-from tokentree.engines.support import decoder_layers
+from tokentree.engines.support import cache_names, decoder_layers
 from tokentree.errors import ModelError, PairingError
 
 if TYPE_CHECKING:
@@ -104,6 +104,7 @@ class ModulesForward(KVForward):
     ) -> None:  # fmt: skip
         super().__init__(sizes, pages, most_rows, places)
         self._model, self._steady, self._last = model, Steady(self._shared), last
+        self._cache_names = cache_names(model)
         option = inspect.signature(type(model).forward).parameters.get("logits_to_keep")
         self._picks_logits = option is not None and "Tensor" in str(option.annotation)  # rows by their numbers
         self._numbers = torch.arange(most_rows, device=self.device)
@@ -117,7 +118,7 @@ class ModulesForward(KVForward):
             with attending(cache), self._steady:
                 out = self._model(
                     input_ids=x["ids"][:rows].long()[None], position_ids=x["positions"][:rows].long()[None],
-                    attention_mask=None, past_key_values=cache, use_cache=True, return_dict=True,
+                    attention_mask=None, **dict.fromkeys(self._cache_names, cache), use_cache=True, return_dict=True,
                     **self._to_keep(rows, head_rows),
                 )  # fmt: skip
         finally:
