@@ -27,6 +27,7 @@ from tokentree.engines.cpu.linear import PackedLinear
 from tokentree.engines.cpu.quantized import QuantizedLinear
 from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.model_engine import ModelEngine
+from tokentree.engines.support import cache_names
 from tokentree.engines.torch import TorchEngine
 from tokentree.loading import load_model
 from tokentree.sampling import SamplingParams, seeded_noise
@@ -103,11 +104,11 @@ def own(model: PreTrainedModel, ids: list[int]) -> Callable[[int], float]:
 
     @torch.inference_mode()
     def forward(rows: int) -> float:
-        cache = DynamicCache(config=model.config)
-        model(input_ids=torch.tensor([ids[:-1]], device=model.device), past_key_values=cache, logits_to_keep=1)
+        kept = dict.fromkeys(cache_names(model), DynamicCache(config=model.config))
+        model(input_ids=torch.tensor([ids[:-1]], device=model.device), logits_to_keep=1, **kept)
         wait(model.device)
         started = time.perf_counter()
-        model(input_ids=torch.tensor([ids[-1:] * rows], device=model.device), past_key_values=cache)
+        model(input_ids=torch.tensor([ids[-1:] * rows], device=model.device), **kept)
         wait(model.device)
         return time.perf_counter() - started
 

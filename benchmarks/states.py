@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel, Qwen3_5ForCausalLM, Qwen
 
 from tokentree.engines.cpu.attention import ForwardKV
 from tokentree.engines.kv_engine import KVEngine
+from tokentree.engines.support import cache_names
 from tokentree.engines.torch import TorchEngine
 from tokentree.sampling import SamplingParams, seeded_noise
 from tokentree.sequence import Sequence
@@ -89,11 +90,11 @@ def of_transformers(model: PreTrainedModel, ids: list[int], rows: int) -> float:
     """Its own forward over so many rows behind a prefix. Its cache can't be taken back, so each time has its own."""
     times = []
     for _ in range(ROUNDS):
-        cache = DynamicCache(config=model.config)
-        model(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        kept = dict.fromkeys(cache_names(model), DynamicCache(config=model.config))
+        model(input_ids=torch.tensor([ids]), use_cache=True, logits_to_keep=1, **kept)
         more = torch.tensor([ids[:rows]])
         started = time.perf_counter()
-        model(input_ids=more, past_key_values=cache, use_cache=True)
+        model(input_ids=more, use_cache=True, **kept)
         times.append(time.perf_counter() - started)
     return 1000 * min(times)
 

@@ -21,6 +21,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DynamicCache,
     GenerationConfig,
     GenerationMixin,
     LogitsProcessor,
@@ -49,6 +50,7 @@ from tests.tiny_models import (
 from tokentree import LLM, hf_options
 from tokentree.engines import torch as engine_module
 from tokentree.engines.kv_engine import KVEngine
+from tokentree.engines.support import cache_names
 from tokentree.errors import ModelError, OptionError, PromptError, RequestError, TokenTreeError
 from tokentree.heads.medusa import MedusaHeads
 from tokentree.heads.saved import About, write_heads
@@ -373,8 +375,7 @@ def test_return_dict_in_generate() -> None:
     out = run(model_of("llama"), batch(*SEVERAL), custom_generate=tree(), **options)
     assert isinstance(out, GenerateDecoderOnlyOutput)
     assert out.sequences.tolist() == expected.sequences.tolist()
-    assert out.scores is None
-    assert out.past_key_values is None
+    assert [*out] == ["sequences"]
 
 
 class Recorder:
@@ -773,10 +774,11 @@ def test_metrics_are_those_of_the_thread_s_own_call() -> None:
 
 def test_a_cache_of_the_user_is_refused() -> None:
     model = model_of("llama")
-    cache = model(torch.tensor([PROMPT[:4]]), use_cache=True).past_key_values
-    for value in (cache, type(cache)(config=model.config)):
-        with pytest.raises(OptionError, match="past_key_values"):
-            run(model, batch(PROMPT), custom_generate=tree(), past_key_values=value)
+    ((name, cache),) = dict.fromkeys(cache_names(model), DynamicCache(config=model.config)).items()
+    model(torch.tensor([PROMPT[:4]]), **{name: cache})
+    for value in (cache, DynamicCache(config=model.config)):
+        with pytest.raises(OptionError, match=f"can't honour {name}: it keeps KV"):
+            run(model, batch(PROMPT), custom_generate=tree(), **{name: value})
 
 
 def test_embeddings_are_refused() -> None:

@@ -34,6 +34,7 @@ from tokentree.registry import Named, check_names
 from tokentree.sampling import SamplingParams, seeded_noise
 from tokentree.sequence import Sequence
 from tokentree.shapes import Shape
+from tokentree.versions import check_transformers
 
 # The last processors of a list, in transformers' order, that SamplingParams says as well.
 WARPERS = (
@@ -81,7 +82,7 @@ def generator(
     or settings, see `engines.watch`. Hooks and replaced forwards are run. They see the rows of trees: several
     continuations of several texts in one batch row, in any order. So they must treat each row as if it were alone.
 
-    With a callable, transformers (5.23, `GenerationMixin._extract_generation_mode_kwargs`) drops the arguments of
+    With a callable, transformers (5.24, `GenerationMixin._extract_generation_mode_kwargs`) drops the arguments of
     generation modes: ``tokenizer``, ``streamer``, ``assistant_model`` and ``synced_gpus``. They are read before that
     (see `_Signature`). The first two work as usual, and the others are refused with a reason.
 
@@ -155,6 +156,7 @@ class TreeGenerator:
         streamer: Streamer | None,
         seed: int | None,
     ) -> None:
+        check_transformers()
         acceptance(accept)  # unknown names are told now
         check_names(drafter)
         models_in(draft_model)

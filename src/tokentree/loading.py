@@ -18,6 +18,7 @@ from tokentree.heads.assistant import ASSISTANTS
 from tokentree.misread import told
 from tokentree.names import Found, find
 from tokentree.uncollected import uncollected
+from tokentree.versions import check_transformers
 
 if TYPE_CHECKING:  # its model classes take seconds to import, and aren't needed where a model was packed before
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -84,6 +85,7 @@ def load_engine(model: str | Path | PreTrainedModel, options: EngineOptions) -> 
             if ready is not None:
                 return ready
         model = load_model(model, options.dtype, device)
+    check_transformers()
     from tokentree.engines.torch import TorchEngine  # and with it transformers' model classes
 
     return TorchEngine(model, options.attention, named, quantization, prefix_bytes, file, place, options.compile)
@@ -97,6 +99,7 @@ def load_model(name: str | Path, dtype: str | torch.dtype | None, device: torch.
         ModelError: if it can't be loaded, with the reason.
     """
     found, wanted = find(name), pick_dtype(dtype, device)
+    check_transformers()
     if found.file is None:
         model = _load_model(name, found, wanted or "auto")
     else:

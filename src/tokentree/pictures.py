@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DummyLayer
 
 from tokentree.engines.support import cache_names
 from tokentree.errors import OptionError
@@ -57,6 +56,8 @@ def _without_last(name: str, value: Any) -> Any:
 
 
 def _layers(cache: Cache, row: int, padding: int, length: int) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+    from transformers.cache_utils import DummyLayer  # older versions, which are refused, have no such
+
     found = list[tuple[torch.Tensor, torch.Tensor]]()
     for layer in cache.layers:
         if isinstance(layer, DummyLayer):  # it reads another one's

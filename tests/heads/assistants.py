@@ -11,6 +11,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from tests.tiny_models import CONTEXT, VOCAB, WINDOW, randomised, save_model
+from tokentree.engines.support import cache_names
 
 KINDS = ["sliding_attention", "full_attention"]
 SIZES: dict[str, Any] = {
@@ -56,8 +57,8 @@ class Assisted:
         if tokens not in self.known:
             cache = DynamicCache()
             read: Any = self.target(
-                input_ids=torch.tensor([tokens]), past_key_values=cache, output_hidden_states=True,
-                return_shared_kv_states=True,
+                input_ids=torch.tensor([tokens]), **dict.fromkeys(cache_names(self.target), cache),
+                output_hidden_states=True, return_shared_kv_states=True,
             )  # fmt: skip
             layers: Any = cache.layers[-2:]
             last = {kind: (layer.keys, layer.values) for kind, layer in zip(KINDS, layers, strict=True)}

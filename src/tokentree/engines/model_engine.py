@@ -19,7 +19,7 @@ from tokentree.engines.plan import EnginePlan
 from tokentree.engines.prepared import Prepared
 from tokentree.engines.segment import Segment, Upto, inputs_of
 from tokentree.engines.support import cache_names, decoder_layers, output_layer, takes_positions
-from tokentree.errors import ModelError
+from tokentree.errors import InvariantError, ModelError, told
 
 
 class ModelEngine(KVEngine):
@@ -127,7 +127,9 @@ class ModelEngine(KVEngine):
     def _check_trees(self, own: Mapping[str, torch.Tensor]) -> None:
         try:
             super()._check_trees(own)
-        except (RuntimeError, TypeError, LookupError) as error:  # torch's, or of a model that wants something else
+        except InvariantError:
+            raise
+        except (RuntimeError, TypeError, LookupError, AssertionError) as error:  # of one that wants something else
             if runs_more(self._model):
                 raise
-            raise ModelError(f"{self.facts.name} can't read a tree: {' '.join(str(error).split())}") from error
+            raise ModelError(f"{self.facts.name} can't read a tree: {told(error)}") from error

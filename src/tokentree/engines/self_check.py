@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
-from transformers.cache_utils import DummyLayer, DynamicCache
 
 from tokentree.engines.cpu.checked import is_tensor
 from tokentree.engines.kv import SequenceKV
@@ -50,6 +49,8 @@ def own_forward(
     Raises:
         ModelError: if it can't read text alone, or keeps more than KV.
     """
+    from transformers.cache_utils import DummyLayer, DynamicCache  # older versions, which are refused, have no such
+
     tokens = torch.tensor(probe(model))
     known: dict[str, torch.Tensor] = {}
     if exact is not None:

@@ -40,7 +40,7 @@ from tokentree.engines.kv import KVLayout
 from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.model_engine import ModelEngine
 from tokentree.engines.segment import Segment
-from tokentree.engines.support import counting
+from tokentree.engines.support import cache_names, counting
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import ModelError
 from tokentree.hf import generator
@@ -126,6 +126,39 @@ def test_what_a_model_hands_on_it_takes() -> None:
     model.__class__ = TakesNoMore
     with pytest.raises(ModelError, match="TakesNoMore takes no cache, position_ids"):
         TorchEngine(model)
+
+
+class TakesACache(LlamaForCausalLM):
+    """Calls it as forwards do since transformers 5.24."""
+
+    def forward(
+        self, input_ids: Any = None, attention_mask: Any = None, position_ids: Any = None, cache: Any = None,
+        **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        return super().forward(input_ids, attention_mask, position_ids, cache, **kwargs)
+
+
+class TakesPastKeyValues(LlamaForCausalLM):
+    """Calls it as they did before."""
+
+    def forward(
+        self, input_ids: Any = None, attention_mask: Any = None, position_ids: Any = None,
+        past_key_values: Any = None, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        return super().forward(input_ids, attention_mask, position_ids, past_key_values, **kwargs)
+
+
+@pytest.mark.parametrize("attention", ["tree", "sdpa"])
+@pytest.mark.parametrize(("kind", "name"), [(TakesACache, "cache"), (TakesPastKeyValues, "past_key_values")])
+def test_a_cache_is_given_by_the_name_that_a_class_has_for_it(
+    kind: type[LlamaForCausalLM], name: str, attention: Any
+) -> None:
+    tokens = some_tokens(41)
+    tree, model = some_tree(tokens[-1], 14), tiny("llama")
+    expected = of_transformers(model, tokens[:-1], tree)
+    model.__class__ = kind
+    assert cache_names(model) == (name,)
+    assert_near(verified(TorchEngine(model, attention), request(tokens), tree), expected)
 
 
 @pytest.mark.parametrize("name", COUNTING)

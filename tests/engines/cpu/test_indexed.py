@@ -32,6 +32,7 @@ from tokentree.engines.cpu.choosing import ALL
 from tokentree.engines.kv import KVLayout
 from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.segment import Segment
+from tokentree.engines.support import cache_names
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import ModelError
 from tokentree.heads.mtp_files import read_mtp
@@ -212,9 +213,9 @@ def test_texts_are_those_of_transformers_and_of_plain_decoding(name: str) -> Non
 @torch.inference_mode()
 def one_after_another(model: Any, prompt: list[int], count: int) -> list[int]:
     """What transformers writes, greedily, where it has read the prompt too token by token."""
-    cache, ids = DynamicCache(config=model.config), list(prompt)
+    kept, ids = dict.fromkeys(cache_names(model), DynamicCache(config=model.config)), list(prompt)
     for place in range(len(prompt) + count - 1):
-        logits = model(input_ids=torch.tensor([ids[place : place + 1]]), past_key_values=cache).logits[0, -1]
+        logits = model(input_ids=torch.tensor([ids[place : place + 1]]), **kept).logits[0, -1]
         if place >= len(prompt) - 1:
             ids.append(int(logits.argmax()))
     return ids[len(prompt) :]

@@ -206,7 +206,7 @@ def test_weights_that_a_first_forward_divides_are_not_divided_behind_ones_back()
 
 def test_a_cache_of_the_user_is_refused() -> None:
     model, prompt = model_of("mamba"), torch.tensor([some_tokens(12)])
-    with pytest.raises(OptionError, match="can't honour cache(_params)?: it keeps KV in storage of its own"):
+    with pytest.raises(OptionError, match=r"can't honour cache(_params)?: it keeps KV in storage of its own"):
         model.generate(
             prompt, custom_generate=generator(), cache_params=DynamicCache(config=model.config), max_new_tokens=3
         )  # type: ignore[operator]
