@@ -1,7 +1,7 @@
 """Which versions of transformers are taken."""
 
-import tomllib
 import sys
+import tomllib
 import warnings
 from pathlib import Path
 
