@@ -3,6 +3,7 @@
 import sys
 import tomllib
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,8 @@ def test_the_installed_version_is_taken_in_silence() -> None:
 def test_an_older_version_is_refused_in_one_sentence(old: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["transformers"], "__version__", old)
     model = tiny("llama")
-    for use in (lambda: LLM(model), generator):
+    uses: list[Callable[[], object]] = [lambda: LLM(model), generator]
+    for use in uses:
         with pytest.raises(ModelError, match=rf"works with transformers 5\.23 to 5\.24, and {old} is installed: pip"):
             use()
 
