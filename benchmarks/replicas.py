@@ -12,7 +12,8 @@ what it had told must be the beginning of plain's text.
 Then the clients hold ``--chats`` conversations of ``--turns`` turns, once with routing by beginnings and once by load
 alone (Serve's choice of the less busy of two random replicas), and tell how many tokens of prompts were read already.
 
-Exit status 1 if a request had no answer, or a text differs.
+What is known is printed before texts are compared, which takes as long as writing them one by one. Exit status 1 if a
+request had no answer, or a text differs.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from typing import Any
 
 import httpx
 from benchmarks.serving import alone, bodies, free_port, running
+from benchmarks.serving import told as show
+from rich.progress import Progress
 
 from tokentree.prompts import read_prompts
 from tokentree.scale.arguments import Arguments, arguments_of
@@ -156,8 +159,10 @@ def differing(plain: Any, told: Told) -> list[dict[str, Any]]:
     def streamed(texts: list[tuple[dict[str, Any], str]]) -> list[tuple[dict[str, Any], str]]:
         return [(body | {"stream": True}, text) for body, text in texts]
 
-    wrong = asyncio.run(alone(plain, streamed(told.texts), lambda: None))
-    cut = asyncio.run(alone(plain, streamed(told.cut), lambda: None))
+    with Progress(transient=True) as shown:
+        line = shown.add_task("comparing texts", total=len(told.texts) + len(told.cut))
+        wrong = asyncio.run(alone(plain, streamed(told.texts), lambda: shown.advance(line)))
+        cut = asyncio.run(alone(plain, streamed(told.cut), lambda: shown.advance(line)))
     return wrong + [one for one in cut if not one["alone"].startswith(one["got"])]
 
 
@@ -194,19 +199,17 @@ def main() -> None:
                 routed[routing] = asyncio.run(
                     chats(url, options.clients, options.chats, options.turns, prompts, options.seed)
                 )
+    found = {
+        "answered": len(told.texts), "streams_that_ended_in_an_error": len(told.cut), "failed": told.wrong[:10],
+        "slowest": round(told.slowest, 1), "faults": said, "routing": routed,
+    }  # fmt: skip
+    show(found, options.out)
     port = free_port()
     command = [sys.executable, "-W", "ignore", "-m", "tokentree", "serve", "--model", options.model]
     command += ["--drafter", "none", "--served-model-name", "model", "--port", str(port)]
     with running("plain", command, port, "/ready", "model") as plain:
         wrong = differing(plain, told)
-    found = {
-        "answered": len(told.texts), "streams_that_ended_in_an_error": len(told.cut), "failed": told.wrong[:10],
-        "slowest": round(told.slowest, 1), "faults": said, "differ": len(wrong), "texts_that_differ": wrong[:3],
-        "routing": routed,
-    }  # fmt: skip
-    print(json.dumps(found, indent=1))
-    if options.out:
-        options.out.write_text(json.dumps(found, indent=1))
+    show(found | {"differ": len(wrong), "texts_that_differ": wrong[:3]}, options.out)
     sys.exit(bool(wrong or told.wrong or len(said) < 2))
 
 

@@ -38,6 +38,7 @@ LAYERS = {
             "gguf.header",
             "misread",
             "uncollected",
+            "versions",
         ),
         1,
     ),
