@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from typer.testing import CliRunner
 
-from tests.conftest import all_pairs, each_two, make_sequence
+from tests.conftest import all_pairs, by_night, each_two, make_sequence
 from tests.drafters import test_block
 from tests.drafters.test_eagle import Kept, said_by, some_head
 from tests.drafters.test_medusa import random_heads
@@ -71,9 +71,10 @@ def assert_same(got: list[tuple[list[int], float]], wanted: list[tuple[list[int]
     assert [score for _, score in got] == pytest.approx([score for _, score in wanted], rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("family", "num_beams", "early_stopping"), each_two(["llama", "gemma3", "gpt2"], [2, 4, 8], [False, True, "never"])
-)
+BEAMS = each_two(["llama", "gemma3", "gpt2"], [2, 4, 8], [False, True, "never"])
+
+
+@pytest.mark.parametrize(("family", "num_beams", "early_stopping"), by_night(BEAMS, but=BEAMS[::2]))
 def test_texts_and_scores_are_those_of_transformers(family: str, num_beams: int, early_stopping: Any) -> None:
     model = model_of(family)
     llms = [LLM(model, "none"), LLM(model, shape="2x2"), LLM(model, shape="dynamic:nodes=8,min_prob=0,min_reach=0")]

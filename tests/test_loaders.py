@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
+from tests.conftest import by_night
 from tests.tiny_models import save_model, tiny, tiny_tokenizer
 from tokentree import LLM, AsyncLLM, ModelError, SamplingParams
 from tokentree.errors import ForkError
@@ -93,7 +94,7 @@ def loaded(data: Texts, start: str, collate: Any = list) -> DataLoader[Any]:
     )
 
 
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("start", by_night(STARTS, but=["fork", "forkserver"]))
 def test_workers_use_the_tokenizer_while_the_parent_decodes(llm: LLM, start: str) -> None:
     tokenizer: Any = llm.tokenizer
     expected, rows = llm.generate("a tree", FEW)[0].token_ids, list[str]()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.conftest import all_pairs, shown
 from tests.tiny_models import CONTEXT, VOCAB, full_logits, some_tokens, tiny
 from tokentree.errors import OptionError, PromptError, TreeError
 from tokentree.tree import TokenTree
@@ -134,9 +135,9 @@ def test_contexts_that_leave_no_tree(context: list[int]) -> None:
 # -- decoding --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize(("depth", "branching"), [(1, 1), (3, 2), (2, 4)])
-def test_decoding_gives_the_target_s_own_text(family: str, depth: int, branching: int) -> None:
+@pytest.mark.parametrize(("size", "family"), all_pairs([(1, 1), (3, 2), (2, 4)], ["llama", "gpt2"]), ids=shown)
+def test_decoding_gives_the_target_s_own_text(size: tuple[int, int], family: str) -> None:
+    depth, branching = size
     target, draft = tiny(family), tiny("llama", seed=1)
     for context in (some_tokens(1), some_tokens(12, seed=1)):
         expected = greedy(target, context, 40)

@@ -212,7 +212,7 @@ def test_a_cache_of_the_user_is_refused() -> None:
         )  # type: ignore[operator]
 
 
-@SOME
+@pytest.mark.parametrize("name", by_night(WITH_IT, but=["qwen3_5_text", ONE_CALL]))
 def test_a_model_with_states_drafts_for_others_and_with_others(name: str) -> None:
     draft = TorchEngine(tiny_hybrid("lfm2", torch.bfloat16, 3) if name == ONE_CALL else tiny_hybrid(name, seed=3))
     target = engine_of(name)
