@@ -34,7 +34,7 @@ class Eagle(DraftModel):
     def __init__(self, head: EagleHead, target: Engine) -> None:
         engine = _with_states(target).head_engine(head)
         super().__init__(engine, target.vocab_size, "eagle", _known(head, target))
-        self._growing = engine if isinstance(engine, GrowsDrafts) else None  # to ask takes 30 microseconds
+        self._growing = engine if isinstance(engine, GrowsDrafts) else None  # asking takes tens of microseconds
 
     def propose(self, seqs: list[Sequence], shape: Shape, sampled: bool) -> list[Draft]:
         engine = self._growing

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from tokentree.engines.base import CANDIDATES, Features, HasHiddenStates, Slots
+from tokentree.engines.head_engine import features_read
 from tokentree.engines.kv import KVLayout, SequenceKV, Storages
 from tokentree.engines.radix import shared_length
 from tokentree.errors import PairingError
@@ -49,16 +50,7 @@ class Blocks(ABC):
 
     def __init__(self, head: BlockHead, target: HasHiddenStates, blocked: bool) -> None:
         self.sizes = sizes = head.sizes
-        features = target.capture(sizes.taps)
-        if (sizes.target_hidden_size or sizes.hidden_size) != features.hidden_size:
-            raise PairingError(
-                f"this block head reads hidden states of {sizes.target_hidden_size or sizes.hidden_size} numbers, and "
-                f"the target has {features.hidden_size}: it was made for another model"
-            )
-        if sizes.vocab_size != target.vocab_size:
-            raise PairingError(
-                f"this block head is for a target with {sizes.vocab_size} tokens, and this one has {target.vocab_size}"
-            )
+        features = features_read(sizes, target, "block")
         if sizes.hidden_size != features.hidden_size and not (sizes.own_output and sizes.own_embedding):
             raise PairingError("this block head has no embedding or output layer, and the target's have another width")
         self.context, self._target, self._features = min(target.context, sizes.context), target, features

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from tokentree.engines.base import Features, HasHiddenStates, Logits
 from tokentree.engines.cpu.eagle_program import EagleProgram
 from tokentree.engines.gpu.recording import ROWS, Recordings, padded
-from tokentree.engines.head_engine import HeadEngine, Known
+from tokentree.engines.head_engine import HeadEngine, Known, features_read
 from tokentree.engines.head_engine import attend as attend_rows
 from tokentree.engines.kv import KVLayout
 from tokentree.engines.segment import Segment, inputs_of
@@ -129,16 +129,7 @@ def features_for(head: EagleHead, target: HasHiddenStates) -> Features:
     Raises:
         PairingError: if it doesn't fit.
     """
-    sizes, features = head.sizes, target.capture(head.sizes.taps)
-    if (sizes.target_hidden_size or sizes.hidden_size) != features.hidden_size:
-        raise PairingError(
-            f"this EAGLE head reads hidden states of {sizes.target_hidden_size or sizes.hidden_size} numbers, and "
-            f"the target has {features.hidden_size}: it was made for another model"
-        )
-    if sizes.vocab_size != target.vocab_size:
-        raise PairingError(
-            f"this EAGLE head is for a target with {sizes.vocab_size} tokens, and this one has {target.vocab_size}"
-        )
+    sizes, features = head.sizes, features_read(head.sizes, target, "EAGLE")
     if not sizes.own_output and sizes.hidden_size != features.hidden_size:
         raise PairingError("this EAGLE head has no output layer, and the target's takes another width")
     if head.embed_tokens is None and sizes.hidden_size != features.hidden_size:

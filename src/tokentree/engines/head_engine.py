@@ -6,6 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from tokentree.engines.base import Features, HasHiddenStates, Logits, TargetOutp
 from tokentree.engines.kv import KVLayout, SequenceKV, Storages
 from tokentree.engines.radix import shared_length
 from tokentree.engines.segment import Segment
+from tokentree.errors import PairingError
 from tokentree.sequence import Sequence
 from tokentree.tree import Ints, TokenTree
 
@@ -39,6 +41,38 @@ class _State:
     kv: SequenceKV
     known: torch.Tensor
     chain: int = field(default=0)
+
+
+class _Sizes(Protocol):
+    """Of a head, where they concern its target."""
+
+    @property
+    def taps(self) -> SequenceOf[int]: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def target_hidden_size(self) -> int | None: ...
+    @property
+    def vocab_size(self) -> int: ...
+
+
+def features_read(sizes: _Sizes, target: HasHiddenStates, kind: str) -> Features:
+    """What a head of these sizes reads of ``target``; ``kind`` is what the head is called.
+
+    Raises:
+        PairingError: if it was made for another model.
+    """
+    features, width = target.capture(sizes.taps), sizes.target_hidden_size or sizes.hidden_size
+    if width != features.hidden_size:
+        raise PairingError(
+            f"this {kind} head reads hidden states of {width} numbers, and the target has {features.hidden_size}: it "
+            "was made for another model"
+        )
+    if sizes.vocab_size != target.vocab_size:
+        raise PairingError(
+            f"this {kind} head is for a target with {sizes.vocab_size} tokens, and this one has {target.vocab_size}"
+        )
+    return features
 
 
 class HeadEngine(ABC):

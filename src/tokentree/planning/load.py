@@ -8,7 +8,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated, Protocol, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -82,24 +82,39 @@ class Line(BaseModel):
     prompt: str | None = None
 
 
-def read_trace(path: str | Path) -> list[Line]:
-    """The requests of a JSON-lines file, the earliest first.
+M = TypeVar("M", bound=BaseModel)
+
+
+def read_lines(path: str | Path, what: str, kind: type[M], one: str) -> list[tuple[str, M]]:
+    """The lines of a JSON-lines file, and what they say.
+
+    Args:
+        what, one: what its content and each line of it are called.
 
     Raises:
         OptionError, PromptError: if the file can't be read, or has none; or a line is none, which is named.
     """
-    found = list[Line]()
-    for number, line in enumerate(read_text(path, "the trace").split("\n"), start=1):
+    found = list[tuple[str, M]]()
+    for number, line in enumerate(read_text(path, what).split("\n"), start=1):
         if line.strip():
             try:
-                found.append(Line.model_validate_json(line))
+                found.append((line, kind.model_validate_json(line)))
             except ValidationError as error:
                 first = error.errors(include_url=False, include_input=False)[0]
                 said = ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
-                raise OptionError(f"line {number} of {str(path)!r} is no request: {said}") from None
+                raise OptionError(f"line {number} of {str(path)!r} is no {one}: {said}") from None
     if not found:
-        raise OptionError(f"the trace {str(path)!r} has no requests")
-    return sorted(found, key=lambda line: line.seconds)
+        raise OptionError(f"{str(path)!r} has no requests")
+    return found
+
+
+def read_trace(path: str | Path) -> list[Line]:
+    """The requests of a JSON-lines file, the earliest first.
+
+    Raises:
+        OptionError, PromptError: as `read_lines`.
+    """
+    return sorted((line for _, line in read_lines(path, "the trace", Line, "request")), key=lambda line: line.seconds)
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import uvicorn
-from pydantic import ValidationError
 
 from tokentree.decoder import Decoder
 from tokentree.errors import OptionError
 from tokentree.llm import LLM
 from tokentree.planning import asking
 from tokentree.planning.counting import Counting
-from tokentree.prompts import read_text
+from tokentree.planning.load import read_lines
 from tokentree.sequence import Sequence
 from tokentree.serve.app import create_app
 from tokentree.serve.protocol import ChatRequest
@@ -117,22 +116,10 @@ def read_requests(path: str | Path) -> list[str]:
     """The bodies of chats in a JSON-lines file, without the names of models.
 
     Raises:
-        OptionError, PromptError: if the file can't be read, or has none; or a line is none, which is named.
+        OptionError, PromptError: as `read_lines`.
     """
-    found = list[str]()
-    for number, line in enumerate(read_text(path, "the requests").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            ChatRequest.model_validate_json(line)
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            said = ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
-            raise OptionError(f"line {number} of {str(path)!r} is no chat request: {said}") from None
-        found.append(json.dumps(json.loads(line) | {"model": None}))
-    if not found:
-        raise OptionError(f"{str(path)!r} has no requests")
-    return found
+    lines = read_lines(path, "the requests", ChatRequest, "chat request")
+    return [json.dumps(json.loads(line) | {"model": None}) for line, _ in lines]
 
 
 def served(llm: LLM, settings: Settings, load: Load, tell: Callable[[], None] = lambda: None) -> Part:
