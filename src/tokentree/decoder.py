@@ -133,10 +133,10 @@ class Decoder:
             reading: pairs of a sequence that has begun and a number of tokens. So many of its next tokens go through
                 the same forward.
         """
-        times, unread = [self.clock()], sum(count for _, count in reading)
-        before = sum(seq.metrics.prefill_seconds for seq in seqs)
+        times, unread = [self.clock()], sum([count for _, count in reading])
+        before = sum([seq.metrics.prefill_seconds for seq in seqs])
         drafts = [draft.cut(seq.room - 1) for seq, draft in zip(seqs, self._draft(seqs, unread), strict=True)]
-        times[0] += sum(seq.metrics.prefill_seconds for seq in seqs) - before  # when a drafter read a prompt
+        times[0] += sum([seq.metrics.prefill_seconds for seq in seqs]) - before  # when a drafter read a prompt
         times.append(self.clock())
         out = self.engine.verify(seqs, [draft.tree for draft in drafts], reading=reading)
         times.append(self.clock())

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from tokentree import growing
 from tokentree.errors import PairingError, TreeError
-from tokentree.growing import DEPTH, LOG_PROB, LOG_SCORE, PARENT, RANK, SOURCES, TOKEN
+from tokentree.growing import DEPTH, LOG_PROB, LOG_SCORE, PARENT, RANK, SOURCES, TOKEN, Best
 from tokentree.tree import Floats, Ints, TokenTree
 
 
@@ -152,6 +152,17 @@ class Draft:
         self._size = growing.grow_level(
             self.ints, self.floats, first, np.array(frontier, np.int64), np.array(counts, np.int64),
             np.ascontiguousarray(tokens, np.int64), np.ascontiguousarray(log_probs, np.float32),
+        )  # fmt: skip
+        return list(range(first, self._size))
+
+    def add_best(self, frontier: list[int], counts: list[int], found: Best, token_map: Ints) -> list[int]:
+        """`add_level`, with what a forward has ``found`` after rows of its own; ``token_map`` has this draft's tokens
+        for those, unless it is empty."""
+        first, (rows, logits, tokens, log_sums) = self._size, found
+        self._reserve(len(frontier) * tokens.shape[1])
+        self._size = growing.grow_best(
+            self.ints, self.floats, first, np.array(frontier, np.int64), np.array(counts, np.int64), rows, logits,
+            tokens, log_sums, token_map,
         )  # fmt: skip
         return list(range(first, self._size))
 

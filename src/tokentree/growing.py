@@ -19,6 +19,9 @@ ROOM = 256  # nodes that there is room for at first
 TOKEN, PARENT, DEPTH, RANK, SOURCES = range(5)  # rows of ``ints``
 LOG_PROB, LOG_SCORE = range(2)  # rows of ``floats``
 
+# the row of each node; logits and tokens [rows, k], best first, and log-sum-exps [rows], of a forward's rows
+Best = tuple[Ints, NDArray[np.float32], Ints, NDArray[np.float32]]
+
 
 @njit
 def put(
@@ -79,6 +82,25 @@ def grow_level(
         for rank in range(min(counts[i], tokens.shape[1])):
             if log_probs[i, rank] > -np.inf:
                 put(ints, floats, size, frontier[i], tokens[i, rank], np.float64(log_probs[i, rank]), rank, 1)
+                size += 1
+    return size
+
+
+@njit(cache=True)
+def grow_best(
+    ints: Ints, floats: Floats, size: int, frontier: Ints, counts: Ints, rows: Ints, logits: NDArray[np.float32],
+    tokens: Ints, log_sums: NDArray[np.float32], token_map: Ints,
+) -> int:  # fmt: skip
+    """As `grow_level`, with what was found after rows of logits, best first: ``logits`` and ``tokens`` [rows, k], and
+    ``log_sums`` [rows]. Node i of ``frontier`` has row ``rows[i]``. ``token_map`` has the draft's tokens for these,
+    unless it is empty."""
+    for i in range(len(frontier)):
+        row = rows[i]
+        for rank in range(min(counts[i], tokens.shape[1])):
+            token, log_prob = tokens[row, rank], logits[row, rank] - log_sums[row]
+            if log_prob > -np.inf:
+                known = token_map[token] if len(token_map) else token
+                put(ints, floats, size, frontier[i], known, np.float64(log_prob), rank, 1)
                 size += 1
     return size
 
@@ -188,6 +210,7 @@ def compile_loops() -> None:
     planted(0, 1)
     grown(0, none, none, floats[0, :0])
     grow_level(ints, floats, 1, none, none, np.zeros((1, 1), np.int64), chance)
+    grow_best(ints, floats, 1, none, none, none, chance, np.zeros((1, 1), np.int64), chance[0], none)
     grow_paths(ints, floats, 1, none, none, floats[0, :0], 0.0)
     join(ints, floats, 1, ints, floats, 1, 1)
     take(ints, floats, 1, np.zeros(1, np.int64))

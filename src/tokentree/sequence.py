@@ -121,6 +121,7 @@ class Sequence:
         self._has_rules = self.changes_logits or bool(self.params.min_tokens)
         self.takes_best = self.params.is_greedy and not self._has_rules
         self.tokens = list(self.prompt_ids)
+        self._most = min(len(self.prompt_ids) + self.params.max_tokens, self.context)  # tokens, with the prompt's
         self.metrics.prompt_tokens = len(self.prompt_ids)
         timeout = self.params.timeout
         self.deadline = math.inf if timeout is None else self.made + timeout
@@ -132,8 +133,7 @@ class Sequence:
     @property
     def room(self) -> int:
         """How many tokens may still be added."""
-        new = len(self.tokens) - len(self.prompt_ids)
-        return min(self.params.max_tokens - new, self.context - len(self.tokens))
+        return self._most - len(self.tokens)
 
     @property
     def finished(self) -> bool:

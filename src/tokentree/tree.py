@@ -91,7 +91,7 @@ class TokenTree:
     # -- what it looks like -------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        return int(self.tokens.size)
+        return len(self.tokens)
 
     @cached_property
     def mask(self) -> Bools:

@@ -229,12 +229,13 @@ def test_the_compiled_call_finds_the_best_tokens_too(known: int | None) -> None:
     out = engine.verify(seqs, [tree] * 2, [1, 1])
     for number in range(2):
         for nodes in ([3], [1, 2, 8]):
-            found = out.top_logprobs(number, nodes, 5)
+            found = out.best(number, nodes, 5)
             assert found is not None
+            rows, logits, tokens, log_sums = found
             logprobs, ids = top_logprobs(out.rows(number, nodes), 5)
-            assert (found[1] == ids).all()
-            assert found[0] == pytest.approx(logprobs, abs=1e-5)
-    assert out.top_logprobs(0, [3], 9) is None  # it has looked for fewer
+            assert (tokens[rows, :5] == ids).all()
+            assert logits[rows, :5] - log_sums[rows, None] == pytest.approx(logprobs, abs=1e-5)
+    assert out.best(0, [3], 9) is None  # it has looked for fewer
 
 
 def test_it_keeps_rows_of_the_target_s_states_alone() -> None:

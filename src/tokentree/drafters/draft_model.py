@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter
@@ -45,6 +44,8 @@ class DraftModel(Drafter):
         self.name, self._token_map = name, token_map
         self._engine = engine
         self._vocab_size = vocab_size
+        self._mapped = np.empty(0, np.int64) if token_map is None else token_map
+        self._all_known = vocab_size >= (engine.vocab_size if token_map is None else len(token_map))
         self._rows: dict[int, Rows] = {}
         self._level_seconds = 0.0
         self._unknown: set[int] = set()  # sequences with a token that the draft model doesn't have
@@ -136,15 +137,13 @@ class DraftModel(Drafter):
     ) -> list[int]:  # fmt: skip
         """Adds the children of ``frontier``, whose draft logits are those of ``out`` after ``nodes`` of its tree number
         ``tree``."""
-        width = out.all_logits.shape[1]
-        known = min(width, self._vocab_size)
-        counts = [min(count, known) for count in shape.counts(seq, draft, frontier)]
-        level: list[int] = []
-        if draft.sampled is None and known == width and seq.takes_best:
-            found = out.top_logprobs(tree, nodes, max(counts, default=0))
+        counts, level = shape.counts(seq, draft, frontier), list[int]()
+        if draft.sampled is None and self._all_known and seq.takes_best:
+            found = out.best(tree, nodes, max(counts, default=0))
             if found is not None:
-                return self._add_best(draft, frontier, counts, *found, self._token_map)
-        logits = out.rows(tree, nodes)[:, :known]
+                return draft.add_best(frontier, counts, found, self._mapped)
+        logits = out.rows(tree, nodes)[:, : self._vocab_size]
+        counts = [min(count, logits.shape[1]) for count in counts]
         if draft.sampled is not None:
             for node, count, row in zip(frontier, counts, self._whole(logits), strict=True):
                 level += self._draw(seq, draft, node, count, row)
@@ -161,18 +160,8 @@ class DraftModel(Drafter):
             frontier, counts = [frontier[i] for i, _ in ruled], [counts[i] for i, _ in ruled]
             logits, token_map = torch.stack([row for _, row in ruled]), None
         divisor = 1.0 if seq.params.is_greedy else seq.params.temperature
-        return self._add_best(
-            draft, frontier, counts, *top_logprobs(logits, max(counts, default=0), divisor), token_map
-        )
-
-    @staticmethod
-    def _add_best(
-        draft: Draft, frontier: list[int], counts: list[int], logprobs: NDArray[np.float32], ids: Ints,
-        token_map: Ints | None,
-    ) -> list[int]:  # fmt: skip
-        """Adds, under each node of ``frontier``, as many of its most probable tokens as ``counts`` says."""
-        tokens = ids if token_map is None else token_map[ids]
-        return draft.add_level(frontier, counts, tokens, logprobs)
+        log_probs, ids = top_logprobs(logits, max(counts, default=0), divisor)
+        return draft.add_level(frontier, counts, ids if token_map is None else token_map[ids], log_probs)
 
     def _whole(self, logits: torch.Tensor) -> torch.Tensor:
         """float32[n, vocab of the target], -inf where the draft model knows no token."""

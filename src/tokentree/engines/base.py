@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from tokentree.errors import ModelError, RequestError
 from tokentree.exclusive import Exclusive
+from tokentree.growing import Best
 from tokentree.kernels.topk import top_logits
 from tokentree.sampling import NOT_NUMBERS
 from tokentree.sequence import Accepted, Sequence
@@ -91,13 +92,11 @@ class TargetOutput:
         values, ids = self.best_known
         return (values, ids) if values.shape[1] == k else (values[:, :k], ids[:, :k])
 
-    def top_logprobs(self, tree: int, nodes: SequenceOf[int], k: int) -> tuple[NDArray[np.float32], Ints] | None:
-        """The k most probable tokens after each of ``nodes``, best first: log-probabilities float32[nodes, k] and ids
-        int64[nodes, k]. None if the engine hasn't computed them."""
+    def best(self, tree: int, nodes: SequenceOf[int], k: int) -> Best | None:
+        """The k most probable tokens after each of ``nodes``, or more. None if the engine hasn't computed them."""
         if self.best_known is None or self.log_sums is None or self.best_known[1].shape[1] < k:
             return None
-        rows, (values, ids) = [self.row(tree, node) for node in nodes], self.best_known
-        return values[rows, :k] - self.log_sums[rows, None], ids[rows, :k]
+        return np.array([self.row(tree, node) for node in nodes], np.int64), *self.best_known, self.log_sums
 
     def of(self, trees: SequenceOf[int]) -> TargetOutput:
         """The output of these ``trees`` alone. Tree ``trees[i]`` gets the number i."""
@@ -417,6 +416,10 @@ class HasHiddenStates(Engine, Protocol):
 
     def hidden(self, seq: Sequence, place: int | None = None) -> torch.Tensor:
         """[committed rows, hidden size]: the hidden states ``place`` of ``seq``, by default the last ones."""
+        ...
+
+    def hidden_rows(self, seq: Sequence, places: SequenceOf[int], first: int, end: int) -> torch.Tensor:
+        """[places, rows, hidden size]: of committed rows ``first`` to ``end`` - 1, the hidden states ``places``."""
         ...
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from tokentree.engines.base import CANDIDATES, Features, HasHiddenStates, Slots
-from tokentree.engines.head_engine import features_read
+from tokentree.engines.head_engine import beside, features_read
 from tokentree.engines.kv import KVLayout, SequenceKV, Storages
 from tokentree.engines.radix import shared_length
 from tokentree.errors import PairingError
@@ -65,8 +65,8 @@ class Blocks(ABC):
         self._storages, self._kept = Storages(layout), dict[int, tuple[Sequence, SequenceKV]]()
 
     @abstractmethod
-    def _store(self, kv: SequenceKV, states: list[torch.Tensor]) -> None:
-        """Commits the rows of the next tokens, of the target's hidden states there, [rows, its hidden size] a tap."""
+    def _store(self, kv: SequenceKV, states: torch.Tensor) -> None:
+        """Commits the rows of the next tokens, of the target's hidden states there, [taps, rows, its hidden size]."""
 
     @abstractmethod
     def guess(self, seqs: SequenceOf[Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,9 +95,9 @@ class Blocks(ABC):
         """Drops what is kept of ``seqs``."""
         self._storages.give([self._kept.pop(seq.id)[1] for seq in seqs if seq.id in self._kept])
 
-    def _states(self, seq: Sequence, first: int, end: int) -> list[torch.Tensor]:
-        """The target's hidden states at positions ``first`` to ``end``, [n, its hidden size] for each tap."""
-        return [self._target.hidden(seq, tap)[first:end] for tap in self.sizes.taps]
+    def _states(self, seq: Sequence, first: int, end: int) -> torch.Tensor:
+        """[taps, n, its hidden size], the target's hidden states at positions ``first`` to ``end``."""
+        return self._target.hidden_rows(seq, self.sizes.taps, first, end)
 
     def _kv(self, seq: Sequence) -> SequenceKV:
         if seq.id not in self._kept:
@@ -129,11 +129,11 @@ class TorchBlocks(Blocks):
         self.head = _fast(head, self._features)
         self.markov = self.head.markov
 
-    def _store(self, kv: SequenceKV, states: list[torch.Tensor]) -> None:
-        first, end = kv.length, kv.length + len(states[0])
+    def _store(self, kv: SequenceKV, states: torch.Tensor) -> None:
+        first, end = kv.length, kv.length + states.shape[1]
         kv.reserve(end)
-        positions = torch.arange(first, end, device=states[0].device)
-        for layer, pair in enumerate(self.head.keys_values(self.head.context(torch.cat(states, -1)), positions)):
+        positions = torch.arange(first, end, device=states.device)
+        for layer, pair in enumerate(self.head.keys_values(self.head.context(beside(states)), positions)):
             kv.write(layer, first, *(part.transpose(0, 1) for part in pair))
         kv.length = end
 

@@ -51,11 +51,11 @@ class CompiledBlocks(Blocks):
         self._run(seqs, np.array([divisor_of(seq) for seq in seqs], np.float32))
         return self._program.slots(len(seqs))
 
-    def _store(self, kv: SequenceKV, states: list[torch.Tensor]) -> None:
+    def _store(self, kv: SequenceKV, states: torch.Tensor) -> None:
         self._program.read(kv, states)
 
     def _run(self, seqs: SequenceOf[Sequence], divisors: NDArray[np.float32] | None) -> None:
-        kvs, states = list[SequenceKV](), list[list[torch.Tensor]]()
+        kvs, states = list[SequenceKV](), list[torch.Tensor]()
         for seq in seqs:
             end = self._target.committed(seq)
             self.prefill(seq, end - LAST)

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from tokentree.engines.base import Features, HasHiddenStates, Logits
 from tokentree.engines.cpu.eagle_program import EagleProgram
 from tokentree.engines.gpu.recording import ROWS, Recordings, padded
-from tokentree.engines.head_engine import HeadEngine, Known, features_read
+from tokentree.engines.head_engine import HeadEngine, Known, beside, features_read
 from tokentree.engines.head_engine import attend as attend_rows
 from tokentree.engines.kv import KVLayout
 from tokentree.engines.segment import Segment, inputs_of
@@ -54,8 +54,8 @@ class EagleEngine(HeadEngine):
         self._recordings: Recordings[tuple[torch.Tensor, torch.Tensor]] = Recordings()
         self._spare_rows = ROWS[-1] if features.recorded else 0  # a recording may write so many more than there are
 
-    def _fused(self, states: list[torch.Tensor]) -> torch.Tensor:
-        return self._head.fuse(torch.cat(states, -1))
+    def _fused(self, states: torch.Tensor) -> torch.Tensor:
+        return self._head.fuse(beside(states))
 
     def _best(self) -> tuple[tuple[NDArray[np.float32], Ints] | None, NDArray[np.float32] | None]:
         return (None, None) if self._program is None else (self._program.best, self._program.log_sums)
@@ -67,13 +67,12 @@ class EagleEngine(HeadEngine):
 
     def _forward(self, known: Known, segments: SequenceOf[Segment]) -> tuple[torch.Tensor, Logits]:
         recorded = self._features.recorded and len(segments) == 1
-        if recorded and isinstance(known, torch.Tensor) and len(known) <= ROWS[-1]:
+        if recorded and len(known) <= ROWS[-1]:
             return self._replay(known, segments[0])
         tokens, positions = inputs_of(segments)
         if self._program is not None:
             given, said = self._program.forward(tokens, known, positions, segments)
             return given, self._head.logits(given, self._features.output_layer) if said is None else said
-        assert isinstance(known, torch.Tensor)
         where = torch.from_numpy(positions).to(known.device)
         embedded = self._embedding(torch.from_numpy(tokens).to(known.device))
         given = self._head(embedded, known, lambda *heads: self._turned(segments, where, *heads))

@@ -18,12 +18,13 @@ from tokentree.engines.kv import KVLayout, SequenceKV, Storages
 from tokentree.engines.radix import shared_length
 from tokentree.engines.segment import Segment
 from tokentree.errors import PairingError
+from tokentree.exclusive import exclusive
 from tokentree.sequence import Sequence
 from tokentree.tree import Ints, TokenTree
 
 PREFILL_ROWS = 256
 
-Known = torch.Tensor | list[torch.Tensor]  # [rows, hidden size]; or the target's hidden states, of each tap
+Known = torch.Tensor  # [rows, hidden size]; or the target's hidden states, [taps, rows, hidden size]
 
 
 @dataclass(eq=False)
@@ -75,6 +76,11 @@ def features_read(sizes: _Sizes, target: HasHiddenStates, kind: str) -> Features
     return features
 
 
+def beside(states: torch.Tensor) -> torch.Tensor:
+    """[rows, taps x hidden size], of hidden states [taps, rows, hidden size]."""
+    return states.transpose(0, 1).flatten(1)
+
+
 class HeadEngine(ABC):
     """What a draft model's drafter asks of an engine, answered by a head; a subclass has its forward.
 
@@ -98,14 +104,15 @@ class HeadEngine(ABC):
         layout: KVLayout,
     ) -> None:  # fmt: skip
         self.vocab_size, self.context = target.vocab_size, min(target.context, context)
-        self._target, self._features, self._taps, self._width = target, features, taps, width
+        self.lock, self._target, self._features, self._taps, self._width = target.lock, target, features, taps, width
         self._storages = Storages(layout)
         self._spare_rows = 0
         self._states: dict[int, _State] = {}
 
     @abstractmethod
-    def _fused(self, states: list[torch.Tensor]) -> torch.Tensor:
-        """[rows, hidden size], what is known of positions where the target's hidden states are these, one a tap."""
+    def _fused(self, states: torch.Tensor) -> torch.Tensor:
+        """[rows, hidden size], what is known of positions where the target's hidden states are ``states`` [taps, rows,
+        hidden size]."""
 
     @abstractmethod
     def _forward(self, known: Known, segments: SequenceOf[Segment]) -> tuple[torch.Tensor, Logits]:
@@ -153,7 +160,7 @@ class HeadEngine(ABC):
     def committed(self, seq: Sequence) -> int:
         return self._state(seq).kv.length + 1
 
-    @torch.inference_mode()
+    @exclusive
     def verify(
         self, seqs: SequenceOf[Sequence], trees: SequenceOf[TokenTree], firsts: SequenceOf[int] | None = None
     ) -> TargetOutput:
@@ -196,13 +203,13 @@ class HeadEngine(ABC):
             self._states[seq.id] = _State(seq, self._storages.take(rows), nothing.to(self._features.device))
         return self._states[seq.id]
 
-    def _read(self, seq: Sequence, first: int, end: int) -> list[torch.Tensor]:
-        """The target's hidden states at positions ``first`` to ``end``, [n, its hidden size] for each tap."""
-        return [self._target.hidden(seq, tap)[first:end] for tap in self._taps]
+    def _read(self, seq: Sequence, first: int, end: int) -> torch.Tensor:
+        """[taps, n, its hidden size], the target's hidden states at positions ``first`` to ``end``."""
+        return self._target.hidden_rows(seq, self._taps, first, end)
 
     def _joined(self, parts: list[Known]) -> Known:
         """``parts`` behind one another."""
-        return torch.cat([x if isinstance(x, torch.Tensor) else self._fused(x) for x in parts])
+        return torch.cat([x if x.ndim == 2 else self._fused(x) for x in parts])
 
     def _attend(
         self, segments: SequenceOf[Segment], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,

@@ -315,6 +315,13 @@ class KVEngine(NotCopied, ABC):
         committed = states[: kv.length]
         return torch.cat([committed, states[above]]) if above else committed
 
+    def hidden_rows(self, seq: Sequence, places: SequenceOf[int], first: int, end: int) -> torch.Tensor:
+        kv, above = self.rows_of(seq)
+        if above:
+            return torch.stack([self.hidden(seq, place)[first:end] for place in places])
+        rows = kv.states[:, first : min(end, kv.length)]
+        return rows if [*places] == self._places else rows[[self._places.index(place) for place in places]]
+
     @property
     def layout(self) -> KVLayout:
         """Of its KV."""

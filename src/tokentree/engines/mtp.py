@@ -44,7 +44,7 @@ class MtpEngine(HeadEngine):
         )
         super().__init__(target, features, (features.num_layers,), features.hidden_size, target.context, layout)
 
-    def _fused(self, states: list[torch.Tensor]) -> torch.Tensor:
+    def _fused(self, states: torch.Tensor) -> torch.Tensor:
         return states[0]
 
     def _forward(self, known: Known, segments: SequenceOf[Segment]) -> tuple[torch.Tensor, Logits]:
@@ -57,7 +57,6 @@ class MtpEngine(HeadEngine):
 
     def _given(self, known: Known, segments: SequenceOf[Segment]) -> torch.Tensor:
         """What is known of the next positions, [rows, hidden size]."""
-        assert isinstance(known, torch.Tensor)
         ids, positions = (torch.from_numpy(numbers).to(known.device) for numbers in inputs_of(segments))
 
         def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: Rule) -> torch.Tensor:

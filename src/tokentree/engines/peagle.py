@@ -9,7 +9,7 @@ import torch
 
 from tokentree.engines.base import HasHiddenStates, Logits
 from tokentree.engines.eagle import EagleEngine, fast, features_for, turned
-from tokentree.engines.head_engine import HeadEngine, Known
+from tokentree.engines.head_engine import HeadEngine, Known, beside
 from tokentree.engines.kv import KVLayout
 from tokentree.engines.segment import Segment, inputs_of
 from tokentree.heads.eagle import EagleHead
@@ -42,8 +42,8 @@ class PEagleEngine(HeadEngine):
         with torch.inference_mode():
             self._mask = self._head.mask
 
-    def _fused(self, states: list[torch.Tensor]) -> torch.Tensor:
-        return self._head.fuse(torch.cat(states, -1))
+    def _fused(self, states: torch.Tensor) -> torch.Tensor:
+        return self._head.fuse(beside(states))
 
     def _above(self, given: torch.Tensor, parents: list[int]) -> torch.Tensor:
         return self._mask.expand(len(parents), -1)
@@ -58,7 +58,6 @@ class PEagleEngine(HeadEngine):
 
     def _run(self, known: Known, segments: SequenceOf[Segment]) -> torch.Tensor:
         """What the last layer gives, [rows, hidden size]."""
-        assert isinstance(known, torch.Tensor)
         tokens, positions = (torch.from_numpy(part).to(known.device) for part in inputs_of(segments))
         layers = itertools.count()
 

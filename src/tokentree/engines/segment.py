@@ -93,15 +93,14 @@ class Segment:
         Raises:
             IndexError: if its storage has no room for its tree.
         """
-        if self.prefix + len(self.tree) > self.kv.capacity:
-            raise IndexError(
-                f"a tree ends at row {self.prefix + len(self.tree)}, and there is room for {self.kv.capacity}"
-            )
+        prefix, nodes, capacity = self.kv.length, len(self.tree), self.kv.capacity
+        if prefix + nodes > capacity:
+            raise IndexError(f"a tree ends at row {prefix + nodes}, and there is room for {capacity}")
         (keys, values, keys_step, values_step), (paths, paths_at, _, _) = self.kv.addresses(layer), self._rows
         return SegmentRows(
-            keys=keys, values=values, capacity=self.kv.capacity, prefix=self.prefix, rows=self.count,
-            start=self.start, paths=paths_at, longest=paths.shape[1] - 1, chain=int(self.tree.is_chain),
-            first=self.first, keys_layer=keys_step, values_layer=values_step,
+            keys=keys, values=values, capacity=capacity, prefix=prefix, rows=nodes - self.first, start=self.start,
+            paths=paths_at, longest=paths.shape[1] - 1, chain=int(self.tree.is_chain), first=self.first,
+            keys_layer=keys_step, values_layer=values_step,
         )  # fmt: skip
 
     def state_rows(self, number: int) -> StateRows:
@@ -132,7 +131,7 @@ def inputs_of(segments: SequenceOf[Segment], padding: int = 0) -> tuple[Ints, In
 
 def end_of(segments: SequenceOf[Segment]) -> int:
     """A rotary position behind those of all rows."""
-    return max(segment.prefix + max(0, segment.kv.shift) + len(segment.tree) for segment in segments)
+    return max([segment.kv.length + max(0, segment.kv.shift) + len(segment.tree) for segment in segments])
 
 
 @njit(cache=True)

@@ -50,8 +50,9 @@ def use_here() -> None:
     Raises:
         ForkError: see `check_fork`.
     """
-    check_fork()
-    _used_in.add(os.getpid())
+    if (process := os.getpid()) not in _used_in:
+        check_fork()
+        _used_in.add(process)
 
 
 def check_threads(count: Any) -> int:
@@ -106,12 +107,12 @@ def run(worker: Any, arguments: Sequence[int]) -> None:
     """
     use_here()
     packed = (ctypes.c_int64 * (len(arguments) + 1))(*arguments, 0)
-    pool, count = _pool(), num_threads()
+    pool = _pool()
     with _one_at_a_time:
         if pool is None:
             worker.ctypes(packed)
         else:
-            pool(worker.address, ctypes.addressof(packed), count, 0)
+            pool(worker.address, ctypes.addressof(packed), num_threads(), 0)
 
 
 def address(tensor: torch.Tensor, dtype: torch.dtype, *sizes: int) -> int:

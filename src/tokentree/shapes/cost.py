@@ -6,6 +6,7 @@ import copy
 import functools
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -97,25 +98,25 @@ class Cost(Shape):
         self._others[seq.id] = draft
 
     def select(self, seq: Sequence, draft: Draft, level: SequenceOf[int]) -> list[int]:
-        if not level or draft.ints[DEPTH, level[0]] >= self.max_depth:
+        if not level or (depth := draft.ints[DEPTH, level[0]]) >= self.max_depth:
             return []
         if draft.levels and not draft.level_seconds:
             return []  # after the first level, what one costs is known
         drawn = draft.sampled is not None
         theirs = self._others.get(seq.id)
         theirs, count = (draft, 1) if theirs is None else (theirs, len(theirs))  # by default the root alone
-        ahead = self._drawn.at(0) if drawn else self._picked.at(int(draft.ints[DEPTH, level[0]]) + 1)
-        times = self._times(count + len(draft) + max(4, self.top_k * len(ahead)))
-        given = np.array(level, np.int64), ahead, self.top_k
-        costs = times, draft.level_seconds * draft.levels, draft.level_seconds
+        most = count + len(draft) + max(4, self.top_k**2)  # rows
+        nodes, costs = np.array(level, np.int64), (draft.level_seconds * draft.levels, draft.level_seconds)
         if drawn:
-            joint, rows = self._joint(seq, draft), len(draft)
+            joint, rows, ahead = self._joint(seq, draft), len(draft), self._drawn.at(0)
             _, covered = worth.beside(draft.ints, joint, theirs.ints, self._joint(seq, theirs)[:count])
-            pays, best = worth.expanded(joint, covered, *given, rows, float(joint.sum()), *costs)
+            given = nodes, ahead, self.top_k, rows, float(joint.sum()), self._times(most)
+            pays, best = worth.expanded(joint, covered, *given, *costs)
         else:
             told = self.rates.told(self._request(seq).local)
+            further: Any = nodes, self.top_k, *self._picked.told(int(depth) + 1), *self._shares(most), *costs
             rows, pays, best = worth.further(
-                draft.ints, draft.floats, len(draft), *told, theirs.ints, theirs.floats, count, *given, *costs
+                draft.ints, draft.floats, len(draft), *told, theirs.ints, theirs.floats, count, *further
             )
         if rows >= self._nodes:
             return []
@@ -211,8 +212,7 @@ class Cost(Shape):
             self.measured = True
         if not self._resting:
             self._overhead += PACE * (max(0.0, draft_seconds - _level_seconds(drafts)) - self._overhead)
-        picked = [step for draft, step in zip(drafts, accepted, strict=True) if draft.sampled is None]
-        came = sum(len(step.path) - 1 for step in picked)
+        came = sum([len(step.path) - 1 for draft, step in zip(drafts, accepted, strict=True) if draft.sampled is None])
         self._hoped, self._came = FADE * self._hoped + self._promised, FADE * self._came + came
         self._promised = 0.0
         forward, lessons = (rows, len(seqs), verify_seconds), list[_Lesson]()
@@ -288,8 +288,13 @@ class Cost(Shape):
 
     def _times(self, rows: int) -> Floats:
         """float64[rows + 1]: one sequence's share of a step with so many rows for each."""
-        times = self.curve.upto(rows * self._batch, self._batch)[: rows * self._batch + 1 : self._batch]
-        return (times + self._overhead) / self._batch
+        times: Floats = worth.shares(*self._shares(rows))
+        return times
+
+    def _shares(self, rows: int) -> tuple[Floats, float, float, int, int]:
+        """What `worth.shares` is told of up to so many rows for each sequence."""
+        table, others = self.curve.upto(rows * self._batch), self.curve.per_sequence * (self._batch - 1)
+        return table, others, self._overhead, self._batch, rows
 
     def __repr__(self) -> str:
         return f"cost:nodes={self._nodes},depth={self.max_depth},top_k={self.top_k}"
@@ -297,7 +302,7 @@ class Cost(Shape):
 
 def _level_seconds(drafts: list[Draft]) -> float:
     """What the levels of a batch's drafts took; each draft knows its share of a level."""
-    return sum(draft.level_seconds * draft.levels for draft in drafts)
+    return sum([draft.level_seconds * draft.levels for draft in drafts])
 
 
 @functools.cache
@@ -317,7 +322,8 @@ def _compile() -> None:
     worth.beside(draft.ints, one, draft.ints, one)
     worth.expanded(one, one, level, one, 1, 1, 1.0, times, 0.0, 0.0)
     told = rates.told(request)
-    worth.further(draft.ints, draft.floats, 2, *told, draft.ints, draft.floats, 1, level, one, 1, times, 0.0, 0.0)
+    drafts, ahead = (draft.ints, draft.floats, 2, *told, draft.ints, draft.floats, 1), Ahead([0.5]).told(1)
+    worth.further(*drafts, level, 1, *ahead, times, 0.0, 0.0, 1, 5, 0.0, 0.0)
 
 
 @dataclass(eq=False)

@@ -52,11 +52,6 @@ class Cells:
         trials: Floats = self.table[1]
         return trials
 
-    def estimate(self, cells: Ints | slice, prior: Floats) -> Floats:
-        """The rate in each cell, shrunk towards ``prior`` where there are few trials."""
-        rates: Floats = (self.hits[cells] + self.weight * prior) / (self.trials[cells] + self.weight)
-        return rates
-
     def learn(self, cells: Ints, hits: NDArray[np.bool_]) -> None:
         _learn(self.table, self.memory, cells, hits)
 
@@ -164,8 +159,12 @@ class Ahead:
 
     def at(self, depth: int) -> Floats:
         """float64[ranks], for children at that depth."""
-        first = min(depth, self.DEPTHS - 1) * len(self._prior)
-        return self._cells.estimate(slice(first, first + len(self._prior)), self._prior)
+        rates: Floats = shrunk(*self.told(depth))
+        return rates
+
+    def told(self, depth: int) -> tuple[Floats, int, Floats, float]:
+        """What `shrunk` is told of children at that depth."""
+        return self._cells.table, min(depth, self.DEPTHS - 1) * len(self._prior), self._prior, self._cells.weight
 
     def learn(self, depths: Ints, ranks: Ints, hits: NDArray[np.bool_]) -> None:
         known = ranks < len(self._prior)
@@ -260,6 +259,12 @@ def _cells(ints: Ints, floats: Floats, size: int, rows: Ints) -> tuple[Ints, Int
 @njit(cache=True)
 def _shrunk(table: Floats, cell: int, weight: float, prior: float) -> float:
     return float((table[0, cell] + weight * prior) / (table[1, cell] + weight))
+
+
+@njit(cache=True)
+def shrunk(table: Floats, first: int, prior: Floats, weight: float) -> Floats:
+    """The rates in cells ``first`` and on, as many as there are of ``prior``, towards which few trials shrink them."""
+    return (table[0, first : first + len(prior)] + weight * prior) / (table[1, first : first + len(prior)] + weight)
 
 
 @njit(cache=True)

@@ -127,6 +127,21 @@ def best_size(joint: Floats, times: Floats, spent: float) -> tuple[int, float]:
 
 
 @njit(cache=True)
+def shares(table: Floats, others: float, overhead: float, batch: int, rows: int) -> Floats:
+    """float64[rows + 1]: one text's share of a step with so many rows for each of a ``batch``.
+
+    Args:
+        table: seconds of a forward of one text, by rows.
+        others: what the texts after the first add.
+        overhead: seconds of a step beside the forward.
+    """
+    times = np.empty(rows + 1)
+    for count in range(rows + 1):
+        times[count] = (table[count * batch] + others + overhead) / batch
+    return times
+
+
+@njit(cache=True)
 def price(times: Floats, rows: int, tokens: float, spent: float) -> float:
     """The tokens that the time of one more row is worth."""
     return (times[rows + 4] - times[rows]) / 4 * tokens / (times[rows] + spent)
@@ -169,8 +184,9 @@ def expanded(
 @njit(cache=True)
 def further(
     ints: Ints, floats: Floats, size: int, rows: Ints, claims: Floats, shared: Floats, particular: Floats,
-    request: Floats, their_ints: Ints, their_floats: Floats, their_size: int, level: Ints, ahead: Floats, top_k: int,
-    times: Floats, spent: float, level_seconds: float,
+    request: Floats, their_ints: Ints, their_floats: Floats, their_size: int, level: Ints, top_k: int,
+    hits: Floats, first: int, prior: Floats, weight: float, table: Floats, others: float, overhead: float, batch: int,
+    most: int, spent: float, level_seconds: float,
 ) -> tuple[int, bool, Ints]:  # fmt: skip
     """Rows of the best tree of what is there, and what `expanded` says of another level.
 
@@ -178,8 +194,12 @@ def further(
         ints, floats, size: of a draft whose children were not drawn.
         rows, claims, shared, particular, request: as `Rates.told` has them.
         their_ints, their_floats, their_size: of what others propose.
-        level, ahead, top_k, times, spent, level_seconds: as in `expanded`.
+        hits, first, prior, weight: as `Ahead.told` has them.
+        table, others, overhead, batch, most: as in `shares`, of rows up to ``most``.
+        level, top_k, spent, level_seconds: as in `expanded`.
     """
+    ahead = rates.shrunk(hits, first, prior, weight)
+    times = shares(table, others, overhead, batch, most)
     joint = rates.estimate(ints, floats, size, rows, claims, shared, particular, request)
     theirs = rates.estimate(their_ints, their_floats, their_size, rows, claims, shared, particular, request)
     together, covered = beside(ints, joint, their_ints, theirs)

@@ -136,16 +136,17 @@ class BlockProgram(Steps):
 
     # -- runs ------------------------------------------------------------------------------------------------------
 
-    def read(self, kv: SequenceKV, states: SequenceOf[torch.Tensor]) -> None:
-        """Commits the rows of the next tokens of a text, where the target's hidden states are bfloat16[rows, its hidden
-        size], one a tap."""
-        kv.reserve(kv.length + len(states[0]))
-        self.reserve(len(states[0]))
+    def read(self, kv: SequenceKV, states: torch.Tensor) -> None:
+        """Commits the rows of the next tokens of a text, where the target's hidden states are bfloat16[taps, rows, its
+        hidden size]."""
+        count = states.shape[1]
+        kv.reserve(kv.length + count)
+        self.reserve(count)
         self.run_all([self._reading([kv], [states])])
-        kv.length += len(states[0])
+        kv.length += count
 
     def guess(
-        self, kvs: SequenceOf[SequenceKV], states: SequenceOf[SequenceOf[torch.Tensor]], anchors: Ints,
+        self, kvs: SequenceOf[SequenceKV], states: SequenceOf[torch.Tensor], anchors: Ints,
         divisors: NDArray[np.float32] | None,
     ) -> None:  # fmt: skip
         """A block behind each text: `said` and, if there are divisors, `slots` are of it then.
@@ -156,7 +157,7 @@ class BlockProgram(Steps):
             anchors: int64[texts].
             divisors: float32[texts], of logits.
         """
-        size, texts, more = self._sizes.block_size, len(kvs), [len(own[0]) for own in states]
+        size, texts, more = self._sizes.block_size, len(kvs), [own.shape[1] for own in states]
         for kv, count in zip(kvs, more, strict=True):
             kv.reserve(kv.length + count + size)
         self.reserve(max(texts * size, sum(more)))
@@ -201,13 +202,12 @@ class BlockProgram(Steps):
         size = self._sizes.block_size
         return rows[: texts * size].view(texts, size, -1)[:, size - self._sizes.num_guesses :]
 
-    def _reading(self, kvs: SequenceOf[SequenceKV], states: SequenceOf[SequenceOf[torch.Tensor]]) -> Stretch:
+    def _reading(self, kvs: SequenceOf[SequenceKV], states: SequenceOf[torch.Tensor]) -> Stretch:
         """The rows of hidden states of each text."""
         segments, start = list[Segment](), 0
         for kv, own in zip(kvs, states, strict=True):
-            end = start + len(own[0])
-            for part, room in zip(own, self._read, strict=True):
-                room[start:end] = part
+            end = start + own.shape[1]
+            self._read[:, start:end] = own
             if start < end:
                 segments.append(Segment(kv, TokenTree.chain(0, [0] * (end - start - 1)), 0, start))
             start = end
@@ -249,13 +249,14 @@ class BlockProgram(Steps):
         return steps + (self._pick() if self._markov is None else self._follow(self._markov))
 
     def _read_states(self) -> list[Step]:
-        """Keys and values of all layers, of the target's hidden states, which are given in `_read`, one a tap."""
+        """Keys and values of all layers, of the target's hidden states [taps, rows, width], which are given in
+        `_read`."""
         sizes = self._sizes
         width = sizes.target_hidden_size or sizes.hidden_size
         states, context, normed = (self.room(n) for n in (len(sizes.taps) * width, *[sizes.hidden_size] * 2))
         narrow = 2 * sizes.num_kv_heads * sizes.head_dim
         kv, nothing = self.room(narrow), self.room(0, torch.float32)
-        self._read = states.split(width, 1)
+        self._read = states.view(len(states), -1, width).transpose(0, 1)
         steps = self.prepare(self._fc, states) + self.multiply(self._fc, states, context)
         steps += self.norm(self._hidden_norm, context, normed, self._layers[0].kv)  # all layers take it in one form
         for number, layer in enumerate(self._layers):

@@ -79,17 +79,16 @@ class EagleProgram(Steps):
         return self._version == 3
 
     def forward(
-        self, ids: Ints, known: torch.Tensor | SequenceOf[torch.Tensor], positions: Ints,
-        segments: SequenceOf[Segment],
-    ) -> tuple[torch.Tensor, Callable[[], torch.Tensor] | None]:  # fmt: skip
+        self, ids: Ints, known: torch.Tensor, positions: Ints, segments: SequenceOf[Segment]
+    ) -> tuple[torch.Tensor, Callable[[], torch.Tensor] | None]:
         """Writes the KV of all rows of ``segments``, and returns what is known of the next positions, bfloat16[rows,
         hidden size]; and, of a head with an output layer, a function of logits bfloat16[rows, tokens], of which `best`
         and `log_sums` then are.
 
         Args:
             ids, positions: int64[rows].
-            known: bfloat16[rows, hidden size]; or, if it `fuses`, the hidden states that this is made of, the same for
-                each tap.
+            known: bfloat16[rows, hidden size]; or, if it `fuses`, the hidden states that this is made of,
+                bfloat16[taps, rows, hidden size].
         """
         rows = len(ids)
         first = self._take_in(ids, known)
@@ -103,28 +102,25 @@ class EagleProgram(Steps):
         self.run(len(self._steps), segments, self._rotary.at(positions, end_of(segments)), ids, first)
         return self._given[:rows].clone(), said
 
-    def store(
-        self, ids: Ints, known: torch.Tensor | SequenceOf[torch.Tensor], positions: Ints,
-        segments: SequenceOf[Segment],
-    ) -> None:  # fmt: skip
+    def store(self, ids: Ints, known: torch.Tensor, positions: Ints, segments: SequenceOf[Segment]) -> None:
         """As `forward`, but nothing is wanted of these rows except their KV."""
         first = self._take_in(ids, known)
         self.run(self._up_to_kv, segments, self._rotary.at(positions, end_of(segments)), ids, first)
 
-    def _take_in(self, ids: Ints, known: torch.Tensor | SequenceOf[torch.Tensor]) -> int:
+    def _take_in(self, ids: Ints, known: torch.Tensor) -> int:
         """Puts what is given where the steps read it; returns the first step to run."""
         rows = len(ids)
         self.reserve(rows)
-        if not isinstance(known, torch.Tensor):
-            for part, room in zip(known, self._read, strict=True):
-                room[:rows] = part
+        states = known.ndim == 3
+        if states:
+            self._read[:, :rows] = known
         elif self._version == 3:
             self._residual[:rows] = known
         else:
             self._x[:rows, self._width :] = known
         if not self.embeds(self._embedding):
             self._embedded[:rows] = self._embedding(torch.from_numpy(ids))
-        return self._fusing if isinstance(known, torch.Tensor) else 0
+        return 0 if states else self._fusing
 
     def build(self) -> list[Step]:
         width, sizes, steps = self._width, self._heads, list[Step]()
@@ -165,13 +161,13 @@ class EagleProgram(Steps):
 
     def _norm_states(self, states: torch.Tensor) -> list[Step]:
         """Norms the target's hidden states, if the head does, and makes of ``states`` [rows, taps x width] what ``fc``
-        takes. They are given in `_read`, one for each tap."""
+        takes. They are given in `_read`, [taps, rows, hidden size]."""
         parts, steps = states.split(self._width, 1), list[Step]()
-        self._read = parts
+        self._read = states.view(len(states), -1, self._width).transpose(0, 1)
         if self._wide_norm is not None:
             return self.norm(self._wide_norm, states, states, self._fc)
         if self._tap_norms:
-            self._read = tuple(self.room(self._width) for _ in parts)
+            self._read = self.room(self._taps * self._width).view(self._taps, -1, self._width)
             for norm, tap, part in zip(self._tap_norms, self._read, parts, strict=True):
                 steps += self.norm(norm, tap, part, None)
         return steps + self.prepare(self._fc, states)

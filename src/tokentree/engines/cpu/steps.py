@@ -236,8 +236,10 @@ class Steps:
             counters=counters_at + 8 * COUNTERS * first, num_segments=len(segments), turns=turns.at, places=places_at,
             ids=ids_at, num_states=len(states),
         )  # fmt: skip
-        parts = [*(segment.described(0) for segment in segments), *states]
-        return [*call, *(number for one in parts for number in one)]
+        told = list[int](call)
+        for part in [*[segment.described(0) for segment in segments], *states]:
+            told += part
+        return told
 
     def _recurring_in(self, stretch: Stretch) -> SequenceOf[Segment]:
         """The segments whose states its steps move."""

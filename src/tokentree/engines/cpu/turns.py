@@ -53,7 +53,8 @@ class RotaryTables:
             return self._computed(torch.from_numpy(positions))._replace(places=np.arange(len(positions)))
         if end > self._known.positions:
             self._known = self._computed(torch.arange(max(1024, 1 << (end - 1).bit_length())))
-        return self._known._replace(places=positions)
+        tables, addresses, at, known, _ = self._known
+        return Turns(tables, addresses, at, known, positions)
 
     def _computed(self, positions: torch.Tensor) -> Turns:
         """Tables of these positions, and no rows."""

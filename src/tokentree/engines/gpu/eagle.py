@@ -125,7 +125,7 @@ class TritonEagle(EagleEngine):
 
     def __init__(self, head: EagleHead, target: TritonEngine) -> None:
         super().__init__(head, target)
-        self.lock, self._engine = target.lock, target
+        self._engine = target
         own, device = converted(head, self._features), target.device
         sizes, pages = head.sizes, target.pages
         self._pages = Pages(

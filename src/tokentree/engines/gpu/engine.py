@@ -402,12 +402,15 @@ class TritonEngine(NotCopied):
         )  # fmt: skip
 
     def hidden(self, seq: Sequence, place: int | None = None) -> torch.Tensor:
-        number = self._places.index(self.facts.num_layers if place is None else place)
+        return self.hidden_rows(seq, [self.facts.num_layers if place is None else place], 0, self.context)[0]
+
+    def hidden_rows(self, seq: Sequence, places: SequenceOf[int], first: int, end: int) -> torch.Tensor:
         of, nodes = self._branches.get(seq.id, (seq, []))
         text = self._text(of)
         self._flush(text)
-        rows = np.concatenate([np.arange(text.length), text.length + np.array(nodes, np.int64)])
-        return self.pages.states[number, torch.from_numpy(text.slots(rows)).to(self.device)]
+        rows = np.concatenate([np.arange(text.length), text.length + np.array(nodes, np.int64)])[first:end]
+        slots = torch.from_numpy(text.slots(rows)).to(self.device)
+        return torch.stack([self.pages.states[self._places.index(place), slots] for place in places])
 
     def block_engine(self, head: BlockHead) -> BlockEngine:
         from tokentree.engines.block_call import blocks_of  # few need what it imports
