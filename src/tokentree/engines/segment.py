@@ -93,7 +93,7 @@ class Segment:
         Raises:
             IndexError: if its storage has no room for its tree.
         """
-        prefix, nodes, capacity = self.kv.length, len(self.tree), self.kv.capacity
+        prefix, nodes, capacity = self.prefix, len(self.tree), self.kv.capacity
         if prefix + nodes > capacity:
             raise IndexError(f"a tree ends at row {prefix + nodes}, and there is room for {capacity}")
         (keys, values, keys_step, values_step), (paths, paths_at, _, _) = self.kv.addresses(layer), self._rows
@@ -131,7 +131,7 @@ def inputs_of(segments: SequenceOf[Segment], padding: int = 0) -> tuple[Ints, In
 
 def end_of(segments: SequenceOf[Segment]) -> int:
     """A rotary position behind those of all rows."""
-    return max([segment.kv.length + max(0, segment.kv.shift) + len(segment.tree) for segment in segments])
+    return max([segment.prefix + max(0, segment.kv.shift) + len(segment.tree) for segment in segments])
 
 
 @njit(cache=True)
