@@ -1,10 +1,10 @@
 """How far is what `tokentree plan` foretold from what a load test measured?
 
-    python benchmarks/planned.py LOAD PLAN [--within 0.15] [--out FILE]
+    python benchmarks/planned.py LOAD PLAN … [--within 0.15] [--out FILE]
 
-LOAD is what `benchmarks/serving.py --out` wrote, and PLAN what ``tokentree plan --clients … --json`` printed for the
-same clients. The server ``plain`` is compared with plain decoding, ``default`` with speculation. Exit status 1 if
-tokens a second, or the 95th of 100 gaps, is further off than ``--within``.
+LOAD is what `benchmarks/serving.py --out` wrote. Each PLAN is what ``tokentree plan --clients … --json`` printed for
+some of its numbers of clients. The server ``plain`` is compared with plain decoding, ``default`` with speculation. Exit
+status 1 if tokens a second, or the 95th of 100 gaps, is further off than ``--within``.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ FIGURES = ("tokens_a_second", "gap_p95", "gap_p50", "first_token_p50", "first_to
 JUDGED = FIGURES[:2]
 
 
-def compared(load: dict[str, Any], plan: dict[str, Any]) -> list[dict[str, Any]]:
+def compared(load: dict[str, Any], plans: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each figure that both have, as it was measured and foretold, and how far off that is."""
-    foretold = {(one["load"].split()[0], one["method"]): one for one in plan["loads"] if "client" in one["load"]}
+    ones = [one for plan in plans for one in plan["loads"] if "client" in one["load"]]
+    foretold = {(one["load"].split()[0], one["method"]): one for one in ones}
     found = []
     for server, method in SERVERS.items():
         for clients, measured in load["servers"].get(server, {}).get("clients", {}).items():
@@ -40,11 +41,12 @@ def compared(load: dict[str, Any], plan: dict[str, Any]) -> list[dict[str, Any]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("load", type=Path)
-    parser.add_argument("plan", type=Path)
+    parser.add_argument("plans", type=Path, nargs="+")
     parser.add_argument("--within", type=float, default=0.15)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    found = compared(*(json.loads(path.read_text()) for path in (options.load, options.plan)))
+    load, *plans = (json.loads(path.read_text()) for path in (options.load, *options.plans))
+    found = compared(load, plans)
     for one in found:
         print(f"{one['server']:8} {one['clients']:3} clients  {one['figure']:16} measured {one['measured']:9.4g}  "
               f"foretold {one['foretold']:9.4g}  {one['off']:+.1%}")  # fmt: skip

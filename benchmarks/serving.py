@@ -2,7 +2,7 @@
 text is the one that is written alone.
 
     python benchmarks/serving.py MODEL --prompts FILE [--heads DIR] [--clients 1,4,8,16] [--requests 48]
-        [--servers default,plain,transformers] [--transformers FOLDER] [--rounds 3] [--out FILE] [--sample FILE]
+        [--servers default,plain,transformers] [--transformers FOLDER] [--rounds 3] [--out FILE] [--sample FOLDER]
     python benchmarks/serving.py MODEL --prompts FILE --requests 400 --write FILE
 
 Servers are started once, each in a process of its own, and get their load in turns, round by round, so that none has
@@ -15,8 +15,8 @@ our own servers one in ten is left in its midst, and one in ten writes under a s
 
 ``relative`` has each server's tokens a second over those of ``plain``, of all rounds and of each. At the end the texts
 of ``default`` are asked for again, one by one, from the server without speculation. Exit status 1 if one differs, or a
-request failed. With ``--sample`` the lengths of what our servers were asked and answered are kept, as a trace for
-``tokentree plan``.
+request failed. With ``--sample`` the lengths of what one of our servers was asked and answered are kept, in the order
+of the requests: for each number of clients a trace for ``tokentree plan``, such as FOLDER/4.jsonl.
 
 With ``--write`` no server is started: other requests of the same kinds are written, one a line, for ``tokentree
 calibrate --serving``.
@@ -81,15 +81,15 @@ class Load:
     seconds: float = 0.0
     tokens: int = 0
     rates: list[float] = field(default_factory=list)  # tokens a second, of each round
+    asked: int = 0
     requests: int = 0
     left: int = 0
     failed: list[str] = field(default_factory=list)
     first: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
     texts: list[tuple[dict[str, Any], str]] = field(default_factory=list)
-    lengths: list[tuple[str, int, int]] = field(
-        default_factory=list
-    )  # prompt, its tokens if known, those of the answer
+    lengths: dict[int, tuple[str, int, int]] = field(default_factory=dict)  # by the order in which requests were made:
+    # the prompt, its tokens if they are known, those of the answer
 
     def figures(self) -> dict[str, Any]:
         def at(values: list[float], share: float) -> float | None:
@@ -149,7 +149,8 @@ def bodies(prompts: list[str], seed: int, ours: bool, count: int) -> Iterator[tu
 async def ask(http: httpx.AsyncClient, server: Server, body: dict[str, Any], leave: bool, load: Load) -> None:
     body = body | {"model": server.model}
     began, previous, text, tokens, pieces = time.perf_counter(), 0.0, "", 0, 0
-    prompt, prompt_tokens = body["messages"][0]["content"], 0
+    prompt, prompt_tokens, place = body["messages"][0]["content"], 0, load.asked
+    load.asked += 1
     async with http.stream("POST", server.url + "/v1/chat/completions", json=body) as answer:
         if answer.status_code != 200:
             load.failed.append(f"{answer.status_code}: {(await answer.aread())[:200]!r}")
@@ -172,10 +173,10 @@ async def ask(http: httpx.AsyncClient, server: Server, body: dict[str, Any], lea
                 if leave and pieces == 4:
                     load.left += 1
                     load.tokens += pieces
-                    load.lengths.append((prompt, 0, pieces))
+                    load.lengths[place] = prompt, 0, pieces
                     return
     load.tokens += tokens or pieces
-    load.lengths.append((prompt, prompt_tokens, tokens or pieces))
+    load.lengths[place] = prompt, prompt_tokens, tokens or pieces
     load.requests += 1
     load.texts.append((body, text))
 
@@ -238,15 +239,18 @@ def told(found: dict[str, Any], out: Path | None) -> None:
         out.write_text(json.dumps(found, indent=1))
 
 
-def keep_sample(lengths: list[tuple[str, int, int]], out: Path) -> None:
-    """Writes a line for each request whose prompt one was answered to the end with."""
-    known, names = {prompt: tokens for prompt, tokens, _ in lengths if tokens}, dict[str, str]()
-    lines = [
-        {"prompt": names.setdefault(prompt, str(len(names))), "prompt_tokens": known[prompt], "output_tokens": answer}
-        for prompt, _, answer in lengths
-        if prompt in known and answer
-    ]
-    out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+def keep_sample(loads: dict[int, Load], folder: Path) -> None:
+    """Writes, for each number of clients, a line for each request whose prompt one was answered to the end with."""
+    known = {prompt: tokens for load in loads.values() for prompt, tokens, _ in load.lengths.values() if tokens}
+    names = {prompt: str(place) for place, prompt in enumerate(known)}
+    folder.mkdir(parents=True, exist_ok=True)
+    for clients, load in loads.items():
+        lines = [
+            {"prompt": names[prompt], "prompt_tokens": known[prompt], "output_tokens": answer}
+            for _, (prompt, _, answer) in sorted(load.lengths.items())
+            if prompt in known and answer
+        ]
+        (folder / f"{clients}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def parsed() -> argparse.Namespace:
@@ -314,8 +318,8 @@ def main() -> None:
                 },
             }
             if options.sample:
-                ours_alone = [load for (name, _), load in loads.items() if by_name[name].is_ours]
-                keep_sample([one for load in ours_alone for one in load.lengths], options.sample)
+                last = [name for name in by_name if by_name[name].is_ours][-1]
+                keep_sample({count: loads[last, count] for count in counts}, options.sample)
             told(found, options.out)  # the comparison takes minutes, and is left out where it is cut off
             texts = [one for (name, _), load in loads.items() if name == "default" for one in load.texts]
             line = bar.add_task("alone", total=len(texts))

@@ -55,24 +55,12 @@ def test_a_client_without_speculation_waits_for_its_forwards_alone() -> None:
     assert _rounded(found.whole) == [read + 3 * step + 4 * 0.5] * 2
 
 
-def test_clients_that_share_a_round_wait_for_its_last_request() -> None:
-    lengths = Lengths([Line(prompt_tokens=1, output_tokens=count) for count in (1, 5)])
+def test_clients_that_share_a_round_take_its_requests_in_their_order_and_wait_for_the_last() -> None:
+    lengths = Lengths([Line(prompt_tokens=1, output_tokens=count) for count in (1, 5, 2, 3)])
     load = Clients(2, lengths, np.random.default_rng(0), in_round=3)
     found = _run(PLAIN, load, 6, warm=3)
-    assert found.end - found.begin == sum(_round_of(load_outputs) for load_outputs in _outputs(lengths))
-
-
-def _outputs(lengths: Lengths) -> list[list[int]]:
-    """Of the second and the third round."""
-    generator = np.random.default_rng(0)
-    drawn = [lengths.lines[int(generator.integers(2))].output_tokens for _ in range(9)]
-    return [drawn[3:6], drawn[6:]]
-
-
-def _round_of(outputs: list[int]) -> float:
-    """Seconds until all have ended: two begin, and the first to end goes on with the third."""
-    first, second, third = outputs
-    return float(max(first, second, min(first, second) + third))
+    # rounds of 1, 5, 2; 3, 1, 5; 2, 3, 1: two begin, and the first to end goes on with the third
+    assert found.end - found.begin == 6 + 3
 
 
 def test_texts_share_forwards_and_each_further_one_adds_its_time() -> None:

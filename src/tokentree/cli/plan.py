@@ -80,7 +80,8 @@ RoundOption = Annotated[
         "--round",
         min=1,
         rich_help_panel=LOAD,
-        help="Clients share so many requests, and begin anew once all of them have ended, as load tests do.",
+        help="Clients share so many requests, and begin anew once all of them have ended, as load tests do. Those of "
+        "--sample come in its order.",
     ),
 ]
 ReplicasOption = Annotated[

@@ -206,11 +206,12 @@ class Clients:
     """So many clients, each of which asks again as soon as it has its answer.
 
     With rounds, they share the requests of a round. Who finds none left waits until the last one has ended. Then all
-    begin with the next round.
+    begin with the next round. Requests then come in the order of their lines, and from the first line on once all have
+    come, so that a load test is gone through again as it was.
 
     Args:
         clients: how many.
-        lengths: what their requests are drawn from.
+        lengths: what their requests are drawn from, or taken in turns.
         generator: draws.
         turnaround: seconds between the last token of an answer and the next request.
         in_round: requests of a round. None: there are no rounds.
@@ -230,6 +231,7 @@ class Clients:
         if in_round is not None and in_round < clients:
             raise OptionError(f"a round has a request for each of {clients} clients, and {in_round} are fewer")
         self._turnaround, self._in_round, self._asked, self._ended = turnaround, in_round, 0, 0
+        self._turn = 0
 
     def first(self) -> list[Asked]:
         return self._together(0.0)
@@ -250,8 +252,10 @@ class Clients:
 
     def _next(self, seconds: float) -> Asked:
         self._asked += 1
-        line = self._lengths.lines[int(self._generator.integers(len(self._lengths.lines)))]
-        return self._made.make(line, seconds)
+        lines = self._lengths.lines
+        place = int(self._generator.integers(len(lines))) if self._in_round is None else self._turn % len(lines)
+        self._turn += 1
+        return self._made.make(lines[place], seconds)
 
 
 class Trace:

@@ -70,11 +70,11 @@ class Plan:
         self, clients: int, replicas: int, method: str, tell: Callable[[float], None] = lambda _: None
     ) -> Figures:
         """Of so many clients, each of which asks again once it has its answer. The first request of each is not
-        measured, or the first round."""
+        measured; of rounds, all are."""
         load = Clients(clients, self.lengths, self._generator(0), self.turnaround.seconds(clients), self.in_round)
         warm, measured = clients, max(self.measured, EACH * clients)
         if self.in_round is not None:  # whole rounds
-            warm, measured = self.in_round, self.in_round * math.ceil(measured / self.in_round)
+            warm, measured = 0, self.in_round * math.ceil(self.measured / self.in_round)
         return self._run(load, replicas, method, Window(warm, measured), tell)
 
     def trace(
