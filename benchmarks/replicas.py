@@ -26,6 +26,7 @@ import random
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,20 +110,23 @@ async def load(
 
 
 async def chats(url: str, clients: int, count: int, turns: int, prompts: list[str], seed: int) -> dict[str, Any]:
-    """Conversations, each by one client at a time; what of their prompts was read already."""
-    sizes, left, began = [0, 0], list(range(count)), time.perf_counter()
+    """Conversations; what of their prompts was read already. All are under way at once: a client goes on with the one
+    that has waited longest, as people read and think between two turns. Who went on at once would come back to the
+    replica that has just become the less busy one, which is its own, however requests are routed."""
+    sizes, began = [0, 0], time.perf_counter()
+    waiting = deque([(random.Random(1000 * seed + number), list[dict[str, Any]]()) for number in range(count)])
 
     async def client() -> None:
-        while left:
-            number = left.pop(0)
-            dice, messages = random.Random(1000 * seed + number), list[dict[str, Any]]()
-            for _ in range(turns):
-                messages.append({"role": "user", "content": dice.choice(prompts)})
-                body = {"model": "model", "messages": messages, "max_tokens": 48, "temperature": 0}
-                answer = (await http.post("/v1/chat/completions", json=body)).raise_for_status().json()
-                messages.append({"role": "assistant", "content": answer["choices"][0]["message"]["content"]})
-                sizes[0] += answer["usage"]["prompt_tokens"]
-                sizes[1] += answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+        while waiting:
+            dice, messages = waiting.popleft()
+            messages.append({"role": "user", "content": dice.choice(prompts)})
+            body = {"model": "model", "messages": messages, "max_tokens": 48, "temperature": 0}
+            answer = (await http.post("/v1/chat/completions", json=body)).raise_for_status().json()
+            messages.append({"role": "assistant", "content": answer["choices"][0]["message"]["content"]})
+            sizes[0] += answer["usage"]["prompt_tokens"]
+            sizes[1] += answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+            if len(messages) < 2 * turns:
+                waiting.append((dice, messages))
 
     async with httpx.AsyncClient(
         base_url=url, timeout=PATIENCE, limits=httpx.Limits(max_connections=2 * clients)
