@@ -8,6 +8,7 @@ from typing import Any
 import numba
 import numpy as np
 import pytest
+from _pytest.mark import ParameterSet
 
 from tests.conftest import by_night
 from tokentree.kernels import tile as kernels
@@ -90,8 +91,15 @@ def few_bits(kind: Any, bits: int) -> Any:
     return call
 
 
-@pytest.mark.parametrize("kind", QUANTS)
-@pytest.mark.parametrize("bits", [8, 4])
+def with_bits(bits: tuple[int, ...], *marks: pytest.MarkDecorator) -> list[ParameterSet]:
+    """Each kind with as many bits as stand at its place."""
+    return [
+        pytest.param(*kind.values, number, id=f"{kind.id}-{number}", marks=(*kind.marks, *marks))
+        for kind, number in zip(QUANTS, bits, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(("kind", "bits"), [*with_bits((8, 4, 4)), *with_bits((4, 8, 8), pytest.mark.nightly)])
 @pytest.mark.parametrize("rows", by_night([1, 3, TILE_ROWS], but=[3]))
 def test_few_bits(kind: Any, bits: int, rows: int) -> None:
     rng, groups, group = np.random.default_rng(rows), 3, 64

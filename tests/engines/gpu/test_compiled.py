@@ -36,10 +36,9 @@ def fits(found: list[dict[str, Any]], capability: int) -> int:
     return len(kernels)
 
 
-@pytest.mark.parametrize("capabilities", PROCESSES)
-def test_the_heaviest_kernels_compile_without_spills_within_the_shared_memory_of_each_gpu(
-    capabilities: tuple[int, ...],
-) -> None:
+def test_the_heaviest_kernels_compile_without_spills_within_the_shared_memory_of_each_gpu() -> None:
+    """Of 89, which has as little shared memory as 120, all are compiled by night."""
+    capabilities = (80, 90, 120)
     found = compiled("heaviest", capabilities)
     for capability in capabilities:
         assert fits(found, capability) >= 19
