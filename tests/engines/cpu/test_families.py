@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import warnings
 from typing import Any
 
@@ -175,7 +176,14 @@ def test_what_reads_in_both_directions_is_refused() -> None:
         TorchEngine(model)
 
 
-@pytest.mark.parametrize(("name", "dtype"), all_pairs(NEW, BOTH), ids=shown)
+IN_TURNS = [(name, BOTH[place % 2]) for place, name in enumerate(NAMES)]  # by day, one engine in bfloat16 serves all
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    by_night(itertools.product(NEW, BOTH), but=[one for one in IN_TURNS if one[0] in NEW]),
+    ids=shown,
+)
 def test_kv_of_a_text_that_begins_alike_is_reused(name: str, dtype: torch.dtype) -> None:
     model, tokens = model_of(name, dtype), some_tokens(60)
     engine, first = TorchEngine(model, prefix_bytes=1 << 22), request(tokens)
@@ -394,9 +402,14 @@ def test_experts_of_a_model_that_nobody_else_uses_are_there_once(name: str) -> N
 # -- the proof -------------------------------------------------------------------------------------------------------
 
 
+# where an engine is refused that lets routers choose anew: so it was on one CPU, but for Ernie's, of which none is known
+FLIPPED = {"ernie4_5_moe": [0], "gpt_oss": [1], "mixtral": [9, 34], "phimoe": [15, 37], "qwen2_moe": [1, 7]}
+
+
 @pytest.mark.parametrize("name", ROUTERS)
-def test_a_router_that_rounding_flips_is_no_difference(name: str) -> None:
-    for seed in range(8):
+@pytest.mark.parametrize("more", by_night([range(0), range(8)], but=[range(0)]), ids=["flipped", "more"])
+def test_a_router_that_rounding_flips_is_no_difference(name: str, more: range) -> None:
+    for seed in more or FLIPPED[name]:
         options: dict[str, Any] = {"seed": seed, "dtype": torch.bfloat16}
         wide: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96}
         model = tiny(name, **options, **wide) if name == "mixtral" else tiny_other(name, **options)
