@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.activations import GELUTanh, SiLUActivation
 
-from tests.conftest import each_two
+from tests.conftest import all_pairs, by_night, each_two, shown
 from tests.tiny_models import FAMILIES, VOCAB, full_logits, randomised, request, some_tokens, some_tree, tiny
 from tokentree.engines import kv_engine
 from tokentree.engines.base import Rewinds
@@ -48,11 +48,7 @@ WIDE = {
     "falcon_old": {"hidden_size": 64, "ffn_hidden_size": 96},
 }
 Numbers = torch.dtype | str  # a dtype, or a quantization
-NUMBERS = [
-    pytest.param(torch.float32, id="float32"),
-    pytest.param(torch.bfloat16, id="bfloat16"),
-    pytest.param("int8", id="int8"),
-]
+NUMBERS: list[Numbers] = [torch.float32, torch.bfloat16, "int8"]
 
 every_engine = pytest.mark.parametrize(("family", "attention"), BOTH)
 
@@ -163,9 +159,9 @@ def test_the_logits_of_these_models_depend_on_far_tokens_and_on_positions(family
         assert float((near - moved).abs().max()) > 1e-2
 
 
-@pytest.mark.parametrize("prefix", PREFIXES)
-@every_engine
-def test_a_tree_has_the_logits_that_transformers_gives_each_path(family: str, attention: str, prefix: int) -> None:
+@pytest.mark.parametrize(("engine", "prefix"), all_pairs(BOTH, PREFIXES, by_day=3), ids=shown)
+def test_a_tree_has_the_logits_that_transformers_gives_each_path(engine: tuple[str, str], prefix: int) -> None:
+    family, attention = engine
     tokens = some_tokens(prefix + 1, seed=prefix)
     tree = some_tree(tokens[-1], 14, seed=prefix)
     seq = request(tokens)
@@ -174,8 +170,7 @@ def test_a_tree_has_the_logits_that_transformers_gives_each_path(family: str, at
     assert_near(got, of_transformers(model_of(family), tokens[:-1], tree))
 
 
-@pytest.mark.parametrize("prefix", [5, 62, 130])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "prefix"), all_pairs(FAMILIES, [5, 62, 130]))
 def test_a_tree_has_the_logits_of_decoding_each_path_alone_where_the_model_attends_by_itself(
     family: str, prefix: int
 ) -> None:
@@ -187,9 +182,10 @@ def test_a_tree_has_the_logits_of_decoding_each_path_alone_where_the_model_atten
     assert_near(got, alone)
 
 
-@pytest.mark.parametrize(
-    ("family", "numbers", "prefix"), each_two(FAMILIES, [torch.float32, torch.bfloat16, "int8"], [5, 62, 127])
-)
+TREES = each_two(FAMILIES, NUMBERS, [5, 62, 127])
+
+
+@pytest.mark.parametrize(("family", "numbers", "prefix"), by_night(TREES, but=[*TREES[::4], *TREES[1::4]]), ids=shown)
 def test_a_node_has_the_bits_of_decoding_its_path_alone_in_a_tree_of_any_size(
     family: str, numbers: Numbers, prefix: int
 ) -> None:
@@ -205,8 +201,7 @@ def test_a_node_has_the_bits_of_decoding_its_path_alone_in_a_tree_of_any_size(
         assert torch.equal(got, alone[: len(known)]), f"{size} nodes, off by {error:.3g}"
 
 
-@pytest.mark.parametrize("numbers", NUMBERS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "numbers"), all_pairs(FAMILIES, [*NUMBERS[1:], NUMBERS[0]]), ids=shown)
 def test_a_chain_of_any_length_has_the_bits_of_decoding_alone(family: str, numbers: Numbers) -> None:
     engine, tokens = engine_of(family, "tree", numbers), some_tokens(50 + 18)
     chain = TokenTree.chain(tokens[50], tokens[51:])
@@ -218,8 +213,7 @@ def test_a_chain_of_any_length_has_the_bits_of_decoding_alone(family: str, numbe
         assert torch.equal(got, alone[:size]), f"{size} nodes"
 
 
-@pytest.mark.parametrize("numbers", NUMBERS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "numbers"), all_pairs(FAMILIES, [NUMBERS[2], *NUMBERS[:2]]), ids=shown)
 def test_prefilled_rows_and_committed_rows_have_the_same_bits(family: str, numbers: Numbers) -> None:
     engine, tokens = engine_of(family, "tree", numbers), some_tokens(70)
     prefilled, decoded = request(tokens), request(tokens[:40])
@@ -372,12 +366,15 @@ def test_a_verify_without_commit_leaves_no_trace(family: str, attention: str) ->
 
 @every_engine
 def test_prefill_in_chunks_equals_prefill_at_once(family: str, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, tokens = engine_of(family, attention), some_tokens(80)
-    tree = some_tree(tokens[-1], 6)
-    at_once = verified(engine, request(tokens), tree)
-    for rows in (1, 7, 64):
-        monkeypatch.setattr(kv_engine, "PREFILL_ROWS", rows)
-        assert_same(verified(engine, request(tokens), tree), at_once, family, attention)
+    engine, whole = engine_of(family, attention), kv_engine.PREFILL_ROWS
+    for count, chunks in ((80, (7, 64)), (12, (1,))):
+        tokens, said = some_tokens(count), list[torch.Tensor]()
+        tree = some_tree(tokens[-1], 6)
+        for rows in (whole, *chunks):
+            monkeypatch.setattr(kv_engine, "PREFILL_ROWS", rows)
+            said.append(verified(engine, request(tokens), tree))
+        for logits in said[1:]:
+            assert_same(logits, said[0], family, attention)
 
 
 def test_prefill_goes_on_where_it_stopped() -> None:

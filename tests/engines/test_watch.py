@@ -22,7 +22,7 @@ from transformers import AttentionInterface, GenerationConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama import modeling_llama
 
-from tests.conftest import by_night
+from tests.conftest import all_pairs, by_night, shown
 from tests.tiny_models import full_logits, kv_engine, parts_of, request, some_tokens, tiny
 from tokentree import LLM, SamplingParams
 from tokentree.engines.cpu.linear import PackedLinear
@@ -667,8 +667,12 @@ def test_a_generator_follows_a_draft_model_that_changes() -> None:
     assert made.metrics[0].acceptance_rate < 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("change", [*CHANGES, "float", "half", "double", "meta", "freed"])
+BOTH = [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype"), all_pairs([*CHANGES, "half", "float", "double", "freed", "meta"], BOTH), ids=shown
+)
 def test_llm_refuses_a_model_that_has_changed(change: Any, dtype: torch.dtype) -> None:
     model = fresh(dtype=dtype)
     llm = LLM(model, "none")
@@ -704,11 +708,16 @@ SHARED = [other_data, in_place, past_torch, by_numpy, loaded, by_an_optimizer, e
 
 
 @pytest.mark.parametrize(
-    ("dtype", "attention"), [(torch.float32, "sdpa"), (torch.float32, None), (torch.bfloat16, None)]
+    ("change", "kind"),
+    all_pairs(
+        [*SHARED, wrapper, IN_THE_WAY["a block's hook"], "half", "float", "meta"],
+        [(torch.float32, "sdpa"), (torch.float32, None), (torch.bfloat16, None)],
+    ),
+    ids=shown,
 )
-@pytest.mark.parametrize("change", [*SHARED, wrapper, IN_THE_WAY["a block's hook"], "float", "half", "meta"])
-def test_a_change_while_a_text_is_decoded(change: Any, attention: str | None, dtype: torch.dtype) -> None:
+def test_a_change_while_a_text_is_decoded(change: Any, kind: tuple[torch.dtype, str | None]) -> None:
     """The text of before, or a refusal."""
+    dtype, attention = kind
     model = fresh(dtype=dtype)
     llm = LLM(model, "ngram", attention=attention)
     expected = llm.generate([PROMPT], SamplingParams(max_tokens=NEW))[0].token_ids
