@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import by_night, decode, make_sequence, random_table
+from tests.conftest import all_pairs, decode, make_sequence, random_table, shown
 from tests.drafters.test_eagle import some_head
 from tests.drafters.test_medusa import random_heads
 from tests.heads.block_heads import some_block
@@ -110,15 +110,17 @@ MIXED: list[tuple[list[int], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("rows", by_night([1, 3, 16, 1000], but=[3, 1000]))
-@pytest.mark.parametrize(
-    ("kind", "drafter"),
-    [(kind, "lookups") for kind in ENGINES] + [("one call", name) for name in DRAFTERS if name != "lookups"]
-    + [("gpt2", "eagle"), ("gpt2", "block"), ("gemma2", "medusa"), ("llama", "draft model")],
-)  # fmt: skip
+READ = [
+    *((kind, "lookups") for kind in ENGINES), *(("one call", name) for name in DRAFTERS if name != "lookups"),
+    ("gpt2", "eagle"), ("gpt2", "block"), ("gemma2", "medusa"), ("llama", "draft model"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("pair", "rows"), all_pairs(READ, [3, 16, 1000, 1]), ids=shown)
 def test_prompts_read_in_parts_and_requests_that_join_give_the_texts_written_alone(
-    kind: str, drafter: str, rows: int
+    pair: tuple[str, str], rows: int
 ) -> None:
+    kind, drafter = pair
     engine = ENGINES[kind]()
     scheduler = scheduler_of(engine, DRAFTERS[drafter](engine), prefill_rows=rows)
     seqs = [made(prompt, **options) for prompt, options in MIXED]
@@ -436,11 +438,16 @@ def test_when_memory_runs_out_the_youngest_waits_and_is_never_lost(kv_bytes: int
 
 
 def test_memory_is_what_storage_takes_and_models_are_set_back_too() -> None:
+    requests = [(prompt, {**options, "max_tokens": 110}) for prompt, options in MIXED]
+    expected = {
+        kind: [alone(plain, prompt, **options) for prompt, options in requests]
+        for kind in ("one call", "llama") for plain in [ENGINES[kind]()]
+    }  # fmt: skip
     for kind, name in (("one call", "lookups"), ("llama", "draft model"), ("one call", "eagle")):
         engine = ENGINES[kind]()
         one = engine.nbytes(made(MIXED[0][0]), 120)
         scheduler = scheduler_of(engine, DRAFTERS[name](engine), prefill_rows=16, kv_bytes=2 * one)
-        seqs = [made(prompt, **{**options, "max_tokens": 110}) for prompt, options in MIXED]
+        seqs = [made(prompt, **options) for prompt, options in requests]
         for seq in seqs:
             scheduler.add(seq)
         back = set[int]()
@@ -450,9 +457,7 @@ def test_memory_is_what_storage_takes_and_models_are_set_back_too() -> None:
             assert held <= 2 * one or len(engine._kv) == 1
             back |= {seq.id for seq in scheduler._waiting if seq.output_ids}
         assert back, kind
-        plain = ENGINES[kind]()
-        expected = [alone(plain, prompt, **{**options, "max_tokens": 110}) for prompt, options in MIXED]
-        assert [seq.output_ids for seq in seqs] == expected
+        assert [seq.output_ids for seq in seqs] == expected[kind]
 
 
 def test_storage_grows_with_the_text_and_its_size_is_known_before() -> None:
@@ -552,7 +557,7 @@ def test_eight_threads_with_mixed_requests(kind: str) -> None:
     plain = llm.plain()
     dice = random.Random(1)
     jobs = list[tuple[list[int], SamplingParams]]()
-    for i in range(40):
+    for i in range(24):
         params = SamplingParams(
             max_tokens=dice.randint(1, 30), temperature=dice.choice([0.0, 0.8]), seed=i, n=dice.choice([1, 1, 2])
         )
