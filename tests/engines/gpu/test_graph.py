@@ -78,17 +78,19 @@ def test_no_tree_is_captured_again(graphs: Graphs) -> None:
 
 
 def test_storage_that_grows_keeps_its_rows(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    record_only(monkeypatch, 16, 64)
     monkeypatch.setattr(kv, "LEAST_FIXED", 16)
     engine, before, tree = compiled("gemma3"), some_tokens(6), some_tree(ROOT, 40)
     nodes, expected = decoded_alone(TorchEngine(tiny("gemma3"), "sdpa"), before, tree, leaves=3)
     got = verified(engine, request([*before, ROOT]), tree)
     assert_near(got[nodes], expected)
-    texts = [request(some_tokens(11), max_tokens=150) for _ in range(2)]
+    texts = [request(some_tokens(11), max_tokens=90) for _ in range(2)]
     expected_ids = decode(TorchEngine(tiny("gemma3")), texts[:1])
     assert decode(engine, texts[1:], Recycling(engine.vocab_size)) == expected_ids
 
 
-def test_a_tree_grown_over_two_calls_equals_one_call(graphs: Graphs) -> None:
+def test_a_tree_grown_over_two_calls_equals_one_call(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    record_only(monkeypatch, 16)
     engine, tree = compiled("llama"), some_tree(ROOT, 12)
     seq = request([*some_tokens(9), ROOT])
     whole = verified(engine, seq, tree)
@@ -98,7 +100,8 @@ def test_a_tree_grown_over_two_calls_equals_one_call(graphs: Graphs) -> None:
     assert_near(rest.rows(0, range(5, 12)), whole[5:])
 
 
-def test_what_no_graph_fits_goes_through_the_model(graphs: Graphs) -> None:
+def test_what_no_graph_fits_goes_through_the_model(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    record_only(monkeypatch, 16)
     engine = compiled("qwen3")
     seqs = [request([*some_tokens(4), ROOT]), request([*some_tokens(8), ROOT])]
     for seq in seqs:
