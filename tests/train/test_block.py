@@ -206,16 +206,16 @@ def test_figures_count_runs_of_right_guesses() -> None:
 # -- all of it ---------------------------------------------------------------------------------------------------------
 
 
-def trained(folder: Path, epochs: int = 24, stop_after: int | None = None, **changes: Any) -> Trained:
-    steps: dict[str, Any] = {"batch_size": 1, "warmup_steps": 2, "evaluate_every": 10, "patience": 99}
+def trained(folder: Path, epochs: int, stop_after: int | None = None, tokens: int = 2050, **changes: Any) -> Trained:
+    steps: dict[str, Any] = {"batch_size": 1, "warmup_steps": 2, "evaluate_every": 40, "patience": 99}
     recipe = Recipe(epochs=epochs, learning_rate=3e-3, **steps)
     options: dict[str, Any] = {"known_tokens": 200, "block_size": 4, "markov_rank": 8, "num_layers": 1} | changes
-    return train_block(llm(), "tiny", "self", folder, recipe, tokens=2050, stop_after=stop_after, **options)
+    return train_block(llm(), "tiny", "self", folder, recipe, tokens=tokens, stop_after=stop_after, **options)
 
 
 @pytest.mark.parametrize("kind", by_night(KINDS, but=["dspark"]))
 def test_a_trained_head_proposes_what_the_model_writes(kind: str, tmp_path: Path) -> None:
-    done = trained(tmp_path, kind=kind)
+    done = trained(tmp_path, 14, kind=kind)
     saved = read_block(done.folder, 2)
     sizes = saved.head.sizes
     assert (sizes.taps, sizes.num_guesses, sizes.markov_rank, sizes.mask_token) == ((0, 1), 4, 8, None)
@@ -253,9 +253,9 @@ def test_a_fresh_head_says_what_its_rows_say(kind: str) -> None:
 
 
 def test_an_interrupted_run_goes_on_to_the_same_head(tmp_path: Path) -> None:
-    whole = trained(tmp_path / "whole", 3)
-    trained(tmp_path / "parts", 3, stop_after=12)
-    again = trained(tmp_path / "parts", 3)
+    whole = trained(tmp_path / "whole", 4, tokens=1050)
+    trained(tmp_path / "parts", 4, stop_after=11, tokens=1050)
+    again = trained(tmp_path / "parts", 4, tokens=1050)
     assert again.figures == whole.figures
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -272,7 +272,7 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
         ({"held_back": 1.0}, "share of the texts"),
     ):
         with pytest.raises(OptionError, match=message):
-            trained(tmp_path, **options)
+            trained(tmp_path, 1, **options)
 
 
 @pytest.mark.parametrize(("kind", "rank"), by_night([("dspark", "0"), ("dflash2", "8")], but=[("dflash2", "8")]))

@@ -230,17 +230,18 @@ def llm(**options: Any) -> LLM:
 
 
 def trained(
-    folder: Path, epochs: int = 24, stop_after: int | None = None, precision: Any = "float32", **changes: Any
+    folder: Path, epochs: int, stop_after: int | None = None, precision: Any = "float32", tokens: int = 2050,
+    **changes: Any,
 ) -> Trained:  # fmt: skip
-    steps: dict[str, Any] = {"batch_size": 1, "warmup_steps": 2, "evaluate_every": 10, "patience": 99}
+    steps: dict[str, Any] = {"batch_size": 1, "warmup_steps": 2, "evaluate_every": 40, "patience": 99}
     recipe = Recipe(epochs=epochs, learning_rate=3e-3, precision=precision, **steps)
     options: dict[str, Any] = {"known_tokens": 200, "unroll": 3, "taps": [0, 1, 2]} | changes
-    return train_eagle(llm(), "tiny", "self", folder, recipe, tokens=2050, stop_after=stop_after, **options)
+    return train_eagle(llm(), "tiny", "self", folder, recipe, tokens=tokens, stop_after=stop_after, **options)
 
 
 @pytest.mark.parametrize("version", by_night([1, 3], but=[3]))
 def test_a_trained_head_proposes_what_the_model_writes(tmp_path: Path, version: int) -> None:
-    done = trained(tmp_path, version=version)
+    done = trained(tmp_path, 18, version=version)
     saved = read_eagle(done.folder, 2)
     assert saved.head.sizes.version == version
     assert saved.head.sizes.taps == ((2,) if version == 1 else (0, 1, 2))
@@ -269,7 +270,7 @@ def test_an_interrupted_run_goes_on_to_the_same_head(tmp_path: Path) -> None:
 
 def test_heads_share_what_the_model_wrote_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work = tmp_path / "work"
-    trained(tmp_path / "third", 1, work=work)
+    trained(tmp_path / "third", 1, work=work, tokens=1050)
     read = list[tuple[int, ...]]()
     hidden_states_of = KVEngine.hidden_states_of
 
@@ -279,11 +280,11 @@ def test_heads_share_what_the_model_wrote_and_said(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(KVEngine, "hidden_states_of", noted)
     monkeypatch.setattr(written, "_Requests", None)
-    shared = trained(tmp_path / "first", 1, work=work, version=1)
+    shared = trained(tmp_path / "first", 1, work=work, version=1, tokens=1050)
     assert not read
-    trained(tmp_path / "other", 1, work=work, taps=[0, 0, 1])
+    trained(tmp_path / "other", 1, work=work, taps=[0, 0, 1], tokens=1050)
     assert not read
-    medusa = train_medusa(llm(), "tiny", "self", tmp_path / "medusa", num_heads=2, tokens=2050, work=work)
+    medusa = train_medusa(llm(), "tiny", "self", tmp_path / "medusa", num_heads=2, tokens=1050, work=work)
     assert not read
     assert medusa.texts.ids == shared.texts.ids
     assert (tmp_path / "first" / "work" / "checkpoint.pt").is_file()
@@ -307,7 +308,7 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
         ({"norms": ["fc_norm", "norm_before_fc"]}, "choose one"),
     ):
         with pytest.raises(OptionError, match=message):
-            trained(tmp_path, **options)
+            trained(tmp_path, 1, **options)
 
 
 @pytest.mark.parametrize("version", ["1", "3"])
