@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -59,25 +60,33 @@ def train(kind: str, out: Path, data: Path, changes: dict[str, Any] | None = Non
     return function(llm(), "tiny", data, out, recipe(kind, **changes or {}), **settings)
 
 
+@pytest.fixture(scope="module")
+def made(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of trained heads of a kind."""
+    return functools.cache(lambda kind: train(kind, tmp_path_factory.mktemp(kind) / "heads", data).folder)
+
+
 @pytest.mark.parametrize("kind", by_night(KINDS, but=[*KINDS][::2]))
 def test_a_training_goes_on_from_heads_and_keeps_them_where_it_makes_them_worse(
-    kind: str, data: Path, tmp_path: Path
+    kind: str, made: Callable[[str], Path], data: Path, tmp_path: Path
 ) -> None:  # fmt: skip
-    first = train(kind, tmp_path / "first", data)
-    better = train(kind, tmp_path / "better", data, start=first.folder)
+    first = made(kind)
+    better = train(kind, tmp_path / "better", data, start=first)
     begun = torch.load(tmp_path / "better" / "work" / CHECKPOINT, weights_only=True)
-    before = torch.load(tmp_path / "first" / "work" / CHECKPOINT, weights_only=True)
+    before = torch.load(first / "work" / CHECKPOINT, weights_only=True)
     assert begun["least"] < before["least"]
     assert "start: " in (better.folder / "README.md").read_text()
     assert "| an owl |" in (better.folder / "README.md").read_text()
     # a step that is far too long
-    worse = train(kind, tmp_path / "worse", data, {"learning_rate": 50.0, "warmup_steps": 0}, start=first.folder)
-    one, other = (load_file(done.folder / "model.safetensors") for done in (first, worse))
+    worse = train(kind, tmp_path / "worse", data, {"learning_rate": 50.0, "warmup_steps": 0}, start=first)
+    one, other = (load_file(folder / "model.safetensors") for folder in (first, worse.folder))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_an_interrupted_one_goes_on_to_the_same_head(data: Path, tmp_path: Path) -> None:
-    start = train("eagle", tmp_path / "start", data).folder
+def test_an_interrupted_one_goes_on_to_the_same_head(
+    made: Callable[[str], Path], data: Path, tmp_path: Path
+) -> None:  # fmt: skip
+    start = made("eagle")
     whole = train("eagle", tmp_path / "whole", data, start=start)
     train("eagle", tmp_path / "parts", data, start=start, stop_after=5)
     again = train("eagle", tmp_path / "parts", data, start=start)
@@ -109,8 +118,10 @@ def test_an_eagle_head_may_learn_other_tokens(data: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_heads_that_are_made_otherwise_are_no_start(kind: str, data: Path, tmp_path: Path) -> None:
-    start = train(kind, tmp_path / "start", data, {"epochs": 1}).folder
+def test_heads_that_are_made_otherwise_are_no_start(
+    kind: str, made: Callable[[str], Path], data: Path, tmp_path: Path
+) -> None:  # fmt: skip
+    start = made(kind)
     _, _, changes, message = KINDS[kind]
     with pytest.raises(OptionError, match=f"can't start from the heads in .*: they have .*{message}") as error:
         train(kind, tmp_path / "out", data, start=start, **changes)
