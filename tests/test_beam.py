@@ -77,7 +77,8 @@ BEAMS = each_two(["llama", "gemma3", "gpt2"], [2, 4, 8], [False, True, "never"])
 @pytest.mark.parametrize(("family", "num_beams", "early_stopping"), by_night(BEAMS, but=BEAMS[::2]))
 def test_texts_and_scores_are_those_of_transformers(family: str, num_beams: int, early_stopping: Any) -> None:
     model = model_of(family)
-    llms = [LLM(model, "none"), LLM(model, shape="2x2"), LLM(model, shape="dynamic:nodes=8,min_prob=0,min_reach=0")]
+    llm = LLM(model, shape="2x2")
+    llms = [llm.plain(), llm, llm.using(shape="dynamic:nodes=8,min_prob=0,min_reach=0")]
     prompts = [PROMPT, some_tokens(1, seed=4)] * 2
     for prompt, length_penalty in zip(prompts, (1.0, 0.0, 2.0, -1.0), strict=True):
         options = {"num_beams": num_beams, "early_stopping": early_stopping, "length_penalty": length_penalty}

@@ -119,6 +119,7 @@ def assert_same(
     return [[int(token) for token in row] for row in expected]
 
 
+@functools.cache
 def plain_text() -> list[int]:
     """The new tokens after PROMPT, decoded greedily."""
     return [int(token) for token in run(model_of("llama"), batch(PROMPT))[0, len(PROMPT) :]]
@@ -234,8 +235,7 @@ def test_pad_token_id_defaults_to_the_first_eos() -> None:
     ids=str,
 )
 def test_options(options: dict[str, Any]) -> None:
-    assert_same(batch(PROMPT), **options)
-    assert_same(batch(*SEVERAL), **options)
+    assert_same(batch(PROMPT, *SEVERAL), **options)
 
 
 def test_options_about_tokens() -> None:
@@ -249,8 +249,7 @@ def test_options_about_tokens() -> None:
         {"begin_suppress_tokens": text[:1]},
     ]
     for some in options:
-        assert_same(batch(PROMPT, *SEVERAL), **some)
-        assert plain_text() != assert_same(batch(PROMPT), **some)[0][len(PROMPT) :]
+        assert plain_text() != assert_same(batch(PROMPT, *SEVERAL), **some)[0][len(PROMPT) :]
 
 
 def test_prefix_allowed_tokens_fn_knows_the_row() -> None:
@@ -495,7 +494,7 @@ def exact(options: dict[str, Any]) -> torch.Tensor:
     [
         pytest.param("match", {"temperature": 2.5, "top_p": 0.8}, id="match, top_p"),
         pytest.param("rejection", {"temperature": 1.7, "top_k": 5}, id="rejection, top_k"),
-        pytest.param("rejection", {"temperature": 2.5, "top_p": 0.8}, id="rejection, top_p"),
+        pytest.param("rejection", {"temperature": 2.5, "top_p": 0.8}, id="rejection, top_p", marks=pytest.mark.nightly),
         pytest.param("rejection", {"temperature": 2.0, "min_p": 0.1}, id="rejection, min_p"),
     ],
 )
@@ -543,9 +542,9 @@ def test_under_match_a_seed_gives_plain_s_text(options: dict[str, Any]) -> None:
     plain = generator(drafter="none", seed=3)
     texts = [
         run(model_of("llama"), batch(*SEVERAL), custom_generate=made, do_sample=True, **options).tolist()
-        for made in (plain, tree("fair"), tree("perfect"), tree("fair", shape="chain:3"))
+        for made in (plain, tree("fair"), tree("perfect", shape="chain:3"))
     ]
-    assert texts[0] == texts[1] == texts[2] == texts[3]
+    assert texts[0] == texts[1] == texts[2]
     assert texts[0] != run(model_of("llama"), batch(*SEVERAL)).tolist()
 
 
@@ -581,10 +580,11 @@ def test_seeds() -> None:
         return rows
 
     before = torch.get_rng_state()
-    assert text(1) == text(1)
-    assert text(1) != text(2)
+    first = text(1)
+    assert text(1) == first
+    assert text(2) != first
     assert text(None) != text(None)
-    assert len(set(map(tuple, text(1)))) == 3  # the samples of one prompt differ
+    assert len(set(map(tuple, first))) == 3  # the samples of one prompt differ
     assert torch.equal(before, torch.get_rng_state())
 
 

@@ -23,6 +23,8 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
+from tests.conftest import all_pairs
+from tests.conftest import shown as named
 from tests.test_hf import NEW, batch, run
 from tests.tiny_models import CONTEXT, VOCAB, randomised, some_tokens
 from tokentree import LLM, pictures
@@ -133,8 +135,9 @@ def test_behind_pictures_texts_are_transformers_own(make: Make, made: TreeGenera
     assert made.metrics[0].reused_tokens > 16
 
 
-@pytest.mark.parametrize("make", MODELS)
-@pytest.mark.parametrize("options", [{}, {"num_return_sequences": 3}, {"repetition_penalty": 1.3}], ids=str)
+@pytest.mark.parametrize(
+    ("make", "options"), all_pairs(MODELS, [{}, {"num_return_sequences": 3}, {"repetition_penalty": 1.3}]), ids=named
+)
 def test_behind_pictures_a_seed_s_text_is_the_plain_one(make: Make, options: dict[str, Any]) -> None:
     model, prompts = model_of(make), [some_tokens(12, vocab=100)]
     inputs, other = shown(make, prompts), shown(make, prompts, seed=1)

@@ -370,9 +370,9 @@ def test_greedy_ids_and_sampled_ids_are_plain_s(form: str, cut: str, model: tupl
     ("accept", "form", "cut"),
     [
         ("rejection", "dflash2", "3x2"),
-        ("traversal", "dspark", "3x2"),
         ("traversal", "rnn", "3x2"),
         ("block", "dspark", "chain:3"),
+        pytest.param("traversal", "dspark", "3x2", marks=pytest.mark.nightly),
         pytest.param("traversal", "dflash", "2x2", marks=pytest.mark.nightly),
         pytest.param("rejection", "dspark", "3x2", marks=pytest.mark.nightly),
         pytest.param("traversal", "dflash2", "3x2", marks=pytest.mark.nightly),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
 from collections import Counter
 from collections.abc import Sequence
@@ -304,21 +305,26 @@ def test_a_token_that_the_draft_model_does_not_have_ends_drafting_and_not_decodi
     assert any(drafted) == (where == "output")
 
 
+CHOICES: list[dict[str, Any]] = [
+    {"max_tokens": 32},
+    {"max_tokens": 32, "temperature": 1.0, "seed": 1},
+    {"max_tokens": 32, "temperature": 0.7, "seed": 2, "top_k": 20, "top_p": 0.9},
+    {"max_tokens": 32, "repetition_penalty": 1.3, "presence_penalty": 0.5},
+]
+
+
+@functools.cache
+def plain_texts() -> list[list[int]]:
+    return [plain(tiny_pair()[0], PROMPT, **options) for options in CHOICES]
+
+
 @pytest.mark.parametrize("form", SHAPES)
 def test_the_text_is_plains_greedily_and_sampled_with_a_seed(form: str) -> None:
     target, draft = tiny_pair()
     engine, drafter = TorchEngine(target), DraftModel(TorchEngine(draft), VOCAB)
-    choices: list[dict[str, Any]] = [
-        {},
-        {"temperature": 1.0, "seed": 1},
-        {"temperature": 0.7, "seed": 2, "top_k": 20, "top_p": 0.9},
-        {"repetition_penalty": 1.3, "presence_penalty": 0.5},
-    ]
-    for options in choices:
-        options |= {"max_tokens": 32}
+    for options, expected in zip(CHOICES, plain_texts(), strict=True):
         seen = Seen()
-        got = decode(engine, drafter, [request(PROMPT, **options)], form, seen)
-        assert got == [plain(target, PROMPT, **options)], options
+        assert decode(engine, drafter, [request(PROMPT, **options)], form, seen) == [expected], options
         assert seen.num_accepted > 0
 
 

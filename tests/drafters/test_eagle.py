@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from tests.conftest import decode, each_two, shown
+from tests.conftest import by_night, decode, each_two, shown
 from tests.drafters.sampled import assert_has_the_target_s_distribution
 from tests.played import Played
 from tests.tiny_models import CONTEXT, VOCAB, request, some_tokens, tiny
@@ -318,7 +318,10 @@ def test_greedy_ids_and_sampled_ids_are_plain_s(
 
 
 # under match a seed gives plain's ids, see above
-@pytest.mark.parametrize(("accept", "known"), [("rejection", None), ("rejection", 4), ("traversal", 4), ("match", 4)])
+RULES = [("rejection", None), ("rejection", 4), ("traversal", 4), ("match", 4)]
+
+
+@pytest.mark.parametrize(("accept", "known"), by_night(RULES, but=[RULES[0], *RULES[2:]]))
 def test_sampling_has_the_target_s_distribution(accept: str, known: int | None) -> None:
     model = tiny("llama", vocab_size=6)
     engine = TorchEngine(model)

@@ -472,7 +472,7 @@ def test_trained_heads_propose_what_the_model_writes(tmp_path: Path, monkeypatch
     requests = ("a tree", "one two three", "an owl")  # that come again and again: what is held back was trained on
     monkeypatch.setattr(talks, "TEMPERATURES", (0.0,))
     monkeypatch.setattr(talks, "plan", lambda number, seed: [Chat("chat", (requests[number % 3],))])
-    done = trained(tmp_path, Recipe(epochs=30, **SMALL | {"learning_rate": 1e-2}), known_tokens=200)
+    done = trained(tmp_path, Recipe(epochs=20, **SMALL | {"learning_rate": 1e-2}), known_tokens=200)
     saved = read_heads(done.folder)
     assert saved.about.recipe["tokens"] == done.texts.tokens >= 2050
     assert saved.about.accuracies is not None
@@ -485,7 +485,7 @@ def test_trained_heads_propose_what_the_model_writes(tmp_path: Path, monkeypatch
     assert f"| 1 | {saved.about.accuracies[0][0]:.1%} |" in card
     with_heads = llm(heads=done.folder, drafter="medusa", shape="dynamic:nodes=16")
     prompts = [text.ids[: (text.answers or ())[0][0] + 2] for text in done.texts.texts[:4]]
-    params = SamplingParams(max_tokens=200)
+    params = SamplingParams(max_tokens=100)
     results = with_heads.generate(prompts, params)
     assert [r.token_ids for r in results] == [r.token_ids for r in with_heads.plain().generate(prompts, params)]
     fresh = MedusaHeads(2, 1, 48)
