@@ -1,8 +1,9 @@
 """Processes of this Python that begin with everything imported: to import it takes longer than most of them run.
 
-Each process that tests has a server, made at the first use: this file as a program. It imports what is heavy, and forks
-whenever it is asked. What begins so has streams, variables, a folder, a session and signals of its own, and ends as any
-other process does. Only what happens before a program's first line is not like that of a new process.
+All processes that test together have one server, made at the first use: this file as a program. It imports what is
+heavy, and forks whenever it is asked. What begins so has streams, variables, a folder, a session and signals of its
+own, and ends as any other process does. Only what happens before a program's first line is not like that of a new
+process.
 """
 
 from __future__ import annotations
@@ -84,32 +85,59 @@ _servers = list[int]()
 
 @functools.cache
 def _server() -> socket.socket:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
-        theirs.set_inheritable(True)
-        words = [sys.executable, "-m", "tests.forked", str(theirs.fileno())]
+    address = f"\0tokentree-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening, contextlib.suppress(OSError):
+        listening.bind(address)  # unless another process has
+        listening.listen()
+        listening.set_inheritable(True)
+        words = [sys.executable, "-m", "tests.forked", str(listening.fileno())]
         _servers.append(os.posix_spawn(words[0], words, os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}))
-    return ours
+    asked = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    asked.connect(address)
+    return asked
 
 
 def end() -> None:
-    """Ends the server, if there is one."""
-    if _servers:
+    """Ends the use of the server, if there is one. Who has made it waits until nobody uses it."""
+    if _server.cache_info().currsize:
         _server().close()
         _server.cache_clear()
+    while _servers:
         os.waitpid(_servers.pop(), 0)
 
 
 # -- the server --------------------------------------------------------------------------------------------------------
 
 
-def serve(asked: socket.socket) -> None:
-    """Forks for each message: a process that tells of the other one's end, and that one."""
+def serve(listening: socket.socket) -> None:
+    """Forks for each process that tests, until there is none."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for module in IMPORTED:
             import_module(module)
     gc.freeze()
+    users = 0
+    while not users or _reaped():
+        if select.select([listening], [], [], 0.1)[0]:
+            asked, _ = listening.accept()
+            if not os.fork():
+                listening.close()
+                return answer(asked)
+            asked.close()
+            users += 1
+    return None
+
+
+def _reaped() -> bool:
+    """Whether there are children left."""
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+        return True
+    return False
+
+
+def answer(asked: socket.socket) -> None:
+    """Forks for each message: a process that tells of the other one's end, and that one."""
     while True:
         message, fds, _, _ = socket.recv_fds(asked, MOST, 4)
         if not message:

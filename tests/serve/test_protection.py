@@ -118,7 +118,7 @@ def test_prompts_are_bounded() -> None:
 
 def test_a_full_queue_refuses_at_once(served: Served) -> None:
     with ThreadPoolExecutor(2) as pool:
-        running = [pool.submit(served.post, "/v1/completions", LONG) for _ in range(2)]
+        running = [pool.submit(served.post, "/v1/completions", LONG | {"max_tokens": 150}) for _ in range(2)]
         until(lambda: served.service._open == 2)
         until(lambda: served.service._sum("running") == 1 and served.service._sum("waiting") == 1)
         answer = served.post("/v1/completions", LONG)
@@ -200,7 +200,7 @@ def test_a_stream_that_nobody_reads_stops_and_is_ended(
     monkeypatch.setattr(
         streaming, "_event", lambda chunk, event=streaming._event: event(chunk | {"filler": "a" * 100_000})
     )
-    with serving(tiny_llm(), stall_timeout=1.0) as served, caplog.at_level(logging.WARNING):
+    with serving(tiny_llm(), stall_timeout=0.5) as served, caplog.at_level(logging.WARNING):
         address = served.url.removeprefix("http://").split(":")
         with socket.create_connection((address[0], int(address[1]))) as stalled:
             stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -232,7 +232,7 @@ HEADS = ["Content-Length: 100\r\n", "Transfer-Encoding: chunked\r\n"]
 
 @pytest.mark.parametrize("head", by_night(HEADS, but=HEADS[1:]))
 def test_a_body_that_doesn_t_come_is_not_waited_for(head: str) -> None:
-    with serving(tiny_llm(), stall_timeout=0.5) as served:
+    with serving(tiny_llm(), stall_timeout=0.3) as served:
         with _begun(served, head, b'5\r\n{"pro\r\n' if "chunked" in head else b'{"pro') as slow:
             assert served.post("/v1/completions", {"prompt": "a", "max_tokens": 2}).status_code == 200
             said = b"".join(iter(lambda: slow.recv(4096), b""))
@@ -240,9 +240,9 @@ def test_a_body_that_doesn_t_come_is_not_waited_for(head: str) -> None:
         assert b"\r\nconnection: close\r\n" in said  # else it is kept for some seconds
         error = json.loads(said.partition(b"\r\n\r\n")[2])["error"]
         assert error["code"] == "body_timeout"
-        body = {"prompt": "a", "max_tokens": 60, "ignore_eos": True}
+        body = {"prompt": "a", "max_tokens": 40, "ignore_eos": True}
         slowed(served.llm, 0.02)  # the text takes longer than a body may
-        assert served.post("/v1/completions", body).json()["usage"]["completion_tokens"] == 60
+        assert served.post("/v1/completions", body).json()["usage"]["completion_tokens"] == 40
         served.wait_idle()
 
 
