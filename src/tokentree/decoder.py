@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
@@ -13,16 +14,18 @@ from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter
 from tokentree.drafters.none import NoDrafter
 from tokentree.engines.base import Engine, TakesPrompts, TargetOutput
-from tokentree.errors import ModelError, OptionError, PairingError, RequestError
+from tokentree.errors import InvariantError, ModelError, OptionError, PairingError, RequestError
 from tokentree.exclusive import Exclusive, exclusive
 from tokentree.grammars.drafting import NAME, guided
 from tokentree.growing import compile_loops
-from tokentree.scheduler import Scheduler
+from tokentree.sampling import NOT_NUMBERS
+from tokentree.scheduler import Scheduler, fail
 from tokentree.sequence import Accepted, Sequence, TokenLogprobs
 from tokentree.shapes.base import Shape
 from tokentree.sharing import Shared
 
 Watcher = Callable[[Sequence, Draft, Accepted], None]
+SCORED = 64  # rows of logits that become log-probabilities at a time
 
 
 class Decoder:
@@ -108,7 +111,7 @@ class Decoder:
             self.engine.take(seq, seq.prompt_kv)
         else:
             raise ModelError(f"{self.engine.info.name} can't go on here behind a prompt that the model read by itself")
-        self.drafter.observe_prompt([seq], self.engine.committed(seq))
+        self._observe_prompt(seq)
         seq.metrics.prefill_seconds += self.clock() - started
         seq.metrics.lossy = self.accept.lossy
 
@@ -139,6 +142,8 @@ class Decoder:
         times[0] += sum([seq.metrics.prefill_seconds for seq in seqs]) - before  # when a drafter read a prompt
         times.append(self.clock())
         out = self.engine.verify(seqs, [draft.tree for draft in drafts], reading=reading)
+        for seq, _ in reading:
+            self._score(seq, out)
         times.append(self.clock())
         accepted = [self._accept(i, seq, draft, out) for i, (seq, draft) in enumerate(zip(seqs, drafts, strict=True))]
         self.engine.commit(seqs, [step.path for step in accepted])
@@ -154,7 +159,7 @@ class Decoder:
         rows = sum(map(len, drafts)) + unread
         for seq, count in reading:
             started = self.clock()
-            self.drafter.observe_prompt([seq], self.engine.committed(seq))
+            self._observe_prompt(seq)
             share = (times[2] - times[1]) * count / rows
             seq.metrics.prefill_seconds += share + self.clock() - started
         self._stepped(seqs, [seq for seq, _ in reading], rows, times)
@@ -162,6 +167,31 @@ class Decoder:
     def _stepped(self, seqs: list[Sequence], reading: list[Sequence], rows: int, times: list[float]) -> None:
         """For who measures: a step of ``rows`` rows has been made. ``times``: when drafting, the forward, accepting and
         learning began, and when the last one ended."""
+
+    def _observe_prompt(self, seq: Sequence) -> None:
+        """What has been read of ``seq`` is told to the drafter. A request that only scores its prompt needs no drafts,
+        and ends here."""
+        if seq.room:
+            self.drafter.observe_prompt([seq], self.engine.committed(seq))
+        elif not seq.finished and not self.unread(seq):
+            seq.finish_reason = "length"
+
+    def _score(self, seq: Sequence, out: TargetOutput) -> None:
+        """Log-probabilities of the prompt's tokens that follow those which were read now. What was scored before it
+        was read again stays."""
+        rows, count, known = out.read.get(seq.id), seq.params.prompt_logprobs, seq.prompt_logprobs
+        if rows is None or count is None:
+            return
+        first = self.engine.committed(seq) - len(rows) + 1  # the place of the token after the first row
+        if first > len(known):
+            raise InvariantError(f"tokens {len(known)} to {first - 1} of a prompt can't be scored: they were not read")
+        end = min(first + len(rows), len(seq.prompt_ids))
+        for start in range(len(known), end, SCORED):
+            tokens, row = seq.prompt_ids[start : min(start + SCORED, end)], rows[start - first]
+            new = _logprobs(out.all_logits[row : row + len(tokens)], tokens, count)
+            known += new
+            if any(math.isnan(one.logprob) for one in new):
+                fail(seq, RequestError(NOT_NUMBERS))
 
     @exclusive
     def release(self, seqs: list[Sequence]) -> None:
@@ -205,15 +235,20 @@ class Decoder:
             metrics.count_sources(draft.sources, step.path[1:], self.names)
         if seq.params.logprobs is not None:
             for node, token in zip(step.path, step.tokens, strict=True):
-                seq.logprobs.append(_logprobs(out.logits(i, node), token, seq.params.logprobs))
+                seq.logprobs += _logprobs(out.logits(i, node)[None], [token], seq.params.logprobs)
         seq.extend(step)
         for watch in (self.watch, seq.watch) if step.tokens else ():
             if watch is not None:
                 watch(seq, draft, step)
 
 
-def _logprobs(logits: torch.Tensor, token: int, count: int) -> TokenLogprobs:
+def _logprobs(logits: torch.Tensor, tokens: list[int], count: int) -> list[TokenLogprobs]:
+    """Of each of ``tokens``, and of the ``count`` most probable ones, by its row of ``logits`` [tokens, vocab]."""
     scores = logits.float().log_softmax(-1)
-    best = scores.topk(min(count, scores.numel()))
-    top = dict(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-    return TokenLogprobs(token, float(scores[token]), top)
+    best = scores.topk(min(count, scores.shape[-1]))
+    said = scores.gather(-1, torch.tensor(tokens, device=scores.device)[:, None])[:, 0].tolist()
+    tops = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return [
+        TokenLogprobs(token, logprob, dict(zip(ids, values, strict=True)))
+        for token, logprob, (ids, values) in zip(tokens, said, tops, strict=True)
+    ]

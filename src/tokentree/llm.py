@@ -503,6 +503,9 @@ class LLM:
             raise PromptError("stop strings need a tokenizer: pass tokenizer=, or use stop_token_ids")
         if params.num_beams > 1 and not isinstance(self.engine, Branches):
             raise OptionError(f"{self.engine.info.name} keeps no branches of a text, which num_beams needs")
+        if params.prompt_logprobs is not None and not self.engine.info.scores_prompts:
+            said = f"{self.engine.info.name} gives no logits of prompts here, which prompt_logprobs needs"
+            raise OptionError(said, "prompt_logprobs")
         check_vocabulary(params, self.engine.vocab_size)
         seed = params.seed if params.seed is not None else secrets.randbits(63)
         detokenizer = self.detokenizer() if params.stop else None
@@ -555,4 +558,7 @@ class LLM:
         elif self.tokenizer is not None:
             text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
         logprobs = seq.logprobs[: len(ids)] if seq.params.logprobs is not None else None
-        return Result(text, ids, reason, logprobs, seq.metrics, seq.prompt_ids, error=seq.error)
+        scored = list(seq.prompt_logprobs) if seq.params.prompt_logprobs is not None else None
+        return Result(
+            text, ids, reason, logprobs, seq.metrics, seq.prompt_ids, error=seq.error, prompt_logprobs=scored
+        )  # fmt: skip

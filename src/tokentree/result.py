@@ -23,6 +23,8 @@ class Result:
         score: with beam search, the text's log-probability, divided by its length to the power of the length penalty.
         error: the error that ended the request, with the finish reason "error". Either the request couldn't begin, or
             its rules failed behind the tokens that are there.
+        prompt_logprobs: per token of the prompt, if the request asked for them. That of the first one is None: nothing
+            comes before it. They are as far as the prompt was read.
     """
 
     text: str
@@ -33,3 +35,4 @@ class Result:
     prompt_token_ids: list[int]
     score: float | None = None
     error: TokenTreeError | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None

@@ -99,7 +99,8 @@ class SamplingParams(BaseModel):
             output and the node's own path; ``logits`` is float32[vocab], and so must be what is returned.
         seed: the same seed gives the same text; None draws a new one per request.
         n: how many samples to draw for each prompt.
-        max_tokens, min_tokens: bounds on the number of new tokens.
+        max_tokens, min_tokens: bounds on the number of new tokens. ``max_tokens`` may be 0 with
+            ``prompt_logprobs``: the prompt is scored, and nothing is written.
         ignore_eos: go on after an end-of-sequence token.
         stop: strings that end the text (they are cut off); stop_token_ids: tokens that end it (they are kept).
         num_beams: above 1, beam search keeps so many texts, as transformers does: see `beam.BeamSearch`, also for
@@ -110,6 +111,8 @@ class SamplingParams(BaseModel):
             when the request is made.
         logprobs: None, or how many top tokens to report beside each emitted one, as raw log-probabilities (before
             temperature, penalties and truncation).
+        prompt_logprobs: the same for the tokens of the prompt, see `Result`. The whole prompt is read then: no KV of
+            other texts is reused for it.
         structured_outputs: None, or what the text has to be: `StructuredOutputs`, or a dict such as
             ``{"json": schema}``. It goes neither with beam search nor with ``ignore_eos``.
 
@@ -131,7 +134,7 @@ class SamplingParams(BaseModel):
     logits_processors: Annotated[tuple[LogitsProcessor, ...], BeforeValidator(_one_or_several)] = ()
     seed: Int | None = Field(None, ge=0, lt=END)
     n: Int = Field(1, ge=1, le=MOST)
-    max_tokens: Int = Field(256, ge=1, lt=END)
+    max_tokens: Int = Field(256, ge=0, lt=END)
     min_tokens: Int = Field(0, ge=0, lt=END)
     ignore_eos: Annotated[bool, BeforeValidator(_truth)] = False
     stop: Annotated[tuple[str, ...], BeforeValidator(_one_or_several)] = ()
@@ -142,6 +145,7 @@ class SamplingParams(BaseModel):
     num_return_sequences: Int = Field(1, ge=1, lt=END)
     timeout: Float | None = Field(None, ge=0, allow_inf_nan=False)
     logprobs: Int | None = Field(None, ge=0, lt=END)
+    prompt_logprobs: Int | None = Field(None, ge=0, lt=END)
     structured_outputs: Annotated[StructuredOutputs | None, BeforeValidator(_structured)] = None
 
     def __init__(self, **options: Any) -> None:
@@ -193,11 +197,14 @@ class SamplingParams(BaseModel):
 
     @model_validator(mode="after")
     def _bounds_in_order(self) -> SamplingParams:
+        if self.max_tokens == 0 and self.prompt_logprobs is None:
+            raise ValueError("max_tokens=0 is less than 1, which goes with prompt_logprobs alone")
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}")
         if self.num_return_sequences > self.num_beams:
             raise ValueError("num_return_sequences is at most num_beams; n says how many samples to draw")
-        if self.num_beams > 1 and not (self.is_greedy and self.n == 1 and not self.stop and self.logprobs is None):
+        told = self.logprobs is not None or self.prompt_logprobs is not None
+        if self.num_beams > 1 and (told or self.stop or self.n > 1 or not self.is_greedy):
             raise ValueError("num_beams goes with temperature=0, n=1, and neither stop strings nor logprobs")
         if self.num_beams > 1 and self.timeout is not None:
             raise ValueError("num_beams goes without a timeout: its text is certain only at its end")

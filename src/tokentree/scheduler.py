@@ -46,7 +46,8 @@ class Scheduler:
     A step is one forward. It holds the trees of all texts that are decoded, and up to ``prefill_rows`` tokens of
     prompts. So a long prompt delays others for no longer than so many rows take. A step that decodes no text reads four
     times as many tokens. Prompts share these rows, the shortest first. A prompt that begins like another one that is
-    being read waits for that one, and reuses its KV.
+    being read waits for that one, and reuses its KV. Prompts that are scored reuse none, and there are no more than
+    ``prefill_rows`` in a step that has one: each of their rows has logits.
 
     Requests are admitted in the order of their arrival, while memory is left for their KV and for that of the next
     tokens of all. When memory runs out, the youngest request goes back to waiting, and is read again later. The oldest
@@ -152,7 +153,8 @@ class Scheduler:
             going = [suspect]
         unread = {seq.id: self._decoder.unread(seq) for seq in going}
         decoding = [seq for seq in going if not unread[seq.id]]
-        rows = self._prefill_rows if decoding else MORE_ALONE * self._prefill_rows
+        alone = not decoding and not any(seq.scores_prompt for seq in going)
+        rows = MORE_ALONE * self._prefill_rows if alone else self._prefill_rows
         reading = self._shares([(seq, unread[seq.id]) for seq in going if unread[seq.id]], rows)
         try:
             if decoding or reading:
@@ -198,7 +200,7 @@ class Scheduler:
     def _reads_for(self, seq: Sequence, one: Sequence) -> bool:
         """Whether ``one`` is still reading what ``seq`` begins with too."""
         most = max(self._decoder.engine.committed(one), LEAST - 1) + 1
-        return most < min(len(seq.tokens), len(one.tokens)) and seq.tokens[:most] == one.tokens[:most]
+        return most < min(seq.reusable + 1, len(one.tokens)) and seq.tokens[:most] == one.tokens[:most]
 
     def _fits(self, seqs: SequenceOf[Sequence], spare: int) -> bool:
         if self._kv_bytes is None:

@@ -50,7 +50,7 @@ class Accepted(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Raw log-probabilities at one position: of the emitted token, and of the most probable ones."""
+    """Raw log-probabilities at one position: of the token that is there, and of the most probable ones."""
 
     token: int
     logprob: float
@@ -77,7 +77,8 @@ class Sequence:
 
     Raises:
         PromptError: if the prompt is empty or leaves no room in the context.
-        OptionError: if ``params.structured_outputs`` is there without a guide.
+        OptionError: if ``params.structured_outputs`` is there without a guide, or ``params.prompt_logprobs`` with a
+            ``prompt_kv``.
 
     Attributes:
         changes_logits: whether anything but temperature, truncation and ``min_tokens`` touches the logits.
@@ -85,6 +86,7 @@ class Sequence:
         finish_reason: why it ended, None as long as it goes on.
         error: with the finish reason "error", what ended it.
         deadline: when ``params.timeout`` is over, on the same clock as `made`.
+        prompt_logprobs: of the first tokens of the prompt, as far as they have been scored. That of the first is None.
     """
 
     prompt_ids: list[int]
@@ -116,11 +118,14 @@ class Sequence:
             )
         if self.params.structured_outputs is not None and self.guide is None:
             raise OptionError("structured_outputs needs a guide: LLM.sequence makes such a request")
+        if self.params.prompt_logprobs is not None and self.prompt_kv is not None:
+            raise OptionError("there are no prompt_logprobs of a prompt that the model read by itself")
         # whether rules, and rules beside ``min_tokens``, touch the logits; both are asked for at every node
         self.changes_logits = self.params.changes_logits or self.guide is not None
         self._has_rules = self.changes_logits or bool(self.params.min_tokens)
         self.takes_best = self.params.is_greedy and not self._has_rules
         self.tokens = list(self.prompt_ids)
+        self.prompt_logprobs: list[TokenLogprobs | None] = [None]
         self._most = min(len(self.prompt_ids) + self.params.max_tokens, self.context)  # tokens, with the prompt's
         self.metrics.prompt_tokens = len(self.prompt_ids)
         timeout = self.params.timeout
@@ -134,6 +139,16 @@ class Sequence:
     def room(self) -> int:
         """How many tokens may still be added."""
         return self._most - len(self.tokens)
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether tokens of the prompt still have to be scored: the logits after those that are read are needed."""
+        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt_ids)
+
+    @property
+    def reusable(self) -> int:
+        """How many of its first tokens may have KV of another text: those after which no logits are needed."""
+        return len(self.prompt_logprobs if self.scores_prompt else self.tokens) - 1
 
     @property
     def finished(self) -> bool:

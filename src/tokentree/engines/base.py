@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, Protocol, runtime_checkable
@@ -54,6 +54,8 @@ class TargetOutput:
         seconds: how long the forward took.
         best_known: the result of `top`, if the engine has computed it already.
         log_sums: float32[rows], the log-sum-exp of each row of logits, if the engine has computed it.
+        read: by `Sequence.id`, of each text whose `Sequence.scores_prompt` was set: the rows that follow its tokens
+            that were read last.
     """
 
     given: Logits
@@ -62,6 +64,7 @@ class TargetOutput:
     seconds: float
     best_known: tuple[NDArray[np.float32], Ints] | None = field(default=None, repr=False)
     log_sums: NDArray[np.float32] | None = field(default=None, repr=False)
+    read: Mapping[int, range] = field(default_factory=dict)
 
     @property
     def all_logits(self) -> torch.Tensor:
@@ -214,6 +217,7 @@ class EngineInfo:
         keeps: what it keeps of a text, and takes back where a tree's nodes are dropped: "rows" of KV, recurrent
             "states", or both.
         state_bytes: the memory of a text's recurrent states in bytes, however long the text is.
+        scores_prompts: whether it gives the logits of prompts, see `TargetOutput.read`.
     """
 
     name: str
@@ -229,6 +233,7 @@ class EngineInfo:
     kv_bytes: int | None = None
     keeps: tuple[str, ...] = ("rows",)
     state_bytes: int = 0
+    scores_prompts: bool = False
 
 
 class NotCopied:
@@ -329,7 +334,8 @@ class Engine(Protocol):
         ...
 
     def begin(self, seq: Sequence) -> int:
-        """Makes room for a new ``seq``. Reuses KV rows of a text that begins alike, and returns how many."""
+        """Makes room for a new ``seq``. Reuses KV rows of a text that begins alike, and returns how many. They are at
+        most `Sequence.reusable`."""
         ...
 
     def prefill(self, seq: Sequence, upto: int | None = None) -> int:

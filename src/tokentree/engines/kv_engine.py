@@ -153,7 +153,7 @@ class KVEngine(NotCopied, ABC):
         return EngineInfo(
             self.facts.name, self.vocab_size, self.context, tuple(self.ends), self.device, self.dtype,
             self.attention, self.execution, self.signature, self.caveat, keeps=self._storages.layout.keeps,
-            state_bytes=self._storages.layout.text_nbytes,
+            state_bytes=self._storages.layout.text_nbytes, scores_prompts=True,
         )  # fmt: skip
 
     @property
@@ -179,7 +179,7 @@ class KVEngine(NotCopied, ABC):
             for other, known in list(self._kv.values())
             if known is not kv and not known.is_private
         ]
-        tokens = np.array(seq.tokens[:-1])
+        tokens = np.array(seq.tokens[: seq.reusable], np.int64)
         reused = self._prefixes.fill(kv, tokens, live)
         if kv.recurrent.recurrences and (known := self._prefixes.known(tokens, live)) >= reused + LEAST:
             kv.recurrent.mark = known
@@ -229,21 +229,25 @@ class KVEngine(NotCopied, ABC):
             if first < len(tree):
                 segments.append(Segment(kv, tree, first, start))
             start += len(tree) - first
-        rows, prompts = start, list[Segment]()
-        for seq, count in reading:
+        rows, prompts, read = start, list[Segment](), dict[int, range]()
+        for seq, count in sorted(reading, key=lambda one: not one[0].scores_prompt):  # rows with logits come first
             kv = self._kv_of(seq)
             end = kv.length + count
             self._read_to_mark(kv, seq.tokens, end)
             prompts.append(self._chain(kv, seq.tokens[kv.length : end], start))
             start += prompts[-1].count
-        logits = self._guarded([*segments, *prompts], "logits" if segments else self._upto_kv, rows)
+            if seq.scores_prompt:
+                read[seq.id] = range(rows, start)
+                rows = start
+        logits = self._guarded([*segments, *prompts], "logits" if rows else self._upto_kv, rows)
         for prompt in prompts:
             prompt.kv.commit(range(prompt.count))
         for seq, _ in reading:
             self._remember(self._kv_of(seq), seq)
         if self._on_gpu:
             torch.cuda.synchronize(self.device)
-        return TargetOutput(logits, starts, firsts, time.perf_counter() - started, self._most_probable())
+        seconds = time.perf_counter() - started
+        return TargetOutput(logits, starts, firsts, seconds, self._most_probable(), read=read)
 
     @exclusive
     def commit(self, seqs: SequenceOf[Sequence], paths: SequenceOf[list[int]]) -> None:

@@ -43,7 +43,7 @@ class TableEngine:
         size = "x".join(map(str, self.table.shape))
         return EngineInfo(
             "a table", self.vocab_size, self.context, dtype=self.table.dtype, execution="look-ups",
-            signature=f"table {size}",
+            signature=f"table {size}", scores_prompts=True,
         )  # fmt: skip
 
     def logits_after(self, tokens: SequenceOf[int]) -> torch.Tensor:
@@ -77,12 +77,16 @@ class TableEngine:
             rows += [
                 self.logits_after([*before, *tree.tokens[tree.path(node)].tolist()]) for node in range(first, len(tree))
             ]
+        read = dict[int, range]()
         for seq, count in reading:
-            self._committed[seq.id] = seq.tokens[: len(self._committed[seq.id]) + count]
+            first = len(self._committed[seq.id]) + 1
+            self._committed[seq.id] = seq.tokens[: first + count - 1]
+            if seq.scores_prompt:
+                read[seq.id] = range(len(rows), len(rows) + count)
+                rows += [self.logits_after(seq.tokens[:end]) for end in range(first, first + count)]
         self.forwards += bool(seqs)
-        return TargetOutput(
-            torch.stack(rows) if rows else self.table.new_zeros(0, self.vocab_size), starts, firsts, 0.0
-        )
+        logits = torch.stack(rows) if rows else self.table.new_zeros(0, self.vocab_size)
+        return TargetOutput(logits, starts, firsts, 0.0, read=read)
 
     def commit(self, seqs: SequenceOf[Sequence], paths: SequenceOf[list[int]]) -> None:
         for seq, path in zip(seqs, paths, strict=True):

@@ -236,7 +236,7 @@ class TritonEngine(NotCopied):
     def info(self) -> EngineInfo:
         return EngineInfo(
             self.facts.name, self.vocab_size, self.context, tuple(self.ends), self.device, self.dtype,
-            "tree", self.execution, self.signature, self.caveat, self.pages.nbytes,
+            "tree", self.execution, self.signature, self.caveat, self.pages.nbytes, scores_prompts=True,
         )  # fmt: skip
 
     def changed(self) -> str | None:
@@ -259,7 +259,7 @@ class TritonEngine(NotCopied):
         if text.pages:
             return 0
         live = [(_ids(other, one), one) for other, one in list(self._texts.values()) if one is not text]
-        return self._shared.fill(text, np.array(seq.tokens[:-1], np.int64), live)
+        return self._shared.fill(text, np.array(seq.tokens[: seq.reusable], np.int64), live)
 
     @exclusive
     def prefill(self, seq: Sequence, upto: int | None = None) -> int:
@@ -274,19 +274,30 @@ class TritonEngine(NotCopied):
     ) -> TargetOutput:  # fmt: skip
         started = time.perf_counter()
         firsts = [0] * len(seqs) if firsts is None else list(firsts)
-        self._guard.before_forward("logits" if seqs else "kv")
         pieces = [Piece(self._text(seq), tree, first) for seq, tree, first in zip(seqs, trees, firsts, strict=True)]
         starts = np.cumsum([0, *(piece.count for piece in pieces)]).tolist()
+        row, read = starts.pop(), dict[int, range]()
+        for seq, count in reading:
+            if seq.scores_prompt:
+                pieces += self._parts(seq, count)
+                read[seq.id] = range(row, row + count)
+                row += count
+        self._guard.before_forward("logits" if pieces else "kv")
         groups = _groups([piece for piece in pieces if piece.count], self.sizes[-1])
         rows = sum(piece.count for piece in groups[-1]) if groups else 0
-        prompts = self._prompts(reading, self.sizes[-1] - rows)
+        prompts = self._prompts([one for one in reading if one[0].id not in read], self.sizes[-1] - rows)
         said = [_copied(self._ask(group)) for group in groups[:-1]]
         said.append(self._ask([*(groups[-1] if groups else []), *prompts], rows))
-        for prompt in prompts:
-            prompt.text.length += prompt.count
         logits, best, sums = said[0] if len(said) == 1 else _behind_one_another(said)
         seconds = time.perf_counter() - started
-        return TargetOutput(logits, starts[:-1], firsts, seconds, best, sums)
+        return TargetOutput(logits, starts, firsts, seconds, best, sums, read)
+
+    def _parts(self, seq: Sequence, count: int) -> list[Piece]:
+        """So many of its next tokens, each part as long as a forward may be."""
+        text, most = self._text(seq), self.sizes[-1]
+        ids = seq.tokens[text.length : text.length + count]
+        parts = [ids[start : start + most] for start in range(0, count, most)]
+        return [Piece(text, TokenTree.chain(part[0], part[1:]), read=True) for part in parts]
 
     def _prompts(self, reading: SequenceOf[tuple[Sequence, int]], room: int) -> list[Piece]:
         """So many of the next tokens of each, as far as there is room for rows; what is more is read now."""
@@ -298,7 +309,7 @@ class TritonEngine(NotCopied):
             self._read(text, ids[:now])
             left -= now
             if ids[now:]:
-                prompts.append(Piece(text, TokenTree.chain(ids[now], ids[now + 1 :])))
+                prompts.append(Piece(text, TokenTree.chain(ids[now], ids[now + 1 :]), read=True))
         return prompts
 
     def _read(self, text: Text, ids: SequenceOf[int]) -> None:
@@ -315,6 +326,8 @@ class TritonEngine(NotCopied):
         rows = sum(piece.count for piece in pieces) if rows is None else rows
         if pieces:
             self._run(pieces, rows)
+        for piece in pieces:
+            piece.text.length += piece.count * piece.read
         self._said[:rows].copy_(self._forward.best[:rows], non_blocking=True)
         self._wait()
         said = self._said[:rows].numpy().copy()

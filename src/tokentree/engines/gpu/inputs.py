@@ -29,11 +29,13 @@ class Piece:
         text: whose.
         tree: all nodes; node j goes to row ``text.length + j``.
         first: the first node to compute.
+        read: its rows are committed as soon as they are there, such as those of a prompt.
     """
 
     text: Text
     tree: TokenTree
     first: int = 0
+    read: bool = False
 
     @property
     def count(self) -> int:
