@@ -115,7 +115,6 @@ OF_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"logprobs": 21}, "logprobs"),
     ({"logprobs": -1}, "logprobs"),
     ({"logprobs": True}, "logprobs"),
-    ({"logprobs": 1, "echo": True}, "echo"),
     ({"suffix": "a"}, "suffix"),
     ({"best_of": 1, "n": 2}, "best_of"),
     ({"messages": HELLO}, "messages"),

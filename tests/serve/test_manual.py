@@ -34,7 +34,7 @@ def calling() -> Iterator[Served]:
 def test_examples_run(calling: Served, capsys: pytest.CaptureFixture[str]) -> None:
     seen: dict[str, Any] = {}
     examples = blocks(PAGE, "py")
-    assert len(examples) == 4
+    assert len(examples) == 5
     for example in examples:
         exec(example.replace("http://localhost:8000", calling.url).replace('"MODEL"', f'"{NAME}"'), seen)
     told = capsys.readouterr().out

@@ -10,7 +10,7 @@ from fastapi.responses import Response
 
 from tokentree.serve.answers import Answer, answer
 from tokentree.serve.errors import BAD, ApiError, blamed
-from tokentree.serve.logprobs import completion_logprobs
+from tokentree.serve.logprobs import completion_logprobs, of_prompt, of_written
 from tokentree.serve.params import check_logprobs, check_sizes, params_of, tokens_asked
 from tokentree.serve.protocol import CompletionRequest
 from tokentree.serve.replies import Completion, told
@@ -32,8 +32,6 @@ async def completions(asked: CompletionRequest, request: Request) -> Response:
     prompts = _prompts(asked)
     check_sizes(asked, service.settings, len(prompts))
     check_logprobs(asked.logprobs, "logprobs", service.settings)
-    if asked.echo and asked.logprobs is not None:
-        raise ApiError(BAD, "echo: a prompt has no logprobs here, leave one of them out", "echo", "unsupported")
     if asked.best_of not in (None, asked.n or 1):
         raise ApiError(BAD, "best_of: all samples are told here, so it can only be n", "best_of", "unsupported")
     plan, made = partial(_planned, service, asked, prompts), partial(_Completion, service, asked, prompts)
@@ -55,10 +53,12 @@ def _prompts(asked: CompletionRequest) -> Prompts:
 
 
 def _planned(service: Service, asked: CompletionRequest, prompts: Prompts) -> list[Planned]:
-    most = tokens_asked(asked.max_tokens, "max_tokens", service.settings, SHORT)
-    params = params_of(
-        asked, service.settings, service.texts.special, most, asked.logprobs, structured(asked, service.settings)
-    )
+    scored = asked.logprobs if asked.echo else None
+    if scored is not None and not service.llm.engine.info.scores_prompts:
+        raise ApiError(BAD, "echo: the engine gives no logprobs of a prompt here", "echo", "unsupported")
+    most = tokens_asked(asked.max_tokens, "max_tokens", service.settings, SHORT, 1 if scored is None else 0)
+    wanted = structured(asked, service.settings)
+    params = params_of(asked, service.settings, service.texts.special, most, asked.logprobs, wanted, scored)
     with blamed("prompt"):
         plans = [Planned(service.llm.prompt_ids(prompt), params) for prompt in prompts]
     for planned in plans:
@@ -70,7 +70,7 @@ class _Completion(Answer):
     """A completion."""
 
     def __init__(self, service: Service, asked: CompletionRequest, prompts: Prompts, job: Job) -> None:
-        self._count = asked.logprobs
+        self._count, self._echoes = asked.logprobs, bool(asked.echo)
         super().__init__(service, asked, job, "cmpl", ("text_completion", "text_completion"))
         decode = service.tokenizer.decode
         shown = [one if isinstance(one, str) else str(decode(one)) for one in prompts] if asked.echo else []
@@ -84,8 +84,12 @@ class _Completion(Answer):
         return self.part(update, first=True)
 
     def part(self, update: Update, first: bool) -> dict[str, Any]:
-        before = self._before[update.choice.prompt]
-        logprobs = completion_logprobs(update.tokens, self.service.texts) if self.has_logprobs else None
+        before, texts, logprobs = self._before[update.choice.prompt], self.service.texts, None
+        if self.has_logprobs:
+            told = of_written(update.tokens, texts, len(before))
+            if first and self._echoes:
+                told = [*of_prompt(update.choice.seq, before, texts), *told]
+            logprobs = completion_logprobs(told, texts)
         return {
             "index": update.choice.index,
             "text": before * first + update.text,

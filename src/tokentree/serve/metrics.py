@@ -100,10 +100,12 @@ class Meter:
     def count(self, seq: Request, event: Event) -> None:
         """Counts what ``event`` tells of ``seq``."""
         metrics, now = self._metrics, time.monotonic()
+        last = self._last.get(seq.id)
+        if last is None and (event.tokens or event.finish_reason == "length"):
+            self._begun(seq)
         if event.tokens:
-            last = self._last.get(seq.id)
             if last is None:
-                self._begun(seq, now)
+                metrics.first_token.observe(now - self._came)
             else:
                 for _ in event.tokens:
                     metrics.between.observe((now - last) / len(event.tokens))
@@ -115,9 +117,8 @@ class Meter:
             metrics.finished(REASONS[event.finish_reason])
             metrics.whole.observe(now - self._came)
 
-    def _begun(self, seq: Request, now: float) -> None:
+    def _begun(self, seq: Request) -> None:
         metrics = self._metrics
-        metrics.first_token.observe(now - self._came)
         metrics.queued.observe(seq.metrics.queue_seconds)
         metrics.prompt_tokens.inc(len(seq.prompt_ids))
         metrics.prefix_queries.inc(len(seq.prompt_ids))

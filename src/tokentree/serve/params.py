@@ -22,7 +22,7 @@ STANDARD = {"temperature": 1.0}  # as OpenAI's interface has it; the others are 
 
 def params_of(
     asked: Sampled, settings: Settings, special: Mapping[str, int], max_tokens: int, logprobs: int | None,
-    wanted: StructuredOutputs | None = None,
+    wanted: StructuredOutputs | None = None, prompt_logprobs: int | None = None,
 ) -> SamplingParams:  # fmt: skip
     """The sampling options of a request.
 
@@ -31,6 +31,7 @@ def params_of(
         max_tokens: the most new tokens.
         logprobs: how many of the most probable tokens are told at each place.
         wanted: what the text has to be.
+        prompt_logprobs: as ``logprobs``, of the prompt.
 
     Raises:
         ApiError, OptionError: if a value can't be honoured.
@@ -42,7 +43,7 @@ def params_of(
     options: dict[str, Any] = {
         "max_tokens": max_tokens, "logprobs": logprobs, "stop": stops, "stop_token_ids": ends,
         "logit_bias": _bias(asked, settings), "timeout": settings.request_timeout,
-        "structured_outputs": wanted,
+        "structured_outputs": wanted, "prompt_logprobs": prompt_logprobs,
     }  # fmt: skip
     options |= STANDARD | dict(settings.defaults) | given
     return SamplingParams(**options)
@@ -58,19 +59,19 @@ def check_sizes(asked: Sampled, settings: Settings, prompts: int) -> None:
         raise ApiError(BAD, "stream_options is for streams: set stream", "stream_options", "invalid_value")
 
 
-def tokens_asked(asked: int | None, name: str, settings: Settings, otherwise: int) -> int:
+def tokens_asked(asked: int | None, name: str, settings: Settings, otherwise: int, least: int = 1) -> int:
     """The most new tokens of a text: those ``asked`` for as ``name``, or ``otherwise``, within the server's limit.
 
     Raises:
-        ApiError: if more are asked for.
+        ApiError: if more are asked for, or less than ``least``.
     """
     limit = settings.max_tokens
     if asked is None:
         return max(1, otherwise if limit is None else min(otherwise, limit))
     if limit is not None and asked > limit:
         raise _too_many(name, asked, limit, "new tokens")
-    if asked < 1:
-        raise ApiError(BAD, f"{name}={asked}: it must be at least 1", name, "invalid_value")
+    if asked < least:
+        raise ApiError(BAD, f"{name}={asked}: it must be at least {least}", name, "invalid_value")
     return asked
 
 

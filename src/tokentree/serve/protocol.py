@@ -188,7 +188,7 @@ class CompletionRequest(Sampled):
         description="A text, token ids, or a list of texts or of token ids."
     )
     logprobs: int | None = Field(None, description="How many of the most probable tokens are told at each place.")
-    echo: bool | None = Field(None, description="The answer begins with the prompt.")
+    echo: bool | None = Field(None, description="The answer begins with the prompt, and so do logprobs.")
     best_of: int | None = Field(None, description="As n: all samples are told.")
     suffix: Literal[""] | None = None
 

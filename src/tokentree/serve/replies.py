@@ -100,11 +100,11 @@ class Choice(Reply):
 
 
 class CompletionLogprobs(Reply):
-    """Log-probabilities, a list with an entry for each token."""
+    """Log-probabilities, a list with an entry for each token. The first token of a prompt has none."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
