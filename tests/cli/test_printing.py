@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.cli.test_cli import Command, run  # noqa: F401  a fixture
-from tests.conftest import by_night
+from tests.conftest import all_pairs, by_night
 from tests.tiny_models import save_model, tiny
 from tokentree.cli import main as cli
 from tokentree.cli import terminal
@@ -186,8 +186,7 @@ def _main(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
 PLAIN = [{"NO_COLOR": "1"}, {"TERM": "dumb"}]
 
 
-@pytest.mark.parametrize("columns", [20, 200])
-@pytest.mark.parametrize("environment", [{}, *PLAIN], ids=["colours", "NO_COLOR", "dumb"])
+@pytest.mark.parametrize(("environment", "columns"), all_pairs([{}, *PLAIN], [20, 200]), ids=str)
 def test_a_terminal_shows_the_text_whatever_its_width(
     monkeypatch: pytest.MonkeyPatch, odd: Path, text: str, environment: dict[str, str], columns: int
 ) -> None:
@@ -264,8 +263,9 @@ def _shell(line: str, **names: str) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(["bash", "-c", line], capture_output=True, env=environment, check=False)
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "latin-1", "utf-16", "shift-jis"])
-@pytest.mark.parametrize("as_json", [True, False])
+@pytest.mark.parametrize(
+    ("encoding", "as_json"), all_pairs(["cp1252", "ascii", "latin-1", "utf-16", "shift-jis"], [False, True])
+)
 def test_what_an_encoding_lacks_is_escaped(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, odd: Path, text: str, encoding: str, as_json: bool
 ) -> None:
