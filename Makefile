@@ -3,12 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist worksteal
+FAST := 'not slow and not real and not gpu and not nightly'
 MODELS ?= .models
 SMOLLM := $(MODELS)/smollm2-135m.gguf
 # Sources are compiled once for all processes, tests' own among them, also where Python is told to keep nothing.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-fast nightly coverage fuzz peers scale browser lint bench docs wheel format clean
+.PHONY: demo test test-fast nightly coverage coverage-fast fuzz peers scale browser lint bench docs wheel format clean
 
 demo: .venv/ready $(SMOLLM)
 	$(BIN)/tokentree generate --model $(SMOLLM) --heads heads/smollm2-135m/eagle --chat --compare --stats --max-tokens 160 \
@@ -19,7 +20,7 @@ test: .venv/ready
 
 # For the work between: without what takes long, which tests/slow.txt lists.
 test-fast: .venv/ready
-	$(PYTEST) -m 'not slow and not real and not gpu and not nightly'
+	$(PYTEST) -m $(FAST)
 
 # What takes too long for each change: more cases of what `make test` tries some of.
 nightly: .venv/ready
@@ -28,6 +29,10 @@ nightly: .venv/ready
 # The tests, and how many of the lines they ran; too few are a failure.
 coverage: .venv/ready
 	$(PYTEST) --cov --cov-report=term
+
+# The same of `make test-fast`, which CI can wait for.
+coverage-fast: .venv/ready
+	$(PYTEST) -m $(FAST) --cov --cov-report=term --cov-fail-under=90
 
 # Ten thousand wrong requests to a server of a tiny model, and what its OpenAPI document allows and forbids.
 fuzz: .venv/ready .venv/openapi/ready
