@@ -14,7 +14,7 @@ from tokentree import busy
 from tokentree.calibrate import BATCHES, SIZES, Calibration, Pick, Rate, _outside, calibrate, certainty, tables
 from tokentree.costs import PROMPTS as PROMPT_ROWS
 from tokentree.costs import prompt_costs
-from tokentree.engines.base import TargetOutput
+from tokentree.engines.output import TargetOutput
 from tokentree.engines.table import TableEngine
 from tokentree.llm import LLM
 from tokentree.planning.clock import Clock

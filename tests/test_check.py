@@ -12,8 +12,8 @@ from tests.tiny_models import tiny
 from tokentree.check import check
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter
-from tokentree.engines.base import TargetOutput
 from tokentree.engines.kv_engine import KVEngine
+from tokentree.engines.output import TargetOutput
 from tokentree.errors import OptionError
 from tokentree.llm import LLM
 from tokentree.sequence import Sequence

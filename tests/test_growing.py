@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.strategies import drafts, numbers
 from tests.strategies import tokens as tokens_
 from tokentree.draft import Draft
-from tokentree.engines.base import TargetOutput
+from tokentree.engines.output import TargetOutput
 from tokentree.errors import RequestError, TreeError
 from tokentree.shapes import worth
 

@@ -27,7 +27,7 @@ from tokentree.drafters.draft_model import DraftModel
 from tokentree.drafters.lookup.ngram import NGram
 from tokentree.drafters.merged import Merged
 from tokentree.drafters.pard import Pard
-from tokentree.engines.base import TargetOutput
+from tokentree.engines.output import TargetOutput
 from tokentree.engines.table import TableEngine
 from tokentree.errors import PairingError
 from tokentree.grammars.guide import Guide

@@ -18,8 +18,9 @@ from tokentree import LLM, SamplingParams
 from tokentree.acceptance import acceptance
 from tokentree.decoder import Decoder
 from tokentree.drafters.none import NoDrafter
-from tokentree.engines.base import Engine, TargetOutput
+from tokentree.engines.base import Engine
 from tokentree.engines.gpu.engine import TritonEngine
+from tokentree.engines.output import TargetOutput
 from tokentree.engines.table import TableEngine
 from tokentree.errors import InvariantError, OptionError, RequestError
 from tokentree.prompt_kv import PromptKV

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from tokentree.engines.base import EngineInfo, EngineOptions, TargetOutput
+from tokentree.engines.base import EngineInfo, EngineOptions
+from tokentree.engines.output import TargetOutput
 from tokentree.exclusive import Exclusive
 from tokentree.sequence import Sequence
 from tokentree.tree import TokenTree

@@ -17,7 +17,8 @@ import torch
 
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter
-from tokentree.engines.base import Branches, TargetOutput
+from tokentree.engines.base import Branches
+from tokentree.engines.output import TargetOutput
 from tokentree.errors import DeadEnd
 from tokentree.exclusive import Exclusive, stepping
 from tokentree.sampling import process_logits

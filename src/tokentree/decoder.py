@@ -13,7 +13,8 @@ from tokentree.acceptance import Acceptance
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter
 from tokentree.drafters.none import NoDrafter
-from tokentree.engines.base import Engine, TakesPrompts, TargetOutput
+from tokentree.engines.base import Engine, TakesPrompts
+from tokentree.engines.output import TargetOutput
 from tokentree.errors import InvariantError, ModelError, OptionError, PairingError, RequestError
 from tokentree.exclusive import Exclusive, exclusive
 from tokentree.grammars.drafting import NAME, guided

@@ -20,8 +20,9 @@ from tokentree.costs import cost_curve
 from tokentree.decoder import Decoder, Watcher
 from tokentree.drafters.base import Parts
 from tokentree.drafters.names import REGISTRY
-from tokentree.engines.base import Branches, Engine, EngineOptions, TransformersEngine
+from tokentree.engines.base import Branches, Engine, EngineOptions
 from tokentree.engines.support import check_quantization
+from tokentree.engines.transformers_engine import TransformersEngine
 from tokentree.errors import DeadEnd, ModelError, OptionError, PromptError
 from tokentree.exclusive import neutral
 from tokentree.gguf.header import is_gguf

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tokentree.converted import converted, packed_place
-from tokentree.engines.base import EngineOptions, TransformersEngine
+from tokentree.engines.base import EngineOptions
 from tokentree.engines.from_cache import ready_engine
 from tokentree.engines.plan import may_be_kept
 from tokentree.engines.support import FOR_ANOTHER
+from tokentree.engines.transformers_engine import TransformersEngine
 from tokentree.errors import ModelError, OptionError
 from tokentree.gguf.header import has_tokenizer, read_header
 from tokentree.heads.assistant import ASSISTANTS

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from tokentree.drafters.pard import mask_token
-from tokentree.engines.base import Engine, EngineOptions, TransformersEngine
+from tokentree.engines.base import Engine, EngineOptions
 from tokentree.engines.model_facts import Facts
+from tokentree.engines.transformers_engine import TransformersEngine
 from tokentree.errors import ModelError, PairingError
 from tokentree.heads.fingerprint import Fingerprint
 from tokentree.loading import find_tokenizer, load_engine, load_tokenizer

@@ -11,7 +11,7 @@ import torch
 from tokentree.acceptance import acceptance
 from tokentree.draft import Draft
 from tokentree.drafters.medusa import FastHeads
-from tokentree.engines.base import HasHiddenStates
+from tokentree.engines.drafting import HasHiddenStates
 from tokentree.errors import OptionError, PromptError, TreeError
 from tokentree.heads.saved import read_heads
 from tokentree.llm import LLM, Model

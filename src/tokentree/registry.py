@@ -10,7 +10,8 @@ from typing import Any
 from tokentree.drafters.base import Drafter, Parts
 from tokentree.drafters.merged import Merged
 from tokentree.drafters.names import DRAFT_MODELS, DRAFTERS, OWN_LAYERS, REGISTRY, fitting
-from tokentree.engines.base import Engine, EngineOptions, LayerEngines
+from tokentree.engines.base import Engine, EngineOptions
+from tokentree.engines.drafting import LayerEngines
 from tokentree.engines.names import ENGINES, TORCH
 from tokentree.errors import ModelError, OptionError, PairingError
 from tokentree.heads.mtp_files import find_mtp

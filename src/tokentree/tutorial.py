@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 from tokentree.acceptance import acceptance
 from tokentree.decoder import Decoder
 from tokentree.drafters.draft_model import DraftModel
-from tokentree.engines.base import TransformersEngine
 from tokentree.engines.torch import TorchEngine
+from tokentree.engines.transformers_engine import TransformersEngine
 from tokentree.errors import ModelError, OptionError, PromptError, TreeError
 from tokentree.inputs import read_prompt
 from tokentree.sampling import SamplingParams, seeded_noise

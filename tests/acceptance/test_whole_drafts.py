@@ -40,7 +40,7 @@ from tokentree.drafters.base import Drafter
 from tokentree.drafters.draft_model import DraftModel
 from tokentree.drafters.drawing import draw
 from tokentree.drafters.lookup.ngram import NGram
-from tokentree.engines.base import TargetOutput
+from tokentree.engines.output import TargetOutput
 from tokentree.engines.table import TableEngine
 from tokentree.errors import PairingError, RequestError
 from tokentree.sampling import to_probs

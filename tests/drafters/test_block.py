@@ -23,8 +23,8 @@ from tokentree.drafters.block import Block
 from tokentree.drafters.lookup.ngram import NGram
 from tokentree.drafters.merged import Merged
 from tokentree.drafters.slots import grown
-from tokentree.engines.base import CANDIDATES, Slots
 from tokentree.engines.block import TorchBlocks
+from tokentree.engines.drafting import CANDIDATES, Slots
 from tokentree.engines.table import TableEngine
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import PairingError

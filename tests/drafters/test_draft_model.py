@@ -20,8 +20,8 @@ from tokentree.drafters.base import Drafter
 from tokentree.drafters.draft_model import DraftModel
 from tokentree.drafters.merged import Merged
 from tokentree.drafters.none import NoDrafter
-from tokentree.engines.base import TargetOutput
 from tokentree.engines.kv_engine import KVEngine
+from tokentree.engines.output import TargetOutput
 from tokentree.engines.torch import TorchEngine
 from tokentree.sequence import Accepted
 from tokentree.sequence import Sequence as Request

@@ -21,7 +21,7 @@ from tokentree.drafters.lookup.recycling import Recycling
 from tokentree.drafters.medusa import TOP, FastHeads, Medusa
 from tokentree.drafters.merged import Merged
 from tokentree.drafters.slots import LEAST_PROB, _grow
-from tokentree.engines.base import Slots
+from tokentree.engines.drafting import Slots
 from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.table import TableEngine
 from tokentree.engines.torch import TorchEngine

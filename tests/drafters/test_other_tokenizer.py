@@ -28,7 +28,7 @@ from tokentree.drafters.base import Drafter
 from tokentree.drafters.lookup.ngram import NGram
 from tokentree.drafters.merged import Merged
 from tokentree.drafters.other_tokenizer import DraftTexts, SameText, SharedTokens
-from tokentree.engines.base import TargetOutput
+from tokentree.engines.output import TargetOutput
 from tokentree.engines.table import TableEngine
 from tokentree.errors import OptionError, PairingError
 from tokentree.sampling import to_probs

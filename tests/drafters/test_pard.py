@@ -21,7 +21,7 @@ from tokentree.drafters.draft_model import DraftModel
 from tokentree.drafters.lookup.ngram import NGram
 from tokentree.drafters.merged import Merged
 from tokentree.drafters.pard import Pard
-from tokentree.engines.base import DraftEngine
+from tokentree.engines.drafting import DraftEngine
 from tokentree.engines.from_cache import ReadyEngine
 from tokentree.engines.torch import TorchEngine
 from tokentree.errors import ModelError, OptionError, PairingError

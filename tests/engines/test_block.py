@@ -10,9 +10,9 @@ import torch
 
 from tests.heads.block_heads import FORMS, some_block
 from tests.tiny_models import VOCAB, request, some_tokens, tiny
-from tokentree.engines.base import CANDIDATES, Slots
 from tokentree.engines.block import Blocks, TorchBlocks
 from tokentree.engines.block_call import CompiledBlocks, blocks_of
+from tokentree.engines.drafting import CANDIDATES, Slots
 from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.torch import TorchEngine
 from tokentree.sequence import Sequence

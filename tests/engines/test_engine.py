@@ -28,8 +28,8 @@ from transformers.activations import GELUTanh, SiLUActivation
 from tests.conftest import all_pairs, by_night, each_two, shown
 from tests.tiny_models import FAMILIES, VOCAB, full_logits, randomised, request, some_tokens, some_tree, tiny
 from tokentree.engines import kv_engine
-from tokentree.engines.base import Rewinds
 from tokentree.engines.cpu.prepare import SteadyActivation
+from tokentree.engines.drafting import Rewinds
 from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.prefix import LEAST
 from tokentree.engines.torch import TorchEngine

@@ -16,7 +16,8 @@ from tests.conftest import package, random_table
 from tests.drafters.test_medusa import random_heads
 from tests.tiny_models import save_model, some_tokens, tiny, tiny_tokenizer
 from tokentree import LLM, ModelError, OptionError, PairingError, SamplingParams
-from tokentree.engines.base import Branches, EngineInfo, HasHiddenStates, HeadEngines
+from tokentree.engines.base import Branches, EngineInfo
+from tokentree.engines.drafting import HasHiddenStates, HeadEngines
 from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.names import ENGINES
 from tokentree.engines.table import TableEngine

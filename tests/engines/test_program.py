@@ -15,7 +15,7 @@ from tests.engines.test_engine import assert_bits_of_paths
 from tests.hybrids import HYBRIDS, tiny_hybrid
 from tests.tiny_models import VOCAB, WINDOW, full_logits, parts_of, request, some_tokens, some_tree, tiny
 from tokentree import LLM, SamplingParams
-from tokentree.engines.base import KEPT, Engine
+from tokentree.engines.base import Engine
 from tokentree.engines.cpu.families.gemma3 import Gemma3
 from tokentree.engines.cpu.families.names import FAMILIES as STACKS
 from tokentree.engines.cpu.families.names import family_of
@@ -24,6 +24,7 @@ from tokentree.engines.cpu.linear import PackedLinear
 from tokentree.engines.cpu.packing import Packing
 from tokentree.engines.cpu.step_loops import ATTEND, BEST, CONVOLVE, MULTIPLY, NORM, NORM_ONCE
 from tokentree.engines.modules import ModulesEngine
+from tokentree.engines.output import KEPT
 from tokentree.engines.program import ProgramEngine
 from tokentree.engines.segment import Segment
 from tokentree.engines.torch import TorchEngine

@@ -18,7 +18,7 @@ from tokentree.drafters.base import Drafter
 from tokentree.drafters.draft_model import DraftModel
 from tokentree.drafters.lookup.ngram import NGram
 from tokentree.drafters.merged import Merged
-from tokentree.engines.base import TargetOutput
+from tokentree.engines.output import TargetOutput
 from tokentree.engines.table import TableEngine
 from tokentree.planning.clock import Clock
 from tokentree.sequence import Sequence

@@ -18,7 +18,7 @@ from tests.tiny_models import save_model, tiny, tiny_tokenizer
 from tests.train.test_eagle import llm
 from tokentree import LLM
 from tokentree.cli.main import app
-from tokentree.engines.base import HasHiddenStates
+from tokentree.engines.drafting import HasHiddenStates
 from tokentree.errors import OptionError, PairingError
 from tokentree.train.loop import CHECKPOINT, Recipe
 from tokentree.train.run import Trained, train_medusa

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from tokentree.drafters.base import Drafter, Parts
 from tokentree.drafters.draft_model import DraftModel
-from tokentree.engines.base import AssistantEngines, Engine
+from tokentree.engines.base import Engine
+from tokentree.engines.drafting import AssistantEngines
 from tokentree.errors import PairingError
 from tokentree.heads.assistant import AssistantHead
 from tokentree.heads.assistant_files import read_assistant

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tokentree.draft import Draft
-from tokentree.engines.base import Engine, TargetOutput
+from tokentree.engines.base import Engine
+from tokentree.engines.output import TargetOutput
 from tokentree.heads.fingerprint import Fingerprint
 from tokentree.sequence import Accepted, Sequence
 from tokentree.shapes.base import Shape

@@ -12,7 +12,8 @@ from tokentree.drafters.base import Drafter, Parts
 from tokentree.drafters.draft_model import caught_up
 from tokentree.drafters.drawing import drawn, whole
 from tokentree.drafters.slots import compile_growth, grown
-from tokentree.engines.base import BlockEngine, BlockEngines, Engine
+from tokentree.engines.base import Engine
+from tokentree.engines.drafting import BlockEngine, BlockEngines
 from tokentree.errors import PairingError
 from tokentree.growing import DEPTH, PARENT, TOKEN
 from tokentree.heads.block import BlockHead

@@ -11,7 +11,8 @@ import torch
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter
 from tokentree.drafters.drawing import draw, whole
-from tokentree.engines.base import DraftEngine, ReadsTexts, TargetOutput
+from tokentree.engines.drafting import DraftEngine, ReadsTexts
+from tokentree.engines.output import TargetOutput
 from tokentree.errors import RequestError
 from tokentree.growing import DEPTH, PARENT, TOKEN
 from tokentree.kernels.topk import top_logprobs

@@ -8,7 +8,8 @@ from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter, Parts
 from tokentree.drafters.draft_model import DraftModel
 from tokentree.drafters.pard import Pard
-from tokentree.engines.base import DraftLevels, Engine, GrowsDrafts, HeadEngines
+from tokentree.engines.base import Engine
+from tokentree.engines.drafting import DraftLevels, GrowsDrafts, HeadEngines
 from tokentree.errors import PairingError
 from tokentree.heads.eagle import EagleHead
 from tokentree.heads.eagle_files import read_eagle

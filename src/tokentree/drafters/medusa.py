@@ -11,7 +11,8 @@ from torch.nn.functional import silu
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter, Parts
 from tokentree.drafters.slots import compile_growth, grown
-from tokentree.engines.base import Engine, Features, HasHiddenStates, Slots
+from tokentree.engines.base import Engine
+from tokentree.engines.drafting import Features, HasHiddenStates, Slots
 from tokentree.errors import PairingError
 from tokentree.heads.medusa import Layer, MedusaHeads
 from tokentree.heads.saved import read_heads

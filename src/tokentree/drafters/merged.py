@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokentree.draft import Draft
 from tokentree.drafters.base import Drafter
-from tokentree.engines.base import TargetOutput
+from tokentree.engines.output import TargetOutput
 from tokentree.errors import OptionError
 from tokentree.sequence import Accepted, Sequence
 from tokentree.shapes.base import Shape

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from tokentree.drafters.base import Drafter, Parts
 from tokentree.drafters.draft_model import DraftModel
-from tokentree.engines.base import Engine, LayerEngines
+from tokentree.engines.base import Engine
+from tokentree.engines.drafting import LayerEngines
 from tokentree.errors import PairingError
 from tokentree.heads.mtp import MtpHead
 from tokentree.heads.mtp_files import read_mtp

@@ -20,7 +20,9 @@ from tokentree.drafters.base import Drafter, Parts
 from tokentree.drafters.draft_model import DraftModel, caught_up
 from tokentree.drafters.merged import Merged
 from tokentree.drafters.pard import SLOTS, Pard
-from tokentree.engines.base import Engine, Rewinds, TargetOutput
+from tokentree.engines.base import Engine
+from tokentree.engines.drafting import Rewinds
+from tokentree.engines.output import TargetOutput
 from tokentree.errors import OptionError, PairingError
 from tokentree.growing import LOG_SCORE, PARENT, TOKEN
 from tokentree.sampling import SamplingParams

@@ -12,7 +12,7 @@ from tokentree.draft import Draft
 from tokentree.drafters.draft_model import DraftModel, Rows
 from tokentree.drafters.drawing import drawn
 from tokentree.drafters.slots import compile_growth, grown
-from tokentree.engines.base import CANDIDATES, DraftEngine, Slots
+from tokentree.engines.drafting import CANDIDATES, DraftEngine, Slots
 from tokentree.errors import ModelError
 from tokentree.growing import DEPTH
 from tokentree.kernels.topk import top_logprobs

@@ -6,7 +6,7 @@ import numpy as np
 
 from tokentree.draft import Draft
 from tokentree.drafters.best_first import best_first
-from tokentree.engines.base import Slots
+from tokentree.engines.drafting import Slots
 from tokentree.jit import njit
 from tokentree.shapes.base import Shape
 from tokentree.tree import Floats, Ints

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from tokentree.engines.base import Features, TargetOutput
 from tokentree.engines.cpu.attention import TREE, Rule, Sees, attend_rows, attending
 from tokentree.engines.cpu.packing import Packing
 from tokentree.engines.cpu.prepare import pack, set_attention
 from tokentree.engines.cpu.quantized import QuantizedLinear
+from tokentree.engines.drafting import Features
+from tokentree.engines.output import TargetOutput
 from tokentree.engines.segment import Segment, inputs_of
 from tokentree.errors import PairingError
 from tokentree.heads.assistant import AssistantHead

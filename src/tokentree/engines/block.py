@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from tokentree.engines.base import CANDIDATES, Features, HasHiddenStates, Slots
+from tokentree.engines.drafting import CANDIDATES, Features, HasHiddenStates, Slots
 from tokentree.engines.head_engine import beside, features_read
 from tokentree.engines.kv import KVLayout, SequenceKV, Storages
 from tokentree.engines.radix import shared_length

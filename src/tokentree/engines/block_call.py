@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tokentree.engines.base import HasHiddenStates, Slots
 from tokentree.engines.block import Blocks, TorchBlocks, converted, divisor_of
 from tokentree.engines.cpu.block_program import BlockProgram
 from tokentree.engines.cpu.quantized import QuantizedLinear
+from tokentree.engines.drafting import HasHiddenStates, Slots
 from tokentree.engines.kv import SequenceKV
 from tokentree.heads.block import BlockHead
 from tokentree.sequence import Sequence

@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.functional import pad
 
-from tokentree.engines.base import Features, HasHiddenStates, Logits
 from tokentree.engines.cpu.eagle_program import EagleProgram
+from tokentree.engines.drafting import Features, HasHiddenStates
 from tokentree.engines.gpu.recording import ROWS, Recordings, padded
 from tokentree.engines.head_engine import HeadEngine, Known, beside, features_read
 from tokentree.engines.head_engine import attend as attend_rows
 from tokentree.engines.kv import KVLayout
+from tokentree.engines.output import Logits
 from tokentree.engines.segment import Segment, inputs_of
 from tokentree.errors import PairingError
 from tokentree.heads.eagle import EagleHead

@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import scaled_dot_product_attention
 
-from tokentree.engines.base import Features, HasHiddenStates, Logits, TargetOutput
+from tokentree.engines.drafting import Features, HasHiddenStates
 from tokentree.engines.kv import KVLayout, SequenceKV, Storages
+from tokentree.engines.output import Logits, TargetOutput
 from tokentree.engines.radix import shared_length
 from tokentree.engines.segment import Segment
 from tokentree.errors import PairingError

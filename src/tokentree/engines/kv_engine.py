@@ -13,22 +13,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tokentree.engines.base import (
-    KEPT,
-    BlockEngine,
-    DraftEngine,
-    EngineInfo,
-    Features,
-    Logits,
-    NotCopied,
-    TargetOutput,
-    tensor_of,
-)
+from tokentree.engines.base import EngineInfo, NotCopied
 from tokentree.engines.cpu.linear import weights_of
 from tokentree.engines.cpu.quantized import draft_linear
+from tokentree.engines.drafting import BlockEngine, DraftEngine, Features
 from tokentree.engines.guard import Unwatched
 from tokentree.engines.kv import KVLayout, SequenceKV, Storages
 from tokentree.engines.model_facts import Facts
+from tokentree.engines.output import KEPT, Logits, TargetOutput, tensor_of
 from tokentree.engines.prefix import LEAST, PrefixCache
 from tokentree.engines.segment import Segment, Upto
 from tokentree.engines.self_check import compare, in_trees

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from tokentree.engines.base import Features, HasHiddenStates, Logits
 from tokentree.engines.cpu.attention import TREE, Rule, Sees, attending
 from tokentree.engines.cpu.packing import Packing
 from tokentree.engines.cpu.prepare import pack, set_attention
 from tokentree.engines.cpu.quantized import QuantizedLinear
+from tokentree.engines.drafting import Features, HasHiddenStates
 from tokentree.engines.head_engine import HeadEngine, Known
 from tokentree.engines.kv import KVLayout
+from tokentree.engines.output import Logits
 from tokentree.engines.segment import Segment, inputs_of
 from tokentree.errors import ModelError, PairingError
 from tokentree.heads.mtp import MtpHead

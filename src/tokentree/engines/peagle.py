@@ -7,10 +7,11 @@ from collections.abc import Sequence as SequenceOf
 
 import torch
 
-from tokentree.engines.base import HasHiddenStates, Logits
+from tokentree.engines.drafting import HasHiddenStates
 from tokentree.engines.eagle import EagleEngine, fast, features_for, turned
 from tokentree.engines.head_engine import HeadEngine, Known, beside
 from tokentree.engines.kv import KVLayout
+from tokentree.engines.output import Logits
 from tokentree.engines.segment import Segment, inputs_of
 from tokentree.heads.eagle import EagleHead
 from tokentree.heads.peagle import PEagleHead

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tokentree.engines.base import Logits
 from tokentree.engines.cpu.program import Program
 from tokentree.engines.guard import Unwatched
 from tokentree.engines.kv import KVLayout
 from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.model_facts import Facts
+from tokentree.engines.output import Logits
 from tokentree.engines.segment import Segment, Upto, inputs_of
 from tokentree.errors import ModelError
 from tokentree.tree import Ints

@@ -6,7 +6,8 @@ from collections.abc import Sequence as SequenceOf
 
 import torch
 
-from tokentree.engines.base import EngineInfo, TargetOutput
+from tokentree.engines.base import EngineInfo
+from tokentree.engines.output import TargetOutput
 from tokentree.errors import OptionError
 from tokentree.exclusive import Exclusive
 from tokentree.sequence import Sequence

@@ -27,7 +27,7 @@ class BlockSizes(BaseModel):
         hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim, num_layers: of its layers.
         vocab_size: of the target.
         draft_vocab_size: how many tokens it knows; None: all.
-        taps: the hidden states of the target that it reads, numbered as `engines.base.Engine.capture` does.
+        taps: the hidden states of the target that it reads, numbered as `HasHiddenStates.capture` does.
         target_hidden_size: of the target; None: its own.
         block_size: rows of a block, the anchor's included.
         anchor_first: whether row k guesses the token k + 1 places behind the anchor (DSpark), so that the anchor's row

@@ -25,7 +25,7 @@ class EagleSizes(BaseModel):
         hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim: of its layer.
         vocab_size: of the target.
         draft_vocab_size: how many tokens an EAGLE-3 head knows; None: all.
-        taps: the hidden states of the target that it reads, numbered as `engines.base.Engine.capture` does; EAGLE-1
+        taps: the hidden states of the target that it reads, numbered as `HasHiddenStates.capture` does; EAGLE-1
             reads the last one.
         target_hidden_size: of the target; None: its own.
         rope: parameters of its rotary positions, as transformers' configurations have them in ``rope_parameters``.

@@ -7,7 +7,8 @@ from collections.abc import Sequence as SequenceOf
 import numpy as np
 import torch
 
-from tokentree.engines.base import KEPT, EngineInfo, TargetOutput
+from tokentree.engines.base import EngineInfo
+from tokentree.engines.output import KEPT, TargetOutput
 from tokentree.engines.prefix import LEAST
 from tokentree.exclusive import Exclusive
 from tokentree.planning.clock import Clock

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from tokentree.engines.base import Features
+from tokentree.engines.drafting import Features
 from tokentree.errors import OptionError
 from tokentree.heads.block import BlockHead, BlockSizes
 from tokentree.heads.block_files import default_places, read_block, write_block

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from tokentree.engines.base import Features
+from tokentree.engines.drafting import Features
 from tokentree.errors import OptionError
 from tokentree.heads.eagle import EagleHead, EagleSizes
 from tokentree.heads.eagle_files import default_taps, read_eagle, write_eagle

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tokentree.engines.base import TransformersEngine
+from tokentree.engines.transformers_engine import TransformersEngine
 from tokentree.errors import PairingError
 from tokentree.llm import LLM
 from tokentree.loading import pick_device

@@ -28,7 +28,7 @@ from tokentree.drafters.lookup.recycling import HOLDS_ALONE, HOLDS_IN_PAIR, LEAS
 from tokentree.drafters.lookup.storage import write_arrays
 from tokentree.drafters.lookup.suffix import END, Suffix
 from tokentree.drafters.merged import Merged
-from tokentree.engines.base import TargetOutput
+from tokentree.engines.output import TargetOutput
 from tokentree.engines.table import TableEngine
 from tokentree.errors import OptionError
 from tokentree.sequence import Accepted, Sequence

@@ -14,7 +14,7 @@ from tests.engines.gpu.test_engine import engine_of
 from tests.engines.gpu.triton_here import small
 from tests.tiny_models import request, some_tokens
 from tokentree.drafters.eagle import Eagle
-from tokentree.engines.base import GrowsDrafts
+from tokentree.engines.drafting import GrowsDrafts
 from tokentree.engines.gpu.attending import CHUNK
 from tokentree.engines.gpu.eagle import WIDTH, TritonEagle
 from tokentree.heads.eagle import EagleHead

@@ -19,12 +19,14 @@ from tests.engines.test_engine import of_transformers
 from tests.tiny_models import request, some_tokens, some_tree
 from tokentree.drafters.lookup.ngram import NGram
 from tokentree.drafters.lookup.recycling import Recycling
-from tokentree.engines.base import Branches, HeadEngines, Rewinds, TransformersEngine
+from tokentree.engines.base import Branches
+from tokentree.engines.drafting import HeadEngines, Rewinds
 from tokentree.engines.gpu.attending import CHUNK
 from tokentree.engines.gpu.engine import TritonEngine
 from tokentree.engines.gpu.quantized import Int8
 from tokentree.engines.prepared import Prepared
 from tokentree.engines.self_check import own_forward
+from tokentree.engines.transformers_engine import TransformersEngine
 from tokentree.errors import InvariantError, ModelError
 from tokentree.sequence import Sequence
 from tokentree.tree import TokenTree

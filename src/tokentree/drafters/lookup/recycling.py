@@ -14,7 +14,7 @@ from tokentree.drafters.base import Drafter, Parts
 from tokentree.drafters.best_first import best_first
 from tokentree.drafters.lookup.base import Lookup
 from tokentree.drafters.lookup.storage import Array, read_arrays, write_arrays
-from tokentree.engines.base import TargetOutput
+from tokentree.engines.output import TargetOutput
 from tokentree.errors import OptionError
 from tokentree.growing import PARENT, TOKEN, join_grown
 from tokentree.jit import njit

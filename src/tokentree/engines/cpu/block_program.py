@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tokentree.engines.base import CANDIDATES, Features, Slots
 from tokentree.engines.cpu.fused import FusedNorm, HeadNorms
 from tokentree.engines.cpu.linear import PackedLinear, outputs_from
 from tokentree.engines.cpu.packing import Packing
@@ -19,6 +18,7 @@ from tokentree.engines.cpu.quantized import QuantizedLinear
 from tokentree.engines.cpu.step_loops import FOLLOW, FollowStep
 from tokentree.engines.cpu.steps import Behind, OwnHeads, Step, Steps, Stretch
 from tokentree.engines.cpu.turns import RotaryTables, Turns
+from tokentree.engines.drafting import CANDIDATES, Features, Slots
 from tokentree.engines.kv import SequenceKV
 from tokentree.engines.segment import Segment, end_of, inputs_of
 from tokentree.heads.block import BlockHead, BlockLayer, BlockSizes

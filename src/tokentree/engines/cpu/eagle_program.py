@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tokentree.engines.base import KEPT
 from tokentree.engines.cpu.fused import FusedNorm
 from tokentree.engines.cpu.packing import Packing
 from tokentree.engines.cpu.quantized import QuantizedLinear
 from tokentree.engines.cpu.reused import Reused, tensor_in
 from tokentree.engines.cpu.steps import Behind, OwnHeads, Step, Steps
 from tokentree.engines.cpu.turns import RotaryTables
+from tokentree.engines.output import KEPT
 from tokentree.engines.segment import Segment, end_of
 from tokentree.heads.eagle import EagleHead
 from tokentree.kernels.tile import BLOCK
@@ -32,7 +32,7 @@ class EagleProgram(Steps):
         embedding: given token ids int64[rows], bfloat16[rows, hidden size].
 
     Attributes:
-        best, log_sums: of the last `forward` of a head with an output layer, see `base.TargetOutput`; None of others.
+        best, log_sums: of the last `forward` of a head with an output layer, see `output.TargetOutput`; None of others.
     """
 
     def __init__(self, head: EagleHead, embedding: Callable[[torch.Tensor], torch.Tensor]) -> None:

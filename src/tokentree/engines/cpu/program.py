@@ -9,11 +9,11 @@ from functools import partial
 import numpy as np
 import torch
 
-from tokentree.engines.base import KEPT
 from tokentree.engines.cpu.families.stack import Stack
 from tokentree.engines.cpu.reused import Reused, tensor_in
 from tokentree.engines.cpu.steps import Step, Steps
 from tokentree.engines.cpu.turns import RotaryTables
+from tokentree.engines.output import KEPT
 from tokentree.engines.segment import Segment, Upto, end_of
 from tokentree.tree import Ints
 
@@ -42,7 +42,7 @@ class Program(Steps):
         self.best = np.empty((0, self._kept), np.float32), np.empty((0, self._kept), np.int64)
 
     def capture(self, places: list[int]) -> None:
-        """Keeps the hidden states ``places``, see `base.Engine.capture`, in `states`."""
+        """Keeps the hidden states ``places``, see `HasHiddenStates.capture`, in `states`."""
         self._places, self._capacity = places, 0
 
     def forward(

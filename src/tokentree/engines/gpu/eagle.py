@@ -16,7 +16,7 @@ import torch
 import triton
 from numpy.typing import NDArray
 
-from tokentree.engines.base import DraftLevels
+from tokentree.engines.drafting import DraftLevels
 from tokentree.engines.eagle import EagleEngine, converted
 from tokentree.engines.gpu.attending import CHUNK
 from tokentree.engines.gpu.drafting import gather_kernel, input_kernel, select_kernel

@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from triton.errors import TritonError
 
-from tokentree.engines.base import BlockEngine, DraftEngine, EngineInfo, Features, NotCopied, TargetOutput
+from tokentree.engines.base import EngineInfo, NotCopied
 from tokentree.engines.cpu.quantized import draft_linear
+from tokentree.engines.drafting import BlockEngine, DraftEngine, Features
 from tokentree.engines.gpu.attending import CHUNK
 from tokentree.engines.gpu.forward import Forward
 from tokentree.engines.gpu.inputs import MOVES, Inputs, Piece
@@ -24,6 +25,7 @@ from tokentree.engines.gpu.recording import Recording
 from tokentree.engines.gpu.rows import BEST
 from tokentree.engines.gpu.tiles import MANY
 from tokentree.engines.gpu.weights import read
+from tokentree.engines.output import TargetOutput
 from tokentree.engines.plan import EnginePlan
 from tokentree.engines.prepared import Prepared
 from tokentree.engines.self_check import Routes, compare

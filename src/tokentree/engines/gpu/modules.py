@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from transformers import Cache
 
-from tokentree.engines.base import DraftEngine
 from tokentree.engines.cpu.attending import adapt, attended
 from tokentree.engines.cpu.attention import TREE, Rule, Sees, attending
 from tokentree.engines.cpu.linear import weights_of
 from tokentree.engines.cpu.prepare import set_attention, set_experts
+from tokentree.engines.drafting import DraftEngine
 from tokentree.engines.gpu.attending import CHUNK, TILE
 from tokentree.engines.gpu.engine import OuterLayers, TritonEngine
 from tokentree.engines.gpu.inputs import Inputs
