@@ -7,10 +7,8 @@ refused, and why: a tiny model of each, with random weights, in float32 and bflo
 
 For each that can be decoded it says how many of some texts, decoded with trees, differ from plain decoding's, how far
 logits are off transformers', and whether greedy ids are those of ``generate``. With ``--kernels`` it says which have
-the kernels of GPUs in their modules, in Triton's interpreter and bfloat16. With ``--page`` it writes what a run found
-as a page of the manual:
-
-    python benchmarks/families.py --page docs/models.md --found families.json
+the kernels of GPUs in their modules, in Triton's interpreter and bfloat16. `benchmarks/families_page.py` makes a page
+of the manual of what a run found.
 
 A run takes half an hour on one core. ``--part 1/2`` and ``--part 2/2`` share it between two. One family (Inkling) takes
 scipy to be made.
@@ -23,13 +21,14 @@ import inspect
 import json
 import multiprocessing
 import os
+import statistics
 import sys
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,8 @@ from rich.progress import track
 
 KERNELS = "--kernels"
 TIMEOUT = 300  # seconds for one family
+TREE, ROUNDS = 8, 9  # nodes and forwards of each kind whose time is taken
+CACHES = ("past_key_values", "cache_params", "state")  # what forwards keep is in, and is given back as
 MOST = 150_000_000  # parameters of a model that is still tiny
 VOCAB, CONTEXT, SEED = 160, 512, 0
 SEEN = 0.1  # of the spread of logits: more isn't the leak of a mask
@@ -122,6 +123,8 @@ class Found:
         error: how far logits are off transformers', where they spread by 1, in float32.
         ids: "same" if greedy ids are those of ``generate``, "forward's" if only a forward over the whole text tells
             them, or "other"; "" if it wasn't asked.
+        row, tree, theirs: milliseconds of a row, of a tree of `TREE` nodes, and of a row in transformers' own forward
+            with its own cache; 0 if it wasn't measured.
     """
 
     family: str
@@ -134,6 +137,9 @@ class Found:
     form: str = ""
     error: float = 0.0
     ids: str = ""
+    row: float = 0.0
+    tree: float = 0.0
+    theirs: float = 0.0
 
     @property
     def right(self) -> bool:
@@ -382,7 +388,7 @@ def tried(family: str, name: str) -> Iterator[Found]:  # noqa: PLR0915 - one aft
         kind = "own" if engine.attention == "tree" else "by itself"
         ids = _ids(model) if dtype is torch.float32 else ""
         form = FORMS[type(engine).__name__]
-        yield Found(*about, kind, engine.caveat, differing, texts, form, off, ids)
+        yield Found(*about, kind, engine.caveat, differing, texts, form, off, ids, *_costs(engine, model))
 
 
 FORMS = {
@@ -413,6 +419,48 @@ def _ids(model: Any) -> str:
         return "same"
     text = got[0].tolist()
     return "forward's" if full_logits(model, text[:-1]).argmax(-1)[23:].tolist() == text[24:] else "other"
+
+
+def _costs(engine: Any, model: Any) -> tuple[float, float, float]:
+    """See `Found.row`: the medians of `ROUNDS` forwards each, in turns, behind 40 tokens."""
+    from tests.tiny_models import request, some_tokens, some_tree
+
+    from tokentree.tree import TokenTree
+
+    tokens = some_tokens(40, SEED)
+    seq, one, tree = request(tokens), TokenTree.root(tokens[-1]), some_tree(tokens[-1], TREE, SEED)
+    engine.prefill(seq)
+    forwards: list[Callable[[], object]] = [lambda: engine.verify([seq], [one]), lambda: engine.verify([seq], [tree])]
+    if step := _their_step(model, tokens):
+        forwards.append(step)
+    times: list[list[float]] = [[] for _ in forwards]
+    for _ in range(ROUNDS):
+        for forward, spent in zip(forwards, times, strict=True):
+            started = time.perf_counter()
+            forward()
+            spent.append(1e3 * (time.perf_counter() - started))
+    engine.release([seq])
+    row, bush, *theirs = map(statistics.median, times)
+    return row, bush, theirs[0] if theirs else 0.0
+
+
+def _their_step(model: Any, tokens: list[int]) -> Callable[[], object] | None:
+    """transformers' own forward of one more token behind ``tokens``; None where it keeps nothing between forwards."""
+    import torch
+
+    @torch.inference_mode()
+    def step(ids: list[int], **kept: Any) -> Any:
+        return model(input_ids=torch.tensor([ids]), use_cache=True, **kept)
+
+    try:
+        out = step(tokens[:-1])
+        kept = {name: out[name] for name in CACHES if out.get(name) is not None}
+        if not kept:
+            return None
+        step(tokens[-1:], **kept)
+    except Exception:  # noqa: BLE001 - other people's models raise anything
+        return None
+    return partial(step, tokens[-1:], **kept)
 
 
 def tried_on_kernels(family: str, name: str) -> Iterator[Found]:
@@ -499,94 +547,13 @@ def table(found: list[Found]) -> str:
     return "\n".join(lines)
 
 
-def page(found: list[Found], version: str) -> str:
-    """A page of the manual: what becomes of each family."""
-    by_family: dict[str, list[Found]] = {}
-    for one in found:
-        by_family.setdefault(one.family, []).append(one)
-    rows: dict[str, list[str]] = {"exact": [], "ties": [], "wrong": []}
-    reasons: dict[str, dict[str, list[str]]] = {"refused": {}, "not built": {}, "no decoder": {}}
-    for family, types in by_family.items():
-        first = types[0]
-        if all(one.kind in reasons for one in types):
-            reason = " ".join(first.reason.replace(f"{first.model} ", "").split())
-            reasons[first.kind].setdefault(reason, []).append(f"`{first.model}` ({family})")
-            continue
-        forms = [f"{one.form or one.kind} ({one.dtype})" for one in types]
-        same = len({one.form for one in types}) == 1
-        entry = f"| {family} | `{first.model}` | {first.form if same else ', '.join(forms)} |"
-        if not all(one.right for one in types):
-            rows["wrong"].append(f"{entry} {'; '.join(filter(None, (_wrong(one) for one in types)))} |")
-        elif any(one.reason for one in types):
-            rows["ties"].append(f"{entry} {next(one.reason for one in types if one.reason)} |")
-        else:
-            rows["exact"].append(entry)
-    others, missing = (sum(map(len, reasons[kind].values())) for kind in ("no decoder", "not built"))
-    refused = sum(map(len, reasons["refused"].values()))
-    right = len(rows["exact"]) + len(rows["ties"])
-    said = f"{right} decode with trees and are right ({len(rows['ties'])} of them up to ties)"
-    head = ["family", "class", "forward"]
-    return "\n".join(
-        [
-            "# Models", "", "<!-- Written by benchmarks/families.py --page. -->", "",
-            f"What becomes of each family of transformers {version} on a CPU: a tiny model with random weights, text",
-            f"alone, in float32 and bfloat16. transformers maps {len(by_family)} families to models that write text.",
-            f"{others} of them don't do so from text alone, left to right. Of the other {len(by_family) - others},",
-            f"{said}, {refused} are refused,",
-            f"{len(rows['wrong'])} are wrong or fail, and no tiny model could be made of {missing}.", "",
-            "## Exact", "",
-            "Trees give each node the bits of decoding its path alone. In float32, logits are those of",
-            "transformers' own forward over the whole text, and greedy ids those that it tells. They are those",
-            "of `generate` too, where that takes text alone and doesn't differ from it. Layers are of the kinds",
-            "that a family has by default: MiniMax M3 with sparse ones (`minimax_m3_sparse`) is refused.", "",
-            *_table(head, rows["exact"]), "",
-            "## Up to ties", "", *_table([*head, "why"], rows["ties"]), "",
-            *(["## Wrong", "", *_table([*head, "what"], rows["wrong"]), ""] if rows["wrong"] else []),
-            "## Refused", "", *_reasons(reasons["refused"]), "",
-            "## Not tried", "", "No tiny model with random weights could be made.", "",
-            *_reasons(reasons["not built"]), "",
-            "## No decoders of text", "",
-            "They are mapped, but don't write text from text alone, left to right.", "",
-            *_reasons(reasons["no decoder"]),
-        ]
-    )  # fmt: skip
-
-
-def _wrong(one: Found) -> str:
-    """What is wrong in one type, "" if nothing is."""
-    if one.right:
-        return ""
-    off = f"off by {one.error:.1g}" if one.error >= FAR else ""
-    ids = "other ids" if one.ids == "other" else ""
-    bits = f"{one.differing} of {one.texts} paths differ" if one.differing else ""
-    return f"{one.dtype}: {', '.join(filter(None, (off, ids, bits))) or one.reason}"
-
-
-def _table(columns: list[str], rows: list[str]) -> list[str]:
-    return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *rows]
-
-
-def _reasons(found: dict[str, list[str]]) -> list[str]:
-    """A table of reasons and the classes that each is true of, the most frequent one first."""
-    ordered = sorted(found.items(), key=lambda entry: (-len(entry[1]), entry[0]))
-    cells = [(reason.replace("|", "\\|"), ", ".join(names)) for reason, names in ordered]
-    return _table(["reason", "classes (families)"], [f"| {reason} | {names} |" for reason, names in cells])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="these families, with commas between them")
     parser.add_argument(KERNELS, action="store_true", help="only whether the kernels of GPUs run them")
     parser.add_argument("--out", type=Path, help="write what was found as JSON, and as Markdown beside it")
-    parser.add_argument("--page", type=Path, help="write a page of what a run found, and run nothing")
-    parser.add_argument("--found", type=Path, nargs="+", help="the JSON files of that run, or of its parts")
     parser.add_argument("--part", default="1/1", help="2/3: the second third of all families")
     asked = parser.parse_args()
-    if asked.page:
-        results = [Found(**one) for part in asked.found for one in json.loads(part.read_text())]
-        results.sort(key=lambda one: one.family)
-        asked.page.write_text(page(results, version("transformers")) + "\n")
-        return
     known = families()
     part, parts = map(int, asked.part.split("/"))
     names = (asked.only.split(",") if asked.only else list(known))[part - 1 :: parts]

@@ -1,11 +1,13 @@
 """What a forward of the target costs by its rows, by how it is computed, and how far above the time of reading weights.
 
-    python benchmarks/forward.py MODEL [--device cpu] [--threads 2] [--prefix 256] [--rounds 8] [--compile]
+    python -m benchmarks.forward MODEL [--device cpu] [--threads 2] [--prefix 256] [--rounds 8] [--compile]
+    python -m benchmarks.forward lfm2-350m      # one of `benchmarks/shapes.py`, with random weights
 
 Measures the model's own modules (`torch`, with transformers' cache), and tokentree's engine: on a CPU in bfloat16, in 8
-bits, and for a GGUF file in its own bits; on a GPU kernel by kernel, and recorded; with --compile, as a graph made by
-`torch.compile` too. All on one model and in turns; the median of each is kept. The floor is the bytes of the weights
-over the read bandwidth, measured in the same run.
+bits, and for a GGUF file in its own bits, and as transformers' modules with our attention where it is one compiled call
+otherwise; on a GPU kernel by kernel, and recorded; with --compile, as a graph made by `torch.compile` too. All on one
+model and in turns; the median of each is kept. The floor is the bytes of the weights over the read bandwidth, measured
+in the same run.
 """
 
 from __future__ import annotations
@@ -14,19 +16,26 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from benchmarks.shapes import SHAPES, random_model
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from transformers import DynamicCache, PreTrainedModel
 
+from tokentree.engines.base import EngineOptions
 from tokentree.engines.cpu.linear import PackedLinear
 from tokentree.engines.cpu.quantized import QuantizedLinear
 from tokentree.engines.kv_engine import KVEngine
 from tokentree.engines.model_engine import ModelEngine
+from tokentree.engines.modules import ModulesEngine
+from tokentree.engines.plan import plan
+from tokentree.engines.prepared import Prepared
+from tokentree.engines.program import ProgramEngine
 from tokentree.engines.support import cache_names
 from tokentree.engines.torch import TorchEngine
 from tokentree.loading import load_model
@@ -48,15 +57,10 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     device = torch.device(asked.device)
-    model = load_model(asked.model, "bfloat16", device)
+    model = random_model(asked.model) if asked.model in SHAPES else load_model(asked.model, "bfloat16", device)
     size = model.config.get_text_config().vocab_size
     ids = np.random.default_rng(0).integers(0, size, asked.prefix + 1).tolist()
-    if device.type == "cpu":
-        engines = {"bfloat16": TorchEngine(model), "int8": TorchEngine(model, quantization="int8")}
-        if asked.model.endswith(".gguf"):
-            engines["gguf"] = TorchEngine(model, quantization="gguf", file=Path(asked.model))
-    else:
-        engines = {"kernels": TorchEngine(model, "sdpa"), "recorded": TorchEngine(model)}
+    engines = engines_of(model, asked.model)
     if asked.compile:
         started = time.perf_counter()
         engines["graph"] = TorchEngine(model, "sdpa", compile=True)
@@ -97,6 +101,26 @@ def main() -> None:
             f"median {statistics.median(bandwidth) / 1e9:.1f}) take {1e3 * weights / best:.1f} ms: plain is at "
             f"{weights / best / medians[name, 1]:.0%} of that floor"
         )
+
+
+def engines_of(model: PreTrainedModel, path: str) -> dict[str, KVEngine]:
+    """Those that are measured, by their columns."""
+    if model.device.type != "cpu":
+        return {"kernels": TorchEngine(model, "sdpa"), "recorded": TorchEngine(model)}
+    engines = {"bfloat16": TorchEngine(model), "int8": TorchEngine(model, quantization="int8")}
+    if isinstance(engines["bfloat16"], ProgramEngine):
+        engines["modules"] = as_modules(model)
+    if path.endswith(".gguf"):
+        engines["gguf"] = TorchEngine(model, quantization="gguf", file=Path(path))
+    return engines
+
+
+def as_modules(model: PreTrainedModel) -> KVEngine:
+    """The engine that a model of a family without a compiled call would get."""
+    prepared = Prepared(model, False, None, None, None)
+    planned = plan(replace(prepared.traits, one_call=False), EngineOptions())
+    prepared.ask(planned.own_attention)
+    return ModulesEngine.of(prepared, planned, 0)
 
 
 def own(model: PreTrainedModel, ids: list[int]) -> Callable[[int], float]:

@@ -1,8 +1,8 @@
 """What recurrent states cost: T(n) of a model of Qwen3.5-0.8B's shape with random weights, beside transformers' own
 forward, and how long and how large states and checkpoints are.
 
-    python benchmarks/states.py
-    python benchmarks/states.py --layers 4 --width 256 --vocab 1000     # whether it runs
+    python -m benchmarks.states
+    python -m benchmarks.states --layers 4 --width 256 --vocab 1000     # whether it runs
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from benchmarks.shapes import random_model
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from transformers import DynamicCache, PreTrainedModel, Qwen3_5ForCausalLM, Qwen3_5TextConfig
+from transformers import DynamicCache, PreTrainedModel
 
 from tokentree.engines.cpu.attention import ForwardKV
 from tokentree.engines.kv_engine import KVEngine
@@ -29,22 +30,6 @@ from tokentree.tree import TokenTree
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 PREFIX = 256
 ROUNDS = 5
-
-
-def made(layers: int, width: int, vocab: int) -> PreTrainedModel:
-    """A model of that shape, in bfloat16."""
-    config = Qwen3_5TextConfig(
-        vocab_size=vocab, hidden_size=width, intermediate_size=7 * width // 2, num_hidden_layers=layers,
-        num_attention_heads=8, num_key_value_heads=2, head_dim=256, linear_num_key_heads=16, linear_num_value_heads=16,
-        linear_key_head_dim=128, linear_value_head_dim=128, tie_word_embeddings=True,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        return Qwen3_5ForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(before)
 
 
 def chain(ids: list[int], nodes: int) -> TokenTree:
@@ -151,7 +136,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--vocab", type=int, default=248320)
     asked = parser.parse_args()
-    model = made(asked.layers, asked.width, asked.vocab)
+    settings = {"hidden_size": asked.width, "intermediate_size": 7 * asked.width // 2, "vocab_size": asked.vocab}
+    model = random_model("qwen3.5-0.8b", num_hidden_layers=asked.layers, **settings)
     engine = TorchEngine(model)
     ids = np.random.default_rng(0).integers(3, asked.vocab, PREFIX + 1).tolist()
     console = Console()

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.families import Found, families, page, tried
+from benchmarks.families import Found, apart, families, tried
+from benchmarks.families_page import page
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 FEW = {
@@ -34,6 +35,14 @@ def test_the_page_says_of_a_family_what_becomes_of_it(family: str) -> None:
     found = next(tried(family, model))
     assert section_of(page([found], version("transformers")), family) == FEW[family]
     assert section_of(text, family) == FEW[family]
+    assert bool(found.row and found.tree) == (FEW[family] in ("Exact", "Up to ties"))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("family", families())
+def test_the_page_says_of_each_family_what_becomes_of_it_in_each_type(family: str) -> None:
+    found = apart(family, families()[family])
+    assert section_of(page(found, version("transformers")), family) == section_of(PAGE.read_text(), family)
 
 
 def test_what_is_wrong_is_called_wrong() -> None:
