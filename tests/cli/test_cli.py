@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """The command, in this process. What it sets of logging, as if the process were its own, doesn't outlast a test."""
     monkeypatch.setattr(typer.main, "get_command", made)
+    for name in ("tokentree.serve", "uvicorn", "uvicorn.error"):
+        logger = logging.getLogger(name)
+        for part in ("handlers", "propagate", "level"):
+            monkeypatch.setattr(logger, part, getattr(logger, part))
 
     def command(*words: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["tokentree", *map(str, words)])
