@@ -15,6 +15,7 @@ from tokentree.busy import waited
 from tokentree.costs import cost_curve, prompt_costs
 from tokentree.llm import LLM
 from tokentree.planning.counting import Counting
+from tokentree.planning.runs import Runs
 from tokentree.sampling import SamplingParams
 from tokentree.shapes import optimal_paths
 
@@ -93,6 +94,7 @@ class Serving(BaseModel):
     shared_tokens: int = Field(0, description="that all prompts began with: their KV was there for each of them")
     steps: int = Field(0, description="that made drafts of a text, in which `cells` were counted")
     cells: list[Cell] = []
+    runs: Runs = Field(Runs(), description="drafts of these texts, in their order")
     loads: list[Loaded] = Field([], description="what clients got meanwhile")
 
 
@@ -113,6 +115,7 @@ class Calibration(BaseModel):
     waiting: float | None = Field(None, description="share of the time that a thread waited for a CPU, where known")
     steps: int = Field(0, description="that made drafts of a text, in which `rates` and `cells` were counted")
     cells: list[Cell] = Field([], description="`rates`, by what candidates claimed too")
+    runs: Runs = Field(Runs(), description="drafts of these texts, in their order")
     prompt_rows: list[int] = Field([], description="tokens of a prompt that a forward reads, and nothing else")
     prompt_seconds: list[float] = Field([], description="of such forwards")
     drafting_per_sequence: float = Field(0.0, description="what each further text adds to `drafting_seconds`")
@@ -192,7 +195,7 @@ def calibrate(
         measured_speed_up=spent["plain"] / spent["tree"] if spent["tree"] else 1.0,
         mean_accepted_length=tokens / max(1, forwards),
         one_row=np.quantile(singles, (0.1, 0.5, 0.9)).tolist() if singles else [], waiting=waiting,
-        steps=tally.drafts, cells=cells, prompt_rows=prompt_rows, prompt_seconds=prompt_seconds,
+        steps=tally.drafts, cells=cells, runs=form.runs(names), prompt_rows=prompt_rows, prompt_seconds=prompt_seconds,
         drafting_per_sequence=max(0.0, (drafts - drafting) / (TOGETHER - 1)), step_seconds=beside,
         step_per_sequence=max(0.0, (further - beside) / (TOGETHER - 1)),
     )  # fmt: skip

@@ -139,7 +139,7 @@ WRONG = [
     ("--clients 1 --target p99-gap=1", "is no target"),
     ("--clients 1 --target p95-gap=0", "more than 0 seconds"),
     ("--target p95-gap=1", "--target is about a load"),
-    ("--clients 1 --acceptance plain.json", "has no rates and no by_rank"),
+    ("--clients 1 --acceptance plain.json", "has no runs, no rates and no by_rank"),
     ("--break-even --curve plain.json", "no acceptance is known"),
     ("--curve none", "can't read the cost curve 'none'"),
     ("--curve empty", "isn't what 'calibrate --json' prints"),

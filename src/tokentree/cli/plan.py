@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from tokentree.planning.drawn import Acceptance
     from tokentree.planning.figures import Figures, Target
     from tokentree.planning.plans import Plan
     from tokentree.planning.recorded import Recorded
+    from tokentree.planning.replica import Proposing
 
 LOAD, SERVER = "Load", "Server"  # headings of the help
 LOADS, REPLICAS = "1e3/day,1e4/day,1e5/day,1e6/day", "1,2,4,8,16,32,64"  # of the table that needs no load
@@ -278,10 +278,10 @@ def _recorded(path: Path, what: str) -> Recorded:
     return Recorded.read(read_text(path, what), f"{what} {str(path)!r}")
 
 
-def _acceptance(path: Path) -> Acceptance:
+def _acceptance(path: Path) -> Proposing:
     found = _recorded(path, "the acceptance").served.acceptance()
     if found is None:
-        raise OptionError(f"the acceptance {str(path)!r} has no rates and no by_rank")
+        raise OptionError(f"the acceptance {str(path)!r} has no runs, no rates and no by_rank")
     return found
 
 

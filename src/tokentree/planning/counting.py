@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
+
 import numpy as np
 
 from tokentree.draft import Draft
+from tokentree.planning.runs import Runs, Seen
 from tokentree.sequence import Accepted, Sequence
 from tokentree.shapes.cost import Cost
 from tokentree.shapes.curve import CostCurve
@@ -12,7 +15,8 @@ from tokentree.shapes.rates import Tally
 
 
 class Counting(Cost):
-    """Decides as `Cost` does. Beside that it keeps each draft as it was before the cut, with the tokens that came.
+    """Decides as `Cost` does. Beside that it keeps all steps of each text: the draft as it was before the cut, and the
+    tokens that came.
 
     Args:
         curve: T(n).
@@ -20,7 +24,7 @@ class Counting(Cost):
 
     def __init__(self, curve: CostCurve) -> None:
         super().__init__(curve=curve)
-        self._kept = list[tuple[Draft, list[int]]]()
+        self._seen = dict[int, list[Seen]]()
 
     def observe(
         self, seqs: list[Sequence], drafts: list[Draft], accepted: list[Accepted], draft_seconds: float,
@@ -28,8 +32,10 @@ class Counting(Cost):
     ) -> None:  # fmt: skip
         for seq, step in zip(seqs, accepted, strict=True):
             request = self._requests.get(seq.id)
-            if request is not None and request.draft is not None and request.draft.sampled is None:
-                self._kept.append((request.draft, step.tokens))
+            draft = None if request is None else request.draft
+            if draft is not None and draft.sampled is not None:
+                draft = None
+            self._seen.setdefault(seq.id, []).append(Seen(draft, step.tokens, len(seqs)))
         super().observe(seqs, drafts, accepted, draft_seconds, verify_seconds)
 
     @property
@@ -40,6 +46,16 @@ class Counting(Cost):
     def tally(self) -> Tally:
         """How often candidates were right until now."""
         found = Tally()
-        for draft, tokens in self._kept:
-            found.count(draft, np.array(tokens, np.int64))
+        for steps in self._seen.values():
+            for step in steps:
+                if step.draft is not None:
+                    found.count(step.draft, np.array(step.tokens, np.int64))
         return found
+
+    def runs(self, names: SequenceOf[str]) -> Runs:
+        """The drafts of each text until now.
+
+        Args:
+            names: of the drafters.
+        """
+        return Runs.of(self._seen.values(), names)

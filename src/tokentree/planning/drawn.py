@@ -62,6 +62,10 @@ class Acceptance:
         missed = np.maximum(1.0 - np.cumsum(rates, axis=1) + rates, LEAST_CLAIM)
         return cls(tuple(names), sources, offered, shares, right, missed, np.log(claims))
 
+    def drafter(self, seconds: Beside, clock: Clock, generator: np.random.Generator) -> Drafter:
+        """One whose candidates are drawn from it."""
+        return Drawn(self, seconds, clock, generator)
+
 
 class Drawn(Drafter):
     """Proposes candidates that are drawn. A step that asks for some takes the time that drafting takes.

@@ -63,7 +63,8 @@ def serving(
     ]
     of_token = llm.engine.nbytes(llm.sequence([0], SamplingParams(max_tokens=1)), MANY) / MANY
     kept = None if not of_token else int(kept_bytes / of_token)
-    return fit(known, plain, tree).model_copy(update={"steps": tally.drafts, "cells": cells, "kept_tokens": kept})
+    seen = {"steps": tally.drafts, "cells": cells, "runs": form.runs(names), "kept_tokens": kept}
+    return fit(known, plain, tree).model_copy(update=seen)
 
 
 def fit(known: Calibration, plain: list[Part], tree: list[Part]) -> Serving:

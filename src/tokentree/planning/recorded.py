@@ -10,16 +10,15 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from tokentree.errors import OptionError
 from tokentree.planning.drawn import Acceptance
+from tokentree.planning.runs import Runs
 from tokentree.planning.timing import Beside, Timing
 from tokentree.shapes.curve import CostCurve
-from tokentree.shapes.rates import CLAIMS, CONFIDENCE, DEPTH_NAMES, RANK_NAMES, RANKS
+from tokentree.shapes.rates import CLAIMED, CLAIMS, DEPTH_NAMES, RANK_NAMES, RANKS
 from tokentree.theory import check_rates
 
 Seconds = Annotated[float, Field(ge=0, le=1e5, allow_inf_nan=False)]
 Times = Annotated[float, Field(ge=0, le=1e15, allow_inf_nan=False)]
 MOST_DRAFTERS, MOST_TOKENS = 32, 10**15
-EDGES = np.array([0.0, *np.exp(CONFIDENCE), 1.0])
-CLAIMED = (EDGES[1:] + EDGES[:-1]) / 2  # what candidates of each bucket claim, about
 
 
 class Counted(BaseModel):
@@ -58,8 +57,10 @@ class Recorded(BaseModel):
             and what each further one adds.
         kept_tokens: tokens of ended texts whose KV there is memory for. None: without end.
         shared_tokens: tokens that all prompts begin with.
+        runs: drafts as they were made, text by text.
         steps: that made drafts of a text, in which these were counted.
-        cells: how often candidates were right, by drafters, depth, rank and what they claimed of themselves.
+        cells: how often candidates were right, by drafters, depth, rank and what they claimed of themselves, for whom
+            has no ``runs``.
         rates: the same whatever they claimed, for whom has no ``cells``.
         by_rank: the same by rank alone, for whom has neither.
         mean_accepted_length: tokens for each forward, where they were counted.
@@ -83,6 +84,7 @@ class Recorded(BaseModel):
     turnaround_per_client: Seconds = 0.0
     kept_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS)] | None = None
     shared_tokens: Annotated[int, Field(ge=0, le=MOST_TOKENS)] = 0
+    runs: Runs = Runs()
     steps: Times | None = None
     cells: list[Counted] = []
     rates: list[Counted] = []
@@ -135,12 +137,14 @@ class Recorded(BaseModel):
             None if self.plain_step_seconds is None else Beside(self.plain_step_seconds, self.plain_step_per_sequence),
         )  # fmt: skip
 
-    def acceptance(self) -> Acceptance | None:
-        """How often candidates are right; None where nothing was recorded of any.
+    def acceptance(self) -> Acceptance | Runs | None:
+        """Drafts, or how often their candidates are right; None where nothing was recorded of any.
 
         Raises:
             OptionError: if rates are none.
         """
+        if self.runs.texts:
+            return self.runs
         for counted in (self.cells, self.rates):
             if any(one.trials for one in counted):
                 return _of_counts(counted, self.steps)

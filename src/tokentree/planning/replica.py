@@ -15,10 +15,9 @@ from tokentree.drafters.base import Drafter
 from tokentree.drafters.none import NoDrafter
 from tokentree.errors import OptionError
 from tokentree.planning.clock import Clock
-from tokentree.planning.drawn import Acceptance, Drawn
 from tokentree.planning.engine import CONTEXT, TimedEngine
 from tokentree.planning.load import Asked
-from tokentree.planning.timing import Timing
+from tokentree.planning.timing import Beside, Timing
 from tokentree.sampling import Noise, SamplingParams
 from tokentree.scheduler import PREFILL_ROWS, Event, Scheduler
 from tokentree.sequence import Sequence
@@ -27,13 +26,20 @@ from tokentree.shapes import Cost, Shape, shape
 AHEAD = 4  # requests that a replica which has a prompt's KV may have more than the one that has the fewest
 
 
+class Proposing(Protocol):
+    """What is known of drafts."""
+
+    def drafter(self, seconds: Beside, clock: Clock, generator: np.random.Generator) -> Drafter:
+        """One that proposes such drafts. A step that asks for some takes ``seconds``."""
+
+
 @dataclass(frozen=True)
 class Setup:
     """What every replica is.
 
     Args:
         timing: what its steps take.
-        acceptance: what its drafts are drawn from. None: it decodes plainly.
+        acceptance: what is known of its drafts. None: it decodes plainly.
         shape: of its trees, as `LLM` takes it.
         max_batch: the largest number of texts that are decoded together. None: as many as there is memory for.
         prefill_rows: tokens of prompts in a step that decodes texts too.
@@ -46,7 +52,7 @@ class Setup:
     """
 
     timing: Timing
-    acceptance: Acceptance | None = None
+    acceptance: Proposing | None = None
     shape: str = "cost"
     max_batch: int | None = 8
     prefill_rows: int = PREFILL_ROWS
@@ -71,7 +77,7 @@ class Setup:
         drafter: Drafter = NoDrafter()
         form: Shape = Plain()
         if self.acceptance is not None:
-            drafter = Drawn(self.acceptance, self.timing.drafting, clock, generator)
+            drafter = self.acceptance.drafter(self.timing.drafting, clock, generator)
             form = shape(self.shape)
             if isinstance(form, Cost):
                 form.use_curve(self.timing.curve)

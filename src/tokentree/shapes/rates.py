@@ -23,6 +23,8 @@ RANK_NAMES = ("0", "1", "2", "3-")
 ROWS = 64  # combinations of drafters that are told apart
 FREE = -1  # a row without such a combination
 CLAIMS = len(CONFIDENCE) + 1
+EDGES = np.array([0.0, *np.exp(CONFIDENCE), 1.0])
+CLAIMED = (EDGES[1:] + EDGES[:-1]) / 2  # what candidates of each bucket claim, about
 BROAD = ROWS * CLAIMS
 NARROW = BROAD * 4 * RANKS
 
