@@ -9,7 +9,7 @@ from tests.conftest import make_sequence
 from tokentree.errors import OptionError
 from tokentree.growing import DEPTH, RANK, SOURCES
 from tokentree.planning.clock import Clock
-from tokentree.planning.drawn import Drawn
+from tokentree.planning.drawn import Acceptance, Drawn
 from tokentree.planning.engine import RIGHT
 from tokentree.planning.recorded import Counted, Recorded
 from tokentree.planning.timing import Beside
@@ -34,7 +34,7 @@ def _recorded(**more: object) -> Recorded:
 def _drawn(recorded: Recorded, steps: int) -> np.ndarray:
     """float64[depths, ranks, kinds, 2]: candidates whose parent was right, and those of them that were right."""
     acceptance = recorded.acceptance()
-    assert acceptance is not None
+    assert isinstance(acceptance, Acceptance)
     clock, counted = Clock(), np.zeros((len(DEPTH_NAMES), RANKS, len(acceptance.sources), 2))
     drafter, form = Drawn(acceptance, Beside(), clock, np.random.default_rng(0)), Dynamic(nodes=64, depth=16)
     kinds, all_right = acceptance.sources.tolist(), np.full(17, RIGHT)
@@ -67,7 +67,7 @@ def test_candidates_claim_what_those_like_them_claimed() -> None:
         for claim, hits in ((1, 10), (11, 90))
     ]
     acceptance = _recorded(cells=cells, steps=200).acceptance()
-    assert acceptance is not None
+    assert isinstance(acceptance, Acceptance)
     drafter = Drawn(acceptance, Beside(), Clock(), np.random.default_rng(0))
     found = dict[int, list[bool]]()
     for _ in range(2000):
@@ -82,8 +82,8 @@ def test_candidates_claim_what_those_like_them_claimed() -> None:
 
 def test_without_steps_there_was_a_candidate_in_each() -> None:
     first, second = (one.acceptance() for one in (_recorded(), _recorded(steps=None)))
-    assert first is not None
-    assert second is not None
+    assert isinstance(first, Acceptance)
+    assert isinstance(second, Acceptance)
     assert (first.offered[0, 0], second.offered[0, 0]) == (0.9, 1.0)
 
 
@@ -96,7 +96,7 @@ def test_rates_by_rank_serve_too() -> None:
 
 def test_drafting_takes_its_time_once_for_all_texts() -> None:
     acceptance = _recorded().acceptance()
-    assert acceptance is not None
+    assert isinstance(acceptance, Acceptance)
     clock = Clock()
     drafter = Drawn(acceptance, Beside(1.0, 0.25), clock, np.random.default_rng(0))
     drafts = drafter.propose([make_sequence([9], max_tokens=2), make_sequence([9], max_tokens=1)], Dynamic(), False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,7 @@ from tokentree.sampling import SamplingParams
 from tokentree.shapes import CostCurve, Dynamic
 from tokentree.shapes.rates import CONFIDENCE
 
-CURVE = {"rows": [1, 64], "seconds": [1.0, 2.0]}
+CURVE: dict[str, Any] = {"rows": [1, 64], "seconds": [1.0, 2.0]}
 WIDE = Dynamic(nodes=64, depth=16)
 
 
@@ -183,9 +184,8 @@ def test_a_plan_has_the_tokens_a_forward_of_texts_of_which_some_are_easy() -> No
     ],
 )
 def test_what_are_no_runs_is_refused(change: Callable[[dict[str, Any]], None], says: str) -> None:
-    runs = _runs([[Seen(_draft(), [7, 8, 1, 2], 1)]]).model_dump()
-    known = Recorded.model_validate(CURVE | {"runs": runs}).model_dump_json()
-    assert isinstance(Recorded.read(known, "the curve").acceptance(), Runs)
-    change(runs["texts"][0])
+    told = CURVE | {"runs": _runs([[Seen(_draft(), [7, 8, 1, 2], 1)]]).model_dump()}
+    assert isinstance(Recorded.read(json.dumps(told), "the curve").acceptance(), Runs)
+    change(told["runs"]["texts"][0])
     with pytest.raises(OptionError, match=says):
-        Recorded.read(Recorded.model_construct(**CURVE, runs=runs).model_dump_json(warnings=False), "the curve")
+        Recorded.read(json.dumps(told), "the curve")
