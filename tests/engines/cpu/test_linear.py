@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tests.conftest import each_two
-from tokentree.engines.cpu.linear import OneDNNLinear, PackedLinear
+from tokentree.engines.cpu.linear import OddLinear, OneDNNLinear, PackedLinear, packed_linear
 from tokentree.engines.cpu.quantized import GROUP, Groups, QuantizedLinear
 from tokentree.kernels.tile import BLOCK
 
@@ -92,6 +92,17 @@ def test_a_row_has_the_same_bits_in_any_company(kind: Kind, inputs: int, threads
     for first, last in [(0, 1), (3, 5), (0, 12), (5, 18), (7, 32), (1, 64)]:
         assert torch.equal(layer(x[first:last]), together[first:last])
     assert torch.equal(layer(x.flip(0)), together.flip(0))
+
+
+@pytest.mark.parametrize("inputs", [1, 37, 373])
+def test_an_odd_number_of_inputs_is_packed_on_any_cpu(inputs: int) -> None:
+    weight, bias, x = numbers(96, inputs), numbers(96, seed=3), numbers(40, inputs, seed=1)
+    layer = packed_linear(weight, bias)
+    assert isinstance(layer, OddLinear)
+    together, exact = layer(x), x.double() @ weight.double().t() + bias.double()
+    assert ((together.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-5 * inputs**0.5).all()
+    assert torch.equal(torch.cat([layer(row[None]) for row in x]), together)
+    assert isinstance(packed_linear(numbers(96, 36), None), PackedLinear)
 
 
 @pytest.mark.parametrize("kind", [PackedLinear, QuantizedLinear])

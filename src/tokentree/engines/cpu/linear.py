@@ -12,6 +12,7 @@ import numba
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
 from tokentree.engines.cpu.checked import expect, is_count, is_tensor
 from tokentree.jit import cfunc
@@ -196,6 +197,23 @@ class ScaledEmbedding(nn.Module):
         return rows * self.scale
 
 
+class OddLinear(nn.Module):
+    """A `PackedLinear` for an odd number of inputs: one more makes them even, a zero whose weights are zeros."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.even = PackedLinear(pad(weight.detach(), (0, 1)), bias)
+
+    @staticmethod
+    def fits(weight: torch.Tensor) -> bool:
+        """Whether type and sizes suit."""
+        return weight.dtype is torch.bfloat16 and weight.shape[1] % 2 == 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.even(pad(x, (0, 1)))
+        return out
+
+
 class OneDNNLinear(nn.Module):
     """A linear layer on oneDNN's own weight layout. A row has the same bits beside any number of rows from 2 on."""
 
@@ -241,10 +259,12 @@ def weights_of(
     return weight.clone(), start.clone() if bool(start.any()) else None
 
 
-def packed_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear | OneDNNLinear | None:
+PACKED: tuple[type[PackedLinear | OddLinear | OneDNNLinear], ...] = (PackedLinear, OddLinear, OneDNNLinear)
+
+
+def packed_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear | OddLinear | OneDNNLinear | None:
     """The fastest layer with weights packed for this CPU that there is for these, if there is any."""
-    kinds: tuple[type[PackedLinear | OneDNNLinear], ...] = (PackedLinear, OneDNNLinear)
-    kind = next((kind for kind in kinds if weight.device.type == "cpu" and kind.fits(weight)), None)
+    kind = next((kind for kind in PACKED if weight.device.type == "cpu" and kind.fits(weight)), None)
     return None if kind is None else kind(weight, bias)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad, silu, softplus
 from torch.overrides import TorchFunctionMode
 
-from tokentree.engines.cpu.linear import OneDNNLinear, PackedLinear, linear_of
+from tokentree.engines.cpu.linear import PACKED, OneDNNLinear, linear_of
 from tokentree.engines.cpu.packing import is_plain
 from tokentree.engines.cpu.prepare import SPLIT
 from tokentree.engines.foreign import kind_of
@@ -258,4 +258,4 @@ def _multiplies(module: nn.Module) -> bool:
 
 
 def _fits(weight: Tensor) -> bool:
-    return any(kind.fits(weight[0] if weight.ndim == 3 else weight) for kind in (PackedLinear, OneDNNLinear))
+    return any(kind.fits(weight[0] if weight.ndim == 3 else weight) for kind in PACKED)
