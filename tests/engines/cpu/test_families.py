@@ -445,7 +445,7 @@ def test_attention_that_is_another_is_found_out(change: dict[str, Any], monkeypa
     monkeypatch.setattr(ForwardKV, "attend", attend)
     for dtype in (torch.float32, torch.bfloat16):
         with pytest.raises(ModelError, match="does not give the same logits"):
-            TorchEngine(tiny("qwen3", dtype), "tree")
+            TorchEngine(tiny("phi3", dtype), "tree")
 
 
 # -- what is said ----------------------------------------------------------------------------------------------------

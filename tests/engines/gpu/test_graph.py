@@ -131,7 +131,7 @@ def test_what_cannot_be_compiled_runs_as_without(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("options", [{"attention": "tree"}, {"quantization": "int8"}])
 def test_what_does_not_go_with_a_graph_is_said(options: dict[str, Any]) -> None:
     with pytest.raises(ModelError, match=f"compile=True and {next(iter(options))}='.*' don't go together"):
-        TorchEngine(tiny("qwen3", torch.bfloat16), compile=True, **options)
+        TorchEngine(tiny("phi3", torch.bfloat16), compile=True, **options)
 
 
 def test_a_forward_that_is_one_call_is_left_as_it_is() -> None:
